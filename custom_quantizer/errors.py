@@ -1,0 +1,72 @@
+"""The exception tree.
+
+::
+
+    CustomQuantizerError
+    |-- ConfigError            a setter or a file asks for something that does not exist
+    |   `-- SchemeError        a bit-width, granularity or name no scheme can have
+    |-- CaptureError           the model is not an exported, eval-mode, float32 aten graph
+    |-- CalibrationError       no data, NaN or inf, wrong shapes
+    |-- ConversionError        a converted graph does not hold what it must
+    |-- LoweringError          the backend refused, or the program it gave is wrong
+    |   `-- VerificationError  the program's integers or outputs differ from the graph's
+    |-- ProgramError           a .pte that cannot be read or run
+    `-- InputError             inputs, files, models or datasets the user named
+
+Every message says what was wrong, where (node and module path, or file), and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CalibrationError",
+    "CaptureError",
+    "ConfigError",
+    "ConversionError",
+    "CustomQuantizerError",
+    "InputError",
+    "LoweringError",
+    "ProgramError",
+    "SchemeError",
+    "VerificationError",
+]
+
+
+class CustomQuantizerError(Exception):
+    """Base class: ``except CustomQuantizerError`` catches all that this package raises itself."""
+
+
+class ConfigError(CustomQuantizerError):
+    """A setter, rule or config file names something that does not exist."""
+
+
+class SchemeError(ConfigError):
+    """A scheme asks for a bit-width, granularity or combination that is not legal."""
+
+
+class CaptureError(CustomQuantizerError):
+    """The model handed in is not an exported, eval-mode, floating-point aten graph."""
+
+
+class CalibrationError(CustomQuantizerError):
+    """Calibration data is missing, empty, of the wrong shape, or not finite."""
+
+
+class ConversionError(CustomQuantizerError):
+    """A converted graph does not hold what the next stage needs."""
+
+
+class LoweringError(CustomQuantizerError):
+    """The backend refused the graph, or what it wrote is wrong."""
+
+
+class VerificationError(LoweringError):
+    """Integers or outputs of the program differ from those of the converted graph."""
+
+
+class ProgramError(CustomQuantizerError):
+    """A ``.pte`` file cannot be read, loaded or run."""
+
+
+class InputError(CustomQuantizerError):
+    """Inputs, files, models or datasets that the user named cannot be used."""
