@@ -1,0 +1,99 @@
+"""The derived int32 bias.
+
+An integer convolution or linear layer accumulates ``sum((x - z_x) * w)`` in units of
+``s_x * s_w``. A bias joins that sum only if it is an integer of the same unit, so its scale is
+not chosen but derived: ``s_b = s_x * s_w``, zero point 0, per output channel where the weight is.
+
+References:
+    Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", CVPR 2018, section 2.4 (scale of the bias).
+    TensorFlow, ``lite/tools/optimize/quantization_utils.cc``, ``AdjustWeightsForBiasScale``
+    (raising the weight scale of a channel whose bias does not fit).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["COMFORTABLE_BIAS", "BiasHeadroom", "derived_scale", "quantize_bias", "raise_scale"]
+
+COMFORTABLE_BIAS = 1 << 21
+"""Largest absolute integer a derived bias may have.
+
+XNNPACK's serializer takes the bias as float32 and quantizes it again: the constant, the
+reciprocal of the scale and their product are each rounded once to 24 bits, so the integer ``q``
+comes back within ``|q| * 3 * 2**-24`` (plus terms of order ``2**-48``) before it is rounded. Up to
+2**21 that is at most 0.375 < 0.5, so every integer returns; the limit also keeps the sum far from
+the sign bit.
+"""
+
+
+@dataclass(frozen=True)
+class BiasHeadroom:
+    """What was done so that one op's bias fits.
+
+    Attributes:
+        raised: output channel -> factor (> 1) by which its weight scale was raised.
+        largest: largest absolute integer of the bias.
+    """
+
+    raised: dict[int, float]
+    largest: int
+
+    @property
+    def bits(self) -> int:
+        """Signed bits the bias needs."""
+        return self.largest.bit_length() + 1
+
+
+def derived_scale(input_scale: float, weight_scale: Tensor) -> Tensor:
+    """``s_x * s_w`` rounded once to float32, as the delegate computes it.
+
+    Args:
+        input_scale: scale of the activation, float32-representable.
+        weight_scale: float32, scalar or one value per output channel.
+    """
+    return torch.tensor(input_scale, dtype=torch.float32) * weight_scale.to(torch.float32)
+
+
+def quantize_bias(bias: Tensor, input_scale: float, weight_scale: Tensor) -> Tensor:
+    """``round(b / (s_x * s_w))``, half to even, computed in float64.
+
+    Args:
+        bias: float, ``(out_channels,)``.
+        input_scale: scale of the activation.
+        weight_scale: float32, scalar or ``(out_channels,)``.
+
+    Returns:
+        int32, ``(out_channels,)``, saturated to ``[-(2**31 - 1), 2**31 - 1]``: the sign never wraps.
+    """
+    unit = input_scale * weight_scale.to(torch.float64)
+    limit = float((1 << 31) - 1)
+    return torch.round(bias.to(torch.float64) / unit).clamp(-limit, limit).to(torch.int32)
+
+
+def raise_scale(
+    weight_scale: Tensor, constraints: list[tuple[float, Tensor]], limit: int = COMFORTABLE_BIAS
+) -> Tensor:
+    """Smallest scales, not below ``weight_scale``, with which every bias fits.
+
+    Args:
+        weight_scale: float32, scalar or ``(out_channels,)``.
+        constraints: ``(input scale, float bias (out_channels,))`` of each op that uses the weight.
+        limit: largest absolute integer allowed.
+
+    Returns:
+        float32, the shape of ``weight_scale``.
+    """
+    needed = weight_scale.to(torch.float64)
+    for input_scale, bias in constraints:
+        # Half a unit of slack keeps the rounded integer within the limit.
+        least = bias.to(torch.float64).abs() / (input_scale * (limit - 0.5))
+        needed = torch.maximum(needed, least.max() if needed.dim() == 0 else least)
+    raised = needed.to(torch.float32)
+    short = raised.to(torch.float64) < needed
+    raised = torch.where(short, torch.nextafter(raised, torch.tensor(torch.inf)), raised)
+    return torch.where(needed > weight_scale.to(torch.float64), raised, weight_scale)

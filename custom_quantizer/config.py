@@ -1,0 +1,148 @@
+"""Which scheme goes to which op: rules, their precedence, and why a rule won."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.errors import ConfigError
+from custom_quantizer.graph import module_stack
+from custom_quantizer.schemes import OpScheme
+
+__all__ = ["Config", "Decision", "Rule", "Scope", "nearest"]
+
+
+class Scope(IntEnum):
+    """What a rule selects by; a higher scope wins over a lower one."""
+
+    GLOBAL = 0
+    OPERATOR_TYPE = 1
+    MODULE_TYPE = 2
+    MODULE_NAME = 3
+    NODE_NAME = 4
+
+    @property
+    def setter(self) -> str:
+        """The setter that makes rules of this scope."""
+        return f"set_{self.name.lower()}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Ops selected by ``scope`` and ``key`` take ``scheme`` (``None``: stay in float).
+
+    Attributes:
+        scope: what the key names.
+        key: a node name, a module path (globs allowed), a module type, an aten overload.
+        scheme: what the ops become.
+    """
+
+    scope: Scope
+    key: str
+    scheme: OpScheme | None
+
+    def __str__(self) -> str:
+        scheme = "None" if self.scheme is None else f'"{self.scheme.name}"'
+        key = "" if self.scope is Scope.GLOBAL else f'"{self.key}", '
+        return f"{self.scope.setter}({key}{scheme})"
+
+    def matches(self, node: Node) -> bool:
+        """Whether the rule selects ``node``."""
+        if self.scope is Scope.GLOBAL:
+            return True
+        if self.scope is Scope.NODE_NAME:
+            return fnmatchcase(node.name, self.key)
+        if self.scope is Scope.OPERATOR_TYPE:
+            return target_name(node.meta.get("original_target", node.target)) == self.key or (
+                target_name(node.target) == self.key
+            )
+        stack = module_stack(node)
+        if self.scope is Scope.MODULE_TYPE:
+            return any(kind == self.key for _, kind in stack)
+        return any(path and fnmatchcase(path, self.key) for path, _ in stack)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The scheme of a node and the sentence that says why.
+
+    Attributes:
+        scheme: what the node becomes; ``None``: float.
+        explicit: some rule or filter decided, rather than the absence of one.
+        reason: for the report.
+    """
+
+    scheme: OpScheme | None
+    explicit: bool
+    reason: str
+
+
+def target_name(target: Any) -> str:
+    """``aten.conv2d.default`` for an overload."""
+    return str(target)
+
+
+def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
+    """``; did you mean a, b or c?``, or nothing when nothing is near."""
+    near = difflib.get_close_matches(word, list(candidates), n=count, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+@dataclass
+class Config:
+    """The rules of a quantizer, in the order they were set.
+
+    Attributes:
+        rules: later ones win within a scope.
+        filter_function: if given, nodes for which it is false stay in float.
+    """
+
+    rules: list[Rule] = field(default_factory=list)
+    filter_function: Callable[[Node], bool] | None = None
+
+    def resolve(self, node: Node) -> Decision:
+        """Decide the scheme of ``node``."""
+        if self.filter_function is not None and not self.filter_function(node):
+            return Decision(None, True, "the filter function left it out")
+        best: Rule | None = None
+        for rule in self.rules:
+            if (best is None or rule.scope >= best.scope) and rule.matches(node):
+                best = rule
+        if best is None:
+            return Decision(None, False, "no rule selects it")
+        return Decision(best.scheme, best.scope is not Scope.GLOBAL, str(best))
+
+    def check(self, model: GraphModule) -> list[str]:
+        """Find rules that select nothing in ``model``.
+
+        Returns:
+            Warnings for operator and module types that do not occur.
+
+        Raises:
+            ConfigError: a node or module name that does not exist, with the nearest ones.
+        """
+        calls = [node for node in model.graph.nodes if node.op == "call_function"]
+        warnings: list[str] = []
+        for rule in self.rules:
+            if rule.scope is Scope.GLOBAL or any(rule.matches(node) for node in calls):
+                continue
+            if rule.scope is Scope.NODE_NAME:
+                hint = nearest(rule.key, (node.name for node in calls))
+                raise ConfigError(f"{rule}: the graph has no node named {rule.key!r}{hint}")
+            if rule.scope is Scope.MODULE_NAME:
+                names = {path for node in calls for path, _ in module_stack(node) if path}
+                # Modules that prepare_pt2e fused away (batch norms) still own their parameters.
+                names |= {name for name, _ in model.named_modules() if name}
+                if any(fnmatchcase(name, rule.key) for name in names):
+                    continue
+                hint = nearest(rule.key, names)
+                raise ConfigError(f"{rule}: the model has no module {rule.key!r}{hint}")
+            kind = "operator" if rule.scope is Scope.OPERATOR_TYPE else "module type"
+            warnings.append(f"{rule} selects nothing: the graph has no such {kind}")
+        return warnings

@@ -1,0 +1,196 @@
+"""Reading a converted graph: its integer ops, and the float ops that are left.
+
+What ``convert_pt2e`` returns is a float graph with quantize and dequantize nodes. An op is an
+integer op when each of its inputs comes out of a dequantize node and its result (after a fused
+activation) goes into exactly one quantize node; this module finds them, with their integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.arithmetic import QParams
+from custom_quantizer.errors import ConversionError
+from custom_quantizer.graph import (
+    constant_of,
+    describe,
+    effective_users,
+    is_constant,
+    is_dequantize,
+    is_quantize,
+    qparams_of,
+)
+from custom_quantizer.ops import Binding, OpRule, QParamSharing, QuantizedOp, rule_of
+from custom_quantizer.ops.elementwise import CLAMP, RELU
+from custom_quantizer.ops.movement import GETITEM, SPLIT
+
+__all__ = ["ConvertedGraph", "FloatOp", "read_converted"]
+
+_CHECKS = frozenset(
+    {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten.sym_size.int,
+    }
+)
+
+
+@dataclass(frozen=True)
+class FloatOp:
+    """An op that stays in float, and why.
+
+    Attributes:
+        node: the call.
+        reason: for the report.
+    """
+
+    node: Node
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConvertedGraph:
+    """The ops of a converted graph, in graph order.
+
+    Attributes:
+        model: the graph.
+        integer: ops that compute on integers.
+        floating: all others.
+    """
+
+    model: GraphModule
+    integer: tuple[QuantizedOp, ...]
+    floating: tuple[FloatOp, ...]
+
+    def __iter__(self) -> Iterator[QuantizedOp | FloatOp]:
+        """All ops in graph order."""
+        by_node: dict[Node, QuantizedOp | FloatOp] = {op.node: op for op in self.integer}
+        by_node.update({op.node: op for op in self.floating})
+        return (by_node[node] for node in self.model.graph.nodes if node in by_node)
+
+    def with_bias(self) -> tuple[QuantizedOp, ...]:
+        """Integer ops that carry an integer bias."""
+        return tuple(op for op in self.integer if op.bias is not None)
+
+
+def read_converted(model: GraphModule) -> ConvertedGraph:
+    """Find the integer ops of a converted graph.
+
+    Args:
+        model: what ``convert_pt2e`` returns.
+
+    Raises:
+        ConversionError: the graph has observers, so it was prepared but not converted; or it
+            quantizes nothing.
+    """
+    _check_converted(model)
+    integer: dict[Node, QuantizedOp] = {}
+    floating: list[FloatOp] = []
+    consumed: set[Node] = set()
+    for node in model.graph.nodes:
+        if node.op != "call_function" or node.target in _CHECKS or node in consumed:
+            continue
+        if is_quantize(node) or is_dequantize(node):
+            continue
+        found = _integer_op(model, node, integer)
+        if isinstance(found, str):
+            floating.append(FloatOp(node, found))
+            continue
+        integer[node] = found
+        if found.output_node is not node:
+            consumed.add(found.output_node)
+    return ConvertedGraph(model, tuple(integer.values()), tuple(floating))
+
+
+def _check_converted(model: GraphModule) -> None:
+    if not isinstance(model, GraphModule):
+        raise ConversionError(
+            f"expected what convert_pt2e returns, got {type(model).__name__}: a converted graph "
+            "is a torch.fx.GraphModule"
+        )
+    for node in model.graph.nodes:
+        if node.op == "call_module" and str(node.target).startswith("activation_post_process"):
+            raise ConversionError(
+                "the graph still has observers: call convert_pt2e(prepared) after calibration"
+            )
+    if not any(is_dequantize(node) for node in model.graph.nodes):
+        raise ConversionError(
+            "the graph has no quantized tensor: convert a graph that was prepared with a quantizer"
+        )
+
+
+def _integer_op(
+    model: GraphModule, node: Node, integer: dict[Node, QuantizedOp]
+) -> QuantizedOp | str:
+    """The op that ``node`` anchors, or why it is float."""
+    rule = rule_of(node)
+    if rule is None:
+        return f"no integer form of {node.target} is known"
+    binding = rule.bind(rule, node)
+    if isinstance(binding, str):
+        return binding
+    if rule is GETITEM:
+        split = integer.get(binding.inputs[0])
+        if split is None:
+            return "the split before it is in float"
+        inputs: tuple[QParams, ...] = (split.output,)
+    else:
+        for source in binding.inputs:
+            if not is_dequantize(source):
+                return f"its input {describe(source)} is in float"
+            if not isinstance(source.args[1], float):
+                return "its input is quantized at run time"
+        inputs = tuple(qparams_of(model, source) for source in binding.inputs)
+    return _with_output(model, rule, binding, inputs)
+
+
+def _with_output(
+    model: GraphModule, rule: OpRule, binding: Binding, inputs: tuple[QParams, ...]
+) -> QuantizedOp | str:
+    node, bounds, output_node = binding.node, None, binding.node
+    if rule is SPLIT:
+        return QuantizedOp(binding, inputs, inputs[0], node)
+    users = effective_users(node)
+    if len(users) == 1 and (follower := rule_of(users[0])) in (RELU, CLAMP):
+        clamp = cast(OpRule, follower)
+        if clamp.family in rule.fuses and clamp.bounds is not None:
+            output_node = users[0]
+            bounds = clamp.bounds(output_node)
+            users = effective_users(output_node)
+    if len(users) != 1 or not is_quantize(users[0]):
+        return "its result is used in float"
+    output = qparams_of(model, users[0])
+    if rule.sharing is QParamSharing.SAME and any(not output.same_grid(q) for q in inputs):
+        return "it moves values between different scales"
+    if binding.weight is None:
+        return QuantizedOp(binding, inputs, output, output_node, bounds=bounds)
+    if not is_dequantize(binding.weight) or not is_constant(binding.weight.args[0]):
+        return "its weight is in float"
+    bias = _bias_integers(model, binding)
+    if isinstance(bias, str):
+        return bias
+    return QuantizedOp(
+        binding,
+        inputs,
+        output,
+        output_node,
+        weight=constant_of(model, cast(Node, binding.weight.args[0])),
+        weight_qparams=qparams_of(model, binding.weight),
+        bias=bias,
+        bounds=bounds,
+    )
+
+
+def _bias_integers(model: GraphModule, binding: Binding) -> Tensor | None | str:
+    bias = binding.bias
+    if bias is None:
+        return None
+    if is_dequantize(bias) and is_constant(bias.args[0]):
+        return constant_of(model, cast(Node, bias.args[0]))
+    return "its bias is in float"

@@ -1,0 +1,205 @@
+"""Reading fx graphs: where a node comes from, which constant it is, which integers surround it.
+
+Nothing here knows an op family and nothing here changes a graph, except :func:`add_constant`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed.*
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.arithmetic import QParams
+from custom_quantizer.errors import ConversionError
+
+__all__ = [
+    "add_constant",
+    "constant_of",
+    "describe",
+    "effective_users",
+    "is_constant",
+    "is_dequantize",
+    "is_quantize",
+    "module_path",
+    "module_stack",
+    "qparams_of",
+    "shape_of",
+    "source_of",
+    "tensor_meta",
+]
+
+_q = torch.ops.quantized_decomposed
+
+DEQUANTIZE_PER_TENSOR = _q.dequantize_per_tensor.default
+DEQUANTIZE_PER_CHANNEL = _q.dequantize_per_channel.default
+QUANTIZE_PER_TENSOR = _q.quantize_per_tensor.default
+QUANTIZE_PER_CHANNEL = _q.quantize_per_channel.default
+
+_QUANTIZE = (QUANTIZE_PER_TENSOR, QUANTIZE_PER_CHANNEL, _q.quantize_per_tensor.tensor)
+_DEQUANTIZE = (DEQUANTIZE_PER_TENSOR, DEQUANTIZE_PER_CHANNEL, _q.dequantize_per_tensor.tensor)
+
+_ASSERTIONS = (
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_size.int,
+)
+
+
+def is_quantize(node: object) -> bool:
+    """Whether ``node`` turns a float tensor into integers."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in _QUANTIZE
+
+
+def is_dequantize(node: object) -> bool:
+    """Whether ``node`` turns integers into a float tensor."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in _DEQUANTIZE
+
+
+def module_stack(node: Node) -> list[tuple[str, str]]:
+    """``(module path, fully qualified type)`` of the modules around ``node``, outermost first."""
+    stack = []
+    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+        name = f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
+        stack.append((str(path).removeprefix("L['self'].").removeprefix("L['self']"), name))
+    return stack
+
+
+def module_path(node: Node) -> str:
+    """Path of the innermost module that ``node`` was captured from; ``""`` for the model itself."""
+    stack = module_stack(node)
+    return stack[-1][0] if stack else ""
+
+
+def describe(node: Node) -> str:
+    """``node name (module path)``, as every message names a node."""
+    path = module_path(node)
+    return f"{node.name} ({path})" if path else node.name
+
+
+def tensor_meta(node: Node) -> torch.Tensor | None:
+    """The fake tensor that capture recorded for ``node``, if its value is one tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """Shape recorded at capture; symbolic sizes stay symbolic.
+
+    Raises:
+        ConversionError: nothing was recorded.
+    """
+    value = tensor_meta(node)
+    if value is None:
+        raise ConversionError(
+            f"{describe(node)} carries no shape; hand in the graph as torch.export made it"
+        )
+    return tuple(value.shape)
+
+
+def effective_users(node: Node) -> list[Node]:
+    """Users of the value; checks and size queries do not count."""
+    return [user for user in node.users if user.target not in _ASSERTIONS]
+
+
+def is_constant(node: object) -> bool:
+    """Whether ``node`` reads a parameter, buffer or attribute of the module."""
+    return isinstance(node, Node) and node.op == "get_attr"
+
+
+def constant_of(model: torch.nn.Module, node: Node) -> torch.Tensor:
+    """The tensor a ``get_attr`` node reads.
+
+    Raises:
+        ConversionError: the node reads no tensor.
+    """
+    try:
+        value = operator.attrgetter(str(node.target))(model)
+    except AttributeError:
+        value = None
+    if node.op != "get_attr" or not isinstance(value, torch.Tensor):
+        raise ConversionError(f"{describe(node)} is not a constant tensor of the module")
+    return value.detach()
+
+
+def qparams_of(model: torch.nn.Module, node: Node) -> QParams:
+    """Quantization parameters of a static quantize or dequantize node.
+
+    Raises:
+        ConversionError: the node is neither, or its scale is only known at run time.
+    """
+    args = node.args
+    if node.target in (QUANTIZE_PER_TENSOR, DEQUANTIZE_PER_TENSOR):
+        _, scale, zero_point, quant_min, quant_max = args[:5]
+        return QParams(
+            scale=float(cast(float, scale)),
+            zero_point=int(cast(int, zero_point)),
+            quant_min=int(cast(int, quant_min)),
+            quant_max=int(cast(int, quant_max)),
+        )
+    if node.target in (QUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_CHANNEL):
+        _, scale, _, axis, quant_min, quant_max = args[:6]
+        return QParams(
+            scale=constant_of(model, cast(Node, scale)).to(torch.float32),
+            zero_point=0,
+            quant_min=int(cast(int, quant_min)),
+            quant_max=int(cast(int, quant_max)),
+            axis=int(cast(int, axis)),
+        )
+    raise ConversionError(f"{describe(node)} has no static quantization parameters")
+
+
+def source_of(node: Node) -> Node:
+    """The node behind a chain of quantize and dequantize nodes."""
+    while is_quantize(node) or is_dequantize(node):
+        node = cast(Node, node.args[0])
+    return node
+
+
+def tensor_args(node: Node) -> Iterator[Node]:
+    """The node's inputs that are tensors, in argument order, each once."""
+    for arg in node.all_input_nodes:
+        if tensor_meta(arg) is not None or is_constant(arg):
+            yield arg
+
+
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """A positional-or-keyword argument of an aten call, with the schema's default.
+
+    Args:
+        node: the call.
+        index: position in the aten schema.
+        name: name in the aten schema.
+        default: value when the call leaves it out.
+    """
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def add_constant(model: GraphModule, name: str, value: torch.Tensor, before: Node) -> Node:
+    """Register ``value`` as a buffer under a free name and read it just before ``before``."""
+    name = name.replace(".", "_")
+    free, count = name, 0
+    while hasattr(model, free):
+        count += 1
+        free = f"{name}_{count}"
+    model.register_buffer(free, value.detach().clone().contiguous())
+    with model.graph.inserting_before(before):
+        node = model.graph.get_attr(free)
+    fake_mode = _fake_mode_of(before)
+    if fake_mode is not None:
+        node.meta["val"] = fake_mode.from_tensor(value.detach(), static_shapes=True)
+    return node
+
+
+def _fake_mode_of(node: Node) -> Any:
+    for other in (node, *node.graph.nodes):
+        value = tensor_meta(other)
+        mode = getattr(value, "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None

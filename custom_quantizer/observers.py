@@ -1,0 +1,362 @@
+"""Calibration statistics, and the moment they become integers.
+
+Observers of activations watch values; observers of weights and biases read constants. The latter
+write their integers into the graph themselves, through the ``convert`` method that torchao's
+``convert_pt2e`` calls on an observer that has one, because
+
+- the weight's scale depends on the bias (it is raised where the bias would not fit), and
+- the bias must be rounded once, in float64, not re-quantized in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import ObserverBase
+
+from custom_quantizer.arithmetic import QParams
+from custom_quantizer.bias import derived_scale, quantize_bias, raise_scale
+from custom_quantizer.errors import CalibrationError, ConversionError
+from custom_quantizer.graph import (
+    DEQUANTIZE_PER_CHANNEL,
+    DEQUANTIZE_PER_TENSOR,
+    add_constant,
+    constant_of,
+    describe,
+    is_constant,
+    is_dequantize,
+    qparams_of,
+)
+from custom_quantizer.ops import Binding, rule_of
+from custom_quantizer.ops.gemm import expand_channels
+from custom_quantizer.schemes import TensorScheme
+
+__all__ = ["ActivationObserver", "BiasObserver", "WeightObserver", "choose_qparams"]
+
+META_KEY = "custom_quantizer"
+"""Where nodes of a graph carry what this package recorded about them."""
+
+_TINY = float(torch.finfo(torch.float32).tiny)
+
+
+def choose_qparams(low: float, high: float, scheme: TensorScheme) -> QParams:
+    """Scale and zero point with which ``[low, high]`` fits the scheme's integers.
+
+    Zero is always in range and always exact. A range of nothing but zero gets scale 1.
+
+    Args:
+        low: smallest value to represent.
+        high: largest value to represent.
+        scheme: format and symmetry.
+
+    References:
+        Jacob et al., CVPR 2018, section 3 (nudged zero point).
+    """
+    fmt = scheme.format
+    low, high = min(low, 0.0), max(high, 0.0)
+    if low == high:
+        return QParams(1.0, 0, fmt.quant_min, fmt.quant_max)
+    if scheme.symmetric:
+        reach = max(-low / -fmt.quant_min, high / fmt.quant_max)
+        return QParams(_float32(reach), 0, fmt.quant_min, fmt.quant_max)
+    scale = _float32((high - low) / (fmt.quant_max - fmt.quant_min))
+    zero_point = round(fmt.quant_min - low / scale)
+    zero_point = min(max(zero_point, fmt.quant_min), fmt.quant_max)
+    return QParams(scale, zero_point, fmt.quant_min, fmt.quant_max)
+
+
+def _float32(value: float) -> float:
+    return max(float(torch.tensor(value, dtype=torch.float32)), _TINY)
+
+
+class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
+    """Range of an activation over all calibration data.
+
+    Args:
+        scheme: what the range is for.
+        name: of the tensor, for messages.
+        averaging_constant: weight of a new batch with ``observer="moving_average"``.
+
+    Raises:
+        CalibrationError: a value is NaN or infinite (at :meth:`forward`), or no data was seen
+            (at :meth:`calculate_qparams`).
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        scheme: TensorScheme,
+        name: str = "",
+        averaging_constant: float = 0.01,
+        **spec: Any,
+    ) -> None:
+        super().__init__(dtype=spec["dtype"], is_dynamic=bool(spec.get("is_dynamic", False)))
+        self.scheme = scheme
+        self.name = name
+        self.averaging_constant = averaging_constant
+        self.quant_min = scheme.format.quant_min
+        self.quant_max = scheme.format.quant_max
+        self.qscheme = torch.per_tensor_symmetric if scheme.symmetric else torch.per_tensor_affine
+        self.register_buffer("min_val", torch.tensor(torch.inf))
+        self.register_buffer("max_val", torch.tensor(-torch.inf))
+        self.register_buffer("count", torch.tensor(0, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Record ``x`` (any shape) and return it unchanged."""
+        if x.numel() == 0:
+            return x
+        low, high = torch.aminmax(x.detach())
+        # NaN spreads to both ends, so two numbers tell about all of them.
+        if not torch.isfinite(high - low):
+            bad = x.detach()[~torch.isfinite(x.detach())]
+            value = float(bad[0]) if bad.numel() else float("inf")
+            raise CalibrationError(
+                f"{self.name}: {bad.numel()} of {x.numel()} values are not finite (the first is "
+                f"{value}). Check the calibration data and the ops before this one"
+            )
+        if self.scheme.observer == "moving_average" and self.count > 0:
+            low = torch.lerp(self.min_val, low, self.averaging_constant)
+            high = torch.lerp(self.max_val, high, self.averaging_constant)
+            self.min_val.copy_(low)
+            self.max_val.copy_(high)
+        else:
+            self.min_val.copy_(torch.minimum(self.min_val, low))
+            self.max_val.copy_(torch.maximum(self.max_val, high))
+        self.count += x.numel()
+        return x
+
+    def qparams(self) -> QParams:
+        """Scale and zero point of what was seen.
+
+        Raises:
+            CalibrationError: nothing was seen.
+        """
+        if self.count == 0:
+            raise CalibrationError(
+                f"{self.name} never saw data, so it has no range. Run the prepared model on "
+                "calibration data before convert_pt2e (custom_quantizer.calibrate does)"
+            )
+        return choose_qparams(float(self.min_val), float(self.max_val), self.scheme)
+
+    def calculate_qparams(self, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """``(scale float32 (1,), zero_point int64 (1,))``, as ``convert_pt2e`` asks for them."""
+        qparams = self.qparams()
+        return torch.tensor([qparams.scale]), torch.tensor([qparams.zero_point])
+
+
+class _ConstantObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
+    """Base of the observers that read a constant and write integers at conversion."""
+
+    def __init__(self, name: str = "", **spec: Any) -> None:
+        super().__init__(dtype=spec["dtype"], is_dynamic=False)
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the constant unchanged: there is nothing to watch."""
+        return x
+
+    def calculate_qparams(self, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Not available: parameters of a constant follow from the graph around it."""
+        raise ConversionError(f"{self.name}: its scale is decided when the graph is converted")
+
+    def _replace(
+        self, model: GraphModule, node: Node, values: Tensor, scale: Tensor, qparams: QParams
+    ) -> Node:
+        """Put ``dequantize(values)`` in the observer's place."""
+        prefix = str(cast(Node, node.args[0]).target)
+        integers = add_constant(model, f"{prefix}_integers", values, node)
+        args: tuple[Any, ...]
+        if scale.dim() == 0:
+            target, args = DEQUANTIZE_PER_TENSOR, (float(scale), qparams.zero_point)
+        else:
+            zero_points = torch.zeros(scale.numel(), dtype=torch.int64)
+            target = DEQUANTIZE_PER_CHANNEL
+            args = (
+                add_constant(model, f"{prefix}_scale", scale, node),
+                add_constant(model, f"{prefix}_zero_point", zero_points, node),
+                qparams.axis,
+            )
+        with model.graph.inserting_before(node):
+            dequantize = model.graph.call_function(
+                target, (integers, *args, qparams.quant_min, qparams.quant_max, values.dtype)
+            )
+        if "val" in cast(Node, node.args[0]).meta:
+            dequantize.meta["val"] = cast(Node, node.args[0]).meta["val"]
+        node.replace_all_uses_with(dequantize)
+        model.graph.erase_node(node)
+        return dequantize
+
+
+class WeightObserver(_ConstantObserver):
+    """Scales and integers of a constant weight.
+
+    Args:
+        scheme: format and granularity; weights are symmetric.
+        axis: output-channel axis.
+        name: of the op, for messages.
+    """
+
+    def __init__(self, scheme: TensorScheme, axis: int = 0, name: str = "", **spec: Any) -> None:
+        super().__init__(name, **spec)
+        self.scheme = scheme
+        self.ch_axis = axis
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Scales by the largest absolute value: float32, scalar or ``(out_channels,)``.
+
+        No channel's scale is less than 2**-16 of the largest, which keeps the requantization
+        multipliers of dead channels in the range that integer hardware represents.
+
+        Raises:
+            CalibrationError: the weight is not finite.
+        """
+        if not bool(torch.isfinite(weight).all()):
+            raise CalibrationError(f"{self.name}: its weight has values that are not finite")
+        reach = weight.detach().to(torch.float32).abs()
+        if self.scheme.granularity == "per_tensor":
+            reach = reach.max()
+        else:
+            reach = reach.movedim(self.ch_axis, 0).flatten(1).amax(dim=1)
+        scale = reach / self.scheme.format.quant_max
+        largest = scale.max()
+        floor = largest * 2.0**-16 if largest > 0 else torch.tensor(2.0**-10)
+        return torch.maximum(scale, floor).clamp_min(_TINY)
+
+    def integers(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """``clamp(round(w / s))``, half to even, in float64, stored in the narrowest dtype."""
+        fmt = self.scheme.format
+        if scale.dim():
+            shape = [1] * weight.dim()
+            shape[self.ch_axis] = -1
+            scale = scale.reshape(shape)
+        values = torch.round(weight.detach().to(torch.float64) / scale.to(torch.float64))
+        return values.clamp(fmt.quant_min, fmt.quant_max).to(fmt.storage_dtype)
+
+    def final_scale(self, model: GraphModule, node: Node) -> Tensor:
+        """The scale after it was raised for the biases of all ops that use the weight."""
+        scale = self.scale(constant_of(model, cast(Node, node.args[0])))
+        constraints = []
+        for binding in _consumers(node):
+            bias = _bias_constant(model, binding)
+            if bias is None:
+                continue
+            if binding.weight_axis == 1 and binding.groups > 1 and scale.dim():
+                # Each weight scale serves one channel of every group: the largest bias decides.
+                bias = bias.abs().reshape(binding.groups, -1).amax(dim=0)
+            constraints.append((_input_scale(model, binding), bias))
+        return raise_scale(scale, constraints)
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Replace the observer by integers and their dequantization (called by torchao)."""
+        weight = constant_of(model, cast(Node, node.args[0]))
+        scale = self.final_scale(model, node)
+        fmt = self.scheme.format
+        qparams = QParams(
+            scale=scale if scale.dim() else float(scale),
+            zero_point=0,
+            quant_min=fmt.quant_min,
+            quant_max=fmt.quant_max,
+            axis=self.ch_axis if scale.dim() else None,
+        )
+        raised = (scale / self.scale(weight)).reshape(-1)
+        dequantize = self._replace(model, node, self.integers(weight, scale), scale, qparams)
+        dequantize.meta[META_KEY] = {
+            "raised": {int(c): float(raised[c]) for c in torch.nonzero(raised > 1).flatten()}
+        }
+
+
+class BiasObserver(_ConstantObserver):
+    """The derived bias: scale ``s_x * s_w``, zero point 0.
+
+    Args:
+        bits: width of the integers the bias must fit in.
+        name: of the op, for messages.
+    """
+
+    def __init__(self, quant_min: int, quant_max: int, name: str = "", **spec: Any) -> None:
+        super().__init__(name, **spec)
+        self.quant_min = quant_min
+        self.quant_max = quant_max
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Replace the observer by int32 constants and their dequantization (called by torchao)."""
+        (binding,) = _consumers(node)
+        bias = constant_of(model, cast(Node, node.args[0]))
+        if not bool(torch.isfinite(bias).all()):
+            raise CalibrationError(f"{self.name}: its bias has values that are not finite")
+        input_scale = _input_scale(model, binding)
+        weight_scale = expand_channels(_weight_scale(model, binding), binding)
+        values = quantize_bias(bias, input_scale, weight_scale)
+        scale = derived_scale(input_scale, weight_scale)
+        qparams = QParams(
+            scale if scale.dim() else float(scale),
+            0,
+            self.quant_min,
+            self.quant_max,
+            0 if scale.dim() else None,
+        )
+        self._replace(model, node, values, scale, qparams)
+
+
+def _consumers(node: Node) -> list[Binding]:
+    """The ops an observed constant goes to."""
+    bindings = []
+    for user in node.users:
+        rule = rule_of(user)
+        bound = rule.bind(rule, user) if rule is not None else "unknown op"
+        if isinstance(bound, str):
+            raise ConversionError(f"{describe(user)} uses a quantized constant, but {bound}")
+        bindings.append(bound)
+    return bindings
+
+
+def _observer_of(model: GraphModule, node: Node) -> Any:
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _input_scale(model: GraphModule, binding: Binding) -> float:
+    """Scale of the op's activation, whether already converted or not."""
+    (source,) = binding.inputs
+    if is_dequantize(source):
+        return cast(float, qparams_of(model, source).scale)
+    observer = _observer_of(model, source)
+    if observer is not None:
+        scale, _ = observer.calculate_qparams()
+        return float(scale)
+    raise ConversionError(
+        f"{describe(binding.node)}: its input is not quantized, so no bias scale can be derived"
+    )
+
+
+def _weight_scale(model: GraphModule, binding: Binding) -> Tensor:
+    """Final weight scale, whether already converted or not: float32, scalar or per channel."""
+    source = cast(Node, binding.weight)
+    if is_dequantize(source):
+        scale = qparams_of(model, source).scale
+        return scale if isinstance(scale, Tensor) else torch.tensor(scale)
+    observer = _observer_of(model, source)
+    if isinstance(observer, WeightObserver):
+        return observer.final_scale(model, source)
+    raise ConversionError(
+        f"{describe(binding.node)}: its weight is not quantized, so no bias scale can be derived"
+    )
+
+
+def _bias_constant(model: GraphModule, binding: Binding) -> Tensor | None:
+    """The float bias that will be derived, or ``None`` if there is none."""
+    source = binding.bias
+    if source is None:
+        return None
+    if is_dequantize(source):
+        integers = constant_of(model, cast(Node, source.args[0])).to(torch.float64)
+        return integers * torch.as_tensor(qparams_of(model, source).scale).to(torch.float64)
+    if isinstance(_observer_of(model, source), BiasObserver):
+        value = cast(Node, source.args[0])
+        return constant_of(model, value) if is_constant(value) else None
+    return None

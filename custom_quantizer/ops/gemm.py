@@ -1,0 +1,334 @@
+"""Convolutions, transposed convolutions and linear layers: weight, bias, one accumulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+
+from custom_quantizer.arithmetic import Arithmetic
+from custom_quantizer.errors import ConversionError
+from custom_quantizer.graph import argument, describe, is_constant, tensor_meta
+from custom_quantizer.ops._rule import (
+    ACCEPTED,
+    Backend,
+    Binding,
+    Case,
+    Delegation,
+    Integers,
+    OpRule,
+    QuantizedOp,
+    Verdict,
+    refused,
+)
+from custom_quantizer.schemes import OpScheme
+
+__all__ = ["CONV", "CONV_TRANSPOSE", "LINEAR", "expand_channels", "symmetric_padding"]
+
+aten = torch.ops.aten
+
+_CONV_TARGETS = frozenset(
+    {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding}
+)
+_CONV_TRANSPOSE_TARGETS = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input})
+_LINEAR_TARGETS = frozenset({aten.linear.default})
+
+
+def _roles(
+    rule: OpRule, node: Node, *, weight_axis: int = 0, groups: int = 1
+) -> Binding | str:
+    data, weight = node.args[0], node.args[1]
+    bias = argument(node, 2, "bias")
+    if not isinstance(data, Node) or not isinstance(weight, Node):
+        return "its input or weight is not a tensor of the graph"
+    return Binding(
+        rule, node, (data,), weight, cast("Node | None", bias), weight_axis, groups
+    )
+
+
+def _bind_conv(rule: OpRule, node: Node) -> Binding | str:
+    return _roles(rule, node, groups=int(argument(node, 6, "groups", 1)))
+
+
+def _bind_conv_transpose(rule: OpRule, node: Node) -> Binding | str:
+    return _roles(rule, node, weight_axis=1, groups=int(argument(node, 6, "groups", 1)))
+
+
+def _bind_linear(rule: OpRule, node: Node) -> Binding | str:
+    return _roles(rule, node)
+
+
+def expand_channels(scale: Tensor, binding: Binding) -> Tensor:
+    """One value per output channel of the op, from one per channel of the weight's axis.
+
+    A grouped transposed convolution stores ``out_channels / groups`` channels on axis 1, used by
+    every group in turn, so the scales repeat group by group.
+    """
+    if binding.rule is CONV_TRANSPOSE and scale.numel() > 1:
+        return scale.repeat(binding.groups)
+    return scale
+
+
+def symmetric_padding(node: Node) -> tuple[list[int], list[int]]:
+    """``(before, after)`` padding per spatial dim of a convolution, ``'same'`` resolved.
+
+    Raises:
+        ConversionError: the kernel size is not known.
+    """
+    weight = cast(Node, node.args[1])
+    meta = tensor_meta(weight)
+    if meta is None:
+        raise ConversionError(f"{describe(node)}: no shape is recorded for its weight")
+    dims = meta.dim() - 2
+    padding = argument(node, 4, "padding", 0)
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [0] * dims, [0] * dims
+        dilation = _per_dim(argument(node, 5, "dilation", 1), dims)
+        total = [d * (k - 1) for d, k in zip(dilation, meta.shape[2:], strict=True)]
+        return [t // 2 for t in total], [t - t // 2 for t in total]
+    both = _per_dim(padding, dims)
+    return both, list(both)
+
+
+def _per_dim(value: Any, dims: int) -> list[int]:
+    values = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+    return values * dims if len(values) == 1 else values
+
+
+def _accepts_gemm(binding: Binding, scheme: OpScheme) -> Verdict:
+    weight = cast(Node, binding.weight)
+    if not is_constant(weight):
+        return refused(f"its weight is computed by {describe(weight)}, not a constant")
+    meta = tensor_meta(weight)
+    if meta is not None and meta.dtype != torch.float32:
+        return refused(f"its weight is {meta.dtype}; only float32 weights are quantized")
+    if scheme.weight.granularity == "per_group" and binding.rule is not LINEAR:
+        return refused("weights are quantized per group in linear layers only")
+    if scheme.dynamic and binding.rule is not LINEAR:
+        return refused("activations are quantized at run time for linear layers only")
+    return ACCEPTED
+
+
+# ---------------------------------------------------------------------------------------------
+# Integer semantics
+# ---------------------------------------------------------------------------------------------
+
+_EXACT_FLOAT64 = 1 << 53
+
+
+def _accumulate(op: QuantizedOp, data: Tensor, contract: Callable[..., Tensor]) -> Tensor:
+    """``bias + sum((x - z_x) * w)`` as exact int64.
+
+    The contraction runs in float64, which is exact as long as every partial sum stays below
+    2**53; the bound on the accumulator says so before it is trusted.
+    """
+    weight = cast(Tensor, op.weight)
+    (qx,) = op.inputs
+    reach = max(abs(qx.quant_max - qx.zero_point), abs(qx.quant_min - qx.zero_point))
+    bound = reach * int(weight.to(torch.int64).abs().sum(dtype=torch.int64))
+    if bound >= _EXACT_FLOAT64:
+        bound = reach * int(_largest_row(op).item())
+    if bound >= _EXACT_FLOAT64:
+        raise ConversionError(
+            f"{describe(op.node)}: its accumulator may need {bound.bit_length() + 1} bits; at most "
+            "54 are computed exactly. Choose fewer bits for weights or activations"
+        )
+    centered = (data.to(torch.int64) - qx.zero_point).to(torch.float64)
+    acc = contract(centered, weight.to(torch.float64)).to(torch.int64)
+    if op.bias is not None:
+        channel_dim = -1 if op.binding.rule is LINEAR else 1
+        shape = [1] * acc.dim()
+        shape[channel_dim] = -1
+        acc = acc + op.bias.to(torch.int64).reshape(shape)
+    return acc
+
+
+def _largest_row(op: QuantizedOp) -> Tensor:
+    weight = cast(Tensor, op.weight).to(torch.int64).abs()
+    if op.binding.rule is CONV_TRANSPOSE:
+        return weight.sum(dim=0).sum(dim=tuple(range(1, weight.dim() - 1))).max()
+    return weight.flatten(1).sum(dim=1).max()
+
+
+def _requantize(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> Tensor:
+    weight_qparams = op.weight_qparams
+    if weight_qparams is None:
+        raise ConversionError(f"{describe(op.node)} has no quantized weight")
+    scale = weight_qparams.scale
+    if isinstance(scale, Tensor):
+        scale = expand_channels(scale, op.binding)
+    return arithmetic.requantize_accumulator(
+        acc,
+        input_scale=cast(float, op.inputs[0].scale),
+        weight_scale=scale,
+        channel_axis=acc.dim() - 1 if op.binding.rule is LINEAR else 1,
+        out=op.output,
+        bounds=op.stored_bounds(arithmetic),
+        accumulator_width=32 if op.inputs[0].fits_int8 else 64,
+    )
+
+
+def _conv_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    node = op.node
+    before, after = symmetric_padding(node)
+    dims = len(before)
+    stride = _per_dim(argument(node, 3, "stride", 1), dims)
+    dilation = _per_dim(argument(node, 5, "dilation", 1), dims)
+    conv = F.conv1d if dims == 1 else F.conv2d
+
+    def contract(data: Tensor, weight: Tensor) -> Tensor:
+        # Padding with the zero point is padding the centered input with zero.
+        pads = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
+        return conv(
+            F.pad(data, pads), weight, None, stride, 0, dilation, op.binding.groups
+        )
+
+    return _requantize(op, _accumulate(op, inputs[0], contract), arithmetic)
+
+
+def _conv_transpose_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    node = op.node
+    dims = inputs[0].dim() - 2
+    conv = F.conv_transpose1d if dims == 1 else F.conv_transpose2d
+    stride = _per_dim(argument(node, 3, "stride", 1), dims)
+    padding = _per_dim(argument(node, 4, "padding", 0), dims)
+    output_padding = _per_dim(argument(node, 5, "output_padding", 0), dims)
+    dilation = _per_dim(argument(node, 7, "dilation", 1), dims)
+
+    def contract(data: Tensor, weight: Tensor) -> Tensor:
+        return conv(
+            data, weight, None, stride, padding, output_padding, op.binding.groups, dilation
+        )
+
+    return _requantize(op, _accumulate(op, inputs[0], contract), arithmetic)
+
+
+def _linear_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    return _requantize(op, _accumulate(op, inputs[0], F.linear), arithmetic)
+
+
+# ---------------------------------------------------------------------------------------------
+# Delegation
+# ---------------------------------------------------------------------------------------------
+
+
+def _delegation(op: QuantizedOp) -> Delegation:
+    weight_qparams = op.weight_qparams
+    per_channel = weight_qparams is not None and isinstance(weight_qparams.scale, Tensor)
+    if op.binding.rule is CONV_TRANSPOSE and per_channel and op.binding.groups > 1:
+        return Delegation(
+            Backend.FLOAT,
+            "XNNPACK has no per-channel kernel for grouped transposed convolutions",
+        )
+    return Delegation(Backend.INT8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Entries
+# ---------------------------------------------------------------------------------------------
+
+_ACTIVATIONS = frozenset({"relu", "clamp"})
+
+
+def _conv(*args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.Conv2d(*args, **kwargs)
+
+
+def _then(first: Callable[[], nn.Module], *rest: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(first(), *(build() for build in rest))
+
+
+_IMAGE = ((2, 8, 10, 9),)
+_SIGNAL = ((2, 8, 21),)
+
+CONV = OpRule(
+    family="conv",
+    targets=_CONV_TARGETS,
+    bind=_bind_conv,
+    fuses=_ACTIVATIONS,
+    accepts=_accepts_gemm,
+    integers=_conv_integers,
+    delegation=_delegation,
+    cases=(
+        Case("2d", _conv(8, 12, 3), _IMAGE),
+        Case("2d_padded", _conv(8, 12, 3, padding=1), _IMAGE),
+        Case("2d_stride", _conv(8, 12, 3, stride=2, padding=1), _IMAGE),
+        Case("2d_pointwise", _conv(8, 16, 1), _IMAGE),
+        Case("2d_rectangular", _conv(8, 12, (3, 1), padding=(1, 0), stride=(1, 2)), _IMAGE),
+        Case("2d_dilated", _conv(8, 12, 3, dilation=2, padding=2), _IMAGE),
+        Case("2d_grouped", _conv(8, 12, 3, groups=4), _IMAGE),
+        Case("2d_depthwise", _conv(8, 8, 3, groups=8, padding=1), _IMAGE),
+        Case("2d_depthwise_multiplier", _conv(8, 16, 3, groups=8, padding=1), _IMAGE),
+        Case("2d_same", _conv(8, 12, 3, padding="same"), _IMAGE),
+        Case("2d_same_even", _conv(8, 12, (2, 4), padding="same"), _IMAGE),
+        Case("2d_no_bias", _conv(8, 12, 3, bias=False), _IMAGE),
+        Case("2d_relu", _then(_conv(8, 12, 3), nn.ReLU), _IMAGE),
+        Case("2d_relu6", _then(_conv(8, 12, 3), nn.ReLU6), _IMAGE),
+        Case("2d_hardtanh", _then(_conv(8, 12, 3), lambda: nn.Hardtanh(-0.3, 0.4)), _IMAGE),
+        Case("2d_bn", _then(_conv(8, 12, 3), lambda: nn.BatchNorm2d(12)), _IMAGE),
+        Case(
+            "2d_bn_relu",
+            _then(_conv(8, 12, 3, bias=False), lambda: nn.BatchNorm2d(12), nn.ReLU),
+            _IMAGE,
+        ),
+        Case("1d", lambda: nn.Conv1d(8, 12, 3), _SIGNAL),
+        Case("1d_same_grouped", lambda: nn.Conv1d(8, 12, 3, padding="same", groups=4), _SIGNAL),
+        Case("1d_relu", _then(lambda: nn.Conv1d(8, 12, 3, stride=2), nn.ReLU), _SIGNAL),
+        Case(
+            "1d_bn", _then(lambda: nn.Conv1d(8, 12, 3), lambda: nn.BatchNorm1d(12)), _SIGNAL
+        ),
+    ),
+)
+
+CONV_TRANSPOSE = OpRule(
+    family="conv_transpose",
+    targets=_CONV_TRANSPOSE_TARGETS,
+    bind=_bind_conv_transpose,
+    fuses=_ACTIVATIONS,
+    accepts=_accepts_gemm,
+    integers=_conv_transpose_integers,
+    delegation=_delegation,
+    cases=(
+        Case("2d", lambda: nn.ConvTranspose2d(8, 12, 3), _IMAGE),
+        Case(
+            "2d_stride",
+            lambda: nn.ConvTranspose2d(8, 12, 3, stride=2, padding=1, output_padding=1),
+            _IMAGE,
+        ),
+        Case("2d_grouped", lambda: nn.ConvTranspose2d(8, 12, 3, groups=4), _IMAGE),
+        Case("2d_depthwise", lambda: nn.ConvTranspose2d(8, 8, 2, stride=2, groups=8), _IMAGE),
+        Case("2d_no_bias", lambda: nn.ConvTranspose2d(8, 12, 3, bias=False), _IMAGE),
+        Case("2d_dilated", lambda: nn.ConvTranspose2d(8, 12, 3, dilation=2), _IMAGE),
+        Case("2d_relu", _then(lambda: nn.ConvTranspose2d(8, 12, 2, stride=2), nn.ReLU), _IMAGE),
+        Case(
+            "2d_bn_relu6",
+            _then(lambda: nn.ConvTranspose2d(8, 12, 3), lambda: nn.BatchNorm2d(12), nn.ReLU6),
+            _IMAGE,
+        ),
+        Case("1d", lambda: nn.ConvTranspose1d(8, 12, 3), _SIGNAL),
+        Case("1d_stride", lambda: nn.ConvTranspose1d(8, 12, 4, stride=2, padding=1), _SIGNAL),
+    ),
+)
+
+LINEAR = OpRule(
+    family="linear",
+    targets=_LINEAR_TARGETS,
+    bind=_bind_linear,
+    fuses=_ACTIVATIONS,
+    accepts=_accepts_gemm,
+    integers=_linear_integers,
+    delegation=_delegation,
+    cases=(
+        Case("plain", lambda: nn.Linear(16, 10), ((5, 16),)),
+        Case("no_bias", lambda: nn.Linear(16, 10, bias=False), ((5, 16),)),
+        Case("3d", lambda: nn.Linear(16, 10), ((2, 7, 16),)),
+        Case("relu", _then(lambda: nn.Linear(16, 10), nn.ReLU), ((5, 16),)),
+        Case("relu6", _then(lambda: nn.Linear(16, 10), nn.ReLU6), ((5, 16),)),
+        Case("bn", _then(lambda: nn.Linear(16, 10), lambda: nn.BatchNorm1d(10)), ((5, 16),)),
+    ),
+)

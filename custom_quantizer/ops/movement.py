@@ -1,0 +1,319 @@
+"""Ops that only move values: the same integers in another order, shape or number."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from custom_quantizer.arithmetic import Arithmetic
+from custom_quantizer.graph import argument, shape_of, tensor_meta
+from custom_quantizer.ops._rule import (
+    Backend,
+    Binding,
+    Delegation,
+    Integers,
+    OpRule,
+    QParamSharing,
+    QuantizedOp,
+)
+from custom_quantizer.ops.elementwise import _bind_single, _case
+
+__all__ = ["CAT", "GETITEM", "PAD", "RESHAPE", "SELECT", "SLICE", "SPLIT", "is_identity"]
+
+aten = torch.ops.aten
+
+_IDENTITIES = frozenset(
+    {
+        aten.alias.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.to.dtype,
+        aten.lift_fresh_copy.default,
+    }
+)
+_RESHAPES = frozenset(
+    {
+        aten.flatten.using_ints,
+        aten.reshape.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+    }
+)
+_PERMUTES = frozenset(
+    {aten.permute.default, aten.t.default, aten.transpose.int, aten.movedim.intlist}
+)
+
+
+def is_identity(node: Node) -> bool:
+    """Whether a node passes its input on, values and shape unchanged."""
+    return node.target in _IDENTITIES
+
+
+def _bind_move(rule: OpRule, node: Node) -> Binding | str:
+    meta, data = tensor_meta(node), node.args[0]
+    source = tensor_meta(data) if isinstance(data, Node) else None
+    if meta is not None and source is not None and meta.dtype != source.dtype:
+        return f"it changes the dtype from {source.dtype} to {meta.dtype}"
+    if node.target in (aten.dropout.default, aten.feature_dropout.default) and argument(
+        node, 2, "train", False
+    ):
+        return "it drops values at random (training mode)"
+    return _bind_single(rule, node)
+
+
+def _apply(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
+    """Run the aten op itself: it works on integers as on floats."""
+    node = op.node
+    target = cast("Callable[..., Tensor]", node.target)
+    return target(inputs[0], *node.args[1:], **node.kwargs)
+
+
+def _moved(_op: QuantizedOp) -> Delegation:
+    return Delegation(Backend.INT8)
+
+
+def _unmoved(_op: QuantizedOp) -> Delegation:
+    return Delegation(Backend.FOLDED, "it does not change the tensor")
+
+
+_IMAGE = (2, 8, 6, 4)
+
+IDENTITY = OpRule(
+    family="identity",
+    targets=_IDENTITIES,
+    bind=_bind_move,
+    sharing=QParamSharing.SAME,
+    integers=lambda _op, inputs, _arithmetic: inputs[0],
+    delegation=_unmoved,
+    cases=(
+        _case("clone", lambda x: x.clone(), _IMAGE),
+        _case("contiguous", lambda x: x.transpose(1, 2).contiguous(), _IMAGE),
+        _case("dropout", lambda x: F.dropout(x, 0.5, training=False), _IMAGE),
+    ),
+)
+
+RESHAPE = OpRule(
+    family="reshape",
+    targets=_RESHAPES,
+    bind=_bind_move,
+    sharing=QParamSharing.SAME,
+    integers=_apply,
+    delegation=_moved,
+    cases=(
+        _case("view", lambda x: x.view(2, 8, 24), _IMAGE),
+        _case("reshape", lambda x: x.reshape(2, -1), _IMAGE),
+        _case("flatten", lambda x: x.flatten(1), _IMAGE),
+        _case("squeeze", lambda x: x.squeeze(-1), (2, 8, 6, 1)),
+        _case("squeeze_all", lambda x: x.squeeze(), (2, 1, 6, 1)),
+        _case("unsqueeze", lambda x: x.unsqueeze(1), (2, 8, 6)),
+        _case("unsqueeze_last", lambda x: x.unsqueeze(-1), (2, 8, 6)),
+    ),
+)
+
+PERMUTE = OpRule(
+    family="permute",
+    targets=_PERMUTES,
+    bind=_bind_move,
+    sharing=QParamSharing.SAME,
+    integers=_apply,
+    delegation=_moved,
+    cases=(
+        _case("permute", lambda x: x.permute(0, 2, 3, 1), _IMAGE),
+        _case("transpose", lambda x: x.transpose(1, 2), _IMAGE),
+        _case("t", lambda x: x.t(), (5, 7)),
+    ),
+)
+
+
+def slice_of(node: Node) -> tuple[int, int, int, int]:
+    """``(dim, start, stop, step)`` of a slice, normalized to the input's size."""
+    shape = shape_of(cast(Node, node.args[0]))
+    dim = int(argument(node, 1, "dim", 0)) % len(shape)
+    size = shape[dim]
+    start, stop = argument(node, 2, "start"), argument(node, 3, "end")
+    step = int(argument(node, 4, "step", 1))
+    if not isinstance(size, int):
+        return dim, 0 if start is None else start, size if stop is None else stop, step
+    first, last, _ = slice(start, stop, step).indices(size)
+    return dim, first, last, step
+
+
+def _slice_delegation(op: QuantizedOp) -> Delegation:
+    shape = shape_of(op.node)
+    dim, _, _, step = slice_of(op.node)
+    if step != 1 and not (len(shape) == 4 and dim in (2, 3)):
+        return Delegation(
+            Backend.PORTABLE, "XNNPACK slices with step 1, except spatial dims of 4-d tensors"
+        )
+    return Delegation(Backend.INT8)
+
+
+SLICE = OpRule(
+    family="slice",
+    targets=frozenset({aten.slice.Tensor, aten.narrow.default}),
+    bind=_bind_move,
+    sharing=QParamSharing.SAME,
+    integers=_apply,
+    delegation=_slice_delegation,
+    cases=(
+        _case("range", lambda x: x[:, 2:5], _IMAGE),
+        _case("negative", lambda x: x[:, :, -3:-1], _IMAGE),
+        _case("strided", lambda x: x[:, :, ::2, ::2], _IMAGE),
+        _case("strided_offset", lambda x: x[:, :, 1::2], _IMAGE),
+    ),
+)
+
+SELECT = OpRule(
+    family="select",
+    targets=frozenset({aten.select.int}),
+    bind=_bind_move,
+    sharing=QParamSharing.SAME,
+    integers=_apply,
+    delegation=_moved,
+    cases=(_case("middle", lambda x: x[:, 3], _IMAGE), _case("last", lambda x: x[:, :, -1], _IMAGE)),
+)
+
+
+def _expand_delegation(op: QuantizedOp) -> Delegation:
+    return (
+        Delegation(Backend.FOLDED, "it does not change the tensor")
+        if shape_of(op.node) == shape_of(op.binding.inputs[0])
+        else Delegation(Backend.INT8)
+    )
+
+
+EXPAND = OpRule(
+    family="expand",
+    targets=frozenset({aten.expand.default}),
+    bind=_bind_move,
+    sharing=QParamSharing.SAME,
+    integers=_apply,
+    delegation=_expand_delegation,
+    cases=(
+        _case("spatial", lambda x: x.expand(2, 8, 3, 3), (2, 8, 1, 1)),
+        _case("leading", lambda x: x.expand(3, -1, -1), (1, 8, 5)),
+    ),
+)
+
+
+# Splits return a list: the split itself passes integers on, each getitem is a tensor again.
+def _split_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Any:
+    node = op.node
+    return cast("Callable[..., Sequence[Tensor]]", node.target)(
+        inputs[0], *node.args[1:], **node.kwargs
+    )
+
+
+SPLIT = OpRule(
+    family="split",
+    targets=frozenset(
+        {
+            aten.chunk.default,
+            aten.split.Tensor,
+            aten.split.sizes,
+            aten.split_with_sizes.default,
+            aten.unbind.int,
+        }
+    ),
+    bind=_bind_single,
+    sharing=QParamSharing.SAME,
+    integers=_split_integers,
+    cases=(
+        _case("chunk", lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), _IMAGE),
+        _case("split", lambda x: torch.cat(x.split([2, 6], 1)[::-1], 1), _IMAGE),
+        _case("unbind", lambda x: x.unbind(2)[1] + x.unbind(2)[0], _IMAGE),
+    ),
+)
+
+
+def _bind_getitem(rule: OpRule, node: Node) -> Binding | str:
+    source = node.args[0]
+    if not isinstance(source, Node) or source.target not in SPLIT.targets:
+        return "it takes one of several results of an op that is not quantized"
+    return Binding(rule, node, (source,))
+
+
+GETITEM = OpRule(
+    family="getitem",
+    targets=frozenset({operator.getitem}),
+    bind=_bind_getitem,
+    sharing=QParamSharing.SAME,
+    integers=lambda op, inputs, _arithmetic: inputs[0][cast(int, op.node.args[1])],
+    cases=(),
+)
+
+
+def _bind_cat(rule: OpRule, node: Node) -> Binding | str:
+    tensors = node.args[0]
+    if not isinstance(tensors, Sequence) or not all(isinstance(t, Node) for t in tensors):
+        return "its inputs are not a list of tensors"
+    return Binding(rule, node, tuple(cast("Sequence[Node]", tensors)))
+
+
+def _cat_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
+    return torch.cat(list(inputs), int(argument(op.node, 1, "dim", 0)))
+
+
+CAT = OpRule(
+    family="cat",
+    targets=frozenset({aten.cat.default}),
+    bind=_bind_cat,
+    sharing=QParamSharing.SAME,
+    integers=_cat_integers,
+    cases=(
+        _case("two", lambda x, y: torch.cat([x, y], 1), (2, 3, 4, 4), (2, 5, 4, 4)),
+        _case("itself", lambda x: torch.cat([x, x * 3], 1), (2, 3, 4, 4)),
+        _case(
+            "seven",
+            lambda x: torch.cat([x * float(k) for k in range(1, 8)], 1),
+            (2, 3, 4, 4),
+        ),
+    ),
+)
+
+
+def _bind_pad(rule: OpRule, node: Node) -> Binding | str:
+    if node.target is aten.pad.default and argument(node, 2, "mode", "constant") != "constant":
+        return "it pads with reflected or repeated values"
+    value = argument(node, 3 if node.target is aten.pad.default else 2, "value", 0)
+    if value not in (None, 0, 0.0):
+        return f"it pads with {value}; only zero is the same number at every scale"
+    if any(int(p) < 0 for p in cast("Sequence[int]", node.args[1])):
+        return "negative padding cuts values off"
+    return _bind_move(rule, node)
+
+
+def padding_of(node: Node) -> list[int]:
+    """Padding amounts of a constant pad, last dim first, as ``F.pad`` takes them."""
+    return [int(p) for p in cast("Sequence[int]", node.args[1])]
+
+
+def _pad_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
+    return F.pad(inputs[0], padding_of(op.node), value=float(op.inputs[0].zero_point))
+
+
+PAD = OpRule(
+    family="pad",
+    targets=frozenset({aten.pad.default, aten.constant_pad_nd.default}),
+    bind=_bind_pad,
+    sharing=QParamSharing.SAME,
+    integers=_pad_integers,
+    delegation=lambda _op: Delegation(Backend.FLOAT, "XNNPACK pads in float; zeros stay exact"),
+    cases=(
+        _case("spatial", lambda x: F.pad(x, (1, 2, 0, 1)), _IMAGE),
+        _case("channels", lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), _IMAGE),
+    ),
+)

@@ -1,0 +1,278 @@
+"""Pooling and spatial means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+
+from custom_quantizer.arithmetic import Arithmetic
+from custom_quantizer.errors import ConversionError
+from custom_quantizer.graph import argument, describe, tensor_meta
+from custom_quantizer.ops._rule import (
+    ACCEPTED,
+    Backend,
+    Binding,
+    Case,
+    Delegation,
+    Integers,
+    OpRule,
+    QParamSharing,
+    QuantizedOp,
+    Verdict,
+    refused,
+)
+from custom_quantizer.ops.elementwise import _bind_single, _case
+from custom_quantizer.schemes import OpScheme
+
+__all__ = ["ADAPTIVE_AVG_POOL", "AVG_POOL", "MAX_POOL", "MEAN"]
+
+aten = torch.ops.aten
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A pooling argument that may be one number, a list of one or a list of two."""
+    values = list(value) if isinstance(value, Sequence) else [value]
+    return (int(values[0]), int(values[-1]))
+
+
+def pool_window(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """``(kernel, stride, padding)`` of a 2-d pooling call, each ``(height, width)``."""
+    kernel = pair(node.args[1])
+    stride = argument(node, 2, "stride", [])
+    return kernel, pair(stride) if stride else kernel, pair(argument(node, 3, "padding", 0))
+
+
+# ---------------------------------------------------------------------------------------------
+# max_pool2d
+# ---------------------------------------------------------------------------------------------
+
+
+def _max_pool_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
+    node = op.node
+    kernel, stride, padding = pool_window(node)
+    # Integers up to 16 bits are exact in float32, and padding is minus infinity.
+    pooled = F.max_pool2d(
+        inputs[0].to(torch.float32),
+        kernel,
+        stride,
+        padding,
+        pair(argument(node, 4, "dilation", 1)),
+        bool(argument(node, 5, "ceil_mode", False)),
+    )
+    return pooled.to(torch.int32)
+
+
+def _max_pool_delegation(op: QuantizedOp) -> Delegation:
+    kernel, stride, _ = pool_window(op.node)
+    if any(s > k for s, k in zip(stride, kernel, strict=True)):
+        return Delegation(
+            Backend.PORTABLE, "XNNPACK's max_pool2d needs stride <= kernel size"
+        )
+    return Delegation(Backend.INT8)
+
+
+MAX_POOL = OpRule(
+    family="max_pool2d",
+    targets=frozenset({aten.max_pool2d.default}),
+    bind=_bind_single,
+    sharing=QParamSharing.SAME,
+    integers=_max_pool_integers,
+    delegation=_max_pool_delegation,
+    cases=(
+        _case("2x2", lambda x: F.max_pool2d(x, 2), (2, 8, 10, 9)),
+        _case("3x3_padded", lambda x: F.max_pool2d(x, 3, 2, 1), (2, 8, 10, 9)),
+        _case("ceil_mode", lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True), (2, 8, 10, 9)),
+        _case("dilated", lambda x: F.max_pool2d(x, 2, 1, dilation=2), (2, 8, 10, 9)),
+    ),
+)
+
+# ---------------------------------------------------------------------------------------------
+# Spatial means
+# ---------------------------------------------------------------------------------------------
+
+
+def spatial_mean_dims(node: Node) -> tuple[tuple[int, ...], bool] | None:
+    """``((2, 3), keepdim)`` if a ``mean.dim`` call averages the spatial dims of a 4-d tensor."""
+    data = tensor_meta(cast(Node, node.args[0]))
+    dims = node.args[1]
+    if data is None or data.dim() != 4 or not isinstance(dims, Sequence):
+        return None
+    normalized = tuple(sorted(int(cast(int, d)) % 4 for d in dims))
+    return (normalized, bool(argument(node, 2, "keepdim", False))) if normalized == (2, 3) else None
+
+
+def _bind_mean(rule: OpRule, node: Node) -> Binding | str:
+    if argument(node, 3, "dtype") is not None:
+        return "it changes the dtype"
+    if spatial_mean_dims(node) is None:
+        return "XNNPACK averages integers over the two spatial dims of a 4-d tensor only"
+    return _bind_single(rule, node)
+
+
+def _mean_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    dims = spatial_mean_dims(op.node)
+    if dims is None:
+        raise ConversionError(f"{describe(op.node)} is not a spatial mean")
+    data = inputs[0]
+    count = data.shape[2] * data.shape[3]
+    total = data.to(torch.int64).sum(dim=(2, 3), keepdim=dims[1])
+    return arithmetic.mean(total, count, op.inputs[0], op.output)
+
+
+MEAN = OpRule(
+    family="mean",
+    targets=frozenset({aten.mean.dim}),
+    bind=_bind_mean,
+    integers=_mean_integers,
+    cases=(
+        _case("keepdim", lambda x: x.mean((2, 3), keepdim=True), (2, 8, 5, 7)),
+        _case("flat", lambda x: x.mean((2, 3)), (2, 8, 5, 7)),
+        _case("negative_dims", lambda x: x.mean([-1, -2]), (2, 8, 6, 6)),
+    ),
+)
+
+# ---------------------------------------------------------------------------------------------
+# adaptive_avg_pool2d
+# ---------------------------------------------------------------------------------------------
+
+
+def adaptive_window(node: Node) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """``(input, output)`` sizes of an adaptive pooling call, if both are static."""
+    data = tensor_meta(cast(Node, node.args[0]))
+    if data is None or data.dim() not in (3, 4):
+        return None
+    size = data.shape[-2:]
+    if not all(isinstance(s, int) for s in size):
+        return None
+    wanted = node.args[1]
+    out = [
+        int(size[i]) if w is None else int(w)
+        for i, w in enumerate(cast("Sequence[int | None]", wanted))
+    ]
+    out = out * 2 if len(out) == 1 else out
+    return (int(size[0]), int(size[1])), (out[0], out[1])
+
+
+def adaptive_kernel(node: Node) -> tuple[int, int] | None:
+    """The window if an adaptive pooling call is an ordinary one: kernel equal to stride."""
+    window = adaptive_window(node)
+    if window is None:
+        return None
+    (height, width), (out_height, out_width) = window
+    if height % out_height or width % out_width:
+        return None
+    return height // out_height, width // out_width
+
+
+def is_global_pool(node: Node) -> bool:
+    """Whether an adaptive pooling call averages all of a 4-d image."""
+    data = tensor_meta(cast(Node, node.args[0]))
+    wanted = [w for w in cast("Sequence[int | None]", node.args[1])]
+    return data is not None and data.dim() == 4 and all(w == 1 for w in wanted)
+
+
+def _bind_adaptive(rule: OpRule, node: Node) -> Binding | str:
+    if not is_global_pool(node) and adaptive_kernel(node) is None:
+        return "its output size does not divide its input size, so windows overlap"
+    return _bind_single(rule, node)
+
+
+def _adaptive_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    data = inputs[0]
+    if is_global_pool(op.node):
+        total = data.to(torch.int64).sum(dim=(2, 3), keepdim=True)
+        return arithmetic.mean(total, data.shape[2] * data.shape[3], op.inputs[0], op.output)
+    kernel = adaptive_kernel(op.node)
+    if kernel is None:
+        raise ConversionError(f"{describe(op.node)}: its windows overlap")
+    if kernel == (1, 1):
+        return arithmetic.requantize(data, op.inputs[0], op.output)
+    return arithmetic.avg_pool2d(
+        data, op.inputs[0], op.output, kernel_size=kernel, stride=kernel
+    )
+
+
+def _adaptive_delegation(op: QuantizedOp) -> Delegation:
+    if is_global_pool(op.node):
+        return Delegation(Backend.INT8)
+    if adaptive_kernel(op.node) == (1, 1):
+        return Delegation(Backend.FLOAT, "an identity: requantized from input to output scale")
+    return Delegation(Backend.FLOAT, "XNNPACK averages windows in float")
+
+
+ADAPTIVE_AVG_POOL = OpRule(
+    family="adaptive_avg_pool2d",
+    targets=frozenset({aten.adaptive_avg_pool2d.default}),
+    bind=_bind_adaptive,
+    integers=_adaptive_integers,
+    delegation=_adaptive_delegation,
+    cases=(
+        _case("global", lambda x: F.adaptive_avg_pool2d(x, 1), (2, 8, 5, 7)),
+        _case("identity", lambda x: F.adaptive_avg_pool2d(x, (5, 7)), (2, 8, 5, 7)),
+        _case("windows", lambda x: F.adaptive_avg_pool2d(x, (2, 3)), (2, 8, 4, 9)),
+    ),
+)
+
+# ---------------------------------------------------------------------------------------------
+# avg_pool2d
+# ---------------------------------------------------------------------------------------------
+
+
+def _bind_avg_pool(rule: OpRule, node: Node) -> Binding | str:
+    if argument(node, 4, "ceil_mode", False):
+        return "ceil_mode makes windows of different sizes"
+    if argument(node, 6, "divisor_override") is not None:
+        return "its divisor is overridden"
+    return _bind_single(rule, node)
+
+
+def counts_padding(node: Node) -> bool:
+    """Whether padding zeros count in the average."""
+    _, _, padding = pool_window(node)
+    return bool(argument(node, 5, "count_include_pad", True)) and any(padding)
+
+
+def _avg_pool_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    kernel, stride, padding = pool_window(op.node)
+    return arithmetic.avg_pool2d(
+        inputs[0],
+        op.inputs[0],
+        op.output,
+        kernel_size=kernel,
+        stride=stride,
+        padding=padding,
+        count_include_pad=counts_padding(op.node),
+    )
+
+
+def _accepts_avg_pool(binding: Binding, _scheme: OpScheme) -> Verdict:
+    data = tensor_meta(binding.inputs[0])
+    if data is not None and data.dim() != 4:
+        return refused("XNNPACK pools 4-d tensors only")
+    return ACCEPTED
+
+
+AVG_POOL = OpRule(
+    family="avg_pool2d",
+    targets=frozenset({aten.avg_pool2d.default}),
+    bind=_bind_avg_pool,
+    accepts=_accepts_avg_pool,
+    integers=_avg_pool_integers,
+    delegation=lambda _op: Delegation(Backend.FLOAT, "XNNPACK averages windows in float"),
+    cases=(
+        _case("2x2", lambda x: F.avg_pool2d(x, 2), (2, 8, 10, 9)),
+        _case("3x3_stride1", lambda x: F.avg_pool2d(x, 3, 1), (2, 8, 10, 9)),
+        _case("counted_padding", lambda x: F.avg_pool2d(x, 3, 2, 1), (2, 8, 10, 9)),
+        _case(
+            "uncounted_padding",
+            lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+            (2, 8, 10, 9),
+        ),
+        Case("module_4x4", lambda: nn.AvgPool2d(4), ((2, 8, 12, 8),)),
+    ),
+)

@@ -1,0 +1,529 @@
+"""Graph and config in, plan out: every decision, and its reason.
+
+The planner reads the graph and writes nothing. Tensors that must share quantization parameters
+are found as groups over the whole graph (a union-find), so that the result does not depend on the
+order of the nodes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.config import Config, Decision, target_name
+from custom_quantizer.formats import IntFormat
+from custom_quantizer.graph import (
+    describe,
+    effective_users,
+    is_constant,
+    module_path,
+    tensor_meta,
+)
+from custom_quantizer.ops import Binding, OpRule, QParamSharing, rule_of
+from custom_quantizer.schemes import OpScheme, TensorScheme
+
+__all__ = ["Edge", "NodeAnnotation", "OpPlan", "Plan", "TensorPlan", "make_plan"]
+
+Role = Literal["input", "weight", "bias", "output"]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What one tensor of an op becomes.
+
+    Attributes:
+        role: of the tensor in the op.
+        tensor: name of the node that produces it.
+        dtype: such as ``int8``; ``float32`` when it is not quantized.
+        group: tensors of one group share scale and zero point.
+        reason: why.
+    """
+
+    role: Role
+    tensor: str
+    dtype: str
+    group: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class OpPlan:
+    """What one op becomes.
+
+    Attributes:
+        node: the anchor.
+        fused: activation that is part of the op, if any.
+        path: module path.
+        family: of the registry; ``None`` for unknown ops.
+        target: the aten overload.
+        scheme: name; ``None`` when the op stays in float.
+        reason: the rule that decided, or why it could not be followed.
+        tensors: inputs, weight, bias, output.
+    """
+
+    node: str
+    fused: str | None
+    path: str
+    family: str | None
+    target: str
+    scheme: str | None
+    reason: str
+    tensors: tuple[TensorPlan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Edge:
+    """How one tensor is observed where one op uses or makes it.
+
+    Attributes:
+        kind: which observer.
+        group: edges of one group share one observer.
+        scheme: of an activation or weight.
+        bias: format of a derived bias.
+        axis: output-channel axis of a weight.
+        name: for messages.
+        dynamic: quantized at run time.
+    """
+
+    kind: Literal["activation", "weight", "bias"]
+    group: int
+    name: str
+    scheme: TensorScheme | None = None
+    bias: IntFormat | None = None
+    axis: int = 0
+    dynamic: bool = False
+
+
+@dataclass(frozen=True)
+class NodeAnnotation:
+    """The edges of one node: by name of the producing node, and the output."""
+
+    inputs: dict[str, Edge]
+    output: Edge | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every op of a captured graph: what it becomes and why.
+
+    Attributes:
+        ops: in graph order.
+        warnings: rules that select nothing, and the like.
+        annotations: by node name, what the quantizer writes into the graph.
+    """
+
+    ops: tuple[OpPlan, ...]
+    warnings: tuple[str, ...] = ()
+    annotations: dict[str, NodeAnnotation] = field(default_factory=dict, repr=False)
+
+    @property
+    def quantized(self) -> tuple[OpPlan, ...]:
+        """Ops that become integer."""
+        return tuple(op for op in self.ops if op.scheme is not None)
+
+    @property
+    def floating(self) -> tuple[OpPlan, ...]:
+        """Ops that stay in float."""
+        return tuple(op for op in self.ops if op.scheme is None)
+
+    def op(self, node: str) -> OpPlan:
+        """The plan of the op whose anchor or fused activation is ``node``.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        from custom_quantizer.config import nearest
+        from custom_quantizer.errors import ConfigError
+
+        for op in self.ops:
+            if node in (op.node, op.fused):
+                return op
+        raise ConfigError(f"the plan has no op {node!r}{nearest(node, (o.node for o in self.ops))}")
+
+    def to_json(self) -> str:
+        """The ops and warnings as JSON."""
+        return json.dumps(
+            {"ops": [asdict(op) for op in self.ops], "warnings": list(self.warnings)}, indent=2
+        )
+
+    def __str__(self) -> str:
+        rows = [
+            (op.node, op.path, op.family or op.target, op.scheme or "float32", op.reason)
+            for op in self.ops
+        ]
+        header = ("node", "module", "family", "scheme", "why")
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
+            for row in [header, *rows]
+        )
+
+
+# Keys of values in the union-find: a node's own output, or a tensor requantized for consumers.
+_Key = tuple[Any, ...]
+
+
+class _Groups:
+    """Union-find over values; the smallest-numbered member names the group."""
+
+    def __init__(self) -> None:
+        self._parent: dict[_Key, _Key] = {}
+
+    def find(self, key: _Key) -> _Key:
+        root = key
+        while (parent := self._parent.setdefault(root, root)) != root:
+            root = parent
+        while self._parent[key] != root:
+            self._parent[key], key = root, self._parent[key]
+        return root
+
+    def union(self, a: _Key, b: _Key) -> None:
+        self._parent[self.find(b)] = self.find(a)
+
+
+@dataclass
+class _Op:
+    """Working state of one op while the plan is made."""
+
+    node: Node
+    decision: Decision
+    rule: OpRule | None = None
+    binding: Binding | None = None
+    fused: Node | None = None
+    scheme: OpScheme | None = None
+    follows: TensorScheme | None = None  # movers: the format they pass on
+    reason: str = ""
+
+    @property
+    def output(self) -> Node:
+        return self.fused or self.node
+
+    @property
+    def mover(self) -> bool:
+        return self.rule is not None and self.rule.sharing is QParamSharing.SAME
+
+    @property
+    def activation(self) -> TensorScheme | None:
+        """Format of inputs and output; ``None`` when the op stays in float."""
+        if self.mover:
+            return self.follows
+        return None if self.scheme is None else self.scheme.activation
+
+
+def make_plan(model: GraphModule, config: Config) -> Plan:
+    """Decide what every op and tensor of ``model`` becomes.
+
+    Args:
+        model: what ``torch.export.export(...).module()`` returns, made functional.
+        config: the rules.
+
+    Raises:
+        ConfigError: a rule names a node or module that does not exist.
+    """
+    warnings = config.check(model)
+    ops = _collect(model, config)
+    producer = {op.output: op for op in ops}
+    anchors = {op.node: op for op in ops}
+    for op in ops:
+        if not op.mover:
+            _settle(op)
+    _follow_producers(ops, producer)
+    _follow_consumers(ops, anchors)
+    return _Annotator(ops, producer).plan(tuple(warnings))
+
+
+def _collect(model: GraphModule, config: Config) -> list[_Op]:
+    """One entry per op; an activation that is fused belongs to the op before it."""
+    ops: list[_Op] = []
+    fused: set[Node] = set()
+    for node in model.graph.nodes:
+        if node.op != "call_function" or node in fused:
+            continue
+        if tensor_meta(node) is None and not isinstance(node.meta.get("val"), (list, tuple)):
+            continue  # sizes, assertions: no tensor comes out
+        op = _Op(node, config.resolve(node), rule_of(node))
+        if op.rule is not None:
+            bound = op.rule.bind(op.rule, node)
+            if isinstance(bound, str):
+                op.reason = bound
+            else:
+                op.binding = bound
+                op.fused = _fusable(op, config)
+                if op.fused is not None:
+                    fused.add(op.fused)
+        ops.append(op)
+    return ops
+
+
+def _fusable(op: _Op, config: Config) -> Node | None:
+    rule = cast(OpRule, op.rule)
+    users = effective_users(op.node)
+    if len(users) != 1 or op.decision.scheme is None or op.decision.scheme.dynamic:
+        return None
+    follower = rule_of(users[0])
+    if follower is None or follower.family not in rule.fuses:
+        return None
+    if isinstance(follower.bind(follower, users[0]), str):
+        return None
+    decision = config.resolve(users[0])
+    # A rule aimed at the activation itself says it is an op of its own.
+    if decision.explicit and decision.scheme != op.decision.scheme:
+        return None
+    return users[0]
+
+
+def _settle(op: _Op) -> None:
+    """Decide an op that is quantized for its own sake."""
+    scheme = op.decision.scheme
+    if op.rule is None:
+        op.reason = f"no integer form of {target_name(op.node.target)} is known"
+        return
+    if op.binding is None:
+        return
+    if scheme is None:
+        op.reason = op.decision.reason
+        return
+    for tensor in (*op.binding.inputs, op.output):
+        meta = tensor_meta(tensor)
+        if meta is None or meta.dtype != torch.float32:
+            kind = "not a single tensor" if meta is None else str(meta.dtype)
+            op.reason = f"{describe(tensor)} is {kind}; only float32 tensors are quantized"
+            return
+    verdict = op.rule.accepts(op.binding, scheme)
+    if not verdict.ok:
+        op.reason = verdict.reason
+        return
+    op.scheme, op.reason = scheme, op.decision.reason
+
+
+def _left_in_float(op: _Op) -> bool:
+    """Movers: whether something forbids passing integers on."""
+    if op.binding is None:
+        return True
+    if op.decision.explicit and op.decision.scheme is None:
+        op.reason = op.decision.reason
+        return True
+    for tensor in (op.node, *op.binding.inputs):
+        meta = tensor_meta(tensor)
+        if meta is not None and meta.dtype != torch.float32:
+            op.reason = f"{describe(tensor)} is {meta.dtype}; only float32 tensors are quantized"
+            return True
+    return False
+
+
+def _follow_producers(ops: list[_Op], producer: dict[Node, _Op]) -> None:
+    """A mover passes on the integers it is given."""
+    for op in ops:
+        if not op.mover or _left_in_float(op):
+            continue
+        given = [
+            source.activation
+            for tensor in cast(Binding, op.binding).inputs
+            if (source := producer.get(tensor)) is not None and not _is_dynamic(source)
+        ]
+        formats = [fmt for fmt in given if fmt is not None]
+        if formats:
+            # Tensors that are joined must agree: on the widest format among them.
+            op.follows = max(formats, key=lambda fmt: fmt.format.bits)
+            op.reason = "moves values: keeps the integers it is given"
+
+
+def _is_dynamic(op: _Op) -> bool:
+    return op.scheme is not None and op.scheme.dynamic
+
+
+def _follow_consumers(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
+    """A mover of a float tensor moves integers instead if all who use the result want the same."""
+    for op in reversed(ops):
+        if not op.mover or op.follows is not None or op.binding is None or op.reason:
+            continue
+        wanted: list[TensorScheme | None] = []
+        for user in effective_users(op.node):
+            consumer = anchors.get(user)
+            takes = (
+                consumer is not None
+                and consumer.binding is not None
+                and op.node in consumer.binding.inputs
+                and not _is_dynamic(consumer)
+            )
+            wanted.append(consumer.activation if takes and consumer is not None else None)
+        first = wanted[0] if wanted else None
+        if first is not None and all(_same_format(first, other) for other in wanted):
+            op.follows = first
+            op.reason = "moves values: quantized before it, as its consumers want integers"
+        else:
+            op.reason = "moves values of a float tensor"
+
+
+def _same_format(a: TensorScheme | None, b: TensorScheme | None) -> bool:
+    """Whether two activations can be the same integers; the observer is the producer's choice."""
+    return (
+        a is not None and b is not None and (a.format, a.symmetric) == (b.format, b.symmetric)
+    )
+
+
+class _Annotator:
+    """Turns settled ops into groups, edges and the plan that is shown."""
+
+    def __init__(self, ops: list[_Op], producer: dict[Node, _Op]) -> None:
+        self._ops = ops
+        self._producer = producer
+        self._groups = _Groups()
+        self._numbers: dict[_Key, int] = {}
+        self._schemes: dict[_Key, TensorScheme] = {}
+
+    def plan(self, warnings: tuple[str, ...]) -> Plan:
+        for op in self._ops:
+            if op.activation is None or op.binding is None or _is_dynamic(op):
+                continue
+            keys = [self._input_key(op, tensor) for tensor in op.binding.inputs]
+            if op.mover:
+                for key in keys:
+                    self._groups.union(key, ("out", op.output))
+        self._choose_schemes()
+        annotations: dict[str, NodeAnnotation] = {}
+        plans = tuple(self._op_plan(op, annotations) for op in self._ops)
+        return Plan(plans, warnings, annotations)
+
+    def _input_key(self, op: _Op, tensor: Node) -> _Key:
+        wanted = cast(TensorScheme, op.activation)
+        source = self._producer.get(tensor)
+        if (
+            source is not None
+            and not _is_dynamic(source)
+            and _same_format(source.activation, wanted)
+        ):
+            return ("out", tensor)
+        return ("requantized", tensor, wanted.format, wanted.symmetric)
+
+    def _choose_schemes(self) -> None:
+        """The first member of a group in graph order decides the observer."""
+        for op in self._ops:
+            if op.activation is None or op.binding is None or _is_dynamic(op):
+                continue
+            for tensor in op.binding.inputs:
+                root = self._groups.find(self._input_key(op, tensor))
+                self._schemes.setdefault(root, op.activation)
+            self._schemes.setdefault(self._groups.find(("out", op.output)), op.activation)
+
+    def _number(self, key: _Key) -> int:
+        return self._numbers.setdefault(self._groups.find(key), len(self._numbers))
+
+    def _activation(self, key: _Key, tensor: Node) -> Edge:
+        scheme = self._schemes[self._groups.find(key)]
+        return Edge("activation", self._number(key), describe(tensor), scheme)
+
+    def _op_plan(self, op: _Op, annotations: dict[str, NodeAnnotation]) -> OpPlan:
+        tensors: list[TensorPlan] = []
+        if op.activation is not None and op.binding is not None:
+            tensors = self._annotate(op, op.binding, annotations)
+        scheme = op.scheme.name if op.scheme is not None else None
+        if op.mover and op.follows is not None:
+            scheme = f"a{op.follows.format.bits}"
+        return OpPlan(
+            node=op.node.name,
+            fused=op.fused.name if op.fused is not None else None,
+            path=module_path(op.node),
+            family=op.rule.family if op.rule is not None else None,
+            target=target_name(op.node.target),
+            scheme=scheme,
+            reason=op.reason,
+            tensors=tuple(tensors),
+        )
+
+    def _annotate(
+        self, op: _Op, binding: Binding, annotations: dict[str, NodeAnnotation]
+    ) -> list[TensorPlan]:
+        inputs: dict[str, Edge] = {}
+        tensors: list[TensorPlan] = []
+        dynamic = _is_dynamic(op)
+
+        def record(role: Role, tensor: Node, edge: Edge, fmt: IntFormat, why: str) -> None:
+            tensors.append(TensorPlan(role, tensor.name, str(fmt), edge.group, why))
+
+        for tensor in dict.fromkeys(binding.inputs):
+            if isinstance(tensor.meta.get("val"), (list, tuple)):
+                continue  # the list a split returns: observed before it and after each getitem
+            if dynamic:
+                scheme = cast(TensorScheme, op.activation)
+                key: _Key = ("dynamic", tensor, scheme)
+                edge = Edge(
+                    "activation", self._number(key), describe(tensor), scheme, dynamic=True
+                )
+            else:
+                edge = self._activation(self._input_key(op, tensor), tensor)
+            inputs[tensor.name] = edge
+            record("input", tensor, edge, cast(TensorScheme, edge.scheme).format, op.reason)
+        if op.scheme is not None and binding.weight is not None:
+            tensors += self._weight_and_bias(op.scheme, binding, inputs)
+        output = None
+        if isinstance(op.output.meta.get("val"), torch.Tensor) and not dynamic:
+            output = self._activation(("out", op.output), op.output)
+            record("output", op.output, output, cast(TensorScheme, output.scheme).format, op.reason)
+        if op.fused is None:
+            annotations[op.node.name] = NodeAnnotation(inputs, output)
+        else:
+            annotations[op.node.name] = NodeAnnotation(inputs, None)
+            annotations[op.fused.name] = NodeAnnotation({}, output)
+        return tensors
+
+    def _weight_and_bias(
+        self, scheme: OpScheme, binding: Binding, inputs: dict[str, Edge]
+    ) -> list[TensorPlan]:
+        tensors: list[TensorPlan] = []
+        weight = cast(Node, binding.weight)
+        weight_scheme = scheme.weight
+        why = "constant weight"
+        if (
+            weight_scheme.granularity == "per_channel"
+            and binding.weight_axis == 1
+            and binding.groups > 1
+        ):
+            weight_scheme = TensorScheme(weight_scheme.format, True, "per_tensor")
+            why += "; one scale for all channels, since XNNPACK has no per-channel kernel for "
+            why += "grouped transposed convolutions"
+        key: _Key = ("weight", weight, weight_scheme, binding.weight_axis)
+        edge = Edge(
+            "weight",
+            self._number(key),
+            describe(binding.node),
+            weight_scheme,
+            axis=binding.weight_axis,
+        )
+        inputs[weight.name] = edge
+        tensors.append(
+            TensorPlan("weight", weight.name, str(weight_scheme.format), edge.group, why)
+        )
+        bias = binding.bias
+        if bias is None:
+            return tensors
+        dtype, group = "float32", None
+        if not is_constant(bias):
+            why = f"computed by {describe(bias)}, so it cannot be folded into the accumulator"
+        elif scheme.bias is None:
+            why = (
+                "the input scale is only known at run time"
+                if scheme.dynamic
+                else f"{scheme.name} leaves it in float"
+            )
+        else:
+            group = self._number(("bias", binding.node))
+            inputs[bias.name] = Edge("bias", group, describe(binding.node), bias=scheme.bias)
+            dtype, why = str(scheme.bias), "derived: input scale x weight scale"
+        tensors.append(TensorPlan("bias", bias.name, dtype, group, why))
+        return tensors
+
+
+def group_members(plan: Plan) -> dict[int, list[str]]:
+    """Tensors of each group, in graph order."""
+    members: dict[int, list[str]] = defaultdict(list)
+    for op in plan.ops:
+        for tensor in op.tensors:
+            if tensor.group is not None and tensor.tensor not in members[tensor.group]:
+                members[tensor.group].append(tensor.tensor)
+    return dict(members)
