@@ -1,0 +1,143 @@
+"""CIFAR-10 networks and images for the slow tests and the measurements.
+
+They need a data folder that is not part of the repository; ``shared_data_dir()`` finds it or
+returns None. Its accuracies are to be compared with each other only: the images were compressed
+again.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from custom_quantizer.errors import InputError
+from custom_quantizer.sources import load_data, load_weights
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def shared_data_dir() -> Path | None:
+    """The folder with ``cifar10/`` and ``weights/``, or None where there is none.
+
+    It is what the environment variable CUSTOM_QUANTIZER_DATA names, else ``shared/data`` beside
+    the repository.
+    """
+    named = os.environ.get("CUSTOM_QUANTIZER_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    return folder if folder.is_dir() else None
+
+
+def shared_file(name: str) -> Path:
+    """The path of a file in the data folder; InputError where it is missing."""
+    folder = shared_data_dir()
+    if folder is None or not (folder / name).is_file():
+        raise InputError(
+            f"No {name} in {folder or 'the data folder'}: set CUSTOM_QUANTIZER_DATA to the folder "
+            "that holds it."
+        )
+    return folder / name
+
+
+@lru_cache(maxsize=4)
+def cifar10_test(limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Test images, float32 normalized of shape (n, 3, 32, 32), and their int64 labels.
+
+    With a limit, as many of each class. Decoded once per process: do not write to the result.
+    """
+    return _images("cifar10/test.zip", limit)
+
+
+@lru_cache(maxsize=4)
+def cifar10_calibration(n: int) -> tuple[Tensor, Tensor]:
+    """As :func:`cifar10_test`, drawn from the training images."""
+    return _images("cifar10/train.zip", n)
+
+
+def _images(name: str, limit: int | None) -> tuple[Tensor, Tensor]:
+    # The default preprocessing has the mean and std that the networks below were trained with.
+    # Shuffled, so that a slice of it is no single class.
+    source = load_data(shared_file(name), batch_size=250, limit=limit, shuffle=True)
+    if source.labels is None:
+        raise InputError(f"{name} has no class folders.")
+    return torch.cat([batch.inputs[0] for batch in source]), source.labels
+
+
+class _Block(nn.Module):
+    """Basic block with shortcut option A: strided slicing and zero channels, no weights."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.added = (channels - in_channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.added:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added, self.added))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """ResNet for CIFAR: 3 stages of 16, 32 and 64 channels, ``6 * blocks + 2`` layers.
+
+    References:
+        K. He, X. Zhang, S. Ren, J. Sun. Deep Residual Learning for Image Recognition. CVPR 2016,
+        section 4.2. https://arxiv.org/abs/1512.03385
+    """
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks, stride=1)
+        self.layer2 = self._stage(16, 32, blocks, stride=2)
+        self.layer3 = self._stage(32, 64, blocks, stride=2)
+        self.linear = nn.Linear(64, 10)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        rest = [_Block(channels, channels, 1) for _ in range(blocks - 1)]
+        return nn.Sequential(_Block(in_channels, channels, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        x = F.avg_pool2d(x, 8)
+        return cast(Tensor, self.linear(torch.flatten(x, 1)))
+
+
+def resnet20(pretrained: bool = True) -> nn.Module:
+    return _loaded(CifarResNet(3), "cifar_resnet20" if pretrained else None)
+
+
+def resnet32(pretrained: bool = True) -> nn.Module:
+    return _loaded(CifarResNet(5), "cifar_resnet32" if pretrained else None)
+
+
+def cifar_mobilenet_v2(pretrained: bool = True) -> nn.Module:
+    """torchvision's MobileNetV2 at half width, its first two strides taken out for 32x32."""
+    from torchvision.models import mobilenet_v2
+
+    model: nn.Module = mobilenet_v2(num_classes=10, width_mult=0.5)
+    for name in ("features.0.0", "features.2.conv.1.0"):
+        conv = model.get_submodule(name)
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"{name} is a {type(conv).__name__}: torchvision has changed.")
+        conv.stride = (1, 1)
+    return _loaded(model, "cifar_mobilenet_v2_w0.5" if pretrained else None)
+
+
+def _loaded(model: nn.Module, weights: str | None) -> nn.Module:
+    if weights is not None:
+        load_weights(model, shared_file(f"weights/{weights}.safetensors"))
+    return model.eval()
