@@ -81,8 +81,15 @@ def describe(node: Node) -> str:
 
 
 def tensor_meta(node: Node) -> torch.Tensor | None:
-    """The fake tensor that capture recorded for ``node``, if its value is one tensor."""
+    """The fake tensor that capture recorded for ``node``, if its value is one tensor.
+
+    ``convert_pt2e`` records none for the dequantize nodes it makes: they have the shape of what
+    was quantized.
+    """
     value = node.meta.get("val")
+    while value is None and (is_dequantize(node) or is_quantize(node)):
+        node = cast(Node, node.args[0])
+        value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
 
 

@@ -302,7 +302,7 @@ def padding_of(node: Node) -> list[int]:
 
 
 def _pad_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
-    return F.pad(inputs[0], padding_of(op.node), value=float(op.inputs[0].zero_point))
+    return F.pad(inputs[0], padding_of(op.node), value=op.inputs[0].zero_point)
 
 
 PAD = OpRule(

@@ -239,14 +239,20 @@ def counts_padding(node: Node) -> bool:
 
 def _avg_pool_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
     kernel, stride, padding = pool_window(op.node)
+    data = inputs[0]
+    if counts_padding(op.node):
+        # Lowered as a pad by zero and a pool without padding.
+        vertical, horizontal = padding
+        pads = (horizontal, horizontal, vertical, vertical)
+        data, padding = F.pad(data, pads, value=op.inputs[0].zero_point), (0, 0)
     return arithmetic.avg_pool2d(
-        inputs[0],
+        data,
         op.inputs[0],
         op.output,
         kernel_size=kernel,
         stride=stride,
         padding=padding,
-        count_include_pad=counts_padding(op.node),
+        count_include_pad=False,
     )
 
 

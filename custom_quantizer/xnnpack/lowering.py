@@ -1,0 +1,315 @@
+"""Converted graph in, checked ExecuTorch program out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import (
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    to_edge_transform_and_lower,
+)
+from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.converted import ConvertedGraph, FloatOp, read_converted
+from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
+from custom_quantizer.graph import module_path, tensor_meta
+from custom_quantizer.ops import Backend, QuantizedOp
+from custom_quantizer.xnnpack.passes import origin_of, run_passes
+from custom_quantizer.xnnpack.program import (
+    LoweredProgram,
+    LoweringReport,
+    OpBackend,
+    computes_in_integers,
+)
+from custom_quantizer.xnnpack.readback import ProgramContents, read_program
+
+__all__ = ["lower"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DYNAMIC_MAX = 64
+"""Largest size of a dynamic dimension when the captured graph gives none: memory is planned."""
+
+
+def lower(
+    converted: GraphModule,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_max: int = DEFAULT_DYNAMIC_MAX,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> LoweredProgram:
+    """Lower a converted graph to an ExecuTorch program that runs on XNNPACK.
+
+    The graph is rewritten so that the delegate keeps every op it can, partitioned and written.
+    Then the program is read back and run: weights and biases in the file must be the graph's,
+    integer for integer, and the outputs on the example must be those of the integer reference.
+
+    Args:
+        converted: what ``convert_pt2e`` returns; it is not changed.
+        example_inputs: one set of inputs, as for the model.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        check: run the checks. Without them a wrong program would go unnoticed.
+        progress: called with the name of each stage.
+
+    Raises:
+        ConversionError: the graph is not a converted one.
+        InputError: the example does not fit the graph.
+        LoweringError: the backend refused the graph.
+        VerificationError: the program is not what the graph says.
+    """
+    say = progress or (lambda _stage: None)
+    graph = read_converted(converted)
+    example = _check_example(converted, example_inputs)
+    say("rewriting the graph")
+    rewritten = copy.deepcopy(converted)
+    applied = run_passes(rewritten)
+    say("exporting")
+    exported = _export(rewritten, example, dynamic_max)
+    say("partitioning for XNNPACK")
+    edge = _to_edge(exported)
+    say("writing the program")
+    data = _to_bytes(edge)
+    contents = read_program(data)
+    report = _report(graph, edge, contents, applied)
+    program = LoweredProgram(
+        data, report, contents, graph, _specs(converted), tuple(_placeholder_metas(converted))
+    )
+    if check:
+        from custom_quantizer.xnnpack.checks import check_program
+
+        say("checking the program")
+        check_program(program, graph, example)
+    return program
+
+
+def _check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(example_inputs, (tuple, list)):
+        raise InputError(
+            f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"
+            " for one tensor x write (x,)"
+        )
+    metas = _placeholder_metas(converted)
+    flat = pytree.tree_leaves(tuple(example_inputs))
+    if len(flat) != len(metas):
+        raise InputError(f"the graph takes {len(metas)} inputs, the example has {len(flat)}")
+    for i, (value, meta) in enumerate(zip(flat, metas, strict=True)):
+        check_input(i, value, meta)
+    return tuple(
+        pytree.tree_map(lambda v: _contiguous(v), tuple(example_inputs))
+    )
+
+
+def _contiguous(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    # contiguous() keeps ambiguous strides (a channel dim of 1); a fresh copy does not.
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:
+    """Raise ``InputError`` unless ``value`` has the recorded dtype and shape."""
+    if meta is None:
+        return
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"input {index} must be a tensor, got {type(value).__name__}")
+    if value.dtype != meta.dtype:
+        raise InputError(
+            f"input {index} must be {meta.dtype}, got {value.dtype}; convert it with "
+            f".to({meta.dtype})"
+        )
+    wanted, given = tuple(meta.shape), tuple(value.shape)
+    fits = len(wanted) == len(given) and all(
+        not isinstance(w, int) or w == g for w, g in zip(wanted, given, strict=True)
+    )
+    if not fits:
+        shown = ", ".join(str(w) if isinstance(w, int) else "*" for w in wanted)
+        raise InputError(f"input {index} must have shape ({shown}), got {given}")
+
+
+def _placeholder_metas(model: GraphModule) -> list[torch.Tensor | None]:
+    return [tensor_meta(node) for node in model.graph.nodes if node.op == "placeholder"]
+
+
+def _specs(model: GraphModule) -> tuple[Any, Any]:
+    info = getattr(model.graph._codegen, "pytree_info", None)
+    return (None, None) if info is None else (info.in_spec, info.out_spec)
+
+
+def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> Any:
+    """Dynamic dims for exporting again, with the bounds that capture recorded."""
+    shapes = []
+    for meta in _placeholder_metas(model):
+        dims: dict[int, Any] = {}
+        for dim, size in enumerate(() if meta is None else meta.shape):
+            if isinstance(size, int):
+                continue
+            low, high = _bounds(size)
+            high = dynamic_max if high is None else high
+            dims[dim] = torch.export.Dim.AUTO(min=low, max=high)
+        shapes.append(dims)
+    return shapes
+
+
+def _bounds(size: torch.SymInt) -> tuple[int, int | None]:
+    """Recorded range of a symbolic size; sizes below 2 are special to export."""
+    env = size.node.shape_env
+    bounds = env.bound_sympy(size.node.expr) if env is not None else None
+    if bounds is None:
+        return 1, None
+    high = int(bounds.upper) if bounds.upper.is_number and bounds.upper.is_finite else None
+    if high is not None and high > 1 << 24:
+        high = None
+    low = int(bounds.lower) if bounds.lower.is_number else 1
+    return (1 if low <= 2 else low), high
+
+
+def _export(
+    model: GraphModule, example: tuple[Any, ...], dynamic_max: int
+) -> torch.export.ExportedProgram:
+    flat = dynamic_shapes_of(model, dynamic_max)
+    in_spec, _ = _specs(model)
+    shapes: Any = None
+    if any(flat):
+        structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
+        args, _kwargs = pytree.tree_unflatten(flat, structure)
+        shapes = tuple(args)
+    try:
+        return torch.export.export(model, example, dynamic_shapes=shapes)
+    except CustomQuantizerError:
+        raise
+    except Exception as error:
+        raise LoweringError(
+            f"torch.export refused the rewritten graph: {_first_line(error)}. Check that the "
+            "example inputs fit the dynamic sizes the model was captured with"
+        ) from error
+
+
+def _to_edge(exported: torch.export.ExportedProgram) -> EdgeProgramManager:
+    # The partitioner logs an ERROR for each op it leaves to another backend; the report says it.
+    try:
+        return to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    except Exception as error:
+        raise LoweringError(f"ExecuTorch could not partition the graph: {_first_line(error)}") from error
+
+
+def _to_bytes(edge: EdgeProgramManager) -> bytes:
+    leftover = [
+        node
+        for node in edge.exported_program().graph.nodes
+        if node.op == "call_function" and "quantized_decomposed" in str(node.target)
+    ]
+    if leftover:
+        names = ", ".join(origin_of(node) or node.name for node in leftover[:5])
+        raise LoweringError(
+            f"{len(leftover)} quantize or dequantize ops stayed outside the delegate ({names}): "
+            "the bare runtime has no kernel for them. Leave the ops around them in float with "
+            "set_node_name(name, None)"
+        )
+    config = ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
+    try:
+        return bytes(edge.to_executorch(config).buffer)
+    except Exception as error:
+        raise LoweringError(f"ExecuTorch could not write the program: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+# ---------------------------------------------------------------------------------------------
+# What became of each op
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Traced:
+    """Edge nodes that stand for one converted op."""
+
+    delegated: list[Node]
+    outside: list[Node]
+
+
+def _report(
+    graph: ConvertedGraph,
+    edge: EdgeProgramManager,
+    contents: ProgramContents,
+    applied: dict[str, int],
+) -> LoweringReport:
+    traced, empty = _trace(edge)
+    if empty:
+        raise LoweringError("the partitioner made a delegate without ops; the program is not safe")
+    integer_handles = {
+        op.debug_handle
+        for delegate in contents.delegates
+        for op in delegate.ops
+        if computes_in_integers(delegate, op)
+    }
+    rows = tuple(_row(op, traced, integer_handles) for op in graph)
+    outside = tuple(str(k) for k in contents.kernels)
+    return LoweringReport(rows, len(contents.delegates), outside, contents.size_bytes, applied)
+
+
+def _trace(edge: EdgeProgramManager) -> tuple[dict[str, _Traced], bool]:
+    traced: dict[str, _Traced] = {}
+    empty = False
+    module = edge.exported_program().graph_module
+
+    def entry(node: Node) -> _Traced | None:
+        name = origin_of(node)
+        return None if name is None else traced.setdefault(name, _Traced([], []))
+
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and hasattr(getattr(module, str(node.target), None), "original_module"):
+            inner = getattr(module, str(node.target)).original_module
+            calls = [n for n in inner.graph.nodes if n.op == "call_function"]
+            empty = empty or not calls
+            for call in calls:
+                if (found := entry(call)) is not None:
+                    found.delegated.append(call)
+        elif node.op == "call_function" and (found := entry(node)) is not None:
+            found.outside.append(node)
+    return traced, empty
+
+
+def _row(
+    op: QuantizedOp | FloatOp, traced: dict[str, _Traced], integer_handles: set[int]
+) -> OpBackend:
+    names = [op.node.name]
+    if isinstance(op, QuantizedOp) and op.output_node is not op.node:
+        names.append(op.output_node.name)
+    found = [traced[name] for name in names if name in traced]
+    delegated = [node for trace in found for node in trace.delegated]
+    outside = [node for trace in found for node in trace.outside]
+    handles = {cast(int, node.meta.get("debug_handle", -1)) for node in delegated}
+    reason = op.reason if isinstance(op, FloatOp) else ""
+    if outside:
+        backend = Backend.PORTABLE
+        reason = reason or "XNNPACK has no kernel for it as it stands here"
+    elif not delegated:
+        backend, reason = Backend.FOLDED, reason or "nothing is left of it after lowering"
+    else:
+        backend = Backend.INT8 if handles & integer_handles else Backend.FLOAT
+    if isinstance(op, QuantizedOp):
+        predicted = op.binding.rule.delegation(op)
+        reason = reason or predicted.reason
+        if backend is Backend.FLOAT and not reason:
+            reason = "XNNPACK runs it in float between quantize steps"
+    return OpBackend(
+        node=op.node.name,
+        path=module_path(op.node),
+        family=op.binding.rule.family if isinstance(op, QuantizedOp) else str(op.node.target),
+        backend=backend,
+        reason=reason,
+        handles=frozenset(handles),
+    )

@@ -1,0 +1,285 @@
+"""A lowered program: its bytes, what became of each op, and running it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from executorch.runtime import Runtime
+from torch import Tensor
+
+from custom_quantizer._io import write_bytes_atomic
+from custom_quantizer.converted import ConvertedGraph
+from custom_quantizer.errors import InputError, ProgramError
+from custom_quantizer.ops import Backend
+from custom_quantizer.xnnpack.readback import (
+    DelegateContents,
+    DelegateOp,
+    ProgramContents,
+    read_program,
+)
+
+__all__ = ["LoweredProgram", "LoweringReport", "OpBackend", "load_program"]
+
+INTEGER_BACKENDS = frozenset({Backend.INT8, Backend.PACKED_INT4, Backend.INT8_CONTAINER})
+
+
+@dataclass(frozen=True)
+class OpBackend:
+    """Where and how one op of the converted graph runs.
+
+    Attributes:
+        node: its anchor in the converted graph.
+        path: module path.
+        family: of the registry, or the aten overload.
+        backend: where it runs.
+        reason: why it is not plain int8, empty if it is.
+        handles: debug handles of the delegate's nodes that stand for it.
+    """
+
+    node: str
+    path: str
+    family: str
+    backend: Backend
+    reason: str
+    handles: frozenset[int] = field(default_factory=frozenset, repr=False)
+
+
+@dataclass(frozen=True)
+class LoweringReport:
+    """What the backend did with each op.
+
+    Attributes:
+        ops: in graph order.
+        delegates: number of delegate calls.
+        outside: kernels called outside delegates, in execution order.
+        size_bytes: of the program.
+        passes: rewrite -> number of places it changed.
+    """
+
+    ops: tuple[OpBackend, ...]
+    delegates: int
+    outside: tuple[str, ...]
+    size_bytes: int
+    passes: Mapping[str, int]
+
+    @property
+    def fully_delegated(self) -> bool:
+        """One delegate call and nothing outside it."""
+        return self.delegates == 1 and not self.outside
+
+    def not_integer(self) -> tuple[OpBackend, ...]:
+        """Ops that do not run as plain integer kernels, each with its reason."""
+        kept = INTEGER_BACKENDS | {Backend.FOLDED}
+        return tuple(op for op in self.ops if op.backend not in kept)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(
+            {
+                "delegates": self.delegates,
+                "outside": list(self.outside),
+                "size_bytes": self.size_bytes,
+                "passes": dict(self.passes),
+                "ops": [
+                    {
+                        "node": op.node,
+                        "path": op.path,
+                        "family": op.family,
+                        "backend": op.backend.value,
+                        "reason": op.reason,
+                    }
+                    for op in self.ops
+                ],
+            },
+            indent=2,
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.delegates} delegate call{'s' if self.delegates != 1 else ''}, "
+            f"{len(self.outside)} kernels outside, {self.size_bytes:,} bytes"
+        ]
+        for op in self.ops:
+            where = f" ({op.path})" if op.path else ""
+            why = f": {op.reason}" if op.reason else ""
+            lines.append(f"  {op.node}{where} [{op.family}] {op.backend.value}{why}")
+        return "\n".join(lines)
+
+
+class LoweredProgram:
+    """An ExecuTorch program and all that is known about it.
+
+    Attributes:
+        report: what became of each op.
+        contents: the program, read back from its bytes.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        report: LoweringReport,
+        contents: ProgramContents,
+        graph: ConvertedGraph,
+        specs: tuple[Any, Any],
+        metas: tuple[Tensor | None, ...],
+    ) -> None:
+        self._data = data
+        self.report = report
+        self.contents = contents
+        self._graph = graph
+        self._out_spec = specs[1]
+        self._metas = metas
+        self._method: Any = None
+
+    @property
+    def buffer(self) -> bytes:
+        """The bytes of the ``.pte``."""
+        return self._data
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the ``.pte``; either all of it or nothing.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        write_bytes_atomic(path, self._data)
+        return Path(path)
+
+    def run(self, *inputs: Any) -> Any:
+        """Run the program; returns what the model returns.
+
+        Inputs may have any memory layout; the runtime is given contiguous ones.
+
+        Raises:
+            InputError: number, dtype or shape of the inputs is wrong.
+            ProgramError: the runtime failed.
+        """
+        from custom_quantizer.xnnpack.lowering import check_input
+
+        flat = pytree.tree_leaves(inputs)
+        if len(flat) != len(self._metas):
+            raise InputError(f"the program takes {len(self._metas)} inputs, got {len(flat)}")
+        for i, (value, meta) in enumerate(zip(flat, self._metas, strict=True)):
+            check_input(i, value, meta)
+        if self._method is None:
+            self._method = _load_method(self._data, "the program")
+        outputs = _execute(self._method, flat)
+        if self._out_spec is None:
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return pytree.tree_unflatten(outputs, self._out_spec)
+
+    __call__ = run
+
+    def integer_biases(self) -> dict[str, np.ndarray[Any, np.dtype[np.int32]]]:
+        """Biases as the file holds them: converted node name -> int32 ``(out_channels,)``.
+
+        Raises:
+            ProgramError: an op with an integer bias has none in the file.
+        """
+        biases = {}
+        by_name = {op.node: op for op in self.report.ops}
+        for op in self._graph.with_bias():
+            found = find_weighted(self.contents, by_name[op.node.name])
+            bias = None if found is None else found[0].bias(found[1])
+            if bias is None:
+                raise ProgramError(
+                    f"{op.node.name}: the program holds no integer bias for it; "
+                    f"{by_name[op.node.name].reason or 'see the lowering report'}"
+                )
+            biases[op.node.name] = bias
+        return biases
+
+
+def find_weighted(
+    contents: ProgramContents, op: OpBackend
+) -> tuple[DelegateContents, DelegateOp] | None:
+    """The delegate's node with a weight that stands for ``op``, if there is one."""
+    for delegate in contents.delegates:
+        for node in delegate.ops:
+            if node.weight is not None and node.debug_handle in op.handles:
+                return delegate, node
+    return None
+
+
+def computes_in_integers(delegate: DelegateContents, op: DelegateOp) -> bool:
+    """Whether a delegate's node reads and writes integers only."""
+    tensors = [delegate.tensors[i] for i in (*op.inputs, *op.outputs)]
+    return all(tensor.dtype in ("int8", "uint8") for tensor in tensors)
+
+
+def _load_method(data: bytes, what: str) -> Any:
+    try:
+        return Runtime.get().load_program(data).load_method("forward")
+    except Exception as error:
+        raise ProgramError(
+            f"{what} does not load in the ExecuTorch runtime: {error}. The delegate refused one of "
+            "its ops; lower it with check=True for the op's name"
+        ) from error
+
+
+def _execute(method: Any, flat: list[Any]) -> list[Tensor]:
+    feed = [
+        value.detach().clone(memory_format=torch.contiguous_format)
+        if isinstance(value, Tensor)
+        else value
+        for value in flat
+    ]
+    try:
+        outputs = method.execute(feed)
+    except Exception as error:
+        raise ProgramError(f"the runtime failed to run the program: {error}") from error
+    # Outputs live in the program's own memory, which the next call overwrites.
+    return [value.clone() if isinstance(value, Tensor) else value for value in outputs]
+
+
+class StoredProgram:
+    """A ``.pte`` from a file: what it holds, and running it.
+
+    Attributes:
+        contents: the program, read back.
+    """
+
+    def __init__(self, data: bytes, what: str) -> None:
+        self.contents = read_program(data)
+        self._method = _load_method(data, what)
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the program on a flat list of inputs; returns the flat list of outputs.
+
+        Raises:
+            InputError: number or dtype of the inputs is wrong.
+            ProgramError: the runtime failed.
+        """
+        infos = self.contents.inputs
+        if len(inputs) != len(infos):
+            raise InputError(f"the program takes {len(infos)} inputs, got {len(inputs)}")
+        for i, (value, info) in enumerate(zip(inputs, infos, strict=True)):
+            if str(value.dtype) != f"torch.{info.dtype}":
+                raise InputError(f"input {i} must be {info.dtype}, got {value.dtype}")
+            if len(value.shape) != len(info.shape):
+                raise InputError(f"input {i} must have shape {info.shape}, got {tuple(value.shape)}")
+        return tuple(_execute(self._method, list(inputs)))
+
+
+def load_program(path: str | os.PathLike[str]) -> StoredProgram:
+    """Load a ``.pte`` file.
+
+    Raises:
+        ProgramError: it cannot be read or loaded.
+    """
+    where = os.fspath(path)
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ProgramError(
+            f"{where}: cannot be read ({error.strerror or error}); give the path of a .pte"
+        ) from error
+    return StoredProgram(data, where)
