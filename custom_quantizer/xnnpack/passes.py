@@ -35,7 +35,9 @@ from custom_quantizer.graph import (
 from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, expand_channels
 from custom_quantizer.ops.movement import (
+    CAT,
     EXPAND,
+    PAD,
     RESHAPE,
     SELECT,
     SLICE,
@@ -585,6 +587,37 @@ def _dedicate_dequantize(model: GraphModule) -> int:
                 copy = model.graph.node_copy(node)
             user.replace_input_with(node, copy)
             count += 1
+    # The partitioner counts the distinct inputs of a cat, and refuses a single one.
+    for node in _calls(model, CAT.targets):
+        inputs = list(cast("Sequence[Node]", node.args[0]))
+        for i, source in enumerate(inputs):
+            if source in inputs[:i] and is_dequantize(source):
+                with model.graph.inserting_before(node):
+                    inputs[i] = model.graph.node_copy(source)
+                count += 1
+        node.args = (inputs, *node.args[1:])
+    return count
+
+
+def _quantize_pads(model: GraphModule) -> int:
+    """A pad of a quantized tensor that float ops read is quantized at once, which is exact.
+
+    ExecuTorch's InsertPadQDQPass (1.5.1) takes any pad behind a dequantize node for one before a
+    convolution and writes a node with an int8 output and a float input, which fails at load.
+    """
+    count = 0
+    for node in _calls(model, PAD.targets):
+        source = node.args[0]
+        if not isinstance(source, Node) or not is_dequantize(source):
+            continue
+        users = list(node.users)
+        if any(is_quantize(user) for user in users) or not users:
+            continue
+        build = _Builder(model, users[0])
+        repeated = build.requantized(node, source)
+        for user in users:
+            user.replace_input_with(node, repeated)
+        count += 1
     return count
 
 
@@ -650,6 +683,7 @@ PASSES: tuple[GraphPass, ...] = (
         _split_activations,
     ),
     GraphPass("clamps_to_hardtanh", "clamps", "hardtanh or relu", _clamps_to_hardtanh),
+    GraphPass("quantize_pads", "pads between int8 and float", "pads of integers", _quantize_pads),
     GraphPass(
         "dedicate_dequantize",
         "shared dequantize nodes",
