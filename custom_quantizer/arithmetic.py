@@ -853,23 +853,21 @@ class XnnpackArithmetic:
         Taps come kernel column by kernel column, in chunks of nine of which each is
         ``((2+3) + (4+5)) + (((0+1) + 8) + (6+7))``; chunks are added in turn.
 
-        Raises:
-            SchemeError: Padding that counts as elements, which the delegate does not run.
+        With padding that counts, the delegate leaves the pooling to ExecuTorch's portable kernel:
+        ``A(fl(sum / count))``, the sum row by row, one tap at a time.
         """
+        windows = _windows(self.dequantize(x, src), kernel_size, stride, padding, count_include_pad)
+        counts = windows.counts.to(torch.float32)
         if count_include_pad and any(padding):
-            raise SchemeError(
-                "The delegate does not run avg_pool2d with count_include_pad=True and padding."
-            )
-        real = self.dequantize(x, src)
-        windows = _windows(real, kernel_size, stride, padding, count_include_pad)
-        zero = _f32(0.0)
-        total = zero
+            rows = kernel_size[0]
+            by_row = [tap for row in range(rows) for tap in windows.taps[row::rows]]
+            return self.quantize(sum(by_row, _f32(0.0)) / counts, dst)
+        total = zero = _f32(0.0)
         for start in range(0, len(windows.taps), _AVGPOOL_CHUNK):
             chunk = windows.taps[start : start + _AVGPOOL_CHUNK]
             t = chunk + [zero] * (_AVGPOOL_CHUNK - len(chunk))
             chunk_sum = ((t[2] + t[3]) + (t[4] + t[5])) + (((t[0] + t[1]) + t[8]) + (t[6] + t[7]))
             total = total + chunk_sum
-        counts = windows.counts.to(torch.float32)
         return self.quantize(total * (torch.ones_like(counts) / counts), dst)
 
     def clamp(self, x: Tensor, src: QParams, dst: QParams, low: float, high: float) -> Tensor:
@@ -1162,6 +1160,7 @@ class FixedPointArithmetic:
         scaled_b = multiply_by_quantized_multiplier(
             offset_b << left_shift, *quantize_multiplier(scale_b / twice_max)
         )
+        # Each of them is below 2**30 with at most 16 bits: their int32 sum holds.
         raw = scaled_a - scaled_b if subtract else scaled_a + scaled_b
         stored = multiply_by_quantized_multiplier(raw, *quantize_multiplier(output))
         return _store(stored.to(torch.int64) + out.zero_point, out, bounds)
