@@ -13,6 +13,7 @@ from custom_quantizer.ops._rule import (
     Binding,
     Case,
     Delegation,
+    Formats,
     OpRule,
     QParamSharing,
     QuantizedOp,
@@ -25,10 +26,13 @@ __all__ = [
     "Binding",
     "Case",
     "Delegation",
+    "Formats",
     "OpRule",
     "QParamSharing",
     "QuantizedOp",
     "Verdict",
+    "known_targets",
+    "predict_backend",
     "rule_of",
 ]
 
@@ -81,3 +85,24 @@ def rule_of(node: Node) -> OpRule | None:
 def known_targets() -> tuple[Any, ...]:
     """Every aten overload some family claims."""
     return tuple(_BY_TARGET)
+
+
+def predict_backend(binding: Binding, formats: Formats) -> Delegation:
+    """Where and how an op will run after lowering.
+
+    Args:
+        binding: the op.
+        formats: its widths.
+    """
+    wide = formats.activation_bits > 8 or (formats.weight_bits or 0) > 8
+    if not wide:
+        return binding.rule.delegation(binding, formats)
+    bits = max(formats.activation_bits, formats.weight_bits or 0)
+    if binding.rule.sharing is QParamSharing.SAME:
+        found = binding.rule.delegation(binding, formats)
+        if found.backend in (Backend.FOLDED, Backend.PORTABLE):
+            return found
+        return Delegation(Backend.EMULATED, f"moves int{bits} values as float")
+    return Delegation(
+        Backend.EMULATED, f"int{bits}: emulated in float, XNNPACK has no kernel above 8 bits"
+    )

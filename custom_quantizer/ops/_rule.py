@@ -26,6 +26,7 @@ __all__ = [
     "Binding",
     "Case",
     "Delegation",
+    "Formats",
     "OpRule",
     "QParamSharing",
     "QuantizedOp",
@@ -132,6 +133,17 @@ class QuantizedOp:
         """The anchor."""
         return self.binding.node
 
+    @property
+    def formats(self) -> Formats:
+        """Widths of its integers."""
+        bits = max(_bits(q) for q in (*self.inputs, self.output))
+        weight = self.weight_qparams
+        return Formats(
+            bits,
+            None if weight is None else _bits(weight),
+            "per_tensor" if weight is None or weight.axis is None else "per_channel",
+        )
+
     def stored_bounds(self, arithmetic: Arithmetic) -> tuple[int, int] | None:
         """Limits of the fused activation as stored integers of the output."""
         if self.bounds is None:
@@ -140,6 +152,23 @@ class QuantizedOp:
         return arithmetic.clamp_bounds(
             -math.inf if low is None else low, math.inf if high is None else high, self.output
         )
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Widths and granularity of one op: what its kernel depends on.
+
+    Attributes:
+        activation_bits: the widest of inputs and output.
+        weight_bits: ``None`` for ops without a weight.
+        granularity: of the weight.
+        dynamic: activations are quantized at run time.
+    """
+
+    activation_bits: int
+    weight_bits: int | None = None
+    granularity: str = "per_tensor"
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +186,11 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
 
 
+def _bits(qparams: QParams) -> int:
+    """Width of the signed integers of a range."""
+    return max(qparams.quant_max.bit_length(), (-qparams.quant_min - 1).bit_length()) + 1
+
+
 Target = Any
 """An aten overload or ``operator.getitem``."""
 
@@ -167,7 +201,7 @@ def _always(_binding: Binding, _scheme: OpScheme) -> Verdict:
     return ACCEPTED
 
 
-def _int8(_op: QuantizedOp) -> Delegation:
+def _int8(_binding: Binding, _formats: Formats) -> Delegation:
     return Delegation(Backend.INT8)
 
 
@@ -186,7 +220,8 @@ class OpRule:
         accepts: can the op take the scheme; if not, why not.
         integers: integer semantics: the op, its input integers (int32), the arithmetic; returns
             int32.
-        delegation: what XNNPACK does with the op once converted.
+        delegation: what XNNPACK does with the op at widths up to 8 bits; wider ones are emulated
+            (:func:`custom_quantizer.ops.predict_backend` knows both).
         cases: examples, for contract tests.
     """
 
@@ -198,5 +233,5 @@ class OpRule:
     fuses: frozenset[str] = frozenset()
     bounds: Callable[[Node], tuple[float | None, float | None]] | None = None
     accepts: Callable[[Binding, OpScheme], Verdict] = _always
-    delegation: Callable[[QuantizedOp], Delegation] = _int8
+    delegation: Callable[[Binding, Formats], Delegation] = _int8
     cases: tuple[Case, ...] = field(default=(), repr=False)

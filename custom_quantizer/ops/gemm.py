@@ -19,6 +19,7 @@ from custom_quantizer.ops._rule import (
     Binding,
     Case,
     Delegation,
+    Formats,
     Integers,
     OpRule,
     QuantizedOp,
@@ -217,15 +218,36 @@ def _linear_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) 
 # ---------------------------------------------------------------------------------------------
 
 
-def _delegation(op: QuantizedOp) -> Delegation:
-    weight_qparams = op.weight_qparams
-    per_channel = weight_qparams is not None and isinstance(weight_qparams.scale, Tensor)
-    if op.binding.rule is CONV_TRANSPOSE and per_channel and op.binding.groups > 1:
+def _delegation(binding: Binding, formats: Formats) -> Delegation:
+    bits = formats.weight_bits or 8
+    if formats.dynamic:
+        backend = Backend.DYNAMIC_INT8 if bits > 4 else Backend.PACKED_INT4
+        return Delegation(backend, "activations are quantized at run time, row by row")
+    if binding.rule is CONV_TRANSPOSE and formats.granularity == "per_channel":
+        if binding.groups > 1:
+            return Delegation(
+                Backend.FLOAT,
+                "XNNPACK has no per-channel kernel for grouped transposed convolutions",
+            )
+    if bits == 8:
+        return Delegation(Backend.INT8)
+    if binding.rule is LINEAR and bits <= 4:
+        features = packable_features(binding)
+        if features is not None:
+            return Delegation(Backend.PACKED_INT4, f"int{bits} weights, two to a byte")
         return Delegation(
-            Backend.FLOAT,
-            "XNNPACK has no per-channel kernel for grouped transposed convolutions",
+            Backend.INT8_CONTAINER,
+            f"int{bits} weights stored as int8: packed 4-bit kernels are wrong on some CPUs for an "
+            "odd number of input features",
         )
-    return Delegation(Backend.INT8)
+    return Delegation(Backend.INT8_CONTAINER, f"int{bits} weights stored as int8")
+
+
+def packable_features(binding: Binding) -> int | None:
+    """Input features of a linear layer if its 4-bit weights can be packed: an even number."""
+    meta = tensor_meta(cast(Node, binding.weight))
+    features = None if meta is None else int(meta.shape[1])
+    return features if features is not None and features % 2 == 0 else None
 
 
 # ---------------------------------------------------------------------------------------------

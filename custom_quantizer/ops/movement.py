@@ -17,6 +17,7 @@ from custom_quantizer.ops._rule import (
     Backend,
     Binding,
     Delegation,
+    Formats,
     Integers,
     OpRule,
     QParamSharing,
@@ -81,11 +82,11 @@ def _apply(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor
     return target(inputs[0], *node.args[1:], **node.kwargs)
 
 
-def _moved(_op: QuantizedOp) -> Delegation:
+def _moved(_binding: Binding, _formats: Formats) -> Delegation:
     return Delegation(Backend.INT8)
 
 
-def _unmoved(_op: QuantizedOp) -> Delegation:
+def _unmoved(_binding: Binding, _formats: Formats) -> Delegation:
     return Delegation(Backend.FOLDED, "it does not change the tensor")
 
 
@@ -151,9 +152,9 @@ def slice_of(node: Node) -> tuple[int, int, int, int]:
     return dim, first, last, step
 
 
-def _slice_delegation(op: QuantizedOp) -> Delegation:
-    shape = shape_of(op.node)
-    dim, _, _, step = slice_of(op.node)
+def _slice_delegation(binding: Binding, _formats: Formats) -> Delegation:
+    shape = shape_of(binding.node)
+    dim, _, _, step = slice_of(binding.node)
     if step != 1 and not (len(shape) == 4 and dim in (2, 3)):
         return Delegation(
             Backend.PORTABLE, "XNNPACK slices with step 1, except spatial dims of 4-d tensors"
@@ -187,10 +188,10 @@ SELECT = OpRule(
 )
 
 
-def _expand_delegation(op: QuantizedOp) -> Delegation:
+def _expand_delegation(binding: Binding, _formats: Formats) -> Delegation:
     return (
         Delegation(Backend.FOLDED, "it does not change the tensor")
-        if shape_of(op.node) == shape_of(op.binding.inputs[0])
+        if shape_of(binding.node) == shape_of(binding.inputs[0])
         else Delegation(Backend.INT8)
     )
 
@@ -311,7 +312,9 @@ PAD = OpRule(
     bind=_bind_pad,
     sharing=QParamSharing.SAME,
     integers=_pad_integers,
-    delegation=lambda _op: Delegation(Backend.FLOAT, "XNNPACK pads in float; zeros stay exact"),
+    delegation=lambda _binding, _formats: Delegation(
+        Backend.FLOAT, "XNNPACK pads in float; zeros stay exact"
+    ),
     cases=(
         _case("spatial", lambda x: F.pad(x, (1, 2, 0, 1)), _IMAGE),
         _case("channels", lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), _IMAGE),

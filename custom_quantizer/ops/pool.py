@@ -19,6 +19,7 @@ from custom_quantizer.ops._rule import (
     Binding,
     Case,
     Delegation,
+    Formats,
     Integers,
     OpRule,
     QParamSharing,
@@ -67,11 +68,12 @@ def _max_pool_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmeti
     return pooled.to(torch.int32)
 
 
-def _max_pool_delegation(op: QuantizedOp) -> Delegation:
-    kernel, stride, _ = pool_window(op.node)
-    if any(s > k for s, k in zip(stride, kernel, strict=True)):
+def _max_pool_delegation(binding: Binding, _formats: Formats) -> Delegation:
+    kernel, stride, _ = pool_window(binding.node)
+    skips = any(s > k for s, k in zip(stride, kernel, strict=True))
+    if skips and argument(binding.node, 5, "ceil_mode", False):
         return Delegation(
-            Backend.PORTABLE, "XNNPACK's max_pool2d needs stride <= kernel size"
+            Backend.PORTABLE, "XNNPACK's max_pool2d needs stride <= kernel size or ceil_mode off"
         )
     return Delegation(Backend.INT8)
 
@@ -197,10 +199,10 @@ def _adaptive_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic
     )
 
 
-def _adaptive_delegation(op: QuantizedOp) -> Delegation:
-    if is_global_pool(op.node):
+def _adaptive_delegation(binding: Binding, _formats: Formats) -> Delegation:
+    if is_global_pool(binding.node):
         return Delegation(Backend.INT8)
-    if adaptive_kernel(op.node) == (1, 1):
+    if adaptive_kernel(binding.node) == (1, 1):
         return Delegation(Backend.FLOAT, "an identity: requantized from input to output scale")
     return Delegation(Backend.FLOAT, "XNNPACK averages windows in float")
 
@@ -269,7 +271,9 @@ AVG_POOL = OpRule(
     bind=_bind_avg_pool,
     accepts=_accepts_avg_pool,
     integers=_avg_pool_integers,
-    delegation=lambda _op: Delegation(Backend.FLOAT, "XNNPACK averages windows in float"),
+    delegation=lambda _binding, _formats: Delegation(
+        Backend.FLOAT, "XNNPACK averages windows in float"
+    ),
     cases=(
         _case("2x2", lambda x: F.avg_pool2d(x, 2), (2, 8, 10, 9)),
         _case("3x3_stride1", lambda x: F.avg_pool2d(x, 3, 1), (2, 8, 10, 9)),

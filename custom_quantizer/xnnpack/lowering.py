@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
 from custom_quantizer.graph import module_path, tensor_meta
-from custom_quantizer.ops import Backend, QuantizedOp
+from custom_quantizer.ops import Backend, QuantizedOp, predict_backend
 from custom_quantizer.xnnpack.passes import origin_of, run_passes
 from custom_quantizer.xnnpack.program import (
     LoweredProgram,
@@ -301,7 +301,7 @@ def _row(
     else:
         backend = Backend.INT8 if handles & integer_handles else Backend.FLOAT
     if isinstance(op, QuantizedOp):
-        predicted = op.binding.rule.delegation(op)
+        predicted = predict_backend(op.binding, op.formats)
         reason = reason or predicted.reason
         if backend is Backend.FLOAT and not reason:
             reason = "XNNPACK runs it in float between quantize steps"
