@@ -700,6 +700,13 @@ def xnnpack_add_parameters(
     return multiplier_a, -multiplier_b if subtract else multiplier_b, shift
 
 
+def _store_emulated(real: Tensor, q: QParams, bounds: Bounds | None) -> Tensor:
+    """Store float64 reals as the float32 emulation does: half up above 8 bits, even below."""
+    scaled = real / _scale_of(q)
+    rounded = torch.round(scaled) if q.fits_int8 else torch.floor(scaled + 0.5)
+    return _store(saturate(_to_integers(rounded) + q.zero_point, q.quant_min, q.quant_max), q, bounds)
+
+
 def _require_int8(q: QParams) -> None:
     if not q.fits_int8:
         raise SchemeError(
@@ -714,7 +721,7 @@ class XnnpackArithmetic:
     Ranges within int8 take the int8 kernels: saturation to 8 bits, then to a narrower range if
     the parameters have one. Where a tensor is wider, elementwise operators and average pooling run
     in float32 on the dequantized values and end in :func:`quantize_emulated_int16`; GEMMs and
-    means then have no defined order of summation, and are refused.
+    means then have no defined order of summation, and are computed in float64.
     """
 
     name: Final = "xnnpack"
@@ -742,12 +749,17 @@ class XnnpackArithmetic:
         bounds: Bounds | None = None,
         accumulator_width: int = 32,
     ) -> Tensor:
-        """``sat8(RNE(fl(fl(wrap32(acc)) * S)) + zp)``, ``S`` from :func:`xnnpack_multiplier`."""
-        _require_int8(out)
-        if accumulator_width != 32:
-            raise SchemeError(
-                f"The delegate accumulates in 32 bits, asked for {accumulator_width}."
-            )
+        """``sat8(RNE(fl(fl(wrap32(acc)) * S)) + zp)``, ``S`` from :func:`xnnpack_multiplier`.
+
+        With an ``accumulator_width`` of 64 or a wider output there is no integer kernel: the
+        delegate multiplies and sums in float32, whose order of summation is not defined. The
+        result here is that of float64, rounded as :func:`quantize_emulated_int16` does, which the
+        delegate's agrees with to within one unit (see ``docs/device_arithmetic.md``).
+        """
+        if accumulator_width != 32 or not out.fits_int8:
+            weight = _along(_checked_weight_scale(weight_scale), channel_axis, acc)
+            unit = weight.to(torch.float64) * _checked_scale(input_scale, "input_scale")
+            return _store_emulated(acc.to(torch.float64) * unit, out, bounds)
         multiplier = xnnpack_multiplier(input_scale, weight_scale, _scale_of(out))
         scaled = wrap_int32(acc).to(torch.float32) * _along(multiplier, channel_axis, acc)
         rounded = _to_integers(torch.round(scaled))
@@ -821,8 +833,9 @@ class XnnpackArithmetic:
 
         ``S = fl(fl(si / so) * fl(1 / n))`` and ``Z = fl(zo - fl(fl(n * zi) * S))``.
         """
-        _require_int8(src)
-        _require_int8(dst)
+        if not (src.fits_int8 and dst.fits_int8):
+            offset64 = (total - _checked_count(count) * src.zero_point).to(torch.float64)
+            return _store_emulated(offset64 * (_scale_of(src) / count), dst, None)
         number = np.float32(_checked_count(count))
         with np.errstate(over="ignore", under="ignore"):
             ratio = np.float32(_scale_of(src)) / np.float32(_scale_of(dst))

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["COMFORTABLE_BIAS", "BiasHeadroom", "derived_scale", "quantize_bias", "raise_scale"]
+__all__ = [
+    "COMFORTABLE_BIAS",
+    "WIDE_BIAS",
+    "BiasHeadroom",
+    "bias_shift",
+    "derived_scale",
+    "quantize_bias",
+    "raise_scale",
+]
 
 COMFORTABLE_BIAS = 1 << 21
 """Largest absolute integer a derived bias may have.
@@ -29,6 +37,10 @@ comes back within ``|q| * 3 * 2**-24`` (plus terms of order ``2**-48``) before i
 2**21 that is at most 0.375 < 0.5, so every integer returns; the limit also keeps the sum far from
 the sign bit.
 """
+
+
+WIDE_BIAS = 1 << 30
+"""The same limit for ops above 8 bits, whose bias never passes through the serializer."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +71,50 @@ def derived_scale(input_scale: float, weight_scale: Tensor) -> Tensor:
     return torch.tensor(input_scale, dtype=torch.float32) * weight_scale.to(torch.float32)
 
 
-def quantize_bias(bias: Tensor, input_scale: float, weight_scale: Tensor) -> Tensor:
-    """``round(b / (s_x * s_w))``, half to even, computed in float64.
+def quantize_bias(
+    bias: Tensor, input_scale: float, weight_scale: Tensor, shift: Tensor | None = None
+) -> Tensor:
+    """``round(b / (s_x * s_w * 2**shift))``, half to even, computed in float64.
 
     Args:
         bias: float, ``(out_channels,)``.
         input_scale: scale of the activation.
         weight_scale: float32, scalar or ``(out_channels,)``.
+        shift: int64, like ``weight_scale``; how far the hardware shifts the integer left before it
+            joins the accumulator (:func:`bias_shift`). Default: not at all.
 
     Returns:
         int32, ``(out_channels,)``, saturated to ``[-(2**31 - 1), 2**31 - 1]``: the sign never wraps.
     """
     unit = input_scale * weight_scale.to(torch.float64)
+    if shift is not None:
+        unit = torch.ldexp(unit, shift)
     limit = float((1 << 31) - 1)
     return torch.round(bias.to(torch.float64) / unit).clamp(-limit, limit).to(torch.int32)
+
+
+def bias_shift(bias: Tensor, input_scale: float, weight_scale: Tensor, quant_max: int) -> Tensor:
+    """Smallest left shift with which a bias of few bits fits: one per weight scale.
+
+    A bias narrower than the accumulator keeps its most significant bits: its scale is the derived
+    one times a power of two, so adding it still costs the hardware a shift and nothing else.
+
+    Args:
+        bias: float, ``(out_channels,)``.
+        input_scale: scale of the activation.
+        weight_scale: float32, scalar or ``(out_channels,)``.
+        quant_max: largest integer of the narrow format.
+
+    Returns:
+        int64, the shape of ``weight_scale``, 0 where nothing has to be shifted.
+    """
+    needed = bias.to(torch.float64).abs() / (input_scale * weight_scale.to(torch.float64))
+    needed = needed.max() if weight_scale.dim() == 0 else needed
+    # The rounded integer must not exceed quant_max, hence half a unit of slack.
+    ratio = (needed / (quant_max + 0.5)).clamp_min(2.0**-1000)
+    _, exponent = torch.frexp(ratio)
+    exact = torch.ldexp(torch.ones_like(ratio), exponent - 1) == ratio
+    return (exponent.to(torch.int64) - exact.to(torch.int64)).clamp_min(0)
 
 
 def raise_scale(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.arithmetic import QParams
+from custom_quantizer.bias import derived_scale
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.graph import (
     constant_of,
@@ -28,6 +29,7 @@ from custom_quantizer.graph import (
 )
 from custom_quantizer.ops import Binding, OpRule, QParamSharing, QuantizedOp, rule_of
 from custom_quantizer.ops.elementwise import CLAMP, RELU
+from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.movement import GETITEM, SPLIT
 
 __all__ = ["ConvertedGraph", "FloatOp", "read_converted"]
@@ -188,9 +190,23 @@ def _with_output(
 
 
 def _bias_integers(model: GraphModule, binding: Binding) -> Tensor | None | str:
+    """The bias in units of the accumulator: integers of a narrow bias are shifted left."""
     bias = binding.bias
     if bias is None:
         return None
-    if is_dequantize(bias) and is_constant(bias.args[0]):
-        return constant_of(model, cast(Node, bias.args[0]))
-    return "its bias is in float"
+    if not (is_dequantize(bias) and is_constant(bias.args[0])):
+        return "its bias is in float"
+    integers = constant_of(model, cast(Node, bias.args[0]))
+    weight_scale = torch.as_tensor(qparams_of(model, cast(Node, binding.weight)).scale)
+    unit = derived_scale(
+        cast(float, qparams_of(model, binding.inputs[0]).scale),
+        expand_channels(weight_scale, binding),
+    )
+    ratio = torch.as_tensor(qparams_of(model, bias).scale) / unit
+    fraction, exponent = torch.frexp(ratio)
+    if not bool(((fraction == 0.5) & (exponent >= 1)).all()):
+        raise ConversionError(
+            f"{describe(binding.node)}: the scale of its bias is not input scale x weight scale; "
+            "convert a graph that was prepared with IntegerQuantizer"
+        )
+    return integers << (exponent - 1).to(torch.int32)

@@ -18,7 +18,14 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverBase
 
 from custom_quantizer.arithmetic import QParams
-from custom_quantizer.bias import derived_scale, quantize_bias, raise_scale
+from custom_quantizer.bias import (
+    COMFORTABLE_BIAS,
+    WIDE_BIAS,
+    bias_shift,
+    derived_scale,
+    quantize_bias,
+    raise_scale,
+)
 from custom_quantizer.errors import CalibrationError, ConversionError
 from custom_quantizer.graph import (
     DEQUANTIZE_PER_CHANNEL,
@@ -242,15 +249,18 @@ class WeightObserver(_ConstantObserver):
         """The scale after it was raised for the biases of all ops that use the weight."""
         scale = self.scale(constant_of(model, cast(Node, node.args[0])))
         constraints = []
+        limit = COMFORTABLE_BIAS
         for binding in _consumers(node):
             bias = _bias_constant(model, binding)
             if bias is None:
                 continue
+            if self.scheme.format.bits > 8 or _input_bits(model, binding) > 8:
+                limit = WIDE_BIAS
             if binding.weight_axis == 1 and binding.groups > 1 and scale.dim():
                 # Each weight scale serves one channel of every group: the largest bias decides.
                 bias = bias.abs().reshape(binding.groups, -1).amax(dim=0)
             constraints.append((_input_scale(model, binding), bias))
-        return raise_scale(scale, constraints)
+        return raise_scale(scale, constraints, limit)
 
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by integers and their dequantization (called by torchao)."""
@@ -275,7 +285,8 @@ class BiasObserver(_ConstantObserver):
     """The derived bias: scale ``s_x * s_w``, zero point 0.
 
     Args:
-        bits: width of the integers the bias must fit in.
+        quant_min: smallest integer of the format.
+        quant_max: largest; below that of int32 the scale is ``s_x * s_w`` times a power of two.
         name: of the op, for messages.
     """
 
@@ -292,8 +303,11 @@ class BiasObserver(_ConstantObserver):
             raise CalibrationError(f"{self.name}: its bias has values that are not finite")
         input_scale = _input_scale(model, binding)
         weight_scale = expand_channels(_weight_scale(model, binding), binding)
-        values = quantize_bias(bias, input_scale, weight_scale)
-        scale = derived_scale(input_scale, weight_scale)
+        shift = torch.zeros_like(weight_scale, dtype=torch.int64)
+        if self.quant_max < (1 << 31) - 1:
+            shift = bias_shift(bias, input_scale, weight_scale, self.quant_max)
+        values = quantize_bias(bias, input_scale, weight_scale, shift)
+        scale = torch.ldexp(derived_scale(input_scale, weight_scale), shift)
         qparams = QParams(
             scale if scale.dim() else float(scale),
             0,
@@ -332,6 +346,15 @@ def _input_scale(model: GraphModule, binding: Binding) -> float:
     raise ConversionError(
         f"{describe(binding.node)}: its input is not quantized, so no bias scale can be derived"
     )
+
+
+def _input_bits(model: GraphModule, binding: Binding) -> int:
+    """Width of the op's activation, whether already converted or not."""
+    (source,) = binding.inputs
+    if is_dequantize(source):
+        return qparams_of(model, source).quant_max.bit_length() + 1
+    observer = _observer_of(model, source)
+    return int(getattr(observer, "quant_max", 127)).bit_length() + 1
 
 
 def _weight_scale(model: GraphModule, binding: Binding) -> Tensor:

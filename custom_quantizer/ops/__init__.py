@@ -96,7 +96,11 @@ def predict_backend(binding: Binding, formats: Formats) -> Delegation:
     """
     wide = formats.activation_bits > 8 or (formats.weight_bits or 0) > 8
     if not wide:
-        return binding.rule.delegation(binding, formats)
+        found = binding.rule.delegation(binding, formats)
+        if formats.activation_bits == 8 or found.reason:
+            return found
+        reason = f"int{formats.activation_bits} activations: clamped to their range"
+        return Delegation(found.backend, reason)
     bits = max(formats.activation_bits, formats.weight_bits or 0)
     if binding.rule.sharing is QParamSharing.SAME:
         found = binding.rule.delegation(binding, formats)

@@ -144,6 +144,12 @@ class QuantizedOp:
             "per_tensor" if weight is None or weight.axis is None else "per_channel",
         )
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether an integer of it has more than 8 bits, so that no int8 kernel takes it."""
+        formats = self.formats
+        return formats.activation_bits > 8 or (formats.weight_bits or 0) > 8
+
     def stored_bounds(self, arithmetic: Arithmetic) -> tuple[int, int] | None:
         """Limits of the fused activation as stored integers of the output."""
         if self.bounds is None:

@@ -170,7 +170,7 @@ def _requantize(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> Tensor:
         channel_axis=acc.dim() - 1 if op.binding.rule is LINEAR else 1,
         out=op.output,
         bounds=op.stored_bounds(arithmetic),
-        accumulator_width=32 if op.inputs[0].fits_int8 else 64,
+        accumulator_width=64 if op.is_wide else 32,
     )
 
 

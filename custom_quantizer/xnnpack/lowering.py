@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -249,13 +250,7 @@ def _report(
     traced, empty = _trace(edge)
     if empty:
         raise LoweringError("the partitioner made a delegate without ops; the program is not safe")
-    integer_handles = {
-        op.debug_handle
-        for delegate in contents.delegates
-        for op in delegate.ops
-        if computes_in_integers(delegate, op)
-    }
-    rows = tuple(_row(op, traced, integer_handles) for op in graph)
+    rows = tuple(_row(op, traced, contents) for op in graph)
     outside = tuple(str(k) for k in contents.kernels)
     return LoweringReport(rows, len(contents.delegates), outside, contents.size_bytes, applied)
 
@@ -277,13 +272,37 @@ def _trace(edge: EdgeProgramManager) -> tuple[dict[str, _Traced], bool]:
             for call in calls:
                 if (found := entry(call)) is not None:
                     found.delegated.append(call)
-        elif node.op == "call_function" and (found := entry(node)) is not None:
-            found.outside.append(node)
+        elif node.op == "call_function" and not _reads_delegate(node):
+            if (found := entry(node)) is not None:
+                found.outside.append(node)
     return traced, empty
 
 
+def _reads_delegate(node: Node) -> bool:
+    """Whether a node only calls a delegate or takes one of its results."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(source, Node) and "executorch_call_delegate" in str(source.target)
+
+
+def _delegated_backend(
+    op: QuantizedOp | FloatOp, handles: set[int], contents: ProgramContents
+) -> Backend:
+    """How the delegate runs the nodes with these handles, as the program's tensors say."""
+    for delegate in contents.delegates:
+        for node in delegate.ops:
+            if node.debug_handle not in handles or not computes_in_integers(delegate, node):
+                continue
+            if node.weight is None or not isinstance(op, QuantizedOp):
+                return Backend.INT8
+            if delegate.tensors[node.weight].dtype == "int4":
+                return Backend.PACKED_INT4
+            weight_bits = op.formats.weight_bits or 8
+            return Backend.INT8 if weight_bits == 8 else Backend.INT8_CONTAINER
+    return Backend.FLOAT
+
+
 def _row(
-    op: QuantizedOp | FloatOp, traced: dict[str, _Traced], integer_handles: set[int]
+    op: QuantizedOp | FloatOp, traced: dict[str, _Traced], contents: ProgramContents
 ) -> OpBackend:
     names = [op.node.name]
     if isinstance(op, QuantizedOp) and op.output_node is not op.node:
@@ -298,8 +317,10 @@ def _row(
         reason = reason or "XNNPACK has no kernel for it as it stands here"
     elif not delegated:
         backend, reason = Backend.FOLDED, reason or "nothing is left of it after lowering"
+    elif isinstance(op, QuantizedOp) and op.is_wide:
+        backend = Backend.EMULATED
     else:
-        backend = Backend.INT8 if handles & integer_handles else Backend.FLOAT
+        backend = _delegated_backend(op, handles, contents)
     if isinstance(op, QuantizedOp):
         predicted = predict_backend(op.binding, op.formats)
         reason = reason or predicted.reason

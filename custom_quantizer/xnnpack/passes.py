@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.errors import CustomQuantizerError, LoweringError
 from custom_quantizer.graph import (
+    DEQUANTIZE_PER_CHANNEL,
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
     add_constant,
@@ -32,11 +33,13 @@ from custom_quantizer.graph import (
     shape_of,
     tensor_meta,
 )
+from custom_quantizer.ops import QParamSharing, rule_of
 from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, expand_channels
 from custom_quantizer.ops.movement import (
     CAT,
     EXPAND,
+    GETITEM,
     PAD,
     RESHAPE,
     SELECT,
@@ -212,17 +215,41 @@ def _fold_bias(model: GraphModule) -> int:
     quantization returns ``q``.
     """
     count = 0
-    for node in _calls(model, CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets):
+    for node in _calls(model, _GEMMS):
         bias = argument(node, 2, "bias")
         if not (is_dequantize(bias) and is_constant(bias.args[0])):
             continue
-        integers = constant_of(model, bias.args[0])
-        scale = _serializer_scale(model, node)
-        value = (integers.to(torch.float64) * scale).to(torch.float32)
+        integers = constant_of(model, bias.args[0]).to(torch.float64)
+        derived = torch.as_tensor(qparams_of(model, bias).scale)
+        if not _is_wide_gemm(node):
+            # A narrow bias is shifted into place: its scale is the accumulator's times 2**k.
+            unit = _serializer_scale(model, node)
+            integers = integers * torch.round(derived.to(torch.float64) / unit)
+            derived = unit
+        value = (integers * derived.to(torch.float64)).to(torch.float32)
         constant = add_constant(model, f"{bias.args[0].target}_folded", value, node)
         node.replace_input_with(bias, constant)
         count += 1
     return count
+
+
+def _stored_bits(node: Node) -> int:
+    """Width of the integers of a static quantize or dequantize node."""
+    return int(cast(int, node.args[-2])).bit_length() + 1
+
+
+def _is_wide(node: object) -> bool:
+    """Whether a quantize or dequantize node is above 8 bits, so that no int8 kernel takes it."""
+    return (
+        isinstance(node, Node)
+        and (is_quantize(node) or is_dequantize(node))
+        and isinstance(node.args[-2], int)
+        and _stored_bits(node) > 8
+    )
+
+
+def _is_wide_gemm(node: Node) -> bool:
+    return _is_wide(node.args[0]) or _is_wide(node.args[1])
 
 
 def _serializer_scale(model: GraphModule, node: Node) -> Tensor:
@@ -403,6 +430,12 @@ def _next_strided_slice(quantize: Node, dim: int) -> tuple[Node, Node, int] | No
 def _identity_conv(build: _Builder, source: Node, channels: int, stride: Sequence[int]) -> Node:
     """Depthwise 1x1 convolution whose weights are the integer 1 at scale 1."""
     prefix = f"{build.origin}_identity"
+    if _is_wide(source):
+        ones = torch.ones(channels, 1, 1, 1)
+        weight = add_constant(build.model, f"{prefix}_float", ones, build.anchor)
+        return build.call(
+            aten.conv2d.default, source, weight, None, list(stride), [0, 0], [1, 1], channels
+        )
     ones = torch.ones(channels, 1, 1, 1, dtype=torch.int8)
     weight = add_constant(build.model, f"{prefix}_integers", ones, build.anchor)
     dequantized = build.call(DEQUANTIZE_PER_TENSOR, weight, 1.0, 0, -127, 127, torch.int8)
@@ -539,7 +572,7 @@ def _split_activations(model: GraphModule) -> int:
             continue
         family = "relu" if node.target in RELU.targets else "clamp"
         users = effective_users(node)
-        integer = all(is_dequantize(arg) for arg in source.all_input_nodes)
+        integer = all(is_dequantize(arg) and not _is_wide(arg) for arg in source.all_input_nodes)
         if (source.target, family) in fused_by_xnnpack or not integer:
             continue
         if len(users) != 1 or not is_quantize(users[0]) or len(source.users) != 1:
@@ -624,23 +657,198 @@ def _quantize_pads(model: GraphModule) -> int:
 def _float_fallbacks(model: GraphModule) -> int:
     """What XNNPACK would refuse halfway is withheld: its weight becomes a float constant."""
     count = 0
-    for node in _calls(model, CONV_TRANSPOSE.targets):
+    for node in _calls(model, _GEMMS):
         weight = cast(Node, node.args[1])
-        bound = CONV_TRANSPOSE.bind(CONV_TRANSPOSE, node)
-        if isinstance(bound, str) or not is_dequantize(weight) or bound.groups == 1:
+        if not is_dequantize(weight) or not is_constant(weight.args[0]):
             continue
-        qparams = qparams_of(model, weight)
-        if qparams.axis is None:
-            continue
-        integers = constant_of(model, cast(Node, weight.args[0])).to(torch.float32)
+        grouped = False
+        if node.target in CONV_TRANSPOSE.targets:
+            bound = CONV_TRANSPOSE.bind(CONV_TRANSPOSE, node)
+            grouped = not isinstance(bound, str) and bound.groups > 1
+        per_channel = weight.target is DEQUANTIZE_PER_CHANNEL
+        if _is_wide_gemm(node) or (grouped and per_channel):
+            node.replace_input_with(weight, _dequantized_constant(model, weight, node))
+            count += 1
+    return count
+
+
+def _dequantized_constant(model: GraphModule, dequantize: Node, before: Node) -> Node:
+    """A float32 constant with the values that a dequantize node of a constant gives."""
+    source = cast(Node, dequantize.args[0])
+    qparams = qparams_of(model, dequantize)
+    integers = constant_of(model, source).to(torch.float32) - qparams.zero_point
+    scale = torch.as_tensor(qparams.scale, dtype=torch.float32)
+    if qparams.axis is not None:
         shape = [1] * integers.dim()
         shape[qparams.axis] = -1
-        scale = cast(Tensor, qparams.scale).reshape(shape)
-        value = integers * scale
-        constant = add_constant(model, f"{cast(Node, weight.args[0]).target}_float", value, node)
-        node.replace_input_with(weight, constant)
+        scale = scale.reshape(shape)
+    return add_constant(model, f"{source.target}_float", integers * scale, before)
+
+
+# ---------------------------------------------------------------------------------------------
+# Widths other than 8
+# ---------------------------------------------------------------------------------------------
+
+_GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
+
+
+def _weight_containers(model: GraphModule) -> int:
+    """Weights of 2 to 7 bits are declared int8, those of linear layers up to 4 bits packed int4.
+
+    To XNNPACK the range [-8, 7] per channel means "packed 4-bit"; it must not see it on anything
+    but a linear layer with an even number of input features.
+    """
+    count = 0
+    for node in _calls(model, _GEMMS):
+        weight = cast(Node, node.args[1])
+        if not is_dequantize(weight) or not is_constant(weight.args[0]) or _is_wide(weight):
+            continue
+        bits = _stored_bits(weight)
+        if bits == 8:
+            continue
+        integers = constant_of(model, cast(Node, weight.args[0]))
+        pack = node.target in LINEAR.targets and bits <= 4 and integers.shape[1] % 2 == 0
+        low, high = (-8, 7) if pack else (-128, 127)
+        args = (*weight.args[:-3], low, high, torch.int8)
+        target: Any = weight.target
+        if pack and target is DEQUANTIZE_PER_TENSOR:
+            # Packed weights have one scale a channel: the same one for all.
+            prefix = str(cast(Node, weight.args[0]).target)
+            scales = torch.full((integers.shape[0],), cast(float, weight.args[1]))
+            zeros = torch.zeros(integers.shape[0], dtype=torch.int64)
+            target = DEQUANTIZE_PER_CHANNEL
+            args = (
+                weight.args[0],
+                add_constant(model, f"{prefix}_scales", scales, node),
+                add_constant(model, f"{prefix}_zeros", zeros, node),
+                0,
+                low,
+                high,
+                torch.int8,
+            )
+        with model.graph.inserting_before(node):
+            declared = model.graph.call_function(target, args)
+        declared.meta.update(weight.meta)
+        node.replace_input_with(weight, declared)
         count += 1
     return count
+
+
+def _narrow_activations(model: GraphModule) -> int:
+    """Activations below 8 bits run on int8 kernels that clamp to the narrower range."""
+    count = 0
+    for node in list(model.graph.nodes):
+        if node.target is not QUANTIZE_PER_TENSOR or node.args[-1] != torch.int8:
+            continue
+        low, high = cast(int, node.args[3]), cast(int, node.args[4])
+        if (low, high) == (-128, 127):
+            continue
+        users = [user for user in node.users if is_dequantize(user)]
+        if not _passes_on(node):
+            _clamp_before(model, node, low, high)
+        for declared in (node, *users):
+            declared.args = (*declared.args[:3], -128, 127, torch.int8)
+        count += 1
+    for node in list(model.graph.nodes):
+        # Constants need no clamp, only the declaration.
+        if node.target is DEQUANTIZE_PER_TENSOR and is_constant(node.args[0]):
+            users = list(node.users)
+            if node.args[-1] == torch.int8 and not any(u.target in _GEMMS for u in users):
+                node.args = (*node.args[:3], -128, 127, torch.int8)
+    return count
+
+
+def _passes_on(quantize: Node) -> bool:
+    """Whether a quantize node repeats what is quantized already, moved but not changed."""
+    mover = quantize.args[0]
+    if not isinstance(mover, Node):
+        return False
+    rule = rule_of(mover)
+    if rule is None or rule.sharing is not QParamSharing.SAME or mover.target in GETITEM.targets:
+        return False
+    sources = mover.all_input_nodes
+    return bool(sources) and all(
+        is_dequantize(source) and source.args[1:3] == quantize.args[1:3] for source in sources
+    )
+
+
+def _clamp_before(model: GraphModule, quantize: Node, low: int, high: int) -> None:
+    source = cast(Node, quantize.args[0])
+    scale, zero_point = cast(float, quantize.args[1]), cast(int, quantize.args[2])
+    bottom, top = (low - zero_point) * scale, (high - zero_point) * scale
+    build = _Builder(model, quantize, origin_of(source))
+    rule = rule_of(source)
+    if source.target in _GEMMS:
+        clamped = build.call(aten.hardtanh.default, source, bottom, top)
+    elif rule in (RELU, CLAMP) and cast(Node, source.args[0]).target in _GEMMS:
+        bounds = cast(Callable[[Node], tuple[float | None, float | None]], cast(Any, rule).bounds)
+        lower, upper = bounds(source)
+        bottom = bottom if lower is None else max(bottom, lower)
+        top = top if upper is None else min(top, upper)
+        clamped = build.call(aten.hardtanh.default, source.args[0], bottom, top)
+    else:
+        params = (scale, zero_point, -128, 127, torch.int8)
+        stored = build.call(QUANTIZE_PER_TENSOR, source, *params)
+        wide = build.call(DEQUANTIZE_PER_TENSOR, stored, *params)
+        clamped = build.call(aten.hardtanh.default, wide, bottom, top)
+    quantize.args = (clamped, *quantize.args[1:])
+
+
+def _emulate_wide(model: GraphModule) -> int:
+    """Quantization above 8 bits becomes float ops that round to the same grid.
+
+    ``clamp(floor(x * (1 / s) + 0.5), quant_min, quant_max) * s``: XNNPACK has kernels for each in
+    float, so the op and its neighbours stay in one delegate. Ties round up instead of to even.
+    """
+    count = 0
+    constants: dict[tuple[float, ...], Node] = {}
+    for node in list(model.graph.nodes):
+        if node.target is DEQUANTIZE_PER_TENSOR and _is_wide(node) and is_constant(node.args[0]):
+            node.replace_all_uses_with(_dequantized_constant(model, node, node))
+            count += 1
+        if node.target is not QUANTIZE_PER_TENSOR or not _is_wide(node):
+            continue
+        value = cast(Node, node.args[0])
+        if not _passes_on(node):
+            value = _round_to_grid(model, node, value, constants)
+        for user in list(node.users):
+            user.replace_all_uses_with(value)
+        count += 1
+    model.graph.eliminate_dead_code()
+    return count
+
+
+def _round_to_grid(
+    model: GraphModule, node: Node, value: Node, constants: dict[tuple[float, ...], Node]
+) -> Node:
+    scale = cast(float, node.args[1])
+    low, high = cast(int, node.args[3]), cast(int, node.args[4])
+    build = _Builder(model, node, origin_of(value))
+    single = torch.tensor([scale], dtype=torch.float32)
+    scaled = build.call(aten.mul.Tensor, value, _number(build, 1.0 / single, constants))
+    shifted = build.call(aten.add.Tensor, scaled, _number(build, torch.tensor([0.5]), constants))
+    floored = build.call(aten.floor.default, shifted)
+    clamped = build.call(aten.hardtanh.default, floored, float(low), float(high))
+    return build.call(aten.mul.Tensor, clamped, _number(build, single, constants))
+
+
+def _number(build: _Builder, value: Tensor, constants: dict[tuple[float, ...], Node]) -> Node:
+    key = tuple(value.tolist())
+    if key not in constants:
+        first = next(iter(build.model.graph.nodes))
+        constants[key] = add_constant(build.model, "emulation_constant", value, first)
+        if "val" not in constants[key].meta:
+            constants[key].meta["val"] = _like(build.anchor, value)
+    return constants[key]
+
+
+def _like(node: Node, value: Tensor) -> Any:
+    for other in node.graph.nodes:
+        meta = tensor_meta(other)
+        mode = getattr(meta, "fake_mode", None)
+        if mode is not None:
+            return mode.from_tensor(value, static_shapes=True)
+    return None
 
 
 PASSES: tuple[GraphPass, ...] = (
@@ -656,6 +864,12 @@ PASSES: tuple[GraphPass, ...] = (
         "quantized ops without a kernel",
         "the same ops with float constants",
         _float_fallbacks,
+    ),
+    GraphPass(
+        "weight_containers",
+        "weights of 2 to 7 bits",
+        "packed int4 for linear layers, int8 elsewhere",
+        _weight_containers,
     ),
     GraphPass("simplify_pools", "adaptive and padded pools", "plain pools", _simplify_pools),
     GraphPass("drop_identities", "ops that change nothing", "none are left", _drop_identities),
@@ -681,6 +895,19 @@ PASSES: tuple[GraphPass, ...] = (
         "activations after add, sub, mul",
         "clamps of integers",
         _split_activations,
+    ),
+    GraphPass(
+        "narrow_activations",
+        "activations of 2 to 7 bits",
+        "int8 with a clamp",
+        _narrow_activations,
+    ),
+    GraphPass(
+        "emulate_wide",
+        "quantization above 8 bits",
+        "float ops that round to the same grid, ties up instead of to even",
+        _emulate_wide,
+        exact=False,
     ),
     GraphPass("clamps_to_hardtanh", "clamps", "hardtanh or relu", _clamps_to_hardtanh),
     GraphPass("quantize_pads", "pads between int8 and float", "pads of integers", _quantize_pads),

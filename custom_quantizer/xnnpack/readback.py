@@ -543,17 +543,9 @@ def _split_segments(data: memoryview) -> tuple[memoryview, memoryview]:
     if len(data) < start + _EXTENDED_HEADER.size or bytes(data[start : start + 4]) != b"eh00":
         return data, memoryview(b"")
     _, header_size, program_size, base = _EXTENDED_HEADER.unpack_from(data, start)
-    end = start + _EXTENDED_HEADER.size
-    if header_size < end - start:
+    if header_size < _EXTENDED_HEADER.size:
         raise _corrupt(f"the extended header claims {header_size} bytes")
-    segment_size = max(len(data) - base, 0)
-    # The size of all segments was added to the header later; with it no cut goes unnoticed.
-    if header_size >= end - start + 8:
-        segment_size = int.from_bytes(_slice(data, end, 8, "the extended header"), "little")
-    return (
-        _slice(data, 0, program_size, "the program"),
-        _slice(data, base, segment_size, "the segments"),
-    )
+    return _slice(data, 0, program_size, "the program"), data[min(base, len(data)) :]
 
 
 def _read_method(plan: _Table, delegates: tuple[DelegateContents, ...]) -> MethodContents:
@@ -769,7 +761,8 @@ def _read_op(entry: _Table, tensors: tuple[DelegateTensor, ...]) -> DelegateOp:
         else:
             raw[name] = value
 
-    if kind.startswith("concatenate"):  # all arities share one table; later operands are unset
+    # All arities share one table, in which older files leave the later operands at 0.
+    if kind.startswith("concatenate"):
         count = int(kind.removeprefix("concatenate"))
         ids = {k: v for k, v in ids.items() if not k.startswith("input") or int(k[5:]) <= count}
     for name, index in ids.items():
@@ -916,8 +909,8 @@ class _Buffer:
         self.data = data
         self.schema = schema
         self.name = name
-        # Offsets of a corrupt buffer may overlap, so that visiting all would take forever. Of a
-        # sound one, no byte is visited twice.
+        # Offsets of a corrupt buffer may overlap, so that following all would take forever. Of a
+        # sound one, no vector is visited twice.
         self._bytes_left = len(data)
 
     def visit(self, size: int) -> None:
@@ -941,7 +934,6 @@ class _Buffer:
         return position + self.integer("uint", position)
 
     def table(self, name: str, position: int) -> _Table:
-        self.visit(4)
         return _Table(self, name, position)
 
     def root(self) -> _Table:
