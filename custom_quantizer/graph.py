@@ -6,6 +6,7 @@ Nothing here knows an op family and nothing here changes a graph, except :func:`
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ __all__ = [
     "module_stack",
     "qparams_of",
     "shape_of",
+    "size_bounds",
     "source_of",
     "tensor_meta",
 ]
@@ -64,7 +66,9 @@ def module_stack(node: Node) -> list[tuple[str, str]]:
     stack = []
     for path, kind in (node.meta.get("nn_module_stack") or {}).values():
         name = f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
-        stack.append((str(path).removeprefix("L['self'].").removeprefix("L['self']"), name))
+        # Export numbers the second and later calls of one module: "conv@1".
+        plain = re.sub(r"@\d+", "", str(path))
+        stack.append((plain.removeprefix("L['self'].").removeprefix("L['self']"), name))
     return stack
 
 
@@ -105,6 +109,25 @@ def shape_of(node: Node) -> tuple[int, ...]:
             f"{describe(node)} carries no shape; hand in the graph as torch.export made it"
         )
     return tuple(value.shape)
+
+
+def size_bounds(size: Any) -> tuple[int, int | None]:
+    """Smallest and largest value of an int or SymInt; ``None``: capture recorded no upper bound.
+
+    Export never traces a dynamic size below 2, so a recorded lower bound of 2 means 1.
+    """
+    if isinstance(size, int):
+        return size, size
+    env = size.node.shape_env
+    if env is None:
+        return 1, None
+    bounds = env.bound_sympy(size.node.expr)
+    # The infinities of sympy and of torch are no Integer.
+    low = int(bounds.lower) if bounds.lower.is_Integer else 1
+    high = int(bounds.upper) if bounds.upper.is_Integer else None
+    if high is not None and high > 1 << 24:  # sys.maxsize and its like
+        high = None
+    return (1 if low <= 2 else low), high
 
 
 def effective_users(node: Node) -> list[Node]:

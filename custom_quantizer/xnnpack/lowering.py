@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
-from custom_quantizer.graph import module_path, tensor_meta
+from custom_quantizer.graph import module_path, size_bounds, tensor_meta
 from custom_quantizer.ops import Backend, QuantizedOp, predict_backend
 from custom_quantizer.xnnpack.passes import origin_of, run_passes
 from custom_quantizer.xnnpack.program import (
@@ -105,9 +106,7 @@ def _check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> t
         raise InputError(f"the graph takes {len(metas)} inputs, the example has {len(flat)}")
     for i, (value, meta) in enumerate(zip(flat, metas, strict=True)):
         check_input(i, value, meta)
-    return tuple(
-        pytree.tree_map(lambda v: _contiguous(v), tuple(example_inputs))
-    )
+    return tuple(pytree.tree_map(lambda v: _contiguous(v), tuple(example_inputs)))
 
 
 def _contiguous(value: Any) -> Any:
@@ -151,27 +150,15 @@ def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> Any:
     shapes = []
     for meta in _placeholder_metas(model):
         dims: dict[int, Any] = {}
-        for dim, size in enumerate(() if meta is None else meta.shape):
+        sizes: tuple[Any, ...] = () if meta is None else tuple(meta.shape)
+        for dim, size in enumerate(sizes):
             if isinstance(size, int):
                 continue
-            low, high = _bounds(size)
+            low, high = size_bounds(size)
             high = dynamic_max if high is None else high
             dims[dim] = torch.export.Dim.AUTO(min=low, max=high)
         shapes.append(dims)
     return shapes
-
-
-def _bounds(size: torch.SymInt) -> tuple[int, int | None]:
-    """Recorded range of a symbolic size; sizes below 2 are special to export."""
-    env = size.node.shape_env
-    bounds = env.bound_sympy(size.node.expr) if env is not None else None
-    if bounds is None:
-        return 1, None
-    high = int(bounds.upper) if bounds.upper.is_number and bounds.upper.is_finite else None
-    if high is not None and high > 1 << 24:
-        high = None
-    low = int(bounds.lower) if bounds.lower.is_number else 1
-    return (1 if low <= 2 else low), high
 
 
 def _export(
@@ -184,6 +171,7 @@ def _export(
         structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
         args, _kwargs = pytree.tree_unflatten(flat, structure)
         shapes = tuple(args)
+        example = _widened(example, flat)
     try:
         return torch.export.export(model, example, dynamic_shapes=shapes)
     except CustomQuantizerError:
@@ -195,12 +183,43 @@ def _export(
         ) from error
 
 
+def _widened(example: tuple[Any, ...], dynamic: list[dict[int, Any]]) -> tuple[Any, ...]:
+    """Repeat examples of size 1 along dynamic dimensions: export would fix the size at 1."""
+    values, structure = pytree.tree_flatten(example)
+    for i, dims in enumerate(dynamic):
+        for dim in dims:
+            if values[i].shape[dim] == 1:
+                values[i] = values[i].repeat_interleave(2, dim)
+    return cast(tuple[Any, ...], pytree.tree_unflatten(values, structure))
+
+
+@contextmanager
+def _no_size_guards() -> Iterator[None]:
+    """Keep dynamic sizes as wide as they were captured while graphs are traced again.
+
+    Shape propagation asks which kernel PyTorch itself would choose for a convolution. For NNPACK
+    and oneDNN that depends on whether the batch is below 16, and the answer for the example
+    becomes a limit of the program.
+    """
+    nnpack, onednn = torch._C._get_nnpack_enabled(), torch._C._get_mkldnn_enabled()
+    torch._C._set_nnpack_enabled(False)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_nnpack_enabled(nnpack)
+        torch._C._set_mkldnn_enabled(onednn)
+
+
 def _to_edge(exported: torch.export.ExportedProgram) -> EdgeProgramManager:
     # The partitioner logs an ERROR for each op it leaves to another backend; the report says it.
     try:
-        return to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        with _no_size_guards():
+            return to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
     except Exception as error:
-        raise LoweringError(f"ExecuTorch could not partition the graph: {_first_line(error)}") from error
+        raise LoweringError(
+            f"ExecuTorch could not partition the graph: {_first_line(error)}"
+        ) from error
 
 
 def _to_bytes(edge: EdgeProgramManager) -> bytes:
@@ -218,9 +237,12 @@ def _to_bytes(edge: EdgeProgramManager) -> bytes:
         )
     config = ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
     try:
-        return bytes(edge.to_executorch(config).buffer)
+        with _no_size_guards():
+            return bytes(edge.to_executorch(config).buffer)
     except Exception as error:
-        raise LoweringError(f"ExecuTorch could not write the program: {_first_line(error)}") from error
+        raise LoweringError(
+            f"ExecuTorch could not write the program: {_first_line(error)}"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -265,15 +287,17 @@ def _trace(edge: EdgeProgramManager) -> tuple[dict[str, _Traced], bool]:
         return None if name is None else traced.setdefault(name, _Traced([], []))
 
     for node in module.graph.nodes:
-        if node.op == "get_attr" and hasattr(getattr(module, str(node.target), None), "original_module"):
-            inner = getattr(module, str(node.target)).original_module
+        lowered = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+        inner = getattr(lowered, "original_module", None)
+        if inner is not None:
             calls = [n for n in inner.graph.nodes if n.op == "call_function"]
             empty = empty or not calls
             for call in calls:
                 if (found := entry(call)) is not None:
                     found.delegated.append(call)
         elif node.op == "call_function" and not _reads_delegate(node):
-            if (found := entry(node)) is not None:
+            found = entry(node)
+            if found is not None:
                 found.outside.append(node)
     return traced, empty
 
