@@ -283,6 +283,11 @@ def _checked_weight_scale(weight_scale: float | Tensor) -> Tensor:
     return _f32(_checked_scale(float(weight_scale), "weight_scale"))
 
 
+def _check_width(accumulator_width: int) -> None:
+    if accumulator_width not in (32, 64):
+        raise SchemeError(f"Accumulators have 32 or 64 bits, asked for {accumulator_width}.")
+
+
 def _checked_limits(low: float, high: float) -> tuple[float, float]:
     """Round the limits of a clamp to float32, as an operator on float32 tensors does."""
     limits = round_to_float32(low), round_to_float32(high)
@@ -704,7 +709,7 @@ def _store_emulated(real: Tensor, q: QParams, bounds: Bounds | None) -> Tensor:
     """Store float64 reals as the float32 emulation does: half up above 8 bits, even below."""
     scaled = real / _scale_of(q)
     rounded = torch.round(scaled) if q.fits_int8 else torch.floor(scaled + 0.5)
-    return _store(saturate(_to_integers(rounded) + q.zero_point, q.quant_min, q.quant_max), q, bounds)
+    return _store(_to_integers(rounded) + q.zero_point, q, bounds)
 
 
 def _require_int8(q: QParams) -> None:
@@ -756,10 +761,12 @@ class XnnpackArithmetic:
         result here is that of float64, rounded as :func:`quantize_emulated_int16` does, which the
         delegate's agrees with to within one unit (see ``docs/device_arithmetic.md``).
         """
+        _check_width(accumulator_width)
         if accumulator_width != 32 or not out.fits_int8:
             weight = _along(_checked_weight_scale(weight_scale), channel_axis, acc)
             unit = weight.to(torch.float64) * _checked_scale(input_scale, "input_scale")
-            return _store_emulated(acc.to(torch.float64) * unit, out, bounds)
+            total = _integers(acc, "The accumulator").to(torch.float64)
+            return _store_emulated(total * unit, out, bounds)
         multiplier = xnnpack_multiplier(input_scale, weight_scale, _scale_of(out))
         scaled = wrap_int32(acc).to(torch.float32) * _along(multiplier, channel_axis, acc)
         rounded = _to_integers(torch.round(scaled))
@@ -831,11 +838,13 @@ class XnnpackArithmetic:
     def mean(self, total: Tensor, count: int, src: QParams, dst: QParams) -> Tensor:
         """``sat8(RNE(fl(fl(fl(total) * S) + Z)))``, a global average pool.
 
-        ``S = fl(fl(si / so) * fl(1 / n))`` and ``Z = fl(zo - fl(fl(n * zi) * S))``.
+        ``S = fl(fl(si / so) * fl(1 / n))`` and ``Z = fl(zo - fl(fl(n * zi) * S))``. Wider tensors
+        are averaged in float64, as in :meth:`requantize_accumulator`.
         """
         if not (src.fits_int8 and dst.fits_int8):
-            offset64 = (total - _checked_count(count) * src.zero_point).to(torch.float64)
-            return _store_emulated(offset64 * (_scale_of(src) / count), dst, None)
+            offset = _integers(total, "The sum") - _checked_count(count) * src.zero_point
+            mean = offset.to(torch.float64) * (_scale_of(src) / count)
+            return _store_emulated(mean, dst, None)
         number = np.float32(_checked_count(count))
         with np.errstate(over="ignore", under="ignore"):
             ratio = np.float32(_scale_of(src)) / np.float32(_scale_of(dst))
@@ -1110,8 +1119,7 @@ class FixedPointArithmetic:
             ``ConvPerChannel`` in ``integer_ops/conv.h``; the multipliers as in
             ``PopulateConvolutionQuantizationParams``, ``kernel_util.cc``.
         """
-        if accumulator_width not in (32, 64):
-            raise SchemeError(f"Accumulators have 32 or 64 bits, asked for {accumulator_width}.")
+        _check_width(accumulator_width)
         weight = _checked_weight_scale(weight_scale)
         base = _checked_scale(input_scale, "input_scale")
         pairs = torch.tensor(

@@ -560,11 +560,20 @@ def test_xnnpack_multiplier_limits(sx: float, sw: float, out: float) -> None:
         xnnpack_multiplier(sx, torch.tensor([2.0**-120, sw]), out)
 
 
-def test_xnnpack_has_no_wide_gemm() -> None:
-    with pytest.raises(SchemeError, match="no integer kernel"):
-        XNNPACK.requantize_accumulator(ints(1), 1.0, 1.0, 0, QParams(1.0, 0, -32768, 32767))
-    with pytest.raises(SchemeError, match="32 bits, asked for 64"):
-        XNNPACK.requantize_accumulator(ints(1), 1.0, 1.0, 0, qparams(1.0), accumulator_width=64)
+@given(st.lists(st.integers(-(2**40), 2**40), min_size=1, max_size=20), scales, scales, scales)
+def test_xnnpack_wide_gemm(values: list[int], sx: float, sw: float, so: float) -> None:
+    # Python floats are the float64 in which the mode stands in for the delegate's float32.
+    acc = torch.tensor(values)
+    scaled = [v * (sw * sx) / so for v in values]
+    wide, narrow = QParams(so, 0, -32768, 32767), QParams(so, 5, -128, 127)
+    stored = XNNPACK.requantize_accumulator(acc, sx, sw, 0, wide, accumulator_width=64)
+    assert stored.tolist() == [clip(math.floor(v + 0.5), -32768, 32767) for v in scaled]
+    assert torch.equal(XNNPACK.requantize_accumulator(acc, sx, sw, 0, wide), stored)
+    truth = EXACT.requantize_accumulator(acc, sx, sw, 0, wide)
+    # Halves go up here and to even there: no further apart than that.
+    assert int((stored - truth).abs().max()) <= 1
+    stored = XNNPACK.requantize_accumulator(acc, sx, sw, 0, narrow, accumulator_width=64)
+    assert stored.tolist() == [clip(round(v) + 5, -128, 127) for v in scaled]
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
@@ -708,6 +717,18 @@ def test_xnnpack_clamp_of_every_int8(low: float, high: float) -> None:
     assert XNNPACK.clamp(values, src, other, low, high).tolist() == [
         model_b(limited(model_dequantize(v, src)), other) for v in range(-128, 128)
     ]
+
+
+def test_xnnpack_clamp_divides_on_one_grid_and_multiplies_between_two() -> None:
+    # v = fl(1.55) = 13002342 * 2**-23 and s = fl(0.1) = 13421773 * 2**-27: v / s = 15.4999993, of
+    # which 24 bits are 15.4999990 -> 15; v * fl(1 / s) = v * 10 = 15.4999995 -> 15.5 in 24 bits,
+    # a tie to 16. One of the few limits that show which is computed; seen in the runtime, too.
+    q, limit = qparams(0.1), f32(1.55)
+    assert XNNPACK.clamp(ints(127), q, q, 0.0, limit).tolist() == [15]
+    # + 1 before rounding: 16.5, a tie to 16; the limit's integer would be 15 + 1 as well, so - 1:
+    # 14.5, a tie to 14; and at zero point 2, 17.5, a tie to 18.
+    stored = [XNNPACK.clamp(ints(127), q, qparams(0.1, z), 0.0, limit) for z in (1, -1, 2)]
+    assert [int(value) for value in stored] == [16, 14, 18]
 
 
 @given(
@@ -950,11 +971,14 @@ def test_xnnpack_wide_elementwise_runs_in_float(
     )
 
 
-def test_xnnpack_wide_mean_is_refused() -> None:
-    wide, narrow = QParams(1.0, 0, -32768, 32767), qparams(1.0)
-    for src, dst in [(wide, narrow), (narrow, wide)]:
-        with pytest.raises(SchemeError, match="no integer kernel"):
-            XNNPACK.mean(ints(1), 1, src, dst)
+def test_xnnpack_wide_mean() -> None:
+    wide, narrow = QParams(1.0, 0, -32768, 32767), qparams(1.0, 3)
+    # Means -2.5, -0.5, 0.5, 2.5: halves go up above 8 bits, and to even before the zero point 3.
+    total = ints(-5, -1, 1, 5)
+    assert XNNPACK.mean(total, 2, wide, wide).tolist() == [-2, 0, 1, 3]
+    assert XNNPACK.mean(total, 2, wide, narrow).tolist() == [1, 3, 3, 5]
+    # Zero point 3 twice is 6 less: -5.5, -3.5, -2.5, -0.5.
+    assert XNNPACK.mean(total, 2, narrow, wide).tolist() == [-5, -3, -2, 0]
 
 
 def every_result(mode: Arithmetic) -> list[Tensor]:
@@ -1193,6 +1217,14 @@ def test_fixed_point_mean(count: int, data: st.DataObject, src: QParams, dst: QP
     assert stored.tolist() == [model_tflite_mean(total, count, src, dst)]
 
 
+def test_fixed_point_mean_of_tiny_ratios() -> None:
+    # 2**-30 / 2 is (2**30, -30): dividing by 4 may shift by one more only, so the multiplier is
+    # 2**31 / 4 = 2**29 with shift -31. 2**31 - 4 times that is 0.25: 0.
+    src, dst = QParams(2.0**-30, 0, -128, 127), qparams(2.0)
+    assert FIXED_POINT.mean(ints(2**31 - 4), 4, src, dst).tolist() == [0]
+    assert model_tflite_mean(2**31 - 4, 4, src, dst) == 0
+
+
 @given(st.lists(st.floats(-(2.0**20), 2.0**20, width=32), min_size=1, max_size=20), any_qparams())
 def test_fixed_point_quantize(values: list[float], q: QParams) -> None:
     def model(x: float) -> int:
@@ -1325,8 +1357,9 @@ def test_fixed_point_gemm_wraps_32_bits_only() -> None:
     gemm = FIXED_POINT.requantize_accumulator
     assert gemm(ints(2**32 + 7), 1.0, 1.0, 0, out).tolist() == [7]
     assert gemm(ints(2**32 + 7), 1.0, 1.0, 0, out, accumulator_width=64).tolist() == [32767]
-    with pytest.raises(SchemeError, match="32 or 64"):
-        gemm(ints(1), 1.0, 1.0, 0, out, accumulator_width=48)
+    for mode in (FIXED_POINT, XNNPACK):
+        with pytest.raises(SchemeError, match="32 or 64 bits, asked for 48"):
+            mode.requantize_accumulator(ints(1), 1.0, 1.0, 0, out, accumulator_width=48)
 
 
 @pytest.mark.parametrize("mode", [FIXED_POINT, EXACT], ids=lambda mode: mode.name)
@@ -1383,6 +1416,18 @@ def test_exact_dequantize(values: list[int], scale: float, zero_point: int) -> N
     reals = EXACT.dequantize(torch.tensor(values), q)
     assert reals.dtype == torch.float32
     assert [Fraction(r) for r in reals.tolist()] == [fl(real(v, q)) for v in values]
+
+
+def test_exact_dequantize_rounds_once() -> None:
+    # 3002997351 * 12345687 = 37074065357275137 = n * 2**32 + 2**31 + 1 with n even, of 56 bits:
+    # just above the middle of two float32. Double holds 53 bits, drops the 1, and ties to n.
+    product = 3002997351 * 12345687
+    assert (product >> 32) % 2 == 0
+    assert product % 2**32 == 2**31 + 1
+    q = QParams(12345687 * 2.0**-23, INT32_MIN, INT32_MIN, INT32_MAX)
+    stored = torch.tensor(3002997351 + INT32_MIN)
+    assert float(EXACT.dequantize(stored, q)) == ((product >> 32) + 1) * 2.0 ** (32 - 23)
+    assert float(FIXED_POINT.dequantize(stored, q)) == (product >> 32) * 2.0 ** (32 - 23)
 
 
 def test_exact_dequantize_refuses_more_than_32_bits() -> None:
