@@ -84,7 +84,8 @@ def quantize_bias(
             joins the accumulator (:func:`bias_shift`). Default: not at all.
 
     Returns:
-        int32, ``(out_channels,)``, saturated to ``[-(2**31 - 1), 2**31 - 1]``: the sign never wraps.
+        int32, ``(out_channels,)``, saturated to ``[-(2**31 - 1), 2**31 - 1]``: its sign never
+        wraps.
     """
     unit = input_scale * weight_scale.to(torch.float64)
     if shift is not None:

@@ -9,13 +9,15 @@ from enum import IntEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.errors import ConfigError
 from custom_quantizer.graph import module_stack
-from custom_quantizer.schemes import OpScheme
+from custom_quantizer.ops import known_targets
+from custom_quantizer.schemes import OpScheme, TensorScheme
 
-__all__ = ["Config", "Decision", "Rule", "Scope", "nearest"]
+__all__ = ["Config", "Decision", "Rule", "Scope", "nearest", "operator_names"]
 
 
 class Scope(IntEnum):
@@ -41,16 +43,23 @@ class Rule:
         scope: what the key names.
         key: a node name, a module path (globs allowed), a module type, an aten overload.
         scheme: what the ops become.
+        source: where a file says so (``mixed.yaml:7``); equal rules may differ in it.
     """
 
     scope: Scope
     key: str
     scheme: OpScheme | None
+    source: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         scheme = "None" if self.scheme is None else f'"{self.scheme.name}"'
         key = "" if self.scope is Scope.GLOBAL else f'"{self.key}", '
         return f"{self.scope.setter}({key}{scheme})"
+
+    @property
+    def place(self) -> str:
+        """The rule with the file and line it stands in, for messages."""
+        return str(self) if self.source is None else f"{self.source}: {self}"
 
     def matches(self, node: Node) -> bool:
         """Whether the rule selects ``node``."""
@@ -94,6 +103,34 @@ def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def operator_names(operator_type: Any) -> list[str]:
+    """The overloads that ``operator_type`` (an overload, a packet, or an overload's name) means.
+
+    Raises:
+        ConfigError: no op family knows it; the nearest names are given.
+    """
+    known = {target_name(target) for target in known_targets()}
+    overloads = getattr(operator_type, "overloads", None)
+    if overloads is not None:  # an OpOverloadPacket: all its overloads that are known
+        names = [target_name(getattr(operator_type, o)) for o in overloads()]
+    else:
+        names = [target_name(operator_type)]
+    names = [name for name in names if _functional_name(name) in known]
+    if not names:
+        raise ConfigError(
+            f"set_operator_type({operator_type}): not an operator this quantizer knows"
+            f"{nearest(str(operator_type), known)}"
+        )
+    return names
+
+
+def _functional_name(name: str) -> str:
+    """``aten.relu.default`` for ``aten.relu_.default``."""
+    namespace, _, rest = name.partition(".")
+    packet, _, overload = rest.partition(".")
+    return f"{namespace}.{packet.removesuffix('_')}.{overload}"
+
+
 @dataclass
 class Config:
     """The rules of a quantizer, in the order they were set.
@@ -101,10 +138,16 @@ class Config:
     Attributes:
         rules: later ones win within a scope.
         filter_function: if given, nodes for which it is false stay in float.
+        inputs: formats of the model's inputs by name, ``"*"`` for all others; an input that is
+            not named takes what the ops that read it want.
+        outputs: formats of the model's outputs by position (``"0"``), ``"*"`` for all others; an
+            output that is not named keeps what the op that makes it gives.
     """
 
     rules: list[Rule] = field(default_factory=list)
     filter_function: Callable[[Node], bool] | None = None
+    inputs: dict[str, TensorScheme] = field(default_factory=dict)
+    outputs: dict[str, TensorScheme] = field(default_factory=dict)
 
     def resolve(self, node: Node) -> Decision:
         """Decide the scheme of ``node``."""
@@ -122,19 +165,21 @@ class Config:
         """Find rules that select nothing in ``model``.
 
         Returns:
-            Warnings for operator and module types that do not occur.
+            Warnings for operator and module types that do not occur, with the nearest that do.
 
         Raises:
             ConfigError: a node or module name that does not exist, with the nearest ones.
         """
+        self._check_io(model)
         calls = [node for node in model.graph.nodes if node.op == "call_function"]
         warnings: list[str] = []
+        self._check_io(model)
         for rule in self.rules:
             if rule.scope is Scope.GLOBAL or any(rule.matches(node) for node in calls):
                 continue
             if rule.scope is Scope.NODE_NAME:
                 hint = nearest(rule.key, (node.name for node in calls))
-                raise ConfigError(f"{rule}: the graph has no node named {rule.key!r}{hint}")
+                raise ConfigError(f"{rule.place}: the graph has no node named {rule.key!r}{hint}")
             if rule.scope is Scope.MODULE_NAME:
                 names = {path for node in calls for path, _ in module_stack(node) if path}
                 # Modules that prepare_pt2e fused away (batch norms) still own their parameters.
@@ -142,7 +187,34 @@ class Config:
                 if any(fnmatchcase(name, rule.key) for name in names):
                     continue
                 hint = nearest(rule.key, names)
-                raise ConfigError(f"{rule}: the model has no module {rule.key!r}{hint}")
-            kind = "operator" if rule.scope is Scope.OPERATOR_TYPE else "module type"
-            warnings.append(f"{rule} selects nothing: the graph has no such {kind}")
+                raise ConfigError(f"{rule.place}: the model has no module {rule.key!r}{hint}")
+            if rule.scope is Scope.OPERATOR_TYPE:
+                kind, present = "operator", {target_name(node.target) for node in calls}
+            else:
+                kind = "module type"
+                present = {name for node in calls for _, name in module_stack(node)}
+            # ``torch.nn.Conv2d`` means ``torch.nn.modules.conv.Conv2d``: the class name counts.
+            last = rule.key.rpartition(".")[2]
+            same = sorted(name for name in present if name.rpartition(".")[2] == last)
+            hint = f"; did you mean {' or '.join(same)}?" if same else nearest(rule.key, present)
+            warnings.append(f"{rule.place} selects nothing: the graph has no such {kind}{hint}")
         return warnings
+
+    def _check_io(self, model: GraphModule) -> None:
+        inputs = [node.name for node in model.graph.nodes if node.op == "placeholder"]
+        outputs = [str(i) for i in range(len(returned_nodes(model)))]
+        for kind, given, known in (
+            ("input", self.inputs, inputs),
+            ("output", self.outputs, outputs),
+        ):
+            for name in given:
+                if name != "*" and name not in known:
+                    raise ConfigError(
+                        f"set_io: the model has no {kind} {name!r}; it has {', '.join(known)}"
+                    )
+
+
+def returned_nodes(model: GraphModule) -> list[Node]:
+    """The nodes that a graph returns, in order."""
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    return [value for value in pytree.tree_leaves(output.args[0]) if isinstance(value, Node)]

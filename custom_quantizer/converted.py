@@ -28,7 +28,6 @@ from custom_quantizer.graph import (
     qparams_of,
 )
 from custom_quantizer.ops import Binding, OpRule, QParamSharing, QuantizedOp, rule_of
-from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.movement import GETITEM, SPLIT
 
@@ -159,12 +158,11 @@ def _with_output(
     if rule is SPLIT:
         return QuantizedOp(binding, inputs, inputs[0], node)
     users = effective_users(node)
-    if len(users) == 1 and (follower := rule_of(users[0])) in (RELU, CLAMP):
-        clamp = cast(OpRule, follower)
-        if clamp.family in rule.fuses and clamp.bounds is not None:
-            output_node = users[0]
-            bounds = clamp.bounds(output_node)
-            users = effective_users(output_node)
+    clamp = rule_of(users[0]) if len(users) == 1 else None
+    if clamp is not None and clamp.bounds is not None and clamp.family in rule.fuses:
+        output_node = users[0]
+        bounds = clamp.bounds(output_node)
+        users = effective_users(output_node)
     if len(users) != 1 or not is_quantize(users[0]):
         return "its result is used in float"
     output = qparams_of(model, users[0])
@@ -189,7 +187,7 @@ def _with_output(
     )
 
 
-def _bias_integers(model: GraphModule, binding: Binding) -> Tensor | None | str:
+def _bias_integers(model: GraphModule, binding: Binding) -> Tensor | str | None:
     """The bias in units of the accumulator: integers of a narrow bias are shifted left."""
     bias = binding.bias
     if bias is None:

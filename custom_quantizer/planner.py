@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.config import Config, Decision, target_name
+from custom_quantizer.config import Config, Decision, returned_nodes, target_name
 from custom_quantizer.formats import IntFormat
 from custom_quantizer.graph import (
     describe,
@@ -24,7 +24,16 @@ from custom_quantizer.graph import (
     module_path,
     tensor_meta,
 )
-from custom_quantizer.ops import Binding, OpRule, QParamSharing, rule_of
+from custom_quantizer.ops import (
+    Backend,
+    Binding,
+    Delegation,
+    Formats,
+    OpRule,
+    QParamSharing,
+    predict_backend,
+    rule_of,
+)
 from custom_quantizer.schemes import OpScheme, TensorScheme
 
 __all__ = ["Edge", "NodeAnnotation", "OpPlan", "Plan", "TensorPlan", "make_plan"]
@@ -64,6 +73,9 @@ class OpPlan:
         scheme: name; ``None`` when the op stays in float.
         reason: the rule that decided, or why it could not be followed.
         tensors: inputs, weight, bias, output.
+        backend: where and how it is expected to run; ``None`` for ops in float.
+        note: what the backend does with it, where that is not a plain int8 kernel.
+        size_bytes: estimated bytes of its constants in the program.
     """
 
     node: str
@@ -74,6 +86,9 @@ class OpPlan:
     scheme: str | None
     reason: str
     tensors: tuple[TensorPlan, ...] = ()
+    backend: str | None = None
+    note: str = ""
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,11 @@ class Plan:
         """Ops that stay in float."""
         return tuple(op for op in self.ops if op.scheme is None)
 
+    @property
+    def size_bytes(self) -> int:
+        """Estimated bytes of all constants in the program."""
+        return sum(op.size_bytes for op in self.ops)
+
     def op(self, node: str) -> OpPlan:
         """The plan of the op whose anchor or fused activation is ``node``.
 
@@ -153,15 +173,25 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [
-            (op.node, op.path, op.family or op.target, op.scheme or "float32", op.reason)
+            (
+                op.node,
+                op.path,
+                op.family or op.target,
+                op.scheme or "float32",
+                op.backend or "float",
+                f"{op.size_bytes:,}" if op.size_bytes else "",
+                "; ".join(filter(None, (op.reason, op.note))),
+            )
             for op in self.ops
         ]
-        header = ("node", "module", "family", "scheme", "why")
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
-        return "\n".join(
+        header = ("node", "module", "family", "scheme", "backend", "bytes", "why")
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
+        lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
             for row in [header, *rows]
-        )
+        ]
+        lines.append(f"{self.size_bytes:,} bytes of constants (estimated)")
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 # Keys of values in the union-find: a node's own output, or a tensor requantized for consumers.
@@ -232,9 +262,41 @@ def make_plan(model: GraphModule, config: Config) -> Plan:
     for op in ops:
         if not op.mover:
             _settle(op)
-    _follow_producers(ops, producer)
+    io = _model_io(model, config)
+    _follow_producers(ops, producer, io.inputs)
     _follow_consumers(ops, anchors)
-    return _Annotator(ops, producer).plan(tuple(warnings))
+    return _Annotator(ops, producer, io).plan(tuple(warnings))
+
+
+@dataclass(frozen=True)
+class _ModelIO:
+    """Formats that the config asks of the model's own inputs and outputs."""
+
+    inputs: dict[Node, TensorScheme]
+    outputs: list[tuple[Node, TensorScheme]]
+    node: Node
+
+
+def _model_io(model: GraphModule, config: Config) -> _ModelIO:
+    def wanted(formats: dict[str, TensorScheme], name: str) -> TensorScheme | None:
+        return formats.get(name, formats.get("*"))
+
+    inputs, outputs = {}, []
+    for node in model.graph.nodes:
+        fmt = wanted(config.inputs, node.name) if node.op == "placeholder" else None
+        if fmt is not None and _is_float32(node):
+            inputs[node] = fmt
+    for i, node in enumerate(returned_nodes(model)):
+        fmt = wanted(config.outputs, str(i))
+        if fmt is not None and _is_float32(node):
+            outputs.append((node, fmt))
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    return _ModelIO(inputs, outputs, output)
+
+
+def _is_float32(node: Node) -> bool:
+    meta = tensor_meta(node)
+    return meta is not None and meta.dtype == torch.float32
 
 
 def _collect(model: GraphModule, config: Config) -> list[_Op]:
@@ -316,7 +378,9 @@ def _left_in_float(op: _Op) -> bool:
     return False
 
 
-def _follow_producers(ops: list[_Op], producer: dict[Node, _Op]) -> None:
+def _follow_producers(
+    ops: list[_Op], producer: dict[Node, _Op], inputs: dict[Node, TensorScheme]
+) -> None:
     """A mover passes on the integers it is given."""
     for op in ops:
         if not op.mover or _left_in_float(op):
@@ -326,6 +390,7 @@ def _follow_producers(ops: list[_Op], producer: dict[Node, _Op]) -> None:
             for tensor in cast(Binding, op.binding).inputs
             if (source := producer.get(tensor)) is not None and not _is_dynamic(source)
         ]
+        given += [inputs.get(tensor) for tensor in cast(Binding, op.binding).inputs]
         formats = [fmt for fmt in given if fmt is not None]
         if formats:
             # Tensors that are joined must agree: on the widest format among them.
@@ -362,17 +427,16 @@ def _follow_consumers(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
 
 def _same_format(a: TensorScheme | None, b: TensorScheme | None) -> bool:
     """Whether two activations can be the same integers; the observer is the producer's choice."""
-    return (
-        a is not None and b is not None and (a.format, a.symmetric) == (b.format, b.symmetric)
-    )
+    return a is not None and b is not None and (a.format, a.symmetric) == (b.format, b.symmetric)
 
 
 class _Annotator:
     """Turns settled ops into groups, edges and the plan that is shown."""
 
-    def __init__(self, ops: list[_Op], producer: dict[Node, _Op]) -> None:
+    def __init__(self, ops: list[_Op], producer: dict[Node, _Op], io: _ModelIO) -> None:
         self._ops = ops
         self._producer = producer
+        self._io = io
         self._groups = _Groups()
         self._numbers: dict[_Key, int] = {}
         self._schemes: dict[_Key, TensorScheme] = {}
@@ -387,22 +451,34 @@ class _Annotator:
                     self._groups.union(key, ("out", op.output))
         self._choose_schemes()
         annotations: dict[str, NodeAnnotation] = {}
+        for node in self._io.inputs:
+            annotations[node.name] = NodeAnnotation({}, self._activation(("out", node), node))
         plans = tuple(self._op_plan(op, annotations) for op in self._ops)
+        outputs = {
+            node.name: self._activation(self._key(node, fmt), node)
+            for node, fmt in self._io.outputs
+        }
+        if outputs:
+            annotations[self._io.node.name] = NodeAnnotation(outputs, None)
         return Plan(plans, warnings, annotations)
 
     def _input_key(self, op: _Op, tensor: Node) -> _Key:
-        wanted = cast(TensorScheme, op.activation)
+        return self._key(tensor, cast(TensorScheme, op.activation))
+
+    def _key(self, tensor: Node, wanted: TensorScheme) -> _Key:
+        """The producer's own output where the formats agree, else a requantized copy of it."""
         source = self._producer.get(tensor)
-        if (
-            source is not None
-            and not _is_dynamic(source)
-            and _same_format(source.activation, wanted)
-        ):
+        given = self._io.inputs.get(tensor)
+        if source is not None and not _is_dynamic(source):
+            given = source.activation
+        if _same_format(given, wanted):
             return ("out", tensor)
         return ("requantized", tensor, wanted.format, wanted.symmetric)
 
     def _choose_schemes(self) -> None:
         """The first member of a group in graph order decides the observer."""
+        for node, fmt in self._io.inputs.items():
+            self._schemes.setdefault(self._groups.find(("out", node)), fmt)
         for op in self._ops:
             if op.activation is None or op.binding is None or _is_dynamic(op):
                 continue
@@ -410,6 +486,8 @@ class _Annotator:
                 root = self._groups.find(self._input_key(op, tensor))
                 self._schemes.setdefault(root, op.activation)
             self._schemes.setdefault(self._groups.find(("out", op.output)), op.activation)
+        for node, fmt in self._io.outputs:
+            self._schemes.setdefault(self._groups.find(self._key(node, fmt)), fmt)
 
     def _number(self, key: _Key) -> int:
         return self._numbers.setdefault(self._groups.find(key), len(self._numbers))
@@ -425,6 +503,7 @@ class _Annotator:
         scheme = op.scheme.name if op.scheme is not None else None
         if op.mover and op.follows is not None:
             scheme = f"a{op.follows.format.bits}"
+        delegation = _predict(op) if op.activation is not None else None
         return OpPlan(
             node=op.node.name,
             fused=op.fused.name if op.fused is not None else None,
@@ -434,6 +513,9 @@ class _Annotator:
             scheme=scheme,
             reason=op.reason,
             tensors=tuple(tensors),
+            backend=delegation.backend.value if delegation is not None else None,
+            note=delegation.reason if delegation is not None else "",
+            size_bytes=_estimate_bytes(op, delegation),
         )
 
     def _annotate(
@@ -452,9 +534,7 @@ class _Annotator:
             if dynamic:
                 scheme = cast(TensorScheme, op.activation)
                 key: _Key = ("dynamic", tensor, scheme)
-                edge = Edge(
-                    "activation", self._number(key), describe(tensor), scheme, dynamic=True
-                )
+                edge = Edge("activation", self._number(key), describe(tensor), scheme, dynamic=True)
             else:
                 edge = self._activation(self._input_key(op, tensor), tensor)
             inputs[tensor.name] = edge
@@ -477,14 +557,9 @@ class _Annotator:
     ) -> list[TensorPlan]:
         tensors: list[TensorPlan] = []
         weight = cast(Node, binding.weight)
-        weight_scheme = scheme.weight
+        weight_scheme = weight_scheme_of(scheme, binding)
         why = "constant weight"
-        if (
-            weight_scheme.granularity == "per_channel"
-            and binding.weight_axis == 1
-            and binding.groups > 1
-        ):
-            weight_scheme = TensorScheme(weight_scheme.format, True, "per_tensor")
+        if weight_scheme != scheme.weight:
             why += "; one scale for all channels, since XNNPACK has no per-channel kernel for "
             why += "grouped transposed convolutions"
         key: _Key = ("weight", weight, weight_scheme, binding.weight_axis)
@@ -517,6 +592,56 @@ class _Annotator:
             dtype, why = str(scheme.bias), "derived: input scale x weight scale"
         tensors.append(TensorPlan("bias", bias.name, dtype, group, why))
         return tensors
+
+
+def weight_scheme_of(scheme: OpScheme, binding: Binding) -> TensorScheme:
+    """The weight's scheme, per tensor where XNNPACK has no per-channel kernel."""
+    weight = scheme.weight
+    if weight.granularity == "per_channel" and binding.weight_axis == 1 and binding.groups > 1:
+        return TensorScheme(weight.format, True, "per_tensor")
+    return weight
+
+
+def _predict(op: _Op) -> Delegation:
+    """Where a quantized op will run."""
+    binding, activation = cast(Binding, op.binding), cast(TensorScheme, op.activation)
+    weight = None
+    if op.scheme is not None and binding.weight is not None:
+        weight = weight_scheme_of(op.scheme, binding)
+    return predict_backend(
+        binding,
+        Formats(
+            activation.format.bits,
+            None if weight is None else weight.format.bits,
+            "per_tensor" if weight is None else weight.granularity,
+            _is_dynamic(op),
+        ),
+    )
+
+
+# Bytes of one weight in the program, where it is not 4 (float).
+_WEIGHT_BYTES = {
+    Backend.INT8: 1.0,
+    Backend.INT8_CONTAINER: 1.0,
+    Backend.DYNAMIC_INT8: 1.0,
+    Backend.PACKED_INT4: 0.5,
+}
+
+
+def _estimate_bytes(op: _Op, delegation: Delegation | None) -> int:
+    """Weights, biases and per-channel scales of an op, as the program stores them."""
+    if op.binding is None or op.binding.weight is None:
+        return 0
+    meta = tensor_meta(op.binding.weight)
+    if meta is None:
+        return 0
+    each = 4.0 if delegation is None else _WEIGHT_BYTES.get(delegation.backend, 4.0)
+    channels = int(meta.shape[op.binding.weight_axis]) * (
+        op.binding.groups if op.binding.weight_axis == 1 else 1
+    )
+    per_channel = op.scheme is not None and op.scheme.weight.granularity != "per_tensor"
+    extra = 4 * channels * ((op.binding.bias is not None) + (per_channel and each != 4.0))
+    return int(meta.numel() * each) + extra
 
 
 def group_members(plan: Plan) -> dict[int, list[str]]:

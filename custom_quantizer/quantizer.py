@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, cast
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -20,20 +21,20 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from custom_quantizer.canonical import canonicalize
-from custom_quantizer.config import Config, Rule, Scope, nearest, target_name
+from custom_quantizer.config import Config, Rule, Scope, operator_names
+from custom_quantizer.config_file import dump_config, load_config
 from custom_quantizer.errors import CaptureError, ConfigError
 from custom_quantizer.graph import describe
 from custom_quantizer.observers import META_KEY, ActivationObserver, BiasObserver, WeightObserver
-from custom_quantizer.ops import known_targets
 from custom_quantizer.planner import Edge, Plan, make_plan
-from custom_quantizer.schemes import OpScheme, TensorScheme, coerce_scheme
+from custom_quantizer.schemes import OpScheme, TensorScheme, activation_scheme, coerce_scheme
 
 __all__ = ["IntegerQuantizer"]
 
 ANNOTATION_KEY = "quantization_annotation"
 """Where torchao's ``prepare_pt2e`` looks for annotations (``Q_ANNOTATION_KEY``)."""
 
-SchemeLike = str | OpScheme | QuantizationConfig | None
+SchemeLike: TypeAlias = str | OpScheme | QuantizationConfig | None
 
 
 class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
@@ -57,6 +58,26 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         self._config = Config()
         self._plan: Plan | None = None
 
+    @classmethod
+    def from_config(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> IntegerQuantizer:
+        """Make a quantizer from a YAML or JSON file, or from what :meth:`to_config` returns.
+
+        Raises:
+            ConfigError: the file says something that is not legal; file, line and column are named.
+            InputError: the file cannot be read.
+        """
+        quantizer = cls()
+        quantizer._config = load_config(source)
+        return quantizer
+
+    def to_config(self) -> dict[str, Any]:
+        """The rules as plain data, which :meth:`from_config` turns into an equal quantizer.
+
+        Raises:
+            ConfigError: there is a filter function, or a scheme without a name.
+        """
+        return dump_config(self._config)
+
     # -- setters ------------------------------------------------------------------------------
 
     def set_global(self, scheme: SchemeLike) -> IntegerQuantizer:
@@ -69,20 +90,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         Raises:
             ConfigError: no op family knows the overload; the nearest ones are named.
         """
-        known = {target_name(target) for target in known_targets()}
-        overloads = getattr(operator_type, "overloads", None)
-        if overloads is not None:  # an OpOverloadPacket: all its overloads that are known
-            names = [target_name(getattr(operator_type, o)) for o in overloads()]
-            names = [name for name in names if _functional_name(name) in known]
-        else:
-            name = operator_type if isinstance(operator_type, str) else target_name(operator_type)
-            names = [name] if _functional_name(name) in known else []
-        if not names:
-            raise ConfigError(
-                f"set_operator_type({operator_type}): not an operator this quantizer knows"
-                f"{nearest(str(operator_type), known)}"
-            )
-        for name in names:
+        for name in operator_names(operator_type):
             self._add(Scope.OPERATOR_TYPE, name, scheme)
         return self
 
@@ -107,6 +115,27 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         if not callable(filter_function):
             raise ConfigError(f"a filter function is called with a node; got {filter_function!r}")
         self._config.filter_function = filter_function
+        return self
+
+    def set_io(
+        self,
+        inputs: str | TensorScheme | Mapping[str, str | TensorScheme] | None = None,
+        outputs: str | TensorScheme | Mapping[str, str | TensorScheme] | None = None,
+    ) -> IntegerQuantizer:
+        """Set the format of the model's inputs and outputs.
+
+        An input is quantized to its format first, whatever its consumers want; an output is
+        requantized to its format last.
+
+        Args:
+            inputs: a format (``"a8"``, ``"a16"``) for all inputs, or one for each input name.
+            outputs: likewise, by position: ``{"0": "a16"}``.
+        """
+        for given, target in ((inputs, self._config.inputs), (outputs, self._config.outputs)):
+            if given is None:
+                continue
+            formats = given if isinstance(given, Mapping) else {"*": given}
+            target.update({str(name): activation_scheme(fmt) for name, fmt in formats.items()})
         return self
 
     def _add(self, scope: Scope, key: str, scheme: SchemeLike) -> IntegerQuantizer:
@@ -134,9 +163,11 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         Args:
             exported: an ``ExportedProgram``, or what its ``.module()`` returns.
         """
-        is_program = isinstance(exported, torch.export.ExportedProgram)
-        model = exported.module() if is_program else copy.deepcopy(exported)
-        prepare_pt2e(cast(GraphModule, model), self)
+        if isinstance(exported, torch.export.ExportedProgram):
+            model = exported.module()
+        else:
+            model = copy.deepcopy(exported)
+        prepare_pt2e(model, self)
         return self.last_plan
 
     # -- what prepare_pt2e calls --------------------------------------------------------------
@@ -163,19 +194,14 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         """Nothing to check: the plan is legal by construction."""
 
 
-def _functional_name(name: str) -> str:
-    """``aten.relu.default`` for ``aten.relu_.default``."""
-    namespace, _, rest = name.partition(".")
-    packet, _, overload = rest.partition(".")
-    return f"{namespace}.{packet.removesuffix('_')}.{overload}"
-
-
 def _nothing_to_quantize(plan: Plan) -> str:
     if not plan.ops:
         return "there is nothing to quantize: the graph has no ops"
     reasons = dict.fromkeys(f"{op.node}: {op.reason}" for op in plan.ops)
     shown = "; ".join(list(reasons)[:5])
-    return f"there is nothing to quantize in the graph; set_global('a8w8') selects all ops ({shown})"
+    return (
+        f"there is nothing to quantize in the graph; set_global('a8w8') selects all ops ({shown})"
+    )
 
 
 def _check_captured(model: object) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "Granularity",
     "OpScheme",
     "TensorScheme",
+    "activation_scheme",
     "coerce_scheme",
     "scheme",
 ]
@@ -134,8 +135,7 @@ _DEFAULT_OBSERVER = "minmax"
 _NAME = re.compile(r"(?P<kind>a|dyn)(?P<act>\d+)w(?P<weight>\d+)(?:g(?P<group>\d+))?")
 _GRAMMAR = (
     "a<bits>w<bits> or dyn8w<bits>, 2 to 16 bits each, optionally g<group size>, then any of "
-    "-per_tensor, -symmetric, -narrow, -full, -bias<bits>, -biasfloat, -"
-    + ", -".join(OBSERVERS)
+    "-per_tensor, -symmetric, -narrow, -full, -bias<bits>, -biasfloat, -" + ", -".join(OBSERVERS)
 )
 
 
@@ -217,6 +217,20 @@ def scheme(
     )
 
 
+def activation_scheme(name: str | TensorScheme) -> TensorScheme:
+    """Parse the activation half of a scheme name: ``"a8"``, ``"a16"``, ``"a8-symmetric"``.
+
+    Raises:
+        SchemeError: it does not parse.
+    """
+    if isinstance(name, TensorScheme):
+        return name
+    base, _, suffixes = name.partition("-")
+    if re.fullmatch(r"a\d+", base) is None:
+        raise SchemeError(f"{name!r} is no activation format; write a8, a16, a8-symmetric, ...")
+    return scheme(f"{base}w8" + (f"-{suffixes}" if suffixes else "")).activation
+
+
 def _suffix(name: str, suffix: str) -> dict[str, Any]:
     if suffix in ("per_tensor", "per_channel"):
         return {"weight_granularity": suffix}
@@ -276,9 +290,7 @@ def _from_torchao(config: QuantizationConfig) -> OpScheme:
     for role, spec in (("activation", act), ("weight", weight)):
         if spec.dtype not in (torch.int8, torch.int16):
             raise SchemeError(f"{role} dtype {spec.dtype} is not supported; use int8 or int16")
-    if config.output_activation is not None and (
-        _range(config.output_activation) != _range(act)
-    ):
+    if config.output_activation is not None and (_range(config.output_activation) != _range(act)):
         raise SchemeError("input_activation and output_activation must have the same range")
     per_channel = weight.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine)
     act_format, weight_format = _format("activation", act), _format("weight", weight)

@@ -104,7 +104,13 @@ class IntegerReference:
             source = cast(Node, node.args[0])
             if source in self._outputs:
                 return values[source]  # already integers in this scale
-            stored = self.arithmetic.quantize(values[source], self._qparams[node])
+            value = values[source]
+            if isinstance(value, _Border):
+                stored = self.arithmetic.requantize(
+                    value.stored, value.qparams, self._qparams[node]
+                )
+            else:
+                stored = self.arithmetic.quantize(value, self._qparams[node])
             if record is not None:
                 record[source.name] = stored
             return stored
@@ -150,14 +156,14 @@ class _Border:
 
     def __init__(self, stored: Tensor, qparams: Any, arithmetic: Arithmetic) -> None:
         self.stored = stored
-        self._qparams = qparams
+        self.qparams = qparams
         self._arithmetic = arithmetic
         self._real: Tensor | None = None
 
     @property
     def real(self) -> Tensor:
         if self._real is None:
-            self._real = self._arithmetic.dequantize(self.stored, self._qparams)
+            self._real = self._arithmetic.dequantize(self.stored, self.qparams)
         return self._real
 
 

@@ -47,13 +47,21 @@ def _bind_single(rule: OpRule, node: Node) -> Binding | str:
 
 def _add_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
     a, b = inputs
-    return arithmetic.add(a, b, op.inputs[0], op.inputs[1], op.output, bounds=op.stored_bounds(arithmetic))
+    return arithmetic.add(
+        a, b, op.inputs[0], op.inputs[1], op.output, bounds=op.stored_bounds(arithmetic)
+    )
 
 
 def _sub_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
     a, b = inputs
     return arithmetic.add(
-        a, b, op.inputs[0], op.inputs[1], op.output, subtract=True, bounds=op.stored_bounds(arithmetic)
+        a,
+        b,
+        op.inputs[0],
+        op.inputs[1],
+        op.output,
+        subtract=True,
+        bounds=op.stored_bounds(arithmetic),
     )
 
 
@@ -61,7 +69,9 @@ def _mul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> 
     a, b = inputs
     if op.binding.inputs[0] is op.binding.inputs[1]:
         return arithmetic.square(a, op.inputs[0], op.output, bounds=op.stored_bounds(arithmetic))
-    return arithmetic.mul(a, b, op.inputs[0], op.inputs[1], op.output, bounds=op.stored_bounds(arithmetic))
+    return arithmetic.mul(
+        a, b, op.inputs[0], op.inputs[1], op.output, bounds=op.stored_bounds(arithmetic)
+    )
 
 
 def _clamp_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -105,9 +115,7 @@ class _Function(nn.Module):
         return self.function(*inputs)
 
 
-def _case(
-    name: str, function: Callable[..., Tensor], *shapes: tuple[int, ...]
-) -> Case:
+def _case(name: str, function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Case:
     return Case(name, lambda: _Function(function), shapes)
 
 

@@ -39,16 +39,12 @@ _CONV_TRANSPOSE_TARGETS = frozenset({aten.conv_transpose1d.default, aten.conv_tr
 _LINEAR_TARGETS = frozenset({aten.linear.default})
 
 
-def _roles(
-    rule: OpRule, node: Node, *, weight_axis: int = 0, groups: int = 1
-) -> Binding | str:
+def _roles(rule: OpRule, node: Node, *, weight_axis: int = 0, groups: int = 1) -> Binding | str:
     data, weight = node.args[0], node.args[1]
     bias = argument(node, 2, "bias")
     if not isinstance(data, Node) or not isinstance(weight, Node):
         return "its input or weight is not a tensor of the graph"
-    return Binding(
-        rule, node, (data,), weight, cast("Node | None", bias), weight_axis, groups
-    )
+    return Binding(rule, node, (data,), weight, cast("Node | None", bias), weight_axis, groups)
 
 
 def _bind_conv(rule: OpRule, node: Node) -> Binding | str:
@@ -185,9 +181,7 @@ def _conv_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) ->
     def contract(data: Tensor, weight: Tensor) -> Tensor:
         # Padding with the zero point is padding the centered input with zero.
         pads = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
-        return conv(
-            F.pad(data, pads), weight, None, stride, 0, dilation, op.binding.groups
-        )
+        return conv(F.pad(data, pads), weight, None, stride, 0, dilation, op.binding.groups)
 
     return _requantize(op, _accumulate(op, inputs[0], contract), arithmetic)
 
@@ -223,12 +217,11 @@ def _delegation(binding: Binding, formats: Formats) -> Delegation:
     if formats.dynamic:
         backend = Backend.DYNAMIC_INT8 if bits > 4 else Backend.PACKED_INT4
         return Delegation(backend, "activations are quantized at run time, row by row")
-    if binding.rule is CONV_TRANSPOSE and formats.granularity == "per_channel":
-        if binding.groups > 1:
-            return Delegation(
-                Backend.FLOAT,
-                "XNNPACK has no per-channel kernel for grouped transposed convolutions",
-            )
+    per_channel = formats.granularity == "per_channel"
+    if binding.rule is CONV_TRANSPOSE and per_channel and binding.groups > 1:
+        return Delegation(
+            Backend.FLOAT, "XNNPACK has no per-channel kernel for grouped transposed convolutions"
+        )
     if bits == 8:
         return Delegation(Backend.INT8)
     if binding.rule is LINEAR and bits <= 4:
@@ -261,7 +254,9 @@ def _conv(*args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
     return lambda: nn.Conv2d(*args, **kwargs)
 
 
-def _then(first: Callable[[], nn.Module], *rest: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def _then(
+    first: Callable[[], nn.Module], *rest: Callable[[], nn.Module]
+) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(first(), *(build() for build in rest))
 
 
@@ -301,9 +296,7 @@ CONV = OpRule(
         Case("1d", lambda: nn.Conv1d(8, 12, 3), _SIGNAL),
         Case("1d_same_grouped", lambda: nn.Conv1d(8, 12, 3, padding="same", groups=4), _SIGNAL),
         Case("1d_relu", _then(lambda: nn.Conv1d(8, 12, 3, stride=2), nn.ReLU), _SIGNAL),
-        Case(
-            "1d_bn", _then(lambda: nn.Conv1d(8, 12, 3), lambda: nn.BatchNorm1d(12)), _SIGNAL
-        ),
+        Case("1d_bn", _then(lambda: nn.Conv1d(8, 12, 3), lambda: nn.BatchNorm1d(12)), _SIGNAL),
     ),
 )
 

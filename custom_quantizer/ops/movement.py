@@ -143,7 +143,7 @@ def slice_of(node: Node) -> tuple[int, int, int, int]:
     """``(dim, start, stop, step)`` of a slice, normalized to the input's size."""
     shape = shape_of(cast(Node, node.args[0]))
     dim = int(argument(node, 1, "dim", 0)) % len(shape)
-    size = shape[dim]
+    size: Any = shape[dim]
     start, stop = argument(node, 2, "start"), argument(node, 3, "end")
     step = int(argument(node, 4, "step", 1))
     if not isinstance(size, int):
@@ -184,7 +184,10 @@ SELECT = OpRule(
     sharing=QParamSharing.SAME,
     integers=_apply,
     delegation=_moved,
-    cases=(_case("middle", lambda x: x[:, 3], _IMAGE), _case("last", lambda x: x[:, :, -1], _IMAGE)),
+    cases=(
+        _case("middle", lambda x: x[:, 3], _IMAGE),
+        _case("last", lambda x: x[:, :, -1], _IMAGE),
+    ),
 )
 
 

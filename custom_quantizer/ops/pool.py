@@ -174,7 +174,7 @@ def adaptive_kernel(node: Node) -> tuple[int, int] | None:
 def is_global_pool(node: Node) -> bool:
     """Whether an adaptive pooling call averages all of a 4-d image."""
     data = tensor_meta(cast(Node, node.args[0]))
-    wanted = [w for w in cast("Sequence[int | None]", node.args[1])]
+    wanted = list(cast("Sequence[int | None]", node.args[1]))
     return data is not None and data.dim() == 4 and all(w == 1 for w in wanted)
 
 
@@ -194,9 +194,7 @@ def _adaptive_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic
         raise ConversionError(f"{describe(op.node)}: its windows overlap")
     if kernel == (1, 1):
         return arithmetic.requantize(data, op.inputs[0], op.output)
-    return arithmetic.avg_pool2d(
-        data, op.inputs[0], op.output, kernel_size=kernel, stride=kernel
-    )
+    return arithmetic.avg_pool2d(data, op.inputs[0], op.output, kernel_size=kernel, stride=kernel)
 
 
 def _adaptive_delegation(binding: Binding, _formats: Formats) -> Delegation:

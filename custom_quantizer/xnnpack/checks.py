@@ -19,9 +19,7 @@ from custom_quantizer.xnnpack.program import LoweredProgram, find_weighted
 __all__ = ["check_constants", "check_outputs", "check_program"]
 
 
-def check_program(
-    program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
-) -> None:
+def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> None:
     """Check constants, then outputs on the example.
 
     Raises:
@@ -80,9 +78,7 @@ def _compare(
         )
 
 
-def check_outputs(
-    program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
-) -> None:
+def check_outputs(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> None:
     """Run the program and the integer reference on the example and compare the outputs.
 
     Where every op is integer the outputs are equal. Otherwise float kernels of the backend and of

@@ -265,7 +265,9 @@ class StoredProgram:
             if str(value.dtype) != f"torch.{info.dtype}":
                 raise InputError(f"input {i} must be {info.dtype}, got {value.dtype}")
             if len(value.shape) != len(info.shape):
-                raise InputError(f"input {i} must have shape {info.shape}, got {tuple(value.shape)}")
+                raise InputError(
+                    f"input {i} must have shape {info.shape}, got {tuple(value.shape)}"
+                )
         return tuple(_execute(self._method, list(inputs)))
 
 
