@@ -118,7 +118,7 @@ def operator_names(operator_type: Any) -> list[str]:
     names = [name for name in names if _functional_name(name) in known]
     if not names:
         raise ConfigError(
-            f"set_operator_type({operator_type}): not an operator this quantizer knows"
+            f"{operator_type} is not an operator this quantizer knows"
             f"{nearest(str(operator_type), known)}"
         )
     return names

@@ -25,6 +25,8 @@ from custom_quantizer.graph import (
     is_constant,
     is_dequantize,
     is_quantize,
+    is_run_time_quantization,
+    is_static,
     qparams_of,
 )
 from custom_quantizer.ops import Binding, OpRule, QParamSharing, QuantizedOp, rule_of
@@ -97,7 +99,7 @@ def read_converted(model: GraphModule) -> ConvertedGraph:
     for node in model.graph.nodes:
         if node.op != "call_function" or node.target in _CHECKS or node in consumed:
             continue
-        if is_quantize(node) or is_dequantize(node):
+        if is_quantize(node) or is_dequantize(node) or is_run_time_quantization(node):
             continue
         found = _integer_op(model, node, integer)
         if isinstance(found, str):
@@ -145,7 +147,7 @@ def _integer_op(
         for source in binding.inputs:
             if not is_dequantize(source):
                 return f"its input {describe(source)} is in float"
-            if not isinstance(source.args[1], float):
+            if not is_static(source):
                 return "its input is quantized at run time"
         inputs = tuple(qparams_of(model, source) for source in binding.inputs)
     return _with_output(model, rule, binding, inputs)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import torchao.quantization.quant_primitives  # registers torchao::dequantize_affine
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed.*
 from torch.fx import GraphModule, Node
 
@@ -25,6 +26,8 @@ __all__ = [
     "is_constant",
     "is_dequantize",
     "is_quantize",
+    "is_run_time_quantization",
+    "is_static",
     "module_path",
     "module_stack",
     "qparams_of",
@@ -41,8 +44,12 @@ DEQUANTIZE_PER_CHANNEL = _q.dequantize_per_channel.default
 QUANTIZE_PER_TENSOR = _q.quantize_per_tensor.default
 QUANTIZE_PER_CHANNEL = _q.quantize_per_channel.default
 
+CHOOSE_QPARAMS = _q.choose_qparams.tensor
+DEQUANTIZE_DYNAMIC = _q.dequantize_per_tensor.tensor
+DEQUANTIZE_GROUPED = torch.ops.torchao.dequantize_affine.default
+
 _QUANTIZE = (QUANTIZE_PER_TENSOR, QUANTIZE_PER_CHANNEL, _q.quantize_per_tensor.tensor)
-_DEQUANTIZE = (DEQUANTIZE_PER_TENSOR, DEQUANTIZE_PER_CHANNEL, _q.dequantize_per_tensor.tensor)
+_DEQUANTIZE = (DEQUANTIZE_PER_TENSOR, DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_DYNAMIC)
 
 _ASSERTIONS = (
     torch.ops.aten._assert_tensor_metadata.default,
@@ -59,6 +66,21 @@ def is_quantize(node: object) -> bool:
 def is_dequantize(node: object) -> bool:
     """Whether ``node`` turns integers into a float tensor."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in _DEQUANTIZE
+
+
+def is_static(node: Node) -> bool:
+    """Whether a quantize or dequantize node has parameters that are known before it runs."""
+    return node.target in (QUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_CHANNEL) or isinstance(
+        node.args[1], float
+    )
+
+
+def is_run_time_quantization(node: Node) -> bool:
+    """Whether a node helps to choose scales at run time, or dequantizes weights in groups."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, Node) and is_run_time_quantization(source)
+    return node.target in (CHOOSE_QPARAMS, DEQUANTIZE_GROUPED)
 
 
 def module_stack(node: Node) -> list[tuple[str, str]]:

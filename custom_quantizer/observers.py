@@ -28,6 +28,7 @@ from custom_quantizer.bias import (
 )
 from custom_quantizer.errors import CalibrationError, ConversionError
 from custom_quantizer.graph import (
+    DEQUANTIZE_GROUPED,
     DEQUANTIZE_PER_CHANNEL,
     DEQUANTIZE_PER_TENSOR,
     add_constant,
@@ -107,6 +108,7 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
         self.scheme = scheme
         self.name = name
         self.averaging_constant = averaging_constant
+        self.eps = float(torch.finfo(torch.float32).eps)  # for qparams chosen at run time
         self.quant_min = scheme.format.quant_min
         self.quant_max = scheme.format.quant_max
         self.qscheme = torch.per_tensor_symmetric if scheme.symmetric else torch.per_tensor_affine
@@ -116,7 +118,7 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
 
     def forward(self, x: Tensor) -> Tensor:
         """Record ``x`` (any shape) and return it unchanged."""
-        if x.numel() == 0:
+        if x.numel() == 0 or self.is_dynamic:
             return x
         low, high = torch.aminmax(x.detach())
         # NaN spreads to both ends, so two numbers tell about all of them.
@@ -226,6 +228,8 @@ class WeightObserver(_ConstantObserver):
         if not bool(torch.isfinite(weight).all()):
             raise CalibrationError(f"{self.name}: its weight has values that are not finite")
         reach = weight.detach().to(torch.float32).abs()
+        if self.scheme.group_size is not None:
+            return self._group_scale(reach, self.scheme.group_size)
         if self.scheme.granularity == "per_tensor":
             reach = reach.max()
         else:
@@ -235,10 +239,21 @@ class WeightObserver(_ConstantObserver):
         floor = largest * 2.0**-16 if largest > 0 else torch.tensor(2.0**-10)
         return torch.maximum(scale, floor).clamp_min(_TINY)
 
+    def _group_scale(self, reach: Tensor, group_size: int) -> Tensor:
+        """``(out_channels, groups)``, representable in bfloat16, which the backend stores."""
+        grouped = reach.reshape(reach.shape[0], -1, group_size).amax(dim=2)
+        floor = (grouped.max() * 2.0**-16).clamp_min(2.0**-100)
+        scale = torch.maximum(grouped / self.scheme.format.quant_max, floor)
+        coarse = scale.to(torch.bfloat16)
+        above = torch.nextafter(coarse, torch.tensor(torch.inf, dtype=torch.bfloat16))
+        return torch.where(coarse.to(torch.float32) < scale, above, coarse).to(torch.float32)
+
     def integers(self, weight: Tensor, scale: Tensor) -> Tensor:
         """``clamp(round(w / s))``, half to even, in float64, stored in the narrowest dtype."""
         fmt = self.scheme.format
-        if scale.dim():
+        if self.scheme.group_size is not None:
+            scale = scale.repeat_interleave(self.scheme.group_size, dim=1)
+        elif scale.dim():
             shape = [1] * weight.dim()
             shape[self.ch_axis] = -1
             scale = scale.reshape(shape)
@@ -248,6 +263,8 @@ class WeightObserver(_ConstantObserver):
     def final_scale(self, model: GraphModule, node: Node) -> Tensor:
         """The scale after it was raised for the biases of all ops that use the weight."""
         scale = self.scale(constant_of(model, cast(Node, node.args[0])))
+        if self.scheme.group_size is not None:
+            return scale  # no single scale a channel, so no bias is derived from it
         constraints = []
         limit = COMFORTABLE_BIAS
         for binding in _consumers(node):
@@ -267,6 +284,9 @@ class WeightObserver(_ConstantObserver):
         weight = constant_of(model, cast(Node, node.args[0]))
         scale = self.final_scale(model, node)
         fmt = self.scheme.format
+        if self.scheme.group_size is not None:
+            self._replace_grouped(model, node, self.integers(weight, scale), scale)
+            return
         qparams = QParams(
             scale=scale if scale.dim() else float(scale),
             zero_point=0,
@@ -279,6 +299,29 @@ class WeightObserver(_ConstantObserver):
         dequantize.meta[META_KEY] = {
             "raised": {int(c): float(raised[c]) for c in torch.nonzero(raised > 1).flatten()}
         }
+
+
+    def _replace_grouped(
+        self, model: GraphModule, node: Node, values: Tensor, scale: Tensor
+    ) -> None:
+        """Put torchao's blockwise dequantization in the observer's place."""
+        fmt = self.scheme.format
+        prefix = str(cast(Node, node.args[0]).target)
+        args = (
+            add_constant(model, f"{prefix}_integers", values, node),
+            [1, self.scheme.group_size],
+            add_constant(model, f"{prefix}_scale", scale, node),
+            add_constant(model, f"{prefix}_zero_point", torch.zeros_like(scale).long(), node),
+            values.dtype,
+            fmt.quant_min,
+            fmt.quant_max,
+            torch.float32,
+        )
+        with model.graph.inserting_before(node):
+            dequantize = model.graph.call_function(DEQUANTIZE_GROUPED, args)
+        dequantize.meta["val"] = cast(Node, node.args[0]).meta.get("val")
+        node.replace_all_uses_with(dequantize)
+        model.graph.erase_node(node)
 
 
 class BiasObserver(_ConstantObserver):

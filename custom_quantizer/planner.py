@@ -350,6 +350,9 @@ def _settle(op: _Op) -> None:
     if scheme is None:
         op.reason = op.decision.reason
         return
+    if scheme.dynamic and op.binding.weight is None:
+        op.reason = f"{scheme.name} quantizes linear layers; everything else stays in float"
+        return
     for tensor in (*op.binding.inputs, op.output):
         meta = tensor_meta(tensor)
         if meta is None or meta.dtype != torch.float32:

@@ -22,6 +22,7 @@ from custom_quantizer.graph import (
     describe,
     is_dequantize,
     is_quantize,
+    is_static,
     qparams_of,
 )
 from custom_quantizer.ops import QuantizedOp
@@ -59,7 +60,7 @@ class IntegerReference:
         self._qparams = {
             node: qparams_of(graph.model, node)
             for node in graph.model.graph.nodes
-            if is_quantize(node) or (is_dequantize(node) and isinstance(node.args[1], float))
+            if (is_quantize(node) or is_dequantize(node)) and is_static(node)
         }
 
     @property
@@ -100,7 +101,7 @@ class IntegerReference:
     def _evaluate(
         self, node: Node, values: dict[Node, Any], record: dict[str, Tensor] | None
     ) -> Any:
-        if is_quantize(node):
+        if is_quantize(node) and node in self._qparams:
             source = cast(Node, node.args[0])
             if source in self._outputs:
                 return values[source]  # already integers in this scale
@@ -114,15 +115,13 @@ class IntegerReference:
             if record is not None:
                 record[source.name] = stored
             return stored
-        if is_dequantize(node):
-            qparams = self._qparams.get(node)
-            if qparams is None:
-                return cast(Callable[..., Any], node.target)(*_bind(node.args, values))
+        if is_dequantize(node) and node in self._qparams:
             users = [user for user in node.users if user not in self._ops]
             # Integer ops read the integers; only float ops and outputs need real numbers.
             if not users:
                 return values[cast(Node, node.args[0])]
-            return _Border(values[cast(Node, node.args[0])], qparams, self.arithmetic)
+            stored = values[cast(Node, node.args[0])]
+            return _Border(stored, self._qparams[node], self.arithmetic)
         op = self._ops.get(node)
         if op is not None:
             stored = self._compute(op, values)

@@ -104,10 +104,20 @@ def _accepts_gemm(binding: Binding, scheme: OpScheme) -> Verdict:
     meta = tensor_meta(weight)
     if meta is not None and meta.dtype != torch.float32:
         return refused(f"its weight is {meta.dtype}; only float32 weights are quantized")
-    if scheme.weight.granularity == "per_group" and binding.rule is not LINEAR:
-        return refused("weights are quantized per group in linear layers only")
     if scheme.dynamic and binding.rule is not LINEAR:
         return refused("activations are quantized at run time for linear layers only")
+    group = scheme.weight.group_size
+    if group is not None:
+        features = int(meta.shape[1]) if meta is not None else group
+        if binding.rule is not LINEAR:
+            return refused("weights are quantized per group in linear layers only")
+        if not scheme.dynamic or scheme.weight.format.bits > 4 or group % 32:
+            return refused(
+                "XNNPACK runs grouped weights of up to 4 bits, in groups of a multiple of 32, with "
+                "activations quantized at run time only (dyn8w4g32)"
+            )
+        if features % group:
+            return refused(f"its {features} input features do not divide into groups of {group}")
     return ACCEPTED
 
 
@@ -215,7 +225,8 @@ def _linear_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) 
 def _delegation(binding: Binding, formats: Formats) -> Delegation:
     bits = formats.weight_bits or 8
     if formats.dynamic:
-        backend = Backend.DYNAMIC_INT8 if bits > 4 else Backend.PACKED_INT4
+        packed = bits <= 4 and packable_features(binding) is not None
+        backend = Backend.PACKED_INT4 if packed else Backend.DYNAMIC_INT8
         return Delegation(backend, "activations are quantized at run time, row by row")
     per_channel = formats.granularity == "per_channel"
     if binding.rule is CONV_TRANSPOSE and per_channel and binding.groups > 1:

@@ -31,6 +31,7 @@ from custom_quantizer.xnnpack.program import (
     LoweringReport,
     OpBackend,
     computes_in_integers,
+    quantizes_at_run_time,
 )
 from custom_quantizer.xnnpack.readback import ProgramContents, read_program
 
@@ -314,7 +315,12 @@ def _delegated_backend(
     """How the delegate runs the nodes with these handles, as the program's tensors say."""
     for delegate in contents.delegates:
         for node in delegate.ops:
-            if node.debug_handle not in handles or not computes_in_integers(delegate, node):
+            if node.debug_handle not in handles:
+                continue
+            if node.weight is not None and quantizes_at_run_time(delegate, node):
+                packed = delegate.tensors[node.weight].dtype == "int4"
+                return Backend.PACKED_INT4 if packed else Backend.DYNAMIC_INT8
+            if not computes_in_integers(delegate, node):
                 continue
             if node.weight is None or not isinstance(op, QuantizedOp):
                 return Backend.INT8

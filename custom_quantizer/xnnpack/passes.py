@@ -18,6 +18,8 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.errors import CustomQuantizerError, LoweringError
 from custom_quantizer.graph import (
+    DEQUANTIZE_DYNAMIC,
+    DEQUANTIZE_GROUPED,
     DEQUANTIZE_PER_CHANNEL,
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
@@ -701,18 +703,25 @@ def _weight_containers(model: GraphModule) -> int:
     count = 0
     for node in _calls(model, _GEMMS):
         weight = cast(Node, node.args[1])
+        if weight.target is DEQUANTIZE_GROUPED:
+            weight.args = (*weight.args[:5], -8, 7, *weight.args[7:])
+            count += 1
+            continue
         if not is_dequantize(weight) or not is_constant(weight.args[0]) or _is_wide(weight):
             continue
         bits = _stored_bits(weight)
-        if bits == 8:
+        data = node.args[0]
+        dynamic = isinstance(data, Node) and data.target is DEQUANTIZE_DYNAMIC
+        spread = dynamic and weight.target is DEQUANTIZE_PER_TENSOR
+        if bits == 8 and not spread:
             continue
         integers = constant_of(model, cast(Node, weight.args[0]))
         pack = node.target in LINEAR.targets and bits <= 4 and integers.shape[1] % 2 == 0
         low, high = (-8, 7) if pack else (-128, 127)
         args = (*weight.args[:-3], low, high, torch.int8)
         target: Any = weight.target
-        if pack and target is DEQUANTIZE_PER_TENSOR:
-            # Packed weights have one scale a channel: the same one for all.
+        if (pack or spread) and target is DEQUANTIZE_PER_TENSOR:
+            # These kernels want one scale a channel: the same one for all.
             prefix = str(cast(Node, weight.args[0]).target)
             scales = torch.full((integers.shape[0],), cast(float, weight.args[1]))
             zeros = torch.zeros(integers.shape[0], dtype=torch.int64)

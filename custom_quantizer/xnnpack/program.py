@@ -29,6 +29,7 @@ from custom_quantizer.xnnpack.readback import (
 __all__ = ["LoweredProgram", "LoweringReport", "OpBackend", "load_program"]
 
 INTEGER_BACKENDS = frozenset({Backend.INT8, Backend.PACKED_INT4, Backend.INT8_CONTAINER})
+"""Backends whose results the integer reference gives exactly (unless inputs are dynamic)."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,11 @@ def computes_in_integers(delegate: DelegateContents, op: DelegateOp) -> bool:
     """Whether a delegate's node reads and writes integers only."""
     tensors = [delegate.tensors[i] for i in (*op.inputs, *op.outputs)]
     return all(tensor.dtype in ("int8", "uint8") for tensor in tensors)
+
+
+def quantizes_at_run_time(delegate: DelegateContents, op: DelegateOp) -> bool:
+    """Whether a delegate's node takes activations whose scale is chosen while it runs."""
+    return any(delegate.tensors[i].quantization == "per_token_dynamic" for i in op.inputs)
 
 
 def _load_method(data: bytes, what: str) -> Any:
