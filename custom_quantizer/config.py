@@ -142,12 +142,14 @@ class Config:
             not named takes what the ops that read it want.
         outputs: formats of the model's outputs by position (``"0"``), ``"*"`` for all others; an
             output that is not named keeps what the op that makes it gives.
+        io_sources: where a file says so, by ``("inputs", name)`` or ``("outputs", position)``.
     """
 
     rules: list[Rule] = field(default_factory=list)
     filter_function: Callable[[Node], bool] | None = None
     inputs: dict[str, TensorScheme] = field(default_factory=dict)
     outputs: dict[str, TensorScheme] = field(default_factory=dict)
+    io_sources: dict[tuple[str, str], str] = field(default_factory=dict, compare=False, repr=False)
 
     def resolve(self, node: Node) -> Decision:
         """Decide the scheme of ``node``."""
@@ -173,7 +175,6 @@ class Config:
         self._check_io(model)
         calls = [node for node in model.graph.nodes if node.op == "call_function"]
         warnings: list[str] = []
-        self._check_io(model)
         for rule in self.rules:
             if rule.scope is Scope.GLOBAL or any(rule.matches(node) for node in calls):
                 continue
@@ -209,8 +210,9 @@ class Config:
         ):
             for name in given:
                 if name != "*" and name not in known:
+                    place = self.io_sources.get((f"{kind}s", name), "set_io")
                     raise ConfigError(
-                        f"set_io: the model has no {kind} {name!r}; it has {', '.join(known)}"
+                        f"{place}: the model has no {kind} {name!r}; it has {', '.join(known)}"
                     )
 
 
