@@ -86,6 +86,12 @@ def _moved(_binding: Binding, _formats: Formats) -> Delegation:
     return Delegation(Backend.INT8)
 
 
+def _reshaped(binding: Binding, _formats: Formats) -> Delegation:
+    if shape_of(binding.node) == shape_of(binding.inputs[0]):
+        return Delegation(Backend.FOLDED, "it does not change the tensor")
+    return Delegation(Backend.INT8)
+
+
 def _unmoved(_binding: Binding, _formats: Formats) -> Delegation:
     return Delegation(Backend.FOLDED, "it does not change the tensor")
 
@@ -112,7 +118,7 @@ RESHAPE = OpRule(
     bind=_bind_move,
     sharing=QParamSharing.SAME,
     integers=_apply,
-    delegation=_moved,
+    delegation=_reshaped,
     cases=(
         _case("view", lambda x: x.view(2, 8, 24), _IMAGE),
         _case("reshape", lambda x: x.reshape(2, -1), _IMAGE),
@@ -191,21 +197,13 @@ SELECT = OpRule(
 )
 
 
-def _expand_delegation(binding: Binding, _formats: Formats) -> Delegation:
-    return (
-        Delegation(Backend.FOLDED, "it does not change the tensor")
-        if shape_of(binding.node) == shape_of(binding.inputs[0])
-        else Delegation(Backend.INT8)
-    )
-
-
 EXPAND = OpRule(
     family="expand",
     targets=frozenset({aten.expand.default}),
     bind=_bind_move,
     sharing=QParamSharing.SAME,
     integers=_apply,
-    delegation=_expand_delegation,
+    delegation=_reshaped,
     cases=(
         _case("spatial", lambda x: x.expand(2, 8, 3, 3), (2, 8, 1, 1)),
         _case("leading", lambda x: x.expand(3, -1, -1), (1, 8, 5)),
@@ -235,6 +233,9 @@ SPLIT = OpRule(
     bind=_bind_single,
     sharing=QParamSharing.SAME,
     integers=_split_integers,
+    delegation=lambda _binding, _formats: Delegation(
+        Backend.FOLDED, "each of its pieces is a slice"
+    ),
     cases=(
         _case("chunk", lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), _IMAGE),
         _case("split", lambda x: torch.cat(x.split([2, 6], 1)[::-1], 1), _IMAGE),

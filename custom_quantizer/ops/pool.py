@@ -201,7 +201,7 @@ def _adaptive_delegation(binding: Binding, _formats: Formats) -> Delegation:
     if is_global_pool(binding.node):
         return Delegation(Backend.INT8)
     if adaptive_kernel(binding.node) == (1, 1):
-        return Delegation(Backend.FLOAT, "an identity: requantized from input to output scale")
+        return Delegation(Backend.FOLDED, "an identity: only the scale changes")
     return Delegation(Backend.FLOAT, "XNNPACK averages windows in float")
 
 

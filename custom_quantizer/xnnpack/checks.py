@@ -2,99 +2,211 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
 
+from custom_quantizer.arithmetic import QParams
 from custom_quantizer.converted import ConvertedGraph
 from custom_quantizer.errors import VerificationError
-from custom_quantizer.graph import describe
+from custom_quantizer.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    QUANTIZE_PER_TENSOR,
+    describe,
+    is_constant,
+)
 from custom_quantizer.integer import integer_reference
-from custom_quantizer.ops import QuantizedOp
-from custom_quantizer.xnnpack.program import LoweredProgram, find_weighted
+from custom_quantizer.ops import Backend, QuantizedOp
+from custom_quantizer.xnnpack.program import (
+    INTEGER_BACKENDS,
+    LoweredProgram,
+    OpBackend,
+    find_weighted,
+)
+from custom_quantizer.xnnpack.readback import DelegateContents, DelegateOp, ProgramContents
 
-__all__ = ["check_constants", "check_outputs", "check_program"]
+__all__ = [
+    "Difference",
+    "check_program",
+    "differences",
+    "instrumented",
+    "output_scales",
+    "relative_error",
+]
+
+FLOAT_TOLERANCE = 0.1
+"""Largest relative error of outputs when float ops take part; a broken program is near 1."""
 
 
-def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> None:
-    """Check constants, then outputs on the example.
+@dataclass(frozen=True)
+class Difference:
+    """Something a program holds that is not what the graph says.
 
-    Raises:
-        VerificationError: something in the program is not what the graph says.
+    Attributes:
+        node: anchor of the op in the converted graph.
+        where: node and module path, for messages.
+        what: ``weight``, ``bias``, ``input scale``, ``output scale``, ``clamp``, ``missing``.
+        detail: both values.
     """
-    check_constants(program, graph)
-    check_outputs(program, graph, example)
+
+    node: str
+    where: str
+    what: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}: {self.detail}"
 
 
-def check_constants(program: LoweredProgram, graph: ConvertedGraph) -> None:
-    """Compare every integer weight and bias in the file with the graph's.
+def check_program(
+    program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
+) -> None:
+    """Compare all constants of the file with the graph's, then the outputs on the example.
+
+    Where every op is integer the outputs are those of the integer reference, bit for bit.
+    Otherwise float kernels of the backend and of PyTorch differ in their last bits, which quantize
+    steps turn into whole units now and then; then the error must be small next to the output.
 
     Raises:
-        VerificationError: names the op, the channel and both integers.
+        VerificationError: names the first op that is not what the graph says.
+    """
+    found = next(differences(program, graph), None)
+    if found is not None:
+        raise VerificationError(
+            f"{found}. The program is not the graph; leave the op in float with "
+            f"set_node_name({found.node!r}, None), and please report the model"
+        )
+    _check_outputs(program, graph, example)
+
+
+def differences(program: LoweredProgram, graph: ConvertedGraph) -> Iterator[Difference]:
+    """Compare every integer op with what stands for it in the file, in graph order.
+
+    Compared are the integers of weight and bias, scale and zero point of inputs and output, and
+    the bounds of fused activations.
     """
     rows = {row.node: row for row in program.report.ops}
     for op in graph.integer:
-        if op.weight is None:
+        row = rows[op.node.name]
+        if row.backend not in INTEGER_BACKENDS:
             continue
-        found = find_weighted(program.contents, rows[op.node.name])
-        if found is None:
-            raise VerificationError(
-                f"{describe(op.node)}: no node of the program stands for it "
-                f"({rows[op.node.name].backend.value}); leave it in float with "
-                f"set_node_name({op.node.name!r}, None)"
-            )
-        delegate, node = found
-        tensor = delegate.tensors[node.weight] if node.weight is not None else None
-        if tensor is None or tensor.dtype not in ("int8", "int4"):
-            continue  # a float fallback, reported as such
-        stored = delegate.weight(node)
-        _compare(op, "weight", op.weight.numpy().reshape(stored.shape), stored)
-        bias = delegate.bias(node)
-        if op.bias is not None:
-            if bias is None:
-                raise VerificationError(f"{describe(op.node)}: the program dropped its bias")
-            _compare(op, "bias", op.bias.numpy(), bias)
-        elif bias is not None and bool(np.any(bias)):
-            raise VerificationError(f"{describe(op.node)}: the program added a bias to it")
+        if op.weight is not None:
+            yield from _weight_and_bias(program.contents, op, row)
+        yield from _parameters(program.contents, op, row)
 
 
-def _compare(
+def _difference(op: QuantizedOp, what: str, detail: str) -> Difference:
+    return Difference(op.node.name, describe(op.node), what, detail)
+
+
+def _weight_and_bias(
+    contents: ProgramContents, op: QuantizedOp, row: OpBackend
+) -> Iterator[Difference]:
+    found = find_weighted(contents, row)
+    if found is None:
+        yield _difference(op, "missing", "no node of the program stands for it")
+        return
+    delegate, node = found
+    stored = delegate.weight(node)
+    weight = cast(Tensor, op.weight).numpy().reshape(stored.shape)
+    yield from _arrays(op, "weight", weight, stored)
+    bias = delegate.bias(node)
+    if op.bias is None:
+        if bias is not None and bool(np.any(bias)):
+            yield _difference(op, "bias", "the program has one, the graph has none")
+    elif bias is None:
+        yield _difference(op, "bias", "the program dropped it")
+    else:
+        yield from _arrays(op, "bias", op.bias.numpy(), bias)
+
+
+def _arrays(
     op: QuantizedOp, what: str, graph: np.ndarray[Any, Any], program: np.ndarray[Any, Any]
-) -> None:
+) -> Iterator[Difference]:
     if graph.shape != program.shape:
-        raise VerificationError(
-            f"{describe(op.node)}: its {what} has shape {graph.shape} in the graph and "
-            f"{program.shape} in the program"
-        )
+        yield _difference(op, what, f"shape {graph.shape} in the graph, {program.shape} in the file")
+        return
     wrong = np.argwhere(graph != program)
     if len(wrong):
-        where = tuple(int(i) for i in wrong[0])
-        raise VerificationError(
-            f"{describe(op.node)}: {len(wrong)} of {graph.size} integers of its {what} differ; at "
-            f"{where} the graph has {graph[where]}, the program {program[where]}"
+        at = tuple(int(i) for i in wrong[0])
+        yield _difference(
+            op,
+            what,
+            f"{len(wrong)} of {graph.size} integers differ; at {at} the graph has {graph[at]}, the "
+            f"program {program[at]}",
         )
 
 
-def check_outputs(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> None:
-    """Run the program and the integer reference on the example and compare the outputs.
+def _parameters(
+    contents: ProgramContents, op: QuantizedOp, row: OpBackend
+) -> Iterator[Difference]:
+    nodes = [
+        (delegate, node)
+        for delegate in contents.delegates
+        for node in delegate.ops
+        if node.debug_handle in row.handles
+    ]
+    read = {_grid(d, i) for d, node in nodes for i in node.inputs}
+    written = {_grid(d, i) for d, node in nodes for i in node.outputs}
+    for what, known, wanted in (
+        ("input scale", read, op.inputs),
+        ("output scale", written, (op.output,)),
+    ):
+        for qparams in wanted:
+            if _key(qparams) not in known:
+                yield _difference(
+                    op, what, f"the graph has {_key(qparams)}, the program {sorted(known, key=str)}"
+                )
+    bounds = _expected_bounds(op)
+    if bounds is not None and not any(_clamps(node, *bounds) for _, node in nodes):
+        yield _difference(op, "clamp", f"no node of the program clamps to {bounds}")
 
-    Where every op is integer the outputs are equal. Otherwise float kernels of the backend and of
-    PyTorch differ in their last bits, which quantize steps turn into whole units now and then;
-    then the error must be small next to the output.
 
-    Raises:
-        VerificationError: they are not.
-    """
+def _grid(delegate: DelegateContents, tensor: int) -> tuple[float | None, int | None]:
+    found = delegate.tensors[tensor]
+    scale = found.scale if isinstance(found.scale, float) else None
+    return scale, found.zero_point
+
+
+def _key(qparams: QParams) -> tuple[float | None, int | None]:
+    return cast(float, qparams.scale), qparams.zero_point
+
+
+def _expected_bounds(op: QuantizedOp) -> tuple[float, float] | None:
+    """Real bounds of the fused activation that must stand in the program."""
+    if op.bounds is None:
+        return None
+    low, high = op.bounds
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
+def _clamps(node: DelegateOp, low: float, high: float) -> bool:
+    """Whether a node clamps at least as tightly; bounds beyond float32 are none."""
+    least, most = node.params.get("output_min"), node.params.get("output_max")
+    if not isinstance(least, float) or not isinstance(most, float):
+        return False
+    return least >= float(np.float32(low)) and most <= float(np.float32(high))
+
+
+def _check_outputs(
+    program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
+) -> None:
     reference = pytree.tree_leaves(integer_reference(graph.model)(*example))
     outputs = pytree.tree_leaves(program.run(*example))
     if len(reference) != len(outputs):
         raise VerificationError(
             f"the program returns {len(outputs)} tensors, the model {len(reference)}"
         )
-    exact = not graph.floating and not program.report.not_integer()
+    exact = is_exact(program, graph)
     for i, (want, got) in enumerate(zip(reference, outputs, strict=True)):
         if not isinstance(want, Tensor):
             continue
@@ -107,12 +219,17 @@ def check_outputs(program: LoweredProgram, graph: ConvertedGraph, example: tuple
             worst = float((want - got).abs().max())
             raise VerificationError(
                 f"output {i}: {wrong} of {want.numel()} values differ from the integer reference, "
-                f"by up to {worst:.6g}. The lowering is wrong; please report the model"
+                f"by up to {worst:.6g}; custom_quantizer.verify names the op"
             )
 
 
-FLOAT_TOLERANCE = 0.1
-"""Largest relative error of outputs when float ops take part; a broken program is near 1."""
+def is_exact(program: LoweredProgram, graph: ConvertedGraph) -> bool:
+    """Whether the reference gives every output bit for bit: no float op, none emulated.
+
+    Average pooling and padding run in float in a way that the reference knows exactly.
+    """
+    known = INTEGER_BACKENDS | {Backend.FOLDED, Backend.FLOAT}
+    return not graph.floating and all(op.backend in known for op in program.report.ops)
 
 
 def relative_error(want: Tensor, got: Tensor) -> float:
@@ -121,3 +238,37 @@ def relative_error(want: Tensor, got: Tensor) -> float:
     noise = (got.to(torch.float64) - reference).square().mean().sqrt()
     signal = reference.square().mean().sqrt()
     return float(noise / signal) if signal > 0 else float(noise)
+
+
+def output_scales(model: GraphModule) -> list[float | None]:
+    """Scale of each tensor a converted graph returns; ``None`` where it is not quantized."""
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    scales: list[float | None] = []
+    for value in pytree.tree_leaves(output.args[0]):
+        quantized = isinstance(value, Node) and value.target is DEQUANTIZE_PER_TENSOR
+        scales.append(cast(float, value.args[1]) if quantized else None)
+    return scales
+
+
+def instrumented(converted: GraphModule) -> tuple[GraphModule, list[tuple[str, float]]]:
+    """A copy of a converted graph that returns every quantized tensor.
+
+    Returns:
+        The copy, whose inputs and outputs are flat, and for each output the name of the node whose
+        tensor it is and its scale.
+    """
+    model = copy.deepcopy(converted)
+    taps: list[tuple[str, float]] = []
+    results: list[Node] = []
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    for node in list(model.graph.nodes):
+        if node.target is not QUANTIZE_PER_TENSOR or is_constant(node.args[0]):
+            continue
+        with model.graph.inserting_before(output):
+            results.append(model.graph.call_function(DEQUANTIZE_PER_TENSOR, (node, *node.args[1:])))
+        taps.append((cast(Node, node.args[0]).name, cast(float, node.args[1])))
+    output.args = (tuple(results),)
+    model.graph.set_codegen(CodeGen())
+    model.graph.eliminate_dead_code()
+    model.recompile()
+    return model, taps

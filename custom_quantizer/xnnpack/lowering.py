@@ -283,9 +283,11 @@ def _trace(edge: EdgeProgramManager) -> tuple[dict[str, _Traced], bool]:
     empty = False
     module = edge.exported_program().graph_module
 
-    def entry(node: Node) -> _Traced | None:
-        name = origin_of(node)
-        return None if name is None else traced.setdefault(name, _Traced([], []))
+    def entries(node: Node) -> list[_Traced]:
+        names = origin_of(node)
+        if names is None:
+            return []
+        return [traced.setdefault(name, _Traced([], [])) for name in names.split(",")]
 
     for node in module.graph.nodes:
         lowered = getattr(module, str(node.target), None) if node.op == "get_attr" else None
@@ -294,11 +296,10 @@ def _trace(edge: EdgeProgramManager) -> tuple[dict[str, _Traced], bool]:
             calls = [n for n in inner.graph.nodes if n.op == "call_function"]
             empty = empty or not calls
             for call in calls:
-                if (found := entry(call)) is not None:
+                for found in entries(call):
                     found.delegated.append(call)
         elif node.op == "call_function" and not _reads_delegate(node):
-            found = entry(node)
-            if found is not None:
+            for found in entries(node):
                 found.outside.append(node)
     return traced, empty
 

@@ -89,7 +89,10 @@ class GraphPass:
 
 
 def origin_of(node: Node) -> str | None:
-    """Name of the converted op a node stands for, across export and edge passes."""
+    """Name of the converted op a node stands for, across export and edge passes.
+
+    A node that stands for several names them all, separated by commas.
+    """
     custom = node.meta.get("custom")
     return cast("str | None", custom.get(ORIGIN)) if isinstance(custom, dict) else None
 
@@ -404,6 +407,7 @@ def _strided_slices_to_convs(model: GraphModule) -> int:
         if follower is not None:
             next_node, after, stride[3 - dim] = follower
             taken.add(next_node)
+            build.origin = f"{build.origin},{next_node.name}"
         conv = _identity_conv(build, source, channels, stride)
         after.args = (conv, *after.args[1:])
         count += 1
