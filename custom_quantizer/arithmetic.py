@@ -756,6 +756,8 @@ class XnnpackArithmetic:
     ) -> Tensor:
         """``sat8(RNE(fl(fl(wrap32(acc)) * S)) + zp)``, ``S`` from :func:`xnnpack_multiplier`.
 
+        ``acc`` may also be float32 that holds integers below 2**24, which it then does exactly.
+
         With an ``accumulator_width`` of 64 or a wider output there is no integer kernel: the
         delegate multiplies and sums in float32, whose order of summation is not defined. The
         result here is that of float64, rounded as :func:`quantize_emulated_int16` does, which the
@@ -768,6 +770,13 @@ class XnnpackArithmetic:
             total = _integers(acc, "The accumulator").to(torch.float64)
             return _store_emulated(total * unit, out, bounds)
         multiplier = xnnpack_multiplier(input_scale, weight_scale, _scale_of(out))
+        if acc.dtype == torch.float32:
+            scaled = acc * _along(multiplier, channel_axis, acc)
+            # Beyond 2**24 the sum with the zero point rounds, far outside of what is stored.
+            low, high = (out.quant_min, out.quant_max) if bounds is None else bounds
+            stored = scaled.round_().add_(float(out.zero_point)).clamp_(*_INT8)
+            stored = stored.clamp_(out.quant_min, out.quant_max).clamp_(low, high)
+            return stored.to(torch.int32)
         scaled = wrap_int32(acc).to(torch.float32) * _along(multiplier, channel_axis, acc)
         rounded = _to_integers(torch.round(scaled))
         return _store(saturate(rounded + out.zero_point, *_INT8), out, bounds)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.arithmetic import Arithmetic
+from custom_quantizer.arithmetic import XNNPACK, Arithmetic
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.graph import argument, describe, is_constant, tensor_meta
 from custom_quantizer.ops._rule import (
@@ -125,41 +125,42 @@ def _accepts_gemm(binding: Binding, scheme: OpScheme) -> Verdict:
 # Integer semantics
 # ---------------------------------------------------------------------------------------------
 
-_EXACT_FLOAT64 = 1 << 53
+# Floating-point types and the integers below which all sums in them are exact.
+_EXACT = ((torch.float32, 1 << 24), (torch.float64, 1 << 53))
 
 
 def _accumulate(op: QuantizedOp, data: Tensor, contract: Callable[..., Tensor]) -> Tensor:
-    """``bias + sum((x - z_x) * w)`` as exact int64.
+    """``bias + sum((x - z_x) * w)`` as exact integers, held in a floating-point tensor.
 
-    The contraction runs in float64, which is exact as long as every partial sum stays below
-    2**53; the bound on the accumulator says so before it is trusted.
+    Convolutions of floats are fast and, as long as no partial sum can reach 2**24 (float32) or
+    2**53 (float64), exact in any order. The worst case over all inputs decides the type.
     """
-    weight = cast(Tensor, op.weight)
     (qx,) = op.inputs
     reach = max(abs(qx.quant_max - qx.zero_point), abs(qx.quant_min - qx.zero_point))
-    bound = reach * int(weight.to(torch.int64).abs().sum(dtype=torch.int64))
-    if bound >= _EXACT_FLOAT64:
-        bound = reach * int(_largest_row(op).item())
-    if bound >= _EXACT_FLOAT64:
+    largest_bias = 0 if op.bias is None else int(op.bias.to(torch.int64).abs().max())
+    bound = reach * _largest_row(op) + largest_bias
+    dtype = next((dtype for dtype, limit in _EXACT if bound < limit), None)
+    if dtype is None:
         raise ConversionError(
             f"{describe(op.node)}: its accumulator may need {bound.bit_length() + 1} bits; at most "
             "54 are computed exactly. Choose fewer bits for weights or activations"
         )
-    centered = (data.to(torch.int64) - qx.zero_point).to(torch.float64)
-    acc = contract(centered, weight.to(torch.float64)).to(torch.int64)
+    acc = contract((data - qx.zero_point).to(dtype), cast(Tensor, op.weight).to(dtype))
     if op.bias is not None:
-        channel_dim = -1 if op.binding.rule is LINEAR else 1
         shape = [1] * acc.dim()
-        shape[channel_dim] = -1
-        acc = acc + op.bias.to(torch.int64).reshape(shape)
+        shape[-1 if op.binding.rule is LINEAR else 1] = -1
+        acc += op.bias.to(dtype).reshape(shape)
     return acc
 
 
-def _largest_row(op: QuantizedOp) -> Tensor:
+def _largest_row(op: QuantizedOp) -> int:
+    """Largest sum of absolute weights that meet in one accumulator."""
     weight = cast(Tensor, op.weight).to(torch.int64).abs()
     if op.binding.rule is CONV_TRANSPOSE:
-        return weight.sum(dim=0).sum(dim=tuple(range(1, weight.dim() - 1))).max()
-    return weight.flatten(1).sum(dim=1).max()
+        # Input channels are summed within a group; every kernel position may overlap.
+        grouped = weight.reshape(op.binding.groups, -1, *weight.shape[1:])
+        return int(grouped.sum(dim=1).flatten(2).sum(dim=2).max())
+    return int(weight.flatten(1).sum(dim=1).max())
 
 
 def _requantize(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> Tensor:
@@ -170,7 +171,7 @@ def _requantize(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> Tensor:
     if isinstance(scale, Tensor):
         scale = expand_channels(scale, op.binding)
     return arithmetic.requantize_accumulator(
-        acc,
+        acc if _continues_in_float32(op, acc, arithmetic) else acc.to(torch.int64),
         input_scale=cast(float, op.inputs[0].scale),
         weight_scale=scale,
         channel_axis=acc.dim() - 1 if op.binding.rule is LINEAR else 1,
@@ -178,6 +179,11 @@ def _requantize(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> Tensor:
         bounds=op.stored_bounds(arithmetic),
         accumulator_width=64 if op.is_wide else 32,
     )
+
+
+def _continues_in_float32(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> bool:
+    """The delegate's own arithmetic goes on in float32; all others are defined on integers."""
+    return acc.dtype == torch.float32 and arithmetic is XNNPACK and not op.is_wide
 
 
 def _conv_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -190,6 +196,8 @@ def _conv_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) ->
 
     def contract(data: Tensor, weight: Tensor) -> Tensor:
         # Padding with the zero point is padding the centered input with zero.
+        if before == after:
+            return conv(data, weight, None, stride, before, dilation, op.binding.groups)
         pads = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
         return conv(F.pad(data, pads), weight, None, stride, 0, dilation, op.binding.groups)
 
