@@ -1,9 +1,14 @@
 """PT2E quantization with per-op integer formats and an explicit int32 bias.
 
-The public names; see ``README.md`` for a quick start and ``docs/`` for everything else.
+The public names; see ``README.md`` for a quick start and ``docs/`` for everything else. They are
+loaded when they are first used: importing PyTorch, torchao and ExecuTorch takes seconds, which
+``custom-quantizer --help`` need not wait for.
 """
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from custom_quantizer.errors import (
     CalibrationError,
@@ -17,26 +22,36 @@ from custom_quantizer.errors import (
     SchemeError,
     VerificationError,
 )
-from custom_quantizer.formats import IntFormat
-from custom_quantizer.integer import IntegerReference, integer_reference
-from custom_quantizer.planner import OpPlan, Plan, TensorPlan
-from custom_quantizer.quantizer import IntegerQuantizer
-from custom_quantizer.schemes import OpScheme, TensorScheme, scheme
-from custom_quantizer.verify import Verification, verify
-from custom_quantizer.xnnpack import (
-    LoweredProgram,
-    LoweringReport,
-    load_program,
-    lower,
-    read_program,
-)
+
+if TYPE_CHECKING:
+    from custom_quantizer.calibration import CalibrationSummary, calibrate
+    from custom_quantizer.evaluation import Evaluation, evaluate
+    from custom_quantizer.formats import IntFormat
+    from custom_quantizer.integer import IntegerReference, integer_reference
+    from custom_quantizer.pipeline import QuantizationResult, quantize
+    from custom_quantizer.planner import OpPlan, Plan, TensorPlan
+    from custom_quantizer.quantizer import IntegerQuantizer
+    from custom_quantizer.report import ProgramReport, Report, inspect, inspect_program
+    from custom_quantizer.schemes import OpScheme, TensorScheme, scheme
+    from custom_quantizer.sources import DataSource, Preprocess, load_data, load_model
+    from custom_quantizer.verification import Verification, verify
+    from custom_quantizer.xnnpack import (
+        LoweredProgram,
+        LoweringReport,
+        load_program,
+        lower,
+        read_program,
+    )
 
 __all__ = [
     "CalibrationError",
+    "CalibrationSummary",
     "CaptureError",
     "ConfigError",
     "ConversionError",
     "CustomQuantizerError",
+    "DataSource",
+    "Evaluation",
     "InputError",
     "IntFormat",
     "IntegerQuantizer",
@@ -47,16 +62,56 @@ __all__ = [
     "OpPlan",
     "OpScheme",
     "Plan",
+    "Preprocess",
     "ProgramError",
+    "ProgramReport",
+    "QuantizationResult",
+    "Report",
     "SchemeError",
     "TensorPlan",
     "TensorScheme",
     "Verification",
     "VerificationError",
+    "calibrate",
+    "evaluate",
+    "inspect",
+    "inspect_program",
     "integer_reference",
+    "load_data",
+    "load_model",
     "load_program",
     "lower",
+    "quantize",
     "read_program",
     "scheme",
     "verify",
 ]
+
+# No module may be called like a public name: importing it would hide what is meant.
+_NAMES = {
+    "calibration": ("CalibrationSummary", "calibrate"),
+    "evaluation": ("Evaluation", "evaluate"),
+    "formats": ("IntFormat",),
+    "integer": ("IntegerReference", "integer_reference"),
+    "pipeline": ("QuantizationResult", "quantize"),
+    "planner": ("OpPlan", "Plan", "TensorPlan"),
+    "quantizer": ("IntegerQuantizer",),
+    "report": ("ProgramReport", "Report", "inspect", "inspect_program"),
+    "schemes": ("OpScheme", "TensorScheme", "scheme"),
+    "sources": ("DataSource", "Preprocess", "load_data", "load_model"),
+    "verification": ("Verification", "verify"),
+    "xnnpack": ("LoweredProgram", "LoweringReport", "load_program", "lower", "read_program"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,368 @@
+"""The one-call flow, and the only module that knows the order of the stages.
+
+::
+
+    capture -> plan -> prepare -> calibrate -> convert -> lower -> check
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import QuantizationConfig
+
+from custom_quantizer._io import write_json_atomic
+from custom_quantizer._progress import stages
+from custom_quantizer.calibration import CalibrationSummary, calibrate
+from custom_quantizer.errors import CaptureError, ConfigError, InputError
+from custom_quantizer.planner import Plan
+from custom_quantizer.quantizer import IntegerQuantizer
+from custom_quantizer.report import Report, inspect
+from custom_quantizer.schemes import OpScheme
+from custom_quantizer.xnnpack import LoweredProgram
+from custom_quantizer.xnnpack import lower as lower_to_xnnpack
+
+__all__ = [
+    "RESULT_VERSION",
+    "QuantizationResult",
+    "SavedFiles",
+    "as_quantizer",
+    "capture",
+    "quantize",
+]
+
+logger = logging.getLogger(__name__)
+
+RESULT_VERSION = 1
+"""Version of the JSON that :meth:`QuantizationResult.save` writes."""
+
+DEFAULT_MAX_BATCH = 64
+"""Largest batch of a program with a dynamic one: its memory is planned ahead."""
+
+Configuration: TypeAlias = (
+    str | os.PathLike[str] | OpScheme | QuantizationConfig | Mapping[str, Any]
+)
+"""What :func:`as_quantizer` makes a quantizer of."""
+
+
+@dataclass(frozen=True)
+class SavedFiles:
+    """Where a result was written.
+
+    Attributes:
+        program: the ``.pte``, or ``None`` where the result was not lowered.
+        report: the JSON report.
+    """
+
+    program: Path | None
+    report: Path
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizationResult:
+    """Everything the flow made, each part finished.
+
+    Attributes:
+        exported: the captured float graph.
+        plan: what was decided for every op, and why.
+        calibration: what the observers were shown.
+        converted: the quantized graph: integer weights, int32 biases, quantize and dequantize.
+        report: one row per op of the converted graph.
+        lowered: the checked program; ``None`` with ``lower=False``.
+    """
+
+    exported: GraphModule = field(repr=False)
+    plan: Plan = field(repr=False)
+    calibration: CalibrationSummary
+    converted: GraphModule = field(repr=False)
+    report: Report = field(repr=False)
+    lowered: LoweredProgram | None = field(repr=False)
+
+    def to_json(self) -> str:
+        """Plan, calibration, report and lowering as one JSON object."""
+        return json.dumps(self._to_dict(), indent=2)
+
+    def _to_dict(self) -> dict[str, Any]:
+        lowering = None if self.lowered is None else json.loads(self.lowered.report.to_json())
+        return {
+            "version": RESULT_VERSION,
+            "calibration": asdict(self.calibration),
+            "plan": json.loads(self.plan.to_json()),
+            "report": json.loads(self.report.to_json()),
+            "lowering": lowering,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> SavedFiles:
+        """Write the program and the report; each file appears whole or not at all.
+
+        Args:
+            path: a ``.pte`` file, beside which the report gets the suffix ``.json``; or a
+                directory, made if it does not exist, for ``model.pte`` and ``report.json``.
+
+        Raises:
+            InputError: a file cannot be written, or ``path`` is a ``.pte`` and there is none.
+        """
+        target = Path(path)
+        if target.suffix == ".pte":
+            program, report = target, target.with_suffix(".json")
+            if self.lowered is None:
+                raise InputError(
+                    f"{target}: there is no program to write, since quantize was called with "
+                    "lower=False. Name a directory for the report alone, or lower the model"
+                )
+        else:
+            try:
+                target.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"{target}: cannot make this directory ({error.strerror}). Name a .pte file or "
+                    "a directory that can be written"
+                ) from error
+            program, report = target / "model.pte", target / "report.json"
+        # The report last: where it exists, the program it speaks of does.
+        if self.lowered is not None:
+            self.lowered.save(program)
+        write_json_atomic(report, self._to_dict())
+        return SavedFiles(program if self.lowered is not None else None, report)
+
+
+def quantize(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: tuple[Any, ...],
+    calibration_data: object,
+    *,
+    config: Configuration | IntegerQuantizer | None = None,
+    dynamic_batch: bool | int = False,
+    lower: bool = True,
+    progress: bool | None = None,
+) -> QuantizationResult:
+    """Quantize a float model and lower it to a checked XNNPACK program.
+
+    Args:
+        model: a module (a copy in eval mode is captured; the module itself is not changed), an
+            ``ExportedProgram``, or what its ``.module()`` returns.
+        example_inputs: one set of inputs; its batch is the program's, unless that is dynamic.
+        calibration_data: see :func:`~custom_quantizer.calibration.calibrate`.
+        config: a scheme or its name (``None``: ``"a8w8"``), the path of a configuration file or
+            its content, or an ``IntegerQuantizer``.
+        dynamic_batch: let the first dimension of every input vary, up to a batch of 64, or of the
+            given number. For modules only: captured graphs have decided already.
+        lower: whether to make a program at all.
+        progress: True shows bars, None does so at a terminal.
+
+    Raises:
+        InputError: the model does not run on the example.
+        CaptureError: ``torch.export`` cannot capture the model, or the graph is not one of an
+            eval-mode float model.
+        ConfigError: the configuration names something that does not exist, or selects nothing.
+        CalibrationError: the data do not fit, are empty or not finite.
+        LoweringError: the backend refused the graph, or wrote something wrong.
+    """
+    quantizer = as_quantizer(config)
+    with stages("quantize", 10 if lower else 5, progress) as stage:
+        stage("capturing the model")
+        exported, example = capture(model, example_inputs, dynamic_batch=dynamic_batch)
+        stage("planning")
+        # prepare_pt2e folds batch norms into the graph it is given.
+        prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
+        plan = quantizer.last_plan
+        for warning in plan.warnings:
+            logger.warning("%s", warning)
+        stage("calibrating")
+        summary = calibrate(prepared, calibration_data, progress=progress)
+        stage("converting")
+        converted = cast(GraphModule, convert_pt2e(prepared))
+        lowered = lower_to_xnnpack(converted, example, progress=stage) if lower else None
+        stage("reporting")
+        report = inspect(converted, lowered)
+    return QuantizationResult(exported, plan, summary, converted, report, lowered)
+
+
+def as_quantizer(config: Configuration | IntegerQuantizer | None) -> IntegerQuantizer:
+    """Make a quantizer of a scheme, a configuration file or its content.
+
+    Raises:
+        ConfigError: ``config`` is none of these, or is not legal.
+        InputError: the file cannot be read.
+    """
+    if isinstance(config, IntegerQuantizer):
+        return config
+    if config is None:
+        return IntegerQuantizer().set_global("a8w8")
+    if isinstance(config, Mapping) or _is_file_name(config):
+        return IntegerQuantizer.from_config(cast("str | Mapping[str, Any]", config))
+    if isinstance(config, (str, OpScheme, QuantizationConfig)):
+        return IntegerQuantizer().set_global(config)
+    raise ConfigError(
+        f"config is a scheme name, a configuration file, its content or an IntegerQuantizer, not "
+        f"{type(config).__name__}"
+    )
+
+
+def _is_file_name(config: object) -> bool:
+    if isinstance(config, os.PathLike):
+        return True
+    return isinstance(config, str) and (
+        config.endswith((".yaml", ".yml", ".json")) or os.path.isfile(config)
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Capture
+# ---------------------------------------------------------------------------------------------
+
+
+def capture(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_batch: bool | int = False,
+) -> tuple[GraphModule, tuple[Any, ...]]:
+    """Capture a model with ``torch.export``; what is captured already passes through.
+
+    Args:
+        model: as for :func:`quantize`.
+        example_inputs: one set of inputs.
+        dynamic_batch: as for :func:`quantize`.
+
+    Returns:
+        The captured graph, and the inputs it was captured with: a batch of one is doubled where
+        the batch is dynamic, because export takes a size of one for a constant.
+
+    Raises:
+        InputError: the example is not a tuple, or the model does not run on it.
+        CaptureError: ``torch.export`` refused the model.
+    """
+    if not isinstance(example_inputs, (tuple, list)):
+        raise InputError(
+            f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"
+            " for one tensor x write (x,)"
+        )
+    example = tuple(example_inputs)
+    if isinstance(model, (torch.export.ExportedProgram, GraphModule)):
+        if dynamic_batch:
+            raise CaptureError(
+                "dynamic_batch is decided when a model is captured, and this one is captured "
+                "already: pass the module itself, or dynamic_shapes to torch.export.export"
+            )
+        graph = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+        return graph, example
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}; "
+            "torch.export captures neither scripts nor functions"
+        )
+    shapes = None
+    if dynamic_batch:
+        example = pytree.tree_map(_at_least_two, example)
+        shapes = _dynamic_batch(
+            example, DEFAULT_MAX_BATCH if dynamic_batch is True else dynamic_batch
+        )
+    eager = _eval_copy(model)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(eager, example, dynamic_shapes=shapes)
+    except Exception as error:
+        raise _refused(eager, example, bool(dynamic_batch), error) from error
+    return exported.module(), example
+
+
+def _eval_copy(model: nn.Module) -> nn.Module:
+    try:
+        eager = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({_first_line(error)}), and the flow does "
+            "not change the module it is given. Pass torch.export.export(model.eval(), example)"
+        ) from error
+    training = sum(module.training for module in model.modules())
+    if training:
+        logger.info(
+            "%s has %d modules in training mode; a copy in eval mode is quantized",
+            type(model).__name__,
+            training,
+        )
+    return eager
+
+
+def _at_least_two(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1:
+        return torch.cat((value, value))
+    return value
+
+
+def _dynamic_batch(example: tuple[Any, ...], largest: int) -> Any:
+    """One symbol for the first dimension of every input."""
+    sizes = {len(v) for v in pytree.tree_leaves(example) if isinstance(v, Tensor) and v.dim()}
+    if len(sizes) != 1:
+        raise InputError(
+            "dynamic_batch needs inputs that share their first dimension; the example's have "
+            f"{', '.join(map(str, sorted(sizes))) or 'none'}"
+        )
+    if not max(sizes) <= largest:
+        raise InputError(
+            f"the example is a batch of {max(sizes)}, more than the largest batch {largest} of "
+            "dynamic_batch; two is the least it can be"
+        )
+    batch = torch.export.Dim("batch", min=1, max=largest)
+
+    def shape(value: Any) -> dict[int, Any] | None:
+        return {0: batch} if isinstance(value, Tensor) and value.dim() else None
+
+    return pytree.tree_map(shape, example)
+
+
+def _refused(
+    eager: nn.Module, example: tuple[Any, ...], dynamic: bool, error: Exception
+) -> CaptureError | InputError:
+    """Say whether the example, the batch or the model is at fault."""
+    name = type(eager).__name__
+    try:
+        with torch.no_grad():
+            eager(*example)
+    except Exception as own:
+        return InputError(
+            f"{name} does not run on the example inputs ({_shapes(example)}): {_first_line(own)}. "
+            "Pass what its forward takes, batch first"
+        )
+    text = f"torch.export cannot capture {name}: {_first_line(error)}. "
+    if dynamic and ("specialized" in str(error) or "Constraints violated" in str(error)):
+        return CaptureError(
+            text + "Its code fixes the size of the batch, as x.view(8, -1) does; write "
+            "x.flatten(1), or leave dynamic_batch off"
+        )
+    if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
+        return CaptureError(
+            text + "It branches on the value of a tensor; use torch.where or torch.cond, or "
+            "capture the part that does not"
+        )
+    return CaptureError(
+        text + "Make torch.export.export(model.eval(), example_inputs) work first; "
+        "torch.export.draft_export lists everything in the way"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines: Callable[[], list[str]] = str(error).strip().splitlines
+    return f"{type(error).__name__}: {(lines() or [''])[0].rstrip('.')}"
+
+
+def _shapes(example: tuple[Any, ...]) -> str:
+    return ", ".join(
+        f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+        for value in pytree.tree_leaves(example)
+    )
