@@ -209,10 +209,14 @@ def _unreadable(path: Path, exc: OSError) -> InputError:
     if not isinstance(exc, FileNotFoundError):
         return InputError(f"Cannot read {path}: {exc.strerror or exc}.")
     try:
-        there = [other.name for other in path.parent.iterdir() if other.suffix in _SUFFIXES]
+        there = [other.name for other in path.parent.iterdir() if _is_config(other)]
     except OSError:
         return InputError(f"Cannot read {path}: there is no directory {path.parent}.")
     return InputError(f"Cannot read {path}: there is no such file{nearest(path.name, there)}")
+
+
+def _is_config(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES and path.is_file()
 
 
 _Marked = list[tuple[yaml.Mark, str]]
@@ -272,10 +276,10 @@ class _Reader:
             if key in first:
                 line = first[key].start_mark.line + 1
                 self._add(key_node, f"the key {key!r} is already in line {line}")
-            elif key == "<<":
+            elif key_node.tag == "tag:yaml.org,2002:merge":
                 self._add(key_node, "merge keys (<<) are not read; write the keys out")
             elif isinstance(value_node, yaml.ScalarNode) and _is_blank(value_node):
-                self._add(key_node, f"{key!r} has no value; leave the key out or write null")
+                self._add(key_node, f"{key!r} has no value; write one (or null), or leave it out")
             first.setdefault(key, key_node)
             result[key] = self.plain(value_node)
         return result

@@ -9,6 +9,7 @@ from enum import IntEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
@@ -109,7 +110,8 @@ def operator_names(operator_type: Any) -> list[str]:
     Raises:
         ConfigError: no op family knows it; the nearest names are given.
     """
-    known = {target_name(target) for target in known_targets()}
+    # Families also claim Python functions (getitem), which have no name to write in a file.
+    known = {target_name(t) for t in known_targets() if isinstance(t, torch._ops.OpOverload)}
     overloads = getattr(operator_type, "overloads", None)
     if overloads is not None:  # an OpOverloadPacket: all its overloads that are known
         names = [target_name(getattr(operator_type, o)) for o in overloads()]

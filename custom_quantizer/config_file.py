@@ -14,8 +14,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,7 +83,8 @@ def _parse_scheme(name: str) -> OpScheme:
     try:
         return scheme(name)
     except SchemeError as exc:
-        raise SchemeError(f"{exc}{_scheme_hint(name)}") from None
+        text = str(exc) if repr(name) in str(exc) else f"{name!r}: {exc}"
+        raise SchemeError(f"{text}{_scheme_hint(name)}") from None
 
 
 _LOOSE = re.compile(r"(?:(a|dyn)(\d+)w(\d+)|w(\d+)a(\d+))(g\d+)?[_-]*(.*)")
@@ -93,14 +92,18 @@ _LOOSE = re.compile(r"(?:(a|dyn)(\d+)w(\d+)|w(\d+)a(\d+))(g\d+)?[_-]*(.*)")
 
 def _scheme_hint(name: str) -> str:
     """What ``w8a8``, ``a8w8_pertensor`` and the like were meant to be."""
+    if name.lower() in ("none", "float", "float32", "fp32"):
+        return "; to leave ops in float, write null"
     match = _LOOSE.fullmatch(name.strip().lower())
     if match is None:
         return nearest(name.lower(), _COMMON_SCHEMES)
     kind, act, weight, swapped_weight, swapped_act, group, rest = match.groups()
     parts = [f"{kind or 'a'}{act or swapped_act}w{weight or swapped_weight}{group or ''}"]
     for word in rest.split("-") if rest else ():
-        near = difflib.get_close_matches(word, _SCHEME_SUFFIXES, n=1, cutoff=0.75)
-        parts += near or [word]
+        if word in ("per_group", "pergroup"):  # a group has a size
+            parts[0] += "g32"
+            continue
+        parts += difflib.get_close_matches(word, _SCHEME_SUFFIXES, n=1, cutoff=0.75) or [word]
     meant = "-".join(parts)
     legal = meant != name and re.fullmatch(_SCHEME_PATTERN, meant) is not None
     return f"; did you mean {meant}?" if legal else ""
@@ -192,6 +195,8 @@ class _Model(BaseModel):
 class SchemeOptions(_Model):
     """A scheme spelled out; keys are the keyword arguments of ``scheme()``."""
 
+    model_config = ConfigDict(title="scheme mapping")
+
     activations: int = Field(ge=2, le=16, description="Bits of inputs and output.")
     weights: int = Field(ge=2, le=16, description="Bits of the weight.")
     dynamic: bool = Field(
@@ -262,10 +267,11 @@ _SchemeValue = (
             _checked_by(_parse_scheme),
             WithJsonSchema(
                 {
+                    "title": "scheme name",
                     "anyOf": [
                         {"enum": list(_COMMON_SCHEMES)},
                         {"type": "string", "pattern": _SCHEME_PATTERN},
-                    ]
+                    ],
                 }
             ),
             Tag("name"),
@@ -281,7 +287,7 @@ _Name = Annotated[str, Field(min_length=1)]
 _Format = Annotated[
     str,
     _checked_by(_parse_format),
-    WithJsonSchema({"type": "string", "pattern": _FORMAT_PATTERN}),
+    WithJsonSchema({"title": "activation format", "type": "string", "pattern": _FORMAT_PATTERN}),
 ]
 _Formats = Annotated[
     Annotated[_Format, Tag("name")] | Annotated[dict[_Name, _Format], Tag("mapping")],
@@ -307,7 +313,8 @@ class RuleEntry(_Model):
     """One rule: exactly one of the four selectors, and a scheme."""
 
     model_config = ConfigDict(
-        json_schema_extra={"oneOf": [{"required": [name]} for name in reversed(_SELECTORS)]}
+        title="rule",
+        json_schema_extra={"oneOf": [{"required": [name]} for name in reversed(_SELECTORS)]},
     )
 
     node_name: _Name = _selector("A node of the captured graph; globs select several.", "conv2d_3")
@@ -414,11 +421,12 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
             column.
         InputError: the file cannot be read.
     """
-    document = (
-        Document("config", dict(source))
-        if isinstance(source, Mapping)
-        else read_document(source, if_empty=_BEGIN)
-    )
+    if isinstance(source, Mapping):
+        document = Document("config", _plain(source))
+    elif isinstance(source, (str, os.PathLike)):
+        document = read_document(source, if_empty=_BEGIN)
+    else:
+        raise ConfigError(f"a config is a path or a mapping, not {type(source).__name__}")
     if not isinstance(document.data, dict):
         document.fail([Mistake((), f"must be a mapping, not {document.shown(())}; {_BEGIN}")])
     _check_version(document)
@@ -466,25 +474,23 @@ def _check_version(document: Document) -> None:
     found = document.data["version"]
     if type(found) is int and found == FORMAT_VERSION:
         return
-    text = f"this is version {FORMAT_VERSION} of the format; write `version: {FORMAT_VERSION}`"
-    if type(found) is int and found > FORMAT_VERSION:
+    if type(found) is not int:
+        text = f"must be the number {FORMAT_VERSION}, not {document.shown(('version',))}"
+    elif found > FORMAT_VERSION:
         text = (
-            f"version {found} is newer than what custom_quantizer {_package_version()} reads "
-            f"({FORMAT_VERSION}): upgrade the package, or write the file in version "
-            f"{FORMAT_VERSION}"
+            f"{found} is newer than what this custom_quantizer reads ({FORMAT_VERSION}); upgrade "
+            f"it, or write the file in version {FORMAT_VERSION}"
         )
-    elif type(found) is int:
-        text = f"version {found} does not exist; {text}"
     else:
-        text = f"must be the number {FORMAT_VERSION}, not {document.shown(('version',))}; {text}"
+        text = f"there never was a version {found}; {_BEGIN}"
     document.fail([Mistake(("version",), text)])
 
 
-def _package_version() -> str:
-    try:
-        return distribution_version("custom-quantizer")
-    except PackageNotFoundError:  # run from a checkout
-        return "(not installed)"
+def _plain(value: Any) -> Any:
+    """Mappings and sequences of any kind as dicts with text keys and lists, as a file has them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # -- what pydantic says, in our words -----------------------------------------------------------
@@ -492,10 +498,12 @@ def _package_version() -> str:
 
 def _translate(error: ErrorDetails, document: Document) -> Mistake:
     path = _data_path(error["loc"])
+    if path[2:] == ("[key]",):  # of inputs or outputs
+        return Mistake(path[:2], "a name is not empty", key=True)
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         key, legal = str(path[-1]), _legal_keys(path)
-        hint = nearest(key, legal) or f"; the keys here are {', '.join(legal)}"
+        hint = nearest(key, legal, count=2) or f"; the keys here are {', '.join(legal)}"
         return Mistake(path, f"unknown key{hint}", key=True)
     if kind == "missing":
         return Mistake(path[:-1], f"{path[-1]!r} is missing{_MISSING.get(str(path[-1]), '')}")
@@ -503,7 +511,8 @@ def _translate(error: ErrorDetails, document: Document) -> Mistake:
         return Mistake(path, str(context["text"]))
     shown = document.shown(path)
     if kind == "string_type":
-        return Mistake(path, f"must be text, not {shown}{document.quote_hint(path)}")
+        hint = document.quote_hint(path) if path[-1] in _SELECTORS else ""
+        return Mistake(path, f"must be text, not {shown}{hint}")
     if kind == "greater_than_equal":
         return Mistake(path, f"must be at least {context['ge']}, not {shown}")
     if kind == "less_than_equal":
@@ -590,6 +599,6 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     if target.suffix.lower() == ".json":
         text = json.dumps(data, indent=2) + "\n"
     else:
-        # No folding of long lines: a name stays in one piece.
-        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1 << 20)
+        # A name stays in one line; PyYAML's allow_unicode=True would lose some line separators.
+        text = yaml.safe_dump(data, sort_keys=False, width=1 << 20)
     write_text_atomic(target, text)

@@ -228,7 +228,10 @@ def activation_scheme(name: str | TensorScheme) -> TensorScheme:
     base, _, suffixes = name.partition("-")
     if re.fullmatch(r"a\d+", base) is None:
         raise SchemeError(f"{name!r} is no activation format; write a8, a16, a8-symmetric, ...")
-    return scheme(f"{base}w8" + (f"-{suffixes}" if suffixes else "")).activation
+    parsed = scheme(f"{base}w8" + (f"-{suffixes}" if suffixes else ""))
+    if replace(parsed, activation=scheme("a8w8").activation) != scheme("a8w8"):
+        raise SchemeError(f"{name!r}: {suffixes!r} says something about weights or a bias")
+    return parsed.activation
 
 
 def _suffix(name: str, suffix: str) -> dict[str, Any]:
