@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.arithmetic import Arithmetic
-from custom_quantizer.graph import argument, shape_of, tensor_meta
+from custom_quantizer.errors import ConversionError
+from custom_quantizer.graph import argument, describe, shape_of, tensor_meta
 from custom_quantizer.ops._rule import (
     Backend,
     Binding,
@@ -82,6 +83,16 @@ def _apply(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor
     return target(inputs[0], *node.args[1:], **node.kwargs)
 
 
+def _reshape_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
+    """Reshape to the recorded shape: sizes may be symbolic, and integers have any strides."""
+    shape = shape_of(op.node)
+    if sum(not isinstance(size, int) for size in shape) > 1:
+        raise ConversionError(
+            f"{describe(op.node)} makes a tensor of shape {shape}; at most one size can be dynamic"
+        )
+    return inputs[0].reshape([size if isinstance(size, int) else -1 for size in shape])
+
+
 def _moved(_binding: Binding, _formats: Formats) -> Delegation:
     return Delegation(Backend.INT8)
 
@@ -117,7 +128,7 @@ RESHAPE = OpRule(
     targets=_RESHAPES,
     bind=_bind_move,
     sharing=QParamSharing.SAME,
-    integers=_apply,
+    integers=_reshape_integers,
     delegation=_reshaped,
     cases=(
         _case("view", lambda x: x.view(2, 8, 24), _IMAGE),
@@ -127,6 +138,12 @@ RESHAPE = OpRule(
         _case("squeeze_all", lambda x: x.squeeze(), (2, 1, 6, 1)),
         _case("unsqueeze", lambda x: x.unsqueeze(1), (2, 8, 6)),
         _case("unsqueeze_last", lambda x: x.unsqueeze(-1), (2, 8, 6)),
+        _case("permuted", lambda x: x.permute(0, 2, 3, 1).reshape(2, -1), _IMAGE),
+        _case(
+            "shuffle",
+            lambda x: x.view(2, 2, 4, 6, 4).transpose(1, 2).contiguous().view(2, 8, 6, 4),
+            _IMAGE,
+        ),
     ),
 )
 

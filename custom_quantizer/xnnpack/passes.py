@@ -362,16 +362,19 @@ def _selects_to_slices(model: GraphModule) -> int:
 
 
 def _reshapes_to_views(model: GraphModule) -> int:
-    """flatten, squeeze, unsqueeze, reshape become view, with at most one dynamic size."""
+    """All reshapes become view_copy, with at most one dynamic size.
+
+    Unlike a view, it takes any strides: the ``contiguous`` before a view may be gone by now.
+    """
     count = 0
-    for node in _calls(model, RESHAPE.targets - {aten.view.default}):
+    for node in _calls(model, RESHAPE.targets):
         shape = list(shape_of(node))
         dynamic = [i for i, size in enumerate(shape) if not isinstance(size, int)]
         if len(dynamic) > 1:
             continue
         sizes = [-1 if i in dynamic else int(size) for i, size in enumerate(shape)]
         build = _Builder(model, node)
-        _replace(node, build.call(aten.view.default, node.args[0], sizes))
+        _replace(node, build.call(aten.view_copy.default, node.args[0], sizes))
         count += 1
     return count
 
@@ -649,6 +652,8 @@ def _quantize_pads(model: GraphModule) -> int:
         source = node.args[0]
         if not isinstance(source, Node) or not is_dequantize(source):
             continue
+        if isinstance(PAD.bind(PAD, node), str):
+            continue  # it pads with a value that the integers need not hold
         users = list(node.users)
         if any(is_quantize(user) for user in users) or not users:
             continue
@@ -672,7 +677,9 @@ def _float_fallbacks(model: GraphModule) -> int:
             bound = CONV_TRANSPOSE.bind(CONV_TRANSPOSE, node)
             grouped = not isinstance(bound, str) and bound.groups > 1
         per_channel = weight.target is DEQUANTIZE_PER_CHANNEL
-        if _is_wide_gemm(node) or (grouped and per_channel):
+        bias = argument(node, 2, "bias")
+        computed = bias is not None and not is_constant(bias)
+        if _is_wide_gemm(node) or (grouped and per_channel) or computed:
             node.replace_input_with(weight, _dequantized_constant(model, weight, node))
             count += 1
     return count
@@ -902,7 +909,7 @@ PASSES: tuple[GraphPass, ...] = (
     ),
     GraphPass("expands_to_cats", "expands", "concatenations", _expands_to_cats),
     GraphPass("means_keep_dims", "means that drop dims", "means that keep them", _means_keep_dims),
-    GraphPass("reshapes_to_views", "reshapes", "views", _reshapes_to_views),
+    GraphPass("reshapes_to_views", "reshapes", "view copies", _reshapes_to_views),
     GraphPass(
         "split_activations",
         "activations after add, sub, mul",
