@@ -170,6 +170,7 @@ class LoweredProgram:
             raise InputError(f"the program takes {len(self._metas)} inputs, got {len(flat)}")
         for i, (value, meta) in enumerate(zip(flat, self._metas, strict=True)):
             check_input(i, value, meta)
+        _check_shapes(flat, self.contents)
         if self._method is None:
             self._method = _load_method(self._data, "the program")
         outputs = _execute(self._method, flat)
@@ -221,6 +222,21 @@ def quantizes_at_run_time(delegate: DelegateContents, op: DelegateOp) -> bool:
     return any(delegate.tensors[i].quantization == "per_token_dynamic" for i in op.inputs)
 
 
+def _check_shapes(inputs: list[Any], contents: ProgramContents) -> None:
+    """Raise ``InputError`` for a shape the runtime would refuse, with a number only."""
+    for i, (value, info) in enumerate(zip(inputs, contents.inputs, strict=True)):
+        if not isinstance(value, Tensor):
+            continue
+        given, most = tuple(value.shape), info.shape
+        fits = len(given) == len(most) and all(
+            size <= limit if info.dynamic else size == limit
+            for size, limit in zip(given, most, strict=True)
+        )
+        if not fits:
+            at_most = " at most" if info.dynamic else ""
+            raise InputError(f"input {i} must have shape{at_most} {most}, got {given}")
+
+
 def _load_method(data: bytes, what: str) -> Any:
     try:
         return Runtime.get().load_program(data).load_method("forward")
@@ -254,14 +270,14 @@ class StoredProgram:
     """
 
     def __init__(self, data: bytes, what: str) -> None:
-        self.contents = read_program(data)
+        self.contents = read_program(data, name=what)
         self._method = _load_method(data, what)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the program on a flat list of inputs; returns the flat list of outputs.
 
         Raises:
-            InputError: number or dtype of the inputs is wrong.
+            InputError: number, dtype or shape of the inputs is wrong.
             ProgramError: the runtime failed.
         """
         infos = self.contents.inputs
@@ -270,10 +286,7 @@ class StoredProgram:
         for i, (value, info) in enumerate(zip(inputs, infos, strict=True)):
             if str(value.dtype) != f"torch.{info.dtype}":
                 raise InputError(f"input {i} must be {info.dtype}, got {value.dtype}")
-            if len(value.shape) != len(info.shape):
-                raise InputError(
-                    f"input {i} must have shape {info.shape}, got {tuple(value.shape)}"
-                )
+        _check_shapes(list(inputs), self.contents)
         return tuple(_execute(self._method, list(inputs)))
 
 

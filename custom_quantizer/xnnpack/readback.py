@@ -393,8 +393,14 @@ class ProgramContents:
 # --------------------------------------------------------------------------------------------
 
 
-def read_program(source: bytes | str | os.PathLike[str]) -> ProgramContents:
+def read_program(
+    source: bytes | str | os.PathLike[str], *, name: str = "the program"
+) -> ProgramContents:
     """Read a ``.pte``, given as its bytes or as a path.
+
+    Args:
+        source: bytes, or a path.
+        name: what messages call bytes; a file goes by its path.
 
     The constants are not copied: the values returned keep the file's bytes alive. A constant
     that XNNPACK's serializer named by its SHA-256 is checked against that name.
@@ -404,7 +410,7 @@ def read_program(source: bytes | str | os.PathLike[str]) -> ProgramContents:
             corrupt, or uses something that the installed schemas do not describe.
     """
     if isinstance(source, bytes):
-        data, where = source, "the program"
+        data, where = source, name
     else:
         where = os.fspath(source)
         try:
