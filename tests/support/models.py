@@ -1,0 +1,64 @@
+"""Captured, calibrated and converted models for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+import custom_quantizer as cq
+
+_NO_AUXILIARY = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def randomize_batch_norms(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every batch norm statistics and an affine part that folding has to get right."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            shape = module.running_mean.shape
+            module.running_mean = torch.randn(shape, generator=generator) * 0.1
+            module.running_var = torch.rand(shape, generator=generator) * 1.5 + 0.5
+            module.weight.data = torch.rand(shape, generator=generator) + 0.5
+            module.bias.data = torch.randn(shape, generator=generator) * 0.1
+    return model
+
+
+def torchvision_model(name: str) -> nn.Module:
+    """A torchvision model with seeded random weights, in eval mode."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, **_NO_AUXILIARY.get(name, {}))
+    return randomize_batch_norms(model).eval()
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model on its way to a program."""
+
+    graph: GraphModule
+    plan: cq.Plan
+    example: tuple[Tensor, ...]
+
+
+def convert(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    quantizer: cq.IntegerQuantizer | str = "a8w8",
+    calibration: Any = None,
+) -> Converted:
+    """Capture, prepare, calibrate (on the example unless told otherwise) and convert."""
+    if isinstance(quantizer, str):
+        quantizer = cq.IntegerQuantizer().set_global(quantizer)
+    captured = torch.export.export(model.eval(), example).module()
+    prepared = prepare_pt2e(captured, quantizer)
+    for batch in calibration if calibration is not None else [example]:
+        prepared(*batch)
+    return Converted(convert_pt2e(prepared), quantizer.last_plan, example)

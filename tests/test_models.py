@@ -1,0 +1,122 @@
+"""Whole models against the runtime: one delegate, every bias, every output, every prediction."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+import pytest
+import torch
+from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
+from support.models import Converted, convert, torchvision_model
+from torch import Tensor
+
+import custom_quantizer as cq
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
+
+GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
+MODELS = (
+    "resnet18",
+    "resnet50",
+    "mobilenet_v2",
+    "squeezenet1_1",
+    "googlenet",
+    "mnasnet0_5",
+    "vgg11_bn",
+)
+
+
+def biases_of(converted: Converted) -> dict[str, np.ndarray]:
+    """Integers of every convolution's and linear layer's bias; fails where one is float."""
+    biases = {}
+    for node in converted.graph.graph.nodes:
+        if node.target not in GEMMS:
+            continue
+        dequantize = node.args[2]
+        assert "dequantize" in str(dequantize.target), f"{node.name} has a float bias"
+        values = operator.attrgetter(dequantize.args[0].target)(converted.graph)
+        assert values.dtype == torch.int32
+        biases[node.name] = values.numpy()
+    return biases
+
+
+def float_biases(model: torch.nn.Module, example: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Biases after batch-norm folding, read from a graph prepared by upstream alone."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    folded = prepare_pt2e(torch.export.export(model, example).module(), XNNPACKQuantizer())
+    return {
+        node.name: operator.attrgetter(node.args[2].target)(folded).detach()
+        for node in folded.graph.nodes
+        if node.target in GEMMS
+    }
+
+
+def scales_of(converted: Converted, name: str) -> tuple[float, Tensor]:
+    """Scales of an op's input and weight, as they stand in the graph."""
+    (node,) = (n for n in converted.graph.graph.nodes if n.name == name)
+    data, weight = node.args[:2]
+    scale = weight.args[1]
+    if not isinstance(scale, float):
+        scale = operator.attrgetter(scale.target)(converted.graph)
+    return float(data.args[1]), torch.as_tensor(scale, dtype=torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-per_tensor", "a8w4", "a8w6"])
+@pytest.mark.parametrize("name", MODELS)
+def test_torchvision_model_is_one_exact_delegate(name: str, scheme: str) -> None:
+    model = torchvision_model(name)
+    example = (torch.randn(2, 3, 224, 224),)
+    converted = convert(model, example, scheme)
+    lowered = cq.lower(converted.graph, example)
+
+    assert lowered.report.fully_delegated, str(lowered.report)
+    integers, stored = biases_of(converted), lowered.integer_biases()
+    real = float_biases(model, example)
+    assert integers.keys() == stored.keys() == real.keys()
+    for node, values in integers.items():
+        input_scale, weight_scale = scales_of(converted, node)
+        expected = torch.round(real[node].double() / (input_scale * weight_scale))
+        assert np.array_equal(values, expected.numpy()), node
+        assert np.array_equal(values, stored[node]), node
+
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(2, 3, 224, 224, generator=generator),) for _ in range(10)]
+    checked = cq.verify(converted.graph, lowered, batches)
+    assert checked.bit_exact, str(checked)
+    assert checked.exact_expected
+
+
+@pytest.mark.slow
+def test_resnet20_on_all_shared_images() -> None:
+    model = resnet20()
+    images, labels = cifar10_test()
+    calibration, _ = cifar10_calibration(512)
+    batches = [(batch,) for batch in calibration.split(128)]
+    example = (images[:100],)
+    captured = torch.export.export(
+        model, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=128)},)
+    ).module()
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    prepared = prepare_pt2e(captured, quantizer)
+    for batch in batches:
+        prepared(*batch)
+    graph = convert_pt2e(prepared)
+    lowered = cq.lower(graph, example)
+    assert lowered.report.fully_delegated, str(lowered.report)
+
+    reference = cq.integer_reference(graph)
+    correct = {"float": 0, "pte": 0, "reference": 0}
+    with torch.no_grad():
+        for x, y in zip(images.split(100), labels.split(100), strict=True):
+            device, exact = lowered.run(x), reference(x)
+            assert torch.equal(device, exact)
+            correct["float"] += int((model(x).argmax(1) == y).sum())
+            correct["pte"] += int((device.argmax(1) == y).sum())
+            correct["reference"] += int((exact.argmax(1) == y).sum())
+    assert correct["pte"] == correct["reference"]
+    assert abs(correct["pte"] - correct["float"]) <= 0.003 * len(labels), correct
