@@ -2,20 +2,23 @@
 
 Two rewrites, applied in ``transform_for_annotation``:
 
-- in-place ops become functional: an observer cannot stand between an op and its own input;
+- in-place ops become functional: an observer cannot stand between an op and its own input.
+  Where memory is written that is later read under another name (a write through a view), the op
+  stays, and every tensor in that memory is marked: see :func:`overwritten_by`;
 - numbers in add, sub, mul and ``1 - x`` become constant tensors, so that they are quantized too.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import add_constant, argument, tensor_meta
+from custom_quantizer.graph import add_constant, argument, describe, tensor_meta
 
-__all__ = ["canonicalize"]
+__all__ = ["canonicalize", "overwritten_by"]
 
 aten = torch.ops.aten
 
@@ -40,68 +43,85 @@ def functional_overload(target: Any) -> Any | None:
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
-_VIEWS = frozenset(
-    {
-        aten.alias.default,
-        aten.chunk.default,
-        aten.contiguous.default,
-        aten.detach.default,
-        aten.dropout.default,
-        aten.expand.default,
-        aten.flatten.using_ints,
-        aten.narrow.default,
-        aten.permute.default,
-        aten.reshape.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.t.default,
-        aten.transpose.int,
-        aten.unbind.int,
-        aten.unsqueeze.default,
-        aten.view.default,
-    }
-)
+def overwritten_by(node: Node) -> str | None:
+    """Name of an op that writes into the memory of ``node``'s tensor, if one is left."""
+    return cast("str | None", node.meta.get(_OVERWRITTEN))
 
 
-def _aliases_later(node: Node, order: dict[Node, int]) -> bool:
-    """Whether memory that ``node`` writes is read later under another name.
+_OVERWRITTEN = "custom_quantizer_overwritten"
 
-    Dropout in eval mode returns its input, so what it is applied to counts as the same tensor.
+# In eval mode these return their input itself, which their schema does not say.
+_PASS_THROUGH = frozenset({operator.getitem, aten.dropout.default, aten.feature_dropout.default})
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether the result of ``node`` may be a view of its first argument.
+
+    In-place ops that come later do not count: they see the new values once ``node`` is functional.
     """
-    written = cast(Node, node.args[0])
+    target = node.target
+    if target in _PASS_THROUGH or overwritten_by(node) is not None:
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return any(result.alias_info is not None for result in target._schema.returns)
+
+
+def _aliases(written: Node) -> set[Node]:
+    """All nodes whose tensors may share memory with ``written``, itself included."""
     base = written
-    while base.target in _VIEWS and isinstance(base.args[0], Node):
+    while _shares_memory(base) and base.args and isinstance(base.args[0], Node):
         base = base.args[0]
     aliases, stack = {base}, [base]
     while stack:
         for user in stack.pop().users:
-            if user.target in _VIEWS and user not in aliases:
+            if user not in aliases and _shares_memory(user) and user.args[0] in aliases:
                 aliases.add(user)
                 stack.append(user)
-    aliases.discard(written)
-    return any(order[user] > order[node] for alias in aliases for user in alias.users)
+    return aliases
+
+
+def _written_args(node: Node) -> list[Node]:
+    """The tensors a call writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    values = [
+        node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
+        for i, parameter in enumerate(node.target._schema.arguments)
+        if parameter.alias_info is not None and parameter.alias_info.is_write
+    ]
+    return [value for value in values if isinstance(value, Node)]
+
+
+def _keeps_dtype(node: Node) -> bool:
+    """Whether the functional twin gives the dtype of the tensor that was written."""
+    metas = [tensor_meta(arg) for arg in node.all_input_nodes]
+    written = metas[0]
+    return written is not None and all(
+        meta is None or torch.result_type(written, meta) == written.dtype for meta in metas
+    )
 
 
 def _functionalize(model: GraphModule) -> None:
     order = {node: i for i, node in enumerate(model.graph.nodes)}
     for node in list(model.graph.nodes):
-        functional = functional_overload(node.target)
-        if functional is None or not isinstance(node.args[0], Node):
-            continue
-        written = node.args[0]
-        if written.op == "get_attr" or _aliases_later(node, order):
-            continue  # the planner reports it as an op it does not know
-        node.meta["original_target"] = node.target
-        node.target = functional
-        # Whoever reads the overwritten tensor later sees the new values.
-        for user in list(written.users):
-            if user is not node and order[user] > order[node]:
-                user.replace_input_with(written, node)
+        for written in _written_args(node):
+            aliases = _aliases(written)
+            functional = functional_overload(node.target)
+            # A write through a view changes what is later read under another name.
+            others = aliases - {written}
+            seen = any(order[user] > order[node] for alias in others for user in alias.users)
+            stateful = any(alias.op == "get_attr" for alias in aliases)
+            if functional is None or seen or stateful or not _keeps_dtype(node):
+                for alias in (*aliases, node):
+                    alias.meta[_OVERWRITTEN] = describe(node)
+                continue
+            node.meta["original_target"] = node.target
+            node.target = functional
+            # Whoever reads the overwritten tensor later sees the new values.
+            for user in list(written.users):
+                if user is not node and order[user] > order[node]:
+                    user.replace_input_with(written, node)
 
 
 def _numbers_to_tensors(model: GraphModule) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.canonical import overwritten_by
 from custom_quantizer.config import Config, Decision, returned_nodes, target_name
 from custom_quantizer.formats import IntFormat
 from custom_quantizer.graph import (
@@ -313,6 +314,8 @@ def _collect(model: GraphModule, config: Config) -> list[_Op]:
             bound = op.rule.bind(op.rule, node)
             if isinstance(bound, str):
                 op.reason = bound
+            elif (reason := _overwritten(node, bound)) is not None:
+                op.reason = reason
             else:
                 op.binding = bound
                 op.fused = _fusable(op, config)
@@ -320,6 +323,15 @@ def _collect(model: GraphModule, config: Config) -> list[_Op]:
                     fused.add(op.fused)
         ops.append(op)
     return ops
+
+
+def _overwritten(node: Node, binding: Binding) -> str | None:
+    """Why no quantize node may stand before or behind ``node``, if none may."""
+    for tensor in (node, *binding.inputs):
+        writer = overwritten_by(tensor)
+        if writer is not None:
+            return f"{writer} writes into the memory of {describe(tensor)} in place"
+    return None
 
 
 def _fusable(op: _Op, config: Config) -> Node | None:
@@ -330,7 +342,7 @@ def _fusable(op: _Op, config: Config) -> Node | None:
     follower = rule_of(users[0])
     if follower is None or follower.family not in rule.fuses:
         return None
-    if isinstance(follower.bind(follower, users[0]), str):
+    if isinstance(follower.bind(follower, users[0]), str) or overwritten_by(users[0]):
         return None
     decision = config.resolve(users[0])
     # A rule aimed at the activation itself says it is an op of its own.

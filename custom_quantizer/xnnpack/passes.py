@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.canonical import overwritten_by
 from custom_quantizer.errors import CustomQuantizerError, LoweringError
 from custom_quantizer.graph import (
     DEQUANTIZE_DYNAMIC,
@@ -176,7 +177,12 @@ def _fake(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _calls(model: GraphModule, targets: frozenset[Any]) -> list[Node]:
-    return [n for n in model.graph.nodes if n.op == "call_function" and n.target in targets]
+    """Calls of the targets, without tensors that are written in place: those stay views."""
+    return [
+        n
+        for n in model.graph.nodes
+        if n.op == "call_function" and n.target in targets and overwritten_by(n) is None
+    ]
 
 
 def _replace(old: Node, new: Node) -> None:
@@ -285,7 +291,7 @@ def _drop_identities(model: GraphModule) -> int:
             and node.target in EXPAND.targets | RESHAPE.targets | ADAPTIVE_AVG_POOL.targets
             and _same_shape(node)
         )
-        if not noop or not isinstance(node.args[0], Node):
+        if not noop or not isinstance(node.args[0], Node) or overwritten_by(node) is not None:
             continue
         around = _quantized_neighbours(node)
         if around is not None and around[0].args[1:] == around[1].args[1:]:
