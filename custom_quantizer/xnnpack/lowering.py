@@ -314,22 +314,28 @@ def _delegated_backend(
     op: QuantizedOp | FloatOp, handles: set[int], contents: ProgramContents
 ) -> Backend:
     """How the delegate runs the nodes with these handles, as the program's tensors say."""
-    for delegate in contents.delegates:
-        for node in delegate.ops:
-            if node.debug_handle not in handles:
-                continue
-            if node.weight is not None and quantizes_at_run_time(delegate, node):
-                packed = delegate.tensors[node.weight].dtype == "int4"
-                return Backend.PACKED_INT4 if packed else Backend.DYNAMIC_INT8
-            if not computes_in_integers(delegate, node):
-                continue
-            if node.weight is None or not isinstance(op, QuantizedOp):
-                return Backend.INT8
-            if delegate.tensors[node.weight].dtype == "int4":
-                return Backend.PACKED_INT4
-            weight_bits = op.formats.weight_bits or 8
-            return Backend.INT8 if weight_bits == 8 else Backend.INT8_CONTAINER
-    return Backend.FLOAT
+    nodes = [
+        (delegate, node)
+        for delegate in contents.delegates
+        for node in delegate.ops
+        if node.debug_handle in handles
+    ]
+    if not nodes:
+        return Backend.FOLDED  # an activation fused into the op before it
+    weighted = [(delegate, node) for delegate, node in nodes if node.weight is not None]
+    for delegate, node in weighted:
+        if quantizes_at_run_time(delegate, node):
+            packed = delegate.tensors[cast(int, node.weight)].dtype == "int4"
+            return Backend.PACKED_INT4 if packed else Backend.DYNAMIC_INT8
+    # One step in float makes the op float, whatever clamps its result in int8 afterwards.
+    if not all(computes_in_integers(delegate, node) for delegate, node in nodes):
+        return Backend.FLOAT
+    if isinstance(op, QuantizedOp) and op.weight is not None and weighted:
+        ((delegate, node),) = weighted
+        if delegate.tensors[cast(int, node.weight)].dtype == "int4":
+            return Backend.PACKED_INT4
+        return Backend.INT8 if op.formats.weight_bits == 8 else Backend.INT8_CONTAINER
+    return Backend.INT8
 
 
 def _row(
@@ -352,6 +358,10 @@ def _row(
         backend = Backend.EMULATED
     else:
         backend = _delegated_backend(op, handles, contents)
+        if isinstance(op, FloatOp) and backend is Backend.FOLDED:
+            reason = "fused into the op before it"
+        elif isinstance(op, FloatOp) and backend is Backend.INT8:
+            reason += "; the backend quantizes what is float here when it writes the program"
     if isinstance(op, QuantizedOp):
         predicted = predict_backend(op.binding, op.formats)
         reason = reason or predicted.reason

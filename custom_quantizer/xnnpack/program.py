@@ -183,12 +183,17 @@ class LoweredProgram:
     def integer_biases(self) -> dict[str, np.ndarray[Any, np.dtype[np.int32]]]:
         """Biases as the file holds them: converted node name -> int32 ``(out_channels,)``.
 
+        Ops above 8 bits are emulated in float, so the file has no integers for them; the report
+        lists them.
+
         Raises:
-            ProgramError: an op with an integer bias has none in the file.
+            ProgramError: another op with an integer bias has none in the file.
         """
         biases = {}
         by_name = {op.node: op for op in self.report.ops}
         for op in self._graph.with_bias():
+            if by_name[op.node.name].backend is Backend.EMULATED:
+                continue
             found = find_weighted(self.contents, by_name[op.node.name])
             bias = None if found is None else found[0].bias(found[1])
             if bias is None:
