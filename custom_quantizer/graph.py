@@ -16,10 +16,11 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quanti
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.arithmetic import QParams
-from custom_quantizer.errors import ConversionError
+from custom_quantizer.errors import ConversionError, InputError
 
 __all__ = [
     "add_constant",
+    "check_input",
     "constant_of",
     "describe",
     "effective_users",
@@ -117,6 +118,26 @@ def tensor_meta(node: Node) -> torch.Tensor | None:
         node = cast(Node, node.args[0])
         value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
+
+
+def check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:
+    """Raise ``InputError`` unless ``value`` has the recorded dtype and shape."""
+    if meta is None:
+        return
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"input {index} must be a tensor, got {type(value).__name__}")
+    if value.dtype != meta.dtype:
+        raise InputError(
+            f"input {index} must be {meta.dtype}, got {value.dtype}; convert it with "
+            f".to({meta.dtype})"
+        )
+    wanted, given = tuple(meta.shape), tuple(value.shape)
+    fits = len(wanted) == len(given) and all(
+        not isinstance(w, int) or w == g for w, g in zip(wanted, given, strict=True)
+    )
+    if not fits:
+        shown = ", ".join(str(w) if isinstance(w, int) else "*" for w in wanted)
+        raise InputError(f"input {index} must have shape ({shown}), got {given}")
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

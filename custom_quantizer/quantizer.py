@@ -162,10 +162,15 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
 
         Args:
             exported: an ``ExportedProgram``, or what its ``.module()`` returns.
+
+        Raises:
+            CaptureError: it is neither, or was captured in training mode.
+            ConfigError: a rule names something that does not exist, or no rule selects anything.
         """
         if isinstance(exported, torch.export.ExportedProgram):
             model = exported.module()
         else:
+            _check_captured(exported)
             model = copy.deepcopy(exported)
         prepare_pt2e(model, self)
         return self.last_plan

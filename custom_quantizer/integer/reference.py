@@ -17,13 +17,15 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.arithmetic import Arithmetic, get_arithmetic
 from custom_quantizer.converted import ConvertedGraph, FloatOp, read_converted
-from custom_quantizer.errors import ConversionError, InputError
+from custom_quantizer.errors import ConversionError, CustomQuantizerError, InputError
 from custom_quantizer.graph import (
+    check_input,
     describe,
     is_dequantize,
     is_quantize,
     is_static,
     qparams_of,
+    tensor_meta,
 )
 from custom_quantizer.ops import QuantizedOp
 
@@ -137,7 +139,13 @@ class IntegerReference:
 
     def _compute(self, op: QuantizedOp, values: dict[Node, Any]) -> Any:
         inputs = [_integers(values[source]) for source in op.binding.inputs]
-        return op.binding.rule.integers(op, inputs, self.arithmetic)
+        try:
+            return op.binding.rule.integers(op, inputs, self.arithmetic)
+        except CustomQuantizerError as error:
+            where = describe(op.node)
+            if where in str(error):
+                raise
+            raise type(error)(f"{where}: {error}") from error
 
     def _last_uses(self) -> dict[Node, list[Node]]:
         last: dict[Node, Node] = {}
@@ -182,7 +190,7 @@ def _flatten_inputs(model: GraphModule, inputs: tuple[Any, ...]) -> list[Any]:
     """Inputs as the placeholders take them.
 
     Raises:
-        InputError: wrong number of inputs.
+        InputError: number, dtype or shape of the inputs is wrong.
     """
     flat = pytree.tree_leaves((inputs, {}))
     wanted = [node for node in model.graph.nodes if node.op == "placeholder"]
@@ -191,6 +199,8 @@ def _flatten_inputs(model: GraphModule, inputs: tuple[Any, ...]) -> list[Any]:
             f"the model takes {len(wanted)} input tensors ({', '.join(n.name for n in wanted)}), "
             f"got {len(flat)}"
         )
+    for i, (value, node) in enumerate(zip(flat, wanted, strict=True)):
+        check_input(i, value, tensor_meta(node))
     return flat
 
 

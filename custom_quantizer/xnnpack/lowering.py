@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
-from custom_quantizer.graph import module_path, size_bounds, tensor_meta
+from custom_quantizer.graph import check_input, module_path, size_bounds, tensor_meta
 from custom_quantizer.ops import Backend, QuantizedOp, predict_backend
 from custom_quantizer.xnnpack.passes import origin_of, run_passes
 from custom_quantizer.xnnpack.program import (
@@ -115,26 +115,6 @@ def _contiguous(value: Any) -> Any:
         return value
     # contiguous() keeps ambiguous strides (a channel dim of 1); a fresh copy does not.
     return value.detach().clone(memory_format=torch.contiguous_format)
-
-
-def check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:
-    """Raise ``InputError`` unless ``value`` has the recorded dtype and shape."""
-    if meta is None:
-        return
-    if not isinstance(value, torch.Tensor):
-        raise InputError(f"input {index} must be a tensor, got {type(value).__name__}")
-    if value.dtype != meta.dtype:
-        raise InputError(
-            f"input {index} must be {meta.dtype}, got {value.dtype}; convert it with "
-            f".to({meta.dtype})"
-        )
-    wanted, given = tuple(meta.shape), tuple(value.shape)
-    fits = len(wanted) == len(given) and all(
-        not isinstance(w, int) or w == g for w, g in zip(wanted, given, strict=True)
-    )
-    if not fits:
-        shown = ", ".join(str(w) if isinstance(w, int) else "*" for w in wanted)
-        raise InputError(f"input {index} must have shape ({shown}), got {given}")
 
 
 def _placeholder_metas(model: GraphModule) -> list[torch.Tensor | None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from custom_quantizer._io import write_bytes_atomic
 from custom_quantizer.converted import ConvertedGraph
 from custom_quantizer.errors import InputError, ProgramError
+from custom_quantizer.graph import check_input
 from custom_quantizer.ops import Backend
 from custom_quantizer.xnnpack.readback import (
     DelegateContents,
@@ -163,8 +164,6 @@ class LoweredProgram:
             InputError: number, dtype or shape of the inputs is wrong.
             ProgramError: the runtime failed.
         """
-        from custom_quantizer.xnnpack.lowering import check_input
-
         flat = pytree.tree_leaves(inputs)
         if len(flat) != len(self._metas):
             raise InputError(f"the program takes {len(self._metas)} inputs, got {len(flat)}")
