@@ -49,16 +49,8 @@ def _silence_upstream() -> None:
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", module=r"custom_quantizer(\.|$)")
     warnings.showwarning = lambda message, *_rest, **_more: _say("warning", str(message))
-    # What nobody handles goes to standard error by default; what torch handles, it does itself.
-    logging.lastResort = None
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    logging.getLogger("torch._export").setLevel(logging.ERROR)
-    logging.getLogger("custom_quantizer").addHandler(_Speaker(logging.WARNING))
-
-
-class _Speaker(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        _say(record.levelname.lower(), record.getMessage())
+    # PyTorch logs with a traceback what it then raises; ExecuTorch every op it leaves out.
+    logging.disable(logging.ERROR)
 
 
 def _say(kind: str, text: str) -> None:
@@ -587,6 +579,8 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
         f"biases: {count:,} int32 in {len(biases)} layers, read back from the file and equal"
     )
     click.echo(f"delegate calls: {report.delegates}; kernels outside: {len(report.outside)}")
+    for warning in result.plan.warnings:
+        _say("warning", warning)
     click.echo(f"wrote {files.program} ({size_text(report.size_bytes)}) and {files.report}")
 
 

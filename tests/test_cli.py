@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from support.flow import small_images, small_labels, small_model, small_result
+
+from custom_quantizer.cli import cli
+from custom_quantizer.quantizer import IntegerQuantizer
+from custom_quantizer.xnnpack import load_program
+
+COMMANDS = ["demo", "evaluate", "inspect", "plan", "quantize"]
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(cli, [str(arg) for arg in args], prog_name="custom-quantizer")
+
+
+def ok(*args: object) -> str:
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(autouse=True)
+def _as_in_main() -> Iterator[None]:
+    """PyTorch logs what it raises; ``main`` turns that off for the process."""
+    logging.disable(logging.ERROR)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file, its weights, and data, as a user would have them."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "net.py").write_text("from support.flow import Small, small_model\n")
+    torch.save(small_model().state_dict(), folder / "net.pt")
+    images, labels = small_images(40), small_labels(40)
+    np.savez(folder / "data.npz", images=images.numpy(), labels=labels.numpy())
+    np.save(folder / "unlabelled.npy", images.numpy())
+    config = IntegerQuantizer().set_global("a8w8").set_module_name("linear", None).to_config()
+    (folder / "mixed.yaml").write_text(json.dumps(config))
+    for name in ("a", "b"):
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.full((10, 9), 40 * number, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def program(work: Path) -> Path:
+    """What ``quantize`` wrote."""
+    output = work / "net.pte"
+    text = ok(
+        *("quantize", f"{work}/net.py:Small", "--weights", work / "net.pt"),
+        *("--calibration", work / "data.npz", "--calibration-samples", 32, "-o", output),
+    )
+    assert "5 of 5 ops run on integer kernels" in text
+    assert "13 int32 in 3 layers, read back from the file and equal" in text
+    assert "32 samples in 32 batches" in text
+    assert "delegate calls: 1; kernels outside: 0" in text
+    return output
+
+
+# -- help ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_with_an_example(command: str) -> None:
+    text = ok(command, "--help")
+    assert f"Usage: custom-quantizer {command}" in text
+    assert f"Examples:\n    custom-quantizer {command} " in text
+    assert run(command, "-h").stdout == text
+
+
+def test_all_commands_are_listed() -> None:
+    text = ok("--help")
+    assert [name for name in COMMANDS if f"\n  {name} " in text] == COMMANDS
+    assert set(cli.commands) == set(COMMANDS)
+
+
+def test_help_does_not_wait_for_pytorch() -> None:
+    code = (
+        "import sys\n"
+        "from custom_quantizer.cli import cli\n"
+        "cli(['quantize', '--help'], standalone_mode=False)\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'executorch', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def test_quantize_writes_program_and_report(work: Path, program: Path) -> None:
+    report = json.loads(program.with_suffix(".json").read_text())
+    assert report["lowering"]["size_bytes"] == program.stat().st_size
+    # The same model, data and scheme as in Python, one sample at a time.
+    assert load_program(program).contents.inputs[0].shape == (1, 1, 8, 8)
+    integers = [row["bias"]["integers"] for row in report["report"]["rows"] if row["bias"]]
+    assert [len(bias) for bias in integers] == [4, 6, 3]
+
+
+def test_quantize_images_with_a_config_and_a_dynamic_batch(work: Path, tmp_path: Path) -> None:
+    text = ok(
+        *("quantize", f"{work}/net.py:small_model", "--calibration", work / "images"),
+        *("--resize", "8,8", "--mean", "0.5", "--std", "0.25", "--config", work / "mixed.yaml"),
+        *("--dynamic-batch", "-o", tmp_path / "out"),
+    )
+    assert "6 samples in 1 batches" in text
+    assert "linear (linear): xnnpack float" in text
+    assert "10 int32 in 2 layers" in text
+    contents = load_program(tmp_path / "out" / "model.pte").contents
+    assert contents.inputs[0].shape == (64, 1, 8, 8)
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_inspect_a_program(program: Path, tmp_path: Path) -> None:
+    text = ok("inspect", program)
+    assert "3 integer biases" in text
+    assert json.loads(ok("inspect", program, "--json"))["kind"] == "program"
+    page = tmp_path / "page.html"
+    assert ok("inspect", program, "--html", page) == ""
+    assert page.read_text().startswith("<!")
+
+
+def test_inspect_a_saved_result(program: Path, tmp_path: Path) -> None:
+    report = program.with_suffix(".json")
+    assert json.loads(ok("inspect", report, "--json"))["kind"] == "graph"
+    text = ok("inspect", report, "--op", "linear")
+    expected = json.loads(report.read_text())["report"]["rows"][-1]["bias"]["integers"]
+    assert all(str(value) in text for value in expected)
+    small_result().save(tmp_path)
+    assert ok("inspect", tmp_path) == ok("inspect", tmp_path / "report.json")
+
+
+def test_inspect_shows_the_scales_of_the_file(program: Path) -> None:
+    document = json.loads(ok("inspect", program, "--json"))
+    row = next(row for row in document["rows"] if row["kind"] == "fully_connected")
+    delegate = load_program(program).contents.delegates[0]
+    op = next(op for op in delegate.ops if op.kind == "fully_connected")
+    source = delegate.tensors[op.inputs[0]]
+    assert row["inputs"][0]["scales"] == [source.scale]
+    assert row["inputs"][0]["zero_point"] == source.zero_point
+    assert row["bias"]["integers"] == delegate.bias(op).tolist()
+    assert row["bias"]["derived"] is True
+
+
+def test_evaluate(work: Path, program: Path) -> None:
+    args = ("evaluate", program, "--data", work / "data.npz")
+    float_model = ("--model", f"{work}/net.py:Small", "--weights", work / "net.pt")
+    document = json.loads(ok(*args, *float_model, "--json"))
+    first, second = document["models"]
+    assert (first["name"], first["correct"], first["agreement"]) == ("float model", 40, 1.0)
+    assert (second["name"], second["samples"]) == ("net.pte", 40)
+    assert second["correct"] == second["agreeing"]
+    assert "net.pte" in ok(*args, "--samples", 5)
+    text = ok("evaluate", program, "--data", work / "unlabelled.npy", *float_model)
+    assert f"{second['agreeing']} / 40" in text
+
+
+def test_plan(work: Path) -> None:
+    args = ("plan", f"{work}/net.py:Small", "--input-shape", "2,1,8,8")
+    text = ok(*args)
+    assert "5 ops become integer, 0 stay in float" in text
+    document = json.loads(ok(*args, "--config", work / "mixed.yaml", "--json"))
+    schemes = {op["node"]: op["scheme"] for op in document["ops"]}
+    assert schemes["linear"] is None
+    assert schemes["conv2d"] == "a8w8"
+    assert "a8w4" in ok(*args, "--scheme", "a8w4")
+
+
+def test_model_arguments(work: Path) -> None:
+    (work / "wide.py").write_text(
+        "import torch\ndef make(width, bias=True):\n    return torch.nn.Linear(4, width, bias)\n"
+    )
+    args = ("plan", f"{work}/wide.py:make", "--input-shape", "1x4", "--json")
+    document = json.loads(ok(*args, "--model-arg", "width=3", "--model-arg", "bias=false"))
+    assert [tensor["role"] for tensor in document["ops"][0]["tensors"]] == [
+        "input",
+        "weight",
+        "output",
+    ]
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+Args = Callable[[Path], list[object]]
+
+
+def quantize(model: str = "net.py:Small", data: str = "data.npz", *more: object) -> Args:
+    return lambda work: [
+        *("quantize", f"{work}/{model}", "--calibration", work / data),
+        *("-o", work / "bad.pte"),
+        *more,
+    ]
+
+
+def plain(*args: object) -> Args:
+    return lambda work: [str(arg).replace("WORK", str(work)) for arg in args]
+
+
+OURS: dict[str, tuple[Args, list[str]]] = {
+    "unknown model": (
+        plain("quantize", "resnt18", "--calibration", "x", "-o", "WORK/x.pte"),
+        ["no model 'resnt18'", "resnet18"],
+    ),
+    "unknown function": (quantize("net.py:Smal"), ["has no 'Smal'", "Did you mean Small"]),
+    "wrong model argument": (
+        quantize("net.py:Small", "data.npz", "--model-arg", "width=3"),
+        ["width"],
+    ),
+    "missing weights": (
+        quantize("net.py:Small", "data.npz", "--weights", "no.pt"),
+        ["no.pt"],
+    ),
+    "missing data": (quantize("net.py:Small", "no.npz"), ["no.npz"]),
+    "images of another size": (
+        quantize("net.py:Small", "images", "--mean", "0.5", "--std", "0.5", "--resize", "7"),
+        ["does not run on the example inputs", "[1, 1, 7, 7]"],
+    ),
+    "colours for a gray model": (
+        quantize("net.py:Small", "images", "--resize", "8,8"),
+        ["does not run on the example inputs", "[1, 3, 8, 8]"],
+    ),
+    "data of another shape than asked for": (
+        quantize("net.py:Small", "data.npz", "--input-shape", "2,1,9,9"),
+        ["batch 0", "[40, 1, 8, 8]", "[2, 1, 9, 9]"],
+    ),
+    "unknown scheme": (quantize("net.py:Small", "data.npz", "--scheme", "int8"), ["'int8'"]),
+    "missing config": (
+        quantize("net.py:Small", "data.npz", "--config", "no.yaml"),
+        ["no.yaml", "no such file"],
+    ),
+    "std of zero": (
+        quantize("net.py:Small", "images", "--mean", "0.5", "--std", "0"),
+        ["std above 0"],
+    ),
+    "no directory": (
+        plain("quantize", "net", "--calibration", "x", "-o", "WORK/no/x.pte"),
+        ["no/x.pte cannot be made in"],
+    ),
+    "a directory named .pte": (
+        plain("quantize", "net", "--calibration", "x", "-o", "WORK/folder.pte"),
+        ["folder.pte is a directory"],
+    ),
+    "truncated program": (plain("inspect", "WORK/short.pte"), ["short.pte", "truncated"]),
+    "truncated program to run": (
+        plain("evaluate", "WORK/short.pte", "--data", "WORK/data.npz"),
+        ["short.pte", "truncated"],
+    ),
+    "missing program": (plain("inspect", "WORK/no.pte"), ["no.pte", "No such file"]),
+    "missing report": (plain("inspect", "WORK/no.json"), ["no.json", "No such file"]),
+    "directory without a report": (plain("inspect", "WORK/images"), ["report.json"]),
+    "no JSON": (plain("inspect", "WORK/broken.json"), ["broken.json is not JSON"]),
+    "other JSON": (plain("inspect", "WORK/other.json"), ["not a 'graph' report"]),
+    "JSON list": (plain("inspect", "WORK/list.json"), ["not a 'graph' report"]),
+    "unknown op": (plain("inspect", "WORK/net.json", "--op", "lineer"), ["did you mean linear"]),
+    "unwritable page": (
+        plain("inspect", "WORK/net.pte", "--html", "WORK/no/page.html"),
+        ["no/page.html"],
+    ),
+    "nothing to measure": (
+        plain("evaluate", "WORK/net.pte", "--data", "WORK/unlabelled.npy"),
+        ["has no labels"],
+    ),
+    "demo without a place": (plain("demo", "--output", "WORK/net.py"), ["net.py"]),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_errors_exit_with_1(work: Path, program: Path, name: str) -> None:
+    (work / "short.pte").write_bytes(program.read_bytes()[:-1000])
+    (work / "folder.pte").mkdir(exist_ok=True)
+    for file, text in (("broken", "{"), ("other", '{"a": 1}'), ("list", "[]")):
+        (work / f"{file}.json").write_text(text)
+    args, words = OURS[name]
+    result = run(*args(work))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    for word in words:
+        assert word in result.stderr
+    assert "Traceback" not in result.output
+    assert not (work / "bad.pte").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (plain("quantise"), "No such command 'quantise'"),
+        (plain("quantize"), "Missing argument 'MODEL'"),
+        (plain("quantize", "net"), "Missing option"),
+        (plain("quantize", "net", "--calibration", "x", "-o", "x.bin"), "name a .pte file"),
+        (quantize("n", "d", "--calibration-samples", "0"), "0 is not in the range x>=1"),
+        (quantize("n", "d", "--input-shape", "1,a"), "'1,a' is not a list of numbers"),
+        (quantize("n", "d", "--input-shape", "1,0"), "'1,0' has a number below 1"),
+        (quantize("n", "d", "--resize", "1,2,3"), "'1,2,3' has 3 numbers, not 1 or 2"),
+        (quantize("n", "d", "--model-arg", "width"), "'width' is not NAME=VALUE"),
+        (quantize("n", "d", "--scheme", "a8w8", "--config", "c.yaml"), "exclude each other"),
+        (plain("evaluate", "x.pte", "--data", "d", "--weights", "w"), "which is not given"),
+    ],
+)
+def test_wrong_use_exits_with_2(work: Path, args: Args, words: str) -> None:
+    result = run(*args(work))
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_debug_shows_the_traceback(tmp_path: Path, before: bool) -> None:
+    command = ["inspect", str(tmp_path / "no.pte")]
+    result = run(*(["--debug", *command] if before else [*command, "--debug"]))
+    assert result.exit_code == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "FileNotFoundError" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_random_weights_are_warned_of_in_a_real_process(work: Path) -> None:
+    command = [sys.executable, "-m", "custom_quantizer", "quantize", "squeezenet1_1"]
+    result = subprocess.run(
+        [*command, "--calibration", str(work / "no"), "-o", str(work / "bad.pte")],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["warning", "error"]
+    assert "squeezenet1_1 has random weights" in result.stderr
+    assert result.stdout == ""
