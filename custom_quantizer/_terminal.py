@@ -51,13 +51,21 @@ def make_table(title: str, columns: Iterable[str], right: Iterable[str] = ()) ->
 
 
 def plan_table(plan: Plan) -> Table:
-    """Op, scheme, where it will run, why: one row per op."""
-    table = make_table("", ("op", "module", "family", "scheme", "backend", "why"))
+    """Op, scheme, where it will run, bytes of its constants, why: one row per op."""
+    columns = ("op", "module", "family", "scheme", "backend", "bytes", "why")
+    table = make_table("", columns, right=("bytes",))
     for op in plan.ops:
         why = "; ".join(text for text in (op.reason, op.note) if text)
-        cells = (op.node, op.path, op.family or op.target, op.scheme or "float", op.backend, why)
-        style = None if op.scheme else "yellow"
-        table.add_row(*(escape(cell or "") for cell in cells), style=style)
+        cells = (
+            op.node,
+            op.path,
+            op.family or op.target,
+            op.scheme or "float",
+            (op.backend or "").removeprefix("xnnpack "),
+            f"{op.size_bytes:,}" if op.size_bytes else "",
+            why,
+        )
+        table.add_row(*map(escape, cells), style=None if op.scheme else "yellow")
     return table
 
 

@@ -228,6 +228,7 @@ def _examples(*lines: str) -> str:
         "custom-quantizer plan resnet18",
         "custom-quantizer quantize resnet18 --weights w.pth --calibration images/ -o resnet18.pte",
         "custom-quantizer inspect resnet18.pte",
+        "custom-quantizer verify resnet18.pte",
         "custom-quantizer evaluate resnet18.pte --data val/",
     ),
 )
@@ -291,7 +292,7 @@ def plan_command(
     MODEL is a torchvision model, package.module:function or file.py:function. Inputs are random,
     of shape 1,3,224,224 unless --input-shape says otherwise.
     """
-    from custom_quantizer._terminal import make_console, plan_table
+    from custom_quantizer._terminal import make_console, plan_table, size_text
     from custom_quantizer.pipeline import as_quantizer, capture
 
     quantizer = as_quantizer(_one_of(scheme, config))
