@@ -306,7 +306,10 @@ def plan_command(
         click.echo(plan.to_json())
         return
     make_console().print(plan_table(plan))
-    click.echo(f"{len(plan.quantized)} ops become integer, {len(plan.floating)} stay in float")
+    click.echo(
+        f"{len(plan.quantized)} ops become integer, {len(plan.floating)} stay in float; about "
+        f"{size_text(plan.size_bytes)} of constants"
+    )
     for warning in plan.warnings:
         _say("warning", warning)
 
