@@ -90,18 +90,11 @@ def op_table(report: Report, title: str = "") -> Table:
 
 
 def accuracy_table(evaluation: Evaluation, title: str = "") -> Table:
-    """Top-1 and agreement with the first model: one row per model."""
-    first = evaluation.scores[0].name
-    columns = ("model", "correct", "top-1", f"agrees with {first}")
+    """Accuracy, agreement with the first model and difference to it: one row per model."""
+    columns, *rows = evaluation.rows()
     table = make_table(title, columns, right=columns[1:])
-    for score in evaluation.scores:
-        labelled = score.top1 is not None
-        table.add_row(
-            escape(score.name),
-            f"{score.correct:,} / {score.samples:,}" if labelled else "-",
-            f"{score.top1:.2%}" if labelled else "-",
-            f"{score.agreeing:,} / {score.samples:,}",
-        )
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -436,10 +436,17 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
 @click.option("--model", metavar="MODEL", help="Float model to compare with.")
 @_model_options
 @_preprocess_options
+@click.option(
+    "--slices",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Also show the accuracy on that many disjoint slices of the samples.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @_debug_option
 def evaluate_command(
-    program: Path,
+    programs: tuple[Path, ...],
     data: str,
     samples: int | None,
     model: str | None,
@@ -449,19 +456,21 @@ def evaluate_command(
     crop: tuple[int, ...] | None,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    slices: int,
     as_json: bool,
 ) -> None:
-    """Measure the top-1 accuracy of a .pte, in the ExecuTorch runtime.
+    """Measure the top-1 and top-5 accuracy of .pte files, in the ExecuTorch runtime.
 
-    With --model the float model is shown the same samples, and their agreement is counted; then
-    labels are not needed.
+    Each file is compared with the first model, sample by sample, and a sentence says whether their
+    difference can be told from noise. With --model the float model comes first; then labels are
+    not needed: how often the others agree with it is counted.
     """
     from custom_quantizer._terminal import accuracy_table, make_console
 
     if model is None and (weights is not None or model_args):
         raise click.UsageError("--weights and --model-arg are for --model, which is not given")
     source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
-    if source.labels is None and model is None:
+    if source.labels is None and model is None and len(programs) == 1:
         raise InputError(
             f"{data} has no labels, so there is nothing to measure. Name folders by class, save "
             "labels with the tensors, or pass a float --model to compare with"
@@ -473,12 +482,17 @@ def evaluate_command(
     models: dict[str, Callable[..., Any]] = {}
     if model is not None:
         models["float model"] = _load_model(model, weights, model_args)
-    models[program.name] = load_program(program).run
-    evaluation = evaluate(models, source)
+    for program in programs:
+        # Two files of one name: only their paths tell them apart.
+        unique = [path.name for path in programs].count(program.name) == 1
+        models[program.name if unique else str(program)] = load_program(program).run
+    evaluation = evaluate(models, source, slices=slices)
     if as_json:
         click.echo(evaluation.to_json())
     else:
         make_console().print(accuracy_table(evaluation))
+        for line in (*evaluation.slice_lines(), *evaluation.conclusions):
+            click.echo(line)
 
 
 # ---------------------------------------------------------------------------------------------
