@@ -27,11 +27,19 @@ if TYPE_CHECKING:
     from custom_quantizer.calibration import CalibrationSummary, calibrate
     from custom_quantizer.evaluation import Evaluation, evaluate
     from custom_quantizer.formats import IntFormat
-    from custom_quantizer.integer import IntegerReference, integer_reference
+    from custom_quantizer.integer import (
+        Accumulator,
+        IntegerReference,
+        accumulators,
+        integer_reference,
+        load_integers,
+        save_integers,
+    )
     from custom_quantizer.pipeline import QuantizationResult, quantize
     from custom_quantizer.planner import OpPlan, Plan, TensorPlan
     from custom_quantizer.quantizer import IntegerQuantizer
     from custom_quantizer.report import ProgramReport, Report, inspect, inspect_program
+    from custom_quantizer.saved_graph import load_graph, save_graph
     from custom_quantizer.schemes import OpScheme, TensorScheme, scheme
     from custom_quantizer.sources import DataSource, Preprocess, load_data, load_model
     from custom_quantizer.verification import Verification, verify
@@ -44,6 +52,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Accumulator",
     "CalibrationError",
     "CalibrationSummary",
     "CaptureError",
@@ -72,17 +81,22 @@ __all__ = [
     "TensorScheme",
     "Verification",
     "VerificationError",
+    "accumulators",
     "calibrate",
     "evaluate",
     "inspect",
     "inspect_program",
     "integer_reference",
     "load_data",
+    "load_graph",
+    "load_integers",
     "load_model",
     "load_program",
     "lower",
     "quantize",
     "read_program",
+    "save_graph",
+    "save_integers",
     "scheme",
     "verify",
 ]
@@ -92,11 +106,19 @@ _NAMES = {
     "calibration": ("CalibrationSummary", "calibrate"),
     "evaluation": ("Evaluation", "evaluate"),
     "formats": ("IntFormat",),
-    "integer": ("IntegerReference", "integer_reference"),
+    "integer": (
+        "Accumulator",
+        "IntegerReference",
+        "accumulators",
+        "integer_reference",
+        "load_integers",
+        "save_integers",
+    ),
     "pipeline": ("QuantizationResult", "quantize"),
     "planner": ("OpPlan", "Plan", "TensorPlan"),
     "quantizer": ("IntegerQuantizer",),
     "report": ("ProgramReport", "Report", "inspect", "inspect_program"),
+    "saved_graph": ("load_graph", "save_graph"),
     "schemes": ("OpScheme", "TensorScheme", "scheme"),
     "sources": ("DataSource", "Preprocess", "load_data", "load_model"),
     "verification": ("Verification", "verify"),

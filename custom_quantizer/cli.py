@@ -348,7 +348,7 @@ def plan_command(
     required=True,
     type=click.Path(path_type=Path),
     metavar="OUT.pte",
-    help="Program to write; the report goes beside it as OUT.json.",
+    help="Program to write; the report goes beside it as OUT.json, the graph as OUT.pt2.",
 )
 @_debug_option
 def quantize_command(
@@ -425,7 +425,13 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
         "    --model resnet18 --weights DEFAULT",
     ),
 )
-@click.argument("program", type=click.Path(path_type=Path))
+@click.argument(
+    "programs",
+    metavar="PROGRAM...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+)
 @click.option(
     "--data",
     required=True,
@@ -493,6 +499,64 @@ def evaluate_command(
         make_console().print(accuracy_table(evaluation))
         for line in (*evaluation.slice_lines(), *evaluation.conclusions):
             click.echo(line)
+
+
+@cli.command(
+    "verify",
+    epilog=_examples(
+        "custom-quantizer verify resnet18.pte",
+        "custom-quantizer verify resnet18.pte --data val/ --resize 256 --crop 224 --samples 100",
+    ),
+)
+@click.argument("program", metavar="PROGRAM.pte", type=click.Path(path_type=Path))
+@click.option(
+    "--graph",
+    type=click.Path(path_type=Path),
+    metavar="GRAPH.pt2",
+    help="Converted graph that `quantize` wrote.  [default: PROGRAM.pt2]",
+)
+@click.option("--data", metavar="DATA", help="Inputs to compare on.  [default: random ones]")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Samples of DATA, or batches of random inputs.",
+)
+@_preprocess_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@_debug_option
+def verify_command(
+    program: Path,
+    graph: Path | None,
+    data: str | None,
+    samples: int,
+    resize: tuple[int, ...] | None,
+    crop: tuple[int, ...] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    as_json: bool,
+) -> None:
+    """Prove that a program holds and computes the integers of its graph.
+
+    Compares every weight, bias, scale and clamp in the file with the graph's, then the outputs of
+    the runtime with the integer reference. Names the first op that differs. Exits with 0 if the
+    program is bit-exact, with 1 if it is not.
+    """
+    from custom_quantizer.saved_graph import load_lowered
+    from custom_quantizer.verification import random_like, verify
+
+    _start_runtime()
+    converted, lowered = load_lowered(program, graph or program.with_suffix(".pt2"))
+    if data is None:
+        inputs: list[Any] = [random_like(converted, seed) for seed in range(samples)]
+    else:
+        source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+        inputs = list(source.with_batch_size(lowered.batch_size or 1).inputs)
+    checked = verify(converted, lowered, inputs)
+    click.echo(checked.to_json() if as_json else str(checked))
+    if not checked.bit_exact:
+        raise SystemExit(1)
 
 
 # ---------------------------------------------------------------------------------------------

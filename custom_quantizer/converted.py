@@ -101,6 +101,8 @@ def read_converted(model: GraphModule) -> ConvertedGraph:
             continue
         if is_quantize(node) or is_dequantize(node) or is_run_time_quantization(node):
             continue
+        if isinstance(node.meta.get("val"), (torch.SymInt, int)):
+            continue  # arithmetic on sizes
         found = _integer_op(model, node, integer)
         if isinstance(found, str):
             floating.append(FloatOp(node, found))

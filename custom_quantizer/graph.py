@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-import torchao.quantization.quant_primitives  # registers torchao::dequantize_affine
+import torchao.quantization.quant_primitives  # noqa: F401  registers torchao::dequantize_affine
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed.*
 from torch.fx import GraphModule, Node
 

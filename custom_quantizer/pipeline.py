@@ -30,6 +30,7 @@ from custom_quantizer.errors import CaptureError, ConfigError, InputError
 from custom_quantizer.planner import Plan
 from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.report import Report, inspect
+from custom_quantizer.saved_graph import save_graph
 from custom_quantizer.schemes import OpScheme
 from custom_quantizer.xnnpack import LoweredProgram
 from custom_quantizer.xnnpack import lower as lower_to_xnnpack
@@ -64,10 +65,12 @@ class SavedFiles:
     Attributes:
         program: the ``.pte``, or ``None`` where the result was not lowered.
         report: the JSON report.
+        graph: the converted graph (``.pt2``), from which the program can be verified.
     """
 
     program: Path | None
     report: Path
+    graph: Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +84,7 @@ class QuantizationResult:
         converted: the quantized graph: integer weights, int32 biases, quantize and dequantize.
         report: one row per op of the converted graph.
         lowered: the checked program; ``None`` with ``lower=False``.
+        example_inputs: what the model was captured with.
     """
 
     exported: GraphModule = field(repr=False)
@@ -89,6 +93,7 @@ class QuantizationResult:
     converted: GraphModule = field(repr=False)
     report: Report = field(repr=False)
     lowered: LoweredProgram | None = field(repr=False)
+    example_inputs: tuple[Any, ...] = field(repr=False)
 
     def to_json(self) -> str:
         """Plan, calibration, report and lowering as one JSON object."""
@@ -108,8 +113,9 @@ class QuantizationResult:
         """Write the program and the report; each file appears whole or not at all.
 
         Args:
-            path: a ``.pte`` file, beside which the report gets the suffix ``.json``; or a
-                directory, made if it does not exist, for ``model.pte`` and ``report.json``.
+            path: a ``.pte`` file, beside which the report gets the suffix ``.json`` and the
+                converted graph ``.pt2``; or a directory, made if it does not exist, for
+                ``model.pte``, ``model.pt2`` and ``report.json``.
 
         Raises:
             InputError: a file cannot be written, or ``path`` is a ``.pte`` and there is none.
@@ -134,8 +140,9 @@ class QuantizationResult:
         # The report last: where it exists, the program it speaks of does.
         if self.lowered is not None:
             self.lowered.save(program)
+        graph = save_graph(self.converted, self.example_inputs, program.with_suffix(".pt2"))
         write_json_atomic(report, self._to_dict())
-        return SavedFiles(program if self.lowered is not None else None, report)
+        return SavedFiles(program if self.lowered is not None else None, report, graph)
 
 
 def quantize(
@@ -187,7 +194,9 @@ def quantize(
         lowered = lower_to_xnnpack(converted, example, progress=stage) if lower else None
         stage("reporting")
         report = inspect(converted, lowered)
-    return QuantizationResult(exported, plan, summary, converted, report, lowered)
+    return QuantizationResult(
+        exported, plan, summary, converted, report, lowered, tuple(example_inputs)
+    )
 
 
 def as_quantizer(config: Configuration | IntegerQuantizer | None) -> IntegerQuantizer:

@@ -22,12 +22,12 @@ from torch.fx import GraphModule
 
 from custom_quantizer.converted import ConvertedGraph, read_converted
 from custom_quantizer.errors import CustomQuantizerError, InputError
-from custom_quantizer.graph import module_path
+from custom_quantizer.graph import module_path, tensor_meta
 from custom_quantizer.integer import integer_reference
 from custom_quantizer.xnnpack import LoweredProgram, lower
 from custom_quantizer.xnnpack.checks import differences, instrumented, is_exact, output_scales
 
-__all__ = ["FirstDifference", "OutputCheck", "Verification", "verify"]
+__all__ = ["FirstDifference", "OutputCheck", "Verification", "random_like", "verify"]
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class Verification:
         for out in self.outputs:
             lsb = "" if out.max_lsb is None else f", by up to {out.max_lsb:g} LSB"
             lines.append(
-                f"  output {out.index}: {out.mismatches:,} of {out.values:,} values differ from the "
-                f"integer reference{lsb}"
+                f"  output {out.index}: {out.mismatches:,} of {out.values:,} values differ from "
+                f"the integer reference{lsb}"
             )
             graph_lsb = "" if out.graph_max_lsb is None else f" (up to {out.graph_max_lsb:g} LSB)"
             lines.append(
@@ -170,6 +170,25 @@ def verify(
     elif exact and any(output.mismatches for output in outputs):
         first = _first_wrong_tensor(converted, batches)
     return Verification(outputs, found is None, exact, first, _inexact(graph, lowered))
+
+
+def random_like(converted: GraphModule, seed: int) -> tuple[Tensor, ...]:
+    """Normal inputs of the shapes a converted graph was captured with; dynamic sizes become 2.
+
+    Raises:
+        InputError: an input is not a floating-point tensor, so no random one can stand for it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = []
+    for node in converted.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        meta = tensor_meta(node)
+        if meta is None or not meta.dtype.is_floating_point:
+            raise InputError(f"input {node.name} is not a float tensor; pass inputs of your own")
+        shape = [size if isinstance(size, int) else 2 for size in meta.shape]
+        inputs.append(torch.randn(shape, generator=generator, dtype=meta.dtype))
+    return tuple(inputs)
 
 
 def _batches(inputs: Iterable[Any]) -> Iterable[tuple[Any, ...]]:

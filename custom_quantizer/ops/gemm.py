@@ -105,9 +105,9 @@ def _accepts_gemm(binding: Binding, scheme: OpScheme) -> Verdict:
     if meta is not None and meta.dtype != torch.float32:
         return refused(f"its weight is {meta.dtype}; only float32 weights are quantized")
     data = tensor_meta(binding.inputs[0])
-    if binding.rule is not LINEAR and data is not None and meta is not None:
-        if data.dim() < meta.dim():
-            return refused("its input has no batch dimension, which XNNPACK needs")
+    unbatched = data is not None and meta is not None and data.dim() < meta.dim()
+    if unbatched and binding.rule is not LINEAR:
+        return refused("its input has no batch dimension, which XNNPACK needs")
     if scheme.dynamic and binding.rule is not LINEAR:
         return refused("activations are quantized at run time for linear layers only")
     group = scheme.weight.group_size

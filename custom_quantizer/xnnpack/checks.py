@@ -67,9 +67,7 @@ class Difference:
         return f"{self.where}: {self.what}: {self.detail}"
 
 
-def check_program(
-    program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
-) -> None:
+def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> None:
     """Compare all constants of the file with the graph's, then the outputs on the example.
 
     Where every op is integer the outputs are those of the integer reference, bit for bit.
@@ -133,7 +131,9 @@ def _arrays(
     op: QuantizedOp, what: str, graph: np.ndarray[Any, Any], program: np.ndarray[Any, Any]
 ) -> Iterator[Difference]:
     if graph.shape != program.shape:
-        yield _difference(op, what, f"shape {graph.shape} in the graph, {program.shape} in the file")
+        yield _difference(
+            op, what, f"shape {graph.shape} in the graph, {program.shape} in the file"
+        )
         return
     wrong = np.argwhere(graph != program)
     if len(wrong):
@@ -146,9 +146,7 @@ def _arrays(
         )
 
 
-def _parameters(
-    contents: ProgramContents, op: QuantizedOp, row: OpBackend
-) -> Iterator[Difference]:
+def _parameters(contents: ProgramContents, op: QuantizedOp, row: OpBackend) -> Iterator[Difference]:
     nodes = [
         (delegate, node)
         for delegate in contents.delegates

@@ -77,7 +77,7 @@ def lower(
     rewritten = copy.deepcopy(converted)
     applied = run_passes(rewritten)
     say("exporting")
-    exported = _export(rewritten, example, dynamic_max)
+    exported = export_again(rewritten, example, dynamic_max)
     say("partitioning for XNNPACK")
     edge = _to_edge(exported)
     say("writing the program")
@@ -142,9 +142,14 @@ def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> Any:
     return shapes
 
 
-def _export(
+def export_again(
     model: GraphModule, example: tuple[Any, ...], dynamic_max: int
 ) -> torch.export.ExportedProgram:
+    """Export a converted graph with the dynamic sizes it was captured with.
+
+    Raises:
+        LoweringError: ``torch.export`` refused it.
+    """
     flat = dynamic_shapes_of(model, dynamic_max)
     in_spec, _ = _specs(model)
     shapes: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -145,6 +146,23 @@ class LoweredProgram:
     def buffer(self) -> bytes:
         """The bytes of the ``.pte``."""
         return self._data
+
+    @property
+    def batch_size(self) -> int | None:
+        """Size of the first dimension of the first input; ``None`` if it is dynamic."""
+        meta = self._metas[0] if self._metas else None
+        size = meta.shape[0] if meta is not None and meta.dim() else None
+        return size if isinstance(size, int) else None
+
+    def with_bytes(self, data: bytes) -> LoweredProgram:
+        """The same report and graph paired with the bytes of another file, to verify those.
+
+        Raises:
+            ProgramError: ``data`` is not a program.
+        """
+        twin = copy.copy(self)
+        twin._data, twin.contents, twin._method = data, read_program(data), None
+        return twin
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the ``.pte``; either all of it or nothing.
