@@ -179,10 +179,10 @@ def run_demo(
     tests = list(zip(data.test_images[:, None], data.test_labels[:, None], strict=True))
     evaluation = evaluate(
         {
-            "float32 model": model,
+            "float32": model,
             "converted graph": result.converted,
             "integer reference": integer_reference(result.converted),
-            ".pte in ExecuTorch": program,
+            ".pte": program,
         },
         tests,
         progress=progress,
