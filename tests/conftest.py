@@ -1,0 +1,23 @@
+"""What every test shares: a seed, and hypothesis examples that repeat."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# "explore" looks for new examples; CI must not fail on a Tuesday for what passed on Monday.
+settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# torch's structured trace would bury every failure under thousands of empty DEBUG records.
+logging.getLogger("torch.__trace").propagate = False
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
