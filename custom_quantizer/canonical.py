@@ -60,10 +60,12 @@ def _shares_memory(node: Node) -> bool:
     In-place ops that come later do not count: they see the new values once ``node`` is functional.
     """
     target = node.target
-    if target in _PASS_THROUGH or overwritten_by(node) is not None:
+    if target in _PASS_THROUGH:
         return True
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+    if not isinstance(target, torch._ops.OpOverload):
         return False
+    if target._schema.is_mutable:
+        return overwritten_by(node) is not None
     return any(result.alias_info is not None for result in target._schema.returns)
 
 
