@@ -3,11 +3,15 @@
 Any iterable of batches will do. What a batch holds is fitted to what the graph takes: labels are
 set aside, dictionaries are sorted by argument name, and where only the size of the batch is not
 that of the graph, samples are split or put together until it is.
+
+While data runs through, :mod:`custom_quantizer._settling` notes which ranges still move, and
+:mod:`custom_quantizer._checkpoint` writes down how far it came.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +21,27 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule
 
+from custom_quantizer._checkpoint import Checkpoint, Position
 from custom_quantizer._progress import track
+from custom_quantizer._settling import (
+    Settling,
+    TensorSettled,
+    WatchPoint,
+    observed_tensors,
+    plot_watched,
+)
 from custom_quantizer.errors import CalibrationError, CustomQuantizerError
 from custom_quantizer.graph import size_bounds, tensor_meta
 from custom_quantizer.sources import Batch
 
-__all__ = ["CalibrationSummary", "GraphInput", "GraphInputs", "calibrate"]
+__all__ = [
+    "CalibrationSummary",
+    "GraphInput",
+    "GraphInputs",
+    "TensorSettled",
+    "WatchPoint",
+    "calibrate",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +55,61 @@ class CalibrationSummary:
         batches: calls of the model.
         rebatched: whether samples were put into batches of another size than they came in.
         unused: samples left over because they did not fill the last batch of a static graph.
+        tensors: for each observed tensor, its range and the last batch that moved it.
+        watched: range and scale of the watched tensors after each batch.
+        resumed: samples that had been seen before a checkpoint was resumed; ``samples`` and
+            ``batches`` include them.
     """
 
     samples: int
     batches: int
     rebatched: bool = False
     unused: int = 0
+    tensors: tuple[TensorSettled, ...] = field(default=(), compare=False)
+    watched: tuple[WatchPoint, ...] = field(default=(), compare=False)
+    resumed: int = field(default=0, compare=False)
+
+    @property
+    def last_change(self) -> int | None:
+        """The last batch, counted from 1, that moved any range; ``None`` where none was noted."""
+        return max((tensor.last_change for tensor in self.tensors), default=None)
 
     def __str__(self) -> str:
         text = f"{self.samples:,} samples in {self.batches:,} batches"
         if self.unused:
             text += f"; {self.unused} left over, too few for a batch"
+        if self.last_change is not None:
+            text += f"; ranges last moved in batch {self.last_change:,}"
+            moving = sum(tensor.last_change == self.batches for tensor in self.tensors)
+            if self.batches > 1 and moving:
+                text += f" ({moving} of {len(self.tensors)} still moved: more data may help)"
         return text
+
+    def settling(self) -> str:
+        """A table: tensor, range, last batch that moved it; those that settled last come first."""
+        rows = [("tensor", "minimum", "maximum", "last moved in batch")]
+        for tensor in sorted(self.tensors, key=lambda tensor: -tensor.last_change):
+            last = f"{tensor.last_change:,} of {self.batches:,}"
+            rows.append((tensor.name, f"{tensor.low:.5g}", f"{tensor.high:.5g}", last))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            "  ".join((row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 4))))
+            for row in rows
+        )
+
+    def plot_watch(self, path: str | os.PathLike[str]) -> None:
+        """Draw range and scale of the watched tensors over the batches; needs matplotlib.
+
+        Args:
+            path: of the picture; its suffix (``.png``, ``.svg``, ``.pdf``) chooses the format.
+
+        Raises:
+            CalibrationError: nothing was watched.
+            InputError: matplotlib is missing, or the file cannot be written.
+        """
+        if not self.watched:
+            raise CalibrationError("no tensor was watched: pass watch= to calibrate")
+        plot_watched(self.watched, path)
 
 
 def calibrate(
@@ -55,6 +117,9 @@ def calibrate(
     data: object,
     *,
     limit: int | None = None,
+    watch: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
     progress: bool | None = None,
 ) -> CalibrationSummary:
     """Run ``data`` through ``prepared`` without gradients.
@@ -66,6 +131,14 @@ def calibrate(
             batch is a tensor; a tuple or list of what the graph takes; a dictionary by argument
             name; or a pair of any of these and labels.
         limit: use at most that many samples, the first ones.
+        watch: print range, scale and zero point of a tensor after each batch, to see it settle:
+            the name of its node in the graph, or the path of the module it comes from; globs
+            select several.
+        checkpoint: a file that keeps what was measured. If it exists, calibration goes on where
+            it stopped: the same data in the same order must be given again, and those seen
+            already are read but not run. It stays when calibration is done.
+        checkpoint_every: batches between two writes of the checkpoint; it is also written at the
+            end.
         progress: True shows a bar, None does so at a terminal.
 
     Returns:
@@ -73,32 +146,58 @@ def calibrate(
 
     Raises:
         CalibrationError: there are no data, or fewer than one batch of a static graph; a batch
-            does not hold what the graph takes; a value is NaN or infinite. The message names the
-            batch.
+            does not hold what the graph takes; a value is NaN or infinite (the message names the
+            batch and the op); no tensor has the name to watch; the checkpoint is of another model,
+            of other data, or is no checkpoint.
+        InputError: the checkpoint cannot be read or written.
     """
     _check_prepared(prepared)
     if limit is not None and limit < 1:
         raise CalibrationError(f"limit={limit}: calibration needs at least one sample")
+    if checkpoint_every < 1:
+        raise CalibrationError(f"checkpoint_every={checkpoint_every}: it counts batches, from 1")
     graph = GraphInputs.of(prepared)
     queue = _Queue(graph)
-    seen = calls = samples = 0
-    rebatched = False
+    observed = observed_tensors(prepared)
+    settling = Settling(observed, watch)
+    file = None if checkpoint is None else Checkpoint(checkpoint, prepared)
+    done = Position() if file is None else file.resume(settling)
+    seen = done.seen
+    calls, samples, rebatched, skip = done.batches, done.samples, done.rebatched, done.samples
+    passed = 0
     for index, batch in enumerate(track(_batches(data), "calibrate", enabled=progress)):
         where = f"batch {index}"
         values = graph.fit(batch, where)
         size = graph.batch_size(values)
-        if limit is not None and graph.batch is not None and seen + size > limit:
-            size = limit - seen
+        if limit is not None and graph.batch is not None and passed + size > limit:
+            size = limit - passed
             values = graph.take(values, 0, size)
-        seen += size
-        for call in queue.push(values):
+        if file is not None and size and passed == 0:
+            file.check_data(values)
+        passed += size
+        if skip:
+            # Samples that went through the model before the interruption.
+            cut = min(skip, size)
+            skip -= cut
+            partly = cut < size and graph.batch is not None
+            values = graph.take(values, cut, size) if partly else []
+        seen = max(seen, passed)
+        for call in queue.push(values) if values else ():
             taken = graph.batch_size(call)
             rebatched = rebatched or taken != size
             _run(prepared, graph, call, where)
             calls += 1
             samples += taken
-        if limit is not None and seen >= limit:
+            settling.note(calls, samples)
+            if file is not None and calls % checkpoint_every == 0:
+                file.save(Position(samples, calls, rebatched, seen), settling)
+        if limit is not None and passed >= limit:
             break
+    if skip:
+        raise CalibrationError(
+            f"{checkpoint} has seen {done.samples} samples, but the data and limit= give only "
+            f"{passed}: give the data again that it was begun with, or remove the file"
+        )
     if not seen:
         raise CalibrationError(
             "the calibration data holds no sample, so no range can be measured. Pass at least one "
@@ -110,7 +209,17 @@ def calibrate(
             f"{queue.smallest}. Pass more data, or capture the model with a smaller or dynamic "
             "batch"
         )
-    summary = CalibrationSummary(samples, calls, rebatched, seen - samples)
+    if file is not None and calls != done.batches:
+        file.save(Position(samples, calls, rebatched, seen), settling)
+    summary = CalibrationSummary(
+        samples,
+        calls,
+        rebatched,
+        seen - samples,
+        settling.tensors(),
+        tuple(settling.points),
+        done.samples,
+    )
     if summary.unused:
         logger.warning("calibration: %s", summary)
     return summary

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from custom_quantizer.calibration import CalibrationSummary, GraphInputs, calibrate
-from custom_quantizer.errors import CalibrationError
+from custom_quantizer.errors import CalibrationError, InputError
 from custom_quantizer.observers import ActivationObserver
 from custom_quantizer.quantizer import IntegerQuantizer
+from custom_quantizer.schemes import scheme
 from custom_quantizer.sources import DataSource
 
 
@@ -381,3 +386,191 @@ def test_errors_of_the_data_pass_through() -> None:
 
     with pytest.raises(OSError, match="disk gone"):
         calibrate(static_conv(), broken())
+
+
+# -- when ranges stopped moving --------------------------------------------------------------------
+
+
+def image(low: float, high: float) -> Tensor:
+    """A batch of 2 with these extremes."""
+    x = torch.zeros(2, 3, 6, 6)
+    x[0, 0, 0, 0], x[1, 2, 5, 5] = low, high
+    return x
+
+
+def test_the_last_batch_that_moved_a_range() -> None:
+    batches = [image(-1, 1), image(-2, 1), image(-1, 0.5), image(-2, 1), image(0, 0)]
+    summary = calibrate(dynamic_conv(), batches)
+    tensors = {tensor.name: tensor for tensor in summary.tensors}
+    assert list(tensors) == ["x", "relu"]
+    assert (tensors["x"].low, tensors["x"].high, tensors["x"].last_change) == (-2.0, 1.0, 2)
+    assert summary.last_change == 2
+    assert str(summary) == "10 samples in 5 batches; ranges last moved in batch 2"
+    assert summary.settling().splitlines()[-1].split()[-3:] == ["2", "of", "5"]
+    late = calibrate(dynamic_conv(), [*batches, image(-1, 3)])
+    assert str(late).endswith(
+        "ranges last moved in batch 6 (1 of 2 still moved: more data may help)"
+    )
+
+
+def test_watching_a_tensor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = dynamic_conv()
+    observer = next(m for m in model.modules() if isinstance(m, ActivationObserver))
+    summary = calibrate(model, [image(-1, 1), image(-1, 1), image(-1, 4)], watch="x")
+    points = summary.watched
+    assert [(p.name, p.batch, p.samples, p.low, p.high) for p in points] == [
+        ("x", 1, 2, -1.0, 1.0),
+        ("x", 2, 4, -1.0, 1.0),
+        ("x", 3, 6, -1.0, 4.0),
+    ]
+    qparams = observer.qparams()
+    assert (points[-1].scale, points[-1].zero_point) == (qparams.scale, qparams.zero_point)
+    lines = capsys.readouterr().out.splitlines()
+    assert [str(point) for point in points] == lines
+    summary.plot_watch(tmp_path / "watch.svg")
+    assert "<svg" in (tmp_path / "watch.svg").read_text()
+    with pytest.raises(InputError, match=r"its suffix names no format.*png"):
+        summary.plot_watch(tmp_path / "watch.txt")
+
+
+def test_watching_by_module_and_glob() -> None:
+    model = prepared(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), torch.zeros(2, 3))
+    names = {p.name for p in calibrate(model, [torch.ones(2, 3)], watch="1").watched}
+    assert names == {"linear_1"}
+    names = {p.name for p in calibrate(model, [torch.ones(2, 3)], watch="linear*").watched}
+    assert names == {"linear", "linear_1"}
+    with pytest.raises(
+        CalibrationError, match=r"'nothing'; there are input_1, linear \(0\), linear_1"
+    ):
+        calibrate(model, [torch.ones(2, 3)], watch="nothing")
+
+
+def test_plots_need_something_to_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = calibrate(dynamic_conv(), [image(-1, 1)])
+    with pytest.raises(CalibrationError, match="pass watch="):
+        summary.plot_watch(tmp_path / "watch.png")
+    watched = calibrate(dynamic_conv(), [image(-1, 1)], watch="x")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"custom-quantizer\[plot\]"):
+        watched.plot_watch(tmp_path / "watch.png")
+    assert not list(tmp_path.iterdir())
+
+
+# -- going on after an interruption ----------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted(data: list[Tensor], after: int) -> Iterator[Tensor]:
+    yield from data[:after]
+    raise Interrupted
+
+
+def qparams(model: GraphModule) -> list[tuple[float, int]]:
+    observers = [m for m in model.modules() if isinstance(m, ActivationObserver)]
+    return [(m.qparams().scale, m.qparams().zero_point) for m in observers]
+
+
+OBSERVERS = ["minmax", "percentile", "histogram", "entropy", "moving_average"]
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize(("graph_batch", "size"), [(4, 3), (4, 4), ("dynamic", 20)])
+def test_an_interrupted_calibration_goes_on(
+    tmp_path: Path, observer: str, graph_batch: Any, size: int
+) -> None:
+    """Interrupted twice, in the middle of samples that wait for a batch; nothing differs."""
+    data = list(torch.randn(6 * size, 3).cumsum(0).split(size))
+    dynamic = ({0: BATCH},) if graph_batch == "dynamic" else None
+    example = torch.zeros(2 if dynamic else graph_batch, 3)
+
+    def make() -> GraphModule:
+        torch.manual_seed(0)
+        program = torch.export.export(nn.Linear(3, 2).eval(), (example,), dynamic_shapes=dynamic)
+        quantizer = IntegerQuantizer().set_global(scheme("a8w8", observer=observer))
+        return prepare_pt2e(program.module(), quantizer)
+
+    whole = make()
+    expected = calibrate(whole, data)
+    path = tmp_path / "calibration.safetensors"
+    for after in (3, 5):
+        with pytest.raises(Interrupted):
+            calibrate(make(), interrupted(data, after), checkpoint=path, checkpoint_every=1)
+    model = make()
+    calls: list[int] = []
+    model.get_submodule("activation_post_process_0").register_forward_pre_hook(
+        lambda _module, args: calls.append(len(args[0]))
+    )
+    summary = calibrate(model, data, checkpoint=path, checkpoint_every=1)
+    assert summary == expected
+    assert summary.tensors == expected.tensors
+    assert summary.resumed == expected.samples - sum(calls) > 0
+    assert qparams(model) == qparams(whole)
+    assert ranges(model) == ranges(whole)
+    # Once more: all data were seen.
+    again = make()
+    assert calibrate(again, data, checkpoint=path) == expected
+    assert ranges(again) == ranges(whole)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_calibration import IMAGES, seeded_conv
+from custom_quantizer.calibration import calibrate
+
+def data():
+    for index, image in enumerate(IMAGES.split(2)):
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield image
+
+calibrate(seeded_conv(), data(), checkpoint={path!r}, checkpoint_every=2)
+"""
+
+
+def seeded_conv() -> GraphModule:
+    torch.manual_seed(0)
+    return dynamic_conv()
+
+
+def test_a_killed_process_goes_on_in_another(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.safetensors"
+    code = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == -9, done.stderr.decode()
+    model, expected = seeded_conv(), seeded_conv()
+    whole = calibrate(expected, IMAGES.split(2))
+    summary = calibrate(model, IMAGES.split(2), checkpoint=path)
+    assert summary.resumed == 12
+    assert (summary, summary.tensors) == (whole, whole.tensors)
+    assert (qparams(model), ranges(model)) == (qparams(expected), ranges(expected))
+
+
+def test_checkpoints_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.safetensors"
+    calibrate(seeded_conv(), CHUNKS, checkpoint=path)
+    torch.manual_seed(1)
+    other = dynamic_conv()
+    with pytest.raises(CalibrationError, match="of another model"):
+        calibrate(other, CHUNKS, checkpoint=path)
+    with pytest.raises(CalibrationError, match="begun with other data"):
+        calibrate(seeded_conv(), CHUNKS[::-1], checkpoint=path)
+    with pytest.raises(CalibrationError, match="has seen 24 samples, but the data and limit= give"):
+        calibrate(seeded_conv(), CHUNKS[:2], checkpoint=path)
+    # More data of the same kind are added.
+    assert calibrate(seeded_conv(), [*CHUNKS, *CHUNKS], checkpoint=path).resumed == 24
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CalibrationError, match="is damaged"):
+        calibrate(seeded_conv(), CHUNKS, checkpoint=path)
+    path.write_text("hello")
+    with pytest.raises(CalibrationError, match="is no checkpoint"):
+        calibrate(seeded_conv(), CHUNKS, checkpoint=path)
+    with pytest.raises(InputError, match="does not exist"):
+        calibrate(seeded_conv(), CHUNKS, checkpoint=tmp_path / "no" / "file")
+    with pytest.raises(CalibrationError, match="from 1"):
+        calibrate(seeded_conv(), CHUNKS, checkpoint=path, checkpoint_every=0)
