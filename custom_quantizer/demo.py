@@ -310,12 +310,16 @@ def _show(console: Console, demo: DemoResult) -> None:
         "folding batch norm into the convolution."
     )
     console.print()
-    # Paths can be longer than the line and must stay in one piece.
-    console.print(f"program  {demo.files.program}", soft_wrap=True, markup=False)
-    console.print(f"report   {demo.files.report}", soft_wrap=True, markup=False)
-    console.print(
-        f"next     custom-quantizer inspect {demo.files.program}", soft_wrap=True, markup=False
+    lines = (
+        ("program", str(demo.files.program)),
+        ("graph", str(demo.files.graph)),
+        ("report", str(demo.files.report)),
+        ("next", f"custom-quantizer inspect {demo.files.program}"),
+        ("", f"custom-quantizer verify {demo.files.program}"),
     )
+    for name, text in lines:
+        # Paths can be longer than the line and must stay in one piece.
+        console.print(f"{name:<8} {text}", soft_wrap=True, markup=False)
 
 
 def _exactness(verification: Verification) -> str:

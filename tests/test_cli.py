@@ -18,7 +18,7 @@ from custom_quantizer.cli import cli
 from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.xnnpack import load_program
 
-COMMANDS = ["demo", "evaluate", "inspect", "plan", "quantize"]
+COMMANDS = ["demo", "evaluate", "inspect", "plan", "quantize", "verify"]
 
 
 def run(*args: object) -> Result:
@@ -170,6 +170,26 @@ def test_evaluate(work: Path, program: Path) -> None:
     assert f"{second['agreeing']} / 40" in text
 
 
+def test_verify(work: Path, program: Path, tmp_path: Path) -> None:
+    text = ok("verify", program, "--samples", 3)
+    assert text.startswith("bit-exact: yes\n")
+    assert "0 of 9 values differ" in text
+    document = json.loads(ok("verify", program, "--data", work / "data.npz", "--json"))
+    assert document["bit_exact"] is True
+    assert document["outputs"][0]["values"] == 20 * 3
+    # One bit of one weight: the program still loads, and is not what the graph says.
+    contents = load_program(program).contents.delegates[0]
+    op = next(op for op in contents.ops if op.kind == "conv2d")
+    weight = contents.tensors[op.weight if op.weight is not None else -1].array().tobytes()
+    data = program.read_bytes()
+    at = data.index(weight)
+    broken = tmp_path / "broken.pte"
+    broken.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    result = run("verify", broken, "--graph", program.with_suffix(".pt2"))
+    assert result.exit_code == 1
+    assert "error: " in result.stderr or "bit-exact: NO" in result.stdout
+
+
 def test_plan(work: Path) -> None:
     args = ("plan", f"{work}/net.py:Small", "--input-shape", "2,1,8,8")
     text = ok(*args)
@@ -266,6 +286,10 @@ OURS: dict[str, tuple[Args, list[str]]] = {
     "no JSON": (plain("inspect", "WORK/broken.json"), ["broken.json is not JSON"]),
     "other JSON": (plain("inspect", "WORK/other.json"), ["not a 'graph' report"]),
     "JSON list": (plain("inspect", "WORK/list.json"), ["not a 'graph' report"]),
+    "no graph beside the program": (
+        plain("verify", "WORK/net.pte", "--graph", "WORK/no.pt2"),
+        ["no.pt2"],
+    ),
     "unknown op": (plain("inspect", "WORK/net.json", "--op", "lineer"), ["did you mean linear"]),
     "unwritable page": (
         plain("inspect", "WORK/net.pte", "--html", "WORK/no/page.html"),

@@ -54,9 +54,11 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
 
 def test_it_says_nothing_but_its_results(process: Run) -> None:
     assert process.stderr == ""
-    assert sorted(path.name for path in process.folder.iterdir()) == ["digits.json", "digits.pte"]
-    assert f"program  {process.folder}/digits.pte" in process.stdout.splitlines()
-    assert f"report   {process.folder}/digits.json" in process.stdout.splitlines()
+    lines = process.stdout.splitlines()
+    files = {"program": "digits.pte", "graph": "digits.pt2", "report": "digits.json"}
+    assert {path.name for path in process.folder.iterdir()} == set(files.values())
+    for name, file in files.items():
+        assert f"{name:<8} {process.folder}/{file}" in lines
 
 
 def test_the_same_seed_gives_the_same_numbers(process: Run, again: DemoResult) -> None:

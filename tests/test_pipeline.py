@@ -134,7 +134,8 @@ def test_lowering_can_be_left_out(tmp_path: Path) -> None:
     assert json.loads(result.to_json())["lowering"] is None
     saved = result.save(tmp_path / "out")
     assert saved.program is None
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["model.pt2", "report.json"]
     with pytest.raises(InputError, match="lower=False"):
         result.save(tmp_path / "model.pte")
 
@@ -169,7 +170,9 @@ def test_save_beside_the_program(tmp_path: Path) -> None:
     (tmp_path / "net.pte").write_bytes(b"old")
     saved = small_result().save(tmp_path / "net.pte")
     assert (saved.program, saved.report) == (tmp_path / "net.pte", tmp_path / "net.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.json", "net.pte"]
+    assert saved.graph == tmp_path / "net.pt2"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["net.json", "net.pt2", "net.pte"]
     lowered = small_result().lowered
     assert lowered is not None
     assert (tmp_path / "net.pte").read_bytes() == lowered.buffer
@@ -401,7 +404,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[CustomQuantizerError], list[str]
     ),
     "a misspelt scheme": (lambda: flow(config="a8v8"), SchemeError, ["a8v8"]),
     "a missing file": (lambda: flow(config="missing.yaml"), InputError, ["missing.yaml"]),
-    "a wrong mapping": (lambda: flow(config={"version": 1, "schemes": 3}), ConfigError, ["schemes"]),
+    "a wrong mapping": (
+        lambda: flow(config={"version": 1, "schemes": 3}),
+        ConfigError,
+        ["schemes"],
+    ),
     "a number": (lambda: flow(config=8), ConfigError, ["not int"]),
 }
 
