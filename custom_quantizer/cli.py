@@ -254,7 +254,7 @@ def cli() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the training.")
 @_debug_option
 def demo_command(output: Path, seed: int) -> None:
-    """Train, quantize, lower and run a small CNN on handwritten digits.
+    """Train, quantize and run a small CNN on handwritten digits.
 
     Needs no download and less than a minute. It prints the accuracy before and after, one row
     per op, and one layer's bias from float to the int32 in the file.
@@ -287,10 +287,10 @@ def plan_command(
     shapes: tuple[tuple[int, ...], ...],
     as_json: bool,
 ) -> None:
-    """Show what would become of every op of MODEL, and why, without calibrating.
+    """Show what would become of every op of MODEL, and why.
 
-    MODEL is a torchvision model, package.module:function or file.py:function. Inputs are random,
-    of shape 1,3,224,224 unless --input-shape says otherwise.
+    Nothing is calibrated. MODEL is a torchvision model, package.module:function or
+    file.py:function. Inputs are random, of shape 1,3,224,224 unless --input-shape says otherwise.
     """
     from custom_quantizer._terminal import make_console, plan_table, size_text
     from custom_quantizer.pipeline import as_quantizer, capture
@@ -401,10 +401,10 @@ def quantize_command(
 )
 @_debug_option
 def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None) -> None:
-    """Show every tensor in FILE: dtype, scale, zero point, and where each bias went.
+    """Show dtype, scale and zero point of every tensor in FILE.
 
-    FILE is a .pte, read from its bytes alone, or a report that quantize wrote (OUT.json, or a
-    directory with report.json).
+    And where each bias went. FILE is a .pte, read from its bytes alone, or a report that quantize
+    wrote (OUT.json, or a directory with report.json).
     """
     report = _read_report(file)
     if html is not None:
@@ -465,11 +465,11 @@ def evaluate_command(
     slices: int,
     as_json: bool,
 ) -> None:
-    """Measure the top-1 and top-5 accuracy of .pte files, in the ExecuTorch runtime.
+    """Measure the accuracy of .pte files in the ExecuTorch runtime.
 
-    Each file is compared with the first model, sample by sample, and a sentence says whether their
-    difference can be told from noise. With --model the float model comes first; then labels are
-    not needed: how often the others agree with it is counted.
+    Top-1 and top-5. Each file is compared with the first model, sample by sample, and a sentence
+    says whether their difference can be told from noise. With --model the float model comes first;
+    then labels are not needed: how often the others agree with it is counted.
     """
     from custom_quantizer._terminal import accuracy_table, make_console
 
@@ -537,7 +537,7 @@ def verify_command(
     std: tuple[float, ...],
     as_json: bool,
 ) -> None:
-    """Prove that a program holds and computes the integers of its graph.
+    """Prove that a program computes the integers of its graph.
 
     Compares every weight, bias, scale and clamp in the file with the graph's, then the outputs of
     the runtime with the integer reference. Names the first op that differs. Exits with 0 if the
