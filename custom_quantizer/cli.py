@@ -523,6 +523,8 @@ def evaluate_command(
     show_default=True,
     help="Samples of DATA, or batches of random inputs.",
 )
+@click.option("--model", metavar="MODEL", help="Float model, for the SQNR against it.")
+@_model_options
 @_preprocess_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @_debug_option
@@ -531,6 +533,9 @@ def verify_command(
     graph: Path | None,
     data: str | None,
     samples: int,
+    model: str | None,
+    weights: str | None,
+    model_args: dict[str, object],
     resize: tuple[int, ...] | None,
     crop: tuple[int, ...] | None,
     mean: tuple[float, ...],
@@ -546,6 +551,9 @@ def verify_command(
     from custom_quantizer.saved_graph import load_lowered
     from custom_quantizer.verification import random_like, verify
 
+    if model is None and (weights is not None or model_args):
+        raise click.UsageError("--weights and --model-arg are for --model, which is not given")
+    floating = None if model is None else _load_model(model, weights, model_args)
     _start_runtime()
     converted, lowered = load_lowered(program, graph or program.with_suffix(".pt2"))
     if data is None:
@@ -553,7 +561,7 @@ def verify_command(
     else:
         source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
         inputs = list(source.with_batch_size(lowered.batch_size or 1).inputs)
-    checked = verify(converted, lowered, inputs)
+    checked = verify(converted, lowered, inputs, float_model=floating)
     click.echo(checked.to_json() if as_json else str(checked))
     if not checked.bit_exact:
         raise SystemExit(1)

@@ -103,9 +103,7 @@ def test_plan_predicts_the_backend(name: str) -> None:
 
 
 PREDICTED = [
-    pytest.param(
-        rule, case, name, id=f"{rule.family}-{case.name}-{name}", marks=pytest.mark.slow
-    )
+    pytest.param(rule, case, name, id=f"{rule.family}-{case.name}-{name}", marks=pytest.mark.slow)
     for rule in REGISTRY
     for case in rule.cases
     for name in ("a8w8", "a8w4", "a4w8", "a16w8")
@@ -268,8 +266,8 @@ def test_input_and_output_formats() -> None:
     lowered = cq.lower(converted.graph, example)
     assert lowered.report.fully_delegated
     assert len(torch.unique(lowered.run(*example))) <= 16
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_io(inputs={"y": "a8"})
     with pytest.raises(cq.ConfigError, match="no input 'y'; it has input"):
-        quantizer = cq.IntegerQuantizer().set_global("a8w8").set_io(inputs={"y": "a8"})
         convert(nn.Conv2d(3, 4, 3), example, quantizer)
 
 

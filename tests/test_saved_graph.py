@@ -43,6 +43,9 @@ def test_verify_from_files(files: Path) -> None:
     assert "bit-exact: yes" in result.output
     result = CliRunner().invoke(cli, ["verify", str(files / "net.pte"), "--samples", "1", "--json"])
     assert json.loads(result.output)["bit_exact"] is True
+    result = CliRunner().invoke(cli, ["verify", str(files / "net.pte"), "--weights", "w.pth"])
+    assert result.exit_code == 2
+    assert "--model" in result.output
 
 
 def test_another_network_of_the_same_shape_is_found_out(files: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ Writes ``bit_widths.json`` and, rendered from it, ``bit_widths.md``.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +107,8 @@ def render(result: dict[str, Any]) -> str:
         f"{result['model']}, {result['images']:,} test images, calibrated on "
         f"{result['calibration_images']} training images; float: {floating:.2%}.",
         "",
-        "| scheme | `.pte` top-1 | against float | converted graph top-1 | `.pte` bytes | delegates |",
+        "| scheme | `.pte` top-1 | against float | converted graph top-1 | `.pte` bytes "
+        "| delegates |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
