@@ -157,7 +157,7 @@ def calibrate(
     if checkpoint_every < 1:
         raise CalibrationError(f"checkpoint_every={checkpoint_every}: it counts batches, from 1")
     graph = GraphInputs.of(prepared)
-    queue = _Queue(graph)
+    queue = SampleQueue(graph)
     observed = observed_tensors(prepared)
     settling = Settling(observed, watch)
     file = None if checkpoint is None else Checkpoint(checkpoint, prepared)
@@ -468,7 +468,7 @@ class GraphInputs:
         ]
 
 
-class _Queue:
+class SampleQueue:
     """Samples that wait until they make a batch of a size the graph takes."""
 
     def __init__(self, graph: GraphInputs) -> None:
