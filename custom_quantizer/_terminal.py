@@ -43,7 +43,12 @@ def make_table(title: str, columns: Iterable[str], right: Iterable[str] = ()) ->
     from rich import box
 
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -70,7 +75,10 @@ def plan_table(plan: Plan) -> Table:
 
 
 def op_table(report: Report, title: str = "") -> Table:
-    """Dtype of input, weight, bias and output, and where the op runs: one row per op."""
+    """Dtype of input, weight, bias and output, and where the op runs: one row per op.
+
+    A weight with one scale per channel shows their number; the table fits 80 columns.
+    """
     columns = ("op", "family", "input", "weight", "bias", "output", "runs on")
     table = make_table(title, columns)
     for row in report.rows:
@@ -82,7 +90,7 @@ def op_table(report: Report, title: str = "") -> Table:
             "-" if row.weight is None else _weight(row.weight),
             "-" if row.bias is None else _bias(row.bias),
             _dtype(row.output),
-            row.backend or "",
+            (row.backend or "").removeprefix("xnnpack "),
         )
         style = None if row.compute != "float" else "yellow"
         table.add_row(*map(escape, cells), style=style)
@@ -111,9 +119,10 @@ def _dtype(record: TensorRecord) -> str:
 
 
 def _weight(record: TensorRecord) -> str:
-    if record.granularity is None:
+    if record.channels is None:
         return _dtype(record)
-    return f"{_dtype(record)} {record.granularity.replace('_', ' ')}"
+    group = "" if record.group_size is None else f", groups of {record.group_size}"
+    return f"{_dtype(record)} x{record.channels}{group}"
 
 
 def _bias(record: BiasRecord) -> str:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from custom_quantizer._io import write_json_atomic
 from custom_quantizer._terminal import (
-    accuracy_table,
     make_console,
     make_table,
     op_table,
@@ -295,19 +294,19 @@ def _step(console: Console, name: str, text: str, since: float | None = None) ->
 def _show(console: Console, demo: DemoResult) -> None:
     tests = demo.evaluation.scores[0].samples
     console.print()
-    console.print(accuracy_table(demo.evaluation, f"Accuracy on {tests} held-out digits"))
+    console.print(_accuracy_table(demo.evaluation, f"Accuracy on {tests} held-out digits"))
     console.print(_exactness(demo.verification))
     console.print()
     console.print(_size_table(demo.sizes))
-    console.print(op_table(demo.result.report, "One row per op"))
+    console.print(op_table(demo.result.report, "One row per op (weights: number of scales)"))
     console.print("[bold]Is the bias quantized?[/] " + _answer(demo))
     console.print()
     console.print(_bias_table(demo.layer))
     layers, integers, equal = demo.biases
     console.print(
-        f"All {layers} biases, {integers} integers: {equal} of {integers} are the same in the graph"
-        f" and in the file.\nOnly {demo.layer.path} has a bias in the model; the others come from "
-        "folding batch norm into the convolution."
+        f"All {layers} biases, {integers} integers: {equal} of {integers} are the same in graph "
+        f"and file.\nOnly {demo.layer.path} has one in the model; the others come from folding "
+        "batch norm."
     )
     console.print()
     lines = (
@@ -320,6 +319,20 @@ def _show(console: Console, demo: DemoResult) -> None:
     for name, text in lines:
         # Paths can be longer than the line and must stay in one piece.
         console.print(f"{name:<8} {text}", soft_wrap=True, markup=False)
+
+
+def _accuracy_table(evaluation: Evaluation, title: str) -> Table:
+    first = evaluation.scores[0].name
+    columns = ("model", "correct", "top-1", f"agrees with {first}")
+    table = make_table(title, columns, right=columns[1:])
+    for score in evaluation.scores:
+        table.add_row(
+            score.name,
+            f"{score.correct} / {score.samples}",
+            f"{score.top1:.2%}",
+            f"{score.agreeing} / {score.samples}",
+        )
+    return table
 
 
 def _exactness(verification: Verification) -> str:
@@ -344,32 +357,23 @@ def _answer(demo: DemoResult) -> str:
     if not all(channel.agrees for channel in layer.channels):
         return f"[red]No: {layer.path} has integers that are not round(b / s_b).[/]"
     return (
-        f"Yes, to int32, and the file holds these integers. Layer [bold]{layer.path}[/]: "
+        f"Yes, to int32, and the file holds these integers.\nLayer [bold]{layer.path}[/]: "
         f"s_b = s_x * s_w, zero point 0, with s_x = {layer.input_scale:.9g}"
     )
 
 
 def _bias_table(layer: LayerBias) -> Table:
-    columns = (
-        "channel",
-        "float bias b",
-        "s_w",
-        "s_b = s_x * s_w",
-        "b / s_b",
-        "int32 in graph",
-        "int32 in .pte",
-        "",
-    )
-    table = make_table("", columns, right=columns[:-1])
+    columns = ("", "float bias b", "s_w", "s_b", "b / s_b", "int32 in\ngraph", "int32 in\n.pte")
+    table = make_table("", (*columns, "same"), right=columns)
     for number, channel in enumerate(layer.channels):
         table.add_row(
             str(number),
-            f"{channel.real:+.9f}",
-            f"{channel.weight_scale:.9f}",
+            f"{channel.real:+.7f}",
+            f"{channel.weight_scale:.8f}",
             f"{channel.scale:.6e}",
             f"{channel.quotient:,.3f}",
             f"{channel.in_graph:,}",
             f"{channel.in_program:,}",
-            "[green]equal[/]" if channel.agrees else "[red]DIFFERENT[/]",
+            "[green]yes[/]" if channel.agrees else "[red]NO[/]",
         )
     return table
