@@ -265,19 +265,18 @@ class WeightObserver(_ConstantObserver):
         scale = self.scale(constant_of(model, cast(Node, node.args[0])))
         if self.scheme.group_size is not None:
             return scale  # no single scale a channel, so no bias is derived from it
-        constraints = []
-        limit = COMFORTABLE_BIAS
         for binding in _consumers(node):
             bias = _bias_constant(model, binding)
             if bias is None:
                 continue
-            if self.scheme.format.bits > 8 or _input_bits(model, binding) > 8:
-                limit = WIDE_BIAS
+            wide = self.scheme.format.bits > 8 or _input_bits(model, binding) > 8
+            limit = WIDE_BIAS if wide else COMFORTABLE_BIAS
+            limit = min(limit, _bias_max(model, binding))
             if binding.weight_axis == 1 and binding.groups > 1 and scale.dim():
                 # Each weight scale serves one channel of every group: the largest bias decides.
                 bias = bias.abs().reshape(binding.groups, -1).amax(dim=0)
-            constraints.append((_input_scale(model, binding), bias))
-        return raise_scale(scale, constraints, limit)
+            scale = raise_scale(scale, [(_input_scale(model, binding), bias)], limit)
+        return scale
 
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by integers and their dequantization (called by torchao)."""
@@ -412,6 +411,14 @@ def _weight_scale(model: GraphModule, binding: Binding) -> Tensor:
     raise ConversionError(
         f"{describe(binding.node)}: its weight is not quantized, so no bias scale can be derived"
     )
+
+
+def _bias_max(model: GraphModule, binding: Binding) -> int:
+    """Largest integer of the derived bias's format, whether already converted or not."""
+    source = cast(Node, binding.bias)
+    if is_dequantize(source):
+        return qparams_of(model, source).quant_max
+    return cast(int, _observer_of(model, source).quant_max)
 
 
 def _bias_constant(model: GraphModule, binding: Binding) -> Tensor | None:
