@@ -28,6 +28,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -47,10 +48,13 @@ from custom_quantizer.graph import (
     is_constant,
     is_dequantize,
     is_quantize,
+    is_run_time_quantization,
     is_static,
     module_path,
     qparams_of,
+    size_bounds,
     source_of,
+    tensor_meta,
 )
 from custom_quantizer.observers import META_KEY
 from custom_quantizer.ops import Binding, QParamSharing, QuantizedOp, rule_of
@@ -283,7 +287,7 @@ def diagnose(
 ) -> Diagnosis:
     """Compare every quantized tensor and weight with its float twin.
 
-    Costs about three float forwards of the data, and the memory of one batch of activations.
+    Takes about ten float forwards of the data, and the memory of one batch of activations.
 
     Args:
         model: the float model that was quantized: a module, an ``ExportedProgram`` or the captured
@@ -351,6 +355,7 @@ def _float_twin(
     model: nn.Module | torch.export.ExportedProgram, converted: GraphModule, values: list[Any]
 ) -> GraphModule:
     """The float graph with the nodes, by name, that ``converted`` was made from."""
+    captured: GraphModule
     if isinstance(model, torch.export.ExportedProgram):
         captured = model.module()
     elif isinstance(model, GraphModule):
@@ -363,9 +368,9 @@ def _float_twin(
 def _capture(model: nn.Module, converted: GraphModule, values: list[Any]) -> GraphModule:
     graph = GraphInputs.of(converted)
     args, kwargs = graph.arguments(values)
+    sizes: dict[str, Any] = {}
     dynamic = [
-        {d: torch.export.Dim.AUTO for d, (low, high) in enumerate(entry.sizes) if low != high}
-        for entry in graph.inputs
+        _dynamic_sizes(node, sizes) for node in converted.graph.nodes if node.op == "placeholder"
     ]
     dynamic_args, dynamic_kwargs = graph.arguments(dynamic)
     # Export numbers the shapes of positional and keyword arguments together.
@@ -381,6 +386,23 @@ def _capture(model: nn.Module, converted: GraphModule, values: list[Any]) -> Gra
             "that was quantized"
         ) from error
     return program.module()
+
+
+def _dynamic_sizes(node: Node, known: dict[str, Any]) -> dict[int, Any]:
+    """The sizes of an input that vary, as export was told; equal symbols are one ``Dim``."""
+    meta = tensor_meta(node)
+    dynamic = {}
+    for index, size in enumerate(() if meta is None else meta.shape):
+        low, high = size_bounds(size)
+        if low == high:
+            continue
+        name = str(size)
+        if name not in known:
+            # A size that follows from others has no bounds of its own.
+            plain = name.isidentifier()
+            known[name] = Dim(name, min=low, max=high) if plain else Dim.AUTO
+        dynamic[index] = known[name]
+    return dynamic
 
 
 # ---------------------------------------------------------------------------------------------
@@ -452,15 +474,18 @@ class _Walk:
             for source in op.binding.inputs:
                 if not is_constant(source_of(source)):
                     self._twin_of[source] = self._find(source_of(source))
+        for node in converted.graph.nodes:
+            if rule_of(node) is not None and not is_run_time_quantization(node):
+                self._find(node)
         self._weights = dict(self._find_weights())
         self._outputs: list[_Noise] = []
 
     def _find(self, node: Node) -> Node:
         twin: Node | None = self._by_name.get(node.name)
-        if twin is None or twin.op != node.op or twin.target != node.target:
+        if twin is None or _signature(twin) != _signature(node):
             raise ConversionError(
                 f"{describe(node)} of the converted graph is not in the float model: pass the "
-                "model that was quantized, captured in the same way"
+                "model that was quantized, best as the captured graph"
             )
         return twin
 
@@ -581,6 +606,17 @@ class _Walk:
             int((torch.bincount((integers.long() - low).reshape(-1)) > 0).sum()),
             levels,
         )
+
+
+def _signature(node: Node) -> tuple[Any, ...]:
+    """What a node computes from which others, however they are quantized."""
+    sources = []
+    for source in map(source_of, node.all_input_nodes):
+        grouped = source.target is DEQUANTIZE_GROUPED
+        origin = cast(Node, source.args[0]) if grouped else source
+        if not is_constant(origin):
+            sources.append(origin.name)
+    return node.op, node.target, sources
 
 
 class _Recorder(Interpreter):

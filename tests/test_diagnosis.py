@@ -253,6 +253,24 @@ def test_branches_shared_weights_and_float_ops() -> None:
             assert diagnosis.outputs[i].sqnr == pytest.approx(expected, abs=DECIBELS)
 
 
+class Chain(nn.Module):
+    def __init__(self, parallel: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.parallel = parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return y + self.b(x if self.parallel else y)
+
+
+def test_equal_names_are_not_enough() -> None:
+    x = torch.randn(8, 4)
+    converted = converted_of(Chain(parallel=True), x)
+    with pytest.raises(ConversionError, match=r"linear_1 \(b\) .* is not in the float model"):
+        diagnose(Chain(parallel=False), converted, x)
+
+
 def test_json_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = small_result()
     diagnosis = diagnose(result.exported, result.converted, small_images(8))
