@@ -536,7 +536,8 @@ def _conclusion(name: str, first: str, found: PairedDifference) -> str:
         )
     return (
         f"The difference of {name} to {first}, {100 * found.difference:+.2f} points, "
-        f"{_verdict(found)}: {counts.only_second:,} samples are right only in {name}, "
+        f"{_verdict(found)}: {counts.only_second:,} "
+        f"{'sample is' if counts.only_second == 1 else 'samples are'} right only in {name}, "
         f"{counts.only_first:,} only in {first} ({interval}, exact test p = {found.p_value:.2g})."
     )
 
