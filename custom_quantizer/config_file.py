@@ -50,6 +50,7 @@ from custom_quantizer.schemes import (
     OpScheme,
     TensorScheme,
     activation_scheme,
+    observer_name,
     scheme,
 )
 
@@ -63,13 +64,14 @@ _BEGIN = f"begin with `version: {FORMAT_VERSION}`"
 # -- names of schemes and formats ---------------------------------------------------------------
 
 _BITS = r"([2-9]|1[0-6])"
+_PERCENTILE = r"percentile[0-9]+(\.[0-9]+)?"
 _COMMON_SUFFIXES = ("symmetric", "narrow", *OBSERVERS)
 _SCHEME_SUFFIXES = ("per_tensor", "per_channel", "full", "biasfloat", *_COMMON_SUFFIXES)
 _SCHEME_PATTERN = (
     rf"^(a{_BITS}|dyn8)w{_BITS}(g[1-9][0-9]*)?"
-    rf"(-({'|'.join(_SCHEME_SUFFIXES)}|bias([4-9]|[12][0-9]|3[0-2])))*$"
+    rf"(-({'|'.join(_SCHEME_SUFFIXES)}|{_PERCENTILE}|bias([4-9]|[12][0-9]|3[0-2])))*$"
 )
-_FORMAT_PATTERN = rf"^a{_BITS}(-({'|'.join(_COMMON_SUFFIXES)}))*$"
+_FORMAT_PATTERN = rf"^a{_BITS}(-({'|'.join(_COMMON_SUFFIXES)}|{_PERCENTILE}))*$"
 
 _COMMON_SCHEMES = (
     *("a8w8", "a8w8-per_tensor", "a8w4", "a8w2", "a4w4", "a16w8", "a16w16"),
@@ -164,10 +166,11 @@ def _checked_by(parse: Callable[[str], object]) -> AfterValidator:
 
 
 def _parse_observer(name: str) -> None:
-    if name not in OBSERVERS:
+    if name not in OBSERVERS and re.fullmatch(_PERCENTILE, name) is None:
         raise ConfigError(
             f"unknown observer {name!r}; legal: {', '.join(OBSERVERS)}{nearest(name, OBSERVERS)}"
         )
+    observer_name(name)
 
 
 def _check_bias(value: object) -> object:
@@ -241,7 +244,12 @@ class SchemeOptions(_Model):
     observer: Annotated[str, _checked_by(_parse_observer)] = Field(
         OBSERVERS[0],
         description="Which statistics decide the range of activations.",
-        json_schema_extra={"enum": list(OBSERVERS)},
+        json_schema_extra={
+            "anyOf": [
+                {"enum": list(OBSERVERS)},
+                {"title": "`percentile99.9` and the like", "pattern": f"^{_PERCENTILE}$"},
+            ]
+        },
     )
 
     def to_scheme(self) -> OpScheme:

@@ -10,6 +10,7 @@ write their integers into the graph themselves, through the ``convert`` method t
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,15 @@ from custom_quantizer.graph import (
 )
 from custom_quantizer.ops import Binding, rule_of
 from custom_quantizer.ops.gemm import expand_channels
+from custom_quantizer.ranges import (
+    BINS,
+    Kind,
+    Statistics,
+    add_counts,
+    choose_qparams,
+    kind_of_observer,
+    solve,
+)
 from custom_quantizer.schemes import TensorScheme
 
 __all__ = ["ActivationObserver", "BiasObserver", "WeightObserver", "choose_qparams"]
@@ -50,43 +60,26 @@ META_KEY = "custom_quantizer"
 _TINY = float(torch.finfo(torch.float32).tiny)
 
 
-def choose_qparams(low: float, high: float, scheme: TensorScheme) -> QParams:
-    """Scale and zero point with which ``[low, high]`` fits the scheme's integers.
-
-    Zero is always in range and always exact. A range of nothing but zero gets scale 1.
-
-    Args:
-        low: smallest value to represent.
-        high: largest value to represent.
-        scheme: format and symmetry.
-
-    References:
-        Jacob et al., CVPR 2018, section 3 (nudged zero point).
-    """
-    fmt = scheme.format
-    low, high = min(low, 0.0), max(high, 0.0)
-    if low == high:
-        return QParams(1.0, 0, fmt.quant_min, fmt.quant_max)
-    if scheme.symmetric:
-        reach = max(-low / -fmt.quant_min, high / fmt.quant_max)
-        return QParams(_float32(reach), 0, fmt.quant_min, fmt.quant_max)
-    scale = _float32((high - low) / (fmt.quant_max - fmt.quant_min))
-    zero_point = round(fmt.quant_min - low / scale)
-    zero_point = min(max(zero_point, fmt.quant_min), fmt.quant_max)
-    return QParams(scale, zero_point, fmt.quant_min, fmt.quant_max)
-
-
-def _float32(value: float) -> float:
-    return max(float(torch.tensor(value, dtype=torch.float32)), _TINY)
-
-
 class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
-    """Range of an activation over all calibration data.
+    """What an activation held over all calibration data.
+
+    How much is recorded depends on the scheme's observer: the extremes for ``minmax``, their
+    averages for ``moving_average``, and for the others the extremes and how often each value
+    occurred (:mod:`custom_quantizer.ranges`). Its memory does not grow with the data. All of it is
+    in buffers, so that ``state_dict``, ``deepcopy`` and ``to`` include it.
 
     Args:
         scheme: what the range is for.
         name: of the tensor, for messages.
         averaging_constant: weight of a new batch with ``observer="moving_average"``.
+
+    Attributes:
+        kind: what is recorded.
+        min_val: float32 scalar, inf before the first value.
+        max_val: float32 scalar, -inf before the first value.
+        count: int64 scalar, number of values.
+        counts: int64 ``(65536,)`` where ``kind`` is ``counts``, else ``None``.
+        reduced: whether what was recorded is the sum over the ranks of a process group.
 
     Raises:
         CalibrationError: a value is NaN or infinite (at :meth:`forward`), or no data was seen
@@ -96,6 +89,7 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
     min_val: Tensor
     max_val: Tensor
     count: Tensor
+    counts: Tensor | None
 
     def __init__(
         self,
@@ -112,33 +106,89 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
         self.quant_min = scheme.format.quant_min
         self.quant_max = scheme.format.quant_max
         self.qscheme = torch.per_tensor_symmetric if scheme.symmetric else torch.per_tensor_affine
+        self.kind: Kind = kind_of_observer(scheme.observer)
+        self.reduced = False
+        self._solved: QParams | None = None
         self.register_buffer("min_val", torch.tensor(torch.inf))
         self.register_buffer("max_val", torch.tensor(-torch.inf))
         self.register_buffer("count", torch.tensor(0, dtype=torch.int64))
+        counted = self.kind == "counts" and not self.is_dynamic
+        self.register_buffer("counts", torch.zeros(BINS, dtype=torch.int64) if counted else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Record ``x`` (any shape) and return it unchanged."""
         if x.numel() == 0 or self.is_dynamic:
             return x
-        low, high = torch.aminmax(x.detach())
+        values = x.detach().to(torch.float32)
+        ends = torch.aminmax(values)
+        # Adding 0.0 makes 0.0 of -0.0, which would depend on the order.
+        low, high = float(ends.min) + 0.0, float(ends.max) + 0.0
         # NaN spreads to both ends, so two numbers tell about all of them.
-        if not torch.isfinite(high - low):
-            bad = x.detach()[~torch.isfinite(x.detach())]
-            value = float(bad[0]) if bad.numel() else float("inf")
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = values[~torch.isfinite(values)]
             raise CalibrationError(
                 f"{self.name}: {bad.numel()} of {x.numel()} values are not finite (the first is "
-                f"{value}). Check the calibration data and the ops before this one"
+                f"{float(bad[0])}). Check the calibration data and the ops before this one"
             )
-        if self.scheme.observer == "moving_average" and self.count > 0:
-            low = torch.lerp(self.min_val, low, self.averaging_constant)
-            high = torch.lerp(self.max_val, high, self.averaging_constant)
-            self.min_val.copy_(low)
-            self.max_val.copy_(high)
+        self._solved = None
+        if self.kind == "average" and self.count > 0:
+            self.min_val.lerp_(ends.min, self.averaging_constant)
+            self.max_val.lerp_(ends.max, self.averaging_constant)
         else:
-            self.min_val.copy_(torch.minimum(self.min_val, low))
-            self.max_val.copy_(torch.maximum(self.max_val, high))
+            self.min_val.clamp_(max=low)
+            self.max_val.clamp_(min=high)
+        if self.counts is not None:
+            add_counts(self.counts, values, low, high)
         self.count += x.numel()
         return x
+
+    @property
+    def statistics(self) -> Statistics:
+        """What was recorded, as a copy on the CPU."""
+        return Statistics(
+            self.kind,
+            int(self.count),
+            float(self.min_val),
+            float(self.max_val),
+            None if self.counts is None else self.counts.cpu().clone(),
+        )
+
+    @statistics.setter
+    def statistics(self, given: Statistics) -> None:
+        """Replace what was recorded.
+
+        Raises:
+            CalibrationError: it lacks what this observer records.
+        """
+        given = given.as_kind(self.kind)
+        self.min_val.fill_(given.low)
+        self.max_val.fill_(given.high)
+        self.count.fill_(given.count)
+        if self.counts is not None and given.counts is not None:
+            self.counts.copy_(given.counts)
+        self.reduced = False
+        self._solved = None
+
+    def record_counts(self) -> None:
+        """Count values too, where the scheme's observer does not need it.
+
+        Raises:
+            CalibrationError: values were recorded already, which were not counted.
+        """
+        if self.is_dynamic or self.counts is not None:
+            return
+        if self.kind == "average":
+            raise CalibrationError(
+                f"{self.name}: observer='moving_average' averages extremes; counts go with the "
+                "other observers"
+            )
+        if self.count > 0:
+            raise CalibrationError(
+                f"{self.name}: {int(self.count)} values were seen that were not counted; choose to "
+                "record counts before calibrating"
+            )
+        self.kind = "counts"
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device=self.count.device)
 
     def qparams(self) -> QParams:
         """Scale and zero point of what was seen.
@@ -151,12 +201,19 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
                 f"{self.name} never saw data, so it has no range. Run the prepared model on "
                 "calibration data before convert_pt2e (custom_quantizer.calibrate does)"
             )
-        return choose_qparams(float(self.min_val), float(self.max_val), self.scheme)
+        # Conversion asks several times, and some observers search.
+        if self._solved is None:
+            self._solved = solve(self.statistics, self.scheme)
+        return self._solved
 
     def calculate_qparams(self, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """``(scale float32 (1,), zero_point int64 (1,))``, as ``convert_pt2e`` asks for them."""
         qparams = self.qparams()
         return torch.tensor([qparams.scale]), torch.tensor([qparams.zero_point])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._solved = None
 
 
 class _ConstantObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped

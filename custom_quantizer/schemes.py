@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal, cast
 
 import torch
@@ -32,13 +33,20 @@ __all__ = [
     "TensorScheme",
     "activation_scheme",
     "coerce_scheme",
+    "observer_name",
+    "parse_observer",
     "scheme",
 ]
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 
-OBSERVERS = ("minmax", "histogram", "moving_average")
-"""Names of the activation observers a scheme can ask for."""
+OBSERVERS = ("minmax", "percentile", "histogram", "entropy", "moving_average")
+"""Names of the activation observers a scheme can ask for; also ``percentile99.9`` and the like."""
+
+DEFAULT_PERCENT = "99.99"
+"""Share of the values that ``percentile`` keeps, when its name does not say."""
+
+_PERCENTILE = re.compile(r"percentile([0-9]+(?:\.[0-9]+)?)")
 
 INT32_BIAS = IntFormat(32)
 
@@ -61,6 +69,9 @@ class TensorScheme:
     granularity: Granularity = "per_tensor"
     group_size: int | None = None
     observer: str = "minmax"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "observer", observer_name(self.observer))
 
 
 @dataclass(frozen=True)
@@ -89,10 +100,6 @@ class OpScheme:
             raise SchemeError(
                 f"{self.activation.format} activations are symmetric (zero point 0, the 16x8 "
                 "convention); affine activations have at most 8 bits"
-            )
-        if self.activation.observer not in OBSERVERS:
-            raise SchemeError(
-                f"unknown observer {self.activation.observer!r}; legal: {', '.join(OBSERVERS)}"
             )
         group = self.weight.group_size
         if (self.weight.granularity == "per_group") != (group is not None):
@@ -135,7 +142,8 @@ _DEFAULT_OBSERVER = "minmax"
 _NAME = re.compile(r"(?P<kind>a|dyn)(?P<act>\d+)w(?P<weight>\d+)(?:g(?P<group>\d+))?")
 _GRAMMAR = (
     "a<bits>w<bits> or dyn8w<bits>, 2 to 16 bits each, optionally g<group size>, then any of "
-    "-per_tensor, -symmetric, -narrow, -full, -bias<bits>, -biasfloat, -" + ", -".join(OBSERVERS)
+    "-per_tensor, -symmetric, -narrow, -full, -bias<bits>, -biasfloat, -percentile<percentage>, -"
+    + ", -".join(OBSERVERS)
 )
 
 
@@ -165,7 +173,8 @@ def scheme(
         full_range_weights: use it for weights. Default: no, since the depthwise int8 kernels
             overflow on ``-128 * -128``.
         bias: bits of the derived bias (default 32), or ``"float"``.
-        observer: one of ``minmax``, ``histogram``, ``moving_average``.
+        observer: one of ``minmax``, ``percentile`` (``percentile99.9``: that share of the values
+            instead of 99.99), ``histogram``, ``entropy``, ``moving_average``.
 
     Raises:
         SchemeError: the name does not parse, or the combination is not legal.
@@ -247,9 +256,42 @@ def _suffix(name: str, suffix: str) -> dict[str, Any]:
         return {"bias": "float"}
     if match := re.fullmatch(r"bias(\d+)", suffix):
         return {"bias": int(match[1])}
-    if suffix in OBSERVERS:
+    if suffix in OBSERVERS or _PERCENTILE.fullmatch(suffix):
         return {"observer": suffix}
     raise SchemeError(f"{name!r}: {suffix!r} says nothing about a scheme; a name is {_GRAMMAR}")
+
+
+def observer_name(name: str) -> str:
+    """The canonical name of an observer: ``percentile99.990`` is ``percentile``.
+
+    Raises:
+        SchemeError: there is no such observer, or the percentage is not from 50 to 100.
+    """
+    kind, percent = parse_observer(name)
+    if percent is None or percent == Fraction(DEFAULT_PERCENT):
+        return kind
+    digits = name.removeprefix("percentile").lstrip("0")
+    return kind + (digits.rstrip("0").rstrip(".") if "." in digits else digits)
+
+
+def parse_observer(name: str) -> tuple[str, Fraction | None]:
+    """An observer's kind, one of :data:`OBSERVERS`, and the percentage that it keeps, if any.
+
+    Raises:
+        SchemeError: there is no such observer, or the percentage is not from 50 to 100.
+    """
+    match = _PERCENTILE.fullmatch(name) if isinstance(name, str) else None
+    if match is None and name not in OBSERVERS:
+        raise SchemeError(
+            f"unknown observer {name!r}; legal: {', '.join(OBSERVERS)}, and percentile with the "
+            "percentage to keep, such as percentile99.9"
+        )
+    if match is None and name != "percentile":
+        return name, None
+    percent = Fraction(match[1] if match else DEFAULT_PERCENT)
+    if not 50 <= percent <= 100:
+        raise SchemeError(f"{name!r}: a percentile keeps 50 to 100 percent of the values")
+    return "percentile", percent
 
 
 def coerce_scheme(value: str | OpScheme | QuantizationConfig | None) -> OpScheme | None:
