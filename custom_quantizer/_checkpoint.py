@@ -139,7 +139,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            # Copies: what comes out are views, and some observers detach their buffers in place.
+            names = list(file.keys())
+            return {n: file.get_tensor(n).clone() for n in names}, file.metadata() or {}
     except SafetensorError as error:
         raise CalibrationError(
             f"{path} is no checkpoint of a calibration, or is damaged ({error}). Remove it to "

@@ -451,7 +451,7 @@ class _Tensor:
         self.low += int((place < q.quant_min - 0.5).sum())
         self.high += int((place > q.quant_max + 0.5).sum())
         if self.used is not None:
-            self.used[(integers.to(torch.int64) - q.quant_min).reshape(-1)] = True
+            self.used[(integers.to("cpu", torch.int64) - q.quant_min).reshape(-1)] = True
 
 
 class _Walk:

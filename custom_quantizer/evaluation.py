@@ -295,6 +295,8 @@ class _Tally:
                 )
             self._is_classifier = False
             return None
+        # Models may be on several devices; what is compared is in one place.
+        scores = scores.detach().cpu()
         if scores.is_floating_point() and bool(scores.isnan().any()):
             bad = int(scores.isnan().any(dim=1).sum())
             raise InputError(f"{self.name} returns NaN for {bad} of {size} samples of a batch")
@@ -303,7 +305,7 @@ class _Tally:
         self._tied += int(((scores == scores.amax(dim=1, keepdim=True)).sum(dim=1) > 1).sum())
         self._agreeing += int((classes == (classes if first is None else first)).sum())
         if labels is not None and _are_labels(labels):
-            self._ranks.append(self._rank(scores, labels))
+            self._ranks.append(self._rank(scores, labels.cpu()))
         return classes
 
     def _rank(self, scores: Tensor, labels: Tensor) -> Tensor:

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+    XNNPACKQuantizer,
+    get_symmetric_quantization_config,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -549,6 +553,28 @@ def test_a_killed_process_goes_on_in_another(tmp_path: Path) -> None:
     assert summary.resumed == 12
     assert (summary, summary.tensors) == (whole, whole.tensors)
     assert (qparams(model), ranges(model)) == (qparams(expected), ranges(expected))
+
+
+def test_observers_of_torchao_resume_too(tmp_path: Path) -> None:
+    """Those of a stock flow: per-channel weights, a histogram that changes its range."""
+
+    def make() -> GraphModule:
+        torch.manual_seed(0)
+        program = torch.export.export(Conv().eval(), (IMAGES[:8],))
+        quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(True))
+        return prepare_pt2e(program.module(), quantizer)
+
+    data = [CHUNKS[0], CHUNKS[1] * 3, CHUNKS[2] * 10]
+    path = tmp_path / "calibration.safetensors"
+    with pytest.raises(Interrupted):
+        calibrate(make(), interrupted(data, 2), checkpoint=path, checkpoint_every=1)
+    model, expected = make(), make()
+    whole = calibrate(expected, data)
+    assert calibrate(model, data, checkpoint=path).resumed == 16
+    assert [tensor.name for tensor in whole.tensors] == ["x", "relu"]
+    converted, other = convert_pt2e(model), convert_pt2e(expected)
+    assert converted.code == other.code
+    assert torch.equal(converted(IMAGES[:8]), other(IMAGES[:8]))
 
 
 def test_checkpoints_of_something_else(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -235,16 +236,17 @@ def test_intervals_and_p_values(cells: tuple[int, int, int, int]) -> None:
 
 
 def test_coverage_of_the_interval() -> None:
-    """Over all outcomes of 40 samples: 95 % is approximate, but never below 92 %."""
+    """1,500 test sets of 40 samples each: 95 % is approximate, but here never below 92 %."""
     n = 40
     for both, f, s in [(0.8, 0.05, 0.05), (0.9, 0.02, 0.05), (0.6, 0.15, 0.05), (0.96, 0.01, 0.01)]:
         p = (both, f, s, 1 - both - f - s)
-        covered = 0.0
         generator = torch.Generator().manual_seed(0)
         draws = torch.multinomial(torch.tensor(p), n * 1500, True, generator=generator)
-        for draw in draws.reshape(1500, n):
-            found = compare_counts(PairedCounts(*torch.bincount(draw, minlength=4).tolist()))
-            covered += found.low <= s - f <= found.high
+        tables = [torch.bincount(draw, minlength=4).tolist() for draw in draws.reshape(1500, n)]
+        covered = 0
+        for cells, times in Counter(map(tuple, tables)).items():
+            found = compare_counts(PairedCounts(*cells))
+            covered += times * (found.low <= s - f <= found.high)
         assert covered / 1500 > 0.92
 
 
