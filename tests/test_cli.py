@@ -190,6 +190,23 @@ def test_verify(work: Path, program: Path, tmp_path: Path) -> None:
     assert "error: " in result.stderr or "bit-exact: NO" in result.stdout
 
 
+def test_evaluate_compares_programs(work: Path, program: Path, tmp_path: Path) -> None:
+    copy = tmp_path / program.name
+    copy.write_bytes(program.read_bytes())
+    args = ("evaluate", program, copy, "--data", work / "data.npz", "--slices", 4)
+    text = ok(*args)
+    assert "top-1 on 4 disjoint slices" in text
+    assert "are right on exactly the same of 40 samples" in text
+    document = json.loads(ok(*args, "--json"))
+    # Of one file name, so their paths tell them apart.
+    assert [model["name"] for model in document["models"]] == [str(program), str(copy)]
+    assert [len(model["slices"]) for model in document["models"]] == [4, 4]
+    assert document["models"][1]["against_first"]["p_value"] == 1.0
+    # Without labels they are still compared with each other.
+    text = ok("evaluate", program, copy, "--data", work / "unlabelled.npy")
+    assert "40 / 40" in text
+
+
 def test_plan(work: Path) -> None:
     args = ("plan", f"{work}/net.py:Small", "--input-shape", "2,1,8,8")
     text = ok(*args)
