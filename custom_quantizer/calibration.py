@@ -169,11 +169,11 @@ def calibrate(
         where = f"batch {index}"
         values = graph.fit(batch, where)
         size = graph.batch_size(values)
+        if file is not None and size and passed == 0:
+            file.check_data(values)
         if limit is not None and graph.batch is not None and passed + size > limit:
             size = limit - passed
             values = graph.take(values, 0, size)
-        if file is not None and size and passed == 0:
-            file.check_data(values)
         passed += size
         if skip:
             # Samples that went through the model before the interruption.

@@ -588,6 +588,11 @@ def test_checkpoints_of_something_else(tmp_path: Path) -> None:
         calibrate(seeded_conv(), CHUNKS[::-1], checkpoint=path)
     with pytest.raises(CalibrationError, match="has seen 24 samples, but the data and limit= give"):
         calibrate(seeded_conv(), CHUNKS[:2], checkpoint=path)
+    # A limit is no other data: calibration goes on behind it.
+    part = tmp_path / "part.safetensors"
+    assert calibrate(seeded_conv(), CHUNKS, checkpoint=part, limit=5).samples == 5
+    rest = calibrate(seeded_conv(), CHUNKS, checkpoint=part)
+    assert (rest.samples, rest.resumed) == (24, 5)
     # More data of the same kind are added.
     assert calibrate(seeded_conv(), [*CHUNKS, *CHUNKS], checkpoint=path).resumed == 24
     path.write_bytes(path.read_bytes()[:100])
