@@ -25,6 +25,7 @@ from custom_quantizer.errors import (
 
 if TYPE_CHECKING:
     from custom_quantizer.calibration import CalibrationSummary, calibrate
+    from custom_quantizer.diagnosis import Diagnosis, diagnose
     from custom_quantizer.evaluation import Evaluation, evaluate
     from custom_quantizer.formats import IntFormat
     from custom_quantizer.integer import (
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
     from custom_quantizer.saved_graph import load_graph, save_graph
     from custom_quantizer.schemes import OpScheme, TensorScheme, scheme
     from custom_quantizer.sources import DataSource, Preprocess, load_data, load_model
+    from custom_quantizer.statistics import (
+        all_reduce_statistics,
+        load_statistics,
+        merge_statistics,
+        save_statistics,
+    )
     from custom_quantizer.verification import Verification, verify
     from custom_quantizer.xnnpack import (
         LoweredProgram,
@@ -60,6 +67,7 @@ __all__ = [
     "ConversionError",
     "CustomQuantizerError",
     "DataSource",
+    "Diagnosis",
     "Evaluation",
     "InputError",
     "IntFormat",
@@ -82,7 +90,9 @@ __all__ = [
     "Verification",
     "VerificationError",
     "accumulators",
+    "all_reduce_statistics",
     "calibrate",
+    "diagnose",
     "evaluate",
     "inspect",
     "inspect_program",
@@ -92,11 +102,14 @@ __all__ = [
     "load_integers",
     "load_model",
     "load_program",
+    "load_statistics",
     "lower",
+    "merge_statistics",
     "quantize",
     "read_program",
     "save_graph",
     "save_integers",
+    "save_statistics",
     "scheme",
     "verify",
 ]
@@ -104,6 +117,7 @@ __all__ = [
 # No module may be called like a public name: importing it would hide what is meant.
 _NAMES = {
     "calibration": ("CalibrationSummary", "calibrate"),
+    "diagnosis": ("Diagnosis", "diagnose"),
     "evaluation": ("Evaluation", "evaluate"),
     "formats": ("IntFormat",),
     "integer": (
@@ -121,6 +135,12 @@ _NAMES = {
     "saved_graph": ("load_graph", "save_graph"),
     "schemes": ("OpScheme", "TensorScheme", "scheme"),
     "sources": ("DataSource", "Preprocess", "load_data", "load_model"),
+    "statistics": (
+        "all_reduce_statistics",
+        "load_statistics",
+        "merge_statistics",
+        "save_statistics",
+    ),
     "verification": ("Verification", "verify"),
     "xnnpack": ("LoweredProgram", "LoweringReport", "load_program", "lower", "read_program"),
 }

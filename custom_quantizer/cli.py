@@ -439,6 +439,12 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
     help="Folder or .zip of images by class, or tensors with labels.",
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Use at most that many, drawn evenly.")
+@click.option(
+    "--graph",
+    type=click.Path(path_type=Path),
+    metavar="GRAPH.pt2",
+    help="Converted graph that `quantize` wrote: evaluate it and its integer reference too.",
+)
 @click.option("--model", metavar="MODEL", help="Float model to compare with.")
 @_model_options
 @_preprocess_options
@@ -455,6 +461,7 @@ def evaluate_command(
     programs: tuple[Path, ...],
     data: str,
     samples: int | None,
+    graph: Path | None,
     model: str | None,
     weights: str | None,
     model_args: dict[str, object],
@@ -469,7 +476,8 @@ def evaluate_command(
 
     Top-1 and top-5. Each file is compared with the first model, sample by sample, and a sentence
     says whether their difference can be told from noise. With --model the float model comes first;
-    then labels are not needed: how often the others agree with it is counted.
+    then labels are not needed: how often the others agree with it is counted. With --graph the
+    graph as PyTorch computes it and the integer reference are shown the same samples.
     """
     from custom_quantizer._terminal import accuracy_table, make_console
 
@@ -488,6 +496,13 @@ def evaluate_command(
     models: dict[str, Callable[..., Any]] = {}
     if model is not None:
         models["float model"] = _load_model(model, weights, model_args)
+    if graph is not None:
+        from custom_quantizer.integer import integer_reference
+        from custom_quantizer.saved_graph import load_graph
+
+        converted, _ = load_graph(graph)
+        models["converted graph"] = converted
+        models["integer reference"] = integer_reference(converted)
     for program in programs:
         # Two files of one name: only their paths tell them apart.
         unique = [path.name for path in programs].count(program.name) == 1

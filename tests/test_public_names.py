@@ -1,0 +1,36 @@
+"""The public surface: adding, losing or renaming a name is a decision, so it is pinned."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import custom_quantizer as cq
+
+NAMES = """
+    Accumulator CalibrationError CalibrationSummary CaptureError ConfigError ConversionError
+    CustomQuantizerError DataSource Diagnosis Evaluation InputError IntFormat IntegerQuantizer
+    IntegerReference LoweredProgram LoweringError LoweringReport OpPlan OpScheme Plan Preprocess
+    ProgramError ProgramReport QuantizationResult Report SchemeError TensorPlan TensorScheme
+    Verification VerificationError accumulators all_reduce_statistics calibrate diagnose evaluate
+    inspect inspect_program integer_reference load_data load_graph load_integers load_model
+    load_program load_statistics lower merge_statistics quantize read_program save_graph
+    save_integers save_statistics scheme verify
+""".split()
+
+
+def test_public_names_are_these_and_load() -> None:
+    assert sorted(cq.__all__) == sorted(NAMES)
+    for name in NAMES:
+        assert getattr(cq, name).__module__.startswith("custom_quantizer.")
+
+
+def test_no_module_hides_a_public_name() -> None:
+    modules = {path.stem for path in Path(cq.__file__).parent.iterdir()}
+    assert not modules & set(NAMES)
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, custom_quantizer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
