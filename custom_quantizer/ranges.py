@@ -13,6 +13,7 @@ exactly, so zeros never count as error.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from fractions import Fraction
@@ -288,7 +289,8 @@ def choose_qparams(low: float, high: float, scheme: TensorScheme) -> QParams:
         reach = max(-low / -fmt.quant_min, high / fmt.quant_max)
         return QParams(_float32(reach), 0, fmt.quant_min, fmt.quant_max)
     scale = _float32((high - low) / (fmt.quant_max - fmt.quant_min))
-    zero_point = round(fmt.quant_min - low / scale)
+    # A range of -r to r is a tie, which the last bits of r must not decide.
+    zero_point = math.floor(fmt.quant_min - low / scale + 0.5 + 1e-4)
     zero_point = min(max(zero_point, fmt.quant_min), fmt.quant_max)
     return QParams(scale, zero_point, fmt.quant_min, fmt.quant_max)
 
@@ -424,15 +426,13 @@ def _cut(side: _Side, cut: int) -> float:
 
 # -- least squared error ------------------------------------------------------------------------
 
-_COARSE = 2.0 ** np.arange(0, -280, -0.25)  # spans the ratio of any two float32
-_AROUND = np.arange(16, -17, -1.0)
-_FINE = (1 / 64, 1 / 1024)  # octaves
+_FEW_BINS = 256
 
 
 def histogram_qparams(statistics: Statistics, scheme: TensorScheme) -> QParams:
     """Scale and zero point of the least expected squared error, rounding and clipping together.
 
-    Scales are searched in four steps an octave, then around the best in 64 and in 1,024 steps;
+    Scales are searched in four steps an octave, then around the best in 64 and in 1,024;
     each is rounded to float32 before it is judged, and all zero points with it (above 8 bits: 257
     of them). The parameters of ``minmax`` are a candidate, so the error is never expected to be
     larger than theirs.
@@ -462,17 +462,21 @@ def histogram_qparams(statistics: Statistics, scheme: TensorScheme) -> QParams:
         # One step is lost where zero falls between two.
         largest = (negative.reach + positive.reach) / max(steps - 1, 1)
     smallest = largest * _least_reach(negative.total + positive.total, steps)
-    scales = _rounded(largest * _COARSE[_COARSE * largest >= smallest])
+    # Powers of fixed fractions of 2: a scale does not inherit the last bits of the largest value.
+    exponents = np.arange(_octaves(largest, 4), _octaves(smallest, 4) - 2, -1) / 4
+    scales = _rounded(2.0**exponents)
     error = _errors(negative.coarse(), positive.coarse(), scales, below, steps)
-    best = scales[np.unravel_index(np.argmin(error), error.shape)[0]]
-
+    best = exponents[error.min(axis=1).argmin()]
     below = np.union1d(below, minmax.zero_point - fmt.quant_min)
-    for step in _FINE:
-        scales = np.append(minmax.scale, _rounded(best * 2.0 ** (_AROUND * step)))
+    # Few bins: the error is jagged, and every step can be afforded.
+    few = negative.count.size + positive.count.size <= _FEW_BINS
+    for fraction, reach in ((1024, 256),) if few else ((64, 16), (1024, 16)):
+        exponents = best + np.arange(reach, -reach - 1, -1) / fraction
+        scales = np.append(minmax.scale, _rounded(2.0**exponents))
         error = _errors(negative, positive, scales, below, steps)
-        i, j = np.unravel_index(np.argmin(error), error.shape)
-        best = scales[i]
-    return QParams(float(best), int(below[j]) + fmt.quant_min, fmt.quant_min, fmt.quant_max)
+        best = exponents[error[1:].min(axis=1).argmin()]
+    i, j = np.unravel_index(np.argmin(error), error.shape)
+    return QParams(float(scales[i]), int(below[j]) + fmt.quant_min, fmt.quant_min, fmt.quant_max)
 
 
 def expected_error(statistics: Statistics, qparams: QParams) -> float:
@@ -492,6 +496,10 @@ def expected_error(statistics: Statistics, qparams: QParams) -> float:
     below = np.array([qparams.zero_point - qparams.quant_min])
     error = _errors(negative, positive, scales, below, qparams.quant_max - qparams.quant_min)
     return float(error[0, 0]) / statistics.count
+
+
+def _octaves(scale: float, fraction: int) -> int:
+    return math.ceil(math.log2(scale) * fraction)
 
 
 def _rounded(scales: Floats) -> Floats:
