@@ -8,16 +8,61 @@ from pathlib import Path
 
 import custom_quantizer as cq
 
-NAMES = """
-    Accumulator CalibrationError CalibrationSummary CaptureError ConfigError ConversionError
-    CustomQuantizerError DataSource Diagnosis Evaluation InputError IntFormat IntegerQuantizer
-    IntegerReference LoweredProgram LoweringError LoweringReport OpPlan OpScheme Plan Preprocess
-    ProgramError ProgramReport QuantizationResult Report SchemeError TensorPlan TensorScheme
-    Verification VerificationError accumulators all_reduce_statistics calibrate diagnose evaluate
-    inspect inspect_program integer_reference load_data load_graph load_integers load_model
-    load_program load_statistics lower merge_statistics quantize read_program save_graph
-    save_integers save_statistics scheme verify
-""".split()
+NAMES = [
+    "Accumulator",
+    "CalibrationError",
+    "CalibrationSummary",
+    "CaptureError",
+    "ConfigError",
+    "ConversionError",
+    "CustomQuantizerError",
+    "DataSource",
+    "Diagnosis",
+    "Evaluation",
+    "InputError",
+    "IntFormat",
+    "IntegerQuantizer",
+    "IntegerReference",
+    "LoweredProgram",
+    "LoweringError",
+    "LoweringReport",
+    "OpPlan",
+    "OpScheme",
+    "Plan",
+    "Preprocess",
+    "ProgramError",
+    "ProgramReport",
+    "QuantizationResult",
+    "Report",
+    "SchemeError",
+    "TensorPlan",
+    "TensorScheme",
+    "Verification",
+    "VerificationError",
+    "accumulators",
+    "all_reduce_statistics",
+    "calibrate",
+    "diagnose",
+    "evaluate",
+    "inspect",
+    "inspect_program",
+    "integer_reference",
+    "load_data",
+    "load_graph",
+    "load_integers",
+    "load_model",
+    "load_program",
+    "load_statistics",
+    "lower",
+    "merge_statistics",
+    "quantize",
+    "read_program",
+    "save_graph",
+    "save_integers",
+    "save_statistics",
+    "scheme",
+    "verify",
+]
 
 
 def test_public_names_are_these_and_load() -> None:

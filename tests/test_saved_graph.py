@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -46,6 +47,17 @@ def test_verify_from_files(files: Path) -> None:
     result = CliRunner().invoke(cli, ["verify", str(files / "net.pte"), "--weights", "w.pth"])
     assert result.exit_code == 2
     assert "--model" in result.output
+
+
+def test_evaluate_from_files(files: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((6, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(6) % 4)
+    command = ["evaluate", str(files / "net.pte"), "--graph", str(files / "net.pt2"), "--json"]
+    result = CliRunner().invoke(cli, [*command, "--data", str(tmp_path / "data.npz")])
+    assert result.exit_code == 0, result.output
+    found = {model["name"]: model for model in json.loads(result.output)["models"]}
+    assert list(found) == ["converted graph", "integer reference", "net.pte"]
+    assert found["integer reference"]["correct"] == found["net.pte"]["correct"]
 
 
 def test_another_network_of_the_same_shape_is_found_out(files: Path, tmp_path: Path) -> None:
