@@ -328,7 +328,6 @@ class WeightObserver(_ConstantObserver):
                 continue
             wide = self.scheme.format.bits > 8 or _input_bits(model, binding) > 8
             limit = WIDE_BIAS if wide else COMFORTABLE_BIAS
-            limit = min(limit, _bias_max(model, binding))
             if binding.weight_axis == 1 and binding.groups > 1 and scale.dim():
                 # Each weight scale serves one channel of every group: the largest bias decides.
                 bias = bias.abs().reshape(binding.groups, -1).amax(dim=0)
@@ -468,14 +467,6 @@ def _weight_scale(model: GraphModule, binding: Binding) -> Tensor:
     raise ConversionError(
         f"{describe(binding.node)}: its weight is not quantized, so no bias scale can be derived"
     )
-
-
-def _bias_max(model: GraphModule, binding: Binding) -> int:
-    """Largest integer of the derived bias's format, whether already converted or not."""
-    source = cast(Node, binding.bias)
-    if is_dequantize(source):
-        return qparams_of(model, source).quant_max
-    return cast(int, _observer_of(model, source).quant_max)
 
 
 def _bias_constant(model: GraphModule, binding: Binding) -> Tensor | None:
