@@ -35,7 +35,7 @@ from custom_quantizer.ops import (
     predict_backend,
     rule_of,
 )
-from custom_quantizer.schemes import OpScheme, TensorScheme
+from custom_quantizer.schemes import OBSERVERS, OpScheme, TensorScheme
 
 __all__ = ["Edge", "NodeAnnotation", "OpPlan", "Plan", "TensorPlan", "make_plan"]
 
@@ -491,18 +491,29 @@ class _Annotator:
         return ("requantized", tensor, wanted.format, wanted.symmetric)
 
     def _choose_schemes(self) -> None:
-        """The first member of a group in graph order decides the observer."""
+        """Who makes the tensors of a group decides on its observer; of several, the widest range.
+
+        That of ``OBSERVERS`` which comes first clips least.
+        """
+        members: dict[_Key, list[tuple[bool, int, str, TensorScheme]]] = defaultdict(list)
+
+        def add(key: _Key, made: bool, scheme: TensorScheme) -> None:
+            name = scheme.observer
+            rank = next(i for i, kind in enumerate(OBSERVERS) if name.startswith(kind))
+            members[self._groups.find(key)].append((not made, rank, name, scheme))
+
         for node, fmt in self._io.inputs.items():
-            self._schemes.setdefault(self._groups.find(("out", node)), fmt)
+            add(("out", node), True, fmt)
+        for node, fmt in self._io.outputs:
+            add(self._key(node, fmt), False, fmt)
         for op in self._ops:
             if op.activation is None or op.binding is None or _is_dynamic(op):
                 continue
             for tensor in op.binding.inputs:
-                root = self._groups.find(self._input_key(op, tensor))
-                self._schemes.setdefault(root, op.activation)
-            self._schemes.setdefault(self._groups.find(("out", op.output)), op.activation)
-        for node, fmt in self._io.outputs:
-            self._schemes.setdefault(self._groups.find(self._key(node, fmt)), fmt)
+                add(self._input_key(op, tensor), False, op.activation)
+            add(("out", op.output), not op.mover, op.activation)
+        for root, found in members.items():
+            self._schemes[root] = min(found, key=lambda member: member[:3])[3]
 
     def _number(self, key: _Key) -> int:
         return self._numbers.setdefault(self._groups.find(key), len(self._numbers))
