@@ -1,0 +1,656 @@
+"""The plan: what shares parameters, what is fused, which rule wins, and why."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.graphs import Function, capture
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+import custom_quantizer as cq
+from custom_quantizer.canonical import canonicalize
+from custom_quantizer.config import Config, Rule, Scope
+from custom_quantizer.errors import ConfigError
+from custom_quantizer.planner import Edge, Plan, make_plan
+from custom_quantizer.schemes import scheme
+
+IMAGE = (2, 4, 6, 6)
+A8W8 = scheme("a8w8")
+
+
+def conv(out: int = 4) -> nn.Conv2d:
+    return nn.Conv2d(4, out, 3, padding=1)
+
+
+def plan_of(
+    function: Callable[..., Any],
+    *rules: Rule,
+    shapes: Iterable[tuple[int, ...]] = (IMAGE,),
+    **children: nn.Module,
+) -> Plan:
+    inputs = tuple(torch.randn(shape) for shape in shapes)
+    graph = canonicalize(capture(Function(function, **children), inputs))
+    return make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8), *rules]))
+
+
+def group(plan: Plan, op: str, role: str = "output", tensor: str | None = None) -> int:
+    """Group of one tensor of an op."""
+    (found,) = {
+        t.group
+        for t in plan.op(op).tensors
+        if t.role == role and (tensor is None or t.tensor == tensor)
+    }
+    assert found is not None
+    return found
+
+
+Partition = frozenset[frozenset[tuple[str, ...]]]
+
+
+def partition(plan: Plan) -> Partition:
+    """Which edges share an observer, without the numbers of the groups."""
+    groups: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+    for node, annotation in plan.annotations.items():
+        for name, edge in annotation.inputs.items():
+            groups[edge.group].add((node, "input", name))
+        if annotation.output is not None:
+            groups[annotation.output.group].add((node, "output"))
+    return frozenset(frozenset(members) for members in groups.values())
+
+
+def edges(plan: Plan) -> dict[tuple[str, ...], Edge]:
+    found: dict[tuple[str, ...], Edge] = {}
+    for node, annotation in plan.annotations.items():
+        found.update({(node, "input", n): e for n, e in annotation.inputs.items()})
+        if annotation.output is not None:
+            found[node, "output"] = annotation.output
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Random graphs
+# ---------------------------------------------------------------------------------------------
+
+Op = Callable[[nn.Module, list[Tensor]], Tensor]
+OPS: dict[str, tuple[int, Callable[..., Tensor]]] = {
+    "conv": (1, lambda layer, x: layer(x)),
+    "relu": (1, lambda _, x: torch.relu(x)),
+    "clamp": (1, lambda _, x: x.clamp(-1, 1)),
+    "float": (1, lambda _, x: torch.sin(x)),
+    "max pool": (1, lambda _, x: F.max_pool2d(x, 3, 1, 1)),
+    "average pool": (1, lambda _, x: F.avg_pool2d(x, 3, 1, 1)),
+    "permute": (1, lambda _, x: x.permute(0, 1, 3, 2)),
+    "dropout": (1, lambda _, x: F.dropout(x, 0.5, False)),
+    "reshape": (1, lambda _, x: x.flatten(2).view(x.shape)),
+    "swap": (1, lambda _, x: torch.cat(x.chunk(2, 1)[::-1], 1)),
+    "add": (2, lambda _, x, y: x + y),
+    "mul": (2, lambda _, x, y: x * y),
+    "cat": (2, lambda _, x, y: torch.cat([x, y], 1)[:, 2:6]),
+    "cat of rows": (2, lambda _, x, y: torch.cat([x[:1], y[1:]], 0)),
+}
+STEP = st.tuples(st.sampled_from(sorted(OPS)), st.integers(0, 9), st.integers(0, 9))
+
+
+class Random(nn.Module):
+    """Applies ops to earlier values and returns what nobody used."""
+
+    def __init__(self, steps: list[tuple[str, int, int]]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.layers = nn.ModuleList(conv() for _ in steps)
+
+    def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        values, used = [x, y], set()
+        for (name, i, j), layer in zip(self.steps, self.layers, strict=True):
+            count, apply = OPS[name]
+            picked = [index % len(values) for index in (i, j)[:count]]
+            used.update(picked)
+            values.append(apply(layer, *[values[index] for index in picked]))
+        return [value for i, value in enumerate(values) if i not in used] or [values[-1]]
+
+
+def random_graph(steps: list[tuple[str, int, int]]) -> GraphModule:
+    inputs = (torch.randn(IMAGE), torch.randn(IMAGE))
+    return canonicalize(capture(Random(steps), inputs))
+
+
+def shuffled(model: GraphModule, seed: int) -> GraphModule:
+    """The same graph with its nodes in another topological order."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    nodes = list(model.graph.nodes)
+    placed: list[Node] = [n for n in nodes if n.op == "placeholder"]
+    waiting = [n for n in nodes if n.op not in ("placeholder", "output")]
+    while waiting:
+        ready = [n for n in waiting if all(source in placed for source in n.all_input_nodes)]
+        chosen = ready[int(torch.randint(len(ready), (1,), generator=generator))]
+        placed[-1].append(chosen)
+        placed.append(chosen)
+        waiting.remove(chosen)
+    model.graph.lint()
+    model.recompile()
+    return model
+
+
+# Different widths and observers for different ops: groups must not only meet by chance.
+RULES = (
+    Rule(Scope.GLOBAL, "", A8W8),
+    Rule(Scope.OPERATOR_TYPE, "aten.mul.Tensor", scheme("a6w8")),
+    Rule(Scope.OPERATOR_TYPE, "aten.add.Tensor", scheme("a8w8-moving_average")),
+    Rule(Scope.OPERATOR_TYPE, "aten.avg_pool2d.default", scheme("a16w8")),
+    Rule(Scope.OPERATOR_TYPE, "aten.clamp.default", None),
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(STEP, min_size=2, max_size=9), st.integers(0, 99), st.booleans())
+def test_the_order_of_the_nodes_does_not_matter(
+    steps: list[tuple[str, int, int]], seed: int, mixed: bool
+) -> None:
+    graph = random_graph(steps)
+    config = Config(list(RULES if mixed else RULES[:1]))
+    plan, again = make_plan(graph, config), make_plan(shuffled(graph, seed), config)
+    assert partition(plan) == partition(again)
+    for key, edge in edges(plan).items():
+        other = edges(again)[key]
+        assert (edge.kind, edge.scheme, edge.bias, edge.axis) == (
+            (other.kind, other.scheme, other.bias, other.axis)
+        ), key
+    ops = {op.node: (op.fused, op.family, op.scheme, op.reason) for op in plan.ops}
+    assert ops == {op.node: (op.fused, op.family, op.scheme, op.reason) for op in again.ops}
+
+
+@settings(max_examples=40)
+@given(st.lists(STEP, min_size=2, max_size=8), st.booleans())
+def test_observers_are_shared_exactly_as_planned(
+    steps: list[tuple[str, int, int]], mixed: bool
+) -> None:
+    """What prepare_pt2e inserts is the plan: one observer a group, none elsewhere."""
+    quantizer = cq.IntegerQuantizer()
+    quantizer._config.rules.extend(RULES if mixed else RULES[:1])
+    inputs = (torch.randn(IMAGE), torch.randn(IMAGE))
+    model = Function(lambda s, x, y: [*s.random(x, y), x + y], random=Random(steps))
+    prepared = prepare_pt2e(capture(model, inputs), quantizer)
+    plan = quantizer.last_plan
+    nodes = {node.name: node for node in prepared.graph.nodes}
+    observed: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+    for name, annotation in plan.annotations.items():
+        for source in nodes[name].all_input_nodes:
+            if source.op == "call_module":
+                original = cast(Node, source.args[0])
+                while original.op == "call_module":  # observed once more for this user
+                    original = cast(Node, original.args[0])
+                observer = prepared.get_submodule(str(source.target))
+                observed[id(observer)].add((name, "input", original.name))
+        if annotation.output is not None:
+            users = [u for u in nodes[name].users if u.op == "call_module"]
+            assert users, name
+            observer = prepared.get_submodule(str(users[0].target))
+            observed[id(observer)].add((name, "output"))
+    assert frozenset(frozenset(keys) for keys in observed.values()) == partition(plan)
+
+
+@settings(max_examples=40)
+@given(st.lists(STEP, min_size=1, max_size=8), st.booleans())
+def test_every_op_and_tensor_has_a_reason(steps: list[tuple[str, int, int]], mixed: bool) -> None:
+    graph = random_graph(steps)
+    code, metas = graph.code, {n.name: set(n.meta) for n in graph.graph.nodes}
+    plan = make_plan(graph, Config(list(RULES if mixed else RULES[:1])))
+    assert [op.node for op in plan.ops if not op.reason] == []
+    assert [t for op in plan.ops for t in op.tensors if not t.reason] == []
+    for op in plan.ops:
+        assert (op.scheme is None) == (op.tensors == ())
+        for tensor in op.tensors:
+            assert (tensor.group is None) == (tensor.dtype == "float32")
+    assert set(plan.quantized) | set(plan.floating) == set(plan.ops)
+    # Planning writes nothing.
+    assert graph.code == code
+    assert {n.name: set(n.meta) for n in graph.graph.nodes} == metas
+
+
+# ---------------------------------------------------------------------------------------------
+# Movers
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_mover_follows_its_producer() -> None:
+    plan = plan_of(
+        lambda s, x: s.head(s.conv(x).permute(0, 2, 3, 1).flatten(1)),
+        conv=conv(),
+        head=nn.Linear(144, 3),
+    )
+    shared = group(plan, "conv2d")
+    for op in ("permute", "flatten"):
+        assert group(plan, op, "input") == group(plan, op, "output") == shared
+        assert plan.op(op).reason == "moves values: keeps the integers it is given"
+        assert plan.op(op).scheme == "a8"
+    assert group(plan, "linear", "input") == shared != group(plan, "linear")
+
+
+def test_a_mover_of_a_float_tensor_follows_its_consumers() -> None:
+    plan = plan_of(
+        lambda s, x: s.head(torch.sin(x).permute(0, 2, 3, 1).flatten(1)), head=nn.Linear(144, 3)
+    )
+    shared = group(plan, "linear", "input")
+    assert group(plan, "permute", "input") == group(plan, "flatten") == shared
+    assert "as its consumers want integers" in plan.op("permute").reason
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: torch.sin(x.flatten(1)),
+        lambda s, x: x.flatten(1),
+        # One consumer wants integers, the other does not.
+        lambda s, x: (lambda t: (s.conv(t), torch.sin(t)))(x.permute(0, 1, 3, 2)),
+    ],
+)
+def test_a_mover_of_a_float_tensor_stays_float_for_float_consumers(
+    function: Callable[..., Any],
+) -> None:
+    plan = plan_of(lambda s, x: (function(s, x), s.conv(x)), conv=conv())
+    (mover,) = (op for op in plan.ops if op.family in ("reshape", "permute"))
+    assert mover.scheme is None
+    assert mover.reason == "moves values of a float tensor"
+
+
+def test_a_mover_between_integers_stays_integer_for_a_float_consumer() -> None:
+    plan = plan_of(lambda s, x: torch.sin(s.conv(x).flatten(1)), conv=conv())
+    assert plan.op("flatten").scheme == "a8"
+    assert plan.op("sin").scheme is None
+    assert plan.op("sin").reason == "no integer form of aten.sin.default is known"
+
+
+def test_a_mover_left_out_by_a_rule_stays_float() -> None:
+    plan = plan_of(
+        lambda s, x: s.head(s.conv(x).flatten(1)),
+        Rule(Scope.NODE_NAME, "flatten", None),
+        conv=conv(),
+        head=nn.Linear(144, 3),
+    )
+    assert plan.op("flatten").reason == 'set_node_name("flatten", None)'
+    assert plan.op("flatten").scheme is None
+    assert group(plan, "conv2d") != group(plan, "linear", "input")
+
+
+def test_pieces_of_a_split_share_with_the_whole() -> None:
+    plan = plan_of(lambda s, x: [p * 2 for p in s.conv(x).chunk(2, 1)], conv=conv())
+    whole = group(plan, "conv2d")
+    assert group(plan, "chunk", "input") == whole
+    for op in ("getitem", "getitem_1"):
+        assert group(plan, op) == whole
+    assert group(plan, "mul", "input", "getitem") == whole
+
+
+# ---------------------------------------------------------------------------------------------
+# cat
+# ---------------------------------------------------------------------------------------------
+
+
+def test_all_inputs_of_a_cat_share_with_its_output_whoever_made_them() -> None:
+    plan = plan_of(
+        lambda s, x, y: s.c(torch.cat([s.a(x), s.b(x), y, torch.sin(x)], 1)),
+        shapes=(IMAGE, IMAGE),
+        a=conv(),
+        b=conv(),
+        c=nn.Conv2d(16, 4, 1),
+    )
+    shared = group(plan, "cat")
+    for tensor in ("conv2d", "conv2d_1", "inputs_1", "sin"):
+        assert group(plan, "cat", "input", tensor) == shared
+    assert group(plan, "conv2d") == group(plan, "conv2d_1") == shared
+    assert group(plan, "conv2d_2", "input") == shared != group(plan, "conv2d", "input")
+
+
+def test_cats_that_meet_form_one_group() -> None:
+    """The second cat joins what the first two do not know of each other."""
+
+    def forward(s: Any, x: Tensor) -> Any:
+        a, b, c = s.a(x), s.b(x), s.c(x)
+        return torch.cat([a, b], 1), torch.cat([c, a], 1), torch.cat([b, b], 1)
+
+    plan = plan_of(forward, a=conv(), b=conv(), c=conv())
+    groups = {group(plan, op) for op in ("conv2d", "conv2d_1", "conv2d_2", "cat", "cat_1", "cat_2")}
+    assert len(groups) == 1
+
+
+def test_a_cat_of_different_widths_requantizes_the_narrower() -> None:
+    plan = plan_of(
+        lambda s, x: torch.cat([s.a(x), s.b(x)], 1),
+        Rule(Scope.MODULE_NAME, "a", scheme("a5w8")),
+        a=conv(),
+        b=conv(),
+    )
+    shared = group(plan, "cat")
+    assert group(plan, "conv2d_1") == shared
+    assert group(plan, "cat", "input", "conv2d") == shared != group(plan, "conv2d")
+    assert plan.op("cat").scheme == "a8"
+    assert edges(plan)["conv2d", "output"].scheme == scheme("a5w8").activation
+
+
+# ---------------------------------------------------------------------------------------------
+# Requantizing
+# ---------------------------------------------------------------------------------------------
+
+
+def test_an_op_of_another_width_requantizes_its_input_once_for_all_who_want_that() -> None:
+    plan = plan_of(
+        lambda s, x: (lambda h: (s.b(h), s.c(h), s.d(h)))(s.a(x)),
+        Rule(Scope.MODULE_NAME, "[bc]", scheme("a4w8")),
+        a=conv(),
+        b=conv(),
+        c=conv(),
+        d=conv(),
+    )
+    made = group(plan, "conv2d")
+    narrow = group(plan, "conv2d_1", "input")
+    assert group(plan, "conv2d_2", "input") == narrow != made
+    assert group(plan, "conv2d_3", "input") == made
+    assert edges(plan)["conv2d_1", "input", "conv2d"].scheme == scheme("a4w8").activation
+
+
+def test_the_input_of_two_ops_is_observed_once() -> None:
+    plan = plan_of(lambda s, x: (s.a(x), s.b(x)), a=conv(), b=conv())
+    assert group(plan, "conv2d", "input") == group(plan, "conv2d_1", "input")
+
+
+def test_observers_are_the_producers_choice_and_do_not_requantize() -> None:
+    plan = plan_of(
+        lambda s, x: s.b(s.a(x)),
+        Rule(Scope.MODULE_NAME, "b", scheme("a8w8-histogram")),
+        a=conv(),
+        b=conv(),
+    )
+    assert group(plan, "conv2d") == group(plan, "conv2d_1", "input")
+    assert edges(plan)["conv2d", "output"].scheme == A8W8.activation
+    output = edges(plan)["conv2d_1", "output"].scheme
+    assert output is not None
+    assert output.observer == "histogram"
+
+
+# ---------------------------------------------------------------------------------------------
+# Fusing
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [F.relu, F.relu6, F.hardtanh, lambda x: x.clamp(0, 1), lambda x: x.clamp(min=0.1)],
+)
+@pytest.mark.parametrize("op", [lambda s, x: s.conv(x), lambda s, x: x + x, lambda s, x: x * x])
+def test_an_activation_behind_an_op_is_part_of_it(op: Any, activation: Any) -> None:
+    plan = plan_of(lambda s, x: activation(op(s, x)), conv=conv())
+    (planned,) = plan.ops
+    assert planned.fused is not None
+    assert plan.op(planned.fused) is planned
+    # The tensor between the two is not quantized.
+    assert plan.annotations[planned.node].output is None
+    assert plan.annotations[planned.fused].inputs == {}
+    assert group(plan, planned.node) == cast(Edge, plan.annotations[planned.fused].output).group
+
+
+def _two_users(s: Any, x: Tensor) -> Any:
+    h = s.conv(x)
+    return F.relu(h), h
+
+
+def _relu_and_view(s: Any, x: Tensor) -> Any:
+    h = s.conv(x)
+    return F.relu(h) + h.permute(0, 1, 3, 2)
+
+
+@pytest.mark.parametrize("function", [_two_users, _relu_and_view])
+def test_an_op_with_other_users_is_not_fused(function: Callable[..., Any]) -> None:
+    plan = plan_of(function, conv=conv())
+    assert plan.op("conv2d").fused is None
+    assert plan.op("relu").scheme == "a8w8"
+    assert group(plan, "conv2d") == group(plan, "relu", "input") != group(plan, "relu")
+
+
+def test_only_the_first_activation_is_fused() -> None:
+    plan = plan_of(lambda s, x: F.relu6(F.relu(s.conv(x))), conv=conv())
+    assert plan.op("conv2d").fused == "relu"
+    assert plan.op("relu6").scheme == "a8w8"
+
+
+def test_asking_for_a_size_is_not_using_the_tensor() -> None:
+    def forward(s: Any, x: Tensor) -> Any:
+        h = s.conv(x)
+        return F.relu(h).view(h.shape[0], -1)
+
+    batch = torch.export.Dim("batch", max=8)
+    model = Function(forward, conv=conv())
+    graph = capture(model, (torch.randn(IMAGE),), dynamic_shapes=(({0: batch},),))
+    plan = make_plan(canonicalize(graph), Config([Rule(Scope.GLOBAL, "", A8W8)]))
+    assert plan.op("conv2d").fused == "relu"
+
+
+@pytest.mark.parametrize("wanted", [None, scheme("a4w8")])
+def test_a_rule_for_the_activation_itself_keeps_it_apart(wanted: Any) -> None:
+    plan = plan_of(
+        lambda s, x: F.relu(s.conv(x)), Rule(Scope.NODE_NAME, "relu", wanted), conv=conv()
+    )
+    assert plan.op("conv2d").fused is None
+    assert plan.op("relu").scheme == (None if wanted is None else "a4w8")
+
+
+def test_an_activation_behind_a_float_op_is_an_op_of_its_own() -> None:
+    plan = plan_of(
+        lambda s, x: F.relu(s.conv(x)), Rule(Scope.NODE_NAME, "conv2d", None), conv=conv()
+    )
+    assert plan.op("conv2d").scheme is None
+    assert plan.op("relu").scheme == "a8w8"
+
+
+# ---------------------------------------------------------------------------------------------
+# Rules
+# ---------------------------------------------------------------------------------------------
+
+SELECTORS = {
+    Scope.GLOBAL: "",
+    Scope.OPERATOR_TYPE: "aten.conv2d.default",
+    Scope.MODULE_TYPE: "torch.nn.modules.conv.Conv2d",
+    Scope.MODULE_NAME: "conv",
+    Scope.NODE_NAME: "conv2d",
+}
+PAIRS = [(low, high) for low in SELECTORS for high in SELECTORS if low < high]
+
+
+@pytest.mark.parametrize(("low", "high"), PAIRS)
+@pytest.mark.parametrize("specific_first", [False, True])
+def test_the_more_specific_rule_wins_in_any_order(
+    low: Scope, high: Scope, specific_first: bool
+) -> None:
+    rules = [
+        Rule(low, SELECTORS[low], scheme("a8w4")),
+        Rule(high, SELECTORS[high], scheme("a8w6")),
+    ]
+    plan = plan_of(
+        lambda s, x: s.conv(x), *(reversed(rules) if specific_first else rules), conv=conv()
+    )
+    assert plan.op("conv2d").scheme == "a8w6"
+    assert plan.op("conv2d").reason == str(rules[1])
+
+
+@pytest.mark.parametrize("scope", SELECTORS)
+def test_within_a_scope_the_later_rule_wins(scope: Scope) -> None:
+    plan = plan_of(
+        lambda s, x: s.conv(x),
+        Rule(scope, SELECTORS[scope], scheme("a8w4")),
+        Rule(scope, SELECTORS[scope], scheme("a8w6")),
+        conv=conv(),
+    )
+    assert plan.op("conv2d").scheme == "a8w6"
+
+
+@pytest.mark.parametrize("scope", SELECTORS)
+def test_none_leaves_an_op_in_float_at_every_scope(scope: Scope) -> None:
+    plan = plan_of(
+        lambda s, x: (s.conv(x), x + x), Rule(scope, SELECTORS[scope], None), conv=conv()
+    )
+    op = plan.op("conv2d")
+    assert (op.scheme, op.tensors) == (None, ())
+    assert op.reason == str(Rule(scope, SELECTORS[scope], None))
+    assert (plan.op("add").scheme is None) == (scope is Scope.GLOBAL)
+
+
+def test_nested_modules_match_by_any_module_around_the_op() -> None:
+    block = nn.Sequential(nn.Sequential(conv(), nn.ReLU()), conv())
+    for key, quantized in [
+        ("layer1", {"conv2d", "conv2d_1"}),
+        ("layer1.0", {"conv2d"}),
+        ("layer1.1", {"conv2d_1"}),
+        ("layer1.*", {"conv2d", "conv2d_1"}),
+        ("layer1.0.*", {"conv2d"}),
+        ("*1", {"conv2d", "conv2d_1"}),
+        ("layer[1].?", {"conv2d", "conv2d_1"}),
+    ]:
+        plan = plan_of(
+            lambda s, x: s.layer1(x), Rule(Scope.MODULE_NAME, key, scheme("a8w4")), layer1=block
+        )
+        assert {op.node for op in plan.ops if op.scheme == "a8w4"} == quantized, key
+
+
+def test_a_filter_leaves_out_what_it_refuses_whatever_the_rules_say() -> None:
+    graph = canonicalize(
+        capture(Function(lambda s, x: s.b(s.a(x)), a=conv(), b=conv()), (torch.randn(IMAGE),))
+    )
+    config = Config([Rule(Scope.GLOBAL, "", A8W8), Rule(Scope.NODE_NAME, "conv2d", A8W8)])
+    config.filter_function = lambda node: node.name != "conv2d"
+    plan = make_plan(graph, config)
+    assert plan.op("conv2d").scheme is None
+    assert plan.op("conv2d").reason == "the filter function left it out"
+    assert plan.op("conv2d_1").scheme == "a8w8"
+
+
+def test_in_place_overloads_are_selected_by_either_name() -> None:
+    for key in ("aten.relu.default", "aten.relu_.default"):
+        plan = plan_of(
+            lambda s, x: F.relu(s.conv(x), inplace=True),
+            Rule(Scope.OPERATOR_TYPE, key, None),
+            conv=conv(),
+        )
+        assert plan.op("relu_").scheme is None, key
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule(Scope.NODE_NAME, "conv2dd", A8W8), "no node named 'conv2dd'; did you mean conv2d"),
+        (Rule(Scope.NODE_NAME, "layer*", None), "no node named 'layer*'"),
+        (Rule(Scope.MODULE_NAME, "stme", A8W8), "no module 'stme'; did you mean stem"),
+        (Rule(Scope.MODULE_NAME, "stem.*", None), "no module 'stem.*'"),
+    ],
+)
+def test_names_that_do_not_exist_are_errors_with_the_nearest(rule: Rule, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of(lambda s, x: s.stem(x), rule, stem=conv())
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(rule))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(Scope.OPERATOR_TYPE, "aten.linear.default", A8W8),
+        Rule(Scope.MODULE_TYPE, "torch.nn.modules.linear.Linear", None),
+    ],
+)
+def test_types_that_do_not_occur_are_warnings(rule: Rule) -> None:
+    plan = plan_of(lambda s, x: s.stem(x), rule, stem=conv())
+    (warning,) = plan.warnings
+    assert warning.startswith(f"{rule} selects nothing")
+
+
+def test_a_module_that_was_folded_away_still_has_its_name() -> None:
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4)).eval()
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_module_name("1", None)
+    prepare_pt2e(capture(model, (torch.randn(IMAGE),)), quantizer)
+    assert quantizer.last_plan.op("conv2d").scheme == "a8w8"
+
+
+# ---------------------------------------------------------------------------------------------
+# What an op cannot be
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "node", "reason"),
+    [
+        (lambda s, x: F.conv2d(x, s.conv.weight * 2), "conv2d", "its weight is computed by mul"),
+        (lambda s, x: torch.add(x, x, alpha=2), "add", "its alpha is not 1"),
+        (lambda s, x: x + torch.arange(6), "add", "not a floating-point tensor"),
+        (lambda s, x: x.mean(1), "mean", "averages integers over the two spatial dims"),
+        (lambda s, x: F.avg_pool2d(x, 4, ceil_mode=True), "avg_pool2d", "ceil_mode"),
+        (lambda s, x: F.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d", "divisor"),
+        (lambda s, x: F.adaptive_avg_pool2d(x, 4), "adaptive_avg_pool2d", "windows overlap"),
+        (lambda s, x: F.pad(s.conv(x), (1, 1), value=1.0), "pad", "pads with 1.0"),
+        (lambda s, x: F.pad(s.conv(x), (1, 1, 1, 1), mode="reflect"), "pad", "reflected"),
+        (lambda s, x: F.pad(s.conv(x), (-1, 1)), "pad", "negative padding"),
+        (lambda s, x: x.double() + x.double(), "add", "torch.float64"),
+        (lambda s, x: s.conv(x[0]), "conv2d", "no batch dimension"),
+        (lambda s, x: torch.sin(x), "sin", "no integer form of aten.sin.default"),
+        (lambda s, x: torch.max(x, 1)[0], "getitem", "several results of an op"),
+    ],
+)
+def test_what_cannot_be_integer_says_why(
+    function: Callable[..., Any], node: str, reason: str
+) -> None:
+    plan = plan_of(lambda s, x: (function(s, x), s.other(x)), conv=conv(), other=conv())
+    assert plan.op(node).scheme is None
+    assert reason in plan.op(node).reason
+    assert plan.quantized, "the rest is not held back"
+
+
+# ---------------------------------------------------------------------------------------------
+# The plan as a value
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_plan_prints_and_serializes_every_op() -> None:
+    plan = plan_of(lambda s, x: torch.sin(F.relu(s.conv(x))), conv=conv())
+    record = json.loads(plan.to_json())
+    assert [op["node"] for op in record["ops"]] == ["conv2d", "sin"]
+    assert {t["role"] for t in record["ops"][0]["tensors"]} == {"input", "weight", "bias", "output"}
+    text = str(plan)
+    for word in ("conv2d", "a8w8", "sin", "float32", "no integer form of aten.sin.default"):
+        assert word in text
+
+
+def test_an_op_that_does_not_exist_is_an_error_with_the_nearest() -> None:
+    plan = plan_of(lambda s, x: s.conv(x), conv=conv())
+    with pytest.raises(ConfigError, match="no op 'conv2'; did you mean conv2d"):
+        plan.op("conv2")
+
+
+def test_roles_and_dtypes_of_a_convolution() -> None:
+    plan = plan_of(lambda s, x: s.conv(x), conv=conv())
+    found = {t.role: (t.tensor, t.dtype) for t in plan.op("conv2d").tensors}
+    assert found == {
+        "input": ("inputs_0", "int8"),
+        "weight": ("conv_weight", "int8"),
+        "bias": ("conv_bias", "int32"),
+        "output": ("conv2d", "int8"),
+    }
+    groups = [t.group for t in plan.op("conv2d").tensors]
+    assert len(set(groups)) == 4
+
+
+def test_a_grouped_transposed_convolution_gets_one_weight_scale_and_says_why() -> None:
+    plan = plan_of(lambda s, x: s.up(x), up=nn.ConvTranspose2d(4, 4, 2, groups=2))
+    (weight,) = (t for t in plan.op("conv_transpose2d").tensors if t.role == "weight")
+    assert "one scale for all channels" in weight.reason
+    edge = edges(plan)["conv_transpose2d", "input", weight.tensor]
+    assert edge.scheme is not None
+    assert edge.scheme.granularity == "per_tensor"
