@@ -355,7 +355,6 @@ class WeightObserver(_ConstantObserver):
             "raised": {int(c): float(raised[c]) for c in torch.nonzero(raised > 1).flatten()}
         }
 
-
     def _replace_grouped(
         self, model: GraphModule, node: Node, values: Tensor, scale: Tensor
     ) -> None:
