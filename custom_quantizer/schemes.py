@@ -179,13 +179,16 @@ def scheme(
     Raises:
         SchemeError: the name does not parse, or the combination is not legal.
     """
-    base, *suffixes = name.split("-")
+    base, *suffixes = name.split("-") if isinstance(name, str) else ("",)
     match = _NAME.fullmatch(base)
     if match is None:
         raise SchemeError(f"{name!r} is no scheme name; a name is {_GRAMMAR}")
     options: dict[str, Any] = {}
     for suffix in suffixes:
-        options.update(_suffix(name, suffix))
+        said = _suffix(name, suffix)
+        if said.keys() & options.keys():
+            raise SchemeError(f"{name!r}: {suffix!r} contradicts or repeats a suffix before it")
+        options.update(said)
     if match["group"] is not None:
         options["group_size"] = int(match["group"])
     given = {
@@ -202,7 +205,7 @@ def scheme(
     dynamic = match["kind"] == "dyn"
     act_bits, weight_bits = int(match["act"]), int(match["weight"])
     group = options.get("group_size")
-    granularity = options.get("weight_granularity", "per_group" if group else "per_channel")
+    granularity = options.get("weight_granularity", "per_channel" if group is None else "per_group")
     bias_option = options.get("bias", "float" if dynamic else 32)
     if dynamic and bias_option != "float":
         raise SchemeError(
