@@ -279,12 +279,16 @@ def test_percentile_keeps_enough_and_cuts_what_it_may(
 ) -> None:
     x = tensor(data)
     low, high = percentile_range(Statistics.of(x), percent, symmetric=symmetric)
-    if (low, high) == (x.min(), x.max()):
-        return
     # Below 2**-133 a value shares the bin of zero; the range holds zero in any case.
     x = torch.where(x.abs() < 2.0**-133, 0.0, x).double()
-    low, high = min(low, 0.0), max(high, 0.0)
     rest = len(data) * (100 - percent) / 100
+    below, above = int((x < 0).sum()), int((x > 0).sum())
+    if (below + above if symmetric else 2 * max(below, above)) <= rest:
+        assert (low, high) == tuple(
+            map(float, tensor(data).aminmax())
+        )  # rather than nothing but zeros
+        return
+    low, high = min(low, 0.0), max(high, 0.0)
     if symmetric:
         magnitudes = x.abs().sort(descending=True).values.tolist()
         reach = max(-low, high)
