@@ -24,7 +24,7 @@ from custom_quantizer.canonical import canonicalize
 from custom_quantizer.config import Config, Rule, Scope, operator_names
 from custom_quantizer.config_file import dump_config, load_config
 from custom_quantizer.errors import CaptureError, ConfigError
-from custom_quantizer.graph import describe
+from custom_quantizer.graph import argument, describe, is_dequantize, is_quantize
 from custom_quantizer.observers import META_KEY, ActivationObserver, BiasObserver, WeightObserver
 from custom_quantizer.planner import Edge, Plan, make_plan
 from custom_quantizer.schemes import OpScheme, TensorScheme, activation_scheme, coerce_scheme
@@ -169,6 +169,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         """
         if isinstance(exported, torch.export.ExportedProgram):
             model = exported.module()
+            _check_captured(model)
         else:
             _check_captured(exported)
             model = copy.deepcopy(exported)
@@ -217,7 +218,13 @@ def _check_captured(model: object) -> None:
             "torch.export.export(model.eval(), example_inputs).module()"
         )
     targets = [node.target for node in model.graph.nodes if node.op == "call_function"]
-    if any(node.op == "call_module" and node.target != "_guards_fn" for node in model.graph.nodes):
+    modules = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    if any(name.startswith("activation_post_process") for name in modules):
+        raise CaptureError(
+            "the graph already has observers: it was prepared before; hand in a fresh "
+            "torch.export.export(model.eval(), example_inputs).module()"
+        )
+    if any(name != "_guards_fn" for name in modules):
         raise CaptureError(
             "the graph calls modules, so it was traced with torch.fx; capture it with "
             "torch.export.export(model.eval(), example_inputs).module()"
@@ -231,32 +238,34 @@ def _check_captured(model: object) -> None:
         _check_node(node)
 
 
-_BATCH_NORMS = (
-    torch.ops.aten.batch_norm.default,
-    torch.ops.aten._native_batch_norm_legit.default,
-    torch.ops.aten.instance_norm.default,
-)
-
-
 def _check_node(node: Node) -> None:
     value = node.meta.get("val")
     if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_complex():
         raise CaptureError(f"input {node.name} is {value.dtype}; complex numbers have no integers")
-    training = (
-        (node.target is torch.ops.aten.batch_norm.default and node.args[5] is True)
-        or (node.target is torch.ops.aten._native_batch_norm_legit.default)
-        or (node.target is torch.ops.aten.dropout.default and node.args[2] is True)
-        # prepare_pt2e has folded such a batch norm by now; what counted its batches is left.
-        or (
-            node.target is torch.ops.aten.add_.Tensor
-            and str(getattr(node.args[0], "target", "")).endswith("num_batches_tracked")
+    if is_quantize(node) or is_dequantize(node):
+        raise CaptureError(
+            f"the graph is already quantized ({describe(node)}); hand in the float graph that "
+            "torch.export.export(model.eval(), example_inputs).module() returns"
         )
-    )
-    if training:
+    if _is_training(node):
         raise CaptureError(
             f"{describe(node)} was captured in training mode; call model.eval() before "
             "torch.export.export"
         )
+
+
+def _is_training(node: Node) -> bool:
+    """Whether a call behaves as it does in training: batch norms, dropouts of all kinds."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    # prepare_pt2e has folded such a batch norm by now; what counted its batches is left.
+    written = node.args[0] if node.args and node.target is torch.ops.aten.add_.Tensor else None
+    if isinstance(written, Node) and str(written.target).endswith("num_batches_tracked"):
+        return True
+    return any(
+        parameter.name in ("train", "training") and argument(node, i, parameter.name) is True
+        for i, parameter in enumerate(node.target._schema.arguments)
+    )
 
 
 class _Specs:
