@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from executorch.backends.xnnpack._passes.insert_pad_qdq import InsertPadQDQPass
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
+from executorch.runtime import Runtime
 from hypothesis import given
 from hypothesis import strategies as st
 from support.models import convert
@@ -27,7 +29,7 @@ _q = torch.ops.quantized_decomposed
 INT32 = (-(2**31), 2**31 - 1, torch.int32)
 
 
-class _Hooked(ObserverBase):
+class _Hooked(ObserverBase):  # type: ignore[misc]  # torchao is untyped
     """An observer that converts itself, as ours of weights and biases do."""
 
     converted: list[str] = []  # noqa: RUF012
@@ -44,11 +46,11 @@ class _Hooked(ObserverBase):
 
     def convert(self, model: GraphModule, node: Node) -> None:
         self.converted.append(self.name)
-        node.replace_all_uses_with(node.args[0])
+        node.replace_all_uses_with(cast(Node, node.args[0]))
         model.graph.erase_node(node)
 
 
-class _Annotating(Quantizer):
+class _Annotating(Quantizer):  # type: ignore[misc]  # torchao is untyped
     """Two inputs of one add, same spec but for the observer's name."""
 
     def __init__(self, implicit: bool) -> None:
@@ -110,7 +112,10 @@ def test_custom_meta_reaches_the_delegate() -> None:
             assert isinstance(node.meta["debug_handle"], int)
 
 
-scales = st.floats(2.0**-20, 2.0**3, width=32)
+# Over all exponents that a model can have: a huge bias raises them, a tiny input lowers them.
+scales = st.tuples(st.integers(-55, 40), st.floats(1, 2, width=32)).map(
+    lambda pair: pair[1] * 2.0 ** pair[0]
+)
 integers = st.integers(-COMFORTABLE_BIAS, COMFORTABLE_BIAS)
 
 
@@ -133,3 +138,242 @@ def test_serializer_returns_folded_biases_per_channel(
     zeros = torch.zeros(len(channels), dtype=torch.int64)
     again = _q.quantize_per_channel.default(folded, scale, zeros, 0, *INT32)
     assert torch.equal(again.long(), q)
+
+
+# ---------------------------------------------------------------------------------------------
+# torchao 0.18: prepare and convert
+# ---------------------------------------------------------------------------------------------
+
+
+class _Recorded(ObserverBase):  # type: ignore[misc]  # torchao is untyped
+    """Remembers in which order observers were made."""
+
+    made: list[str] = []  # noqa: RUF012
+
+    def __init__(self, name: str, **_spec: Any) -> None:
+        super().__init__(dtype=torch.int8)
+        self.made.append(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def calculate_qparams(self, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.tensor([1.0]), torch.tensor([0])
+
+
+class _Everywhere(Quantizer):  # type: ignore[misc]  # torchao is untyped
+    """Every input and output of every add, written down in reverse order."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        self.seen = [str(node.target) for node in model.graph.nodes if node.op == "call_function"]
+        return model
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        for node in reversed(model.graph.nodes):
+            if node.target is not torch.ops.aten.add.Tensor:
+                continue
+
+            def spec(name: str) -> QuantizationSpec:
+                return QuantizationSpec(torch.int8, _Recorded.with_args(name=name), -128, 127)
+
+            node.meta["quantization_annotation"] = QuantizationAnnotation(
+                input_qspec_map={
+                    source: spec(f"{node.name}:{source.name}") for source in node.args[:2]
+                },
+                output_qspec=spec(node.name),
+                allow_implicit_sharing=False,
+                _annotated=True,
+            )
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        pass
+
+
+def test_observers_are_made_in_graph_order() -> None:
+    """A spec that others share with must come first: the plan's annotations rely on this order."""
+
+    class Adds(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            z = x + y
+            return z + x
+
+    _Recorded.made.clear()
+    example = (torch.randn(2), torch.randn(2))
+    prepare_pt2e(torch.export.export(Adds(), example).module(), _Everywhere())
+    made = [name for i, name in enumerate(_Recorded.made) if name not in _Recorded.made[:i]]
+    assert made == ["add:x", "add:y", "add", "add_1:add", "add_1:x", "add_1"]
+
+
+def test_batch_norms_are_folded_before_a_quantizer_is_asked() -> None:
+    """Even in training mode, of which only the counter of batches is left to see."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    quantizer = _Everywhere()
+    prepare_pt2e(torch.export.export(model, (torch.randn(2, 3, 6, 6),)).module(), quantizer)
+    assert quantizer.seen == ["aten.conv2d.default", "aten.add_.Tensor"]
+
+
+# ---------------------------------------------------------------------------------------------
+# torch 2.15
+# ---------------------------------------------------------------------------------------------
+
+
+def test_quantizing_to_int32_wraps_a_positive_overflow() -> None:
+    """Why a bias is rounded here and not by PyTorch."""
+    x = torch.tensor([3e9, -3e9])
+    wrapped = _q.quantize_per_tensor.default(x, 1.0, 0, *INT32)
+    assert wrapped.tolist() == [-(2**31), -(2**31)]
+    saturated = _q.quantize_per_tensor.default(x, 1.0, 0, -(2**31), 2147483520, torch.int32)
+    assert saturated.tolist() == [2147483520, -(2**31)]
+
+
+def test_the_schema_says_which_ops_return_a_view() -> None:
+    aten = torch.ops.aten
+
+    def views(target: Any) -> bool:
+        return any(result.alias_info is not None for result in target._schema.returns)
+
+    for target in (
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.to.dtype,
+        aten.contiguous.default,
+        aten.chunk.default,
+        aten.select.int,
+        aten.detach.default,
+    ):
+        assert views(target), target
+    for target in (aten.clone.default, aten.add.Tensor, aten.conv2d.default):
+        assert not views(target), target
+    # The exception: in eval mode it returns its input.
+    assert not views(aten.dropout.default)
+    x = torch.randn(3)
+    assert aten.dropout.default(x, 0.5, False).data_ptr() == x.data_ptr()
+
+
+# ---------------------------------------------------------------------------------------------
+# ExecuTorch 1.5.1: what the partitioner refuses halfway
+# ---------------------------------------------------------------------------------------------
+
+
+def _left_outside(graph: GraphModule, example: tuple[Tensor, ...]) -> list[str]:
+    """Ops of the edge program that no delegate took, lowered without this package's passes."""
+    edge = to_edge_transform_and_lower(
+        torch.export.export(graph, example), partitioner=[XnnpackPartitioner()]
+    )
+    return [
+        str(node.target)
+        for node in edge.exported_program().graph.nodes
+        if node.op == "call_function" and "executorch_call_delegate" not in str(node.target)
+    ]
+
+
+def test_an_explicit_int32_bias_is_refused() -> None:
+    example = (torch.randn(1, 3, 6, 6),)
+    model = nn.Conv2d(3, 4, 3)
+    outside = _left_outside(convert(model, example, "a8w8").graph, example)
+    assert any("convolution" in name for name in outside)
+    outside = _left_outside(convert(model, example, "a8w8-biasfloat").graph, example)
+    assert not any("convolution" in name for name in outside)
+
+
+def _transposed(groups: int, granularity: str) -> GraphModule:
+    """A converted transposed convolution, its weight requantized to the granularity."""
+    example = (torch.randn(1, 4, 5, 5),)
+    graph = convert(nn.ConvTranspose2d(4, 4, 3, groups=groups, bias=False), example).graph
+    (node,) = (n for n in graph.graph.nodes if "conv_transpose2d" in str(n.target))
+    weight = node.args[1]
+    if granularity == "per_channel" and weight.target is _q.dequantize_per_tensor.default:
+        integers, scale, _, low, high, dtype = weight.args
+        channels = 4 // groups
+        graph.register_buffer("scales", torch.full((channels,), scale))
+        graph.register_buffer("zero_points", torch.zeros(channels, dtype=torch.int64))
+        with graph.graph.inserting_before(weight):
+            scales, zeros = (graph.graph.get_attr(n) for n in ("scales", "zero_points"))
+            weight.target = _q.dequantize_per_channel.default
+            weight.args = (integers, scales, zeros, 1, low, high, dtype)
+        graph.recompile()
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("groups", "granularity", "refused"),
+    [(1, "per_channel", False), (2, "per_tensor", False), (2, "per_channel", True)],
+)
+def test_per_channel_grouped_transposed_convolutions_are_refused_halfway(
+    groups: int, granularity: str, refused: bool
+) -> None:
+    """What is left outside computes garbage or does not load, so the plan never asks for it."""
+    graph = _transposed(groups, granularity)
+    outside = _left_outside(graph, (torch.randn(1, 4, 5, 5),))
+    assert any("convolution" in name for name in outside) == refused
+    assert any("quantize" in name for name in outside) == refused
+
+
+@pytest.mark.parametrize(("factor", "loads"), [(200.0, True), (300.0, False)])
+def test_a_requantization_multiplier_of_256_does_not_load(factor: float, loads: bool) -> None:
+    example = (torch.randn(1, 3, 6, 6),)
+    graph = convert(nn.Conv2d(3, 4, 3, bias=False), example, "a8w8-per_tensor").graph
+    (node,) = (n for n in graph.graph.nodes if "conv2d" in str(n.target))
+    product = node.args[0].args[1] * node.args[1].args[1]
+    (quantize,) = node.users
+    for user in (quantize, *quantize.users):
+        user.args = (user.args[0], product / factor, *user.args[2:])
+    graph.recompile()
+    exported = torch.export.export(graph, example)
+    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    data = bytes(program.to_executorch().buffer)
+
+    def load() -> None:
+        Runtime.get().load_program(data).load_method("forward")
+
+    if loads:
+        load()
+    else:
+        with pytest.raises(RuntimeError):
+            load()
+
+
+@pytest.mark.parametrize(("value", "inserted"), [(0.0, True), (1.0, False)])
+def test_pads_by_zero_are_quantized_by_executorch_itself(value: float, inserted: bool) -> None:
+    """A pad by another value is left in float, so it must not be requantized here either."""
+
+    class Pad(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            data = _q.dequantize_per_tensor.default(x, 0.1, 0, -128, 127, torch.int8)
+            return torch.nn.functional.pad(data, (1, 1), value=value)
+
+    example = (torch.zeros(1, 2, 3, dtype=torch.int8),)
+    edge = to_edge_transform_and_lower(torch.export.export(Pad(), example))
+    result = InsertPadQDQPass(edge.exported_program())(edge.exported_program().graph_module)
+    names = [str(n.target) for n in result.graph_module.graph.nodes]
+    assert any("quantize_per_tensor" in n and "dequantize" not in n for n in names) == inserted
+
+
+def test_tracing_a_small_batch_bounds_it_by_fifteen() -> None:
+    """Fake convolutions compare the batch with 16 to choose a kernel, and the guard stays.
+
+    Lowering turns those kernels off while it traces; without that, a batch captured as up to 64
+    is planned for 15.
+    """
+    model = nn.Conv2d(4, 4, 3)
+    batch = torch.export.Dim("batch", max=64)
+
+    def largest() -> int:
+        exported = torch.export.export(
+            model, (torch.randn(2, 4, 6, 6),), dynamic_shapes=({0: batch},)
+        )
+        edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        (placeholder,) = (
+            n for n in edge.exported_program().graph.nodes if n.name in ("input", "input_1")
+        )
+        size = placeholder.meta["val"].shape[0]
+        return int(size.node.shape_env.bound_sympy(size.node.expr).upper)
+
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        assert largest() == 64
+    assert largest() in (15, 64)  # 64 where torch was built without both
