@@ -1,0 +1,392 @@
+"""Rewrites before lowering: exact, complete, named in their errors, traceable to their op."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from support.graphs import Function, calls, capture, differences, quantized
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+import custom_quantizer as cq
+from custom_quantizer.converted import read_converted
+from custom_quantizer.errors import LoweringError
+from custom_quantizer.graph import is_constant, is_dequantize, is_quantize
+from custom_quantizer.ops import REGISTRY, QParamSharing
+from custom_quantizer.xnnpack import passes
+from custom_quantizer.xnnpack.passes import PASSES, origin_of, run_passes
+
+aten = torch.ops.aten
+IMAGE = (2, 4, 6, 6)
+BY_NAME = {graph_pass.name: graph_pass for graph_pass in PASSES}
+
+
+class Cases(nn.Module):
+    """All cases of a family side by side; movers get quantized tensors."""
+
+    def __init__(self, family: str) -> None:
+        super().__init__()
+        rule = next(rule for rule in REGISTRY if rule.family == family)
+        # A view whose contiguous is dropped runs again after reshapes_to_views (tested below).
+        cases = [case for case in rule.cases if case.name != "shuffle"]
+        self.doubled = rule.sharing is QParamSharing.SAME
+        self.arity = [len(case.shapes) for case in cases]
+        self.shapes = [shape for case in cases for shape in case.shapes]
+        self.cases = nn.ModuleList(case.build() for case in cases)
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        feed = iter(inputs)
+        outputs = []
+        for count, module in zip(self.arity, self.cases, strict=True):
+            given = [next(feed) for _ in range(count)]
+            outputs.append(module(*[x + x for x in given] if self.doubled else given))
+        return outputs
+
+
+FAMILIES = [rule.family for rule in REGISTRY if rule.cases]
+SCHEMES = ("a8w8", "a8w8-per_tensor", "a4w4", "a6w3-per_tensor")
+CORPUS = [
+    (f, s) for f in FAMILIES for s in SCHEMES if s == "a8w8" or f in ("conv", "linear", "add")
+]
+
+
+@cache
+def converted(family: str, scheme: str) -> tuple[GraphModule, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    model = Cases(family)
+    inputs = tuple(torch.randn(shape) for shape in model.shapes)
+    return quantized(model, inputs, scheme), inputs
+
+
+def stepwise(graph: GraphModule, upto: str) -> tuple[GraphModule, GraphModule]:
+    """The graph before and after a pass, with all earlier passes applied."""
+    before = copy.deepcopy(graph)
+    for graph_pass in PASSES:
+        if graph_pass.name == upto:
+            break
+        graph_pass.run(before)
+    before.recompile()
+    after = copy.deepcopy(before)
+    BY_NAME[upto].run(after)
+    after.graph.lint()
+    after.recompile()
+    return before, after
+
+
+def units(graph: GraphModule, got: Any, want: Any) -> int:
+    """Largest difference of two runs in units of the outputs' scales."""
+    worst = 0.0
+    outputs = pytree.tree_leaves(graph.graph.find_nodes(op="output")[0].args[0])
+    for node, a, b in zip(outputs, got, want, strict=True):
+        scale = float(node.args[1]) if is_dequantize(node) else 1.0
+        worst = max(worst, float((a - b).abs().max()) / scale)
+    return round(worst)
+
+
+# ---------------------------------------------------------------------------------------------
+# Exactness
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "scheme"), CORPUS)
+def test_no_pass_changes_a_value(family: str, scheme: str) -> None:
+    graph, inputs = converted(family, scheme)
+    rewritten = copy.deepcopy(graph)
+    batches = [inputs, tuple(x * 50.0 for x in inputs)]
+    values = [graph(*batch) for batch in batches]
+    for graph_pass in PASSES:
+        graph_pass.run(rewritten)
+        rewritten.graph.lint()
+        rewritten.recompile()
+        after = [rewritten(*batch) for batch in batches]
+        if graph_pass.name == "fold_bias":  # see below
+            assert units(graph, after[0], values[0]) <= 1
+        elif graph_pass.exact:
+            assert differences(after, values) == [], graph_pass.name
+        values = after
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"), [(f, s) for f, s in CORPUS if "conv" in f or f == "linear"]
+)
+def test_folded_biases_are_the_integers_times_the_scale_of_the_serializer(
+    family: str, scheme: str
+) -> None:
+    """PyTorch sees a float that differs by its rounding; the serializer sees the same integers."""
+    graph, inputs = converted(family, scheme)
+    wanted = {op.node.name: op.bias for op in read_converted(graph).integer}
+    before, after = stepwise(graph, "fold_bias")
+    for target in passes._GEMMS:
+        for node in calls(after, target):
+            bias = node.args[2] if len(node.args) > 2 else None
+            if bias is None:
+                continue
+            assert is_constant(bias)
+            weight, data = cast(Node, node.args[1]), cast(Node, node.args[0])
+            scale: Any = weight.args[1]
+            if isinstance(scale, Node):
+                scale = after.get_buffer(str(scale.target))
+            product = scale * float(cast(float, data.args[1]))  # as QuantParams.from_bias does
+            folded = after.get_buffer(str(cast(Node, bias).target))
+            again = torch.round(folded.double() / torch.as_tensor(product).double())
+            assert torch.equal(again.int(), cast(Tensor, wanted[node.name]))
+    assert units(before, after(*inputs), before(*inputs)) <= 1
+
+
+# What these look for is what they leave: they only say it again.
+REPEATS = ("reshapes_to_views", "simplify_pools", "weight_containers")
+
+
+@pytest.mark.parametrize("name", [p.name for p in PASSES if p.name not in REPEATS])
+def test_a_pass_has_nothing_left_to_do_after_itself(name: str) -> None:
+    for family, scheme in CORPUS:
+        if scheme == "a8w8-per_tensor":
+            continue
+        _, after = stepwise(converted(family, scheme)[0], name)
+        code = after.code
+        assert BY_NAME[name].run(after) == 0, family
+        after.recompile()
+        assert after.code == code, family
+
+
+def test_every_pass_works_somewhere_in_the_corpus() -> None:
+    found: set[str] = set()
+    for family, scheme in CORPUS:
+        found |= run_passes(copy.deepcopy(converted(family, scheme)[0])).keys()
+    rare = {"float_fallbacks", "split_sparse_max_pools", "emulate_wide", "quantize_pads"}
+    assert found | rare == set(BY_NAME)
+
+
+# ---------------------------------------------------------------------------------------------
+# What holds after all of them
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "scheme"), CORPUS)
+def test_after_all_passes(family: str, scheme: str) -> None:
+    graph, _ = converted(family, scheme)
+    code, rewritten = graph.code, copy.deepcopy(graph)
+    applied = run_passes(rewritten)
+    assert graph.code == code
+    assert all(count > 0 for count in applied.values())
+    assert applied.keys() <= BY_NAME.keys()
+    ops = {op.node.name for op in read_converted(graph)}
+    ops |= {op.output_node.name for op in read_converted(graph).integer}
+    ops |= {node.name for node in graph.graph.nodes if is_quantize(node)}
+    forbidden = {
+        aten.dropout.default,
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.chunk.default,
+        aten.split.Tensor,
+        aten.unbind.int,
+        aten.select.int,
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.squeeze.dim,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.relu6.default,
+        aten.clamp.default,
+    }
+    for node in rewritten.graph.nodes:
+        assert node.target not in forbidden, node.name
+        if is_dequantize(node):
+            assert len(node.users) == 1, f"{node.name} has several uses"
+        elif node.op == "call_function" and not is_quantize(node):
+            for origin in (origin_of(node) or "").split(","):
+                assert origin in ops, f"{node.name} stands for no op"
+    for target in passes._GEMMS:
+        for node in calls(rewritten, target):
+            for bias in node.args[2:3]:
+                assert bias is None or is_constant(bias)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rewrites that the registry's cases do not reach
+# ---------------------------------------------------------------------------------------------
+
+
+def applied_to(
+    function: Callable[..., Any],
+    shape: tuple[int, ...] = IMAGE,
+    leave: str | None = None,
+    **children: nn.Module,
+) -> tuple[GraphModule, dict[str, int]]:
+    """Passes applied to a function, which must not change what it computes."""
+    x = torch.randn(shape)
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    if leave is not None:
+        quantizer.set_node_name(leave, None)
+    graph = quantized(Function(function, **children), (x,), quantizer)
+    rewritten = copy.deepcopy(graph)
+    applied = run_passes(rewritten)
+    got, want = (pytree.tree_leaves(g(x)) for g in (rewritten, graph))
+    assert units(graph, got, want) <= 1
+    return rewritten, applied
+
+
+def test_a_max_pool_that_skips_rows_is_dense_first() -> None:
+    graph, applied = applied_to(lambda s, x: F.max_pool2d(x + x, 2, 3))
+    assert applied["split_sparse_max_pools"] == 1
+    assert applied["strided_slices_to_convs"] == 1
+    (pool,) = calls(graph, aten.max_pool2d.default)
+    assert pool.args[2] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "slices", [(slice(None, None, 2),) * 2, (slice(1, None, 3), slice(None, -1, 2))]
+)
+def test_a_strided_slice_of_an_image_is_a_convolution(slices: tuple[slice, slice]) -> None:
+    graph, applied = applied_to(lambda s, x: (x + x)[:, :, slices[0], slices[1]] + 1.0)
+    assert applied["strided_slices_to_convs"] >= 1
+    for conv in calls(graph, aten.conv2d.default):
+        stored = cast(Node, cast(Node, conv.args[1]).args[0])
+        weight = graph.get_buffer(str(stored.target))
+        assert weight.dtype is torch.int8
+        assert bool((weight == 1).all())
+        assert conv.args[6] == 4
+
+
+def test_a_strided_slice_of_channels_stays_a_slice() -> None:
+    _, applied = applied_to(lambda s, x: (x + x)[:, ::2] * 2.0)
+    assert "strided_slices_to_convs" not in applied
+
+
+def test_a_pad_of_integers_that_stays_float_is_quantized_at_once() -> None:
+    graph, applied = applied_to(lambda s, x: F.pad(x + x, (1, 1)), leave="pad")
+    assert applied["quantize_pads"] == 1
+    (pad,) = (n for n in graph.graph.nodes if "pad" in str(n.target))
+    assert all(is_quantize(user) for user in pad.users)
+
+
+def test_a_pad_by_another_value_is_not_rounded_to_the_grid() -> None:
+    """The value may lie outside of what the integers can hold."""
+    x = torch.rand(IMAGE)
+    graph = quantized(Function(lambda s, x: F.pad(x + x, (1, 1), value=-7.0)), (x,))
+    rewritten = copy.deepcopy(graph)
+    assert "quantize_pads" not in run_passes(rewritten)
+    assert differences(rewritten(x), graph(x)) == []
+    assert float(rewritten(x).min()) == -7.0
+
+
+def test_a_gemm_with_a_computed_bias_has_a_float_weight() -> None:
+    graph, applied = applied_to(
+        lambda s, x: F.linear(x, s.layer.weight, s.layer.bias.exp()), (3, 4), layer=nn.Linear(4, 4)
+    )
+    assert applied["float_fallbacks"] == 1
+    (linear,) = calls(graph, aten.linear.default)
+    assert is_constant(linear.args[1])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: (x + x).permute(0, 2, 3, 1).contiguous().view(2, -1),
+        lambda s, x: (x + x).view(2, 2, 2, 6, 6).transpose(1, 2).contiguous().view(IMAGE),
+        lambda s, x: torch.sin(x + x).permute(0, 2, 3, 1).contiguous().view(2, -1),
+        lambda s, x: (x + x).transpose(2, 3).reshape(2, -1),
+        lambda s, x: (x + x).permute(1, 0, 2, 3).flatten(1),
+    ],
+)
+def test_a_view_needs_no_contiguous_before_it(function: Callable[..., Any]) -> None:
+    graph, _ = applied_to(function)
+    assert calls(graph, aten.contiguous.default) == []
+    assert calls(graph, aten.view.default) == []
+
+
+def test_two_uses_of_a_tensor_have_a_dequantize_node_each() -> None:
+    graph, applied = applied_to(lambda s, x: (lambda h: (h * h, torch.cat([h, h, h], 1), h))(x + x))
+    assert applied["dedicate_dequantize"] >= 2
+    for node in graph.graph.nodes:
+        assert not is_dequantize(node) or len(node.users) == 1
+    (cat,) = calls(graph, aten.cat.default)
+    assert len(set(cast(Any, cat.args[0]))) == 3
+
+
+@pytest.mark.parametrize(
+    ("activation", "target"),
+    [
+        (lambda x: x.clamp(min=0.0), aten.relu.default),
+        (lambda x: x.clamp(min=0.1), aten.hardtanh.default),
+        (lambda x: x.clamp(max=0.4), aten.hardtanh.default),
+        (F.relu6, aten.hardtanh.default),
+        (lambda x: x.clamp(-1, 1), aten.hardtanh.default),
+    ],
+)
+def test_clamps_become_what_xnnpack_fuses(activation: Any, target: Any) -> None:
+    graph, _ = applied_to(lambda s, x: activation(s.conv(x)), conv=nn.Conv2d(4, 4, 3))
+    assert len(calls(graph, target)) == 1
+
+
+def test_memory_that_is_written_stays_a_view() -> None:
+    """A copy in place of a view would lose the write."""
+
+    def forward(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.sin(x)
+        h.view(2, -1)[:, :3].mul_(2.0)
+        h.clone()[0].add_(1.0)
+        return h, x + x
+
+    x = torch.randn(IMAGE)
+    graph = quantized(Function(forward), (x,))
+    rewritten = copy.deepcopy(graph)
+    run_passes(rewritten)
+    assert differences(rewritten(x), graph(x)) == []
+    assert len(calls(rewritten, aten.view.default)) == 1
+
+
+def test_dynamic_sizes_survive() -> None:
+    batch = torch.export.Dim("batch", max=8)
+    model = Function(
+        lambda s, x: s.conv(x).mean((2, 3)).view(x.shape[0], 2, 2).transpose(1, 2).flatten(1),
+        conv=nn.Conv2d(4, 4, 3),
+    )
+    x = torch.randn(IMAGE)
+    prepared = prepare_pt2e(
+        capture(model, (x,), dynamic_shapes=(({0: batch},),)),
+        cq.IntegerQuantizer().set_global("a8w8"),
+    )
+    prepared(x)
+    graph = convert_pt2e(prepared)
+    rewritten = copy.deepcopy(graph)
+    run_passes(rewritten)
+    for size in (2, 5, 8):
+        given = torch.randn(size, *IMAGE[1:])
+        assert units(graph, [rewritten(given)], [graph(given)]) <= 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_pass_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_model: GraphModule) -> int:
+        raise IndexError("no such argument")
+
+    broken = tuple(
+        dataclasses.replace(p, run=fails) if p.name == "splits_to_slices" else p for p in PASSES
+    )
+    monkeypatch.setattr(passes, "PASSES", broken)
+    graph, _ = converted("split", "a8w8")
+    with pytest.raises(LoweringError, match=r"pass splits_to_slices \(splits\) failed: no such"):
+        run_passes(copy.deepcopy(graph))
+
+
+def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
+    assert len(BY_NAME) == len(PASSES)
+    for graph_pass in PASSES:
+        assert graph_pass.before
+        assert graph_pass.after
+    assert [p.name for p in PASSES if not p.exact] == ["emulate_wide"]
