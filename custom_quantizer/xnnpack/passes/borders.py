@@ -1,0 +1,77 @@
+"""Quantize and dequantize nodes as the partitioner wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.graph import is_dequantize, is_quantize
+from custom_quantizer.ops.movement import CAT, PAD
+from custom_quantizer.xnnpack.passes._pass import Builder, GraphPass, calls
+
+aten = torch.ops.aten
+
+
+def _dedicate_dequantize(model: GraphModule) -> int:
+    """Each use of a quantized tensor gets a dequantize node of its own.
+
+    A shared one fails at load when an int8 and a float op read it, and can make partitions cyclic.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        if not is_dequantize(node):
+            continue
+        for user in list(node.users)[1:]:
+            with model.graph.inserting_before(user):
+                copy = model.graph.node_copy(node)
+            user.replace_input_with(node, copy)
+            count += 1
+    # The partitioner counts the distinct inputs of a cat, and refuses a single one.
+    for node in calls(model, CAT.targets):
+        inputs = list(cast("Sequence[Node]", node.args[0]))
+        for i, source in enumerate(inputs):
+            if source in inputs[:i] and is_dequantize(source):
+                with model.graph.inserting_before(node):
+                    inputs[i] = model.graph.node_copy(source)
+                count += 1
+        node.args = (inputs, *node.args[1:])
+    return count
+
+
+def _quantize_pads(model: GraphModule) -> int:
+    """A pad of a quantized tensor that float ops read is quantized at once, which is exact.
+
+    ExecuTorch's InsertPadQDQPass (1.5.1) takes any pad behind a dequantize node for one before a
+    convolution and writes a node with an int8 output and a float input, which fails at load.
+    """
+    count = 0
+    for node in calls(model, PAD.targets):
+        source = node.args[0]
+        if not isinstance(source, Node) or not is_dequantize(source):
+            continue
+        if isinstance(PAD.bind(PAD, node), str):
+            continue  # it pads with a value that the integers need not hold
+        users = list(node.users)
+        if any(is_quantize(user) for user in users) or not users:
+            continue
+        build = Builder(model, users[0])
+        repeated = build.requantized(node, source)
+        for user in users:
+            user.replace_input_with(node, repeated)
+        count += 1
+    return count
+
+
+QUANTIZE_PADS = GraphPass(
+    "quantize_pads", "pads between int8 and float", "pads of integers", _quantize_pads
+)
+
+DEDICATE_DEQUANTIZE = GraphPass(
+    "dedicate_dequantize",
+    "shared dequantize nodes",
+    "one dequantize node a use",
+    _dedicate_dequantize,
+)

@@ -1,0 +1,178 @@
+"""Norms over the last dimensions, written out in float ops that the delegate has.
+
+The partitioner takes means over height and width only. A mean over the last dimension is a linear
+layer with one output whose weights are ``1 / n``; the variance another one, of the squares.
+
+    m = linear(x, 1/n)    d = x - m    v = linear(d * d, 1/n) + eps    y = d * rsqrt(v) * w + b
+
+How far from the real number can it be? With ``u = 2**-24``: ``1/n`` and each of the ``n`` fused
+multiply-adds round once, so ``m`` is off by at most ``e = (n + 1) u max|x|``, and so is each ``d``,
+which then rounds by ``u |d|``. ``v`` is off by at most ``(n + 3) u v + 2 e mean|d| + e**2``; half
+of its relative error goes into ``y``, along with 2 u of ``rsqrt`` and 2 u of the products. In units
+of the standard deviation ``s = sqrt(v)``, with ``r = max|x| / s`` and ``|y| = |d| / s``:
+
+    |error| <= (n + 1) u r (1 + |y|) + (n / 2 + 6) u |y|
+
+For 768 channels, values within 10 standard deviations and ``|y| <= 10`` that is 0.0056 at worst:
+a fifteenth of a unit of an int8 output in [-10, 10]; roundings of random sign give less by a factor
+of ``sqrt(n)``. PyTorch's kernel, which the integer reference calls, has an error of the same kind,
+so the integers behind a norm are those of the reference or their neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.graph import (
+    add_constant,
+    argument,
+    constant_of,
+    is_dequantize,
+    shape_of,
+)
+from custom_quantizer.ops.movement import EXPAND
+from custom_quantizer.ops.normalization import LAYER_NORM, VECTOR_NORM, normalized_size
+from custom_quantizer.xnnpack.passes._pass import Builder, GraphPass, calls, replace
+
+aten = torch.ops.aten
+
+
+class _Sums:
+    """Constants that average or sum the last dimension, one of each kind per graph."""
+
+    def __init__(self, model: GraphModule) -> None:
+        self._model = model
+        self._known: dict[tuple[str, float], Node] = {}
+
+    def row(self, size: int, value: float) -> Node:
+        """Weights ``(1, size)`` of a linear layer, all equal."""
+        return self._constant(f"row_{size}", value, torch.full((1, size), value))
+
+    def single(self, value: float) -> Node:
+        """One number, as the bias of a linear layer or a factor."""
+        return self._constant("single", value, torch.tensor([value]))
+
+    def _constant(self, name: str, value: float, tensor: Tensor) -> Node:
+        key = (name, value)
+        if key not in self._known:
+            first = next(iter(self._model.graph.nodes))
+            self._known[key] = add_constant(self._model, f"norm_{name}", tensor, first)
+        return self._known[key]
+
+
+def _layer_norms_to_linears(model: GraphModule) -> int:
+    sums = _Sums(model)
+    count = 0
+    for node in calls(model, LAYER_NORM.targets):
+        if isinstance(LAYER_NORM.bind(LAYER_NORM, node), str):
+            continue
+        size, shape = normalized_size(node), shape_of(node)
+        dims = len(cast("Sequence[int]", node.args[1]))
+        build = Builder(model, node)
+        data = cast(Node, node.args[0])
+        if dims > 1:
+            data = _flattened(build, data, shape[:-dims], size)
+        mean = sums.row(size, 1.0 / size)
+        centered = build.call(aten.sub.Tensor, data, build.call(aten.linear.default, data, mean))
+        squares = build.call(aten.mul.Tensor, centered, centered)
+        epsilon = sums.single(float(argument(node, 4, "eps", 1e-5)))
+        variance = build.call(aten.linear.default, squares, mean, epsilon)
+        inverse = build.call(aten.rsqrt.default, variance)
+        result = build.call(aten.mul.Tensor, centered, inverse)
+        for target, position, name in (
+            (aten.mul.Tensor, 2, "weight"),
+            (aten.add.Tensor, 3, "bias"),
+        ):
+            given = argument(node, position, name)
+            if given is None:
+                continue
+            value = constant_of(model, given).reshape(-1)
+            if name == "weight" and bool((value == 1).all()):
+                continue
+            if name == "bias" and bool((value == 0).all()):
+                continue
+            constant = add_constant(model, f"{node.name}_{name}", value, node)
+            result = build.call(target, result, constant)
+        if dims > 1:
+            result = build.call(aten.view_copy.default, result, _static(shape))
+        replace(node, result)
+        count += 1
+    return count
+
+
+def _static(shape: Sequence[int]) -> list[int]:
+    return [size if isinstance(size, int) else -1 for size in shape]
+
+
+def _flattened(build: Builder, data: Node, outer: Sequence[int], size: int) -> Node:
+    """``data`` with its last dimensions joined into one."""
+    viewed = build.call(aten.view_copy.default, data, [*_static(outer), size])
+    return build.requantized(viewed, data) if is_dequantize(data) else viewed
+
+
+def _norms_to_linears(model: GraphModule) -> int:
+    """The Euclidean norm over the last dimension: squares, their sum, its root."""
+    sums = _Sums(model)
+    count = 0
+    for node in calls(model, VECTOR_NORM.targets):
+        if isinstance(VECTOR_NORM.bind(VECTOR_NORM, node), str):
+            continue
+        data = cast(Node, node.args[0])
+        build = Builder(model, node)
+        squares = build.call(aten.mul.Tensor, data, data)
+        ones = sums.row(int(shape_of(data)[-1]), 1.0)
+        result = build.call(aten.sqrt.default, build.call(aten.linear.default, squares, ones))
+        if not argument(node, 3, "keepdim", False):
+            result = build.call(aten.view_copy.default, result, _static(shape_of(node)))
+        replace(node, result)
+        count += 1
+    return count
+
+
+_BROADCASTING = frozenset({aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor})
+
+
+def _drop_broadcasts(model: GraphModule) -> int:
+    """An expand in float that only ops read which broadcast by themselves."""
+    count = 0
+    for node in calls(model, EXPAND.targets):
+        source = cast(Node, node.args[0])
+        if is_dequantize(source) or not node.users:
+            continue
+        if all(_broadcasts(user, node, source) for user in node.users):
+            replace(node, source)
+            count += 1
+    return count
+
+
+def _broadcasts(user: Node, node: Node, source: Node) -> bool:
+    if user.target not in _BROADCASTING:
+        return False
+    others = [arg for arg in user.args[:2] if isinstance(arg, Node) and arg is not node]
+    shapes = [shape_of(source), *(shape_of(other) for other in others)]
+    broadcast = cast("Callable[..., torch.Size]", torch.broadcast_shapes)
+    return tuple(broadcast(*shapes)) == tuple(shape_of(user))
+
+
+LAYER_NORMS_TO_LINEARS = GraphPass(
+    "layer_norms_to_linears",
+    "layer norms",
+    "means as linear layers of one output, and elementwise ops: other roundings in float",
+    _layer_norms_to_linears,
+    exact=False,
+)
+NORMS_TO_LINEARS = GraphPass(
+    "norms_to_linears",
+    "Euclidean norms",
+    "sums as linear layers of one output: other roundings in float",
+    _norms_to_linears,
+    exact=False,
+)
+DROP_BROADCASTS = GraphPass(
+    "drop_broadcasts", "expands in float before elementwise ops", "none", _drop_broadcasts
+)
