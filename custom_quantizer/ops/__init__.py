@@ -7,7 +7,16 @@ from typing import Any
 from torch.fx import Node
 
 from custom_quantizer.errors import CustomQuantizerError
-from custom_quantizer.ops import elementwise, gemm, movement, pool
+from custom_quantizer.ops import (
+    attention,
+    elementwise,
+    embedding,
+    functions,
+    gemm,
+    movement,
+    normalization,
+    pool,
+)
 from custom_quantizer.ops._rule import (
     Backend,
     Binding,
@@ -40,6 +49,7 @@ REGISTRY: tuple[OpRule, ...] = (
     gemm.CONV,
     gemm.CONV_TRANSPOSE,
     gemm.LINEAR,
+    attention.MATMUL,
     elementwise.ADD,
     elementwise.SUB,
     elementwise.MUL,
@@ -59,6 +69,11 @@ REGISTRY: tuple[OpRule, ...] = (
     movement.SPLIT,
     movement.GETITEM,
     movement.PAD,
+    *functions.RULES,
+    attention.SOFTMAX,
+    normalization.LAYER_NORM,
+    normalization.VECTOR_NORM,
+    embedding.EMBEDDING,
 )
 
 

@@ -8,7 +8,7 @@ report and the contract tests pick it up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.arithmetic import Arithmetic, QParams
+from custom_quantizer.errors import ConversionError, SchemeError
+from custom_quantizer.graph import describe
 from custom_quantizer.schemes import OpScheme
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "QParamSharing",
     "QuantizedOp",
     "Verdict",
+    "legal",
+    "no_integers",
     "refused",
 ]
 
@@ -117,6 +121,7 @@ class QuantizedOp:
         weight_qparams: per tensor or per output channel (``axis`` is the weight's).
         bias: integers of the bias, int32 ``(out_channels,)``, or ``None``.
         bounds: ``(low, high)`` of the fused activation as real numbers, ``None``: unbounded.
+        constants: float tensors of the module that the anchor reads as they are, by node.
     """
 
     binding: Binding
@@ -127,6 +132,7 @@ class QuantizedOp:
     weight_qparams: QParams | None = None
     bias: Tensor | None = None
     bounds: tuple[float | None, float | None] | None = None
+    constants: Mapping[Node, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def node(self) -> Node:
@@ -203,7 +209,29 @@ Target = Any
 Integers = Sequence[Tensor]
 
 
+def no_integers(op: QuantizedOp, _inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
+    """The integer semantics of a family that has none.
+
+    Raises:
+        ConversionError: always.
+    """
+    raise ConversionError(f"{describe(op.node)}: {op.binding.rule.float_reason}")
+
+
 def _always(_binding: Binding, _scheme: OpScheme) -> Verdict:
+    return ACCEPTED
+
+
+def _any_scales(_op: QuantizedOp) -> Verdict:
+    return ACCEPTED
+
+
+def legal(parameters: Callable[[], object]) -> Verdict:
+    """Whether the parameters of a kernel can be computed; if not, why not."""
+    try:
+        parameters()
+    except SchemeError as error:
+        return refused(f"XNNPACK has no integer kernel for its scales: {error}")
     return ACCEPTED
 
 
@@ -224,8 +252,13 @@ class OpRule:
         fuses: families of activations that may follow as part of the op.
         bounds: for activations, the real ``(low, high)`` they clamp to.
         accepts: can the op take the scheme; if not, why not.
+        runs: whether the integer kernel takes the scales that calibration found. Where it does
+            not, the op runs in float. Not asked above 8 bits, where everything is emulated.
         integers: integer semantics: the op, its input integers (int32), the arithmetic; returns
             int32.
+        zero_centered: positions of inputs that need the zero point 0.
+        float_reason: why the family has no integer form; it then runs in float between exact
+            borders, and ``integers`` is :func:`no_integers`.
         delegation: what XNNPACK does with the op at widths up to 8 bits; wider ones are emulated
             (:func:`custom_quantizer.ops.predict_backend` knows both).
         cases: examples, for contract tests.
@@ -239,5 +272,8 @@ class OpRule:
     fuses: frozenset[str] = frozenset()
     bounds: Callable[[Node], tuple[float | None, float | None]] | None = None
     accepts: Callable[[Binding, OpScheme], Verdict] = _always
+    runs: Callable[[QuantizedOp], Verdict] = _any_scales
+    zero_centered: frozenset[int] = frozenset()
+    float_reason: str = ""
     delegation: Callable[[Binding, Formats], Delegation] = _int8
     cases: tuple[Case, ...] = field(default=(), repr=False)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.arithmetic import XNNPACK, Arithmetic
+from custom_quantizer.arithmetic import XNNPACK, Arithmetic, QParams, xnnpack_multiplier
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.graph import argument, describe, is_constant, tensor_meta
 from custom_quantizer.ops._rule import (
@@ -24,6 +24,7 @@ from custom_quantizer.ops._rule import (
     OpRule,
     QuantizedOp,
     Verdict,
+    legal,
     refused,
 )
 from custom_quantizer.schemes import OpScheme
@@ -185,6 +186,12 @@ def _requantize(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> Tensor:
     )
 
 
+def _runs(op: QuantizedOp) -> Verdict:
+    scale = cast(QParams, op.weight_qparams).scale
+    given, out = cast(float, op.inputs[0].scale), cast(float, op.output.scale)
+    return legal(lambda: xnnpack_multiplier(given, scale, out))
+
+
 def _continues_in_float32(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> bool:
     """The delegate's own arithmetic goes on in float32; all others are defined on integers."""
     return acc.dtype == torch.float32 and arithmetic is XNNPACK and not op.is_wide
@@ -292,6 +299,7 @@ CONV = OpRule(
     bind=_bind_conv,
     fuses=_ACTIVATIONS,
     accepts=_accepts_gemm,
+    runs=_runs,
     integers=_conv_integers,
     delegation=_delegation,
     cases=(
@@ -329,6 +337,7 @@ CONV_TRANSPOSE = OpRule(
     bind=_bind_conv_transpose,
     fuses=_ACTIVATIONS,
     accepts=_accepts_gemm,
+    runs=_runs,
     integers=_conv_transpose_integers,
     delegation=_delegation,
     cases=(
@@ -359,6 +368,7 @@ LINEAR = OpRule(
     bind=_bind_linear,
     fuses=_ACTIVATIONS,
     accepts=_accepts_gemm,
+    runs=_runs,
     integers=_linear_integers,
     delegation=_delegation,
     cases=(

@@ -175,14 +175,24 @@ def slice_of(node: Node) -> tuple[int, int, int, int]:
     return dim, first, last, step
 
 
+def is_split_evenly(node: Node) -> bool:
+    """Whether a strided slice takes one entry out of each group of ``step``, up to the end."""
+    shape = shape_of(cast(Node, node.args[0]))
+    dim, start, stop, step = slice_of(node)
+    size = shape[dim]
+    if step == 1 or not all(isinstance(value, int) for value in (size, start, stop)):
+        return False
+    return size % step == 0 and start < step and len(range(start, stop, step)) == size // step
+
+
 def _slice_delegation(binding: Binding, _formats: Formats) -> Delegation:
-    shape = shape_of(binding.node)
-    dim, _, _, step = slice_of(binding.node)
-    if step != 1 and not (len(shape) == 4 and dim in (2, 3)):
-        return Delegation(
-            Backend.PORTABLE, "XNNPACK slices with step 1, except spatial dims of 4-d tensors"
-        )
-    return Delegation(Backend.INT8)
+    source = shape_of(binding.inputs[0])
+    dim, start, _, step = slice_of(binding.node)
+    if all(isinstance(size, int) for size in source) or (len(source) == 4 and dim == 1):
+        return Delegation(Backend.INT8)
+    if len(source) == 4 and dim in (2, 3) and step > 1 and start == 0:
+        return Delegation(Backend.INT8)
+    return Delegation(Backend.PORTABLE, "XNNPACK slices tensors of static shape only")
 
 
 SLICE = OpRule(
@@ -197,6 +207,11 @@ SLICE = OpRule(
         _case("negative", lambda x: x[:, :, -3:-1], _IMAGE),
         _case("strided", lambda x: x[:, :, ::2, ::2], _IMAGE),
         _case("strided_offset", lambda x: x[:, :, 1::2], _IMAGE),
+        _case("strided_channels", lambda x: x[:, 1::2], _IMAGE),
+        _case("strided_last", lambda x: x[:, 0::2, 1::2], (2, 8, 6)),
+        _case("strided_channels_uneven", lambda x: x[:, ::3], _IMAGE),
+        _case("strided_signal", lambda x: x[:, 1::3], (2, 8, 5)),
+        _case("strided_volume", lambda x: x[:, :, ::2], (2, 3, 5, 4, 6)),
     ),
 )
 

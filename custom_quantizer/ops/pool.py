@@ -116,6 +116,22 @@ def _bind_mean(rule: OpRule, node: Node) -> Binding | str:
     return _bind_single(rule, node)
 
 
+def _accepts_mean(binding: Binding, _scheme: OpScheme) -> Verdict:
+    """XNNPACK (92a7ad50) does not allocate a mean's accumulators again when the batch grows.
+
+    With images of static size, a mean of a dynamic batch is a linear layer by now.
+    """
+    data = tensor_meta(binding.inputs[0])
+    if data is None or all(isinstance(size, int) for size in data.shape[:2]):
+        return ACCEPTED
+    if binding.rule is ADAPTIVE_AVG_POOL and not is_global_pool(binding.node):
+        return ACCEPTED
+    return refused(
+        "XNNPACK's integer mean is wrong when the batch grows from one call to the next, and the "
+        "image size is dynamic too; capture the model with a fixed image size"
+    )
+
+
 def _mean_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
     dims = spatial_mean_dims(op.node)
     if dims is None:
@@ -130,6 +146,7 @@ MEAN = OpRule(
     family="mean",
     targets=frozenset({aten.mean.dim}),
     bind=_bind_mean,
+    accepts=_accepts_mean,
     integers=_mean_integers,
     cases=(
         _case("keepdim", lambda x: x.mean((2, 3), keepdim=True), (2, 8, 5, 7)),
@@ -209,6 +226,7 @@ ADAPTIVE_AVG_POOL = OpRule(
     family="adaptive_avg_pool2d",
     targets=frozenset({aten.adaptive_avg_pool2d.default}),
     bind=_bind_adaptive,
+    accepts=_accepts_mean,
     integers=_adaptive_integers,
     delegation=_adaptive_delegation,
     cases=(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchvision
@@ -27,15 +27,32 @@ def randomize_batch_norms(model: nn.Module, seed: int = 0) -> nn.Module:
             shape = module.running_mean.shape
             module.running_mean = torch.randn(shape, generator=generator) * 0.1
             module.running_var = torch.rand(shape, generator=generator) * 1.5 + 0.5
-            module.weight.data = torch.rand(shape, generator=generator) + 0.5
-            module.bias.data = torch.randn(shape, generator=generator) * 0.1
+            if module.affine:
+                module.weight.data = torch.rand(shape, generator=generator) + 0.5
+                module.bias.data = torch.randn(shape, generator=generator) * 0.1
     return model
 
 
+class BackboneAndHead(nn.Module):
+    """A detector without what comes after its head: boxes are chosen in Python."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = detector.backbone, detector.head
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return cast("dict[str, Tensor]", self.head(list(self.backbone(x).values())))
+
+
 def torchvision_model(name: str) -> nn.Module:
-    """A torchvision model with seeded random weights, in eval mode."""
+    """A torchvision model with seeded random weights, in eval mode; detectors up to their head."""
     torch.manual_seed(0)
-    model = torchvision.models.get_model(name, weights=None, **_NO_AUXILIARY.get(name, {}))
+    options = dict(_NO_AUXILIARY.get(name, {}))
+    if name.startswith(("ssd", "lraspp", "deeplab", "fcn")):
+        options["weights_backbone"] = None
+    model = torchvision.models.get_model(name, weights=None, **options)
+    if name.startswith("ssd"):
+        model = BackboneAndHead(model)
     return randomize_batch_norms(model).eval()
 
 

@@ -1,0 +1,126 @@
+"""Products of two activations, and softmax: the steps of attention."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from custom_quantizer.arithmetic import Arithmetic
+from custom_quantizer.graph import argument, is_constant, shape_of, tensor_meta
+from custom_quantizer.ops._rule import (
+    Backend,
+    Binding,
+    Delegation,
+    Integers,
+    OpRule,
+    QuantizedOp,
+    no_integers,
+)
+from custom_quantizer.ops.elementwise import _bind_single, _case, _runs_product
+
+__all__ = ["MATMUL", "SOFTMAX", "softmax_dim"]
+
+aten = torch.ops.aten
+
+
+# ---------------------------------------------------------------------------------------------
+# matmul
+# ---------------------------------------------------------------------------------------------
+
+
+def _bind_matmul(rule: OpRule, node: Node) -> Binding | str:
+    left, right = node.args[:2]
+    if not isinstance(left, Node) or not isinstance(right, Node):
+        return "one operand is not a tensor of the graph"
+    metas = (tensor_meta(left), tensor_meta(right))
+    if any(meta is None or meta.dim() < 2 for meta in metas):
+        return "one operand is a vector, which XNNPACK's batch matmul does not take"
+    if left is right:
+        return "both operands are the same tensor, which needs two different zero points"
+    if is_constant(left):
+        return "its first operand is a constant"
+    if matmul_batch(node) is None:
+        return "the batch dimensions of its operands differ"
+    return Binding(rule, node, (left, right))
+
+
+def matmul_batch(node: Node) -> tuple[int, ...] | None:
+    """Batch dimensions that both operands of a product have; ``None`` where one is broadcast.
+
+    At most one may be symbolic.
+    """
+    left, right = (shape_of(cast(Node, arg)) for arg in node.args[:2])
+    batch = left[:-2]
+    if tuple(batch) != tuple(right[:-2]):
+        return None
+    return batch if sum(not isinstance(size, int) for size in batch) <= 1 else None
+
+
+def _matmul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    left, right = op.inputs
+    # Sums of products of integers up to 16 bits are exact in float64 for up to 4 million terms.
+    a = (inputs[0] - left.zero_point).to(torch.float64)
+    b = (inputs[1] - right.zero_point).to(torch.float64)
+    return arithmetic.requantize_accumulator(
+        torch.matmul(a, b).to(torch.int64),
+        input_scale=cast(float, left.scale),
+        weight_scale=cast(float, right.scale),
+        channel_axis=inputs[0].dim() - 1,
+        out=op.output,
+        bounds=op.stored_bounds(arithmetic),
+        accumulator_width=64 if op.is_wide else 32,
+    )
+
+
+MATMUL = OpRule(
+    family="matmul",
+    targets=frozenset({aten.matmul.default}),
+    bind=_bind_matmul,
+    runs=_runs_product,
+    integers=_matmul_integers,
+    zero_centered=frozenset({1}),
+    cases=(
+        _case("bmm", torch.bmm, (3, 5, 8), (3, 8, 7)),
+        _case("matmul", torch.matmul, (2, 3, 5, 8), (2, 3, 8, 7)),
+        _case("rank2", torch.mm, (5, 8), (8, 7)),
+        _case("transposed", lambda a, b: a @ b.transpose(-2, -1), (2, 3, 5, 8), (2, 3, 7, 8)),
+        _case(
+            "einsum", lambda a, b: torch.einsum("bgid,bgjd->bgij", a, b), (2, 3, 5, 8), (2, 3, 7, 8)
+        ),
+        _case("unsigned", lambda a, b: torch.relu(a) @ torch.relu(b), (3, 5, 8), (3, 8, 7)),
+    ),
+)
+
+# ---------------------------------------------------------------------------------------------
+# softmax
+# ---------------------------------------------------------------------------------------------
+
+
+def softmax_dim(node: Node) -> int:
+    """The dimension a softmax runs over, counted from the front."""
+    return int(cast(int, argument(node, 1, "dim"))) % len(shape_of(node))
+
+
+def _bind_softmax(rule: OpRule, node: Node) -> Binding | str:
+    dtype = argument(node, 2, "dtype")
+    if dtype not in (None, torch.float32):
+        return "it changes the dtype"
+    return _bind_single(rule, node)
+
+
+SOFTMAX = OpRule(
+    family="softmax",
+    targets=frozenset({aten.softmax.int}),
+    bind=_bind_softmax,
+    integers=no_integers,
+    float_reason="XNNPACK has no integer softmax: it runs in float inside the delegate",
+    delegation=lambda _binding, _formats: Delegation(Backend.FLOAT),
+    cases=(
+        _case("last", lambda x: F.softmax(x, -1), (2, 3, 5, 7)),
+        _case("channels", lambda x: F.softmax(x, 1), (2, 6, 4, 5)),
+    ),
+)

@@ -1,0 +1,45 @@
+"""Tables that are read by index."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from custom_quantizer.ops._rule import Backend, Binding, Case, Delegation, OpRule, no_integers
+
+__all__ = ["EMBEDDING"]
+
+aten = torch.ops.aten
+
+
+def _bind_embedding(rule: OpRule, node: Node) -> Binding | str:
+    table, indices = node.args[:2]
+    if not isinstance(table, Node) or not isinstance(indices, Node):
+        return "its table or its indices are not tensors of the graph"
+    return Binding(rule, node, (table,))
+
+
+class _Rows(nn.Module):
+    """An embedding by indices that are computed from real numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.table(x.abs().clamp(max=5.0).to(torch.int64)))
+
+
+EMBEDDING = OpRule(
+    family="embedding",
+    targets=frozenset({aten.embedding.default}),
+    bind=_bind_embedding,
+    integers=no_integers,
+    float_reason="it reads rows of a table, which XNNPACK does not do; where what follows wants "
+    "integers, the table is stored as those integers",
+    cases=(Case("rows", _Rows, ((3, 4),)),),
+    delegation=lambda _binding, _formats: Delegation(Backend.PORTABLE),
+)

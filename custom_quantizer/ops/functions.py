@@ -1,0 +1,581 @@
+"""Functions of one tensor, element by element, that XNNPACK has float kernels for.
+
+Between int8 borders such a function is a table with one entry for each stored integer: the device
+dequantizes, computes in float32 and quantizes, and XNNPACK fuses those steps, when it loads a
+program, into a table of 256 bytes that it fills by running them once. So a function costs one pass
+over bytes, whatever it computes; and between float ops, where there are no borders, quantizing it
+would only cost (:mod:`custom_quantizer.weighing`).
+
+**Bit exactness.** A float32 kernel is a few units in the last place off the true value, by other
+amounts on other CPUs. That matters only where the true value lies next to the middle between two
+integers. :func:`steady_shift` finds those tables, and a shift of some ten-thousandths of an output
+step that takes every entry away from the middle; the program adds it before it quantizes, the
+integer reference does too, and then all kernels give the same integers.
+
+References:
+    XNNPACK at commit 92a7ad50, ``src/subgraph.c``: ``xnn_subgraph_fuse_unary_quantized_into_lut``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+
+from custom_quantizer.arithmetic import XNNPACK, Arithmetic, QParams, round_to_float32
+from custom_quantizer.errors import ConversionError
+from custom_quantizer.graph import argument, describe, is_constant
+from custom_quantizer.ops._rule import (
+    Backend,
+    Binding,
+    Case,
+    Delegation,
+    Formats,
+    Integers,
+    OpRule,
+    QuantizedOp,
+)
+from custom_quantizer.ops.elementwise import _bind_pair, _bind_single, _case
+
+__all__ = [
+    "DIV",
+    "ELU",
+    "FUNCTIONS",
+    "GELU",
+    "HARDSIGMOID",
+    "MAXIMUM",
+    "MINIMUM",
+    "PRELU",
+    "RECIPROCAL",
+    "RULES",
+    "SILU",
+    "Function",
+    "elu_factors",
+    "function_of",
+    "is_tanh_gelu",
+    "levels",
+    "product_table",
+    "sigmoid_qparams",
+    "steady_shift",
+    "table",
+]
+
+aten = torch.ops.aten
+
+_ULP = 2.0**-24
+"""Half a unit in the last place, relative: one rounding to float32."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of one variable, as the delegate computes it.
+
+    Attributes:
+        compute: float64 values (exact float32 numbers) to float64.
+        ulps: how far any float32 kernel is from that, in units of ``2**-24`` of the largest value
+            of a table; 0: every kernel gives ``compute`` rounded to float32.
+    """
+
+    compute: Callable[[Tensor], Tensor]
+    ulps: float = 0.0
+
+
+_LARGEST_TABLE = 2**16
+"""Above 16 bits the elements are fewer than the entries of a table."""
+
+
+def levels(q: QParams) -> Tensor:
+    """All stored integers of a range, in order, int64."""
+    return torch.arange(q.quant_min, q.quant_max + 1)
+
+
+def _real(function: Function, stored: Tensor, src: QParams, arithmetic: Arithmetic) -> Tensor:
+    """The function of what stored integers stand for, float32; NaN is stored as infinity is."""
+    value = function.compute(arithmetic.dequantize(stored, src).to(torch.float64))
+    return torch.where(torch.isnan(value), torch.inf, value).to(torch.float32)
+
+
+def steady_shift(function: Function, src: QParams, dst: QParams) -> float:
+    """What the delegate adds to a function's value before it quantizes it to 8 bits or less.
+
+    Let ``t`` be the value of an entry in output steps. Kernels agree on its integer unless ``t`` is
+    within ``w = (ulps + 4) * 2**-24 * max |t|`` of the middle between two integers; the 4 are the
+    roundings of the sum, of the reciprocal scale and of the product with it. The shift is 0 if no
+    entry is that close, otherwise the smallest multiple of ``4 * w`` that leaves none.
+
+    Returns:
+        A float32 number, in units of the function's value.
+    """
+    if function.ulps == 0.0:
+        return 0.0
+    scale = cast(float, dst.scale)
+    steps = _real(function, levels(src), src, XNNPACK).to(torch.float64) / scale
+    # Far outside of what is stored the nearest integer does not matter.
+    steps = steps[steps.abs() < 2 * dst.levels]
+    if not steps.numel():
+        return 0.0
+    window = (function.ulps + 4) * _ULP * float(steps.abs().max().clamp(min=1.0))
+    for multiple in range(_MOST_SHIFTS):
+        for sign in (1, -1):
+            shift = sign * multiple * 4 * window
+            moved = steps + shift
+            if bool(((moved - torch.floor(moved) - 0.5).abs() > window).all()):
+                return round_to_float32(shift * scale)
+    return 0.0
+
+
+_MOST_SHIFTS = 64
+
+
+def table(function: Function, src: QParams, dst: QParams, arithmetic: Arithmetic) -> Tensor:
+    """The stored results of a function for all stored integers of ``src``, int32, in order."""
+    values = _real(function, levels(src), src, arithmetic)
+    if arithmetic.name == XNNPACK.name and dst.fits_int8:
+        values = values + torch.tensor(steady_shift(function, src, dst), dtype=torch.float32)
+    return _saturated(values, dst, arithmetic)
+
+
+def _saturated(values: Tensor, dst: QParams, arithmetic: Arithmetic) -> Tensor:
+    limit = torch.finfo(torch.float32).max
+    return arithmetic.quantize(values.clamp(-limit, limit), dst)
+
+
+def _look_up(op: QuantizedOp, stored: Tensor, entries: Tensor) -> Tensor:
+    return entries[stored.to(torch.int64) - op.inputs[0].quant_min]
+
+
+def function_of(node: Node) -> Function | None:
+    """The function that a node applies to one tensor, if it is one of this module."""
+    make = FUNCTIONS.get(node.target)
+    return None if make is None else make(node)
+
+
+def _table_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    function = function_of(op.node)
+    if function is None:
+        raise ConversionError(f"{describe(op.node)} is no function of one tensor")
+    if is_tanh_gelu(op.node) and (arithmetic.name != XNNPACK.name or op.is_wide):
+        function = _TANH_GELU
+    src, dst = op.inputs[0], op.output
+    if src.levels > _LARGEST_TABLE:
+        return _saturated(_real(function, inputs[0], src, arithmetic), dst, arithmetic)
+    return _look_up(op, inputs[0], table(function, src, dst, arithmetic))
+
+
+def _as_table(_binding: Binding, _formats: Formats) -> Delegation:
+    return Delegation(
+        Backend.FLOAT, "a table, which XNNPACK fills in float when it loads the program"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The functions
+# ---------------------------------------------------------------------------------------------
+
+
+def _always(function: Function) -> Callable[[Node], Function]:
+    return lambda _node: function
+
+
+def _float32(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Compute in float32, for kernels whose every step is one IEEE operation."""
+    return lambda x: compute(x.to(torch.float32)).to(torch.float64)
+
+
+def _number(node: Node, index: int, name: str, default: float) -> float:
+    """An argument as XNNPACK gets it: in float32."""
+    return round_to_float32(float(argument(node, index, name, default)))
+
+
+def _leaky_relu(node: Node) -> Function:
+    slope = _number(node, 1, "negative_slope", 0.01)
+    return Function(_float32(lambda x: torch.where(x < 0, x * slope, x)))
+
+
+def elu_factors(node: Node) -> tuple[float, float, float]:
+    """``(alpha, scale, input_scale)`` of an elu, selu or celu, in float32.
+
+    They compute ``scale * x`` above zero and ``scale * alpha * (exp(input_scale * x) - 1)`` below.
+    """
+    if node.target is aten.selu.default:
+        return _SELU_ALPHA, _SELU_SCALE, 1.0
+    if node.target is aten.celu.default:
+        alpha = _number(node, 1, "alpha", 1.0)
+        return alpha, 1.0, round_to_float32(1 / alpha)
+    names = ("alpha", "scale", "input_scale")
+    alpha, scale, inner = (_number(node, i, name, 1.0) for i, name in enumerate(names, 1))
+    return alpha, scale, inner
+
+
+# Klambauer et al., "Self-Normalizing Neural Networks", 2017, as PyTorch writes them.
+_SELU_ALPHA = round_to_float32(1.6732632423543772848170429916717)
+_SELU_SCALE = round_to_float32(1.0507009873554804934193349852946)
+
+
+def _elu(node: Node) -> Function:
+    alpha, scale, inner = elu_factors(node)
+    return Function(lambda x: scale * torch.where(x < 0, alpha * torch.expm1(inner * x), x), 8)
+
+
+def _div(node: Node) -> Function | None:
+    divisor = node.args[1]
+    if isinstance(divisor, Node):
+        return None
+    number = torch.tensor(float(cast(float, divisor)), dtype=torch.float32)
+    return Function(_float32(lambda x: x / number.expand_as(x)))
+
+
+def _hardsigmoid(x: Tensor) -> Tensor:
+    # A tensor over a tensor: dividing by a number may be computed as a product.
+    return (x + 3).clamp(0, 6) / torch.full_like(x, 6.0)
+
+
+_GELU = Function(F.gelu, 8)
+_TANH_GELU = Function(lambda x: F.gelu(x, approximate="tanh"), 8)
+_SIGMOID = Function(torch.sigmoid, 8)
+_SILU = Function(F.silu, 8)
+
+FUNCTIONS: dict[Any, Callable[[Node], Function | None]] = {
+    aten.abs.default: _always(Function(torch.abs)),
+    aten.ceil.default: _always(Function(torch.ceil)),
+    aten.celu.default: _elu,
+    aten.div.Tensor: _div,
+    aten.elu.default: _elu,
+    aten.exp.default: _always(Function(torch.exp, 16)),
+    aten.floor.default: _always(Function(torch.floor)),
+    aten.gelu.default: _always(_GELU),
+    aten.hardsigmoid.default: _always(Function(_float32(_hardsigmoid))),
+    aten.hardswish.default: _always(Function(F.hardswish, 4)),
+    aten.leaky_relu.default: _leaky_relu,
+    aten.log.default: _always(Function(torch.log, 8)),
+    aten.neg.default: _always(Function(torch.neg)),
+    aten.reciprocal.default: _always(Function(_float32(lambda x: torch.ones_like(x) / x))),
+    aten.rsqrt.default: _always(Function(torch.rsqrt, 4)),
+    aten.selu.default: _elu,
+    aten.sigmoid.default: _always(_SIGMOID),
+    aten.silu.default: _always(_SILU),
+    aten.sqrt.default: _always(Function(torch.sqrt, 6)),
+    aten.tanh.default: _always(Function(torch.tanh, 8)),
+}
+"""By aten overload, the function a call applies; ``None`` for a call of more than one tensor.
+
+``ulps`` is twice what was measured on x86-64 (``docs/device_arithmetic.md``) or more. abs, neg,
+floor, ceil, leaky_relu, division and hardsigmoid are sequences of single IEEE operations.
+"""
+
+
+def _function_rule(family: str, target: Any, *cases: Case) -> OpRule:
+    return OpRule(
+        family=family,
+        targets=frozenset({target}),
+        bind=_bind_single,
+        integers=_table_integers,
+        delegation=_as_table,
+        cases=cases,
+    )
+
+
+_IMAGE = (2, 8, 5, 7)
+
+
+def _cases(function: Callable[..., Tensor]) -> tuple[Case, ...]:
+    return (_case("image", function, _IMAGE), _case("rank2", function, (3, 11)))
+
+
+ABS = _function_rule("abs", aten.abs.default, *_cases(torch.abs))
+CEIL = _function_rule("ceil", aten.ceil.default, *_cases(lambda x: torch.ceil(x * 3)))
+EXP = _function_rule("exp", aten.exp.default, *_cases(torch.exp))
+FLOOR = _function_rule("floor", aten.floor.default, *_cases(lambda x: torch.floor(x * 3)))
+HARDSIGMOID = _function_rule(
+    "hardsigmoid",
+    aten.hardsigmoid.default,
+    *_cases(lambda x: F.hardsigmoid(x * 3)),
+    _case("in_place", lambda x: F.hardsigmoid(x * 2, inplace=True), _IMAGE),
+)
+HARDSWISH = _function_rule(
+    "hardswish", aten.hardswish.default, *_cases(lambda x: F.hardswish(x * 3))
+)
+LEAKY_RELU = _function_rule(
+    "leaky_relu",
+    aten.leaky_relu.default,
+    *_cases(F.leaky_relu),
+    _case("slope", lambda x: F.leaky_relu(x, 0.3), _IMAGE),
+    _case("in_place", lambda x: F.leaky_relu_(x * 2, 0.2), _IMAGE),
+)
+LOG = _function_rule("log", aten.log.default, *_cases(lambda x: torch.log(F.relu(x) + 0.5)))
+NEG = _function_rule("neg", aten.neg.default, *_cases(torch.neg))
+RECIPROCAL = _function_rule(
+    "reciprocal", aten.reciprocal.default, *_cases(lambda x: torch.reciprocal(F.relu(x) + 0.5))
+)
+RSQRT = _function_rule("rsqrt", aten.rsqrt.default, *_cases(lambda x: (F.relu(x) + 0.5).rsqrt()))
+SIGMOID = _function_rule("sigmoid", aten.sigmoid.default, *_cases(torch.sigmoid))
+SQRT = _function_rule("sqrt", aten.sqrt.default, *_cases(lambda x: torch.sqrt(F.relu(x))))
+TANH = _function_rule("tanh", aten.tanh.default, *_cases(torch.tanh))
+
+# ---------------------------------------------------------------------------------------------
+# elu
+# ---------------------------------------------------------------------------------------------
+
+
+ELU = OpRule(
+    family="elu",
+    targets=frozenset({aten.celu.default, aten.elu.default, aten.selu.default}),
+    bind=_bind_single,
+    integers=_table_integers,
+    delegation=_as_table,
+    cases=(
+        *_cases(F.elu),
+        _case("alpha", lambda x: F.elu(x, 1.3), _IMAGE),
+        _case("selu", F.selu, _IMAGE),
+        _case("celu", lambda x: F.celu(x, 0.6), _IMAGE),
+        _case("in_place", lambda x: F.elu_(x * 2), _IMAGE),
+    ),
+)
+
+# ---------------------------------------------------------------------------------------------
+# gelu
+# ---------------------------------------------------------------------------------------------
+
+
+def is_tanh_gelu(node: Node) -> bool:
+    """Whether a node is the tanh approximation of gelu."""
+    return node.target is aten.gelu.default and argument(node, 1, "approximate", "none") == "tanh"
+
+
+def _gelu_delegation(binding: Binding, formats: Formats) -> Delegation:
+    if not is_tanh_gelu(binding.node):
+        return _as_table(binding, formats)
+    return Delegation(
+        Backend.FLOAT,
+        "a table, which XNNPACK fills with the gelu that is approximated (up to 4.8e-4 away)",
+    )
+
+
+GELU = OpRule(
+    family="gelu",
+    targets=frozenset({aten.gelu.default}),
+    bind=_bind_single,
+    integers=_table_integers,
+    delegation=_gelu_delegation,
+    cases=(
+        *_cases(F.gelu),
+        _case("tanh", lambda x: F.gelu(x, approximate="tanh"), _IMAGE),
+    ),
+)
+
+# ---------------------------------------------------------------------------------------------
+# silu
+# ---------------------------------------------------------------------------------------------
+
+
+def sigmoid_qparams(src: QParams, dst: QParams) -> QParams:
+    """Quantization of the sigmoid in ``x * sigmoid(x)``, int8.
+
+    XNNPACK fuses steps into a table only if no float tensor among them is read twice. So silu runs
+    as the integer product of its input with a quantized sigmoid: a table in all, filled through
+    two roundings. The scale is that of the largest value, ``sigmoid(x_max) / 255``, or up to 2 %
+    above it: the one for which most entries are those of silu rounded once (the first of several).
+    With it the sigmoid's own table is steady, so that silu needs no shift.
+
+    Args:
+        src: of the input; an int8 range.
+        dst: of the result.
+    """
+    largest = float(torch.sigmoid(torch.tensor(_largest(src), dtype=torch.float64)))
+    ideal = _saturated(_real(_SILU, levels(src), src, XNNPACK), dst, XNNPACK)
+    best: tuple[int, QParams] | None = None
+    for step in range(_SIGMOID_SCALES):
+        scale = round_to_float32(largest / 255 * (1 + 0.02 * step / _SIGMOID_SCALES))
+        qparams = QParams(scale, -128, -128, 127)
+        if steady_shift(_SIGMOID, src, qparams) != 0.0:
+            continue
+        wrong = int((product_table(src, qparams, dst) != ideal).sum())
+        if best is None or wrong < best[0]:
+            best = (wrong, qparams)
+    if best is None:
+        return QParams(round_to_float32(largest / 255), -128, -128, 127)
+    return best[1]
+
+
+_SIGMOID_SCALES = 32
+
+
+def _largest(q: QParams) -> float:
+    return (q.quant_max - q.zero_point) * cast(float, q.scale)
+
+
+def product_table(src: QParams, sigmoid: QParams, dst: QParams) -> Tensor:
+    """The entries of ``x * sigmoid(x)`` with an int8 sigmoid, as the delegate multiplies."""
+    stored = levels(src)
+    return XNNPACK.mul(stored, table(_SIGMOID, src, sigmoid, XNNPACK), src, sigmoid, dst)
+
+
+def _silu_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    if arithmetic.name != XNNPACK.name or op.is_wide:
+        return _table_integers(op, inputs, arithmetic)
+    src = op.inputs[0]
+    return _look_up(op, inputs[0], product_table(src, sigmoid_qparams(src, op.output), op.output))
+
+
+SILU = OpRule(
+    family="silu",
+    targets=frozenset({aten.silu.default}),
+    bind=_bind_single,
+    integers=_silu_integers,
+    delegation=lambda _binding, _formats: Delegation(
+        Backend.FLOAT,
+        "a table, which XNNPACK fills in float when it loads the program; its sigmoid in 8 bits",
+    ),
+    cases=(
+        *_cases(lambda x: F.silu(x * 3)),
+        _case("in_place", lambda x: F.silu(x * 2, inplace=True), _IMAGE),
+        _case("written_out", lambda x: x * torch.sigmoid(x), _IMAGE),
+    ),
+)
+
+# ---------------------------------------------------------------------------------------------
+# prelu: a slope a channel
+# ---------------------------------------------------------------------------------------------
+
+
+def _bind_prelu(rule: OpRule, node: Node) -> Binding | str:
+    slope = node.args[1]
+    if not is_constant(slope):
+        return "its slope is computed"
+    return _bind_single(rule, node)
+
+
+def _prelu_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    slope = op.constants[cast(Node, op.node.args[1])].to(torch.float32)
+    x = arithmetic.dequantize(inputs[0], op.inputs[0])
+    shape = [1] * x.dim()
+    if slope.numel() > 1:
+        shape[1] = -1
+    return arithmetic.quantize(torch.where(x < 0, x * slope.reshape(shape), x), op.output)
+
+
+PRELU = OpRule(
+    family="prelu",
+    targets=frozenset({aten.prelu.default}),
+    bind=_bind_prelu,
+    integers=_prelu_integers,
+    delegation=lambda _binding, _formats: Delegation(
+        Backend.FLOAT, "XNNPACK multiplies by the slopes in float"
+    ),
+    cases=(
+        Case("channels", lambda: _slopes(nn.PReLU(8)), (_IMAGE,)),
+        Case("single", lambda: nn.PReLU(), (_IMAGE,)),
+        Case("rank2", lambda: _slopes(nn.PReLU(11)), ((3, 11),)),
+    ),
+)
+
+
+def _slopes(module: nn.PReLU) -> nn.PReLU:
+    """Give a module a different slope for each channel."""
+    module.weight.data = torch.linspace(-0.2, 0.9, module.num_parameters)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------
+# Functions of two tensors
+# ---------------------------------------------------------------------------------------------
+
+
+def _bind_div(rule: OpRule, node: Node) -> Binding | str:
+    if isinstance(node.args[1], Node):
+        return _bind_pair(rule, node)
+    return _bind_single(rule, node)
+
+
+def _div_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    if len(inputs) == 1:
+        return _table_integers(op, inputs, arithmetic)
+    # One IEEE division in float32, in the delegate as here.
+    left, right = (arithmetic.dequantize(x, q) for x, q in zip(inputs, op.inputs, strict=True))
+    # A tensor over a tensor of its shape: dividing by one number may be computed as a product.
+    value = torch.div(left + torch.zeros_like(right), right + torch.zeros_like(left))
+    return _saturated(torch.where(torch.isnan(value), torch.inf, value), op.output, arithmetic)
+
+
+def _in_float(what: str) -> Callable[[Binding, Formats], Delegation]:
+    def delegation(binding: Binding, formats: Formats) -> Delegation:
+        if len(binding.inputs) == 1:
+            return _as_table(binding, formats)
+        return Delegation(Backend.FLOAT, f"XNNPACK {what} in float")
+
+    return delegation
+
+
+DIV = OpRule(
+    family="div",
+    targets=frozenset({aten.div.Tensor}),
+    bind=_bind_div,
+    integers=_div_integers,
+    delegation=_in_float("divides"),
+    cases=(
+        _case("number", lambda x: x / 3.7, _IMAGE),
+        _case("tensors", lambda x, y: x / (F.relu(y) + 0.5), _IMAGE, _IMAGE),
+        _case("broadcast", lambda x, y: x / (F.relu(y) + 0.5), _IMAGE, (1, 8, 1, 1)),
+    ),
+)
+
+
+def _extremum_integers(
+    compare: Callable[[Tensor, Tensor], Tensor],
+) -> Callable[[QuantizedOp, Integers, Arithmetic], Tensor]:
+    """Rounding keeps the order, so that comparing before and after it is the same."""
+
+    def integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+        stored = (
+            arithmetic.requantize(x, q, op.output) for x, q in zip(inputs, op.inputs, strict=True)
+        )
+        return compare(*stored)
+
+    return integers
+
+
+def _extremum_rule(family: str, target: Any, compute: Callable[..., Tensor]) -> OpRule:
+    return OpRule(
+        family=family,
+        targets=frozenset({target}),
+        bind=_bind_pair,
+        integers=_extremum_integers(compute),
+        delegation=_in_float("compares"),
+        cases=(
+            _case("same_shape", compute, _IMAGE, _IMAGE),
+            _case("broadcast", compute, _IMAGE, (1, 8, 1, 1)),
+        ),
+    )
+
+
+MAXIMUM = _extremum_rule("maximum", aten.maximum.default, torch.maximum)
+MINIMUM = _extremum_rule("minimum", aten.minimum.default, torch.minimum)
+
+RULES: Sequence[OpRule] = (
+    ABS,
+    CEIL,
+    DIV,
+    ELU,
+    EXP,
+    FLOOR,
+    GELU,
+    HARDSIGMOID,
+    HARDSWISH,
+    LEAKY_RELU,
+    LOG,
+    MAXIMUM,
+    MINIMUM,
+    NEG,
+    PRELU,
+    RECIPROCAL,
+    RSQRT,
+    SIGMOID,
+    SILU,
+    SQRT,
+    TANH,
+)

@@ -1,0 +1,49 @@
+"""Cases of the registry, put where the planner quantizes them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from custom_quantizer.canonical import canonicalize
+from custom_quantizer.ops import REGISTRY, Backend, Case, Formats, OpRule, QParamSharing, rule_of
+
+
+@cache
+def weighed(family: str) -> bool:
+    """Whether a case of the family has an op of it without an int8 kernel.
+
+    Such an op is quantized between ops that give and take integers only.
+    """
+    (rule,) = (rule for rule in REGISTRY if rule.family == family)
+    return any(_backend(rule, case) in (Backend.FLOAT, Backend.PORTABLE) for case in rule.cases)
+
+
+def _backend(rule: OpRule, case: Case) -> Backend | None:
+    example = tuple(torch.randn(shape) for shape in case.shapes)
+    graph = canonicalize(torch.export.export(case.build().eval(), example).module())
+    for node in graph.graph.nodes:
+        bound = rule.bind(rule, node) if rule_of(node) is rule else "another op"
+        if not isinstance(bound, str):
+            return rule.delegation(bound, Formats(8)).backend
+    return None
+
+
+class Surrounded(nn.Module):
+    """A case with integers before it, if it needs some, and an op that takes integers behind it.
+
+    Ops that move values, and those without an int8 kernel, are quantized between other ops only.
+    """
+
+    def __init__(self, rule: OpRule, case: Case) -> None:
+        super().__init__()
+        moves, costs = rule.sharing is QParamSharing.SAME, weighed(rule.family)
+        self.before, self.behind = moves or costs, costs and not moves
+        self.case = case.build()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        result = self.case(*[x + x for x in inputs] if self.before else inputs)
+        return result * 1.25 if self.behind else result
