@@ -1,10 +1,15 @@
 """The captured graph in a form that can be annotated, numerics unchanged.
 
-Two rewrites, applied in ``transform_for_annotation``:
+Rewrites, applied in ``transform_for_annotation``:
 
+- what does not depend on the inputs becomes a constant (:mod:`custom_quantizer.constants`);
 - in-place ops become functional: an observer cannot stand between an op and its own input.
   Where memory is written that is later read under another name (a write through a view), the op
   stays, and every tensor in that memory is marked: see :func:`overwritten_by`;
+- composite ops become the ops they stand for (:mod:`custom_quantizer.decompositions`);
+- ops that XNNPACK computes in another form take that form (:mod:`custom_quantizer.forms`);
+- factors of each channel become part of the weights before them (:mod:`custom_quantizer.factors`),
+  and batch norms with no layer before them convolutions (:mod:`custom_quantizer.batch_norms`);
 - numbers in add, sub, mul and ``1 - x`` become constant tensors, so that they are quantized too.
 """
 
@@ -16,16 +21,32 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import add_constant, argument, describe, tensor_meta
+from custom_quantizer.batch_norms import batch_norms_to_convs
+from custom_quantizer.constants import fold_constants
+from custom_quantizer.decompositions import decompose
+from custom_quantizer.factors import fold_factors
+from custom_quantizer.forms import use_integer_forms
+from custom_quantizer.graph import add_constant, argument, describe, tensor_meta, written_inputs
 
 __all__ = ["canonicalize", "overwritten_by"]
 
 aten = torch.ops.aten
 
 
-def canonicalize(model: GraphModule) -> GraphModule:
-    """Apply both rewrites to ``model`` in place and return it."""
+def canonicalize(model: GraphModule, *, training: bool = False) -> GraphModule:
+    """Apply all rewrites to ``model`` in place and return it.
+
+    Args:
+        model: a captured graph.
+        training: parameters change, so nothing that is computed from them is a constant.
+    """
+    fold_constants(model, parameters=not training)
     _functionalize(model)
+    decompose(model)
+    use_integer_forms(model, training=training)
+    if not training:
+        fold_factors(model)
+        batch_norms_to_convs(model)
     _numbers_to_tensors(model)
     model.graph.eliminate_dead_code()
     model.recompile()
@@ -83,18 +104,6 @@ def _aliases(written: Node) -> set[Node]:
     return aliases
 
 
-def _written_args(node: Node) -> list[Node]:
-    """The tensors a call writes into."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    values = [
-        node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
-        for i, parameter in enumerate(node.target._schema.arguments)
-        if parameter.alias_info is not None and parameter.alias_info.is_write
-    ]
-    return [value for value in values if isinstance(value, Node)]
-
-
 def _keeps_dtype(node: Node) -> bool:
     """Whether the functional twin gives the dtype of the tensor that was written."""
     metas = [tensor_meta(arg) for arg in node.all_input_nodes]
@@ -107,7 +116,7 @@ def _keeps_dtype(node: Node) -> bool:
 def _functionalize(model: GraphModule) -> None:
     order = {node: i for i, node in enumerate(model.graph.nodes)}
     for node in list(model.graph.nodes):
-        for written in _written_args(node):
+        for written in written_inputs(node):
             aliases = _aliases(written)
             functional = functional_overload(node.target)
             # A write through a view changes what is later read under another name.

@@ -1,0 +1,81 @@
+"""Batch norms that stand alone, as the depthwise 1x1 convolutions they are.
+
+``prepare_pt2e`` folds a batch norm into the layer before it. One that has none (DenseNet's come
+before their convolutions) would stay in float and tear the model apart; ``convert_pt2e`` (torchao
+0.18) searches such a graph for training patterns besides, for 20 seconds. In eval mode it computes
+``x * factor + shift`` per channel, which is a convolution with one weight a channel.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.graph import add_constant, argument, constant_of, is_constant, tensor_meta
+
+__all__ = ["batch_norms_to_convs"]
+
+aten = torch.ops.aten
+
+_CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default}
+"""By the rank of the input."""
+
+
+def batch_norms_to_convs(model: GraphModule) -> int:
+    """Rewrite eval-mode batch norms of ``(N, C, L)`` and ``(N, C, H, W)`` in place.
+
+    The same real numbers; factor and shift are computed in float64 and rounded once, so last bits
+    of float32 differ from the batch norm's.
+
+    Returns:
+        How many were rewritten.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        if node.op == "call_function" and node.target is aten.batch_norm.default:
+            count += _rewrite(model, node)
+    return count
+
+
+def _rewrite(model: GraphModule, node: Node) -> bool:
+    source, gamma, beta, mean, var, training = node.args[:6]
+    meta = tensor_meta(node)
+    if training or meta is None or meta.dtype != torch.float32 or meta.dim() not in _CONVS:
+        return False
+    parameters = (gamma, beta, mean, var)
+    if not all(arg is None or is_constant(arg) for arg in parameters):
+        return False
+    if mean is None or var is None:
+        return False
+    values = (None if arg is None else constant_of(model, cast(Node, arg)) for arg in parameters)
+    factor, shift = _affine(*values, eps=float(argument(node, 7, "eps")))
+    spatial = meta.dim() - 2
+    weight = factor.reshape(-1, *[1] * (spatial + 1))
+    args = (
+        source,
+        add_constant(model, f"{node.name}_factor", weight, node),
+        add_constant(model, f"{node.name}_shift", shift, node),
+        *([1] * spatial, [0] * spatial, [1] * spatial),
+        factor.numel(),
+    )
+    with model.graph.inserting_before(node):
+        conv = model.graph.call_function(_CONVS[meta.dim()], args)
+    conv.meta = {**node.meta, "original_target": node.target}
+    node.replace_all_uses_with(conv)
+    model.graph.erase_node(node)
+    return True
+
+
+def _affine(*parameters: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Factor and shift of each channel, float32, from gamma, beta, mean and variance."""
+    gamma, beta, mean, var = (None if value is None else value.double() for value in parameters)
+    factor = torch.rsqrt(cast(Tensor, var) + eps)
+    if gamma is not None:
+        factor = factor * gamma
+    shift = -cast(Tensor, mean) * factor
+    if beta is not None:
+        shift = shift + beta
+    return factor.float(), shift.float()

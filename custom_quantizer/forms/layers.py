@@ -1,0 +1,153 @@
+"""Convolutions over three dims, and batch norms."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from custom_quantizer.forms._common import float_input, is_static, per_dim
+from custom_quantizer.graph import argument, constant_of, effective_users, is_constant, shape_of
+from custom_quantizer.rewriting import Insertion
+
+aten = torch.ops.aten
+
+_LAYERS = frozenset(
+    {
+        aten.conv1d.default,
+        aten.conv1d.padding,
+        aten.conv2d.default,
+        aten.conv2d.padding,
+        aten.conv_transpose1d.default,
+        aten.conv_transpose2d.input,
+        aten.linear.default,
+    }
+)
+
+
+def _norm_constants(insert: Insertion, norm: Node) -> tuple[Tensor, Tensor] | None:
+    """Factor and offset of each channel, float32, if a batch norm uses stored statistics."""
+    weight, bias, mean, variance = norm.args[1:5]
+    if argument(norm, 5, "training", False) or not (is_constant(mean) and is_constant(variance)):
+        return None
+    if any(given is not None and not is_constant(given) for given in (weight, bias)):
+        return None
+    stored = constant_of(insert.model, cast(Node, variance)).to(torch.float64)
+    factor = 1.0 / torch.sqrt(stored + float(cast(float, norm.args[7])))
+    if weight is not None:
+        factor = factor * constant_of(insert.model, cast(Node, weight)).to(torch.float64)
+    offset = -constant_of(insert.model, cast(Node, mean)).to(torch.float64) * factor
+    if bias is not None:
+        offset = offset + constant_of(insert.model, cast(Node, bias)).to(torch.float64)
+    return factor.to(torch.float32), offset.to(torch.float32)
+
+
+def batch_norm(insert: Insertion) -> Node | None:
+    """Norms of rows and of volumes are norms of images (:mod:`custom_quantizer.batch_norms`).
+
+    A norm that directly follows a layer is left: it is folded into that.
+    """
+    node, data = insert.node, float_input(insert)
+    if data is None or (data.target in _LAYERS and len(effective_users(data)) == 1):
+        return None
+    shape = shape_of(data)
+    if (
+        len(shape) not in (2, 5)
+        or not is_static(shape[1:])
+        or _norm_constants(insert, node) is None
+    ):
+        return None
+    image = [1, 1] if len(shape) == 2 else [math.prod(shape[2:-1]), shape[-1]]
+    images = insert.reshape(data, [*shape[:2], *image])
+    normed = insert.call(aten.batch_norm.default, images, *node.args[1:], **node.kwargs)
+    return insert.reshape(normed, shape)
+
+
+def conv3d(insert: Insertion) -> Node | None:
+    """A convolution over depth, height and width as one over height and width.
+
+    Neighbouring frames become channels: output frame ``d`` is a convolution of the frames
+    ``d * stride + k * dilation`` for all ``k``, one behind the other. All products of one output
+    meet in one accumulator, so in integers it is the same convolution. A batch norm and a clamp
+    behind it come along, so that they can be fused.
+    """
+    node, data = insert.node, float_input(insert)
+    weight, bias = node.args[1], argument(node, 2, "bias")
+    if data is None or len(shape_of(data)) != 5 or not is_constant(weight):
+        return None
+    if bias is not None and not is_constant(bias):
+        return None
+    batch, channels, depth, height, width = shape_of(data)
+    stored = constant_of(insert.model, cast(Node, weight))
+    stride = per_dim(argument(node, 3, "stride", 1), 3)
+    dilation = per_dim(argument(node, 5, "dilation", 1), 3)
+    groups = int(argument(node, 6, "groups", 1))
+    padding = argument(node, 4, "padding", 0)
+    if not is_static((channels, depth)) or isinstance(padding, str):
+        return None
+    pads = per_dim(padding, 3)
+    taps = stored.shape[2]
+    frames = insert.permute(data, [0, 2, 1, 3, 4])
+    if pads[0]:
+        frames = insert.call(
+            aten.constant_pad_nd.default, frames, [0, 0, 0, 0, 0, 0, pads[0], pads[0]]
+        )
+    padded = depth + 2 * pads[0]
+    count = (padded - dilation[0] * (taps - 1) - 1) // stride[0] + 1
+    pieces = [_frames(insert, frames, k * dilation[0], count, stride[0]) for k in range(taps)]
+    stacked = pieces[0]
+    if taps > 1:
+        stacked = insert.call(aten.cat.default, _by_group(insert, pieces, groups), 2)
+    images = insert.reshape(stacked, [-1, taps * channels, height, width])
+    # (out, in / groups, depth, ...) -> (out, depth * in / groups, ...), tap by tap.
+    flat = stored.transpose(1, 2).reshape(stored.shape[0], -1, *stored.shape[3:])
+    offset = None if bias is None else constant_of(insert.model, cast(Node, bias))
+    last, users = node, effective_users(node)
+    if len(users) == 1 and users[0].target is aten.batch_norm.default:
+        constants = _norm_constants(insert, users[0])
+        if constants is not None:
+            factor, shift = constants
+            flat = flat * factor.reshape(-1, 1, 1, 1)
+            offset = shift if offset is None else offset * factor + shift
+            last, users = users[0], effective_users(users[0])
+    result = insert.call(
+        aten.conv2d.default,
+        images,
+        insert.constant("weight", flat.contiguous()),
+        None if offset is None else insert.constant("bias", offset),
+        stride[1:],
+        pads[1:],
+        dilation[1:],
+        groups,
+    )
+    if len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default):
+        last = users[0]
+        result = insert.call(last.target, result, *last.args[1:], **last.kwargs)
+    out = shape_of(result)
+    result = insert.reshape(result, [batch, count, *out[1:]])
+    result = insert.permute(result, [0, 2, 1, 3, 4])
+    if last is not node:
+        last.replace_all_uses_with(result)
+    return result
+
+
+def _frames(insert: Insertion, frames: Node, start: int, count: int, step: int) -> Node:
+    """``count`` frames along dim 1, from ``start``, ``step`` apart."""
+    if step == 1:
+        return insert.slice(frames, 1, start, start + count)
+    return insert.call(aten.slice.Tensor, frames, 1, start, start + (count - 1) * step + 1, step)
+
+
+def _by_group(insert: Insertion, pieces: list[Node], groups: int) -> list[Node]:
+    """Channels of all taps, group by group."""
+    if groups == 1:
+        return pieces
+    width = int(shape_of(pieces[0])[2]) // groups
+    return [
+        insert.slice(piece, 2, g * width, (g + 1) * width)
+        for g in range(groups)
+        for piece in pieces
+    ]

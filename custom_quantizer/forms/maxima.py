@@ -1,0 +1,162 @@
+"""Maxima: max pools over height and width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch.fx import Node
+
+from custom_quantizer.forms._common import (
+    MAX_PIECES,
+    adds_window,
+    float_input,
+    is_static,
+    per_dim,
+    window_bounds,
+)
+from custom_quantizer.graph import argument, shape_of, tensor_meta
+from custom_quantizer.rewriting import Insertion
+
+aten = torch.ops.aten
+
+
+def max_pool2d(insert: Insertion) -> Node | None:
+    """``ceil_mode`` that adds no window is dropped: XNNPACK pools without.
+
+    A pool that rounds up in one dim and skips in the other becomes one for each.
+    """
+    node, data = insert.node, float_input(insert)
+    if data is None or not argument(node, 5, "ceil_mode", False):
+        return None
+    kernel = per_dim(node.args[1], 2)
+    stride = per_dim(argument(node, 2, "stride") or kernel, 2)
+    padding = per_dim(argument(node, 3, "padding", 0), 2)
+    dilation = per_dim(argument(node, 4, "dilation", 1), 2)
+    if not is_static(shape_of(data)[-2:]) or len(shape_of(data)) != 4:
+        return None
+    return _max_pool(insert, data, kernel, stride, padding, dilation, True)
+
+
+def max_pool1d(insert: Insertion) -> Node | None:
+    """Max pooling of images of height 1."""
+    data = float_input(insert)
+    if data is None or len(shape_of(data)) != 3:
+        return None
+    image = insert.call(aten.unsqueeze.default, data, 2)
+    return insert.call(aten.squeeze.dim, _pool_rows(insert, image, insert.node, 0, 1), 2)
+
+
+def max_pool3d(insert: Insertion) -> Node | None:
+    """The largest of a box is the largest, over depth, of the largest of each of its images."""
+    data = float_input(insert)
+    if data is None or len(shape_of(data)) != 5:
+        return None
+    batch, channels, depth, height, width = shape_of(data)
+    if not is_static((channels, depth, height, width)):
+        return None
+    node = insert.node
+    images = insert.reshape(data, [batch, channels * depth, height, width])
+    images = _pool_images(insert, images, node)
+    height, width = shape_of(images)[-2:]
+    columns = insert.reshape(images, [batch, channels, depth, height * width])
+    columns = _pool_rows(insert, columns, node, 0, 3, along=0)
+    return insert.reshape(columns, [batch, channels, shape_of(columns)[2], height, width])
+
+
+def _pool_images(insert: Insertion, images: Node, node: Node) -> Node:
+    """The part of a three-dimensional max pool that works on height and width."""
+    kernel = per_dim(node.args[1], 3)
+    stride = per_dim(argument(node, 2, "stride") or kernel, 3)
+    padding = per_dim(argument(node, 3, "padding", 0), 3)
+    dilation = per_dim(argument(node, 4, "dilation", 1), 3)
+    return _max_pool(
+        insert, images, kernel[1:], stride[1:], padding[1:], dilation[1:], _rounds_up(node)
+    )
+
+
+def _pool_rows(
+    insert: Insertion, image: Node, node: Node, position: int, dims: int, along: int = 1
+) -> Node:
+    """The part of a max pool that works on one of its dims, along height (0) or width (1)."""
+    kernel = per_dim(node.args[1], dims)
+    stride = per_dim(argument(node, 2, "stride") or kernel, dims)
+    numbers = [
+        kernel[position],
+        stride[position],
+        per_dim(argument(node, 3, "padding", 0), dims)[position],
+        per_dim(argument(node, 4, "dilation", 1), dims)[position],
+    ]
+    rest = [1, 1, 0, 1]
+    pairs = [[n, r] if along == 0 else [r, n] for n, r in zip(numbers, rest, strict=True)]
+    return _max_pool(insert, image, pairs[0], pairs[1], pairs[2], pairs[3], _rounds_up(node))
+
+
+def _rounds_up(node: Node) -> bool:
+    return bool(argument(node, 5, "ceil_mode", False))
+
+
+def _max_pool(
+    insert: Insertion,
+    data: Node,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> Node:
+    if kernel == stride == [1, 1] and padding == [0, 0]:
+        return data
+    sizes = shape_of(data)[-2:]
+    if ceil_mode and is_static(sizes):
+        rounds = list(map(adds_window, sizes, kernel, stride, padding, dilation))
+        skips = [s > k for s, k in zip(stride, kernel, strict=True)]
+        if any(rounds) and any(skips) and rounds != skips:
+            # XNNPACK neither rounds up nor skips rows; the passes make up for one of them at once.
+            for i in (0, 1):
+                window = (_only(i, kernel, 1), _only(i, stride, 1), _only(i, padding, 0))
+                data = _max_pool(insert, data, *window, _only(i, dilation, 1), rounds[i])
+            return data
+        ceil_mode = any(rounds)
+    options = (ceil_mode,) if ceil_mode else ()
+    return insert.call(aten.max_pool2d.default, data, kernel, stride, padding, dilation, *options)
+
+
+def _only(along: int, numbers: list[int], rest: int) -> list[int]:
+    """The number of one dim; the other stays as it is."""
+    return [n if i == along else rest for i, n in enumerate(numbers)]
+
+
+def adaptive_max_pool(insert: Insertion) -> Node | None:
+    """Maxima of adaptive max pooling, if its indices are not used: row by row, column by column.
+
+    Windows that are all equal are one max pool; others one for each row and each column.
+    """
+    node = insert.node
+    source, index = cast(Node, node.args[0]), node.args[1]
+    if source.target is not aten.adaptive_max_pool2d.default or index != 0:
+        return None
+    value, wanted = cast(Node, source.args[0]), cast("Sequence[int]", source.args[1])
+    meta, sizes = tensor_meta(value), shape_of(value)[-2:]
+    if any(other.users for other in source.users if other is not node):
+        return None
+    if len(shape_of(value)) != 4 or not is_static(sizes):
+        return None
+    if meta is None or meta.dtype != torch.float32 or sum(wanted) > MAX_PIECES:
+        return None
+    for along, size in enumerate(sizes):
+        steps = int(wanted[along])
+        if size % steps == 0:
+            window = [1, 1]
+            window[along] = size // steps
+            value = _max_pool(insert, value, window, window, [0, 0], [1, 1], False)
+            continue
+        pieces = []
+        for start, stop in window_bounds(int(size), steps):
+            window = [1, 1]
+            window[along] = stop - start
+            piece = insert.slice(value, 2 + along, start, stop)
+            pieces.append(_max_pool(insert, piece, window, window, [0, 0], [1, 1], False))
+        value = insert.call(aten.cat.default, pieces, 2 + along)
+    return value

@@ -1,0 +1,162 @@
+"""Folding of what does not depend on the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.graphs import Function, calls, capture
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from custom_quantizer.constants import MAX_GROWTH, fold_constants
+from custom_quantizer.graph import is_constant
+
+aten = torch.ops.aten
+
+
+def folded(
+    function: Callable[..., Any], *shapes: tuple[int, ...], parameters: bool = True, **children: Any
+) -> tuple[GraphModule, int]:
+    """The graph after folding, which computes the same bits as before."""
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(shape) for shape in shapes)
+    graph = capture(Function(function, **children), inputs)
+    want = graph(*inputs)
+    made = fold_constants(graph, parameters=parameters)
+    graph.graph.lint()
+    graph.recompile()
+    got = graph(*inputs)
+    assert torch.equal(got, want)
+    return graph, made
+
+
+def window_mask(_self: Any, x: Tensor) -> Tensor:
+    """A mask written piece by piece into fresh memory, as shifted windows make it."""
+    mask = x.new_zeros((4, 4))
+    for i, rows in enumerate((slice(0, -2), slice(-2, None))):
+        for j, columns in enumerate((slice(0, -2), slice(-2, None))):
+            mask[rows, columns] = i * 2 + j
+    mask = mask.view(1, 16) - mask.view(16, 1)
+    return x + mask.masked_fill(mask != 0, -100.0).masked_fill(mask == 0, 0.0)
+
+
+def cleared_bias(self: Any, x: Tensor) -> Tensor:
+    bias = self.layer.bias.clone()
+    bias[1:3].zero_()
+    return nn.functional.linear(x, self.layer.weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "left"),
+    [
+        (window_mask, (16, 16), [aten.add.Tensor]),
+        (cleared_bias, (2, 4), [aten.linear.default]),
+        (
+            lambda s, x: x + s.layer.weight[torch.tensor([1, 0, 2, 2])].view(2, 8).t().contiguous(),
+            (8, 2),
+            [aten.add.Tensor],
+        ),
+        (lambda s, x: x * torch.arange(4.0).exp(), (2, 4), [aten.mul.Tensor]),
+        (
+            lambda s, x: torch.cat([s.layer.weight[:1].expand(3, -1), x]),
+            (2, 4),
+            [aten.cat.default],
+        ),
+        (lambda s, x: x + torch.zeros_like(x).add(2.0), (2, 4), [aten.add.Tensor]),
+        (lambda s, x: x + s.layer.weight.split(2)[1].sum(), (2, 4), [aten.add.Tensor]),
+    ],
+)
+def test_what_is_the_same_in_all_calls_is_one_constant(
+    function: Callable[..., Any], shape: tuple[int, ...], left: list[Any]
+) -> None:
+    graph, made = folded(function, shape, layer=nn.Linear(4, 4))
+    assert made == 1
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == left
+
+
+def test_each_use_sees_the_memory_as_it_was_then() -> None:
+    def function(_self: Any, x: Tensor) -> Tensor:
+        memory = torch.zeros(4)
+        before = x + memory
+        memory[1:3] = 5.0
+        return before * memory
+
+    graph, made = folded(function, (4,))
+    assert made == 2
+    values = [graph.get_buffer(str(n.target)).tolist() for n in graph.graph.nodes if is_constant(n)]
+    assert values == [[0, 0, 0, 0], [0, 5, 5, 0]]
+
+
+class Counter(nn.Module):
+    """Counts its calls in a buffer, and hands on what it counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("scale", torch.tensor([2.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.count * 3
+        self.count.add_(1)
+        return x + before + self.count * 3 + self.scale * 3
+
+
+def test_a_buffer_that_changes_is_no_constant() -> None:
+    model = Counter()
+    graph = capture(model, (torch.ones(2),))
+    assert fold_constants(graph) == 1
+    graph.recompile()
+    assert [graph(torch.ones(2))[0].item() for _ in range(3)] == [10.0, 16.0, 22.0]
+    assert graph.get_buffer("count").item() == 3.0
+
+
+def test_memory_that_inputs_are_written_to_is_no_constant() -> None:
+    def function(_self: Any, x: Tensor) -> Tensor:
+        memory = torch.zeros(4)
+        memory[1:3] = x[:2]
+        return x * memory
+
+    graph, made = folded(function, (4,))
+    assert made == 0
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert graph(x).tolist() == [0.0, 2.0, 6.0, 0.0]
+
+
+def test_random_numbers_are_no_constant() -> None:
+    graph = capture(Function(lambda s, x: x + torch.rand(3)), (torch.randn(3),))
+    assert fold_constants(graph) == 0
+    assert calls(graph, aten.rand.default)
+
+
+def test_parameters_in_training_are_no_constants() -> None:
+    def function(self: Any, x: Tensor) -> Tensor:
+        return x * self.layer.weight.exp() + self.norm.running_var.sqrt()
+
+    children = {"layer": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)}
+    graph, made = folded(function, (4, 4), parameters=False, **children)
+    assert made == 1
+    assert calls(graph, aten.exp.default)
+    assert not calls(graph, aten.sqrt.default)
+
+
+def test_what_would_grow_too_large_is_computed() -> None:
+    size = MAX_GROWTH + 5
+    graph, made = folded(
+        lambda s, x: x + s.layer.weight.view(-1)[:1].expand(size).sum(0),
+        (2,),
+        layer=nn.Linear(2, 2),
+    )
+    assert made == 1  # the sum is small, whatever it is computed from
+    graph, made = folded(
+        lambda s, x: x + s.layer.weight.view(-1)[:1].expand(size), (1,), layer=nn.Linear(2, 2)
+    )
+    assert made == 0
+    assert calls(graph, aten.expand.default)
+
+
+def test_a_constant_is_not_copied() -> None:
+    _, made = folded(lambda s, x: x + s.layer.bias.detach(), (4,), layer=nn.Linear(4, 4))
+    assert made == 0

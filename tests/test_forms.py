@@ -1,0 +1,323 @@
+"""Ops in the forms that have integer kernels: the same numbers, in one delegate, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.graphs import Function, calls, capture, differences, quantized, stress
+from support.models import randomize_batch_norms
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import custom_quantizer as cq
+from custom_quantizer.canonical import canonicalize
+from custom_quantizer.forms import sums
+from custom_quantizer.ops import Backend
+
+aten = torch.ops.aten
+IMAGE, SIGNAL, VOLUME = (2, 4, 6, 6), (2, 4, 12), (2, 4, 5, 6, 6)
+Build = Callable[[], nn.Module]
+
+
+def function(f: Callable[[Tensor], Any]) -> Build:
+    return lambda: Function(lambda _self, x: f(x))
+
+
+def module(*layers: Callable[[], nn.Module]) -> Build:
+    return lambda: nn.Sequential(*(layer() for layer in layers))
+
+
+# Name: what it is, the shape of its input, and the aten op that must be gone.
+MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
+    "cat of one": (function(lambda x: torch.cat([x], 1).flip(1)), IMAGE, aten.flip.default),
+    "stack": (function(lambda x: torch.stack([x, x.flip(1)], 1)), IMAGE, aten.stack.default),
+    "roll": (function(lambda x: torch.roll(x, (1, -2), (2, 3))), IMAGE, aten.roll.default),
+    "roll by nothing": (function(lambda x: torch.roll(x, 6, 2)), IMAGE, aten.roll.default),
+    "flip": (function(lambda x: x.flip((1, 3))), IMAGE, aten.flip.default),
+    "channel shuffle": (
+        function(lambda x: F.channel_shuffle(x, 2)),
+        IMAGE,
+        aten.channel_shuffle.default,
+    ),
+    "pixel shuffle": (module(lambda: nn.PixelShuffle(2)), IMAGE, aten.pixel_shuffle.default),
+    "pixel unshuffle": (module(lambda: nn.PixelUnshuffle(3)), IMAGE, aten.pixel_unshuffle.default),
+    "nearest": (
+        function(lambda x: F.interpolate(x, scale_factor=2)),
+        IMAGE,
+        aten.upsample_nearest2d.vec,
+    ),
+    "nearest to a size": (
+        function(lambda x: F.interpolate(x, size=(18, 9))),
+        IMAGE,
+        aten.upsample_nearest2d.vec,
+    ),
+    "nearest by an odd factor": (
+        function(lambda x: F.interpolate(x, scale_factor=1.7)),
+        IMAGE,
+        aten.upsample_nearest2d.vec,
+    ),
+    "nearest down": (
+        function(lambda x: F.interpolate(x, size=(4, 5))),
+        IMAGE,
+        aten.upsample_nearest2d.vec,
+    ),
+    "nearest of a signal": (
+        function(lambda x: F.interpolate(x, scale_factor=3)),
+        SIGNAL,
+        aten.upsample_nearest1d.vec,
+    ),
+    "repeat": (function(lambda x: x.repeat(2, 1, 2, 1, 3)), IMAGE, aten.repeat.default),
+    "max_pool1d": (module(lambda: nn.MaxPool1d(3, 2, 1)), SIGNAL, aten.max_pool1d.default),
+    "max_pool3d": (module(lambda: nn.MaxPool3d(3, 2, 1)), VOLUME, aten.max_pool3d.default),
+    "max_pool3d, rounding up": (
+        module(lambda: nn.MaxPool3d((2, 3, 1), 2, ceil_mode=True)),
+        VOLUME,
+        aten.max_pool3d.default,
+    ),
+    "max_pool3d, dilated": (
+        module(lambda: nn.MaxPool3d(2, 1, dilation=(2, 1, 3))),
+        VOLUME,
+        aten.max_pool3d.default,
+    ),
+    "adaptive max": (
+        module(lambda: nn.AdaptiveMaxPool2d((4, 3))),
+        IMAGE,
+        aten.adaptive_max_pool2d.default,
+    ),
+}
+SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
+    "mean over the batch": (function(lambda x: x.mean(0)), IMAGE, aten.mean.dim),
+    "mean over channels": (function(lambda x: x.mean(1, keepdim=True)), IMAGE, aten.mean.dim),
+    "mean over rows": (function(lambda x: x.mean(-1)), IMAGE, aten.mean.dim),
+    "mean over far dims": (function(lambda x: x.mean((1, 3), True)), IMAGE, aten.mean.dim),
+    "mean of a signal": (function(lambda x: x.mean(1)), SIGNAL, aten.mean.dim),
+    "sum": (function(lambda x: x.sum((2, 3))), IMAGE, aten.sum.dim_IntList),
+    "sum over channels": (function(lambda x: x.sum(1)), IMAGE, aten.sum.dim_IntList),
+    "adaptive": (
+        module(lambda: nn.AdaptiveAvgPool2d((4, 5))),
+        IMAGE,
+        aten.adaptive_avg_pool2d.default,
+    ),
+    "adaptive, larger": (
+        module(lambda: nn.AdaptiveAvgPool2d((7, 9))),
+        IMAGE,
+        aten.adaptive_avg_pool2d.default,
+    ),
+    "adaptive, signal": (
+        module(lambda: nn.AdaptiveAvgPool1d(5)),
+        SIGNAL,
+        aten.adaptive_avg_pool1d.default,
+    ),
+    "adaptive, volume": (
+        module(lambda: nn.AdaptiveAvgPool3d((2, 3, 1))),
+        VOLUME,
+        aten.adaptive_avg_pool3d.default,
+    ),
+    "counted padding": (
+        module(lambda: nn.AvgPool2d(3, 1, 1)),
+        IMAGE,
+        aten.avg_pool2d.default,
+    ),
+    "own divisor": (
+        module(lambda: nn.AvgPool2d(2, divisor_override=3)),
+        IMAGE,
+        aten.avg_pool2d.default,
+    ),
+    "average of a signal": (
+        module(lambda: nn.AvgPool1d(3, 2, 1)),
+        SIGNAL,
+        aten.avg_pool1d.default,
+    ),
+    "norm of rows": (module(lambda: nn.BatchNorm1d(4)), (5, 4), aten.batch_norm.default),
+    "norm of signals": (module(lambda: nn.BatchNorm1d(4)), SIGNAL, aten.batch_norm.default),
+    "norm of images": (
+        module(lambda: nn.BatchNorm2d(4), nn.ReLU),
+        IMAGE,
+        aten.batch_norm.default,
+    ),
+    "norm without affine": (
+        module(lambda: nn.BatchNorm2d(4, affine=False)),
+        IMAGE,
+        aten.batch_norm.default,
+    ),
+    "norm of volumes": (module(lambda: nn.BatchNorm3d(4)), VOLUME, aten.batch_norm.default),
+    "conv3d": (module(lambda: nn.Conv3d(4, 6, 3)), VOLUME, aten.conv3d.default),
+    "conv3d with a norm and relu": (
+        module(
+            lambda: nn.Conv3d(4, 6, (3, 2, 2), (2, 2, 1), (1, 0, 1), bias=False),
+            lambda: nn.BatchNorm3d(6),
+            nn.ReLU,
+        ),
+        VOLUME,
+        aten.conv3d.default,
+    ),
+    "conv3d in groups": (
+        module(lambda: nn.Conv3d(4, 6, (3, 3, 2), groups=2), nn.ReLU6),
+        VOLUME,
+        aten.conv3d.default,
+    ),
+    "conv3d, dilated": (
+        module(lambda: nn.Conv3d(4, 6, 2, dilation=(3, 2, 1))),
+        VOLUME,
+        aten.conv3d.default,
+    ),
+    "conv3d of points": (
+        module(lambda: nn.Conv3d(4, 6, 1, stride=2)),
+        VOLUME,
+        aten.conv3d.default,
+    ),
+}
+CASES = MOVES | SUMS
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize_batch_norms(CASES[name][0]()).eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_form_computes_what_the_op_does(name: str) -> None:
+    _, shape, target = CASES[name]
+    model, x = built(name), torch.randn(shape)
+    graph = canonicalize(capture(model, (x,)))
+    assert calls(graph, target) == []
+    for given in (x, torch.full(shape, -3.0), torch.randn(shape) * 1e6):
+        want, got = model(given), graph(given)
+        if name in MOVES:
+            assert differences(got, want) == []
+        else:
+            # Sums of up to 200 terms in another order.
+            size = float(given.abs().max())
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=200 * 2.0**-24 * size)
+
+
+GROUPS = [sorted(CASES)[i::4] for i in range(4)]
+
+
+@cache
+def lowered(group: int) -> tuple[GraphModule, cq.LoweredProgram, list[tuple[int, ...]]]:
+    """Several cases in one program; each gets integers."""
+    names = GROUPS[group]
+    model = Function(
+        lambda s, *xs: [getattr(s, f"m{i}")(x + x) for i, x in enumerate(xs)],
+        **{f"m{i}": built(name) for i, name in enumerate(names)},
+    )
+    shapes = [CASES[name][1] for name in names]
+    torch.manual_seed(1)
+    inputs = tuple(torch.randn(shape) for shape in shapes)
+    graph = quantized(model, inputs)
+    return graph, cq.lower(graph, inputs), shapes
+
+
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_forms_are_integer_inside_one_delegate(group: int) -> None:
+    _, program, _ = lowered(group)
+    assert (program.report.delegates, program.report.outside) == (1, ())
+    beside = {(row.node, row.family) for row in program.report.not_integer()}
+    # Padding the depth of a convolution runs in float, and is exact.
+    assert {family for _, family in beside} <= {"pad"}, beside
+
+
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_forms_run_as_the_integer_reference_says(group: int) -> None:
+    graph, program, shapes = lowered(group)
+    reference = cq.integer_reference(graph)
+    for given in stress(shapes):
+        got, want = program.run(*given), reference(*given)
+        for name, a, b in zip(GROUPS[group], got, want, strict=True):
+            assert differences(a, b) == [], name
+
+
+@pytest.mark.parametrize(
+    "name", ["sum", "adaptive", "norm of images", "conv3d with a norm and relu"]
+)
+@pytest.mark.parametrize("mode", ["xnnpack", "fixed_point", "exact"])
+def test_integers_are_close_to_the_float_model(name: str, mode: str) -> None:
+    """Against the module itself, within the steps of input, weight and output."""
+    model = Function(lambda s, x: s.m(x + x), m=built(name))
+    x = torch.randn(CASES[name][1])
+    graph = quantized(model, (x,))
+    want, got = model(x), cq.integer_reference(graph, mode)(x)
+    noise = float((got - want).norm() / want.norm())
+    assert noise < 0.03
+
+
+# ---------------------------------------------------------------------------------------------
+# What is left as it is, and says so
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "backend"),
+    [
+        (module(lambda: nn.AvgPool2d(2, ceil_mode=True)), (2, 4, 7, 7), Backend.PORTABLE),
+        (module(lambda: nn.Upsample(scale_factor=2, mode="bilinear")), IMAGE, Backend.FLOAT),
+        (module(lambda: nn.InstanceNorm2d(4)), IMAGE, Backend.PORTABLE),
+        (module(lambda: nn.GroupNorm(2, 4)), IMAGE, Backend.PORTABLE),
+    ],
+)
+def test_what_has_no_integer_form_runs_in_float_and_is_reported(
+    build: Build, shape: tuple[int, ...], backend: Backend
+) -> None:
+    model = Function(
+        lambda s, x: s.tail(s.m(s.head(x))), m=build(), head=pointwise(), tail=pointwise()
+    )
+    x = torch.randn(shape)
+    program = cq.lower(quantized(model, (x,)), (x,))
+    (row,) = program.report.not_integer()
+    assert row.backend is backend
+    assert row.reason
+
+
+def pointwise() -> nn.Module:
+    return nn.Conv2d(4, 4, 1)
+
+
+def test_large_windows_are_pooled_in_float() -> None:
+    """A depthwise convolution is no faster there."""
+    graph = canonicalize(capture(nn.AvgPool2d(5, 1, 2).eval(), (torch.randn(IMAGE),)))
+    assert len(calls(graph, aten.avg_pool2d.default)) == 1
+
+
+def test_a_linear_layer_that_would_be_too_large_is_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sums, "MAX_WEIGHTS", 35)
+    graph = canonicalize(capture(built("sum"), (torch.randn(IMAGE),)))
+    assert len(calls(graph, aten.sum.dim_IntList)) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Means of a dynamic batch
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda x: x.mean((2, 3)),
+        lambda x: x.mean((2, 3), keepdim=True),
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+    ],
+)
+def test_a_mean_stays_right_when_the_batch_grows(mean: Callable[[Tensor], Tensor]) -> None:
+    """XNNPACK's own integer mean does not: see ``custom_quantizer.forms.sums.mean``."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    model = Function(lambda s, x: mean(torch.cat([x + x, x * x], 1)))
+    x = torch.randn(IMAGE)
+    captured = capture(model, (x,), dynamic_shapes=(({0: torch.export.Dim("n", max=8)},),))
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+    prepared(x)
+    graph = convert_pt2e(prepared)
+    program = cq.lower(graph, (x,))
+    assert program.report.fully_delegated
+    reference = cq.integer_reference(graph)
+    for size in (3, 8, 1, 7, 2, 8):
+        given = torch.randn(size, *IMAGE[1:])
+        assert differences(program.run(given), reference(given)) == [], size
