@@ -116,6 +116,26 @@ class CifarResNet(nn.Module):
         return cast(Tensor, self.linear(torch.flatten(x, 1)))
 
 
+class SmallCNN(nn.Module):
+    """Three convolutions of 32, 64 and 64 channels and two linear layers, 0.12 M parameters."""
+
+    def __init__(self, batch_norm: bool, image_channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for in_channels, channels in ((image_channels, 32), (32, 64), (64, 64)):
+            layers.append(nn.Conv2d(in_channels, channels, 3, padding=1, bias=not batch_norm))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(channels))
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.classifier(self.features(x)))
+
+
 def resnet20(pretrained: bool = True) -> nn.Module:
     return _loaded(CifarResNet(3), "cifar_resnet20" if pretrained else None)
 
