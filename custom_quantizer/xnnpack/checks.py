@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from custom_quantizer.graph import (
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
     describe,
+    detached_copy,
     is_constant,
 )
 from custom_quantizer.integer import integer_reference
@@ -91,10 +91,19 @@ def differences(program: LoweredProgram, graph: ConvertedGraph) -> Iterator[Diff
 
     Compared are the integers of weight and bias, scale and zero point of inputs and output, and
     the bounds of fused activations.
+
+    Raises:
+        VerificationError: the program was not made from this graph.
     """
     rows = {row.node: row for row in program.report.ops}
     for op in graph.integer:
-        row = rows[op.node.name]
+        row = rows.get(op.node.name)
+        if row is None:
+            raise VerificationError(
+                f"the program knows no op {describe(op.node)}: it was lowered from another graph, "
+                "or from this one after it was exported again under other names; verify with the "
+                "graph that was lowered"
+            )
         if row.backend not in INTEGER_BACKENDS:
             continue
         if op.weight is not None:
@@ -200,6 +209,7 @@ def _check_outputs(
 ) -> None:
     reference = pytree.tree_leaves(integer_reference(graph.model)(*example))
     outputs = pytree.tree_leaves(program.run(*example))
+    program.reset()
     if len(reference) != len(outputs):
         raise VerificationError(
             f"the program returns {len(outputs)} tensors, the model {len(reference)}"
@@ -255,7 +265,7 @@ def instrumented(converted: GraphModule) -> tuple[GraphModule, list[tuple[str, f
         The copy, whose inputs and outputs are flat, and for each output the name of the node whose
         tensor it is and its scale.
     """
-    model = copy.deepcopy(converted)
+    model = detached_copy(converted)
     taps: list[tuple[str, float]] = []
     results: list[Node] = []
     (output,) = (node for node in model.graph.nodes if node.op == "output")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import (
     EdgeProgramManager,
     ExecutorchBackendConfig,
@@ -23,8 +21,16 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
-from custom_quantizer.graph import check_input, module_path, size_bounds, tensor_meta
+from custom_quantizer.graph import (
+    check_input,
+    detached_copy,
+    module_path,
+    size_bounds,
+    state_of,
+    tensor_meta,
+)
 from custom_quantizer.ops import Backend, QuantizedOp, predict_backend
+from custom_quantizer.xnnpack.partition import partitioner
 from custom_quantizer.xnnpack.passes import origin_of, run_passes
 from custom_quantizer.xnnpack.program import (
     LoweredProgram,
@@ -59,7 +65,7 @@ def lower(
 
     Args:
         converted: what ``convert_pt2e`` returns; it is not changed.
-        example_inputs: one set of inputs, as for the model.
+        example_inputs: one set of inputs, as for the model; those captured by keyword come last.
         dynamic_max: upper bound of dynamic sizes for which capture recorded none.
         check: run the checks. Without them a wrong program would go unnoticed.
         progress: called with the name of each stage.
@@ -73,26 +79,85 @@ def lower(
     say = progress or (lambda _stage: None)
     graph = read_converted(converted)
     example = _check_example(converted, example_inputs)
-    say("rewriting the graph")
-    rewritten = copy.deepcopy(converted)
-    applied = run_passes(rewritten)
-    say("exporting")
-    exported = export_again(rewritten, example, dynamic_max)
+    rewritten = rewrite(graph, example, dynamic_max, say)
     say("partitioning for XNNPACK")
-    edge = _to_edge(exported)
+    edge = _to_edge(rewritten.exported)
     say("writing the program")
-    data = _to_bytes(edge)
-    contents = read_program(data)
-    report = _report(graph, edge, contents, applied)
-    program = LoweredProgram(
-        data, report, contents, graph, _specs(converted), tuple(_placeholder_metas(converted))
-    )
+    data = to_bytes(edge)
+    program = describe_program(data, edge, rewritten)
     if check:
         from custom_quantizer.xnnpack.checks import check_program
 
         say("checking the program")
         check_program(program, graph, example)
     return program
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A converted graph on its way to the partitioner.
+
+    Attributes:
+        graph: the converted graph.
+        example: inputs of the model.
+        exported: what the partitioner gets.
+        applied: pass -> number of places it changed.
+    """
+
+    graph: ConvertedGraph
+    example: tuple[Any, ...]
+    exported: torch.export.ExportedProgram
+    applied: Mapping[str, int]
+
+
+def rewrite(
+    graph: ConvertedGraph,
+    example: tuple[Any, ...],
+    dynamic_max: int,
+    say: Callable[[str], None] = lambda _stage: None,
+    *,
+    widest: bool = False,
+) -> Rewritten:
+    """Apply all passes to a copy of a converted graph and export that.
+
+    Args:
+        graph: the converted graph.
+        example: inputs of the model.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        say: called with the name of each stage.
+        widest: trace dynamic sizes at their upper bounds, for a caller that cannot keep upstream
+            from making limits of the example's sizes (see :func:`_no_size_guards`): a limit that
+            holds at the upper bound is a lower one, which no runtime looks at.
+
+    Raises:
+        LoweringError: a pass failed, or ``torch.export`` refused the result.
+    """
+    say("rewriting the graph")
+    model = detached_copy(graph.model)
+    applied = run_passes(model)
+    say("exporting")
+    exported = export_again(model, example, dynamic_max, widest=widest)
+    for node in state_of(exported.graph):
+        if node.name in exported.graph_signature.inputs_to_buffers:
+            # Without this ExecuTorch does not write what a buffer that changes holds at first.
+            node.meta["et_init_buffer"] = True
+    return Rewritten(graph, example, exported, applied)
+
+
+def describe_program(
+    data: bytes, edge: EdgeProgramManager, rewritten: Rewritten, method: str = "forward"
+) -> LoweredProgram:
+    """Read one method of a program back and pair it with the graph it was made from.
+
+    Raises:
+        LoweringError: a delegate has no ops.
+    """
+    contents = read_program(data)
+    contents = replace(contents, methods=(contents.method(method),))
+    report = _report(rewritten.graph, edge, contents, rewritten.applied)
+    model = rewritten.graph.model
+    metas = tuple(_placeholder_metas(model))
+    return LoweredProgram(data, report, contents, rewritten.graph, _specs(model), metas)
 
 
 def _check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -143,23 +208,30 @@ def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> Any:
 
 
 def export_again(
-    model: GraphModule, example: tuple[Any, ...], dynamic_max: int
+    model: GraphModule, example: tuple[Any, ...], dynamic_max: int, *, widest: bool = False
 ) -> torch.export.ExportedProgram:
     """Export a converted graph with the dynamic sizes it was captured with.
+
+    Args:
+        model: the graph.
+        example: its inputs.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        widest: trace at the upper bounds instead of at the sizes of the example.
 
     Raises:
         LoweringError: ``torch.export`` refused it.
     """
     flat = dynamic_shapes_of(model, dynamic_max)
     in_spec, _ = _specs(model)
+    structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
     shapes: Any = None
     if any(flat):
-        structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
-        args, _kwargs = pytree.tree_unflatten(flat, structure)
-        shapes = tuple(args)
-        example = _widened(example, flat)
+        args, kwargs = pytree.tree_unflatten(flat, structure)
+        shapes = (*args, *kwargs.values())
+        example = _widened(example, flat, widest)
+    args, kwargs = pytree.tree_unflatten(pytree.tree_leaves(example), structure)
     try:
-        return torch.export.export(model, example, dynamic_shapes=shapes)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except CustomQuantizerError:
         raise
     except Exception as error:
@@ -169,13 +241,17 @@ def export_again(
         ) from error
 
 
-def _widened(example: tuple[Any, ...], dynamic: list[dict[int, Any]]) -> tuple[Any, ...]:
+def _widened(
+    example: tuple[Any, ...], dynamic: list[dict[int, Any]], widest: bool
+) -> tuple[Any, ...]:
     """Repeat examples of size 1 along dynamic dimensions: export would fix the size at 1."""
     values, structure = pytree.tree_flatten(example)
     for i, dims in enumerate(dynamic):
-        for dim in dims:
-            if values[i].shape[dim] == 1:
-                values[i] = values[i].repeat_interleave(2, dim)
+        for dim, hint in dims.items():
+            size = values[i].shape[dim]
+            wanted = hint.max if widest else max(size, 2)
+            if size != wanted:
+                values[i] = values[i].index_select(dim, torch.arange(wanted) % size)
     return cast(tuple[Any, ...], pytree.tree_unflatten(values, structure))
 
 
@@ -201,17 +277,44 @@ def _to_edge(exported: torch.export.ExportedProgram) -> EdgeProgramManager:
     # The partitioner logs an ERROR for each op it leaves to another backend; the report says it.
     try:
         with _no_size_guards():
-            return to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+            return to_edge_transform_and_lower(exported, partitioner=[partitioner()])
     except Exception as error:
         raise LoweringError(
             f"ExecuTorch could not partition the graph: {_first_line(error)}"
+            f"{_control_flow(exported)}"
         ) from error
 
 
-def _to_bytes(edge: EdgeProgramManager) -> bytes:
+def _control_flow(exported: torch.export.ExportedProgram) -> str:
+    """A hint, if the graph has control flow that may be the reason."""
+    kinds = {
+        str(node.target): None
+        for node in exported.graph.nodes
+        if isinstance(node.target, torch._ops.HigherOrderOperator)
+    }
+    if not kinds:
+        return ""
+    return (
+        f". The graph has control flow ({', '.join(kinds)}), which ExecuTorch may not know how to "
+        "lower: unroll it, or lower what is before and behind it on its own"
+    )
+
+
+def backend_config() -> ExecutorchBackendConfig:
+    """How programs are written: memory is planned for the upper bounds of dynamic sizes."""
+    return ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
+
+
+def to_bytes(edge: EdgeProgramManager) -> bytes:
+    """Write a partitioned program.
+
+    Raises:
+        LoweringError: integers stayed outside the delegates, or ExecuTorch refused.
+    """
     leftover = [
         node
-        for node in edge.exported_program().graph.nodes
+        for method in edge.methods
+        for node in edge.exported_program(method).graph.nodes
         if node.op == "call_function" and "quantized_decomposed" in str(node.target)
     ]
     if leftover:
@@ -221,10 +324,9 @@ def _to_bytes(edge: EdgeProgramManager) -> bytes:
             "the bare runtime has no kernel for them. Leave the ops around them in float with "
             "set_node_name(name, None)"
         )
-    config = ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
     try:
         with _no_size_guards():
-            return bytes(edge.to_executorch(config).buffer)
+            return bytes(edge.to_executorch(backend_config()).buffer)
     except Exception as error:
         raise LoweringError(
             f"ExecuTorch could not write the program: {_first_line(error)}"
@@ -253,9 +355,9 @@ def _report(
     graph: ConvertedGraph,
     edge: EdgeProgramManager,
     contents: ProgramContents,
-    applied: dict[str, int],
+    applied: Mapping[str, int],
 ) -> LoweringReport:
-    traced, empty = _trace(edge)
+    traced, empty = _trace(edge, contents.methods[0].name)
     if empty:
         raise LoweringError("the partitioner made a delegate without ops; the program is not safe")
     rows = tuple(_row(op, traced, contents) for op in graph)
@@ -263,10 +365,10 @@ def _report(
     return LoweringReport(rows, len(contents.delegates), outside, contents.size_bytes, applied)
 
 
-def _trace(edge: EdgeProgramManager) -> tuple[dict[str, _Traced], bool]:
+def _trace(edge: EdgeProgramManager, method: str) -> tuple[dict[str, _Traced], bool]:
     traced: dict[str, _Traced] = {}
     empty = False
-    module = edge.exported_program().graph_module
+    module = edge.exported_program(method).graph_module
 
     def entries(node: Node) -> list[_Traced]:
         names = origin_of(node)

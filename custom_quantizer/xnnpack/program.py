@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from custom_quantizer._io import write_bytes_atomic
 from custom_quantizer.converted import ConvertedGraph
 from custom_quantizer.errors import InputError, ProgramError
-from custom_quantizer.graph import check_input
+from custom_quantizer.graph import check_input, flatten_inputs
 from custom_quantizer.ops import Backend
 from custom_quantizer.xnnpack.readback import (
     DelegateContents,
@@ -138,7 +138,7 @@ class LoweredProgram:
         self.report = report
         self.contents = contents
         self._graph = graph
-        self._out_spec = specs[1]
+        self._in_spec, self._out_spec = specs
         self._metas = metas
         self._method: Any = None
 
@@ -162,6 +162,9 @@ class LoweredProgram:
         """
         twin = copy.copy(self)
         twin._data, twin.contents, twin._method = data, read_program(data), None
+        if len(twin.contents.methods) > 1:
+            method = twin.contents.method(self.contents.methods[0].name)
+            twin.contents = replace(twin.contents, methods=(method,))
         return twin
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -173,7 +176,7 @@ class LoweredProgram:
         write_bytes_atomic(path, self._data)
         return Path(path)
 
-    def run(self, *inputs: Any) -> Any:
+    def run(self, *inputs: Any, **named: Any) -> Any:
         """Run the program; returns what the model returns.
 
         Inputs may have any memory layout; the runtime is given contiguous ones.
@@ -182,20 +185,25 @@ class LoweredProgram:
             InputError: number, dtype or shape of the inputs is wrong.
             ProgramError: the runtime failed.
         """
-        flat = pytree.tree_leaves(inputs)
+        flat = flatten_inputs(self._in_spec, inputs, named)
         if len(flat) != len(self._metas):
             raise InputError(f"the program takes {len(self._metas)} inputs, got {len(flat)}")
         for i, (value, meta) in enumerate(zip(flat, self._metas, strict=True)):
             check_input(i, value, meta)
         _check_shapes(flat, self.contents)
         if self._method is None:
-            self._method = _load_method(self._data, "the program")
+            name = self.contents.methods[0].name
+            self._method = _load_method(self._data, "the program", name)
         outputs = _execute(self._method, flat)
         if self._out_spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         return pytree.tree_unflatten(outputs, self._out_spec)
 
     __call__ = run
+
+    def reset(self) -> None:
+        """Load the program anew for the next run: buffers that it writes are as they were."""
+        self._method = None
 
     def integer_biases(self) -> dict[str, np.ndarray[Any, np.dtype[np.int32]]]:
         """Biases as the file holds them: converted node name -> int32 ``(out_channels,)``.
@@ -259,9 +267,9 @@ def _check_shapes(inputs: list[Any], contents: ProgramContents) -> None:
             raise InputError(f"input {i} must have shape{at_most} {most}, got {given}")
 
 
-def _load_method(data: bytes, what: str) -> Any:
+def _load_method(data: bytes, what: str, method: str = "forward") -> Any:
     try:
-        return Runtime.get().load_program(data).load_method("forward")
+        return Runtime.get().load_program(data).load_method(method)
     except Exception as error:
         raise ProgramError(
             f"{what} does not load in the ExecuTorch runtime: {error}. The delegate refused one of "

