@@ -1,0 +1,257 @@
+"""The Markdown page of ``torchvision_models.py``, from what it stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+__all__ = ["render"]
+
+Record = dict[str, Any]
+
+BEFORE_LOWERING = ("prepare", "calibrate", "convert")
+LOWERING = ("read", "rewrite", "export", "partition", "write", "check")
+
+
+def render(results: Record) -> str:
+    """The page: comparison with the stock flow, agreement of every model, what stays outside."""
+    models: Record = results["models"]
+    timed = {name: models[name] for name in results["timed"] if name in models}
+    sections = [_HEADER, *_comparison(timed), *_coverage(models), *_outside(models)]
+    missing = [name for name, model in models.items() if model.get("ours") is None]
+    if missing:
+        sections += ["## Not run", "", ", ".join(missing), ""]
+    return "\n".join(sections)
+
+
+_HEADER = """# Torchvision models
+
+Made by `python tests/benchmarks/torchvision_models.py --output docs/results`. Random weights,
+randomized batch-norm statistics, random images; scheme `a8w8`, `minmax`. "Stock" is
+`XNNPACKQuantizer` with one weight scale a channel and `XnnpackPartitioner`. Costs are CPU seconds
+of one thread, as ratios; a dash stands for what failed or was not run.
+"""
+
+
+# ---------------------------------------------------------------------------------------------
+# Against the stock flow
+# ---------------------------------------------------------------------------------------------
+
+
+def _comparison(timed: Record) -> list[str]:
+    pairs = {
+        name: model
+        for name, model in timed.items()
+        if model.get("ours") is not None and model.get("stock") is not None
+    }
+    if not pairs:
+        return []
+    header = (
+        "model",
+        "prepare to convert, stock = 1",
+        "lower and check, stock = 1",
+        "calibration in float forwards (stock)",
+        "latency, stock = 1",
+        "float `.pte` = 1",
+        "eager = 1",
+        "delegates (stock)",
+        "SQNR to float in dB (stock)",
+        "`.pte` / its integers",
+    )
+    rows = []
+    for name, model in pairs.items():
+        ours, stock = model["ours"], model["stock"]
+        rows.append(
+            (
+                name,
+                _ratio(before_lowering(ours), before_lowering(stock)),
+                _ratio(lowering(ours), lowering(stock)),
+                f"{_number(ours.get('calibration_forwards'))} "
+                f"({_number(stock.get('calibration_forwards'))})",
+                *(_latency(model, flow) for flow in ("stock", "float", "eager")),
+                f"{_whole(ours.get('delegates'))} ({_whole(stock.get('delegates'))})",
+                f"{_number(ours.get('sqnr_float'), 1)} ({_number(stock.get('sqnr_float'), 1)})",
+                _ratio(ours.get("bytes"), ours.get("needed_bytes"), 3),
+            )
+        )
+    lines = ["## Against the stock flow", "", *_table(header, rows), "", *_summary(pairs), ""]
+    failed = [
+        f"- {name}, {flow}: {model[flow]['error']}"
+        for name, model in pairs.items()
+        for flow in ("stock", "ours")
+        if "error" in model[flow]
+    ]
+    return lines + (["Failures:", "", *failed, ""] if failed else [])
+
+
+def before_lowering(record: Record) -> float | None:
+    """Seconds of planning, preparing, calibrating and converting; ``None`` if one failed."""
+    seconds = dict(record.get("seconds") or {})
+    seconds["calibrate"] = record.get("calibration_s")
+    parts = [seconds.get(stage) for stage in BEFORE_LOWERING]
+    return None if None in parts else sum(parts)
+
+
+def lowering(record: Record) -> float | None:
+    """Seconds from the converted graph to the program, our checks included."""
+    seconds = record.get("seconds") or {}
+    if "write" not in seconds or "error" in record:
+        return None
+    return sum(seconds.get(stage, 0.0) for stage in LOWERING)
+
+
+def _summary(pairs: Record) -> list[str]:
+    """Geometric means and counts over the models where both flows gave a number."""
+    lines = []
+    for what, of in (
+        ("prepare to convert", before_lowering),
+        ("lower and check", lowering),
+    ):
+        ratios = [
+            ours / stock
+            for model in pairs.values()
+            if (ours := of(model["ours"])) and (stock := of(model["stock"]))
+        ]
+        lines += _mean(what, ratios)
+    latencies = [value for model in pairs.values() if (value := _over(model, "stock")) is not None]
+    lines += _mean("latency", latencies)
+    one = sum(model["ours"].get("delegates") == 1 for model in pairs.values())
+    stock_one = sum(model["stock"].get("delegates") == 1 for model in pairs.values())
+    lines.append(f"- one delegate: {one} of {len(pairs)} models (stock: {stock_one})")
+    return lines
+
+
+def _mean(what: str, ratios: list[float]) -> list[str]:
+    if not ratios:
+        return []
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return [
+        f"- {what}: geometric mean {mean:.2f} of stock over {len(ratios)} models, "
+        f"from {min(ratios):.2f} to {max(ratios):.2f}"
+    ]
+
+
+def _over(model: Record, flow: str) -> float | None:
+    """Our latency over that of another flow."""
+    value = ((model.get("latency") or {}).get("ours_over") or {}).get(flow)
+    return None if value is None else float(value)
+
+
+def _latency(model: Record, flow: str) -> str:
+    return _number(_over(model, flow))
+
+
+# ---------------------------------------------------------------------------------------------
+# Every model
+# ---------------------------------------------------------------------------------------------
+
+
+def _coverage(models: Record) -> list[str]:
+    header = (
+        "model",
+        "input",
+        "integer ops",
+        "float ops",
+        "delegates",
+        "outside",
+        "values that differ from the integer reference",
+        "SQNR to converted graph in dB",
+    )
+    rows = [
+        (
+            name,
+            f"{ours['size']}x{ours['size']}",
+            _whole(ours.get("integer_ops")),
+            _whole(_length(ours.get("float_ops"))),
+            _whole(ours.get("delegates")),
+            _whole(_length(ours.get("outside"))),
+            _agreement(ours),
+            "equal" if _is_equal(ours) else _number(ours.get("sqnr_graph"), 1),
+        )
+        for name, ours in ((name, model.get("ours")) for name, model in models.items())
+        if ours is not None
+    ]
+    if not rows:
+        return []
+    failed = [
+        f"- {name}: {model['ours']['error']}"
+        for name, model in models.items()
+        if "error" in (model.get("ours") or {})
+    ]
+    notes = ["Failures:", "", *failed, ""] if failed else []
+    return ["## What was lowered and run", "", *_table(header, rows), "", *notes]
+
+
+def _is_equal(record: Record) -> bool:
+    return "sqnr_graph" in record and record["sqnr_graph"] is None
+
+
+def _agreement(record: Record) -> str:
+    found = record.get("agreement")
+    if found is None:
+        return "-"
+    text = f"{found['different']:,} of {found['values']:,}"
+    if not found["different"]:
+        return text
+    units = found.get("max_units")
+    far = "" if units is None else f", by up to {units:g} LSB"
+    return f"{text}{far}; relative error {found['relative']:.1e}"
+
+
+def _outside(models: Record) -> list[str]:
+    """What runs outside delegates and what is float, with reasons and counts."""
+    lines = []
+    for name, model in models.items():
+        ours = model.get("ours") or {}
+        portable = _counted(tuple(pair) for pair in ours.get("outside_reasons") or ())
+        floating = _counted((kind, why) for _, kind, why in ours.get("float_ops") or ())
+        for where, found in (("outside the delegate", portable), ("float", floating)):
+            lines += [
+                f"- {name}, {where}: {count} x `{kind}`: {_shortened(why)}"
+                for (kind, why), count in found.items()
+            ]
+    return ["## What is not integer, and why", "", *lines, ""] if lines else []
+
+
+def _counted(items: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    """How often each pair occurs; reasons that name other nodes count as one."""
+    counts: dict[tuple[str, str], int] = {}
+    first: dict[tuple[str, str], tuple[str, str]] = {}
+    for kind, why in items:
+        key = first.setdefault((kind, why.split(" ")[0] + why[-20:]), (kind, why))
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def _shortened(text: str, most: int = 160) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+# ---------------------------------------------------------------------------------------------
+# Cells
+# ---------------------------------------------------------------------------------------------
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _cell(form: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda value: "-" if value is None else form(value)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _ratio(ours: float | None, other: float | None, digits: int = 2) -> str:
+    return "-" if ours is None or not other else f"{ours / other:.{digits}f}"
+
+
+_whole = _cell(lambda value: f"{value:,}")
+
+
+def _length(items: list[Any] | None) -> int | None:
+    return None if items is None else len(items)

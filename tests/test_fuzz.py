@@ -1,0 +1,136 @@
+"""Random models of registry ops under random schemes: our errors, or right answers.
+
+What must hold of each is in ``support/fuzz.py``. The slow tests are cut into chunks, each with a
+seed of its own, so that they can be run piecewise::
+
+    pytest -m slow tests/test_fuzz.py -k "converted and 17-"
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from support import fuzz
+from support.fuzz import CASES, NothingToQuantizeError, Sample, Step
+
+from custom_quantizer.ops import REGISTRY
+
+
+def explore(
+    check: Callable[[Sample], Any], chunk: int, count: int, most_steps: int
+) -> Counter[str]:
+    """Check ``count`` samples that follow from the seed ``chunk``."""
+    outcomes: Counter[str] = Counter()
+
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        derandomize=False,  # the seed decides
+        suppress_health_check=list(HealthCheck),
+    )
+    @seed(chunk)
+    @given(fuzz.samples(most_steps))
+    def run(sample: Sample) -> None:
+        try:
+            check(sample)
+            outcomes["checked"] += 1
+        except NothingToQuantizeError:
+            outcomes["nothing to quantize"] += 1
+
+    run()
+    return outcomes
+
+
+def test_random_models_compute_what_their_converted_graph_says() -> None:
+    outcomes = explore(fuzz.check_converted, chunk=0, count=15, most_steps=6)
+    assert outcomes["checked"] >= 20, outcomes
+
+
+def test_random_programs_run_where_and_what_was_predicted() -> None:
+    outcomes = explore(fuzz.check_lowered, chunk=1, count=2, most_steps=4)
+    assert outcomes["checked"] >= 3, outcomes
+
+
+# What random samples found, reduced. The check that failed is the one that runs here.
+FOUND_LOWERED = {
+    # XNNPACK kept the image channels last and took the softmax over its channels.
+    "softmax over the rows of an image behind a convolution": Sample(
+        ((2, 8, 5, 7),),
+        (
+            Step("conv", "2d_relu6"),
+            Step("softmax", "last", behind="hardtanh"),
+            Step("conv_transpose", "1d", fit="first"),
+        ),
+    ),
+    "softmax over the channels of an image behind a convolution": Sample(
+        ((2, 8, 5, 7),), (Step("conv", "2d"), Step("softmax", "channels"), Step("add", "itself"))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND_LOWERED)
+def test_findings_stay_fixed(name: str) -> None:
+    fuzz.check_lowered(FOUND_LOWERED[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [f"{i}-of-40" for i in range(1, 41)])
+def test_many_converted(chunk: str) -> None:
+    outcomes = explore(fuzz.check_converted, int(chunk.split("-")[0]), count=50, most_steps=10)
+    assert outcomes["checked"] >= 40, outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [f"{i}-of-30" for i in range(1, 31)])
+def test_many_lowered(chunk: str) -> None:
+    number = 1000 + int(chunk.split("-")[0])
+    outcomes = explore(fuzz.check_lowered, number, count=10, most_steps=8)
+    assert outcomes["checked"] >= 7, outcomes
+
+
+SMALL = Sample(
+    ((2, 8, 5, 7),),
+    (
+        Step("conv", "2d", behind="relu"),
+        Step("sigmoid", "image"),
+        Step("add", "same_shape", (0, 1)),
+    ),
+)
+
+
+def test_a_tensor_that_is_two_units_off_is_noticed() -> None:
+    done = fuzz.converted(SMALL)
+    graph = fuzz.check_plan(done)
+    reference = fuzz.Recorded(graph, "xnnpack")
+    reference(*done.example)
+    assert len(reference.stored) >= 4
+    for node, stored in reference.stored.items():
+        for off in (-2, 2):
+            compared = fuzz.Compared(graph, {**reference.stored, node: stored + off})
+            compared.run(*done.example)
+            assert any(line.startswith(f"{node.args[0].name} ") for line in compared.wrong), node
+
+
+def test_an_op_that_is_float_against_the_plan_is_noticed() -> None:
+    done = fuzz.converted(SMALL)
+    (conv,) = (
+        node for node in done.graph.graph.nodes if node.target is torch.ops.aten.conv2d.default
+    )
+    real = next(node for node in done.graph.graph.nodes if node.op == "placeholder")
+    conv.args = (real, *conv.args[1:])
+    with pytest.raises(AssertionError, match=r"conv2d is float: its input .* is in float"):
+        fuzz.check_plan(done)
+
+
+def test_every_case_of_the_registry_can_be_drawn() -> None:
+    drawn = {case for family, case in CASES if family != "unknown"}
+    assert {case.name for rule in REGISTRY for case in rule.cases} == drawn
+    for family, case in CASES:
+        built = fuzz.Model(Sample(((2, 8, 5, 7),), (Step(family, case, (0,), "moves"),)))
+        assert len(built.wiring) == 1, (family, case)
