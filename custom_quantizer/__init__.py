@@ -20,6 +20,7 @@ from custom_quantizer.errors import (
     LoweringError,
     ProgramError,
     SchemeError,
+    TrainingError,
     VerificationError,
 )
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         lower,
         read_program,
     )
+    from custom_quantizer.xnnpack.recipe import IntegerRecipe, session_program
 
 __all__ = [
     "Accumulator",
@@ -72,6 +74,7 @@ __all__ = [
     "InputError",
     "IntFormat",
     "IntegerQuantizer",
+    "IntegerRecipe",
     "IntegerReference",
     "LoweredProgram",
     "LoweringError",
@@ -87,6 +90,7 @@ __all__ = [
     "SchemeError",
     "TensorPlan",
     "TensorScheme",
+    "TrainingError",
     "Verification",
     "VerificationError",
     "accumulators",
@@ -111,6 +115,7 @@ __all__ = [
     "save_integers",
     "save_statistics",
     "scheme",
+    "session_program",
     "verify",
 ]
 
@@ -143,12 +148,15 @@ _NAMES = {
     ),
     "verification": ("Verification", "verify"),
     "xnnpack": ("LoweredProgram", "LoweringReport", "load_program", "lower", "read_program"),
+    "xnnpack.recipe": ("IntegerRecipe", "session_program"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
+        if name == "qat":  # a module, so that it need not be imported first: cq.qat.finetune
+            return import_module(f"{__name__}.qat")
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer._plot import new_figure, save_figure
 from custom_quantizer.errors import CalibrationError, CustomQuantizerError
-from custom_quantizer.graph import module_path
+from custom_quantizer.graph import is_constant, module_path
+from custom_quantizer.training_graph import planned_tensor
 
 __all__ = [
     "ObservedTensor",
@@ -106,8 +107,8 @@ def observed_tensors(prepared: GraphModule) -> tuple[ObservedTensor, ...]:
     sources: dict[str, list[Node]] = {}
     for node in prepared.graph.nodes:
         if node.op == "call_module" and str(node.target).startswith("activation_post_process"):
-            source = cast(Node, node.args[0])
-            if source.op != "get_attr":
+            source = planned_tensor(cast(Node, node.args[0]))
+            if not is_constant(source):
                 sources.setdefault(str(node.target), []).append(source)
     found = []
     for key, nodes in sources.items():

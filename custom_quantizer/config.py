@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
+from custom_quantizer import decompositions, forms
 from custom_quantizer.errors import ConfigError
 from custom_quantizer.graph import module_stack
 from custom_quantizer.ops import known_targets
@@ -86,11 +87,13 @@ class Decision:
         scheme: what the node becomes; ``None``: float.
         explicit: some rule or filter decided, rather than the absence of one.
         reason: for the report.
+        aimed: the rule names the node or its operator type.
     """
 
     scheme: OpScheme | None
     explicit: bool
     reason: str
+    aimed: bool = False
 
 
 def target_name(target: Any) -> str:
@@ -111,7 +114,8 @@ def operator_names(operator_type: Any) -> list[str]:
         ConfigError: no op family knows it; the nearest names are given.
     """
     # Families also claim Python functions (getitem), which have no name to write in a file.
-    known = {target_name(t) for t in known_targets() if isinstance(t, torch._ops.OpOverload)}
+    targets = {*known_targets(), *decompositions.REWRITTEN, *forms.REWRITTEN}
+    known = {target_name(t) for t in targets if isinstance(t, torch._ops.OpOverload)}
     overloads = getattr(operator_type, "overloads", None)
     if overloads is not None:  # an OpOverloadPacket: all its overloads that are known
         names = [target_name(getattr(operator_type, o)) for o in overloads()]
@@ -163,7 +167,8 @@ class Config:
                 best = rule
         if best is None:
             return Decision(None, False, "no rule selects it")
-        return Decision(best.scheme, best.scope is not Scope.GLOBAL, str(best))
+        aimed = best.scope in (Scope.OPERATOR_TYPE, Scope.NODE_NAME)
+        return Decision(best.scheme, best.scope is not Scope.GLOBAL, str(best), aimed)
 
     def check(self, model: GraphModule) -> list[str]:
         """Find rules that select nothing in ``model``.

@@ -65,8 +65,15 @@ _BEGIN = f"begin with `version: {FORMAT_VERSION}`"
 
 _BITS = r"([2-9]|1[0-6])"
 _PERCENTILE = r"percentile[0-9]+(\.[0-9]+)?"
-_COMMON_SUFFIXES = ("symmetric", "narrow", *OBSERVERS)
-_SCHEME_SUFFIXES = ("per_tensor", "per_channel", "full", "biasfloat", *_COMMON_SUFFIXES)
+_COMMON_SUFFIXES = ("symmetric", "narrow", *OBSERVERS, "lsq_activations")
+_SCHEME_SUFFIXES = (
+    "per_tensor",
+    "per_channel",
+    "full",
+    "biasfloat",
+    "lsq_weights",
+    *_COMMON_SUFFIXES,
+)
 _SCHEME_PATTERN = (
     rf"^(a{_BITS}|dyn8)w{_BITS}(g[1-9][0-9]*)?"
     rf"(-({'|'.join(_SCHEME_SUFFIXES)}|{_PERCENTILE}|bias([4-9]|[12][0-9]|3[0-2])))*$"
@@ -250,6 +257,11 @@ class SchemeOptions(_Model):
                 {"title": "`percentile99.9` and the like", "pattern": f"^{_PERCENTILE}$"},
             ]
         },
+    )
+    weight_observer: Literal["minmax", "lsq"] = Field(
+        "minmax",
+        description="Weight scales by the largest weight, or learned in quantization-aware "
+        "training.",
     )
 
     def to_scheme(self) -> OpScheme:

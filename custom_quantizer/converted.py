@@ -30,6 +30,7 @@ from custom_quantizer.graph import (
     qparams_of,
 )
 from custom_quantizer.ops import Binding, OpRule, QParamSharing, QuantizedOp, rule_of
+from custom_quantizer.ops._rule import ACCEPTED
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.movement import GETITEM, SPLIT
 
@@ -51,10 +52,12 @@ class FloatOp:
     Attributes:
         node: the call.
         reason: for the report.
+        withheld: its scales are known, and the integer kernel refuses them.
     """
 
     node: Node
     reason: str
+    withheld: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,10 @@ def read_converted(model: GraphModule) -> ConvertedGraph:
         if isinstance(found, str):
             floating.append(FloatOp(node, found))
             continue
+        runs = ACCEPTED if found.is_wide else found.binding.rule.runs(found)
+        if not runs.ok:
+            floating.append(FloatOp(node, runs.reason, withheld=True))
+            continue
         integer[node] = found
         if found.output_node is not node:
             consumed.add(found.output_node)
@@ -137,6 +144,8 @@ def _integer_op(
     rule = rule_of(node)
     if rule is None:
         return f"no integer form of {node.target} is known"
+    if rule.float_reason:
+        return rule.float_reason
     binding = rule.bind(rule, node)
     if isinstance(binding, str):
         return binding
@@ -152,6 +161,8 @@ def _integer_op(
             if not is_static(source):
                 return "its input is quantized at run time"
         inputs = tuple(qparams_of(model, source) for source in binding.inputs)
+    if any(inputs[i].zero_point != 0 for i in rule.zero_centered):
+        return "the zero point of its second operand is not 0"
     return _with_output(model, rule, binding, inputs)
 
 
@@ -173,7 +184,12 @@ def _with_output(
     if rule.sharing is QParamSharing.SAME and any(not output.same_grid(q) for q in inputs):
         return "it moves values between different scales"
     if binding.weight is None:
-        return QuantizedOp(binding, inputs, output, output_node, bounds=bounds)
+        constants = {
+            arg: constant_of(model, arg)
+            for arg in node.args
+            if isinstance(arg, Node) and is_constant(arg)
+        }
+        return QuantizedOp(binding, inputs, output, output_node, bounds=bounds, constants=constants)
     if not is_dequantize(binding.weight) or not is_constant(binding.weight.args[0]):
         return "its weight is in float"
     bias = _bias_integers(model, binding)

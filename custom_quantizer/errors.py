@@ -7,6 +7,7 @@
     |   `-- SchemeError        a bit-width, granularity or name no scheme can have
     |-- CaptureError           the model is not an exported, eval-mode, float32 aten graph
     |-- CalibrationError       no data, NaN or inf, wrong shapes
+    |-- TrainingError          training data, loss or checkpoint of quantization-aware training
     |-- ConversionError        a converted graph does not hold what it must
     |-- LoweringError          the backend refused, or the program it gave is wrong
     |   `-- VerificationError  the program's integers or outputs differ from the graph's
@@ -28,6 +29,7 @@ __all__ = [
     "LoweringError",
     "ProgramError",
     "SchemeError",
+    "TrainingError",
     "VerificationError",
 ]
 
@@ -50,6 +52,10 @@ class CaptureError(CustomQuantizerError):
 
 class CalibrationError(CustomQuantizerError):
     """Calibration data is missing, empty, of the wrong shape, or not finite."""
+
+
+class TrainingError(CustomQuantizerError):
+    """Quantization-aware training cannot begin, or cannot go on."""
 
 
 class ConversionError(CustomQuantizerError):

@@ -5,12 +5,14 @@ Nothing here knows an op family and nothing here changes a graph, except :func:`
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
+import torch.utils._pytree as pytree
 import torchao.quantization.quant_primitives  # noqa: F401  registers torchao::dequantize_affine
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed.*
 from torch.fx import GraphModule, Node
@@ -23,7 +25,9 @@ __all__ = [
     "check_input",
     "constant_of",
     "describe",
+    "detached_copy",
     "effective_users",
+    "flatten_inputs",
     "is_constant",
     "is_dequantize",
     "is_quantize",
@@ -35,10 +39,15 @@ __all__ = [
     "shape_of",
     "size_bounds",
     "source_of",
+    "state_of",
     "tensor_meta",
+    "written_inputs",
 ]
 
 _q = torch.ops.quantized_decomposed
+
+FOLDED_KEY = "custom_quantizer_folded"
+"""Marks, in ``meta``, a call that only reads parameters and becomes a constant at conversion."""
 
 DEQUANTIZE_PER_TENSOR = _q.dequantize_per_tensor.default
 DEQUANTIZE_PER_CHANNEL = _q.dequantize_per_channel.default
@@ -140,6 +149,28 @@ def check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:
         raise InputError(f"input {index} must have shape ({shown}), got {given}")
 
 
+def flatten_inputs(in_spec: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
+    """Inputs of a captured graph in the order of its placeholders.
+
+    Args:
+        in_spec: structure of ``(args, kwargs)`` that was recorded at capture, if any.
+        inputs: positional inputs; those captured by keyword may stand here too, in their order.
+        named: inputs by keyword.
+
+    Raises:
+        InputError: the keywords are not those of capture.
+    """
+    if not named:
+        return pytree.tree_leaves(inputs)
+    known = [] if in_spec is None else list(in_spec.child(1).context)
+    if set(named) != set(known):
+        raise InputError(
+            f"the model takes {', '.join(known) or 'no inputs'} by keyword, got "
+            f"{', '.join(named)}: give each input the way torch.export.export got it"
+        )
+    return pytree.tree_leaves((inputs, {name: named[name] for name in known}))
+
+
 def shape_of(node: Node) -> tuple[int, ...]:
     """Shape recorded at capture; symbolic sizes stay symbolic.
 
@@ -178,9 +209,47 @@ def effective_users(node: Node) -> list[Node]:
     return [user for user in node.users if user.target not in _ASSERTIONS]
 
 
+def written_inputs(node: Node) -> list[Node]:
+    """The tensors a call writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    values = [
+        node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
+        for i, parameter in enumerate(node.target._schema.arguments)
+        if parameter.alias_info is not None and parameter.alias_info.is_write
+    ]
+    return [value for value in values if isinstance(value, Node)]
+
+
+def state_of(graph: torch.fx.Graph) -> list[Node]:
+    """The inputs and constants that some call of the graph writes into, views of them included."""
+    found: dict[Node, None] = {}
+    for node in graph.nodes:
+        for written in written_inputs(node):
+            while written.op == "call_function" and written.args:
+                source = written.args[0]
+                if not isinstance(source, Node):
+                    break
+                written = source
+            if written.op in ("get_attr", "placeholder"):
+                found[written] = None
+    return list(found)
+
+
+def detached_copy(model: GraphModule) -> GraphModule:
+    """A deep copy; buffers that were written while gradients were recorded lose their history."""
+    history = {
+        id(buffer): buffer.detach().clone() for buffer in model.buffers() if not buffer.is_leaf
+    }
+    return copy.deepcopy(model, cast("dict[int, Any]", history))
+
+
 def is_constant(node: object) -> bool:
-    """Whether ``node`` reads a parameter, buffer or attribute of the module."""
-    return isinstance(node, Node) and node.op == "get_attr"
+    """Whether ``node`` reads a parameter, buffer or attribute of the module.
+
+    So does a call that is folded into one at conversion (batch norms in training).
+    """
+    return isinstance(node, Node) and (node.op == "get_attr" or FOLDED_KEY in node.meta)
 
 
 def constant_of(model: torch.nn.Module, node: Node) -> torch.Tensor:
@@ -270,9 +339,12 @@ def add_constant(model: GraphModule, name: str, value: torch.Tensor, before: Nod
 
 
 def _fake_mode_of(node: Node) -> Any:
-    for other in (node, *node.graph.nodes):
-        value = tensor_meta(other)
-        mode = getattr(value, "fake_mode", None)
-        if mode is not None:
-            return mode
-    return None
+    """The mode of the fake tensors in a graph, from the nearest node at or before ``node``."""
+    before, first = node, next(iter(node.graph.nodes))
+    while (mode := _own_fake_mode(before)) is None and before is not first:
+        before = before.prev
+    return mode or next(filter(None, map(_own_fake_mode, node.graph.nodes)), None)
+
+
+def _own_fake_mode(node: Node) -> Any:
+    return getattr(tensor_meta(node), "fake_mode", None)

@@ -51,6 +51,7 @@ from custom_quantizer.ranges import (
     solve,
 )
 from custom_quantizer.schemes import TensorScheme
+from custom_quantizer.training_graph import fold_for_good
 
 __all__ = ["ActivationObserver", "BiasObserver", "WeightObserver", "choose_qparams"]
 
@@ -131,16 +132,25 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
                 f"{float(bad[0])}). Check the calibration data and the ops before this one"
             )
         self._solved = None
-        if self.kind == "average" and self.count > 0:
-            self.min_val.lerp_(ends.min, self.averaging_constant)
-            self.max_val.lerp_(ends.max, self.averaging_constant)
-        else:
-            self.min_val.clamp_(max=low)
-            self.max_val.clamp_(min=high)
+        self._extend(low, high)
         if self.counts is not None:
             add_counts(self.counts, values, low, high)
         self.count += x.numel()
         return x
+
+    @property
+    def _averages(self) -> bool:
+        """Whether the extremes of a new batch are averaged with those before."""
+        return self.kind == "average" and bool(self.count > 0)
+
+    def _extend(self, low: float, high: float) -> None:
+        """Let the range take in the extremes of a batch."""
+        if self._averages:
+            self.min_val.lerp_(torch.full_like(self.min_val, low), self.averaging_constant)
+            self.max_val.lerp_(torch.full_like(self.max_val, high), self.averaging_constant)
+        else:
+            self.min_val.clamp_(max=low)
+            self.max_val.clamp_(min=high)
 
     @property
     def statistics(self) -> Statistics:
@@ -336,6 +346,7 @@ class WeightObserver(_ConstantObserver):
 
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by integers and their dequantization (called by torchao)."""
+        fold_for_good(model)
         weight = constant_of(model, cast(Node, node.args[0]))
         scale = self.final_scale(model, node)
         fmt = self.scheme.format
@@ -394,17 +405,14 @@ class BiasObserver(_ConstantObserver):
 
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by int32 constants and their dequantization (called by torchao)."""
+        fold_for_good(model)
         (binding,) = _consumers(node)
         bias = constant_of(model, cast(Node, node.args[0]))
         if not bool(torch.isfinite(bias).all()):
             raise CalibrationError(f"{self.name}: its bias has values that are not finite")
         input_scale = _input_scale(model, binding)
         weight_scale = expand_channels(_weight_scale(model, binding), binding)
-        shift = torch.zeros_like(weight_scale, dtype=torch.int64)
-        if self.quant_max < (1 << 31) - 1:
-            shift = bias_shift(bias, input_scale, weight_scale, self.quant_max)
-        values = quantize_bias(bias, input_scale, weight_scale, shift)
-        scale = torch.ldexp(derived_scale(input_scale, weight_scale), shift)
+        values, scale = self.derive(bias, input_scale, weight_scale)
         qparams = QParams(
             scale if scale.dim() else float(scale),
             0,
@@ -413,6 +421,26 @@ class BiasObserver(_ConstantObserver):
             0 if scale.dim() else None,
         )
         self._replace(model, node, values, scale, qparams)
+
+    def derive(
+        self, bias: Tensor, input_scale: float, weight_scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Integers and scale of a bias.
+
+        Args:
+            bias: float, ``(out_channels,)``.
+            input_scale: scale of the activation.
+            weight_scale: float32, scalar or ``(out_channels,)``.
+
+        Returns:
+            int32 ``(out_channels,)`` and float32 of the shape of ``weight_scale``: the derived
+            scale, times a power of two where the format has fewer than 32 bits.
+        """
+        shift = torch.zeros_like(weight_scale, dtype=torch.int64)
+        if self.quant_max < (1 << 31) - 1:
+            shift = bias_shift(bias, input_scale, weight_scale, self.quant_max)
+        values = quantize_bias(bias, input_scale, weight_scale, shift)
+        return values, torch.ldexp(derived_scale(input_scale, weight_scale), shift)
 
 
 def _consumers(node: Node) -> list[Binding]:

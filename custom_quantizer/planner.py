@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -19,12 +19,14 @@ from custom_quantizer.canonical import overwritten_by
 from custom_quantizer.config import Config, Decision, returned_nodes, target_name
 from custom_quantizer.formats import IntFormat
 from custom_quantizer.graph import (
+    FOLDED_KEY,
     describe,
     effective_users,
     is_constant,
     module_path,
     tensor_meta,
 )
+from custom_quantizer.insertion import ANNOTATION_KEY
 from custom_quantizer.ops import (
     Backend,
     Binding,
@@ -36,8 +38,9 @@ from custom_quantizer.ops import (
     rule_of,
 )
 from custom_quantizer.schemes import OBSERVERS, OpScheme, TensorScheme
+from custom_quantizer.weighing import Kind, Step, weigh
 
-__all__ = ["Edge", "NodeAnnotation", "OpPlan", "Plan", "TensorPlan", "make_plan"]
+__all__ = ["Derivation", "Edge", "NodeAnnotation", "OpPlan", "Plan", "TensorPlan", "make_plan"]
 
 Role = Literal["input", "weight", "bias", "output"]
 
@@ -93,6 +96,23 @@ class OpPlan:
 
 
 @dataclass(frozen=True)
+class Derivation:
+    """What the scale of a derived bias follows from.
+
+    Attributes:
+        input_group: of the op's input.
+        weight_group: of its weight.
+        repeats: how often the channels of the weight's axis repeat in the op's output.
+        input_bits: width of the input.
+    """
+
+    input_group: int
+    weight_group: int
+    repeats: int
+    input_bits: int
+
+
+@dataclass(frozen=True)
 class Edge:
     """How one tensor is observed where one op uses or makes it.
 
@@ -104,6 +124,7 @@ class Edge:
         axis: output-channel axis of a weight.
         name: for messages.
         dynamic: quantized at run time.
+        derivation: of a bias.
     """
 
     kind: Literal["activation", "weight", "bias"]
@@ -113,6 +134,7 @@ class Edge:
     bias: IntFormat | None = None
     axis: int = 0
     dynamic: bool = False
+    derivation: Derivation | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +250,7 @@ class _Op:
     fused: Node | None = None
     scheme: OpScheme | None = None
     follows: TensorScheme | None = None  # movers: the format they pass on
+    centered: bool = False  # its output has zero point 0, for a consumer that needs it so
     reason: str = ""
 
     @property
@@ -244,6 +267,26 @@ class _Op:
         if self.mover:
             return self.follows
         return None if self.scheme is None else self.scheme.activation
+
+    @property
+    def made(self) -> TensorScheme | None:
+        """Format of the output; ``None`` when the op stays in float."""
+        given = self.activation
+        return replace(given, symmetric=True) if self.centered and given is not None else given
+
+    def wanted(self, position: int) -> TensorScheme:
+        """Format of an input."""
+        given = cast(TensorScheme, self.activation)
+        centered = self.rule is not None and position in self.rule.zero_centered
+        return replace(given, symmetric=True) if centered else given
+
+
+ANNOTATED_BEFORE = "another quantizer annotated it before"
+
+
+def is_annotated(node: Node) -> bool:
+    """Whether a quantizer has annotated ``node``: in a ``ComposableQuantizer``, an earlier one."""
+    return bool(getattr(node.meta.get(ANNOTATION_KEY), "_annotated", False))
 
 
 def make_plan(model: GraphModule, config: Config) -> Plan:
@@ -263,7 +306,10 @@ def make_plan(model: GraphModule, config: Config) -> Plan:
     for op in ops:
         if not op.mover:
             _settle(op)
+    _leave_sums_in_float(ops, anchors)
     io = _model_io(model, config)
+    _weigh(ops, io)
+    _center(ops, producer)
     _follow_producers(ops, producer, io.inputs)
     _follow_consumers(ops, anchors)
     return _Annotator(ops, producer, io).plan(tuple(warnings))
@@ -307,10 +353,14 @@ def _collect(model: GraphModule, config: Config) -> list[_Op]:
     for node in model.graph.nodes:
         if node.op != "call_function" or node in fused:
             continue
+        if FOLDED_KEY in node.meta:
+            continue  # computed from parameters: a constant once training is over
         if tensor_meta(node) is None and not isinstance(node.meta.get("val"), (list, tuple)):
             continue  # sizes, assertions: no tensor comes out
         op = _Op(node, config.resolve(node), rule_of(node))
-        if op.rule is not None:
+        if is_annotated(node):
+            op.reason = ANNOTATED_BEFORE
+        elif op.rule is not None:
             bound = op.rule.bind(op.rule, node)
             if isinstance(bound, str):
                 op.reason = bound
@@ -344,6 +394,8 @@ def _fusable(op: _Op, config: Config) -> Node | None:
         return None
     if isinstance(follower.bind(follower, users[0]), str) or overwritten_by(users[0]):
         return None
+    if is_annotated(users[0]):
+        return None
     decision = config.resolve(users[0])
     # A rule aimed at the activation itself says it is an op of its own.
     if decision.explicit and decision.scheme != op.decision.scheme:
@@ -354,10 +406,17 @@ def _fusable(op: _Op, config: Config) -> Node | None:
 def _settle(op: _Op) -> None:
     """Decide an op that is quantized for its own sake."""
     scheme = op.decision.scheme
+    if op.reason:
+        return
     if op.rule is None:
         op.reason = f"no integer form of {target_name(op.node.target)} is known"
+        if isinstance(op.node.target, torch._ops.HigherOrderOperator):
+            op.reason = f"{op.node.target} is control flow: the graphs it runs stay in float"
         return
     if op.binding is None:
+        return
+    if op.rule.float_reason:
+        op.reason = op.rule.float_reason
         return
     if scheme is None:
         op.reason = op.decision.reason
@@ -370,12 +429,109 @@ def _settle(op: _Op) -> None:
         if meta is None or meta.dtype != torch.float32:
             kind = "not a single tensor" if meta is None else str(meta.dtype)
             op.reason = f"{describe(tensor)} is {kind}; only float32 tensors are quantized"
+            op.reason += _to_float(meta)
+            return
+        if _is_empty(tensor) or (meta.dim() == 0 and not is_constant(tensor)):
+            what = "elements" if meta.dim() else "dimensions"
+            op.reason = f"{describe(tensor)} has no {what}, and XNNPACK takes no such tensor"
             return
     verdict = op.rule.accepts(op.binding, scheme)
     if not verdict.ok:
         op.reason = verdict.reason
         return
     op.scheme, op.reason = scheme, op.decision.reason
+
+
+_SUMS = frozenset({"add", "sub", "mul"})
+_VIEWS = frozenset({"identity", "reshape", "permute"})
+
+
+def _leave_sums_in_float(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
+    """Sums and products that only float ops read are computed in float.
+
+    On the way into a softmax these are scales, biases and masks: a mask (a large negative number)
+    would take the whole range of an int8 sum for itself. Between layer norms it is the residual
+    stream of a transformer, whose parts differ by orders of magnitude. Either way the reader
+    dequantizes what an int8 kernel has just rounded.
+    """
+    floats: set[Node] = set()
+    for op in reversed(ops):
+        users = effective_users(op.output)
+        into = [user in floats or _computes_in_float(anchors.get(user)) for user in users]
+        family = op.rule.family if op.rule is not None else ""
+        if not users or not all(into) or family not in _SUMS | _VIEWS:
+            continue
+        if family in _SUMS and op.scheme is not None:
+            if op.decision.explicit:
+                continue
+            op.scheme = None
+            op.reason = "only float ops read its result: quantizing it would just round once more"
+        floats.add(op.node)
+
+
+def _computes_in_float(op: _Op | None) -> bool:
+    return op is not None and op.rule is not None and bool(op.rule.float_reason)
+
+
+def _center(ops: list[_Op], producer: dict[Node, _Op]) -> None:
+    """Who makes an operand that needs zero point 0 makes it so, if its range has both signs."""
+    for op in ops:
+        if op.rule is None or op.scheme is None or op.binding is None:
+            continue
+        for position in op.rule.zero_centered:
+            source = producer.get(op.binding.inputs[position])
+            while source is not None and source.mover and source.binding is not None:
+                source = producer.get(source.binding.inputs[0])
+            if source is None or source.scheme is None or _is_dynamic(source) or source.fused:
+                continue
+            if source.binding is not None and source.binding.weight is None:
+                signed = source.rule is not None and source.rule.family in _SUMS
+            else:
+                signed = True
+            source.centered = signed
+
+
+def _weigh(ops: list[_Op], io: _ModelIO) -> None:
+    """Ops without an int8 kernel stay in float where quantizing them would only cost."""
+    kinds = {op.node: _kind(op) for op in ops}
+    steps = [
+        Step(
+            kinds[op.node],
+            () if op.binding is None else tuple(t for t in op.binding.inputs if not is_constant(t)),
+            op.output,
+            tuple(effective_users(op.output)),
+            op.node,
+        )
+        for op in ops
+    ]
+    refused = weigh(steps, io.inputs, [node for node, _ in io.outputs])
+    for op in ops:
+        if op.node in refused:
+            op.scheme = None
+            op.reason = (
+                f"XNNPACK has no int8 kernel for it, and {refused[op.node]}: quantizing it would "
+                "only cost"
+            )
+
+
+def _kind(op: _Op) -> Kind:
+    """What an op does with integers, now that it is settled."""
+    if op.mover:
+        return Kind.FLOAT if _left_in_float(op) else Kind.MOVER
+    if op.scheme is None or op.binding is None or op.scheme.dynamic:
+        return Kind.FLOAT
+    # A rule that names the op or its type is an order.
+    if op.decision.aimed:
+        return Kind.INTEGER
+    found = op.binding.rule.delegation(op.binding, Formats(8))
+    return Kind.WEIGHED if found.backend in (Backend.FLOAT, Backend.PORTABLE) else Kind.INTEGER
+
+
+def _to_float(meta: torch.Tensor | None) -> str:
+    """What to do about a tensor of another floating-point type."""
+    if meta is None or not meta.dtype.is_floating_point:
+        return ""
+    return "; call model.float() and hand in float32 inputs before torch.export.export"
 
 
 def _left_in_float(op: _Op) -> bool:
@@ -389,8 +545,17 @@ def _left_in_float(op: _Op) -> bool:
         meta = tensor_meta(tensor)
         if meta is not None and meta.dtype != torch.float32:
             op.reason = f"{describe(tensor)} is {meta.dtype}; only float32 tensors are quantized"
+            op.reason += _to_float(meta)
             return True
+    if _is_empty(op.node):
+        op.reason = "its result has no elements, and XNNPACK takes no such tensor"
+        return True
     return False
+
+
+def _is_empty(node: Node) -> bool:
+    meta = tensor_meta(node)
+    return meta is not None and any(isinstance(size, int) and size == 0 for size in meta.shape)
 
 
 def _follow_producers(
@@ -400,11 +565,13 @@ def _follow_producers(
     for op in ops:
         if not op.mover or _left_in_float(op):
             continue
-        given = [
-            source.activation
+        sources = [
+            source
             for tensor in cast(Binding, op.binding).inputs
             if (source := producer.get(tensor)) is not None and not _is_dynamic(source)
         ]
+        op.centered = any(source.centered for source in sources)
+        given = [source.made for source in sources]
         given += [inputs.get(tensor) for tensor in cast(Binding, op.binding).inputs]
         formats = [fmt for fmt in given if fmt is not None]
         if formats:
@@ -431,13 +598,20 @@ def _follow_consumers(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
                 and op.node in consumer.binding.inputs
                 and not _is_dynamic(consumer)
             )
-            wanted.append(consumer.activation if takes and consumer is not None else None)
+            wanted.append(_wanted_by(consumer, op.node) if takes else None)
         first = wanted[0] if wanted else None
         if first is not None and all(_same_format(first, other) for other in wanted):
             op.follows = first
             op.reason = "moves values: quantized before it, as its consumers want integers"
         else:
             op.reason = "moves values of a float tensor"
+
+
+def _wanted_by(consumer: _Op | None, tensor: Node) -> TensorScheme | None:
+    """Format in which an op takes ``tensor``."""
+    if consumer is None or consumer.activation is None:
+        return None
+    return consumer.wanted(cast(Binding, consumer.binding).inputs.index(tensor))
 
 
 def _same_format(a: TensorScheme | None, b: TensorScheme | None) -> bool:
@@ -460,7 +634,7 @@ class _Annotator:
         for op in self._ops:
             if op.activation is None or op.binding is None or _is_dynamic(op):
                 continue
-            keys = [self._input_key(op, tensor) for tensor in op.binding.inputs]
+            keys = self._input_keys(op)
             if op.mover:
                 for key in keys:
                     self._groups.union(key, ("out", op.output))
@@ -477,15 +651,19 @@ class _Annotator:
             annotations[self._io.node.name] = NodeAnnotation(outputs, None)
         return Plan(plans, warnings, annotations)
 
-    def _input_key(self, op: _Op, tensor: Node) -> _Key:
-        return self._key(tensor, cast(TensorScheme, op.activation))
+    def _input_keys(self, op: _Op) -> list[_Key]:
+        inputs = cast(Binding, op.binding).inputs
+        return [self._key(tensor, op.wanted(i)) for i, tensor in enumerate(inputs)]
 
     def _key(self, tensor: Node, wanted: TensorScheme) -> _Key:
         """The producer's own output where the formats agree, else a requantized copy of it."""
         source = self._producer.get(tensor)
         given = self._io.inputs.get(tensor)
         if source is not None and not _is_dynamic(source):
-            given = source.activation
+            given = source.made
+        centered = source is not None and source.centered
+        if centered and given is not None and given.format == wanted.format:
+            return ("out", tensor)  # zero point 0 is one that affine consumers read as well
         if _same_format(given, wanted):
             return ("out", tensor)
         return ("requantized", tensor, wanted.format, wanted.symmetric)
@@ -509,9 +687,9 @@ class _Annotator:
         for op in self._ops:
             if op.activation is None or op.binding is None or _is_dynamic(op):
                 continue
-            for tensor in op.binding.inputs:
-                add(self._input_key(op, tensor), False, op.activation)
-            add(("out", op.output), not op.mover, op.activation)
+            for i, key in enumerate(self._input_keys(op)):
+                add(key, False, op.wanted(i))
+            add(("out", op.output), not op.mover, cast(TensorScheme, op.made))
         for root, found in members.items():
             self._schemes[root] = min(found, key=lambda member: member[:3])[3]
 
@@ -554,7 +732,9 @@ class _Annotator:
         def record(role: Role, tensor: Node, edge: Edge, fmt: IntFormat, why: str) -> None:
             tensors.append(TensorPlan(role, tensor.name, str(fmt), edge.group, why))
 
-        for tensor in dict.fromkeys(binding.inputs):
+        for i, tensor in enumerate(binding.inputs):
+            if tensor.name in inputs:
+                continue
             if isinstance(tensor.meta.get("val"), (list, tuple)):
                 continue  # the list a split returns: observed before it and after each getitem
             if dynamic:
@@ -562,7 +742,7 @@ class _Annotator:
                 key: _Key = ("dynamic", tensor, scheme)
                 edge = Edge("activation", self._number(key), describe(tensor), scheme, dynamic=True)
             else:
-                edge = self._activation(self._input_key(op, tensor), tensor)
+                edge = self._activation(self._key(tensor, op.wanted(i)), tensor)
             inputs[tensor.name] = edge
             record("input", tensor, edge, cast(TensorScheme, edge.scheme).format, op.reason)
         if op.scheme is not None and binding.weight is not None:
@@ -614,7 +794,16 @@ class _Annotator:
             )
         else:
             group = self._number(("bias", binding.node))
-            inputs[bias.name] = Edge("bias", group, describe(binding.node), bias=scheme.bias)
+            source = inputs[binding.inputs[0].name]
+            derivation = Derivation(
+                input_group=source.group,
+                weight_group=edge.group,
+                repeats=binding.groups if binding.weight_axis == 1 else 1,
+                input_bits=cast(TensorScheme, source.scheme).format.bits,
+            )
+            inputs[bias.name] = Edge(
+                "bias", group, describe(binding.node), bias=scheme.bias, derivation=derivation
+            )
             dtype, why = str(scheme.bias), "derived: input scale x weight scale"
         tensors.append(TensorPlan("bias", bias.name, dtype, group, why))
         return tensors
@@ -624,7 +813,7 @@ def weight_scheme_of(scheme: OpScheme, binding: Binding) -> TensorScheme:
     """The weight's scheme, per tensor where XNNPACK has no per-channel kernel."""
     weight = scheme.weight
     if weight.granularity == "per_channel" and binding.weight_axis == 1 and binding.groups > 1:
-        return TensorScheme(weight.format, True, "per_tensor")
+        return replace(weight, granularity="per_tensor")
     return weight
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import (
     EdgeOrNode,
     QuantizationAnnotation,
@@ -24,15 +27,28 @@ from custom_quantizer.canonical import canonicalize
 from custom_quantizer.config import Config, Rule, Scope, operator_names
 from custom_quantizer.config_file import dump_config, load_config
 from custom_quantizer.errors import CaptureError, ConfigError
-from custom_quantizer.graph import argument, describe, is_dequantize, is_quantize
+from custom_quantizer.fake_quantize import (
+    ActivationFakeQuantize,
+    BiasFakeQuantize,
+    Slot,
+    WeightFakeQuantize,
+)
+from custom_quantizer.graph import describe, is_dequantize, is_quantize, tensor_meta
+from custom_quantizer.insertion import ANNOTATION_KEY, insert_observers
 from custom_quantizer.observers import META_KEY, ActivationObserver, BiasObserver, WeightObserver
-from custom_quantizer.planner import Edge, Plan, make_plan
+from custom_quantizer.planner import Derivation, Edge, Plan, is_annotated, make_plan
 from custom_quantizer.schemes import OpScheme, TensorScheme, activation_scheme, coerce_scheme
+from custom_quantizer.training_graph import (
+    DROPOUTS,
+    MODE_NAME,
+    as_evaluated,
+    fold_batch_norms,
+    insert_normalization,
+    is_training_call,
+    origin_of,
+)
 
 __all__ = ["IntegerQuantizer"]
-
-ANNOTATION_KEY = "quantization_annotation"
-"""Where torchao's ``prepare_pt2e`` looks for annotations (``Q_ANNOTATION_KEY``)."""
 
 SchemeLike: TypeAlias = str | OpScheme | QuantizationConfig | None
 
@@ -179,9 +195,24 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
     # -- what prepare_pt2e calls --------------------------------------------------------------
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Make in-place ops functional and numbers tensors, so that they can be annotated."""
-        _check_captured(model)
-        return canonicalize(model)
+        """Make in-place ops functional and numbers tensors, so that they can be annotated.
+
+        For ``prepare_qat_pt2e`` also fold batch norms into the layers before them.
+        """
+        training = _prepares_for_training()
+        _check_captured(model, training)
+        model = canonicalize(model, training=training)
+        if training:
+            fold_batch_norms(model, self._is_ours)
+        return model
+
+    def _is_ours(self, node: Node) -> bool:
+        """Whether a layer is this quantizer's affair, rather than of another one beside it."""
+        rules = self._config.rules
+        all_are = self._config.filter_function is None and any(
+            rule.scope is Scope.GLOBAL and rule.scheme is not None for rule in rules
+        )
+        return all_are or self._config.resolve(node).scheme is not None
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Write the plan's annotations into the graph.
@@ -189,15 +220,23 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         Raises:
             ConfigError: a rule names something that does not exist, or no rule selects anything.
         """
-        plan = make_plan(model, self._config)
+        training = _prepares_for_training()
+        with as_evaluated(model) if training else contextlib.nullcontext():
+            plan = make_plan(model, self._config)
         self._plan = plan
         if not plan.quantized:
             raise ConfigError(_nothing_to_quantize(plan))
-        _apply(plan, model)
+        _apply(plan, model, training)
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: the plan is legal by construction."""
+
+    def prepare_obs_or_fq_callback(
+        self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[EdgeOrNode, torch.nn.Module]
+    ) -> None:
+        """Insert the observers, so that torchao, which is slow at it, finds none to insert."""
+        insert_observers(model, edge_or_node_to_obs_or_fq)
 
 
 def _nothing_to_quantize(plan: Plan) -> str:
@@ -210,7 +249,7 @@ def _nothing_to_quantize(plan: Plan) -> str:
     )
 
 
-def _check_captured(model: object) -> None:
+def _check_captured(model: object, training: bool = False) -> None:
     """Refuse what is not an exported, eval-mode, real floating-point graph."""
     if not isinstance(model, GraphModule):
         raise CaptureError(
@@ -224,7 +263,7 @@ def _check_captured(model: object) -> None:
             "the graph already has observers: it was prepared before; hand in a fresh "
             "torch.export.export(model.eval(), example_inputs).module()"
         )
-    if any(name != "_guards_fn" for name in modules):
+    if set(modules) - {"_guards_fn", MODE_NAME}:
         raise CaptureError(
             "the graph calls modules, so it was traced with torch.fx; capture it with "
             "torch.export.export(model.eval(), example_inputs).module()"
@@ -235,10 +274,10 @@ def _check_captured(model: object) -> None:
             "torch.export.export(model.eval(), example_inputs).module()"
         )
     for node in model.graph.nodes:
-        _check_node(node)
+        _check_node(node, training)
 
 
-def _check_node(node: Node) -> None:
+def _check_node(node: Node, training: bool) -> None:
     value = node.meta.get("val")
     if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_complex():
         raise CaptureError(f"input {node.name} is {value.dtype}; complex numbers have no integers")
@@ -247,10 +286,10 @@ def _check_node(node: Node) -> None:
             f"the graph is already quantized ({describe(node)}); hand in the float graph that "
             "torch.export.export(model.eval(), example_inputs).module() returns"
         )
-    if _is_training(node):
+    if not training and _is_training(node):
         raise CaptureError(
             f"{describe(node)} was captured in training mode; call model.eval() before "
-            "torch.export.export"
+            "torch.export.export (or prepare_qat_pt2e, to train)"
         )
 
 
@@ -262,68 +301,155 @@ def _is_training(node: Node) -> bool:
     written = node.args[0] if node.args and node.target is torch.ops.aten.add_.Tensor else None
     if isinstance(written, Node) and str(written.target).endswith("num_batches_tracked"):
         return True
-    return any(
-        parameter.name in ("train", "training") and argument(node, i, parameter.name) is True
-        for i, parameter in enumerate(node.target._schema.arguments)
-    )
+    return is_training_call(node)
+
+
+def _prepares_for_training() -> bool:
+    """Whether ``prepare_qat_pt2e`` is who called, rather than ``prepare_pt2e``.
+
+    Neither says so to the quantizer (torchao 0.18), not even through ``ComposableQuantizer``, so
+    the callers are looked up.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is prepare_qat_pt2e.__code__:
+            return True
+        if frame.f_code is prepare_pt2e.__code__:
+            return False
+        frame = frame.f_back
+    return False
 
 
 class _Specs:
-    """torchao specs for the edges of a plan: one real spec per group, the rest share it."""
+    """torchao specs for the edges of a plan: one real spec per group, the rest share it.
 
-    def __init__(self) -> None:
+    Args:
+        training: with fake quantizers in the place of observers.
+    """
+
+    def __init__(self, training: bool) -> None:
+        self._training = training
         self._first: dict[int, EdgeOrNode] = {}
+        self._slots: dict[int, Slot] = defaultdict(Slot)
 
     def spec(self, edge: Edge, where: EdgeOrNode) -> QuantizationSpecBase:
         if edge.group in self._first:
             return SharedQuantizationSpec(self._first[edge.group])
         self._first[edge.group] = where
+        maker = self._made_before(edge, where)
+        if maker is not None:
+            self._first[edge.group] = maker
+            return SharedQuantizationSpec(maker)
         if edge.kind == "bias":
             fmt = edge.bias
             if fmt is None:
                 raise ConfigError(f"{edge.name}: the plan has a bias edge without a format")
             return QuantizationSpec(
                 dtype=torch.int32,
-                observer_or_fake_quant_ctr=BiasObserver.with_args(name=edge.name),
+                observer_or_fake_quant_ctr=self._bias(edge),
                 quant_min=fmt.quant_min,
                 quant_max=fmt.quant_max,
             )
         scheme = cast(TensorScheme, edge.scheme)
-        constructor = (
-            WeightObserver.with_args(scheme=scheme, axis=edge.axis, name=edge.name)
-            if edge.kind == "weight"
-            else ActivationObserver.with_args(scheme=scheme, name=edge.name)
-        )
         return QuantizationSpec(
             dtype=scheme.format.storage_dtype,
-            observer_or_fake_quant_ctr=constructor,
+            observer_or_fake_quant_ctr=(
+                self._weight(edge, scheme, where)
+                if edge.kind == "weight"
+                else self._activation(edge, scheme)
+            ),
             quant_min=scheme.format.quant_min,
             quant_max=scheme.format.quant_max,
             qscheme=torch.per_tensor_symmetric if scheme.symmetric else torch.per_tensor_affine,
             is_dynamic=edge.dynamic,
         )
 
+    def _made_before(self, edge: Edge, where: EdgeOrNode) -> Node | None:
+        """The tensor of an edge, if an earlier quantizer gave it the same integers.
 
-def _apply(plan: Plan, model: GraphModule) -> None:
+        A second observer would round what is rounded already, to a scale of its own.
+        """
+        if edge.kind != "activation" or self._training or not isinstance(where, tuple):
+            return None
+        scheme, (maker, _) = cast(TensorScheme, edge.scheme), where
+        spec = maker.meta[ANNOTATION_KEY].output_qspec if is_annotated(maker) else None
+        if edge.dynamic or not isinstance(spec, QuantizationSpec) or spec.is_dynamic:
+            return None
+        symmetric = spec.qscheme == torch.per_tensor_symmetric
+        fmt = scheme.format
+        same = (spec.dtype, spec.quant_min, spec.quant_max, symmetric) == (
+            fmt.storage_dtype,
+            fmt.quant_min,
+            fmt.quant_max,
+            scheme.symmetric,
+        )
+        return maker if same else None
+
+    def _activation(self, edge: Edge, scheme: TensorScheme) -> Any:
+        if not self._training:
+            return ActivationObserver.with_args(scheme=scheme, name=edge.name)
+        slot = self._slots[edge.group]
+        return ActivationFakeQuantize.with_args(scheme=scheme, name=edge.name, slot=slot)
+
+    def _weight(self, edge: Edge, scheme: TensorScheme, where: EdgeOrNode) -> Any:
+        if not self._training:
+            return WeightObserver.with_args(scheme=scheme, axis=edge.axis, name=edge.name)
+        weight = tensor_meta(where[0] if isinstance(where, tuple) else where)
+        return WeightFakeQuantize.with_args(
+            scheme=scheme,
+            axis=edge.axis,
+            name=edge.name,
+            slot=self._slots[edge.group],
+            channels=1 if weight is None else int(weight.shape[edge.axis]),
+        )
+
+    def _bias(self, edge: Edge) -> Any:
+        if not self._training:
+            return BiasObserver.with_args(name=edge.name)
+        derived = cast(Derivation, edge.derivation)
+        return BiasFakeQuantize.with_args(
+            name=edge.name,
+            input_slot=self._slots[derived.input_group],
+            weight_slot=self._slots[derived.weight_group],
+            repeats=derived.repeats,
+            input_bits=derived.input_bits,
+        )
+
+
+def _apply(plan: Plan, model: GraphModule, training: bool) -> None:
     """Annotate every node, in graph order: the first edge of a group carries the spec.
 
     ``prepare_pt2e`` creates observers in this same order, so what is shared always exists.
     """
-    specs = _Specs()
+    norms = insert_normalization(model)
+    layers = {layer for layer, _ in norms.values()}
+    specs = _Specs(training)
     by_anchor = {op.node: op for op in plan.ops}
     for node in model.graph.nodes:
         if node.name in by_anchor:
             op = by_anchor[node.name]
-            node.meta[META_KEY] = {"scheme": op.scheme, "reason": op.reason}
-        annotation = plan.annotations.get(node.name)
-        if annotation is None:
+            if not is_annotated(node):
+                node.meta[META_KEY] = {"scheme": op.scheme, "reason": op.reason}
+        layer, bias = norms.get(node, (node, None))
+        annotation = plan.annotations.get(layer.name)
+        if annotation is None or (training and origin_of(node) is not node):
             continue
-        sources = {source.name: source for source in node.all_input_nodes}
-        inputs = {
-            sources[name]: specs.spec(edge, (sources[name], node))
-            for name, edge in annotation.inputs.items()
-        }
-        output = specs.spec(annotation.output, node) if annotation.output is not None else None
+        if bias is None:
+            origins = {s: origin_of(s) if training else s for s in node.all_input_nodes}
+            names = {s: norms.get(o, (o,))[0].name for s, o in origins.items()}
+            inputs = _input_specs(plan, specs, node, names)
+        else:  # a batch norm sees the bias of its layer
+            edge = annotation.inputs.get(bias.name)
+            inputs = {} if edge is None else {bias: specs.spec(edge, (bias, node))}
+        # The result of a layer with a batch norm is what leaves the batch norm.
+        output = None
+        if annotation.output is not None and node not in layers:
+            output = specs.spec(annotation.output, node)
+        if is_annotated(node):
+            raise ConfigError(
+                f"{describe(node)} is annotated by another quantizer before; in a "
+                "ComposableQuantizer, call set_io on one of them"
+            )
         node.meta[ANNOTATION_KEY] = QuantizationAnnotation(
             input_qspec_map=inputs,
             output_qspec=output,
@@ -331,3 +457,22 @@ def _apply(plan: Plan, model: GraphModule) -> None:
             allow_implicit_sharing=False,
             _annotated=True,
         )
+
+
+def _input_specs(
+    plan: Plan, specs: _Specs, node: Node, names: dict[Node, str]
+) -> dict[Node, QuantizationSpecBase]:
+    """Specs of the inputs of ``node``; ``names`` says which tensor of the plan each of them is."""
+    edges = plan.annotations[node.name].inputs
+    inputs: dict[Node, QuantizationSpecBase] = {}
+    for source, name in names.items():
+        edge = edges.get(name)
+        if edge is None:
+            continue
+        made = plan.annotations.get(name)
+        rounded = made is not None and made.output is not None and made.output.group == edge.group
+        # What was rounded before a dropout is not rounded again behind it.
+        if source.target in DROPOUTS and name != source.name and rounded:
+            continue
+        inputs[source] = specs.spec(edge, (source, node))
+    return inputs

@@ -62,6 +62,7 @@ _OBSERVER_KIND: dict[str, Kind] = {
     "histogram": "counts",
     "entropy": "counts",
     "moving_average": "average",
+    "lsq": "counts",
 }
 
 
@@ -257,7 +258,7 @@ def solve(statistics: Statistics, scheme: TensorScheme) -> QParams:
         raise CalibrationError("no data was seen, so there is no range")
     observer, percent = parse_observer(scheme.observer)
     statistics = statistics.as_kind(_OBSERVER_KIND[observer])
-    if observer == "histogram":
+    if observer in ("histogram", "lsq"):
         return histogram_qparams(statistics, scheme)
     if observer == "entropy":
         low, high = entropy_range(statistics, scheme)

@@ -40,8 +40,11 @@ __all__ = [
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 
-OBSERVERS = ("minmax", "percentile", "histogram", "entropy", "moving_average")
+OBSERVERS = ("minmax", "percentile", "histogram", "entropy", "moving_average", "lsq")
 """Names of the activation observers a scheme can ask for; also ``percentile99.9`` and the like."""
+
+WEIGHT_OBSERVERS = ("minmax", "lsq")
+"""Names of the weight observers: scales by the largest weight, or learned in training."""
 
 DEFAULT_PERCENT = "99.99"
 """Share of the values that ``percentile`` keeps, when its name does not say."""
@@ -61,7 +64,8 @@ class TensorScheme:
         granularity: one scale for the tensor, for each output channel, or for each group of
             ``group_size`` input channels of each output channel.
         group_size: with ``per_group`` only.
-        observer: which statistics decide the range of an activation.
+        observer: which statistics decide the range of an activation; of a weight, whether its
+            scales are learned in training (``lsq``).
     """
 
     format: IntFormat
@@ -106,6 +110,11 @@ class OpScheme:
             raise SchemeError("a group size goes with weight_granularity='per_group', and only so")
         if group is not None and group < 1:
             raise SchemeError(f"a weight group has at least 1 input channel, not {group}")
+        if self.weight.observer not in WEIGHT_OBSERVERS:
+            raise SchemeError(
+                f"weights have no observer {self.weight.observer!r}; legal: "
+                f"{', '.join(WEIGHT_OBSERVERS)}"
+            )
         if not self.weight.symmetric:
             raise SchemeError("weights are symmetric (zero point 0): no integer kernel has others")
         if self.dynamic and self.activation.format.bits != 8:
@@ -130,12 +139,19 @@ class OpScheme:
             parts.append("biasfloat")
         elif self.bias is not None and self.bias != INT32_BIAS:
             parts.append(f"bias{self.bias.bits}")
-        if act.observer != _DEFAULT_OBSERVER:
-            parts.append(act.observer)
+        parts += _observer_parts(act.observer, weight.observer)
         return "-".join(parts)
 
     def __str__(self) -> str:
         return self.name
+
+
+def _observer_parts(activation: str, weight: str) -> list[str]:
+    """The suffixes of a name that say who decides the ranges."""
+    if activation == weight == "lsq":
+        return ["lsq"]
+    parts = {"lsq": ["lsq_activations"], _DEFAULT_OBSERVER: []}.get(activation, [activation])
+    return [*parts, "lsq_weights"] if weight == "lsq" else parts
 
 
 _DEFAULT_OBSERVER = "minmax"
@@ -144,6 +160,7 @@ _GRAMMAR = (
     "a<bits>w<bits> or dyn8w<bits>, 2 to 16 bits each, optionally g<group size>, then any of "
     "-per_tensor, -symmetric, -narrow, -full, -bias<bits>, -biasfloat, -percentile<percentage>, -"
     + ", -".join(OBSERVERS)
+    + ", -lsq_activations, -lsq_weights"
 )
 
 
@@ -161,6 +178,7 @@ def scheme(
     full_range_weights: bool | None = None,
     bias: int | Literal["float"] | None = None,
     observer: str | None = None,
+    weight_observer: str | None = None,
 ) -> OpScheme:
     """Parse a scheme name; keywords say the same as the name's suffixes and win over them.
 
@@ -174,7 +192,11 @@ def scheme(
             overflow on ``-128 * -128``.
         bias: bits of the derived bias (default 32), or ``"float"``.
         observer: one of ``minmax``, ``percentile`` (``percentile99.9``: that share of the values
-            instead of 99.99), ``histogram``, ``entropy``, ``moving_average``.
+            instead of 99.99), ``histogram``, ``entropy``, ``moving_average``, ``lsq`` (learned in
+            training; where it starts is what ``histogram`` finds).
+        weight_observer: ``minmax`` (the largest weight of a channel), or ``lsq`` (learned in
+            training). The suffix ``-lsq`` means both, ``-lsq_activations`` and ``-lsq_weights``
+            one of them.
 
     Raises:
         SchemeError: the name does not parse, or the combination is not legal.
@@ -199,6 +221,7 @@ def scheme(
         "full_range_weights": full_range_weights,
         "bias": bias,
         "observer": observer,
+        "weight_observer": weight_observer,
     }
     options.update({key: value for key, value in given.items() if value is not None})
 
@@ -223,6 +246,7 @@ def scheme(
             symmetric=True,
             granularity=granularity,
             group_size=group,
+            observer=options.get("weight_observer", _DEFAULT_OBSERVER),
         ),
         bias=None if bias_option == "float" else IntFormat(bias_option),
         dynamic=dynamic,
@@ -259,6 +283,10 @@ def _suffix(name: str, suffix: str) -> dict[str, Any]:
         return {"bias": "float"}
     if match := re.fullmatch(r"bias(\d+)", suffix):
         return {"bias": int(match[1])}
+    if suffix == "lsq":
+        return {"observer": "lsq", "weight_observer": "lsq"}
+    if suffix in ("lsq_activations", "lsq_weights"):
+        return {"observer" if suffix == "lsq_activations" else "weight_observer": "lsq"}
     if suffix in OBSERVERS or _PERCENTILE.fullmatch(suffix):
         return {"observer": suffix}
     raise SchemeError(f"{name!r}: {suffix!r} says nothing about a scheme; a name is {_GRAMMAR}")

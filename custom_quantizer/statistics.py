@@ -32,6 +32,7 @@ from custom_quantizer.config import nearest
 from custom_quantizer.errors import CalibrationError, InputError
 from custom_quantizer.observers import ActivationObserver
 from custom_quantizer.ranges import BINS, Kind, Statistics
+from custom_quantizer.training_graph import dropouts_behind, planned_tensor
 
 __all__ = [
     "FORMAT_VERSION",
@@ -100,7 +101,9 @@ def activation_observers(prepared: GraphModule) -> tuple[Observed, ...]:
             source = node.args[0]
             while _observer(prepared, source) is not None:  # requantized for one of its users
                 source = source.args[0]
-            tensors.setdefault(observer, set()).add(source.name)
+            names = tensors.setdefault(observer, set())
+            names.add(planned_tensor(source).name)
+            names.update(dropped.name for dropped in dropouts_behind(node))
     if not tensors:
         raise CalibrationError(
             "the graph has no observers of activations: pass what prepare_pt2e returns, before "

@@ -346,8 +346,8 @@ def test_a_filter_function_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_scheme_that_its_name_does_not_say_cannot_be_written() -> None:
-    act = TensorScheme(IntFormat(8))
-    odd = OpScheme(act, TensorScheme(IntFormat(8, True), True, "per_channel", observer="histogram"))
+    act = TensorScheme(IntFormat(8), granularity="per_channel")
+    odd = OpScheme(act, TensorScheme(IntFormat(8, True), True, "per_channel"))
     with pytest.raises(ConfigError, match=r"its name 'a8w8' does not say all of it"):
         IntegerQuantizer().set_global(odd).to_config()
     with pytest.raises(ConfigError, match=r"'a8' would lose a part of it"):

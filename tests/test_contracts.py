@@ -1,7 +1,7 @@
 """What every entry of the registry promises, checked on its cases in the real runtime.
 
-All cases of a family become one model with an output each, so that a family costs one lowering;
-the slow tests lower every case alone.
+All cases of a family become one model with an output each, so that a family costs one lowering, and
+all functions of one tensor together one; the slow tests lower every case alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from support.graphs import Function, Inputs, differences, stress
 from support.models import randomize_batch_norms
+from support.registry import Surrounded
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -25,7 +26,6 @@ from custom_quantizer.arithmetic import get_arithmetic
 from custom_quantizer.canonical import canonicalize
 from custom_quantizer.converted import ConvertedGraph, read_converted
 from custom_quantizer.errors import CustomQuantizerError
-from custom_quantizer.graph import source_of
 from custom_quantizer.ops import (
     REGISTRY,
     Backend,
@@ -33,6 +33,7 @@ from custom_quantizer.ops import (
     OpRule,
     QParamSharing,
     _index,
+    functions,
     known_targets,
     predict_backend,
 )
@@ -81,33 +82,39 @@ def cases_of(rule: OpRule) -> tuple[Case, ...]:
     return rule.cases + EXTRA.get(rule.family, ())
 
 
-FAMILIES = [rule.family for rule in REGISTRY if rule.cases]
+FAMILIES = [rule.family for rule in REGISTRY if rule.cases and not rule.float_reason]
 # Per-tensor or per-channel is a question of weights.
 PROGRAMS = [(f, s) for f in FAMILIES for s in SCHEMES if f in GEMMS or s == "a8w8"]
 CASES = [(f, c.name, s) for f, s in PROGRAMS for c in cases_of(RULES[f])]
 GEMM_CASES = [(f, c, s) for f, c, s in CASES if f in GEMMS]
 
 
-class Family(nn.Module):
-    """Cases side by side. Ops that only move values get integers to move: ``x + x``."""
+Picked = tuple[tuple[OpRule, Case], ...]
 
-    def __init__(self, rule: OpRule, cases: tuple[Case, ...]) -> None:
+
+class Family(nn.Module):
+    """Cases side by side, where they are quantized: see :class:`Surrounded`."""
+
+    def __init__(self, picked: Picked) -> None:
         super().__init__()
-        self.doubled = rule.sharing is QParamSharing.SAME
-        self.arity = [len(case.shapes) for case in cases]
-        self.cases = nn.ModuleDict({f"case_{case.name}": case.build() for case in cases})
+        self.arity = [len(case.shapes) for _, case in picked]
+        modules = {_key(rule.family, case.name): Surrounded(rule, case) for rule, case in picked}
+        self.cases = nn.ModuleDict(modules)
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         outputs, feed = [], iter(inputs)
         for count, module in zip(self.arity, self.cases.values(), strict=True):
-            given = [next(feed) for _ in range(count)]
-            outputs.append(module(*[x + x for x in given] if self.doubled else given))
+            outputs.append(module(*[next(feed) for _ in range(count)]))
         return outputs
+
+
+def _key(family: str, case: str) -> str:
+    return f"case_{family}_{case}"
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """Some cases of a family, from the float model to outputs of the runtime."""
+    """Some cases, from the float model to outputs of the runtime."""
 
     model: Family
     plan: Plan
@@ -118,16 +125,19 @@ class Lowered:
     got: list[list[Tensor]]
     want: list[list[Tensor]]
 
-    def ops_of(self, case: str) -> list[Any]:
-        path = f"cases.case_{case}"
+    def index(self, name: str, case: str) -> int:
+        return list(self.model.cases).index(_key(name, case))
+
+    def ops_of(self, name: str, case: str) -> list[Any]:
+        path = f"cases.{_key(name, case)}.case"
         return [
             op
             for op in self.graph
             if any(p == path or p.startswith(path + ".") for p, _ in _stack(op.node))
         ]
 
-    def gemm_of(self, case: str) -> Node:
-        (node,) = (op.node for op in self.ops_of(case) if op.node.target in GEMM_TARGETS)
+    def gemm_of(self, name: str, case: str) -> Node:
+        (node,) = (op.node for op in self.ops_of(name, case) if op.node.target in GEMM_TARGETS)
         return cast(Node, node)
 
 
@@ -138,10 +148,10 @@ def _stack(node: Node) -> list[tuple[str, Any]]:
     return list((node.meta.get("nn_module_stack") or {}).values())
 
 
-def lower_cases(rule: OpRule, cases: tuple[Case, ...], scheme: str) -> Lowered:
+def lower_cases(picked: Picked, scheme: str) -> Lowered:
     torch.manual_seed(0)
-    model = cast(Family, randomize_batch_norms(Family(rule, cases)).eval())
-    shapes = [shape for case in cases for shape in case.shapes]
+    model = cast(Family, randomize_batch_norms(Family(picked)).eval())
+    shapes = [shape for _, case in picked for shape in case.shapes]
     example = tuple(torch.randn(shape) for shape in shapes)
     quantizer = cq.IntegerQuantizer().set_global(scheme)
     prepared = prepare_pt2e(torch.export.export(model, example).module(), quantizer)
@@ -175,8 +185,16 @@ def _attribute(model: nn.Module, node: Node) -> Tensor:
 
 
 @cache
+def together(names: tuple[str, ...], scheme: str) -> Lowered:
+    rules = [RULES[name] for name in names]
+    return lower_cases(tuple((rule, case) for rule in rules for case in cases_of(rule)), scheme)
+
+
+FUNCTIONS = tuple(rule.family for rule in functions.RULES)
+
+
 def family(name: str, scheme: str) -> Lowered:
-    return lower_cases(RULES[name], cases_of(RULES[name]), scheme)
+    return together(FUNCTIONS if name in FUNCTIONS else (name,), scheme)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,7 +239,7 @@ def test_a_family_is_one_delegate_call_with_nothing_outside(name: str, scheme: s
 @pytest.mark.parametrize(("name", "case", "scheme"), CASES)
 def test_runtime_equals_the_integer_reference(name: str, case: str, scheme: str) -> None:
     done = family(name, scheme)
-    index = [c.name for c in cases_of(RULES[name])].index(case)
+    index = done.index(name, case)
     for got, want in zip(done.got, done.want, strict=True):
         assert differences(got[index], want[index]) == []
 
@@ -232,7 +250,7 @@ def test_every_op_of_a_case_is_integer_and_runs_where_predicted(
 ) -> None:
     done = family(name, scheme)
     rows = {row.node: row for row in done.program.report.ops}
-    ops = done.ops_of(case)
+    ops = done.ops_of(name, case)
     assert ops
     assert [op.node.name for op in ops if op not in done.graph.integer] == []
     for op in ops:
@@ -246,7 +264,7 @@ def test_every_op_of_a_case_is_integer_and_runs_where_predicted(
 @pytest.mark.parametrize(("name", "case", "scheme"), CASES)
 def test_qparams_are_shared_as_declared(name: str, case: str, scheme: str) -> None:
     done = family(name, scheme)
-    for op in done.ops_of(case):
+    for op in done.ops_of(name, case):
         if op.binding.rule.sharing is QParamSharing.SAME:
             assert all(op.output.same_grid(given) for given in op.inputs), op.node.name
         else:
@@ -284,8 +302,8 @@ def test_bias_is_the_float_bias_over_input_scale_times_weight_scale(
     name: str, case: str, scheme: str
 ) -> None:
     done = family(name, scheme)
-    node = done.gemm_of(case)
-    module, norm = _gemm_modules(done.model.cases[f"case_{case}"])
+    node = done.gemm_of(name, case)
+    module, norm = _gemm_modules(done.model.cases[_key(name, case)].case)
     bias_node = node.args[2] if len(node.args) > 2 else None
     if _bias_of(module) is None and norm is None:
         assert bias_node is None
@@ -358,7 +376,7 @@ def test_weight_is_rounded_to_the_scale_of_its_largest_value(
     name: str, case: str, scheme: str
 ) -> None:
     done = family(name, scheme)
-    node = done.gemm_of(case)
+    node = done.gemm_of(name, case)
     dequantize = cast(Node, node.args[1])
     integers = _attribute(done.graph.model, cast(Node, dequantize.args[0]))
     assert integers.dtype is torch.int8
@@ -397,7 +415,7 @@ def _recorded(model: GraphModule, record: dict[str, Tensor], dequantize: Node) -
     stored = cast(Node, dequantize.args[0])
     if stored.op == "get_attr":  # a constant, quantized at conversion
         return _attribute(model, stored).to(torch.int32)
-    return record[source_of(dequantize).name]
+    return record[cast(Node, stored.args[0]).name]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -423,7 +441,7 @@ def test_arithmetics_differ_by_at_most_one_unit_on_the_same_integers(name: str) 
 )
 def test_every_case_alone(name: str, case: str, scheme: str) -> None:
     rule = RULES[name]
-    done = lower_cases(rule, tuple(c for c in cases_of(rule) if c.name == case), scheme)
+    done = lower_cases(tuple((rule, c) for c in cases_of(rule) if c.name == case), scheme)
     report = done.program.report
     assert (report.delegates, report.outside) == (1, ())
     assert done.graph.floating == ()

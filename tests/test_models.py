@@ -24,6 +24,14 @@ MODELS = (
     "mnasnet0_5",
     "vgg11_bn",
 )
+MODELS_WITH_FUNCTIONS = (
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+)
 
 
 def biases_of(converted: Converted) -> dict[str, np.ndarray]:
@@ -84,6 +92,56 @@ def test_torchvision_model_is_one_exact_delegate(name: str, scheme: str) -> None
 
     generator = torch.Generator().manual_seed(1)
     batches = [(torch.randn(2, 3, 224, 224, generator=generator),) for _ in range(10)]
+    checked = cq.verify(converted.graph, lowered, batches)
+    assert checked.bit_exact, str(checked)
+    assert checked.exact_expected
+
+
+IMAGE = (1, 3, 64, 64)
+# Models whose ops take other forms, at the smallest inputs they take; float families, if any.
+OTHERS: dict[str, tuple[tuple[int, ...], set[str]]] = {
+    "alexnet": (IMAGE, set()),
+    "vgg11": (IMAGE, set()),
+    "shufflenet_v2_x0_5": (IMAGE, set()),
+    "shufflenet_v2_x1_0": (IMAGE, set()),
+    "densenet121": (IMAGE, {"avg_pool2d"}),
+    "inception_v3": ((1, 3, 75, 75), set()),
+    "r3d_18": ((1, 3, 4, 32, 32), {"pad"}),
+    "fcn_resnet50": (IMAGE, {"aten.upsample_bilinear2d.vec"}),
+    "lraspp_mobilenet_v3_large": (IMAGE, {"aten.upsample_bilinear2d.vec"}),
+    "deeplabv3_mobilenet_v3_large": (IMAGE, {"aten.upsample_bilinear2d.vec"}),
+    "ssdlite320_mobilenet_v3_large": ((1, 3, 96, 96), set()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_model_is_one_delegate(name: str) -> None:
+    """Lowering compares its outputs with the integer reference; float kernels must be expected."""
+    shape, floating = OTHERS[name]
+    example = (torch.randn(shape),)
+    converted = convert(torchvision_model(name), example)
+    lowered = cq.lower(converted.graph, example)
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)
+    assert {row.family for row in lowered.report.not_integer()} <= floating
+    checked = cq.verify(converted.graph, lowered, [(torch.randn(shape),)])
+    exact = not any(family.startswith("aten") for family in floating)
+    assert checked.exact_expected is exact
+    assert checked.bit_exact or not exact, str(checked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS_WITH_FUNCTIONS)
+def test_models_with_functions_are_one_exact_delegate(name: str) -> None:
+    """silu, gelu, sigmoid, hardswish and hardsigmoid: tables, which no last bit decides."""
+    model = torchvision_model(name)
+    example = (torch.randn(2, 3, 64, 64),)
+    converted = convert(model, example)
+    assert [op.node for op in converted.plan.floating] == []
+    lowered = cq.lower(converted.graph, example)
+    assert lowered.report.fully_delegated, str(lowered.report)
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(2, 3, 64, 64, generator=generator),) for _ in range(4)]
     checked = cq.verify(converted.graph, lowered, batches)
     assert checked.bit_exact, str(checked)
     assert checked.exact_expected

@@ -22,6 +22,7 @@ NAMES = [
     "InputError",
     "IntFormat",
     "IntegerQuantizer",
+    "IntegerRecipe",
     "IntegerReference",
     "LoweredProgram",
     "LoweringError",
@@ -37,6 +38,7 @@ NAMES = [
     "SchemeError",
     "TensorPlan",
     "TensorScheme",
+    "TrainingError",
     "Verification",
     "VerificationError",
     "accumulators",
@@ -61,6 +63,7 @@ NAMES = [
     "save_integers",
     "save_statistics",
     "scheme",
+    "session_program",
     "verify",
 ]
 

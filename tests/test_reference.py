@@ -5,35 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from support.models import Converted, convert, randomize_batch_norms
+from support.registry import Surrounded
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.ops import REGISTRY, Case, OpRule, QParamSharing
+from custom_quantizer.ops import REGISTRY, Case, OpRule
 
 MODES = ("xnnpack", "fixed_point", "exact")
 CASES = [
     pytest.param(rule, case, id=f"{rule.family}-{case.name}")
     for rule in REGISTRY
     for case in rule.cases
+    if not rule.float_reason
 ]
-
-
-class Moved(nn.Module):
-    """A mover behind a quantized op, so that it has integers to move."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.inner(*(x + x for x in inputs))
 
 
 def converted_case(rule: OpRule, case: Case, scheme: str) -> Converted:
     torch.manual_seed(0)
-    model = randomize_batch_norms(case.build()).eval()
-    if rule.sharing is QParamSharing.SAME:
-        model = Moved(model)
+    model = randomize_batch_norms(Surrounded(rule, case)).eval()
     example = tuple(torch.randn(shape) for shape in case.shapes)
     return convert(model, example, scheme)
 

@@ -16,8 +16,13 @@ from support.models import convert
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverBase
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import (
+    convert_pt2e,
+    prepare_pt2e,
+    prepare_qat_pt2e,
+)
 from torchao.quantization.pt2e.quantizer import (
+    ComposableQuantizer,
     QuantizationAnnotation,
     QuantizationSpec,
     Quantizer,
@@ -219,6 +224,47 @@ def test_batch_norms_are_folded_before_a_quantizer_is_asked() -> None:
 # ---------------------------------------------------------------------------------------------
 # torch 2.15
 # ---------------------------------------------------------------------------------------------
+
+
+def test_batch_norms_of_grouped_transposed_convolutions_do_not_fold() -> None:
+    """``prepare_pt2e`` fails before it asks a quantizer; in training we fold them ourselves."""
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6)).eval()
+    captured = torch.export.export(model, (torch.randn(1, 4, 3, 3),)).module()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        prepare_pt2e(captured, _Annotating(implicit=False))
+
+
+class _Remembering(Quantizer):  # type: ignore[misc]  # torchao is untyped
+    """Notes in the graph's meta what conversion has to undo."""
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        model.meta["noted"] = True
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        pass
+
+
+def test_the_meta_of_a_graph_outlives_its_preparation() -> None:
+    """Attributes that no node reads do not."""
+    captured = torch.export.export(nn.Linear(2, 2), (torch.randn(1, 2),)).module()
+    captured.unread = nn.Linear(1, 1)
+    prepared = prepare_qat_pt2e(captured, _Remembering())
+    assert prepared.meta["noted"]
+    assert not hasattr(prepared, "unread")
+
+
+def test_composable_quantizers_forward_no_callback() -> None:
+    """So fake quantizers are linked without it."""
+    called: list[int] = []
+
+    class Called(_Remembering):
+        def prepare_obs_or_fq_callback(self, model: Any, observers: Any) -> None:
+            called.append(1)
+
+    captured = torch.export.export(nn.Linear(2, 2), (torch.randn(1, 2),)).module()
+    prepare_qat_pt2e(captured, ComposableQuantizer([Called()]))
+    assert not called
 
 
 def test_quantizing_to_int32_wraps_a_positive_overflow() -> None:

@@ -59,7 +59,8 @@ from custom_quantizer.integer.numpy_runner import (
     NumpyReference,
     bundle_files,
 )
-from custom_quantizer.ops import QuantizedOp
+from custom_quantizer.ops import QuantizedOp, functions
+from custom_quantizer.ops.functions import levels
 from custom_quantizer.ops.gemm import _per_dim, expand_channels, symmetric_padding
 from custom_quantizer.ops.movement import padding_of
 from custom_quantizer.ops.pool import (
@@ -568,6 +569,42 @@ def _activation(op: QuantizedOp) -> Entry:
     return _requantize_fields(op.node, op.inputs[0], op.output, bounds)
 
 
+def _table(op: QuantizedOp) -> Entry:
+    """What the op makes of each stored integer; a row for each channel where they differ."""
+    src = op.inputs[0]
+    if len(op.inputs) != 1:
+        raise ConversionError(
+            f"{describe(op.node)}: the format has no {op.binding.rule.family} of two tensors. "
+            "Leave it in float, and out of the model."
+        )
+    if src.levels > _LARGEST_TABLE:
+        raise ConversionError(
+            f"{describe(op.node)}: its table would have {src.levels:,} entries, at most "
+            f"{_LARGEST_TABLE:,} are written. Quantize its input to 16 bits or less."
+        )
+    stored = levels(src)
+    channels = max((constant.numel() for constant in op.constants.values()), default=1)
+    if channels == 1:
+        entries = op.binding.rule.integers(op, [stored], FIXED_POINT)
+        return {"op": "table", "axis": None, "table": entries.tolist()}
+    entries = op.binding.rule.integers(op, [stored.expand(1, channels, -1)], FIXED_POINT)
+    return {"op": "table", "axis": 1, "table": entries[0].tolist()}
+
+
+_LARGEST_TABLE = 2**16
+
+
+def _extremum(op: QuantizedOp) -> Entry:
+    """Both operands in the scale of the result."""
+    target = _scale(op.output)
+    return {
+        "op": op.binding.rule.family,
+        "requantization_a": _factor(op.node, _scale(op.inputs[0]) / target),
+        "requantization_b": _factor(op.node, _scale(op.inputs[1]) / target),
+        "clamp": _clamp_of(op),
+    }
+
+
 def _mean(op: QuantizedOp, keepdims: bool | None = None) -> Entry:
     if keepdims is None:
         _, keepdims = cast("tuple[tuple[int, ...], bool]", spatial_mean_dims(op.node))
@@ -773,5 +810,8 @@ _FIELDS: Mapping[str, Callable[[QuantizedOp], Entry]] = {
     "expand": _expand,
     "getitem": _part,
     "pad": _pad,
+    **dict.fromkeys((rule.family for rule in functions.RULES), _table),
+    "maximum": _extremum,
+    "minimum": _extremum,
 }
 """What to compute, by family; ``split`` is expressed by the parts taken of it."""

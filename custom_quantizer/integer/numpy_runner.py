@@ -367,6 +367,28 @@ def _clamp(call: Call) -> Array:
     return np.clip(call.inputs[0], low, high).astype(call.output.dtype)
 
 
+def _table(call: Call) -> Array:
+    """One stored result for each stored integer of the input, from the smallest up.
+
+    With an axis, each of its channels has a row of the table.
+    """
+    entries = np.array(call.op["table"], dtype=call.output.dtype)
+    x, axis = call.inputs[0], call.op["axis"]
+    index: Any = x.astype(np.int64) - call.infos[0].quant_min
+    if axis is not None:
+        index = (_along(np.arange(x.shape[axis]), axis, x), index)
+    stored: Array = entries[index]
+    return stored
+
+
+def _extremum(call: Call) -> Array:
+    """Bring both operands to the output's scale, which keeps their order, and compare."""
+    compare = np.maximum if call.op["op"] == "maximum" else np.minimum
+    a = call.scale_by(call.centered(0), "requantization_a")
+    b = call.scale_by(call.centered(1), "requantization_b")
+    return call.store(compare(a, b))
+
+
 def _mean(call: Call) -> Array:
     """The sum of ``q - zero_point``; ``1 / count`` is in the multiplier."""
     op = call.op
@@ -454,6 +476,9 @@ _OPS: Mapping[str, Callable[[Call], Array]] = {
     "mul": _mul,
     "requantize": _requantize,
     "clamp": _clamp,
+    "table": _table,
+    "maximum": _extremum,
+    "minimum": _extremum,
     "mean": _mean,
     "avg_pool2d": _avg_pool2d,
     "max_pool2d": _max_pool2d,
@@ -477,6 +502,9 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "mul": ("requantization", "clamp"),
     "requantize": ("requantization", "clamp"),
     "clamp": ("clamp",),
+    "table": ("table", "axis"),
+    "maximum": ("requantization_a", "requantization_b", "clamp"),
+    "minimum": ("requantization_a", "requantization_b", "clamp"),
     "mean": ("axes", "keepdims", "count", "requantization", "clamp"),
     "avg_pool2d": ("kernel", *_WINDOW, "count_padding", "rounding", "clamp"),
     "max_pool2d": ("kernel", *_WINDOW, "dilation"),

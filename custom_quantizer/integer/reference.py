@@ -20,11 +20,14 @@ from custom_quantizer.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.errors import ConversionError, CustomQuantizerError, InputError
 from custom_quantizer.graph import (
     check_input,
+    constant_of,
     describe,
+    flatten_inputs,
     is_dequantize,
     is_quantize,
     is_static,
     qparams_of,
+    state_of,
     tensor_meta,
 )
 from custom_quantizer.ops import QuantizedOp
@@ -49,6 +52,8 @@ def integer_reference(converted: GraphModule, mode: str = "xnnpack") -> IntegerR
 class IntegerReference:
     """A converted graph, evaluated on integers.
 
+    Buffers that the model writes are the reference's own: the graph keeps what it holds.
+
     Attributes:
         graph: its ops.
         arithmetic: how integers are rounded.
@@ -57,6 +62,8 @@ class IntegerReference:
     def __init__(self, graph: ConvertedGraph, arithmetic: Arithmetic) -> None:
         self.graph = graph
         self.arithmetic = arithmetic
+        self._state: dict[Node, Tensor] = {}
+        self.reset()
         self._ops = {op.node: op for op in graph.integer}
         self._outputs = {op.output_node: op for op in graph.integer}
         self._qparams = {
@@ -70,18 +77,34 @@ class IntegerReference:
         """Ops that are float in the graph and run in float here."""
         return self.graph.floating
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Outputs as the device returns them: float32, dequantized."""
-        return self._run(inputs, None)
+        return self._run(inputs, named, None)
 
-    def with_integers(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+    def reset(self) -> None:
+        """Give buffers that the model writes what the graph holds now, as a program just loaded."""
+        model = self.graph.model
+        state = {
+            node.target: constant_of(model, node).clone()
+            for node in state_of(model.graph)
+            if node.op == "get_attr"
+        }
+        self._state = {
+            node: state[node.target]
+            for node in model.graph.nodes
+            if node.op == "get_attr" and node.target in state
+        }
+
+    def with_integers(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, Tensor]]:
         """Outputs, and the integers of every quantized tensor by the name of its producer."""
         record: dict[str, Tensor] = {}
-        return self._run(inputs, record), record
+        return self._run(inputs, named, record), record
 
-    def _run(self, inputs: tuple[Any, ...], record: dict[str, Tensor] | None) -> Any:
+    def _run(
+        self, inputs: tuple[Any, ...], named: dict[str, Any], record: dict[str, Tensor] | None
+    ) -> Any:
         model = self.graph.model
-        flat = _flatten_inputs(model, inputs)
+        flat = _flatten_inputs(model, inputs, named)
         values: dict[Node, Any] = {}
         last_use = self._last_uses()
         feed = iter(flat)
@@ -90,6 +113,8 @@ class IntegerReference:
             for node in model.graph.nodes:
                 if node.op == "placeholder":
                     values[node] = next(feed)
+                elif node in self._state:
+                    values[node] = self._state[node]
                 elif node.op == "get_attr":
                     values[node] = operator.attrgetter(str(node.target))(model)
                 elif node.op == "call_function":
@@ -98,6 +123,8 @@ class IntegerReference:
                     result = torch.fx.node.map_arg(node.args[0], lambda n: values[n])
                 for done in last_use.get(node, ()):
                     values.pop(done, None)
+        if self._state:  # what is returned does not change with the next call
+            result = pytree.tree_map_only(Tensor, torch.clone, pytree.tree_map(_real, result))
         return _unflatten_outputs(model, result)
 
     def _evaluate(
@@ -186,13 +213,16 @@ def _bind(args: Any, values: dict[Node, Any]) -> Any:
     return torch.fx.node.map_arg(args, lambda n: _real(values[n]))
 
 
-def _flatten_inputs(model: GraphModule, inputs: tuple[Any, ...]) -> list[Any]:
+def _flatten_inputs(
+    model: GraphModule, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> list[Any]:
     """Inputs as the placeholders take them.
 
     Raises:
         InputError: number, dtype or shape of the inputs is wrong.
     """
-    flat = pytree.tree_leaves((inputs, {}))
+    info = getattr(model.graph._codegen, "pytree_info", None)
+    flat = flatten_inputs(None if info is None else info.in_spec, inputs, named)
     wanted = [node for node in model.graph.nodes if node.op == "placeholder"]
     if len(flat) != len(wanted):
         raise InputError(
