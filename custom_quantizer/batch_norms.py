@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.graph import add_constant, argument, constant_of, is_constant, tensor_meta
+from custom_quantizer.rewriting import ORIGINAL_NAME, replace
 
 __all__ = ["batch_norms_to_convs"]
 
@@ -63,9 +64,8 @@ def _rewrite(model: GraphModule, node: Node) -> bool:
     )
     with model.graph.inserting_before(node):
         conv = model.graph.call_function(_CONVS[meta.dim()], args)
-    conv.meta = {**node.meta, "original_target": node.target}
-    node.replace_all_uses_with(conv)
-    model.graph.erase_node(node)
+    conv.meta = {**node.meta, "original_target": node.target, ORIGINAL_NAME: node.name}
+    replace(model, node, conv)
     return True
 
 

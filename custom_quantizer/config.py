@@ -17,6 +17,7 @@ from custom_quantizer import decompositions, forms
 from custom_quantizer.errors import ConfigError
 from custom_quantizer.graph import module_stack
 from custom_quantizer.ops import known_targets
+from custom_quantizer.rewriting import ORIGINAL_NAME
 from custom_quantizer.schemes import OpScheme, TensorScheme
 
 __all__ = ["Config", "Decision", "Rule", "Scope", "nearest", "operator_names"]
@@ -68,7 +69,10 @@ class Rule:
         if self.scope is Scope.GLOBAL:
             return True
         if self.scope is Scope.NODE_NAME:
-            return fnmatchcase(node.name, self.key)
+            # What a captured call was rewritten to answers to its name.
+            return fnmatchcase(node.name, self.key) or fnmatchcase(
+                node.meta.get(ORIGINAL_NAME, ""), self.key
+            )
         if self.scope is Scope.OPERATOR_TYPE:
             return target_name(node.meta.get("original_target", node.target)) == self.key or (
                 target_name(node.target) == self.key

@@ -11,13 +11,20 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.graph import add_constant, shape_of, tensor_meta
 
-__all__ = ["Insertion", "Rewrite", "rewrite_calls"]
+__all__ = ["ORIGINAL_NAME", "Insertion", "Rewrite", "is_inner", "replace", "rewrite_calls"]
 
 aten = torch.ops.aten
 
 
+ORIGINAL_NAME = "original_name"
+"""Key in ``node.meta``: name of the captured call that the node is a part of."""
+
+
 class Insertion:
     """Inserts calls in place of ``node``, with fake values and the module path of ``node``.
+
+    They are named after it (``mean_permute``, ``mean_linear``), so that names do not depend on
+    what else is rewritten; the last one takes over its name.
 
     Attributes:
         model: the graph.
@@ -30,12 +37,14 @@ class Insertion:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Insert a call of ``target`` before the node."""
+        name = f"{self.node.name}_{getattr(target, 'overloadpacket', target).__name__}"
         with self.model.graph.inserting_before(self.node):
-            new = self.model.graph.call_function(target, args, kwargs)
+            new = self.model.graph.create_node("call_function", target, args, kwargs, name)
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.node.meta:
                 new.meta[key] = self.node.meta[key]
         new.meta["original_target"] = self.node.meta.get("original_target", self.node.target)
+        new.meta[ORIGINAL_NAME] = self.node.meta.get(ORIGINAL_NAME, self.node.name)
         metas = [tensor_meta(source) for source in new.all_input_nodes]
         mode = next((m.fake_mode for m in metas if m is not None and hasattr(m, "fake_mode")), None)
         if mode is not None:
@@ -87,9 +96,21 @@ def rewrite_calls(model: GraphModule, rewrites: Mapping[Any, Rewrite]) -> int:
         alive = rewrite is not None and bool(node.users)
         result = cast(Rewrite, rewrite)(Insertion(model, node)) if alive else None
         if result is not None:
-            node.replace_all_uses_with(result)
-            model.graph.erase_node(node)
+            replace(model, node, result)
             count += 1
     if count:
         model.graph.eliminate_dead_code()
     return count
+
+
+def is_inner(node: Node) -> bool:
+    """Whether a node is a part of what a captured call was rewritten to, but not its result."""
+    return bool(node.meta.get(ORIGINAL_NAME, node.name) != node.name)
+
+
+def replace(model: GraphModule, node: Node, result: Node) -> None:
+    """Put ``result`` in the place of ``node``, under its name if it was made for it."""
+    node.replace_all_uses_with(result)
+    model.graph.erase_node(node)
+    if result.meta.get(ORIGINAL_NAME) == node.meta.get(ORIGINAL_NAME, node.name):
+        result.name = node.name

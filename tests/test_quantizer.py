@@ -256,7 +256,13 @@ def test_a_dynamic_batch_stays_dynamic_and_plans_the_same(sizes: tuple[int, int 
     fixed = quantizer().plan(torch.export.export(net(), (x,)))
     exported = torch.export.export(net(), (x,), dynamic_shapes=({0: batch},))
     made = quantizer()
-    assert made.plan(exported).to_json() == fixed.to_json()
+    plan = made.plan(exported)
+    # XNNPACK's integer mean cannot follow a growing batch: a linear layer can.
+    names = [op.node for op in plan.ops if op.node not in ("mean_reshape", "mean_linear")]
+    assert names == [op.node for op in fixed.ops] == ["conv2d", "conv2d_1", "add", "mean", "linear"]
+    for name in set(names) - {"mean"}:
+        formats = [[(t.role, t.tensor, t.dtype) for t in p.op(name).tensors] for p in (plan, fixed)]
+        assert formats[0] == formats[1], name
     prepared = prepare_pt2e(exported.module(), made)
     for size in (2, 5, 12):
         prepared(torch.randn(size, *IMAGE[1:]))

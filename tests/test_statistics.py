@@ -576,6 +576,20 @@ def test_observers_are_named_by_what_they_watch() -> None:
     ]
 
 
+def test_statistics_of_a_fixed_batch_fit_a_dynamic_one() -> None:
+    # Where the batch grows, the mean is rewritten to a linear layer between reshapes.
+    torch.manual_seed(0)
+    fixed_model: GraphModule = torch.export.export(Net().eval(), (DATASET,)).module()
+    fixed = prepare_pt2e(fixed_model, IntegerQuantizer().set_global("a8w8"))
+    fixed(DATASET)
+    dynamic, expected = prepared("a8w8"), prepared("a8w8", DATASET)
+    assert any(node.name == "mean_linear" for node in dynamic.graph.nodes)
+    load_statistics(dynamic, fixed)
+    assert solved_qparams(dynamic).keys() == solved_qparams(expected).keys()
+    for name in ("x", "cat+conv2d_1+relu+slice_1", "linear"):
+        assert solved_qparams(dynamic)[name] == solved_qparams(expected)[name]
+
+
 def test_observers_of_the_same_tensor_are_numbered() -> None:
     model = prepared("a8w8", DATASET, linear="a16w8")
     names = [observed.name for observed in activation_observers(model)]

@@ -18,7 +18,7 @@ from custom_quantizer.forms._common import (
     window_bounds,
 )
 from custom_quantizer.graph import argument, shape_of
-from custom_quantizer.rewriting import Insertion
+from custom_quantizer.rewriting import Insertion, replace
 
 aten = torch.ops.aten
 
@@ -169,4 +169,6 @@ def avg_pool1d(insert: Insertion) -> Node | None:
         aten.avg_pool2d.default, image, [1, kernel], [1, stride], [0, padding], *rest
     )
     form = avg_pool2d(Insertion(insert.model, pooled))
+    if form is not None:
+        replace(insert.model, pooled, form)
     return insert.call(aten.squeeze.dim, pooled if form is None else form, 2)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-import torchvision
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
     XNNPACKQuantizer,
@@ -27,13 +26,13 @@ from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
 from executorch.exir import to_edge_transform_and_lower
 from executorch.extension.pybindings import portable_lib
 from executorch.runtime import Runtime
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.models import randomize_batch_norms, torchvision_model
+from support.models import torchvision_model
 
 import custom_quantizer as cq
 from custom_quantizer._io import write_bytes_atomic, write_json_atomic
@@ -50,32 +49,6 @@ Record = dict[str, Any]
 # ---------------------------------------------------------------------------------------------
 # Models and images
 # ---------------------------------------------------------------------------------------------
-
-
-class BackboneAndHead(nn.Module):
-    """A detector without its anchors and its non-maximum suppression, which are no network."""
-
-    def __init__(self, detector: nn.Module) -> None:
-        super().__init__()
-        self.backbone = detector.backbone
-        self.head = detector.head
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Boxes ``(N, anchors, 4)`` and class scores ``(N, anchors, classes)``."""
-        return self.head(list(self.backbone(images).values()))
-
-
-def build(name: str) -> nn.Module:
-    """A model with seeded random weights and batch-norm statistics, in eval mode."""
-    if name.startswith("ssdlite"):
-        torch.manual_seed(0)
-        detector = torchvision.models.get_model(name, weights=None, weights_backbone=None)
-        return randomize_batch_norms(BackboneAndHead(detector)).eval()
-    if name in torchvision.models.list_models(module=torchvision.models.segmentation):
-        torch.manual_seed(0)
-        model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
-        return randomize_batch_norms(model).eval()
-    return torchvision_model(name)
 
 
 def images(name: str, size: int, count: int, seed: int) -> list[tuple[Tensor]]:
@@ -233,7 +206,7 @@ def run_flow(name: str, flow: str, size: int, clock: Clock, record: Record) -> b
     Returns:
         The program, which runs.
     """
-    model = build(name)
+    model = torchvision_model(name)
     example = images(name, size, 1, seed=1)[0]
     record["parameters"] = sum(p.numel() for p in model.parameters())
     record["seconds"] = clock.seconds
@@ -300,7 +273,7 @@ def run_flow(name: str, flow: str, size: int, clock: Clock, record: Record) -> b
 def latency(name: str, size: int, programs: Mapping[str, Path], seconds: float) -> Record:
     """Medians over interleaved runs, in CPU milliseconds, and ratios of neighbouring runs."""
     example = images(name, size, 1, seed=4)[0]
-    model = build(name)
+    model = torchvision_model(name)
     runs: dict[str, Callable[[], Any]] = {"eager": lambda: model(*example)}
     loaded = []  # the runtime reads the bytes where they are
     for flow, path in programs.items():

@@ -149,7 +149,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 _LARGEST_VALUE = 1e3
-_MOST_ELEMENTS = 3000
+_MOST_ELEMENTS = 8000
 
 
 class Moved(nn.Module):

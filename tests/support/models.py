@@ -33,8 +33,16 @@ def randomize_batch_norms(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def randomize_zero_heads(model: nn.Module) -> nn.Module:
+    """Give layers that start out as zeros (the head of a vision transformer) weights."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)
+    return model
+
+
 class BackboneAndHead(nn.Module):
-    """A detector without what comes after its head: boxes are chosen in Python."""
+    """A detector without anchors and non-maximum suppression, which are no network."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
@@ -53,7 +61,7 @@ def torchvision_model(name: str) -> nn.Module:
     model = torchvision.models.get_model(name, weights=None, **options)
     if name.startswith("ssd"):
         model = BackboneAndHead(model)
-    return randomize_batch_norms(model).eval()
+    return randomize_batch_norms(randomize_zero_heads(model)).eval()
 
 
 @dataclass(frozen=True)
