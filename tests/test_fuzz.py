@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from support import fuzz
 from support.fuzz import CASES, NothingToQuantizeError, Sample, Step
 
@@ -24,14 +24,20 @@ from custom_quantizer.ops import REGISTRY
 def explore(
     check: Callable[[Sample], Any], chunk: int, count: int, most_steps: int
 ) -> Counter[str]:
-    """Check ``count`` samples that follow from the seed ``chunk``."""
+    """Check ``count`` samples that follow from the seed ``chunk``.
+
+    What fails is not made smaller when it has to be lowered, which takes seconds a try; the sample
+    is printed in full.
+    """
     outcomes: Counter[str] = Counter()
+    shrinks = () if check is fuzz.check_lowered else (Phase.shrink,)
 
     @settings(
         max_examples=count,
         database=None,
         deadline=None,
         derandomize=False,  # the seed decides
+        phases=(Phase.generate, *shrinks),
         suppress_health_check=list(HealthCheck),
     )
     @seed(chunk)
@@ -42,6 +48,9 @@ def explore(
             outcomes["checked"] += 1
         except NothingToQuantizeError:
             outcomes["nothing to quantize"] += 1
+        except Exception as error:
+            error.add_note(repr(sample))
+            raise
 
     run()
     return outcomes
@@ -70,6 +79,10 @@ FOUND_LOWERED = {
     ),
     "softmax over the channels of an image behind a convolution": Sample(
         ((2, 8, 5, 7),), (Step("conv", "2d"), Step("softmax", "channels"), Step("add", "itself"))
+    ),
+    # The partitioner counts the distinct inputs of a cat, and refuses a single one.
+    "cat of a wide tensor with itself": Sample(
+        ((3, 11),), (Step("conv", "1d", fit="layer"),), default="a10w8"
     ),
 }
 

@@ -67,6 +67,7 @@ PASSES: tuple[GraphPass, ...] = (
     activations.CLAMPS_TO_HARDTANH,
     activations.KEEP_APART,
     borders.QUANTIZE_PADS,
+    borders.TELL_COPIES_APART,
     borders.DEDICATE_DEQUANTIZE,
 )
 

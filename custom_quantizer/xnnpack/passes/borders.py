@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import is_dequantize, is_quantize
+from custom_quantizer.graph import is_dequantize, is_quantize, tensor_meta
 from custom_quantizer.ops.movement import CAT, PAD
 from custom_quantizer.xnnpack.passes._pass import Builder, GraphPass, calls
 
@@ -41,6 +41,28 @@ def _dedicate_dequantize(model: GraphModule) -> int:
     return count
 
 
+def _tell_copies_apart(model: GraphModule) -> int:
+    """A cat of one float tensor with itself reads a view of it too.
+
+    The partitioner counts the distinct inputs of a cat, and refuses a single one.
+    """
+    count = 0
+    for node in calls(model, CAT.targets):
+        first, *others = cast("Sequence[Node]", node.args[0])
+        meta = tensor_meta(first)
+        if not others or any(other is not first for other in others) or is_dequantize(first):
+            continue
+        if meta is None or meta.dtype != torch.float32:
+            continue
+        shape = [size if isinstance(size, int) else -1 for size in meta.shape]
+        if shape.count(-1) > 1:
+            continue
+        view = Builder(model, node).call(aten.view_copy.default, first, shape)
+        node.args = ([first, *(view for _ in others)], *node.args[1:])
+        count += 1
+    return count
+
+
 def _quantize_pads(model: GraphModule) -> int:
     """A pad of a quantized tensor that float ops read is quantized at once, which is exact.
 
@@ -67,6 +89,13 @@ def _quantize_pads(model: GraphModule) -> int:
 
 QUANTIZE_PADS = GraphPass(
     "quantize_pads", "pads between int8 and float", "pads of integers", _quantize_pads
+)
+
+TELL_COPIES_APART = GraphPass(
+    "tell_copies_apart",
+    "cats of one float tensor with itself",
+    "cats of the tensor and a view of it",
+    _tell_copies_apart,
 )
 
 DEDICATE_DEQUANTIZE = GraphPass(
