@@ -25,6 +25,7 @@ from support.graphs import (
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import custom_quantizer as cq
 from custom_quantizer.errors import (
@@ -464,6 +465,16 @@ def test_an_op_left_in_float_runs_in_float_between_integer_ones() -> None:
     assert (row.node, row.backend.value) == ("conv2d", "xnnpack float")
     assert lowered.report.fully_delegated
     assert list(lowered.integer_biases()) == ["conv2d_1"]
+
+
+def test_a_pool_in_float_over_images_that_are_channels_last() -> None:
+    torch.manual_seed(0)
+    blocks = [CNBlockConfig(8, 8, 1), CNBlockConfig(8, None, 1)]
+    x = torch.randn(1, 3, 16, 16)
+    quantizer = cq.IntegerQuantizer().set_operator_type(aten.linear.default, "a8w8")
+    lowered = cq.lower(quantized(ConvNeXt(blocks, num_classes=4), (x,), quantizer), (x,))
+    assert "adaptive_avg_pool2d" in [row.node for row in lowered.report.not_integer()]
+    assert lowered.report.fully_delegated
 
 
 def cancelling() -> nn.Module:

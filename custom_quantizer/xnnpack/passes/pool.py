@@ -50,11 +50,20 @@ def _means_keep_dims(model: GraphModule) -> int:
 
 
 def _simplify_pools(model: GraphModule) -> int:
-    """Adaptive pooling over equal windows is pooling; counted padding is an explicit pad."""
+    """Adaptive pooling over equal windows is pooling; counted padding is an explicit pad.
+
+    Over one window it is a mean: its own decomposition restores the strides of images that are
+    channels last, with an op no delegate has.
+    """
     count = 0
     for node in calls(model, ADAPTIVE_AVG_POOL.targets):
         kernel = adaptive_kernel(node)
-        if is_global_pool(node) or kernel is None:
+        if is_global_pool(node):
+            mean = Builder(model, node).call(aten.mean.dim, node.args[0], [2, 3], True)
+            replace(node, mean)
+            count += 1
+            continue
+        if kernel is None:
             continue
         if kernel == (1, 1):
             replace(node, cast(Node, node.args[0]))
