@@ -32,7 +32,8 @@ def module(*layers: Callable[[], nn.Module]) -> Build:
     return lambda: nn.Sequential(*(layer() for layer in layers))
 
 
-# Name: what it is, the shape of its input, and the aten op that must be gone.
+# Name: what it is, the shape of its input, and the aten op that must be gone, if it does not
+# stay in another shape.
 MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
     "cat of one": (function(lambda x: torch.cat([x], 1).flip(1)), IMAGE, aten.flip.default),
     "stack": (function(lambda x: torch.stack([x, x.flip(1)], 1)), IMAGE, aten.stack.default),
@@ -89,6 +90,8 @@ MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         IMAGE,
         aten.adaptive_max_pool2d.default,
     ),
+    "max pool of one signal": (module(lambda: nn.MaxPool1d(3)), (4, 12), aten.max_pool1d.default),
+    "max pool of one image": (module(lambda: nn.MaxPool2d(2)), (4, 6, 6), None),
 }
 SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
     "mean over the batch": (function(lambda x: x.mean(0)), IMAGE, aten.mean.dim),
@@ -170,6 +173,27 @@ SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         module(lambda: nn.Conv3d(4, 6, 1, stride=2)),
         VOLUME,
         aten.conv3d.default,
+    ),
+    "conv3d of one volume": (
+        module(lambda: nn.Conv3d(4, 6, 2)),
+        (4, 3, 6, 6),
+        aten.conv3d.default,
+    ),
+    "conv2d of one image": (module(lambda: nn.Conv2d(4, 6, 3), nn.ReLU), (4, 6, 6), None),
+    "conv_transpose1d of one signal": (
+        module(lambda: nn.ConvTranspose1d(4, 6, 3)),
+        (4, 12),
+        None,
+    ),
+    "mean of one image": (
+        module(lambda: nn.AdaptiveAvgPool2d(1)),
+        (4, 6, 6),
+        None,
+    ),
+    "counted padding of one image": (
+        module(lambda: nn.AvgPool2d(3, 1, 1)),
+        (4, 6, 6),
+        aten.avg_pool2d.default,
     ),
 }
 CASES = MOVES | SUMS

@@ -8,6 +8,7 @@ quantized, simulated and lowered like any other:
   weights are constant;
 - average pooling that counts its padding is a depthwise convolution;
 - pooling, norms and convolutions over one or three dims become those over two;
+- layers and pools of one sample are those of a batch of one;
 - shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves.
 
 Moves and max pools are the same values bit for bit. Sums are added in another order: last bits of
@@ -23,6 +24,7 @@ import torch
 from torch.fx import GraphModule
 
 from custom_quantizer.forms import layers, maxima, moves, sums
+from custom_quantizer.forms.batches import batched
 from custom_quantizer.rewriting import Rewrite, rewrite_calls
 
 __all__ = ["REWRITTEN", "use_integer_forms"]
@@ -30,16 +32,22 @@ __all__ = ["REWRITTEN", "use_integer_forms"]
 aten = torch.ops.aten
 
 _REWRITES: dict[Any, Rewrite] = {
+    aten.conv1d.default: batched(1),
+    aten.conv1d.padding: batched(1),
+    aten.conv2d.default: batched(2),
+    aten.conv2d.padding: batched(2),
+    aten.conv_transpose1d.default: batched(1),
+    aten.conv_transpose2d.input: batched(2),
     aten.mean.dim: sums.mean,
     aten.sum.dim_IntList: sums.total,
-    aten.adaptive_avg_pool1d.default: sums.adaptive_avg_pool,
-    aten.adaptive_avg_pool2d.default: sums.adaptive_avg_pool,
-    aten.adaptive_avg_pool3d.default: sums.adaptive_avg_pool,
-    aten.avg_pool1d.default: sums.avg_pool1d,
-    aten.avg_pool2d.default: sums.avg_pool2d,
-    aten.max_pool1d.default: maxima.max_pool1d,
-    aten.max_pool2d.default: maxima.max_pool2d,
-    aten.max_pool3d.default: maxima.max_pool3d,
+    aten.adaptive_avg_pool1d.default: batched(1, sums.adaptive_avg_pool),
+    aten.adaptive_avg_pool2d.default: batched(2, sums.adaptive_avg_pool),
+    aten.adaptive_avg_pool3d.default: batched(3, sums.adaptive_avg_pool),
+    aten.avg_pool1d.default: batched(1, sums.avg_pool1d),
+    aten.avg_pool2d.default: batched(2, sums.avg_pool2d),
+    aten.max_pool1d.default: batched(1, maxima.max_pool1d),
+    aten.max_pool2d.default: batched(2, maxima.max_pool2d),
+    aten.max_pool3d.default: batched(3, maxima.max_pool3d),
     getitem: maxima.adaptive_max_pool,
     aten.cat.default: moves.cat,
     aten.stack.default: moves.stack,
@@ -57,7 +65,7 @@ _REWRITES: dict[Any, Rewrite] = {
 
 _OF_PARAMETERS: dict[Any, Rewrite] = {
     aten.batch_norm.default: layers.batch_norm,
-    aten.conv3d.default: layers.conv3d,
+    aten.conv3d.default: batched(3, layers.conv3d),
 }
 
 
