@@ -307,6 +307,7 @@ def make_plan(model: GraphModule, config: Config) -> Plan:
         if not op.mover:
             _settle(op)
     _leave_sums_in_float(ops, anchors)
+    _leave_divisors_in_float(ops, producer)
     io = _model_io(model, config)
     _weigh(ops, io)
     _center(ops, producer)
@@ -467,6 +468,27 @@ def _leave_sums_in_float(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
             op.scheme = None
             op.reason = "only float ops read its result: quantizing it would just round once more"
         floats.add(op.node)
+
+
+def _leave_divisors_in_float(ops: list[_Op], producer: dict[Node, _Op]) -> None:
+    """A bound that keeps a divisor away from zero is kept: rounded to a grid it would be zero.
+
+    ``F.normalize`` of a row of zeros is zero, and not 0 / 0.
+    """
+    for op in ops:
+        if op.rule is None or op.rule.family != "div" or op.binding is None:
+            continue
+        source = producer.get(op.binding.inputs[-1])
+        while source is not None and source.mover and source.binding is not None:
+            source = producer.get(source.binding.inputs[0])
+        if source is None or source.scheme is None or source.decision.explicit:
+            continue
+        low = None
+        if source.rule is not None and source.rule.bounds is not None:
+            low, _ = source.rule.bounds(source.node)
+        if low is not None and low > 0:
+            source.scheme = None
+            source.reason = "it keeps a divisor away from zero, to which integers would round it"
 
 
 def _computes_in_float(op: _Op | None) -> bool:

@@ -13,7 +13,7 @@ from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.graphs import Function, capture, lowered_exactly, quantized, stress
+from support.graphs import Function, capture, differences, lowered_exactly, quantized, stress
 from torch import Tensor, fx, nn
 
 import custom_quantizer as cq
@@ -319,3 +319,14 @@ def test_functions_above_8_bits_are_within_one_unit() -> None:
             scale, source = float(node.args[1]), node.args[0].args[0]
             apart = (torch.round(got / scale) - record[source.name]).abs().max()
             assert float(apart) <= 2, source.name  # two ops deep
+
+
+def test_a_row_of_zeros_is_normalized_to_zero() -> None:
+    """The bound that keeps its norm from being 0 is far below one step of any grid."""
+    model = Function(lambda s, x: F.normalize(x + x, dim=-1) + 1.0)
+    x = torch.randn(4, 16)
+    graph = quantized(model, (x,))
+    x[2] = 0.0
+    reference = cq.integer_reference(graph)(x)
+    assert differences(cq.lower(graph, (x,)).run(x), reference) == []
+    assert float((reference[2] - 1.0).abs().max()) < 0.02

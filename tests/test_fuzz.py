@@ -91,10 +91,24 @@ FOUND_LOWERED = {
     ),
 }
 
+FOUND_CONVERTED = {
+    # The bound that keeps the norm of a row of zeros from being 0 was rounded to 0.
+    "normalized rows of zeros": Sample(
+        ((2, 8, 5, 7),),
+        (Step("floor", "image", behind="relu"), Step("vector_norm", "normalize", fit="first")),
+        outputs_as="a8",
+    ),
+}
+
 
 @pytest.mark.parametrize("name", FOUND_LOWERED)
 def test_findings_stay_fixed(name: str) -> None:
     fuzz.check_lowered(FOUND_LOWERED[name])
+
+
+@pytest.mark.parametrize("name", FOUND_CONVERTED)
+def test_findings_before_lowering_stay_fixed(name: str) -> None:
+    fuzz.check_converted(FOUND_CONVERTED[name])
 
 
 @pytest.mark.slow

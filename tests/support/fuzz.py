@@ -475,7 +475,9 @@ class Compared(Interpreter):
         if given is None:
             return result
         source = cast(Node, n.args[0])
-        off = int((given.to(torch.int64) - result.to(torch.int64)).abs().max())
+        # PyTorch stores NaN, such as 0 / 0, as whatever the processor makes of it.
+        number = ~torch.isnan(self.values[source])
+        off = int(((given.to(torch.int64) - result.to(torch.int64)) * number).abs().max())
         op = self.makers.get(source)
         bound = 1 if op is None else 1 + self._excess(op)
         if off > bound:
