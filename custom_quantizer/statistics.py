@@ -134,9 +134,9 @@ def activation_observers(prepared: GraphModule) -> tuple[Observed, ...]:
 def _before_moves(prepared: GraphModule, node: Node) -> Node:
     """The tensor of the captured graph whose values ``node`` holds, where a rewrite moved them."""
     while is_inner(node) and node.target in _MOVES:
-        source = node.args[0]
+        source = cast(Node, node.args[0])
         while _observer(prepared, source) is not None:
-            source = source.args[0]
+            source = cast(Node, source.args[0])
         node = planned_tensor(source)
     return node
 

@@ -169,7 +169,7 @@ def _largest_row(op: QuantizedOp) -> int:
         grouped = weight.to(torch.int64).abs().reshape(op.binding.groups, -1, *weight.shape[1:])
         return int(grouped.sum(dim=1).flatten(2).sum(dim=2).max())
     # In parts that stay in the processor's cache: twenty times as fast for large weights.
-    parts = weight.flatten(1).split(max(1, _PART * len(weight) // weight.numel()))
+    parts = torch.split(weight.flatten(1), max(1, _PART * len(weight) // weight.numel()))
     return max(int(part.to(torch.int32).abs().sum(dim=1).max()) for part in parts)
 
 
