@@ -374,6 +374,7 @@ GELU = OpRule(
 # ---------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def sigmoid_qparams(src: QParams, dst: QParams) -> QParams:
     """Quantization of the sigmoid in ``x * sigmoid(x)``, int8.
 
