@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import add_constant, tensor_meta
+from custom_quantizer.graph import add_constant, tensor_meta, written_inputs
 
 __all__ = ["fold_constants"]
 
@@ -118,7 +118,7 @@ class _Run:
         self._owner.setdefault(_storage(value), node)
 
     def _call(self, node: Node) -> set[Node]:
-        written = [self.values[source] for source in _written(node) if source in self.values]
+        written = [self.values[source] for source in written_inputs(node) if source in self.values]
         memory = {_storage(value) for value in written if isinstance(value, Tensor)}
         arguments = self._arguments(node)
         stateful = any(_is_attribute(self._owner[storage]) for storage in memory)
@@ -179,18 +179,6 @@ def _attribute(model: GraphModule, node: Node) -> Tensor | None:
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage().data_ptr())
-
-
-def _written(node: Node) -> list[Node]:
-    """The tensors a call writes into."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    values = [
-        node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
-        for i, parameter in enumerate(node.target._schema.arguments)
-        if parameter.alias_info is not None and parameter.alias_info.is_write
-    ]
-    return [value for value in values if isinstance(value, Node)]
 
 
 def _is_deterministic(node: Node) -> bool:

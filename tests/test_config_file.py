@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import io
 import json
@@ -15,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.scripts import DOCS, documentation_script
 from torch import nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
@@ -33,8 +33,6 @@ from custom_quantizer.formats import IntFormat
 from custom_quantizer.ops import known_targets
 from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.schemes import OpScheme, TensorScheme, scheme
-
-DOCS = Path(__file__).parent.parent / "docs"
 
 
 class Net(nn.Module):
@@ -675,12 +673,7 @@ def test_a_format_says_nothing_about_weights_in_code_and_in_a_file(name: str) ->
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generator", DOCS / "make_config_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return documentation_script("make_config_reference.py")
 
 
 def test_shipped_schema_and_reference_are_up_to_date(generator: ModuleType) -> None:
