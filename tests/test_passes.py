@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
+from hypothesis import given
+from hypothesis import strategies as st
 from support.graphs import Function, calls, capture, differences, lowered_exactly, quantized
 from support.registry import Surrounded
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from custom_quantizer.errors import LoweringError
 from custom_quantizer.graph import is_constant, is_dequantize, is_quantize
 from custom_quantizer.ops import REGISTRY, Backend
 from custom_quantizer.xnnpack import passes
+from custom_quantizer.xnnpack.groups import join_factor, joined
 from custom_quantizer.xnnpack.passes import PASSES, origin_of, run_passes
 
 aten = torch.ops.aten
@@ -182,6 +185,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "withhold_refused",
         "channel_slices_to_convs",
         "keep_apart",
+        "tell_copies_apart",
         *FLOAT_OPS,
     }
     assert found | rare == set(BY_NAME)
@@ -439,3 +443,79 @@ def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
         "tanh_gelus",
     }
     assert {p.name for p in PASSES if not p.exact} == inexact
+
+
+# ---------------------------------------------------------------------------------------------
+# Groups
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("groups", "weight", "factor"),
+    [
+        (1, (8, 3, 3, 3), 1),
+        (16, (16, 1, 3, 3), 1),  # a depthwise kernel exists
+        (16, (16, 1, 5, 5), 1),
+        (96, (96, 1, 7, 7), 8),
+        (96, (96, 1, 31), 8),
+        (16, (32, 1, 3, 3), 8),  # two outputs a channel: no depthwise kernel
+        (6, (6, 1, 7, 7), 6),
+        (31, (31, 1, 7, 7), 1),  # 31 channels have no blocks of up to 16
+        (32, (128, 4, 3, 3), 2),
+        (32, (256, 8, 3, 3), 1),
+        (4, (64, 16, 3, 3), 1),
+    ],
+)
+def test_as_many_groups_are_joined_as_fill_a_product(
+    groups: int, weight: tuple[int, ...], factor: int
+) -> None:
+    assert join_factor(groups, weight) == factor
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5))
+def test_joined_groups_give_the_same_sums(
+    data: st.DataObject, blocks: int, outputs: int, inputs: int, factor: int
+) -> None:
+    groups = blocks * factor
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    weight = torch.randint(-128, 128, (groups * outputs, inputs, 3, 2), generator=generator)
+    x = torch.randint(-255, 256, (1, groups * inputs, 4, 5), generator=generator).double()
+    wide = joined(weight, groups, factor)
+    assert wide.shape == (groups * outputs, factor * inputs, 3, 2)
+    want = F.conv2d(x, weight.double(), groups=groups)
+    assert torch.equal(F.conv2d(x, wide.double(), groups=blocks), want)
+
+
+@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-per_tensor", "a8w4", "a6w8", "a8w8-bias16"])
+def test_wide_depthwise_convolutions_are_exact(scheme: str) -> None:
+    x = torch.randn(1, 12, 9, 8)
+    model = Function(
+        lambda s, x: (s.a(x), s.b(x), s.c(x.flatten(2)), s.d(x)),
+        a=nn.Conv2d(12, 12, 7, padding=3, groups=12),
+        b=nn.Conv2d(12, 24, 3, 2, 1, dilation=2, groups=12, bias=False),
+        c=nn.Conv1d(12, 12, 27, padding=13, groups=12),
+        d=nn.Conv2d(12, 9, (6, 5), groups=3),
+    )
+    lowered = lowered_exactly(quantized(model, (x,), scheme), (x,))
+    assert lowered.report.passes["join_narrow_groups"] == 4
+    assert lowered.report.fully_delegated
+    assert {row.backend for row in lowered.report.ops} <= {
+        Backend.INT8,
+        Backend.INT8_CONTAINER,
+        Backend.FOLDED,
+    }
+
+
+def test_a_weight_between_channels_that_do_not_meet_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(weight: Tensor, groups: int, factor: int) -> Tensor:
+        wide = joined(weight, groups, factor)
+        wide[0, 1, 0, 0] = 3
+        return wide
+
+    x = torch.randn(1, 8, 8, 8)
+    graph = quantized(Function(lambda s, x: s.a(x), a=nn.Conv2d(8, 8, 7, groups=8)), (x,))
+    monkeypatch.setattr(passes.gemm, "joined", wrong)
+    with pytest.raises(cq.VerificationError, match=r"conv2d \(a\): weight: 1 of 3136 integers"):
+        cq.lower(graph, (x,))

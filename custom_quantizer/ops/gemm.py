@@ -317,6 +317,7 @@ CONV = OpRule(
         Case("2d_grouped", _conv(8, 12, 3, groups=4), _IMAGE),
         Case("2d_depthwise", _conv(8, 8, 3, groups=8, padding=1), _IMAGE),
         Case("2d_depthwise_multiplier", _conv(8, 16, 3, groups=8, padding=1), _IMAGE),
+        Case("2d_depthwise_wide", _conv(8, 8, 7, groups=8, padding=3), _IMAGE),
         Case("2d_same", _conv(8, 12, 3, padding="same"), _IMAGE),
         Case("2d_same_even", _conv(8, 12, (2, 4), padding="same"), _IMAGE),
         Case("2d_no_bias", _conv(8, 12, 3, bias=False), _IMAGE),

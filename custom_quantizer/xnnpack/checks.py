@@ -26,6 +26,8 @@ from custom_quantizer.graph import (
 )
 from custom_quantizer.integer import integer_reference
 from custom_quantizer.ops import Backend, QuantizedOp
+from custom_quantizer.ops.gemm import CONV
+from custom_quantizer.xnnpack.groups import joined
 from custom_quantizer.xnnpack.program import (
     INTEGER_BACKENDS,
     LoweredProgram,
@@ -124,8 +126,13 @@ def _weight_and_bias(
         return
     delegate, node = found
     stored = delegate.weight(node)
-    weight = cast(Tensor, op.weight).numpy().reshape(stored.shape)
-    yield from _arrays(op, "weight", weight, stored)
+    weight = cast(Tensor, op.weight)
+    factor = stored.shape[1] // weight.shape[1] if op.binding.rule is CONV else 1
+    if factor > 1 and op.binding.groups % factor == 0:
+        weight = joined(weight, op.binding.groups, factor)
+    if stored.size == weight.numel():
+        weight = weight.reshape(stored.shape)
+    yield from _arrays(op, "weight", weight.numpy(), stored)
     bias = delegate.bias(node)
     if op.bias is None:
         if bias is not None and bool(np.any(bias)):

@@ -36,6 +36,7 @@ PASSES: tuple[GraphPass, ...] = (
     gemm.FOLD_BIAS,
     gemm.FLOAT_FALLBACKS,
     gemm.WEIGHT_CONTAINERS,
+    gemm.JOIN_NARROW_GROUPS,
     pool.SIMPLIFY_POOLS,
     cleanup.DROP_IDENTITIES,
     attention.QUANTIZE_TABLES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from custom_quantizer.graph import (
     qparams_of,
 )
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, expand_channels
+from custom_quantizer.xnnpack.groups import join_factor, joined
 from custom_quantizer.xnnpack.passes._pass import (
     GEMMS,
     GraphPass,
@@ -148,6 +150,35 @@ def _weight_containers(model: GraphModule) -> int:
     return count
 
 
+def _join_narrow_groups(model: GraphModule) -> int:
+    """Groups of few channels are joined where XNNPACK would compute mostly padding."""
+    count = 0
+    for node in calls(model, CONV.targets):
+        data, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
+        constant = is_dequantize(weight) and is_constant(weight.args[0])
+        bound = CONV.bind(CONV, node)
+        if not constant or not is_dequantize(data) or isinstance(bound, str) or is_wide_gemm(node):
+            continue
+        integers = constant_of(model, cast(Node, weight.args[0]))
+        factor = join_factor(bound.groups, tuple(integers.shape))
+        if factor == 1:
+            continue
+        name = f"{cast(Node, weight.args[0]).target}_joined"
+        wide = add_constant(model, name, joined(integers, bound.groups, factor), node)
+        with model.graph.inserting_before(node):
+            dequantize = model.graph.call_function(
+                cast("Callable[..., Any]", weight.target), (wide, *weight.args[1:])
+            )
+        dequantize.meta["val"] = wide.meta["val"].to(torch.float32) if "val" in wide.meta else None
+        node.update_arg(1, dequantize)
+        if len(node.args) > 6:
+            node.update_arg(6, bound.groups // factor)
+        else:
+            node.update_kwarg("groups", bound.groups // factor)
+        count += 1
+    return count
+
+
 FOLD_BIAS = GraphPass(
     "fold_bias",
     "integer biases",
@@ -167,4 +198,11 @@ WEIGHT_CONTAINERS = GraphPass(
     "weights of 2 to 7 bits",
     "packed int4 for linear layers, int8 elsewhere",
     _weight_containers,
+)
+
+JOIN_NARROW_GROUPS = GraphPass(
+    "join_narrow_groups",
+    "convolutions with few channels a group",
+    "the same sums in wider groups, with zeros between channels that do not meet",
+    _join_narrow_groups,
 )
