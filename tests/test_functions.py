@@ -181,7 +181,8 @@ def test_tables_with_an_entry_next_to_the_middle_are_shifted() -> None:
 @pytest.mark.slow
 def test_float_kernels_of_this_machine_are_within_their_bounds() -> None:
     """256 inputs at a time, as in a table: relative to the largest value among them."""
-    names = [name for name in SCALAR if name not in ("reciprocal", "hardsigmoid")]
+    written_out = ("reciprocal", "hardsigmoid", "selu", "celu")  # by passes, before this
+    names = [name for name in SCALAR if name not in written_out]
     calls = [(named(SCALAR[n][0], *SCALAR[n][1]), SCALAR[n][0], SCALAR[n][1]) for n in names]
     model = Function(
         lambda _s, x, p: [
@@ -192,12 +193,9 @@ def test_float_kernels_of_this_machine_are_within_their_bounds() -> None:
     p = torch.stack([torch.linspace(w / 255, w, 256) for w in torch.linspace(0.05, 18, 512)])
     exported = torch.export.export(model, (x, p))
     edge = to_edge_transform_and_lower(exported, partitioner=[partitioner()])
-    outputs = (
-        Runtime.get()
-        .load_program(edge.to_executorch().buffer)
-        .load_method("forward")
-        .execute([x, p])
-    )
+    data = edge.to_executorch().buffer  # the runtime reads it where it is
+    program = Runtime.get().load_program(data)
+    outputs = program.load_method("forward").execute([x, p])
     for name, (function, _, _), got in zip(names, calls, outputs, strict=True):
         want = function.compute((p if SCALAR[name][3] else x).double())
         largest = want.abs().amax(1, keepdim=True)

@@ -247,7 +247,7 @@ FUNCTIONS: dict[Any, Callable[[Node], Function | None]] = {
     aten.celu.default: _elu,
     aten.div.Tensor: _div,
     aten.elu.default: _elu,
-    aten.exp.default: _always(Function(torch.exp, 16)),
+    aten.exp.default: _always(Function(torch.exp, 32)),
     aten.floor.default: _always(Function(torch.floor)),
     aten.gelu.default: _always(_GELU),
     aten.hardsigmoid.default: _always(Function(_float32(_hardsigmoid))),
