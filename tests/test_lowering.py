@@ -680,3 +680,23 @@ def test_lowered_exactly_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cq.LoweredProgram, "run", lambda self, x: {"scores": x, "maps": [x, (x,)]})
     with pytest.raises((AssertionError, VerificationError)):
         lowered_exactly(graph, example)
+
+
+def test_a_program_holds_no_constants_that_nothing_reads() -> None:
+    class Extra(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = conv()
+            self.register_buffer("unused", torch.randn(1000))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.layer(x))
+
+    x = torch.randn(IMAGE)
+    lowered = lowered_exactly(quantized(Extra(), (x,)), (x,))
+    (delegate,) = lowered.contents.delegates
+    (op,) = (op for op in delegate.ops if op.weight is not None)
+    integers = [delegate.weight(op), cast(Any, delegate.bias(op))]
+    scales = 2 * 4 * len(integers[1])  # of the weight and of the bias, float32
+    needed = sum(values.nbytes for values in integers) + scales
+    assert lowered.contents.constant_bytes == needed

@@ -98,6 +98,7 @@ def run_passes(model: GraphModule) -> dict[str, int]:
         if changed:
             applied[graph_pass.name] = changed
     model.graph.eliminate_dead_code()
+    cleanup.drop_unused_constants(model)
     model.graph.lint()
     model.recompile()
     return applied

@@ -71,6 +71,22 @@ def _drop_repeats(model: GraphModule) -> int:
     return count
 
 
+def drop_unused_constants(model: GraphModule) -> None:
+    """Forget constants that no node reads; ``torch.export`` would write them into the program."""
+    used = {
+        str(node.target) for node in model.graph.nodes if node.op in ("get_attr", "call_module")
+    }
+    held = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    for name in [name for name, _ in held]:
+        parts = name.split(".")
+        # A used module keeps all that is below it: it may be the branch of a condition.
+        if not any(".".join(parts[: i + 1]) in used for i in range(len(parts))):
+            delattr(model.get_submodule(".".join(parts[:-1])), parts[-1])
+
+
 def _same_shape(node: Node) -> bool:
     if not isinstance(node.args[0], Node):
         return False
