@@ -89,6 +89,12 @@ FOUND_LOWERED = {
         ((8, 10, 9),),
         (Step("avg_pool2d", "counted_padding"), Step("avg_pool2d", "2x2"), Step("linear", "plain")),
     ),
+    # Two clamps from int8 to int8 in one chain of functions: the process was aborted.
+    "functions of narrow integers in a row": Sample(
+        ((2, 8, 5, 7),),
+        (Step("sigmoid", "image"), Step("tanh", "image"), Step("add", "itself")),
+        default="a4w8",
+    ),
 }
 
 FOUND_CONVERTED = {

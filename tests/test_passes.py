@@ -186,6 +186,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "channel_slices_to_convs",
         "keep_apart",
         "tell_copies_apart",
+        "break_chains",
         *FLOAT_OPS,
     }
     assert found | rare == set(BY_NAME)
@@ -293,6 +294,23 @@ def test_a_pad_of_integers_that_stays_float_is_quantized_at_once() -> None:
     assert applied["quantize_pads"] == 1
     (pad,) = (n for n in graph.graph.nodes if "pad" in str(n.target))
     assert all(is_quantize(user) for user in pad.users)
+
+
+def test_a_clamp_of_integers_is_the_last_of_its_chain() -> None:
+    """Two of them in one chain of functions abort the process when XNNPACK loads the program."""
+
+    def chain(_self: Function, x: Tensor) -> Tensor:
+        x = x + x
+        for _ in range(2):
+            x = torch.tanh(torch.relu(torch.sigmoid(x)))
+        return x + 1.0
+
+    _, applied = applied_to(chain)
+    assert applied["break_chains"] == 2
+    x = torch.randn(IMAGE)
+    converted_graph = quantized(Function(chain), (x,))
+    program = cq.lower(converted_graph, (x,))
+    assert differences(program.run(x), cq.integer_reference(converted_graph)(x)) == []
 
 
 def test_a_pad_by_another_value_is_not_rounded_to_the_grid() -> None:

@@ -67,6 +67,7 @@ PASSES: tuple[GraphPass, ...] = (
     widths.EMULATE_WIDE,
     activations.CLAMPS_TO_HARDTANH,
     activations.KEEP_APART,
+    activations.BREAK_CHAINS,
     borders.QUANTIZE_PADS,
     borders.TELL_COPIES_APART,
     borders.DEDICATE_DEQUANTIZE,

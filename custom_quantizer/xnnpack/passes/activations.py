@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.graph import effective_users, is_dequantize, is_quantize, shape_of
-from custom_quantizer.ops import rule_of
+from custom_quantizer.ops import QParamSharing, rule_of
 from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.pool import MAX_POOL
 from custom_quantizer.xnnpack.passes._pass import (
@@ -18,6 +18,7 @@ from custom_quantizer.xnnpack.passes._pass import (
     GraphPass,
     calls,
     is_wide,
+    origin_of,
     quantized_neighbours,
     replace,
 )
@@ -104,6 +105,43 @@ def _keep_apart(model: GraphModule) -> int:
     return count
 
 
+def _break_chains(model: GraphModule) -> int:
+    """A clamp of integers that a function of one tensor follows is the last of its chain.
+
+    XNNPACK (92a7ad50) makes a table of a chain of such functions when it loads a program. With two
+    clamps from int8 to int8 in one chain it corrupts memory, and the process is aborted.
+    """
+    count = 0
+    sums = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)  # clamped at once
+    for node in calls(model, RELU.targets | CLAMP.targets):
+        around = quantized_neighbours(node)
+        if around is None or is_wide(around[0]) or around[0].args[1:] != around[1].args[1:]:
+            continue
+        before, after = around
+        stored = cast(Node, before.args[0])
+        maker = stored.args[0] if is_quantize(stored) else None
+        readers = [user for dequantize in after.users for user in dequantize.users]
+        if (isinstance(maker, Node) and maker.target in sums) or not any(map(_maps, readers)):
+            continue
+        shape = [size if isinstance(size, int) else -1 for size in shape_of(node)]
+        if shape.count(-1) > 1:
+            continue
+        build = Builder(model, after, origin_of(node))
+        view = build.call(aten.view_copy.default, build.requantized(node, after), shape)
+        after.replace_input_with(node, view)
+        count += 1
+    return count
+
+
+def _maps(node: Node) -> bool:
+    """Whether a node may be computed as a table: it reads one tensor, and does not move it."""
+    rule = rule_of(node)
+    moves = rule is not None and rule.sharing is QParamSharing.SAME
+    others = (aten.add.Tensor, aten.sub.Tensor, aten.view_copy.default)
+    single = len(node.all_input_nodes) == 1 and node.op == "call_function"
+    return single and not moves and node.target not in others
+
+
 SPLIT_ACTIVATIONS = GraphPass(
     "split_activations",
     "activations after add, sub, mul",
@@ -120,4 +158,11 @@ KEEP_APART = GraphPass(
     "clamps from one scale to another behind what XNNPACK fuses them into",
     "a reshape between them",
     _keep_apart,
+)
+
+BREAK_CHAINS = GraphPass(
+    "break_chains",
+    "clamps of integers before functions of one tensor",
+    "a reshape between them",
+    _break_chains,
 )
