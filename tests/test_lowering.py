@@ -36,7 +36,7 @@ from custom_quantizer.errors import (
     VerificationError,
 )
 from custom_quantizer.graph import is_dequantize, is_quantize
-from custom_quantizer.xnnpack import load_program, passes
+from custom_quantizer.xnnpack import load_program, lowering, passes
 from custom_quantizer.xnnpack.passes import PASSES
 
 aten = torch.ops.aten
@@ -508,11 +508,22 @@ def test_an_op_whose_scales_no_kernel_takes_runs_in_float(
     assert {op.node.name for op in cq.integer_reference(graph).float_ops} >= refused
 
 
-def test_what_executorch_cannot_lower_is_an_error_of_ours() -> None:
+def test_what_executorch_cannot_lower_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise KeyError("aten.unheard_of\nand a page of graph")
+
+    monkeypatch.setattr(lowering, "to_edge_transform_and_lower", refuse)
+    x = torch.randn(4, 6, 6)
+    graph = quantized(Function(lambda s, x: x + x), (x,))
+    message = r"ExecuTorch could not partition the graph: KeyError: 'aten.unheard_of.*"
+    with pytest.raises(LoweringError, match=message):
+        cq.lower(graph, (x,))
+
+
+def test_one_image_without_a_batch() -> None:
     x = torch.randn(4, 6, 6)
     graph = quantized(Function(lambda s, x: F.max_pool2d(x + x, 2)), (x,))
-    with pytest.raises(LoweringError, match="ExecuTorch could not partition the graph"):
-        cq.lower(graph, (x,))
+    assert lowered_exactly(graph, (x,)).report.fully_delegated
 
 
 # ---------------------------------------------------------------------------------------------
