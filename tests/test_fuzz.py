@@ -92,7 +92,12 @@ FOUND_LOWERED = {
     # Two clamps from int8 to int8 in one chain of functions: the process was aborted.
     "functions of narrow integers in a row": Sample(
         ((2, 8, 5, 7),),
-        (Step("sigmoid", "image"), Step("tanh", "image"), Step("add", "itself")),
+        (
+            Step("add", "itself"),
+            Step("sigmoid", "image"),
+            Step("tanh", "image"),
+            Step("add", "itself"),
+        ),
         default="a4w8",
     ),
 }
