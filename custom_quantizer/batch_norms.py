@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.graph import add_constant, argument, constant_of, is_constant, tensor_meta
 from custom_quantizer.rewriting import ORIGINAL_NAME, replace
 
-__all__ = ["batch_norms_to_convs"]
+__all__ = ["batch_norms_to_convs", "has_constants", "norm_constants"]
 
 aten = torch.ops.aten
 
@@ -42,21 +42,16 @@ def batch_norms_to_convs(model: GraphModule) -> int:
 
 
 def _rewrite(model: GraphModule, node: Node) -> bool:
-    source, gamma, beta, mean, var, training = node.args[:6]
     meta = tensor_meta(node)
-    if training or meta is None or meta.dtype != torch.float32 or meta.dim() not in _CONVS:
+    if meta is None or meta.dtype != torch.float32 or meta.dim() not in _CONVS:
         return False
-    parameters = (gamma, beta, mean, var)
-    if not all(arg is None or is_constant(arg) for arg in parameters):
+    if not has_constants(node):
         return False
-    if mean is None or var is None:
-        return False
-    values = (None if arg is None else constant_of(model, cast(Node, arg)) for arg in parameters)
-    factor, shift = _affine(*values, eps=float(argument(node, 7, "eps")))
+    factor, shift = norm_constants(model, node)
     spatial = meta.dim() - 2
     weight = factor.reshape(-1, *[1] * (spatial + 1))
     args = (
-        source,
+        node.args[0],
         add_constant(model, f"{node.name}_factor", weight, node),
         add_constant(model, f"{node.name}_shift", shift, node),
         *([1] * spatial, [0] * spatial, [1] * spatial),
@@ -69,9 +64,21 @@ def _rewrite(model: GraphModule, node: Node) -> bool:
     return True
 
 
-def _affine(*parameters: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Factor and shift of each channel, float32, from gamma, beta, mean and variance."""
-    gamma, beta, mean, var = (None if value is None else value.double() for value in parameters)
+def has_constants(norm: Node) -> bool:
+    """Whether a ``batch_norm`` call uses stored statistics, and all it reads but its input is."""
+    gamma, beta, mean, var = norm.args[1:5]
+    if argument(norm, 5, "training", False) or not (is_constant(mean) and is_constant(var)):
+        return False
+    return all(arg is None or is_constant(arg) for arg in (gamma, beta))
+
+
+def norm_constants(model: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
+    """Factor and shift of each channel, float32, of a norm that :func:`has_constants`."""
+    gamma, beta, mean, var = (
+        None if arg is None else constant_of(model, cast(Node, arg)).double()
+        for arg in norm.args[1:5]
+    )
+    eps = float(cast(float, argument(norm, 7, "eps")))
     factor = torch.rsqrt(cast(Tensor, var) + eps)
     if gamma is not None:
         factor = factor * gamma

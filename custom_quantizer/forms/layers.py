@@ -6,9 +6,9 @@ import math
 from typing import cast
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
+from custom_quantizer.batch_norms import has_constants, norm_constants
 from custom_quantizer.forms._common import float_input, is_static, per_dim
 from custom_quantizer.graph import argument, constant_of, effective_users, is_constant, shape_of
 from custom_quantizer.rewriting import Insertion
@@ -28,23 +28,6 @@ _LAYERS = frozenset(
 )
 
 
-def _norm_constants(insert: Insertion, norm: Node) -> tuple[Tensor, Tensor] | None:
-    """Factor and offset of each channel, float32, if a batch norm uses stored statistics."""
-    weight, bias, mean, variance = norm.args[1:5]
-    if argument(norm, 5, "training", False) or not (is_constant(mean) and is_constant(variance)):
-        return None
-    if any(given is not None and not is_constant(given) for given in (weight, bias)):
-        return None
-    stored = constant_of(insert.model, cast(Node, variance)).to(torch.float64)
-    factor = 1.0 / torch.sqrt(stored + float(cast(float, norm.args[7])))
-    if weight is not None:
-        factor = factor * constant_of(insert.model, cast(Node, weight)).to(torch.float64)
-    offset = -constant_of(insert.model, cast(Node, mean)).to(torch.float64) * factor
-    if bias is not None:
-        offset = offset + constant_of(insert.model, cast(Node, bias)).to(torch.float64)
-    return factor.to(torch.float32), offset.to(torch.float32)
-
-
 def batch_norm(insert: Insertion) -> Node | None:
     """Norms of rows and of volumes are norms of images (:mod:`custom_quantizer.batch_norms`).
 
@@ -54,11 +37,7 @@ def batch_norm(insert: Insertion) -> Node | None:
     if data is None or (data.target in _LAYERS and len(effective_users(data)) == 1):
         return None
     shape = shape_of(data)
-    if (
-        len(shape) not in (2, 5)
-        or not is_static(shape[1:])
-        or _norm_constants(insert, node) is None
-    ):
+    if len(shape) not in (2, 5) or not is_static(shape[1:]) or not has_constants(node):
         return None
     image = [1, 1] if len(shape) == 2 else [math.prod(shape[2:-1]), shape[-1]]
     images = insert.reshape(data, [*shape[:2], *image])
@@ -106,13 +85,12 @@ def conv3d(insert: Insertion) -> Node | None:
     flat = stored.transpose(1, 2).reshape(stored.shape[0], -1, *stored.shape[3:])
     offset = None if bias is None else constant_of(insert.model, cast(Node, bias))
     last, users = node, effective_users(node)
-    if len(users) == 1 and users[0].target is aten.batch_norm.default:
-        constants = _norm_constants(insert, users[0])
-        if constants is not None:
-            factor, shift = constants
-            flat = flat * factor.reshape(-1, 1, 1, 1)
-            offset = shift if offset is None else offset * factor + shift
-            last, users = users[0], effective_users(users[0])
+    norm = users[0] if len(users) == 1 and users[0].target is aten.batch_norm.default else None
+    if norm is not None and has_constants(norm):
+        factor, shift = norm_constants(insert.model, norm)
+        flat = flat * factor.reshape(-1, 1, 1, 1)
+        offset = shift if offset is None else offset * factor + shift
+        last, users = norm, effective_users(norm)
     result = insert.call(
         aten.conv2d.default,
         images,
