@@ -344,16 +344,6 @@ class WeightFakeQuantize(WeightObserver, FakeQuantizeBase):  # type: ignore[misc
             _LearnedStep.apply(weight, value, live, zero, fmt.quant_min, fmt.quant_max, strength),
         )
 
-    def _spread(self, scale: Tensor, weight: Tensor) -> Tensor:
-        """The scale in a shape that multiplies the weight."""
-        if self.scheme.group_size is not None:
-            return scale.repeat_interleave(self.scheme.group_size, dim=1)
-        if scale.dim() == 0:
-            return scale
-        shape = [1] * weight.dim()
-        shape[self.ch_axis] = -1
-        return scale.reshape(shape)
-
     def _least_error(self, weight: Tensor, largest: Tensor) -> Tensor:
         """Of the fractions of the largest scale, the one with the least squared error."""
         best, least = largest, torch.full_like(largest, torch.inf)
