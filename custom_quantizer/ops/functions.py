@@ -114,13 +114,18 @@ def steady_shift(function: Function, src: QParams, dst: QParams) -> float:
     """
     if function.ulps == 0.0:
         return 0.0
+    return _steady_shift(_real(function, levels(src), src, XNNPACK), function.ulps, dst)
+
+
+def _steady_shift(values: Tensor, ulps: float, dst: QParams) -> float:
+    """:func:`steady_shift` of the values of a table, float32."""
     scale = cast(float, dst.scale)
-    steps = _real(function, levels(src), src, XNNPACK).to(torch.float64) / scale
+    steps = values.to(torch.float64) / scale
     # Far outside of what is stored the nearest integer does not matter.
     steps = steps[steps.abs() < 2 * dst.levels]
     if not steps.numel():
         return 0.0
-    window = (function.ulps + 4) * _ULP * float(steps.abs().max().clamp(min=1.0))
+    window = (ulps + 4) * _ULP * float(steps.abs().max().clamp(min=1.0))
     for multiple in range(_MOST_SHIFTS):
         for sign in (1, -1):
             shift = sign * multiple * 4 * window
@@ -389,14 +394,17 @@ def sigmoid_qparams(src: QParams, dst: QParams) -> QParams:
         dst: of the result.
     """
     largest = float(torch.sigmoid(torch.tensor(_largest(src), dtype=torch.float64)))
-    ideal = _saturated(_real(_SILU, levels(src), src, XNNPACK), dst, XNNPACK)
+    stored = levels(src)
+    ideal = _saturated(_real(_SILU, stored, src, XNNPACK), dst, XNNPACK)
+    sigmoid = _real(_SIGMOID, stored, src, XNNPACK)
     best: tuple[int, QParams] | None = None
     for step in range(_SIGMOID_SCALES):
         scale = round_to_float32(largest / 255 * (1 + 0.02 * step / _SIGMOID_SCALES))
         qparams = QParams(scale, -128, -128, 127)
-        if steady_shift(_SIGMOID, src, qparams) != 0.0:
+        if _steady_shift(sigmoid, _SIGMOID.ulps, qparams) != 0.0:
             continue
-        wrong = int((product_table(src, qparams, dst) != ideal).sum())
+        entries = _saturated(sigmoid, qparams, XNNPACK)
+        wrong = int((XNNPACK.mul(stored, entries, src, qparams, dst) != ideal).sum())
         if best is None or wrong < best[0]:
             best = (wrong, qparams)
     if best is None:

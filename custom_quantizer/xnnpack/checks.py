@@ -151,8 +151,8 @@ def _arrays(
             op, what, f"shape {graph.shape} in the graph, {program.shape} in the file"
         )
         return
-    wrong = np.argwhere(graph != program)
-    if len(wrong):
+    if not np.array_equal(graph, program):
+        wrong = np.argwhere(graph != program)
         at = tuple(int(i) for i in wrong[0])
         yield _difference(
             op,

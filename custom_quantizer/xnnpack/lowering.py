@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.utils._pytree as pytree
 from executorch.exir import (
+    EdgeCompileConfig,
     EdgeProgramManager,
     ExecutorchBackendConfig,
     to_edge_transform_and_lower,
@@ -81,7 +82,7 @@ def lower(
     example = _check_example(converted, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, say)
     say("partitioning for XNNPACK")
-    edge = _to_edge(rewritten.exported)
+    edge = _to_edge(rewritten.exported, validate=not check)
     say("writing the program")
     data = to_bytes(edge)
     program = describe_program(data, edge, rewritten)
@@ -273,11 +274,22 @@ def _no_size_guards() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(onednn)
 
 
-def _to_edge(exported: torch.export.ExportedProgram) -> EdgeProgramManager:
+def _to_edge(exported: torch.export.ExportedProgram, *, validate: bool) -> EdgeProgramManager:
+    """Partition a graph.
+
+    Args:
+        exported: what is left of the converted graph after all passes.
+        validate: have ExecuTorch validate the graph after each of its passes: a seventh of the
+            time, for nothing if the finished program is compared with the reference. ExecuTorch's
+            own examples for quantized models leave it out (examples/xnnpack/aot_compiler.py).
+    """
+    config = EdgeCompileConfig(_check_ir_validity=validate)
     # The partitioner logs an ERROR for each op it leaves to another backend; the report says it.
     try:
         with _no_size_guards():
-            return to_edge_transform_and_lower(exported, partitioner=[partitioner()])
+            return to_edge_transform_and_lower(
+                exported, partitioner=[partitioner()], compile_config=config
+            )
     except Exception as error:
         raise LoweringError(
             f"ExecuTorch could not partition the graph: {_first_line(error)}"
