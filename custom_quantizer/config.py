@@ -191,6 +191,11 @@ class Config:
                 continue
             if rule.scope is Scope.NODE_NAME:
                 hint = nearest(rule.key, (node.name for node in calls))
+                if rule.key.startswith("batch_norm"):
+                    hint += (
+                        "; prepare_pt2e folds a batch norm into the convolution before it: name "
+                        "that one"
+                    )
                 raise ConfigError(f"{rule.place}: the graph has no node named {rule.key!r}{hint}")
             if rule.scope is Scope.MODULE_NAME:
                 names = {path for node in calls for path, _ in module_stack(node) if path}

@@ -135,6 +135,13 @@ def test_names_that_the_model_does_not_have(
         prepare_pt2e(capture(net(), (image(),)), made)
 
 
+def test_the_name_of_a_folded_batch_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    made = cq.IntegerQuantizer().set_global("a8w8").set_node_name("batch_norm", None)
+    with pytest.raises(ConfigError, match=r"no node named 'batch_norm'.*folds a batch norm into"):
+        prepare_pt2e(capture(model, (torch.randn(1, 3, 8, 8),)), made)
+
+
 def test_planning_changes_neither_the_graph_nor_the_model() -> None:
     model, x = net(), image()
     graph = capture(model, (x,))

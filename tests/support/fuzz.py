@@ -330,7 +330,12 @@ def quantizer_of(sample: Sample, captured: GraphModule) -> cq.IntegerQuantizer:
     """The rules of a sample, for the nodes, modules and operators that its graph has."""
     quantizer = cq.IntegerQuantizer().set_global(sample.default)
     graph = canonicalize(captured).graph  # names are those of the plan
-    calls = [node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    calls = [
+        node
+        for node in graph.nodes
+        # Batch norms are folded before the quantizer sees the graph.
+        if isinstance(node.target, torch._ops.OpOverload) and "batch_norm" not in node.name
+    ]
     for scope, position, scheme in sample.rules:
         node = calls[position % len(calls)]
         if scope == "node":
