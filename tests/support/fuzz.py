@@ -488,7 +488,8 @@ class Compared(Interpreter):
         if off > bound:
             what = "border" if op is None else op.binding.rule.family
             self.wrong.append(f"{source.name} ({what}): {off} units off, at most {bound} allowed")
-        return given.to(result.dtype)
+        # In the memory format that the views behind it were captured with.
+        return torch.empty_like(result).copy_(given)
 
     def _excess(self, op: QuantizedOp) -> int:
         """Units beyond the rounding of either side, rounded up if they reach half a unit."""
