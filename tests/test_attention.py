@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
+from support.fuzz import check_each_tensor
 from support.graphs import Function, calls, capture, differences, quantized
 from support.models import Converted, convert
 from torch import Tensor, nn
@@ -301,9 +302,70 @@ def test_a_layer_norm_is_as_near_as_derived(size: int, shift: float, spread: flo
 
 
 @pytest.mark.parametrize(
+    ("groups", "shape", "terms"),
+    [(2, (3, 8, 5, 6), 120), (1, (2, 24, 16, 16), 64 + 96 + 1), (4, (2, 8, 61, 41), 61 + 82 + 1)],
+)
+def test_a_group_norm_is_as_near_as_derived(
+    groups: int, shape: tuple[int, ...], terms: int
+) -> None:
+    """As a layer norm; ``terms`` is ``n``, or ``a + b + 1`` of a mean of means."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(groups, shape[1], affine=False)
+    x = torch.randn(shape) * 3 + 1
+    graph = capture(norm, (x,))
+    assert PASS["group_norms_to_linears"].run(graph) == 1
+    graph.recompile()
+    assert not calls(graph, aten.group_norm.default)
+    (longest,) = {max(v.numel() for n, v in graph.named_buffers() if "norm_row" in n)}
+    assert longest <= terms
+    exact = F.group_norm(x.double(), groups).flatten(1).reshape(shape[0], groups, -1)
+    rows = x.double().reshape(exact.shape)
+    deviation = (rows.var(2, correction=0, keepdim=True) + norm.eps).sqrt()
+    r = rows.abs().amax(2, keepdim=True) / deviation
+    bound = ((terms + 1) * r * (1 + exact.abs()) + (terms / 2 + 6) * exact.abs()) * 2.0**-24
+    assert ((graph(x).double().reshape(exact.shape) - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", ["group_norm", "instance_norm", "rms_norm"])
+def test_norms_stay_in_the_delegate(name: str) -> None:
+    """Between convolutions: float inside the delegate, each tensor within its bound."""
+    torch.manual_seed(0)
+    norm: nn.Module
+    norm = {
+        "group_norm": nn.GroupNorm(2, 8),
+        "instance_norm": nn.InstanceNorm2d(8, affine=True),
+        "rms_norm": nn.RMSNorm([9, 9]),
+    }[name]
+    for parameter in norm.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(8, 4, 3))
+    done = convert(model, (torch.randn(2, 3, 9, 9),))
+    lowered = cq.lower(done.graph, done.example)
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)
+    (row,) = (row for row in lowered.report.ops if row.node == name)
+    assert row.backend is Backend.FLOAT
+    assert row.reason.startswith("XNNPACK has no integer ")
+    check_each_tensor(done)
+
+
+def test_norms_that_stay_outside_say_why() -> None:
+    x = torch.randn(2, 8, 9, 9)
+    conv = nn.Conv2d(8, 8, 3)
+    tracking = nn.InstanceNorm2d(8, track_running_stats=True).eval()
+    (op,) = (op for op in convert(nn.Sequential(conv, tracking), (x,)).plan.ops if not op.scheme)
+    assert op.reason == "it uses running statistics"
+    model = Function(lambda s, x: F.group_norm(s.conv(x), 2, s.conv(x).mean((0, 2, 3))), conv=conv)
+    (op,) = (op for op in convert(model, (x,)).plan.ops if op.node.startswith("group_norm"))
+    assert op.reason == "its weight is computed"
+
+
+@pytest.mark.parametrize(
     ("function", "shape", "left", "exact"),
     [
         (lambda s, x: s.norm(x), (2, 3, 4, 6), "layer_norms_to_linears", False),
+        (lambda s, x: F.rms_norm(x, (4, 6)), (2, 3, 4, 6), "layer_norms_to_linears", False),
+        (lambda s, x: F.group_norm(x, 2), (2, 4, 6, 5), "group_norms_to_linears", False),
+        (lambda s, x: F.instance_norm(x), (2, 4, 6, 5), "group_norms_to_linears", False),
         (lambda s, x: torch.linalg.vector_norm(x, dim=-1), (2, 5, 6), "norms_to_linears", False),
         (lambda s, x: x.softmax(1), (2, 5, 6), "softmaxes_over_last_dim", False),
         (lambda s, x: torch.sin(x).softmax(-1), (2, 3, 4, 6), "softmaxes_of_rows", True),

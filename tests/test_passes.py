@@ -164,6 +164,7 @@ def test_a_pass_has_nothing_left_to_do_after_itself(name: str) -> None:
 # test_functions.py.
 FLOAT_OPS = {
     "drop_broadcasts",
+    "group_norms_to_linears",
     "layer_norms_to_linears",
     "norms_to_linears",
     "quantize_tables",
@@ -452,6 +453,7 @@ def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
         assert graph_pass.after
     inexact = {
         "emulate_wide",
+        "group_norms_to_linears",
         "layer_norms_to_linears",
         "norms_to_linears",
         "plain_elus",

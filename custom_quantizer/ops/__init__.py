@@ -72,6 +72,9 @@ REGISTRY: tuple[OpRule, ...] = (
     *functions.RULES,
     attention.SOFTMAX,
     normalization.LAYER_NORM,
+    normalization.RMS_NORM,
+    normalization.GROUP_NORM,
+    normalization.INSTANCE_NORM,
     normalization.VECTOR_NORM,
     embedding.EMBEDDING,
 )

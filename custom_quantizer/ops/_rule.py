@@ -33,6 +33,7 @@ __all__ = [
     "QParamSharing",
     "QuantizedOp",
     "Verdict",
+    "float_rule",
     "legal",
     "no_integers",
     "refused",
@@ -277,3 +278,31 @@ class OpRule:
     float_reason: str = ""
     delegation: Callable[[Binding, Formats], Delegation] = _int8
     cases: tuple[Case, ...] = field(default=(), repr=False)
+
+
+def float_rule(
+    family: str,
+    targets: frozenset[Target],
+    bind: Callable[[OpRule, Node], Binding | str],
+    cases: tuple[Case, ...],
+    what: str | None = None,
+) -> OpRule:
+    """A family that XNNPACK runs in float only.
+
+    Args:
+        family: its name.
+        targets: its aten overloads.
+        bind: as in :class:`OpRule`.
+        cases: examples, for contract tests.
+        what: its name in a sentence, if not ``family``.
+    """
+    kernel = what or family
+    return OpRule(
+        family=family,
+        targets=targets,
+        bind=bind,
+        integers=no_integers,
+        float_reason=f"XNNPACK has no integer {kernel}: it runs in float inside the delegate",
+        delegation=lambda _binding, _formats: Delegation(Backend.FLOAT),
+        cases=cases,
+    )

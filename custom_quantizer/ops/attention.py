@@ -12,13 +12,11 @@ from torch.fx import Node
 from custom_quantizer.arithmetic import Arithmetic
 from custom_quantizer.graph import argument, is_constant, shape_of, tensor_meta
 from custom_quantizer.ops._rule import (
-    Backend,
     Binding,
-    Delegation,
     Integers,
     OpRule,
     QuantizedOp,
-    no_integers,
+    float_rule,
 )
 from custom_quantizer.ops.elementwise import _bind_single, _case, _runs_product
 
@@ -112,14 +110,11 @@ def _bind_softmax(rule: OpRule, node: Node) -> Binding | str:
     return _bind_single(rule, node)
 
 
-SOFTMAX = OpRule(
-    family="softmax",
-    targets=frozenset({aten.softmax.int}),
-    bind=_bind_softmax,
-    integers=no_integers,
-    float_reason="XNNPACK has no integer softmax: it runs in float inside the delegate",
-    delegation=lambda _binding, _formats: Delegation(Backend.FLOAT),
-    cases=(
+SOFTMAX = float_rule(
+    "softmax",
+    frozenset({aten.softmax.int}),
+    _bind_softmax,
+    (
         _case("last", lambda x: F.softmax(x, -1), (2, 3, 5, 7)),
         _case("channels", lambda x: F.softmax(x, 1), (2, 6, 4, 5)),
     ),

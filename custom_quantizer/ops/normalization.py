@@ -1,65 +1,148 @@
-"""Normalization over the last dimensions: float ops between exact borders."""
+"""Normalization: float ops between exact borders."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.fx import Node
 
 from custom_quantizer.graph import argument, is_constant, shape_of
-from custom_quantizer.ops._rule import Backend, Binding, Case, Delegation, OpRule, no_integers
+from custom_quantizer.ops._rule import Binding, Case, OpRule, float_rule
 from custom_quantizer.ops.elementwise import _bind_single, _case
 
-__all__ = ["LAYER_NORM", "VECTOR_NORM", "normalized_size"]
+__all__ = [
+    "GROUP_NORM",
+    "INSTANCE_NORM",
+    "LAYER_NORM",
+    "RMS_NORM",
+    "VECTOR_NORM",
+    "normalized_size",
+    "number_of_groups",
+]
 
 aten = torch.ops.aten
 
+
+def _computed(node: Node, *affine: int) -> str:
+    """Why the arguments at these positions, a weight and a bias, are not constant; or nothing."""
+    for name, position in zip(("weight", "bias"), affine, strict=False):
+        value = argument(node, position, name)
+        if value is not None and not is_constant(value):
+            return f"its {name} is computed"
+    return ""
+
+
+def _norm_case(name: str, build: Callable[[], nn.Module], *shape: int) -> Case:
+    """A norm whose weight and bias, if any, are not those it starts with."""
+
+    def randomized() -> nn.Module:
+        norm = build()
+        for parameter in norm.parameters():
+            nn.init.uniform_(parameter, 0.5, 2.0)
+        return norm
+
+    return Case(name, randomized, (shape,))
+
+
 # ---------------------------------------------------------------------------------------------
-# layer_norm
+# layer_norm, rms_norm: over the last dimensions
 # ---------------------------------------------------------------------------------------------
 
 
 def normalized_size(node: Node) -> int:
-    """How many values a ``layer_norm`` call averages."""
+    """How many values a ``layer_norm`` or ``rms_norm`` call averages."""
     return math.prod(int(size) for size in cast("Sequence[int]", node.args[1]))
 
 
 def _bind_layer_norm(rule: OpRule, node: Node) -> Binding | str:
-    for name, position in (("weight", 2), ("bias", 3)):
-        value = argument(node, position, name)
-        if value is not None and not is_constant(value):
-            return f"its {name} is computed"
-    return _bind_single(rule, node)
+    return _computed(node, 2, 3) or _bind_single(rule, node)
 
 
-def _layer_norm_case(name: str, size: int | list[int], *shape: int, affine: bool = True) -> Case:
-    def build() -> torch.nn.Module:
-        norm = torch.nn.LayerNorm(size, elementwise_affine=affine)
-        if affine:
-            torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
-            torch.nn.init.uniform_(norm.bias, -1.0, 1.0)
-        return norm
-
-    return Case(name, build, (shape,))
-
-
-LAYER_NORM = OpRule(
-    family="layer_norm",
-    targets=frozenset({aten.layer_norm.default}),
-    bind=_bind_layer_norm,
-    integers=no_integers,
-    float_reason="XNNPACK has no integer layer norm: it runs in float inside the delegate",
-    delegation=lambda _binding, _formats: Delegation(Backend.FLOAT),
-    cases=(
-        _layer_norm_case("last", 16, 2, 5, 16),
-        _layer_norm_case("image", 16, 2, 3, 4, 16),
-        _layer_norm_case("two_dims", [4, 6], 2, 3, 4, 6),
-        _layer_norm_case("plain", 16, 5, 16, affine=False),
+LAYER_NORM = float_rule(
+    "layer_norm",
+    frozenset({aten.layer_norm.default}),
+    _bind_layer_norm,
+    (
+        _norm_case("last", lambda: nn.LayerNorm(16), 2, 5, 16),
+        _norm_case("image", lambda: nn.LayerNorm(16), 2, 3, 4, 16),
+        _norm_case("two_dims", lambda: nn.LayerNorm([4, 6]), 2, 3, 4, 6),
+        _norm_case("plain", lambda: nn.LayerNorm(16, elementwise_affine=False), 5, 16),
     ),
+    "layer norm",
+)
+
+
+def _bind_rms_norm(rule: OpRule, node: Node) -> Binding | str:
+    return _computed(node, 2) or _bind_single(rule, node)
+
+
+RMS_NORM = float_rule(
+    "rms_norm",
+    frozenset({aten.rms_norm.default}),
+    _bind_rms_norm,
+    (
+        _norm_case("last", lambda: nn.RMSNorm(16), 2, 5, 16),
+        _norm_case("two_dims", lambda: nn.RMSNorm([4, 6], eps=1e-3), 2, 3, 4, 6),
+        _norm_case("plain", lambda: nn.RMSNorm(16, elementwise_affine=False), 5, 16),
+    ),
+    "root-mean-square norm",
+)
+
+# ---------------------------------------------------------------------------------------------
+# group_norm, instance_norm: over channels and all that is behind them
+# ---------------------------------------------------------------------------------------------
+
+
+def number_of_groups(node: Node) -> int:
+    """Into how many parts a norm cuts the channels; an instance norm makes each one a part."""
+    if node.target is aten.group_norm.default:
+        return int(cast(int, node.args[1]))
+    return int(shape_of(cast(Node, node.args[0]))[1])
+
+
+def _static_behind_batch(node: Node) -> str:
+    sizes = shape_of(cast(Node, node.args[0]))[1:]
+    return "" if all(isinstance(size, int) for size in sizes) else "its image size is dynamic"
+
+
+def _bind_group_norm(rule: OpRule, node: Node) -> Binding | str:
+    return _computed(node, 2, 3) or _static_behind_batch(node) or _bind_single(rule, node)
+
+
+GROUP_NORM = float_rule(
+    "group_norm",
+    frozenset({aten.group_norm.default}),
+    _bind_group_norm,
+    (
+        _norm_case("image", lambda: nn.GroupNorm(2, 8), 2, 8, 5, 6),
+        _norm_case("signal", lambda: nn.GroupNorm(4, 8), 2, 8, 21),
+        _norm_case("one_group", lambda: nn.GroupNorm(1, 8, affine=False), 2, 8, 5, 6),
+        _norm_case("large", lambda: nn.GroupNorm(2, 8, eps=1e-3), 1, 8, 24, 32),
+    ),
+    "group norm",
+)
+
+
+def _bind_instance_norm(rule: OpRule, node: Node) -> Binding | str:
+    if not argument(node, 5, "use_input_stats", True):
+        return "it uses running statistics"
+    return _computed(node, 1, 2) or _static_behind_batch(node) or _bind_single(rule, node)
+
+
+INSTANCE_NORM = float_rule(
+    "instance_norm",
+    frozenset({aten.instance_norm.default}),
+    _bind_instance_norm,
+    (
+        _norm_case("image", lambda: nn.InstanceNorm2d(8, affine=True), 2, 8, 5, 6),
+        _norm_case("signal", lambda: nn.InstanceNorm1d(8), 2, 8, 21),
+    ),
+    "instance norm",
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -79,16 +162,14 @@ def _bind_vector_norm(rule: OpRule, node: Node) -> Binding | str:
     return _bind_single(rule, node)
 
 
-VECTOR_NORM = OpRule(
-    family="vector_norm",
-    targets=frozenset({aten.linalg_vector_norm.default}),
-    bind=_bind_vector_norm,
-    integers=no_integers,
-    float_reason="XNNPACK has no integer norm: it runs in float inside the delegate",
-    delegation=lambda _binding, _formats: Delegation(Backend.FLOAT),
-    cases=(
+VECTOR_NORM = float_rule(
+    "vector_norm",
+    frozenset({aten.linalg_vector_norm.default}),
+    _bind_vector_norm,
+    (
         _case("keepdim", lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True), (2, 5, 16)),
         _case("flat", lambda x: torch.linalg.vector_norm(x, dim=-1), (2, 5, 16)),
         _case("normalize", lambda x: F.normalize(x, dim=-1), (2, 3, 5, 16)),
     ),
+    "norm",
 )

@@ -44,6 +44,7 @@ PASSES: tuple[GraphPass, ...] = (
     attention.SOFTMAXES_OVER_LAST_DIM,
     attention.SOFTMAXES_OF_ROWS,
     normalization.LAYER_NORMS_TO_LINEARS,
+    normalization.GROUP_NORMS_TO_LINEARS,
     normalization.NORMS_TO_LINEARS,
     normalization.DROP_BROADCASTS,
     movement.SPLITS_TO_SLICES,

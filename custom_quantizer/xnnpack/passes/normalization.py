@@ -1,7 +1,8 @@
-"""Norms over the last dimensions, written out in float ops that the delegate has.
+"""Norms, written out in float ops that the delegate has.
 
 The partitioner takes means over height and width only. A mean over the last dimension is a linear
-layer with one output whose weights are ``1 / n``; the variance another one, of the squares.
+layer with one output whose weights are ``1 / n``; the variance another one, of the squares. A group
+norm is that of each group laid out in a row; a root-mean-square norm leaves the first mean out.
 
     m = linear(x, 1/n)    d = x - m    v = linear(d * d, 1/n) + eps    y = d * rsqrt(v) * w + b
 
@@ -16,13 +17,15 @@ of the standard deviation ``s = sqrt(v)``, with ``r = max|x| / s`` and ``|y| = |
 For 768 channels, values within 10 standard deviations and ``|y| <= 10`` that is 0.0056 at worst:
 a fifteenth of a unit of an int8 output in [-10, 10]; roundings of random sign give less by a factor
 of ``sqrt(n)``. PyTorch's kernel, which the integer reference calls, has an error of the same kind,
-so the integers behind a norm are those of the reference or their neighbours.
+so the integers behind a norm are those of the reference or their neighbours. A mean of more than
+4,096 values is one of ``a`` means of ``b``: ``n + 1`` becomes ``a + b + 2``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import cast
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +39,15 @@ from custom_quantizer.graph import (
     shape_of,
 )
 from custom_quantizer.ops.movement import EXPAND
-from custom_quantizer.ops.normalization import LAYER_NORM, VECTOR_NORM, normalized_size
+from custom_quantizer.ops.normalization import (
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    RMS_NORM,
+    VECTOR_NORM,
+    normalized_size,
+    number_of_groups,
+)
 from custom_quantizer.xnnpack.passes._pass import Builder, GraphPass, calls, replace
 
 aten = torch.ops.aten
@@ -66,52 +77,116 @@ class _Sums:
 
 
 def _layer_norms_to_linears(model: GraphModule) -> int:
+    """Layer norms, and root-mean-square norms, which do not center."""
     sums = _Sums(model)
     count = 0
-    for node in calls(model, LAYER_NORM.targets):
-        if isinstance(LAYER_NORM.bind(LAYER_NORM, node), str):
-            continue
-        size, shape = normalized_size(node), shape_of(node)
-        dims = len(cast("Sequence[int]", node.args[1]))
-        build = Builder(model, node)
-        data = cast(Node, node.args[0])
-        if dims > 1:
-            data = _flattened(build, data, shape[:-dims], size)
-        mean = sums.row(size, 1.0 / size)
-        centered = build.call(aten.sub.Tensor, data, build.call(aten.linear.default, data, mean))
-        squares = build.call(aten.mul.Tensor, centered, centered)
-        epsilon = sums.single(float(argument(node, 4, "eps", 1e-5)))
-        variance = build.call(aten.linear.default, squares, mean, epsilon)
-        inverse = build.call(aten.rsqrt.default, variance)
-        result = build.call(aten.mul.Tensor, centered, inverse)
-        for target, position, name in (
-            (aten.mul.Tensor, 2, "weight"),
-            (aten.add.Tensor, 3, "bias"),
-        ):
-            given = argument(node, position, name)
-            if given is None:
+    for rule in (LAYER_NORM, RMS_NORM):
+        for node in calls(model, rule.targets):
+            if isinstance(rule.bind(rule, node), str):
                 continue
-            value = constant_of(model, given).reshape(-1)
-            if name == "weight" and bool((value == 1).all()):
-                continue
-            if name == "bias" and bool((value == 0).all()):
-                continue
-            constant = add_constant(model, f"{node.name}_{name}", value, node)
-            result = build.call(target, result, constant)
-        if dims > 1:
-            result = build.call(aten.view_copy.default, result, _static(shape))
-        replace(node, result)
-        count += 1
+            size, shape = normalized_size(node), shape_of(node)
+            dims = len(cast("Sequence[int]", node.args[1]))
+            build = Builder(model, node)
+            data = cast(Node, node.args[0])
+            if dims > 1:
+                data = _flattened(build, data, [*shape[:-dims], size])
+            if rule is LAYER_NORM:
+                data = build.call(aten.sub.Tensor, data, _mean(build, sums, data))
+                epsilon = float(argument(node, 4, "eps", 1e-5))
+            else:
+                given = argument(node, 3, "eps", None)
+                epsilon = float(torch.finfo(torch.float32).eps if given is None else given)
+            result = _over_deviation(build, sums, data, epsilon)
+            affine = {"weight": argument(node, 2, "weight")}
+            if rule is LAYER_NORM:
+                affine["bias"] = argument(node, 3, "bias")
+            result = _affine(build, node, result, affine, [size])
+            if dims > 1:
+                result = build.call(aten.view_copy.default, result, _static(shape))
+            replace(node, result)
+            count += 1
     return count
+
+
+def _group_norms_to_linears(model: GraphModule) -> int:
+    """Group and instance norms: each group in a row, then back to the shape of the image."""
+    sums = _Sums(model)
+    count = 0
+    for rule, affine_at, eps_at in ((GROUP_NORM, 2, 4), (INSTANCE_NORM, 1, 7)):
+        for node in calls(model, rule.targets):
+            if isinstance(rule.bind(rule, node), str):
+                continue
+            shape = shape_of(node)
+            groups = number_of_groups(node)
+            size = math.prod(int(n) for n in shape[1:]) // groups
+            build = Builder(model, node)
+            data = _flattened(build, cast(Node, node.args[0]), [shape[0], groups, size])
+            centered = build.call(aten.sub.Tensor, data, _mean(build, sums, data))
+            epsilon = float(argument(node, eps_at, "eps", 1e-5))
+            result = _over_deviation(build, sums, centered, epsilon)
+            result = build.call(aten.view_copy.default, result, _static(shape))
+            affine = {
+                name: argument(node, affine_at + i, name)
+                for i, name in enumerate(("weight", "bias"))
+            }
+            result = _affine(build, node, result, affine, [-1, *[1] * (len(shape) - 2)])
+            replace(node, result)
+            count += 1
+    return count
+
+
+_LONGEST_ROW = 4096
+"""Means of more values are means of means: the constants are smaller, and so are the errors."""
+
+
+def _mean(build: Builder, sums: _Sums, data: Node, epsilon: float | None = None) -> Node:
+    """``mean(data, -1, keepdim=True) + epsilon``."""
+    *outer, size = shape_of(data)
+    last = int(size)
+    rows = math.isqrt(last)
+    while last % rows:
+        rows -= 1
+    if last > _LONGEST_ROW and rows > 1:
+        last //= rows
+        parts = build.call(aten.view_copy.default, data, [*_static(outer), rows, last])
+        means = build.call(aten.linear.default, parts, sums.row(last, 1.0 / last))
+        data = build.call(aten.view_copy.default, means, [*_static(outer), rows])
+        last = rows
+    row = sums.row(last, 1.0 / last)
+    if epsilon is None:
+        return build.call(aten.linear.default, data, row)
+    return build.call(aten.linear.default, data, row, sums.single(epsilon))
+
+
+def _over_deviation(build: Builder, sums: _Sums, centered: Node, epsilon: float) -> Node:
+    """``centered * rsqrt(mean(centered**2) + epsilon)``."""
+    squares = build.call(aten.mul.Tensor, centered, centered)
+    inverse = build.call(aten.rsqrt.default, _mean(build, sums, squares, epsilon))
+    return build.call(aten.mul.Tensor, centered, inverse)
+
+
+def _affine(
+    build: Builder, node: Node, result: Node, given: Mapping[str, Any], shape: Sequence[int]
+) -> Node:
+    """``result * weight + bias``, without what would change nothing."""
+    for name, target, neutral in (("weight", aten.mul.Tensor, 1), ("bias", aten.add.Tensor, 0)):
+        if given.get(name) is None:
+            continue
+        value = constant_of(build.model, given[name])
+        if bool((value == neutral).all()):
+            continue
+        constant = add_constant(build.model, f"{node.name}_{name}", value.reshape(shape), node)
+        result = build.call(target, result, constant)
+    return result
 
 
 def _static(shape: Sequence[int]) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in shape]
 
 
-def _flattened(build: Builder, data: Node, outer: Sequence[int], size: int) -> Node:
-    """``data`` with its last dimensions joined into one."""
-    viewed = build.call(aten.view_copy.default, data, [*_static(outer), size])
+def _flattened(build: Builder, data: Node, shape: Sequence[int]) -> Node:
+    """``data`` in another shape, in integers if it is."""
+    viewed = build.call(aten.view_copy.default, data, _static(shape))
     return build.requantized(viewed, data) if is_dequantize(data) else viewed
 
 
@@ -159,9 +234,16 @@ def _broadcasts(user: Node, node: Node, source: Node) -> bool:
     return tuple(broadcast(*shapes)) == tuple(shape_of(user))
 
 
+GROUP_NORMS_TO_LINEARS = GraphPass(
+    "group_norms_to_linears",
+    "group and instance norms",
+    "means as linear layers of one output, and elementwise ops: other roundings in float",
+    _group_norms_to_linears,
+    exact=False,
+)
 LAYER_NORMS_TO_LINEARS = GraphPass(
     "layer_norms_to_linears",
-    "layer norms",
+    "layer norms and root-mean-square norms",
     "means as linear layers of one output, and elementwise ops: other roundings in float",
     _layer_norms_to_linears,
     exact=False,
