@@ -89,6 +89,10 @@ FOUND_LOWERED = {
         ((8, 10, 9),),
         (Step("avg_pool2d", "counted_padding"), Step("avg_pool2d", "2x2"), Step("linear", "plain")),
     ),
+    # ExecuTorch takes its moves around a convolution of one dimension for integer ops.
+    "wide weights of a convolution of one dimension": Sample(
+        ((2, 8, 21),), (Step("conv", "1d", fit="layer", behind="relu in place"),), default="a8w13"
+    ),
     # Two clamps from int8 to int8 in one chain of functions: the process was aborted.
     "functions of narrow integers in a row": Sample(
         ((2, 8, 5, 7),),

@@ -467,6 +467,32 @@ def test_an_op_left_in_float_runs_in_float_between_integer_ones() -> None:
     assert list(lowered.integer_biases()) == ["conv2d_1"]
 
 
+SIGNAL = (2, 8, 21)
+
+
+@pytest.mark.parametrize(
+    ("conv", "shape"),
+    [
+        (lambda: nn.Conv1d(8, 8, 3, padding="same", groups=4), SIGNAL),
+        (lambda: nn.ConvTranspose1d(8, 8, 3, groups=2, padding=1), SIGNAL),
+        (lambda: nn.Conv2d(8, 8, (2, 4), padding="same"), (2, 8, 6, 21)),
+    ],
+    ids=["conv1d", "conv_transpose1d", "unequal_padding"],
+)
+@pytest.mark.parametrize("scheme", [None, "a8w13"])
+def test_float_convolutions_between_integers(
+    conv: Callable[[], nn.Module], shape: tuple[int, ...], scheme: str | None
+) -> None:
+    """ExecuTorch took what it inserts next to them for integer ops, and failed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(21, 21), conv(), nn.Linear(21, 5))
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_module_name("1", scheme)
+    x = torch.randn(shape)
+    lowered = cq.lower(quantized(model, (x,), quantizer), (x,))
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)
+    assert lowered.report.passes["keep_convs_float"] >= 1
+
+
 def test_a_pool_in_float_over_images_that_are_channels_last() -> None:
     torch.manual_seed(0)
     blocks = [CNBlockConfig(8, 8, 1), CNBlockConfig(8, None, 1)]

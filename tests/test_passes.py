@@ -183,6 +183,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "split_sparse_max_pools",
         "emulate_wide",
         "quantize_pads",
+        "keep_convs_float",
         "withhold_refused",
         "channel_slices_to_convs",
         "keep_apart",

@@ -69,6 +69,7 @@ PASSES: tuple[GraphPass, ...] = (
     activations.CLAMPS_TO_HARDTANH,
     activations.KEEP_APART,
     activations.BREAK_CHAINS,
+    borders.KEEP_CONVS_FLOAT,
     borders.QUANTIZE_PADS,
     borders.TELL_COPIES_APART,
     borders.DEDICATE_DEQUANTIZE,

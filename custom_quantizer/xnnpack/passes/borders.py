@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import is_dequantize, is_quantize, tensor_meta
+from custom_quantizer.graph import add_constant, is_dequantize, is_quantize, shape_of, tensor_meta
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
 from custom_quantizer.ops.movement import CAT, PAD
-from custom_quantizer.xnnpack.passes._pass import Builder, GraphPass, calls
+from custom_quantizer.xnnpack.passes._pass import Builder, GraphPass, calls, origin_of
 
 aten = torch.ops.aten
 
@@ -86,6 +87,46 @@ def _quantize_pads(model: GraphModule) -> int:
         count += 1
     return count
 
+
+def _keep_convs_float(model: GraphModule) -> int:
+    """Products with one, which change no bit, between float convolutions and integers.
+
+    ExecuTorch (1.5.1) inserts pads before convolutions with unequal padding, and moves before and
+    behind those of one dimension. It takes what it inserts next to a quantize or dequantize node
+    for an integer op (InsertPadQDQPass, Conv1dUnsqueezePass), and then fails on the float weight,
+    or writes a program that does not load.
+    """
+    count = 0
+    one: Node | None = None
+    for node in calls(model, CONV.targets | CONV_TRANSPOSE.targets):
+        if is_dequantize(node.args[1]):
+            continue
+        flat = len(shape_of(node)) == 3
+        data = cast(Node, node.args[0])
+        before = [data] if is_dequantize(data) and (flat or _pads_unequally(node)) else []
+        behind = [user for user in node.users if is_quantize(user)] if flat else []
+        if one is None and (before or behind):
+            one = add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
+        for reader, source in [(node, d) for d in before] + [(user, node) for user in behind]:
+            build = Builder(model, reader, origin_of(node) or node.name)
+            reader.replace_input_with(source, build.call(aten.mul.Tensor, source, one))
+            count += 1
+    return count
+
+
+def _pads_unequally(node: Node) -> bool:
+    if node.target not in CONV.targets:
+        return False
+    before, after = symmetric_padding(node)
+    return before != after
+
+
+KEEP_CONVS_FLOAT = GraphPass(
+    "keep_convs_float",
+    "float convolutions next to integers",
+    "products with one between them",
+    _keep_convs_float,
+)
 
 QUANTIZE_PADS = GraphPass(
     "quantize_pads", "pads between int8 and float", "pads of integers", _quantize_pads
