@@ -90,6 +90,11 @@ MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         IMAGE,
         aten.adaptive_max_pool2d.default,
     ),
+    "largest of images": (function(lambda x: x.amax((2, 3))), IMAGE, aten.amax.default),
+    "largest of channels": (function(lambda x: x.amax(1, True)), IMAGE, aten.amax.default),
+    "largest over far dims": (function(lambda x: x.amax((1, 3))), IMAGE, aten.amax.default),
+    "largest of rows": (function(lambda x: x.max(-1).values), IMAGE, aten.max.dim),
+    "largest of points": (function(lambda x: x.max(2, True)[0]), SIGNAL, aten.max.dim),
     "max pool of one signal": (module(lambda: nn.MaxPool1d(3)), (4, 12), aten.max_pool1d.default),
     "max pool of one image": (module(lambda: nn.MaxPool2d(2)), (4, 6, 6), None),
 }
@@ -218,6 +223,38 @@ def test_a_form_computes_what_the_op_does(name: str) -> None:
             # Sums of up to 200 terms in another order.
             size = float(given.abs().max())
             torch.testing.assert_close(got, want, rtol=1e-5, atol=200 * 2.0**-24 * size)
+
+
+@pytest.mark.parametrize("exponent", [2, 3, 2.0, 0.5, -0.5, -1])
+def test_powers_are_the_same_bits(exponent: float) -> None:
+    x = torch.cat([torch.randn(1000) * 10.0**e for e in range(-6, 7, 3)])
+    graph = canonicalize(capture(Function(lambda s, x: x**exponent), (x,)))
+    assert calls(graph, aten.pow.Tensor_Scalar) == []
+    assert torch.equal(graph(x).view(torch.int32), (x**exponent).view(torch.int32))
+
+
+def test_other_powers_stay() -> None:
+    x = torch.rand(5)
+    for function in (lambda x: x**2.5, lambda x: x**x, lambda x: (x * 3).to(torch.int64) ** 2):
+        graph = canonicalize(capture(Function(lambda s, x, f=function: f(x)), (x,)))
+        assert torch.equal(graph(x), function(x))
+
+
+def test_a_square_is_an_integer_product() -> None:
+    x = torch.randn(2, 8, 6)
+    graph = quantized(Function(lambda s, x: torch.square(x) + (x + x) ** 3), (x,))
+    program = cq.lower(graph, (x,))
+    assert program.report.not_integer() == ()
+    assert differences(program.run(x), cq.integer_reference(graph)(x)) == []
+
+
+def test_maxima_whose_indices_are_used_stay() -> None:
+    x = torch.randn(IMAGE)
+    graph = canonicalize(capture(Function(lambda s, x: x.max(1)), (x,)))
+    assert len(calls(graph, aten.max.dim)) == 1
+    assert all(torch.equal(a, b) for a, b in zip(graph(x), x.max(1), strict=True))
+    graph = canonicalize(capture(Function(lambda s, x: (x.amax(), x.amax(0))), (x,)))
+    assert len(calls(graph, aten.amax.default)) == 2
 
 
 GROUPS = [sorted(CASES)[i::4] for i in range(4)]

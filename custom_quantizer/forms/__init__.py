@@ -8,6 +8,7 @@ quantized, simulated and lowered like any other:
   weights are constant;
 - average pooling that counts its padding is a depthwise convolution;
 - pooling, norms and convolutions over one or three dims become those over two;
+- maxima over dims are max pools, and powers are products or roots;
 - layers and pools of one sample are those of a batch of one;
 - shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves.
 
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from custom_quantizer.forms import layers, maxima, moves, sums
+from custom_quantizer.forms import layers, maxima, moves, powers, sums
 from custom_quantizer.forms.batches import batched
 from custom_quantizer.rewriting import Rewrite, rewrite_calls
 
@@ -48,7 +49,10 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.max_pool1d.default: batched(1, maxima.max_pool1d),
     aten.max_pool2d.default: batched(2, maxima.max_pool2d),
     aten.max_pool3d.default: batched(3, maxima.max_pool3d),
-    getitem: maxima.adaptive_max_pool,
+    aten.amax.default: maxima.largest,
+    getitem: maxima.without_indices,
+    aten.pow.Tensor_Scalar: powers.power,
+    aten.square.default: powers.square,
     aten.cat.default: moves.cat,
     aten.stack.default: moves.stack,
     aten.roll.default: moves.roll,

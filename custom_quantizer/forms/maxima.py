@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -128,19 +129,57 @@ def _only(along: int, numbers: list[int], rest: int) -> list[int]:
     return [n if i == along else rest for i, n in enumerate(numbers)]
 
 
-def adaptive_max_pool(insert: Insertion) -> Node | None:
-    """Maxima of adaptive max pooling, if its indices are not used: row by row, column by column.
+def without_indices(insert: Insertion) -> Node | None:
+    """Maxima of adaptive max pooling, or over a dim, if their indices are not used."""
+    node = insert.node
+    source, index = cast(Node, node.args[0]), node.args[1]
+    if not isinstance(source, Node) or index != 0:
+        return None
+    if any(other.users for other in source.users if other is not node):
+        return None
+    if source.target is aten.adaptive_max_pool2d.default:
+        return _adaptive_max_pool(insert, source)
+    if source.target is aten.max.dim:
+        return _largest(insert, source, [cast(int, source.args[1])])
+    return None
+
+
+def largest(insert: Insertion) -> Node | None:
+    """The maximum over some dims, but not over all."""
+    given = argument(insert.node, 1, "dim", ())
+    return _largest(insert, insert.node, [given] if isinstance(given, int) else list(given))
+
+
+def _largest(insert: Insertion, node: Node, given: Sequence[int]) -> Node | None:
+    """The maximum over dims is a max pool with a window as large as they are."""
+    data = cast(Node, node.args[0])
+    meta, shape = tensor_meta(data), shape_of(data)
+    dims = sorted({d % len(shape) for d in given})
+    outer = [d for d in range(len(shape)) if d not in dims]
+    if meta is None or meta.dtype != torch.float32 or not dims or not outer:
+        return None
+    if not is_static([shape[d] for d in range(1, len(shape))]) or outer[0] != 0:
+        return None
+    kept = [1 if d in dims else shape[d] for d in range(len(shape))]
+    if len(shape) != 4 or dims != [2, 3]:
+        # All that is kept but the batch as channels, all that is not as one row.
+        data = insert.permute(data, [*outer, *dims])
+        channels = math.prod(int(shape[d]) for d in outer[1:])
+        row = math.prod(int(shape[d]) for d in dims)
+        data = insert.reshape(data, [shape[0], channels, 1, row])
+    window = [int(size) for size in shape_of(data)[2:]]
+    pooled = _max_pool(insert, data, window, window, [0, 0], [1, 1], False)
+    keepdim = bool(argument(node, 2, "keepdim", False))
+    return insert.reshape(pooled, kept if keepdim else [shape[d] for d in outer])
+
+
+def _adaptive_max_pool(insert: Insertion, source: Node) -> Node | None:
+    """Maxima of adaptive max pooling: row by row, column by column.
 
     Windows that are all equal are one max pool; others one for each row and each column.
     """
-    node = insert.node
-    source, index = cast(Node, node.args[0]), node.args[1]
-    if source.target is not aten.adaptive_max_pool2d.default or index != 0:
-        return None
     value, wanted = cast(Node, source.args[0]), cast("Sequence[int]", source.args[1])
     meta, sizes = tensor_meta(value), shape_of(value)[-2:]
-    if any(other.users for other in source.users if other is not node):
-        return None
     if len(shape_of(value)) != 4 or not is_static(sizes):
         return None
     if meta is None or meta.dtype != torch.float32 or sum(wanted) > MAX_PIECES:
