@@ -60,7 +60,7 @@ def accumulators(converted: GraphModule) -> tuple[Accumulator, ...]:
     """Worst-case accumulators of every integer op that computes, in graph order.
 
     Ops that only move, clamp or rescale values, and ops left in float, have none; nor have means
-    over an image whose size was dynamic at capture.
+    and matrix products over a size that was dynamic at capture.
 
     Args:
         converted: what ``convert_pt2e`` returns.
@@ -92,6 +92,14 @@ def accumulator_of(op: QuantizedOp) -> Accumulator | None:
         (low_a, high_a), (low_b, high_b) = extremes
         products = [a * b for a in (low_a, high_a) for b in (low_b, high_b)]
         return _accumulator(op, signed_bits(min(products), max(products)), mul_width(op))
+    if family == "matmul":
+        (low_a, high_a), (low_b, high_b) = extremes
+        products = [a * b for a in (low_a, high_a) for b in (low_b, high_b)]
+        terms: object = shape_of(op.binding.inputs[0])[-1]
+        if not isinstance(terms, int):
+            return None
+        bits = signed_bits(terms * min(products), terms * max(products))
+        return _accumulator(op, bits, 64 if op.is_wide else 32)
     if family in ("add", "sub"):
         (low_a, high_a), (low_b, high_b) = extremes
         ends = [low_a, high_a, low_b, high_b]

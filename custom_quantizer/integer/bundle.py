@@ -558,6 +558,16 @@ def _mul(op: QuantizedOp) -> Entry:
     }
 
 
+def _matmul(op: QuantizedOp) -> Entry:
+    real = _scale(op.inputs[0]) * _scale(op.inputs[1]) / _scale(op.output)
+    rule = _INT64_RULE if op.is_wide else _INT32_RULE
+    return {
+        "op": "matmul",
+        "requantization": _factor(op.node, real, rule),
+        "clamp": _clamp_of(op),
+    }
+
+
 def _activation(op: QuantizedOp) -> Entry:
     limits = cast("Callable[[Node], tuple[float | None, float | None]]", op.binding.rule.bounds)
     low, high = limits(op.node)
@@ -792,6 +802,7 @@ _FIELDS: Mapping[str, Callable[[QuantizedOp], Entry]] = {
     "add": _add,
     "sub": _add,
     "mul": _mul,
+    "matmul": _matmul,
     "relu": _activation,
     "clamp": _activation,
     "max_pool2d": _max_pool,

@@ -358,6 +358,15 @@ def _mul(call: Call) -> Array:
     return call.store(call.scale_by(call.centered(0) * call.centered(1), "requantization"))
 
 
+def _matmul(call: Call) -> Array:
+    """``acc[..., i, j] = sum over k of (a[..., i, k] - za) * (b[..., k, j] - zb)``."""
+    a, b = call.centered(0), call.centered(1)
+    bound = a.shape[-1] * call.infos[0].reach * call.infos[1].reach
+    dtype: type[np.float64 | np.int64] = np.float64 if bound < _EXACT_FLOAT64 else np.int64
+    acc = (a.astype(dtype) @ b.astype(dtype)).astype(np.int64)
+    return call.store(call.scale_by(acc, "requantization"))
+
+
 def _requantize(call: Call) -> Array:
     return call.store(call.scale_by(call.centered(), "requantization"))
 
@@ -474,6 +483,7 @@ _OPS: Mapping[str, Callable[[Call], Array]] = {
     "add": _add,
     "sub": _add,
     "mul": _mul,
+    "matmul": _matmul,
     "requantize": _requantize,
     "clamp": _clamp,
     "table": _table,
@@ -500,6 +510,7 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "add": ("left_shift", "requantization_a", "requantization_b", "requantization", "clamp"),
     "sub": ("left_shift", "requantization_a", "requantization_b", "requantization", "clamp"),
     "mul": ("requantization", "clamp"),
+    "matmul": ("requantization", "clamp"),
     "requantize": ("requantization", "clamp"),
     "clamp": ("clamp",),
     "table": ("table", "axis"),
