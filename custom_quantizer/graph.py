@@ -329,12 +329,13 @@ def add_constant(model: GraphModule, name: str, value: torch.Tensor, before: Nod
     while hasattr(model, free):
         count += 1
         free = f"{name}_{count}"
-    model.register_buffer(free, value.detach().clone().contiguous())
+    model.register_buffer(free, value.detach().clone(memory_format=torch.contiguous_format))
     with model.graph.inserting_before(before):
         node = model.graph.get_attr(free)
     fake_mode = _fake_mode_of(before)
     if fake_mode is not None:
-        node.meta["val"] = fake_mode.from_tensor(value.detach(), static_shapes=True)
+        with fake_mode:
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     return node
 
 
