@@ -93,6 +93,7 @@ MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
     "largest of images": (function(lambda x: x.amax((2, 3))), IMAGE, aten.amax.default),
     "largest of channels": (function(lambda x: x.amax(1, True)), IMAGE, aten.amax.default),
     "largest over far dims": (function(lambda x: x.amax((1, 3))), IMAGE, aten.amax.default),
+    "largest of a batch": (function(lambda x: x.amax((0, 2))), IMAGE, aten.amax.default),
     "largest of rows": (function(lambda x: x.max(-1).values), IMAGE, aten.max.dim),
     "largest of points": (function(lambda x: x.max(2, True)[0]), SIGNAL, aten.max.dim),
     "max pool of one signal": (module(lambda: nn.MaxPool1d(3)), (4, 12), aten.max_pool1d.default),
@@ -253,7 +254,7 @@ def test_maxima_whose_indices_are_used_stay() -> None:
     graph = canonicalize(capture(Function(lambda s, x: x.max(1)), (x,)))
     assert len(calls(graph, aten.max.dim)) == 1
     assert all(torch.equal(a, b) for a, b in zip(graph(x), x.max(1), strict=True))
-    graph = canonicalize(capture(Function(lambda s, x: (x.amax(), x.amax(0))), (x,)))
+    graph = canonicalize(capture(Function(lambda s, x: (x.amax(), x.sum().amax(0))), (x,)))
     assert len(calls(graph, aten.amax.default)) == 2
 
 

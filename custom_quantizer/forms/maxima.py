@@ -154,19 +154,20 @@ def _largest(insert: Insertion, node: Node, given: Sequence[int]) -> Node | None
     """The maximum over dims is a max pool with a window as large as they are."""
     data = cast(Node, node.args[0])
     meta, shape = tensor_meta(data), shape_of(data)
-    dims = sorted({d % len(shape) for d in given})
+    dims = sorted({d % len(shape) for d in given if shape})
     outer = [d for d in range(len(shape)) if d not in dims]
     if meta is None or meta.dtype != torch.float32 or not dims or not outer:
         return None
-    if not is_static([shape[d] for d in range(1, len(shape))]) or outer[0] != 0:
+    first, *rest = outer
+    if not is_static([shape[d] for d in (*rest, *dims)]):
         return None
     kept = [1 if d in dims else shape[d] for d in range(len(shape))]
     if len(shape) != 4 or dims != [2, 3]:
-        # All that is kept but the batch as channels, all that is not as one row.
+        # All that is kept but the first as channels, all that is not as one row.
         data = insert.permute(data, [*outer, *dims])
-        channels = math.prod(int(shape[d]) for d in outer[1:])
+        channels = math.prod(int(shape[d]) for d in rest)
         row = math.prod(int(shape[d]) for d in dims)
-        data = insert.reshape(data, [shape[0], channels, 1, row])
+        data = insert.reshape(data, [shape[first], channels, 1, row])
     window = [int(size) for size in shape_of(data)[2:]]
     pooled = _max_pool(insert, data, window, window, [0, 0], [1, 1], False)
     keepdim = bool(argument(node, 2, "keepdim", False))
