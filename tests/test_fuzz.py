@@ -93,6 +93,10 @@ FOUND_LOWERED = {
     "wide weights of a convolution of one dimension": Sample(
         ((2, 8, 21),), (Step("conv", "1d", fit="layer", behind="relu in place"),), default="a8w13"
     ),
+    # The clamp that keeps a withheld op in float was taken for an activation behind it.
+    "an add whose scales no kernel takes": Sample(
+        ((5, 16),), (Step("div", "broadcast", fit="layer"),)
+    ),
     # Two clamps from int8 to int8 in one chain of functions: the process was aborted.
     "functions of narrow integers in a row": Sample(
         ((2, 8, 5, 7),),

@@ -33,6 +33,10 @@ GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 """Calls with a weight and a bias."""
 
 
+FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+"""A clamp between this and its negative changes nothing."""
+
+
 @dataclass(frozen=True)
 class GraphPass:
     """One rewrite.

@@ -13,6 +13,7 @@ from custom_quantizer.ops import QParamSharing, rule_of
 from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.pool import MAX_POOL
 from custom_quantizer.xnnpack.passes._pass import (
+    FLOAT32_MAX,
     GEMMS,
     Builder,
     GraphPass,
@@ -46,6 +47,8 @@ def _split_activations(model: GraphModule) -> int:
         integer = all(is_dequantize(arg) and not is_wide(arg) for arg in source.all_input_nodes)
         if (source.target, family) in fused_by_xnnpack or not integer:
             continue
+        if node.args[1:] == (-FLOAT32_MAX, FLOAT32_MAX):
+            continue  # it keeps a withheld op in float
         if len(users) != 1 or not is_quantize(users[0]) or len(source.users) != 1:
             continue
         build = Builder(model, node)
@@ -65,12 +68,11 @@ def _clamps_to_hardtanh(model: GraphModule) -> int:
             new = build.call(aten.relu.default, node.args[0])
         else:
             # An open side is closed beyond what float32 activations reach.
-            limit = float(torch.finfo(torch.float32).max)
             new = build.call(
                 aten.hardtanh.default,
                 node.args[0],
-                -limit if low is None else low,
-                limit if high is None else high,
+                -FLOAT32_MAX if low is None else low,
+                FLOAT32_MAX if high is None else high,
             )
         replace(node, new)
         count += 1

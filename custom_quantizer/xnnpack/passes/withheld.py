@@ -14,7 +14,13 @@ from custom_quantizer.graph import (
     is_quantize,
 )
 from custom_quantizer.ops import rule_of
-from custom_quantizer.xnnpack.passes._pass import GEMMS, Builder, GraphPass, dequantized_constant
+from custom_quantizer.xnnpack.passes._pass import (
+    FLOAT32_MAX,
+    GEMMS,
+    Builder,
+    GraphPass,
+    dequantized_constant,
+)
 
 aten = torch.ops.aten
 
@@ -40,8 +46,7 @@ def _withhold_refused(model: GraphModule) -> int:
             last = _with_activation(node)
             for user in [user for user in last.users if is_quantize(user)]:
                 build = Builder(model, user, node.name)
-                limit = float(torch.finfo(torch.float32).max)
-                clamped = build.call(aten.hardtanh.default, last, -limit, limit)
+                clamped = build.call(aten.hardtanh.default, last, -FLOAT32_MAX, FLOAT32_MAX)
                 user.replace_input_with(last, clamped)
         count += 1
     return count
