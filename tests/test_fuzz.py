@@ -97,6 +97,16 @@ FOUND_LOWERED = {
     "an add whose scales no kernel takes": Sample(
         ((5, 16),), (Step("div", "broadcast", fit="layer"),)
     ),
+    # ExecuTorch looked for the first entry of a tensor without dims.
+    "a quantized mean over all dims": Sample(
+        ((2, 8, 10, 9), (2, 8, 21), (5, 16)),
+        (
+            Step("mean", "negative_dims", sources=(3,), fit="first"),
+            Step("unknown", "sin", sources=(5,), fit="layer", behind="relu in place"),
+            Step("cat", "two", sources=(1, 2), fit="first", behind="clamp"),
+        ),
+        seed=91,
+    ),
     # Two clamps from int8 to int8 in one chain of functions: the process was aborted.
     "functions of narrow integers in a row": Sample(
         ((2, 8, 5, 7),),

@@ -184,6 +184,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "emulate_wide",
         "quantize_pads",
         "keep_convs_float",
+        "quantize_scalars_as_rows",
         "withhold_refused",
         "channel_slices_to_convs",
         "keep_apart",

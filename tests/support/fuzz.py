@@ -174,6 +174,8 @@ class Moved(nn.Module):
 
 def _layer(given: tuple[int, ...], wanted: tuple[int, ...]) -> nn.Module:
     """A layer that gives the wanted channels, and what moves values the rest of the way."""
+    if not given:
+        return Moved(given, wanted)
     if len(given) == len(wanted) == 4:
         first: nn.Module = nn.Conv2d(given[1], wanted[1], 1)
         given = (given[0], wanted[1], *given[2:])

@@ -69,6 +69,7 @@ PASSES: tuple[GraphPass, ...] = (
     activations.CLAMPS_TO_HARDTANH,
     activations.KEEP_APART,
     activations.BREAK_CHAINS,
+    borders.QUANTIZE_SCALARS_AS_ROWS,
     borders.KEEP_CONVS_FLOAT,
     borders.QUANTIZE_PADS,
     borders.TELL_COPIES_APART,

@@ -8,7 +8,15 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import add_constant, is_dequantize, is_quantize, shape_of, tensor_meta
+from custom_quantizer.graph import (
+    add_constant,
+    is_constant,
+    is_dequantize,
+    is_quantize,
+    is_static,
+    shape_of,
+    tensor_meta,
+)
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
 from custom_quantizer.ops.movement import CAT, PAD
 from custom_quantizer.xnnpack.passes._pass import Builder, GraphPass, calls, origin_of
@@ -120,6 +128,33 @@ def _pads_unequally(node: Node) -> bool:
     before, after = symmetric_padding(node)
     return before != after
 
+
+def _quantize_scalars_as_rows(model: GraphModule) -> int:
+    """A tensor without dims is quantized as a row of one.
+
+    ExecuTorch's ChannelsLastTaggedReshapePass (1.5.1) looks for the memory format of the first
+    entry of what a delegate quantizes, which such a tensor does not have.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        if not is_quantize(node) or is_constant(node.args[0]) or not is_static(node):
+            continue
+        source = cast(Node, node.args[0])
+        if tuple(shape_of(source)) or source.target is aten.view_copy.default:
+            continue
+        build = Builder(model, node, origin_of(source) or source.name)
+        row = build.requantized(build.call(aten.view_copy.default, source, [1]), node)
+        node.replace_input_with(source, build.call(aten.view_copy.default, row, []))
+        count += 1
+    return count
+
+
+QUANTIZE_SCALARS_AS_ROWS = GraphPass(
+    "quantize_scalars_as_rows",
+    "quantized tensors without dims",
+    "the same integers by way of a row of one",
+    _quantize_scalars_as_rows,
+)
 
 KEEP_CONVS_FLOAT = GraphPass(
     "keep_convs_float",
