@@ -479,14 +479,18 @@ SIGNAL = (2, 8, 21)
     ],
     ids=["conv1d", "conv_transpose1d", "unequal_padding"],
 )
-@pytest.mark.parametrize("scheme", [None, "a8w13"])
+@pytest.mark.parametrize("scheme", [None, "a8w13", "a8w13-narrow"])
 def test_float_convolutions_between_integers(
     conv: Callable[[], nn.Module], shape: tuple[int, ...], scheme: str | None
 ) -> None:
     """ExecuTorch took what it inserts next to them for integer ops, and failed."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(21, 21), conv(), nn.Linear(21, 5))
-    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_module_name("1", scheme)
+    model = nn.Sequential(
+        nn.Linear(21, 21), conv(), nn.Linear(21, 21), conv(), nn.ReLU(), nn.Linear(21, 5)
+    )
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    for name in ("1", "3", "4"):
+        quantizer.set_module_name(name, scheme)
     x = torch.randn(shape)
     lowered = cq.lower(quantized(model, (x,), quantizer), (x,))
     assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)

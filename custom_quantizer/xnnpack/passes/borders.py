@@ -17,6 +17,7 @@ from custom_quantizer.graph import (
     shape_of,
     tensor_meta,
 )
+from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
 from custom_quantizer.ops.movement import CAT, PAD
 from custom_quantizer.xnnpack.passes._pass import Builder, GraphPass, calls, origin_of
@@ -111,11 +112,16 @@ def _keep_convs_float(model: GraphModule) -> int:
             continue
         flat = len(shape_of(node)) == 3
         data = cast(Node, node.args[0])
-        before = [data] if is_dequantize(data) and (flat or _pads_unequally(node)) else []
-        behind = [user for user in node.users if is_quantize(user)] if flat else []
-        if one is None and (before or behind):
+        edges = []
+        if is_dequantize(data) and (flat or _pads_unequally(node)):
+            edges.append((node, data))
+        if flat:
+            # A clamp behind it becomes part of it.
+            clamps = [u for u in node.users if u.target in RELU.targets | CLAMP.targets]
+            edges += [(u, made) for made in (node, *clamps) for u in made.users if is_quantize(u)]
+        if one is None and edges:
             one = add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
-        for reader, source in [(node, d) for d in before] + [(user, node) for user in behind]:
+        for reader, source in edges:
             build = Builder(model, reader, origin_of(node) or node.name)
             reader.replace_input_with(source, build.call(aten.mul.Tensor, source, one))
             count += 1
