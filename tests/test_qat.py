@@ -827,8 +827,17 @@ class Breaking:
             yield x + 0.1 * torch.randn(x.shape), labels  # an augmentation
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("scheme", ["a8w8", "a4w4-lsq", "a4w4-percentile"])
+@pytest.mark.parametrize(
+    ("scheme", "optimizer"),
+    [
+        ("a8w8", "sgd"),
+        ("a4w4-lsq", "adam"),
+        pytest.param("a8w8", "adam", marks=pytest.mark.slow),
+        pytest.param("a4w4-lsq", "sgd", marks=pytest.mark.slow),
+        pytest.param("a4w4-percentile", "sgd", marks=pytest.mark.slow),
+        pytest.param("a4w4-percentile", "adam", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_training_resumes_to_the_same_result(
     scheme: str, optimizer: Any, tmp_path: Path
 ) -> None:
