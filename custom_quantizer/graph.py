@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -41,6 +41,7 @@ __all__ = [
     "source_of",
     "state_of",
     "tensor_meta",
+    "view_sizes",
     "written_inputs",
 ]
 
@@ -183,6 +184,11 @@ def shape_of(node: Node) -> tuple[int, ...]:
             f"{describe(node)} carries no shape; hand in the graph as torch.export made it"
         )
     return tuple(value.shape)
+
+
+def view_sizes(shape: Sequence[Any]) -> list[int]:
+    """Sizes for a reshape to ``shape``: -1 in the place of a symbolic one."""
+    return [size if isinstance(size, int) else -1 for size in shape]
 
 
 def size_bounds(size: Any) -> tuple[int, int | None]:

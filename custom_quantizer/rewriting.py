@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import add_constant, shape_of, tensor_meta
+from custom_quantizer.graph import add_constant, shape_of, tensor_meta, view_sizes
 
 __all__ = ["ORIGINAL_NAME", "Insertion", "Rewrite", "is_inner", "replace", "rewrite_calls"]
 
@@ -63,7 +63,7 @@ class Insertion:
         """Reshape unless the shape is that already; at most one size is symbolic."""
         if tuple(shape) == tuple(shape_of(value)):
             return value
-        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        sizes = view_sizes(shape)
         return self.call(aten.reshape.default, value, sizes)
 
     def permute(self, value: Node, order: Sequence[int]) -> Node:

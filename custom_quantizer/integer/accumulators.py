@@ -89,12 +89,10 @@ def accumulator_of(op: QuantizedOp) -> Accumulator | None:
         return _accumulator(op, bits, 64 if op.is_wide else 32)
     extremes = [_offsets(q) for q in op.inputs]
     if family == "mul":
-        (low_a, high_a), (low_b, high_b) = extremes
-        products = [a * b for a in (low_a, high_a) for b in (low_b, high_b)]
+        products = [a * b for a in extremes[0] for b in extremes[1]]
         return _accumulator(op, signed_bits(min(products), max(products)), mul_width(op))
     if family == "matmul":
-        (low_a, high_a), (low_b, high_b) = extremes
-        products = [a * b for a in (low_a, high_a) for b in (low_b, high_b)]
+        products = [a * b for a in extremes[0] for b in extremes[1]]
         terms: object = shape_of(op.binding.inputs[0])[-1]
         if not isinstance(terms, int):
             return None

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from custom_quantizer.arithmetic import Arithmetic
 from custom_quantizer.errors import ConversionError
-from custom_quantizer.graph import argument, describe, shape_of, tensor_meta
+from custom_quantizer.graph import argument, describe, shape_of, tensor_meta, view_sizes
 from custom_quantizer.ops._rule import (
     Backend,
     Binding,
@@ -90,7 +90,7 @@ def _reshape_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic
         raise ConversionError(
             f"{describe(op.node)} makes a tensor of shape {shape}; at most one size can be dynamic"
         )
-    return inputs[0].reshape([size if isinstance(size, int) else -1 for size in shape])
+    return inputs[0].reshape(view_sizes(shape))
 
 
 def _moved(_binding: Binding, _formats: Formats) -> Delegation:

@@ -68,7 +68,8 @@ def lower(
         converted: what ``convert_pt2e`` returns; it is not changed.
         example_inputs: one set of inputs, as for the model; those captured by keyword come last.
         dynamic_max: upper bound of dynamic sizes for which capture recorded none.
-        check: run the checks. Without them a wrong program would go unnoticed.
+        check: run the checks. Without them a wrong program would go unnoticed, so ExecuTorch then
+            validates the graph after each of its passes, which the checks make needless.
         progress: called with the name of each stage.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import effective_users, is_dequantize, is_quantize, shape_of
+from custom_quantizer.graph import effective_users, is_dequantize, is_quantize, shape_of, view_sizes
 from custom_quantizer.ops import QParamSharing, rule_of
 from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.pool import MAX_POOL
@@ -97,7 +97,7 @@ def _keep_apart(model: GraphModule) -> int:
         maker = cast(Node, stored.args[0])
         if rule_of(maker) in (RELU, CLAMP):
             maker = cast(Node, maker.args[0])
-        shape = [size if isinstance(size, int) else -1 for size in shape_of(node)]
+        shape = view_sizes(shape_of(node))
         if maker.target not in GEMMS | MAX_POOL.targets or shape.count(-1) > 1:
             continue
         build = Builder(model, node)
@@ -125,7 +125,7 @@ def _break_chains(model: GraphModule) -> int:
         readers = [user for dequantize in after.users for user in dequantize.users]
         if (isinstance(maker, Node) and maker.target in sums) or not any(map(_maps, readers)):
             continue
-        shape = [size if isinstance(size, int) else -1 for size in shape_of(node)]
+        shape = view_sizes(shape_of(node))
         if shape.count(-1) > 1:
             continue
         build = Builder(model, after, origin_of(node))

@@ -20,6 +20,7 @@ from custom_quantizer.graph import (
     qparams_of,
     shape_of,
     tensor_meta,
+    view_sizes,
 )
 from custom_quantizer.ops.attention import MATMUL, SOFTMAX, matmul_batch, softmax_dim
 from custom_quantizer.ops.elementwise import ADD, MUL, SUB
@@ -127,8 +128,7 @@ def _softmaxes_of_rows(model: GraphModule) -> int:
         users = effective_users(node)
         if len(users) == 1 and is_quantize(users[0]):
             result = build.requantized(result, users[0])
-        back = [size if isinstance(size, int) else -1 for size in shape]
-        replace(node, build.call(aten.view_copy.default, result, back))
+        replace(node, build.call(aten.view_copy.default, result, view_sizes(shape)))
         count += 1
     return count
 

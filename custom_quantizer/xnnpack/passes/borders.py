@@ -16,6 +16,7 @@ from custom_quantizer.graph import (
     is_static,
     shape_of,
     tensor_meta,
+    view_sizes,
 )
 from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
@@ -64,7 +65,7 @@ def _tell_copies_apart(model: GraphModule) -> int:
             continue
         if meta is None or meta.dtype != torch.float32:
             continue
-        shape = [size if isinstance(size, int) else -1 for size in meta.shape]
+        shape = view_sizes(meta.shape)
         if shape.count(-1) > 1:
             continue
         view = Builder(model, node).call(aten.view_copy.default, first, shape)

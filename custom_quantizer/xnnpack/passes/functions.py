@@ -34,6 +34,7 @@ from custom_quantizer.ops.functions import (
     steady_shift,
 )
 from custom_quantizer.xnnpack.passes._pass import (
+    FLOAT32_MAX,
     Builder,
     GraphPass,
     calls,
@@ -149,7 +150,7 @@ def _prelu(model: GraphModule, build: _Numbers, node: Node) -> Node | None:
         return None
     shaped = values.reshape(-1, *[1] * (rank - 2))
     slopes = add_constant(model, f"{build.origin}_slopes", shaped, node)
-    negative = build.call(aten.hardtanh.default, data, -torch.finfo(torch.float32).max, 0.0)
+    negative = build.call(aten.hardtanh.default, data, -FLOAT32_MAX, 0.0)
     scaled = build.call(aten.mul.Tensor, negative, slopes)
     return build.call(aten.add.Tensor, build.call(aten.relu.default, data), scaled)
 
@@ -176,11 +177,6 @@ def _plain_elus(model: GraphModule) -> int:
         replace(node, value)
         count += 1
     return count
-
-
-_ALMOST_ONE = 1.0 + 2.0**-40
-"""1 in float32. Export drops arguments that equal their default, which the serializer of
-ExecuTorch 1.5.1 then misses."""
 
 
 def _tanh_gelus(model: GraphModule) -> int:

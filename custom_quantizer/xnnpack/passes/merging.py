@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import is_dequantize, is_quantize, shape_of
+from custom_quantizer.graph import is_dequantize, is_quantize, shape_of, view_sizes
 from custom_quantizer.ops.movement import PERMUTE, SLICE, is_split_evenly, slice_of
 from custom_quantizer.xnnpack.passes._pass import (
     Builder,
@@ -77,21 +77,17 @@ def _drop_single_sizes(model: GraphModule, node: Node) -> bool:
     moved = [d for d in order if d in kept]
     build = Builder(model, node)
     if moved == sorted(moved):
-        replace(node, build.call(_VIEW, source, _static(shape_of(node))))
+        replace(node, build.call(_VIEW, source, view_sizes(shape_of(node))))
         return True
     if len(kept) < len(shape) and _is_viewed(node):
-        smaller = build.call(_VIEW, source, _static([shape[d] for d in kept]))
+        smaller = build.call(_VIEW, source, view_sizes([shape[d] for d in kept]))
         permuted = then_move(build, source, smaller, _PERMUTE, [kept.index(d) for d in moved])
-        replace(node, then_move(build, source, permuted, _VIEW, _static(shape_of(node))))
+        replace(node, then_move(build, source, permuted, _VIEW, view_sizes(shape_of(node))))
         return True
     if node.target is _PERMUTE:
         return False
     replace(node, build.call(_PERMUTE, source, order))
     return True
-
-
-def _static(shape: Sequence[Any]) -> list[int]:
-    return [size if isinstance(size, int) else -1 for size in shape]
 
 
 def _is_viewed(node: Node) -> bool:
@@ -160,10 +156,10 @@ def _strided_slices_to_views(model: GraphModule) -> int:
         source = cast(Node, node.args[0])
         shape, (dim, start, _, step) = shape_of(source), slice_of(node)
         build = Builder(model, node)
-        split = _static([*shape[:dim], shape[dim] // step, step, *shape[dim + 1 :]])
+        split = view_sizes([*shape[:dim], shape[dim] // step, step, *shape[dim + 1 :]])
         value = build.call(_VIEW, source, split)
         value = then_move(build, source, value, aten.slice.Tensor, dim + 1, start, start + 1)
-        replace(node, then_move(build, source, value, _VIEW, _static(shape_of(node))))
+        replace(node, then_move(build, source, value, _VIEW, view_sizes(shape_of(node))))
     return len(slices)
 
 

@@ -24,7 +24,7 @@ so the integers behind a norm are those of the reference or their neighbours. A 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,6 +37,7 @@ from custom_quantizer.graph import (
     constant_of,
     is_dequantize,
     shape_of,
+    view_sizes,
 )
 from custom_quantizer.ops.movement import EXPAND
 from custom_quantizer.ops.normalization import (
@@ -90,19 +91,17 @@ def _layer_norms_to_linears(model: GraphModule) -> int:
             data = cast(Node, node.args[0])
             if dims > 1:
                 data = _flattened(build, data, [*shape[:-dims], size])
+            weight, bias = argument(node, 2, "weight"), None
             if rule is LAYER_NORM:
                 data = build.call(aten.sub.Tensor, data, _mean(build, sums, data))
-                epsilon = float(argument(node, 4, "eps", 1e-5))
+                bias, epsilon = argument(node, 3, "bias"), argument(node, 4, "eps", 1e-5)
             else:
-                given = argument(node, 3, "eps", None)
-                epsilon = float(torch.finfo(torch.float32).eps if given is None else given)
-            result = _over_deviation(build, sums, data, epsilon)
-            affine = {"weight": argument(node, 2, "weight")}
-            if rule is LAYER_NORM:
-                affine["bias"] = argument(node, 3, "bias")
-            result = _affine(build, node, result, affine, [size])
+                epsilon = argument(node, 3, "eps")
+                epsilon = torch.finfo(torch.float32).eps if epsilon is None else epsilon
+            result = _over_deviation(build, sums, data, float(epsilon))
+            result = _affine(build, node, result, (weight, bias), [size])
             if dims > 1:
-                result = build.call(aten.view_copy.default, result, _static(shape))
+                result = build.call(aten.view_copy.default, result, view_sizes(shape))
             replace(node, result)
             count += 1
     return count
@@ -124,11 +123,8 @@ def _group_norms_to_linears(model: GraphModule) -> int:
             centered = build.call(aten.sub.Tensor, data, _mean(build, sums, data))
             epsilon = float(argument(node, eps_at, "eps", 1e-5))
             result = _over_deviation(build, sums, centered, epsilon)
-            result = build.call(aten.view_copy.default, result, _static(shape))
-            affine = {
-                name: argument(node, affine_at + i, name)
-                for i, name in enumerate(("weight", "bias"))
-            }
+            result = build.call(aten.view_copy.default, result, view_sizes(shape))
+            affine = argument(node, affine_at, "weight"), argument(node, affine_at + 1, "bias")
             result = _affine(build, node, result, affine, [-1, *[1] * (len(shape) - 2)])
             replace(node, result)
             count += 1
@@ -142,15 +138,14 @@ _LONGEST_ROW = 4096
 def _mean(build: Builder, sums: _Sums, data: Node, epsilon: float | None = None) -> Node:
     """``mean(data, -1, keepdim=True) + epsilon``."""
     *outer, size = shape_of(data)
-    last = int(size)
-    rows = math.isqrt(last)
-    while last % rows:
-        rows -= 1
-    if last > _LONGEST_ROW and rows > 1:
+    last, rows = int(size), 1
+    if last > _LONGEST_ROW:
+        rows = next(n for n in range(math.isqrt(last), 0, -1) if last % n == 0)
+    if rows > 1:
         last //= rows
-        parts = build.call(aten.view_copy.default, data, [*_static(outer), rows, last])
+        parts = build.call(aten.view_copy.default, data, [*view_sizes(outer), rows, last])
         means = build.call(aten.linear.default, parts, sums.row(last, 1.0 / last))
-        data = build.call(aten.view_copy.default, means, [*_static(outer), rows])
+        data = build.call(aten.view_copy.default, means, [*view_sizes(outer), rows])
         last = rows
     row = sums.row(last, 1.0 / last)
     if epsilon is None:
@@ -166,13 +161,14 @@ def _over_deviation(build: Builder, sums: _Sums, centered: Node, epsilon: float)
 
 
 def _affine(
-    build: Builder, node: Node, result: Node, given: Mapping[str, Any], shape: Sequence[int]
+    build: Builder, node: Node, result: Node, given: tuple[Any, Any], shape: Sequence[int]
 ) -> Node:
     """``result * weight + bias``, without what would change nothing."""
-    for name, target, neutral in (("weight", aten.mul.Tensor, 1), ("bias", aten.add.Tensor, 0)):
-        if given.get(name) is None:
+    steps = (("weight", aten.mul.Tensor, 1), ("bias", aten.add.Tensor, 0))
+    for constant_node, (name, target, neutral) in zip(given, steps, strict=True):
+        if constant_node is None:
             continue
-        value = constant_of(build.model, given[name])
+        value = constant_of(build.model, constant_node)
         if bool((value == neutral).all()):
             continue
         constant = add_constant(build.model, f"{node.name}_{name}", value.reshape(shape), node)
@@ -180,13 +176,9 @@ def _affine(
     return result
 
 
-def _static(shape: Sequence[int]) -> list[int]:
-    return [size if isinstance(size, int) else -1 for size in shape]
-
-
 def _flattened(build: Builder, data: Node, shape: Sequence[int]) -> Node:
     """``data`` in another shape, in integers if it is."""
-    viewed = build.call(aten.view_copy.default, data, _static(shape))
+    viewed = build.call(aten.view_copy.default, data, view_sizes(shape))
     return build.requantized(viewed, data) if is_dequantize(data) else viewed
 
 
@@ -203,7 +195,7 @@ def _norms_to_linears(model: GraphModule) -> int:
         ones = sums.row(int(shape_of(data)[-1]), 1.0)
         result = build.call(aten.sqrt.default, build.call(aten.linear.default, squares, ones))
         if not argument(node, 3, "keepdim", False):
-            result = build.call(aten.view_copy.default, result, _static(shape_of(node)))
+            result = build.call(aten.view_copy.default, result, view_sizes(shape_of(node)))
         replace(node, result)
         count += 1
     return count
