@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from custom_quantizer.calibration import CalibrationSummary, calibrate
     from custom_quantizer.diagnosis import Diagnosis, diagnose
     from custom_quantizer.evaluation import Evaluation, evaluate
+    from custom_quantizer.fidelity import Fidelity, FloatCheck, OutputFidelity, check_prepared
     from custom_quantizer.formats import IntFormat
     from custom_quantizer.integer import (
         Accumulator,
@@ -71,6 +72,8 @@ __all__ = [
     "DataSource",
     "Diagnosis",
     "Evaluation",
+    "Fidelity",
+    "FloatCheck",
     "InputError",
     "IntFormat",
     "IntegerQuantizer",
@@ -81,6 +84,7 @@ __all__ = [
     "LoweringReport",
     "OpPlan",
     "OpScheme",
+    "OutputFidelity",
     "Plan",
     "Preprocess",
     "ProgramError",
@@ -96,6 +100,7 @@ __all__ = [
     "accumulators",
     "all_reduce_statistics",
     "calibrate",
+    "check_prepared",
     "diagnose",
     "evaluate",
     "inspect",
@@ -124,6 +129,7 @@ _NAMES = {
     "calibration": ("CalibrationSummary", "calibrate"),
     "diagnosis": ("Diagnosis", "diagnose"),
     "evaluation": ("Evaluation", "evaluate"),
+    "fidelity": ("Fidelity", "FloatCheck", "OutputFidelity", "check_prepared"),
     "formats": ("IntFormat",),
     "integer": (
         "Accumulator",

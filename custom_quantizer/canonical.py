@@ -8,8 +8,9 @@ Rewrites, applied in ``transform_for_annotation``:
   stays, and every tensor in that memory is marked: see :func:`overwritten_by`;
 - composite ops become the ops they stand for (:mod:`custom_quantizer.decompositions`);
 - ops that XNNPACK computes in another form take that form (:mod:`custom_quantizer.forms`);
-- factors of each channel become part of the weights before them (:mod:`custom_quantizer.factors`),
-  and batch norms with no layer before them convolutions (:mod:`custom_quantizer.batch_norms`);
+- batch norms and factors of each channel become part of the weights before them
+  (:mod:`custom_quantizer.batch_norms`, :mod:`custom_quantizer.factors`), and batch norms with no
+  layer before them convolutions;
 - numbers in add, sub, mul and ``1 - x`` become constant tensors, so that they are quantized too.
 """
 
@@ -21,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.batch_norms import batch_norms_to_convs
+from custom_quantizer.batch_norms import batch_norms_to_convs, fold_into_layers
 from custom_quantizer.constants import fold_constants
 from custom_quantizer.decompositions import decompose
 from custom_quantizer.factors import fold_factors
@@ -43,6 +44,8 @@ def canonicalize(model: GraphModule, *, training: bool = False) -> GraphModule:
     fold_constants(model, parameters=not training)
     _functionalize(model)
     decompose(model)
+    if not training:
+        fold_into_layers(model)
     use_integer_forms(model, training=training)
     if not training:
         fold_factors(model)

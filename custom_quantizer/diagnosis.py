@@ -18,7 +18,6 @@ References:
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -28,19 +27,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-from torchao.quantization.pt2e.quantizer import Quantizer
 
 from custom_quantizer._plot import new_figure, save_figure
 from custom_quantizer._progress import track
 from custom_quantizer.arithmetic import QParams, accumulator_bits
 from custom_quantizer.calibration import GraphInputs, SampleQueue
-from custom_quantizer.canonical import canonicalize
 from custom_quantizer.converted import read_converted
-from custom_quantizer.errors import CaptureError, ConversionError, InputError
+from custom_quantizer.errors import ConversionError, InputError
+from custom_quantizer.fidelity import Noise, capture_like, ratio_db
 from custom_quantizer.graph import (
     DEQUANTIZE_GROUPED,
     constant_of,
@@ -52,12 +49,11 @@ from custom_quantizer.graph import (
     is_static,
     module_path,
     qparams_of,
-    size_bounds,
     source_of,
-    tensor_meta,
 )
 from custom_quantizer.observers import META_KEY
 from custom_quantizer.ops import Binding, QParamSharing, QuantizedOp, rule_of
+from custom_quantizer.quantizer import IntegerQuantizer
 
 __all__ = [
     "Diagnosis",
@@ -338,98 +334,24 @@ def diagnose(
 # ---------------------------------------------------------------------------------------------
 
 
-class _Nothing(Quantizer):  # type: ignore[misc]  # torchao is untyped
+class _Nothing(IntegerQuantizer):
     """Lets ``prepare_pt2e`` fold batch norms and rewrite the graph, and quantizes nothing."""
-
-    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        return canonicalize(model)
 
     def annotate(self, model: GraphModule) -> GraphModule:
         return model
-
-    def validate(self, model: GraphModule) -> None:
-        pass
 
 
 def _float_twin(
     model: nn.Module | torch.export.ExportedProgram, converted: GraphModule, values: list[Any]
 ) -> GraphModule:
     """The float graph with the nodes, by name, that ``converted`` was made from."""
-    captured: GraphModule
-    if isinstance(model, torch.export.ExportedProgram):
-        captured = model.module()
-    elif isinstance(model, GraphModule):
-        captured = copy.deepcopy(model)
-    else:
-        captured = _capture(model, converted, values)
+    captured = capture_like(model, converted, values)
     return cast(GraphModule, prepare_pt2e(captured, _Nothing()))
-
-
-def _capture(model: nn.Module, converted: GraphModule, values: list[Any]) -> GraphModule:
-    graph = GraphInputs.of(converted)
-    args, kwargs = graph.arguments(values)
-    sizes: dict[str, Any] = {}
-    dynamic = [
-        _dynamic_sizes(node, sizes) for node in converted.graph.nodes if node.op == "placeholder"
-    ]
-    dynamic_args, dynamic_kwargs = graph.arguments(dynamic)
-    # Export numbers the shapes of positional and keyword arguments together.
-    shapes = (*dynamic_args, *dynamic_kwargs.values()) if any(dynamic) else None
-    try:
-        program = torch.export.export(
-            copy.deepcopy(model).eval(), args, kwargs, dynamic_shapes=shapes
-        )
-    except Exception as error:
-        text = (str(error).strip().splitlines() or [""])[0]
-        raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}: {text}. Pass the captured graph "
-            "that was quantized"
-        ) from error
-    return program.module()
-
-
-def _dynamic_sizes(node: Node, known: dict[str, Any]) -> dict[int, Any]:
-    """The sizes of an input that vary, as export was told; equal symbols are one ``Dim``."""
-    meta = tensor_meta(node)
-    dynamic = {}
-    for index, size in enumerate(() if meta is None else meta.shape):
-        low, high = size_bounds(size)
-        if low == high:
-            continue
-        name = str(size)
-        if name not in known:
-            # A size that follows from others has no bounds of its own.
-            plain = name.isidentifier()
-            known[name] = Dim(name, min=low, max=high) if plain else Dim.AUTO
-        dynamic[index] = known[name]
-    return dynamic
 
 
 # ---------------------------------------------------------------------------------------------
 # Running both
 # ---------------------------------------------------------------------------------------------
-
-
-class _Noise:
-    """Power of a signal and of its error, in float64."""
-
-    def __init__(self) -> None:
-        self.signal = self.error = 0.0
-
-    def add(self, exact: Tensor, other: Tensor) -> None:
-        exact, other = exact.detach().double(), other.detach().double()
-        self.signal += float((exact * exact).sum())
-        self.error += float(((exact - other) ** 2).sum())
-
-    @property
-    def ratio(self) -> float:
-        return _ratio(self.signal, self.error)
-
-
-def _ratio(signal: float, error: float) -> float:
-    if error == 0:
-        return math.inf
-    return 10 * math.log10(signal / error) if signal > 0 else -math.inf
 
 
 class _Tensor:
@@ -438,7 +360,7 @@ class _Tensor:
     def __init__(self, qparams: QParams, op: QuantizedOp | None) -> None:
         self.qparams = qparams
         self.op = op
-        self.noise, self.alone = _Noise(), _Noise()
+        self.noise, self.alone = Noise(), Noise()
         self.total = self.low = self.high = 0
         levels = qparams.quant_max - qparams.quant_min + 1
         self.used = torch.zeros(levels, dtype=torch.bool) if levels <= _MAX_LEVELS else None
@@ -478,7 +400,7 @@ class _Walk:
             if rule_of(node) is not None and not is_run_time_quantization(node):
                 self._find(node)
         self._weights = dict(self._find_weights())
-        self._outputs: list[_Noise] = []
+        self._outputs: list[Noise] = []
 
     def _find(self, node: Node) -> Node:
         twin: Node | None = self._by_name.get(node.name)
@@ -519,7 +441,7 @@ class _Walk:
                 self._converted, self._ops, self._tensors, self._twin_of, exact.seen
             )
             outputs = _leaves(quantized.run(*values, enable_io_processing=False))
-        self._outputs = self._outputs or [_Noise() for _ in outputs]
+        self._outputs = self._outputs or [Noise() for _ in outputs]
         for noise, a, b in zip(self._outputs, exact_outputs, outputs, strict=True):
             noise.add(a, b)
 
@@ -592,7 +514,7 @@ class _Walk:
         error = (exact.detach().double() - value.double()).movedim(binding.weight_axis, 0)
         signals = (by_channel**2).sum(dim=1).tolist()
         errors = (error.flatten(1) ** 2).sum(dim=1).tolist()
-        ratios = [_ratio(s, e) for s, e in zip(signals, errors, strict=True)]
+        ratios = [ratio_db(s, e) for s, e in zip(signals, errors, strict=True)]
         worst = min(range(len(ratios)), key=ratios.__getitem__)
         levels = high - low + 1
         return WeightDiagnosis(
@@ -600,7 +522,7 @@ class _Walk:
             module_path(binding.node),
             max(levels - 1, 1).bit_length(),
             granularity,
-            _ratio(math.fsum(signals), math.fsum(errors)),
+            ratio_db(math.fsum(signals), math.fsum(errors)),
             worst,
             ratios[worst],
             int((torch.bincount((integers.long() - low).reshape(-1)) > 0).sum()),

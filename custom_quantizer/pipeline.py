@@ -2,7 +2,7 @@
 
 ::
 
-    capture -> plan -> prepare -> calibrate -> convert -> lower -> check
+    capture -> plan -> prepare -> calibrate -> compare -> convert -> lower -> check
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from custom_quantizer._io import write_json_atomic
 from custom_quantizer._progress import stages
 from custom_quantizer.calibration import CalibrationSummary, calibrate
 from custom_quantizer.errors import CaptureError, ConfigError, InputError
+from custom_quantizer.fidelity import Fidelity, FirstCalls, check_calls
 from custom_quantizer.planner import Plan
 from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.report import Report, inspect
@@ -81,6 +82,7 @@ class QuantizationResult:
         exported: the captured float graph.
         plan: what was decided for every op, and why.
         calibration: what the observers were shown.
+        fidelity: how far the outputs are from the float model's, on calibration data.
         converted: the quantized graph: integer weights, int32 biases, quantize and dequantize.
         report: one row per op of the converted graph.
         lowered: the checked program; ``None`` with ``lower=False``.
@@ -90,6 +92,7 @@ class QuantizationResult:
     exported: GraphModule = field(repr=False)
     plan: Plan = field(repr=False)
     calibration: CalibrationSummary
+    fidelity: Fidelity
     converted: GraphModule = field(repr=False)
     report: Report = field(repr=False)
     lowered: LoweredProgram | None = field(repr=False)
@@ -104,6 +107,7 @@ class QuantizationResult:
         return {
             "version": RESULT_VERSION,
             "calibration": asdict(self.calibration),
+            "fidelity": self.fidelity.to_dict(),
             "plan": json.loads(self.plan.to_json()),
             "report": json.loads(self.report.to_json()),
             "lowering": lowering,
@@ -175,10 +179,12 @@ def quantize(
             eval-mode float model.
         ConfigError: the configuration names something that does not exist, or selects nothing.
         CalibrationError: the data do not fit, are empty or not finite.
+        VerificationError: the graph that is quantized does not compute what the model does (see
+            :mod:`custom_quantizer.fidelity`).
         LoweringError: the backend refused the graph, or wrote something wrong.
     """
     quantizer = as_quantizer(config)
-    with stages("quantize", 10 if lower else 5, progress) as stage:
+    with stages("quantize", 11 if lower else 6, progress) as stage:
         stage("capturing the model")
         exported, example = capture(model, example_inputs, dynamic_batch=dynamic_batch)
         stage("planning")
@@ -188,14 +194,20 @@ def quantize(
         for warning in plan.warnings:
             logger.warning("%s", warning)
         stage("calibrating")
-        summary = calibrate(prepared, calibration_data, progress=progress)
+        with FirstCalls(prepared) as first:
+            summary = calibrate(prepared, calibration_data, progress=progress)
+        stage("comparing with the float model")
+        checked = check_calls(prepared, exported, first.calls)
         stage("converting")
         converted = cast(GraphModule, convert_pt2e(prepared))
+        fidelity = checked.compare(converted)
+        for warning in fidelity.warnings:
+            logger.warning("%s", warning)
         lowered = lower_to_xnnpack(converted, example, progress=stage) if lower else None
         stage("reporting")
         report = inspect(converted, lowered)
     return QuantizationResult(
-        exported, plan, summary, converted, report, lowered, tuple(example_inputs)
+        exported, plan, summary, fidelity, converted, report, lowered, tuple(example_inputs)
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from torchao.quantization.pt2e.quantizer import (
     EdgeOrNode,
     QuantizationAnnotation,
@@ -23,6 +22,7 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
+from custom_quantizer._torchao import keep_from_folding, prepares_for_training
 from custom_quantizer.canonical import canonicalize
 from custom_quantizer.config import Config, Rule, Scope, operator_names
 from custom_quantizer.config_file import dump_config, load_config
@@ -199,7 +199,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
 
         For ``prepare_qat_pt2e`` also fold batch norms into the layers before them.
         """
-        training = _prepares_for_training()
+        training = prepares_for_training()
         _check_captured(model, training)
         model = canonicalize(model, training=training)
         if training:
@@ -220,7 +220,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         Raises:
             ConfigError: a rule names something that does not exist, or no rule selects anything.
         """
-        training = _prepares_for_training()
+        training = prepares_for_training()
         with as_evaluated(model) if training else contextlib.nullcontext():
             plan = make_plan(model, self._config)
         self._plan = plan
@@ -237,6 +237,9 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
     ) -> None:
         """Insert the observers, so that torchao, which is slow at it, finds none to insert."""
         insert_observers(model, edge_or_node_to_obs_or_fq)
+
+
+keep_from_folding(IntegerQuantizer)
 
 
 def _nothing_to_quantize(plan: Plan) -> str:
@@ -302,22 +305,6 @@ def _is_training(node: Node) -> bool:
     if isinstance(written, Node) and str(written.target).endswith("num_batches_tracked"):
         return True
     return is_training_call(node)
-
-
-def _prepares_for_training() -> bool:
-    """Whether ``prepare_qat_pt2e`` is who called, rather than ``prepare_pt2e``.
-
-    Neither says so to the quantizer (torchao 0.18), not even through ``ComposableQuantizer``, so
-    the callers are looked up.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is prepare_qat_pt2e.__code__:
-            return True
-        if frame.f_code is prepare_pt2e.__code__:
-            return False
-        frame = frame.f_back
-    return False
 
 
 class _Specs:

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.batch_norms import layer_before, scale_channels
 from custom_quantizer.constants import fold_constants
 from custom_quantizer.errors import CaptureError, ConversionError
 from custom_quantizer.graph import (
@@ -40,7 +41,6 @@ from custom_quantizer.graph import (
     argument,
     constant_of,
     describe,
-    effective_users,
     is_constant,
     tensor_meta,
 )
@@ -119,23 +119,6 @@ def fold_factor(
     smallest = torch.full_like(factor, _SMALLEST_FACTOR)
     factor = torch.where(factor.abs() < smallest, torch.copysign(smallest, factor), factor)
     return factor.detach() if use_batch else factor
-
-
-def fold_weight(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
-    """The weight, each output channel times its factor.
-
-    Args:
-        weight: with output channels on ``axis``; on axis 1 (transposed convolutions) they are
-            ``channels / groups`` for each group of input channels.
-        factor: ``(channels,)``.
-        axis: 0 or 1.
-        groups: channel groups.
-    """
-    if axis == 0:
-        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])
-    factor = factor.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
-    return (grouped * factor).reshape(weight.shape)
 
 
 def fold_bias(
@@ -223,11 +206,11 @@ def fold_batch_norms(model: GraphModule, wanted: Callable[[Node], bool]) -> None
     The layer's weight and bias become functions of parameters (``FOLDED_KEY`` in their node's
     ``meta``), and its result that of the batch norm. :func:`insert_normalization` completes it.
     """
+    _mark_computed_parameters(model)
     found = [(_foldable(node), node) for node in model.graph.nodes]
     folded = [(b, node) for b, node in found if b is not None and wanted(b.node)]
     training = any(is_training_call(node) for node in model.graph.nodes)
     model.meta[_TRAINED_KEY] = True
-    _mark_computed_parameters(model)
     if folded:
         mode = _insert_mode(model, training)
         for binding, norm in folded:
@@ -242,23 +225,9 @@ def _foldable(node: Node) -> Binding | None:
     """The layer that a batch norm can be folded into, if ``node`` is such a batch norm."""
     if node.target is not aten.batch_norm.default:
         return None
-    layer = node.args[0]
+    # Statistics that are trained: the graph may say that the batch's are used.
     statistics = (node.args[3], node.args[4])
-    if not isinstance(layer, Node) or not all(is_constant(value) for value in statistics):
-        return None
-    if effective_users(layer) != [node]:
-        return None
-    rule = rule_of(layer)
-    binding = rule.bind(rule, layer) if rule is not None else "unknown"
-    if isinstance(binding, str) or binding.weight is None or not is_constant(binding.weight):
-        return None
-    if binding.bias is not None and not is_constant(binding.bias):
-        return None
-    meta = tensor_meta(layer)
-    # A linear layer has its channels on the last axis, a batch norm on axis 1.
-    if meta is None or (rule is not None and rule.family == "linear" and meta.dim() != 2):
-        return None
-    return binding
+    return layer_before(node) if all(map(is_constant, statistics)) else None
 
 
 def _insert_mode(model: GraphModule, training: bool) -> Node:
@@ -285,7 +254,7 @@ def _fold(model: GraphModule, binding: Binding, norm: Node, mode: Node) -> None:
         gamma, beta, mean, var = (None if n is None else read[n] for n in (gamma, beta, mean, var))
         factor = model.graph.call_function(fold_factor, (gamma, var, eps, mode))
         folded_weight = model.graph.call_function(
-            fold_weight, (weight, factor, binding.weight_axis, binding.groups)
+            scale_channels, (weight, factor, binding.weight_axis, binding.groups)
         )
         folded_bias = model.graph.call_function(fold_bias, (bias, factor, beta, mean))
     folded_weight.meta = {**weight.meta, FOLDED_KEY: True, "val": meta}
@@ -489,8 +458,9 @@ def fold_for_good(model: GraphModule) -> None:
             node.replace_all_uses_with(cast(Node, node.args[0]))
             model.graph.erase_node(node)
     for node in list(model.graph.nodes):
-        if node.target in (fold_weight, fold_bias):
-            source = next(n for n in node.all_input_nodes if is_constant(n))
+        if node.target in (scale_channels, fold_bias):
+            reads = node.all_input_nodes
+            source = next(filter(is_constant, reads), reads[0])
             constant = add_constant(model, f"{source.target}_folded", _evaluate(model, node), node)
             constant.meta.update(
                 {key: value for key, value in node.meta.items() if key not in ("val", FOLDED_KEY)}
@@ -520,9 +490,9 @@ def _evaluate(model: GraphModule, node: Node) -> Tensor:
             return False
         return constant_of(model, arg) if is_constant(arg) else _evaluate(model, arg)
 
-    args = torch.fx.node.map_arg(node.args, value)
+    args, kwargs = cast(Any, torch.fx.node.map_arg((node.args, node.kwargs), value))
     with torch.no_grad():
-        return cast(Tensor, cast(Callable[..., Any], node.target)(*args))
+        return cast(Tensor, cast(Callable[..., Any], node.target)(*args, **kwargs))
 
 
 def is_training_call(node: Node) -> bool:

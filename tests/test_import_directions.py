@@ -17,6 +17,7 @@ LAYERS = (
     {"schemes", "bias", "graph"},
     {"ops"},
     {
+        "_torchao",
         "config",
         "config_file",
         "_located",
@@ -37,6 +38,7 @@ LAYERS = (
     {"quantizer", "statistics"},
     {"integer", "_settling", "_checkpoint", "_plot", "_training_checkpoint"},
     {"calibration", "xnnpack"},
+    {"fidelity"},
     {"qat", "verification", "evaluation", "diagnosis", "saved_graph"},
     {"report"},
     {"pipeline", "digits"},

@@ -15,26 +15,11 @@ from custom_quantizer.rewriting import Insertion
 
 aten = torch.ops.aten
 
-_LAYERS = frozenset(
-    {
-        aten.conv1d.default,
-        aten.conv1d.padding,
-        aten.conv2d.default,
-        aten.conv2d.padding,
-        aten.conv_transpose1d.default,
-        aten.conv_transpose2d.input,
-        aten.linear.default,
-    }
-)
-
 
 def batch_norm(insert: Insertion) -> Node | None:
-    """Norms of rows and of volumes are norms of images (:mod:`custom_quantizer.batch_norms`).
-
-    A norm that directly follows a layer is left: it is folded into that.
-    """
+    """Norms of rows and of volumes are norms of images (:mod:`custom_quantizer.batch_norms`)."""
     node, data = insert.node, float_input(insert)
-    if data is None or (data.target in _LAYERS and len(effective_users(data)) == 1):
+    if data is None:
         return None
     shape = shape_of(data)
     if len(shape) not in (2, 5) or not is_static(shape[1:]) or not has_constants(node):
