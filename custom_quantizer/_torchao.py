@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from types import FrameType
 from typing import Any, cast
 
@@ -69,6 +70,7 @@ def keep_from_folding(quantizer_type: type) -> None:
 
 
 def _careful(fold: Callable[[GraphModule], None], kind: type) -> Callable[[GraphModule], None]:
+    @wraps(fold)
     def fold_what_can_be(model: GraphModule) -> None:
         frame = _preparation(inspect.currentframe())
         quantizer = None if frame is None else frame.f_locals.get("quantizer")

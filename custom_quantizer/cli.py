@@ -684,7 +684,9 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
         f"biases: {count:,} int32 in {len(biases)} layers, read back from the file and equal"
     )
     click.echo(f"delegate calls: {report.delegates}; kernels outside: {len(report.outside)}")
-    for warning in result.plan.warnings:
+    for output in result.fidelity.outputs:
+        click.echo(f"{output}")
+    for warning in (*result.plan.warnings, *result.fidelity.warnings):
         _say("warning", warning)
     click.echo(f"wrote {files.program} ({size_text(report.size_bytes)}) and {files.report}")
 

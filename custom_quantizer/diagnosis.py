@@ -33,11 +33,12 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from custom_quantizer._plot import new_figure, save_figure
 from custom_quantizer._progress import track
+from custom_quantizer._rerun import capture_like
 from custom_quantizer.arithmetic import QParams, accumulator_bits
 from custom_quantizer.calibration import GraphInputs, SampleQueue
 from custom_quantizer.converted import read_converted
 from custom_quantizer.errors import ConversionError, InputError
-from custom_quantizer.fidelity import Noise, capture_like, ratio_db
+from custom_quantizer.fidelity import Noise, ratio_db
 from custom_quantizer.graph import (
     DEQUANTIZE_GROUPED,
     constant_of,

@@ -26,32 +26,25 @@ range. What is lost beyond that is saturation, or a fault.
 
 from __future__ import annotations
 
-import copy
 import json
-import logging
 import math
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.export import Dim
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 
+from custom_quantizer._rerun import Rerun, capture_like, copied, is_float, rerun_in_float64
 from custom_quantizer.calibration import GraphInputs, SampleQueue
-from custom_quantizer.errors import (
-    CalibrationError,
-    CaptureError,
-    InputError,
-    VerificationError,
-)
-from custom_quantizer.graph import describe, size_bounds, state_of, tensor_meta
-from custom_quantizer.observers import ActivationObserver, WeightObserver
+from custom_quantizer.errors import CalibrationError, InputError, VerificationError
+from custom_quantizer.graph import describe
+from custom_quantizer.observers import ActivationObserver
 from custom_quantizer.rewriting import ORIGINAL_NAME
+from custom_quantizer.schemes import TensorScheme
 from custom_quantizer.training_graph import is_training_call
 
 __all__ = [
@@ -60,15 +53,10 @@ __all__ = [
     "FloatCheck",
     "Noise",
     "OutputFidelity",
-    "capture_like",
     "check_calls",
     "check_prepared",
     "ratio_db",
 ]
-
-logger = logging.getLogger(__name__)
-
-aten = torch.ops.aten
 
 DEFAULT_SAMPLES = 8
 """Samples that are compared."""
@@ -87,14 +75,6 @@ DB_PER_BIT = 1.5
 is 6 dB, so three quarters of what the width could give are lost on the way."""
 
 _UNIT_ROUNDOFF = 2.0**-24
-
-_SKIPPED = frozenset(
-    {
-        aten._assert_tensor_metadata.default,
-        aten._assert_scalar.default,
-        aten._assert_async.msg,
-    }
-)
 
 _JUMPING = frozenset(
     {
@@ -257,7 +237,7 @@ class FloatCheck:
         """
         noises: list[tuple[Noise, Noise]] = [(Noise(), Noise()) for _ in self.names]
         for call, (values, exact) in enumerate(zip(self.inputs, self.exact, strict=True)):
-            got = _Run(converted).outputs(values)
+            got = Rerun(converted).outputs(values)
             if len(got) != len(exact):
                 raise VerificationError(
                     f"the converted graph has {len(got)} outputs, the float model {len(exact)}: "
@@ -265,14 +245,14 @@ class FloatCheck:
                 )
             rounded = got if self.rounded is None else self.rounded[call]
             for noise, want, mine, grid in zip(noises, exact, got, rounded, strict=True):
-                if _is_float(want):
+                if is_float(want):
                     noise[0].add(want, mine)
                     noise[1].add(want, grid)
         known = self.rounded is not None
         outputs = tuple(
             OutputFidelity(i, name, total.ratio, rounding.ratio if known else None)
             for i, (name, (total, rounding)) in enumerate(zip(self.names, noises, strict=True))
-            if _is_float(self.exact[0][i])
+            if is_float(self.exact[0][i])
         )
         return Fidelity(self.samples, outputs, self.bits)
 
@@ -340,9 +320,9 @@ def check_calls(
     rounded: list[list[Any]] | None = [] if _is_calibrated(prepared) else None
     names = _output_names(captured)
     for values in calls:
-        plain = _Run(captured).outputs(values)
-        fine = _in_float64(captured, values)
-        got = _Run(prepared, state=captured).outputs(values)
+        plain = Rerun(captured).outputs(values)
+        fine = rerun_in_float64(captured, values)
+        got = Rerun(prepared, state=captured).outputs(values)
         if len(got) != len(plain):
             raise VerificationError(
                 f"the prepared graph has {len(got)} outputs, the float model {len(plain)}: pass "
@@ -360,7 +340,7 @@ def check_calls(
                 )
         exact.append(plain)
         if rounded is not None:
-            rounded.append(_Run(prepared, state=captured, rounding=True).outputs(values))
+            rounded.append(Rerun(prepared, state=captured, rounding=True).outputs(values))
     graph = GraphInputs.of(prepared)
     return FloatCheck(
         sum(map(graph.batch_size, calls)),
@@ -394,14 +374,10 @@ class FirstCalls:
 
     def _note(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._missing > 0:
-            values = [_copied(value) for value in pytree.tree_leaves((args, kwargs))]
+            values = [copied(value) for value in pytree.tree_leaves((args, kwargs))]
             values = _few(self._graph, values, self._missing)
             self._missing -= self._graph.batch_size(values)
             self.calls.append(values)
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _few(graph: GraphInputs, values: list[Any], samples: int) -> list[Any]:
@@ -441,154 +417,20 @@ def _output_names(model: GraphModule) -> tuple[str, ...]:
     return tuple(leaf.name if isinstance(leaf, Node) else str(leaf) for leaf in leaves)
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
 def _observers(prepared: GraphModule) -> list[nn.Module]:
     return [m for m in prepared.modules() if isinstance(m, (ObserverBase, FakeQuantizeBase))]
 
 
 def _narrowest(prepared: GraphModule) -> int:
-    ranges = [
-        int(m.quant_max) - int(m.quant_min)
-        for m in _observers(prepared)
-        if getattr(m, "quant_max", None) is not None
-    ]
-    schemes = [m.scheme.format.bits for m in _observers(prepared) if hasattr(m, "scheme")]
-    return min([*schemes, *(reach.bit_length() for reach in ranges)], default=8)
+    schemes = (getattr(observer, "scheme", None) for observer in _observers(prepared))
+    return min((s.format.bits for s in schemes if isinstance(s, TensorScheme)), default=8)
 
 
 def _is_calibrated(prepared: GraphModule) -> bool:
-    observers = [m for m in prepared.modules() if isinstance(m, ActivationObserver)]
-    return bool(observers) and any(m.is_dynamic or int(m.count) > 0 for m in observers)
-
-
-# ---------------------------------------------------------------------------------------------
-# Running graphs
-# ---------------------------------------------------------------------------------------------
-
-
-class _Run(Interpreter):
-    """Runs a graph without touching it: observers see nothing, and state stays as it is.
-
-    Args:
-        model: captured, prepared or converted.
-        state: the captured graph whose values buffers that the graph writes begin with; ``model``
-            itself by default.
-        dtype: for all floating-point tensors; ``None``: as they are.
-        rounding: put what is observed on its grid.
-        wanted: nodes whose values are kept in ``seen``, by name; ``None``: no one's.
-    """
-
-    def __init__(
-        self,
-        model: GraphModule,
-        *,
-        state: GraphModule | None = None,
-        dtype: torch.dtype | None = None,
-        rounding: bool = False,
-        wanted: Callable[[Node], bool] | None = None,
-    ) -> None:
-        super().__init__(model)
-        self._dtype, self._rounding, self._wanted = dtype, rounding, wanted
-        self.seen: dict[str, Tensor] = {}
-        origin = state or model
-        self._state = {
-            str(node.target): self._cast(_attribute(origin, model, str(node.target)).clone())
-            for node in state_of(model.graph)
-            if node.op == "get_attr"
-        }
-
-    def outputs(self, values: list[Any]) -> list[Any]:
-        """The flat outputs for one value per placeholder."""
-        given = [self._cast(_copied(value)) for value in values]
-        # Random numbers are the same in every run.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return pytree.tree_leaves(self.run(*given, enable_io_processing=False))
-
-    def _cast(self, value: Any) -> Any:
-        if self._dtype is None or not _is_float(value):
-            return value
-        return value.to(self._dtype)
-
-    def run_node(self, n: Node) -> Any:
-        if n.op == "call_function" and n.target in _SKIPPED:
-            return None
-        result = super().run_node(n)
-        if self._wanted is not None and isinstance(result, Tensor) and self._wanted(n):
-            self.seen[n.name] = result.detach().clone()
-        return result
-
-    def fetch_attr(self, target: str) -> Any:
-        if target in self._state:
-            return self._state[target]
-        return self._cast(super().fetch_attr(target))
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._dtype is not None:
-            # ``dtype=torch.float32`` in the graph stands for the dtype of the model.
-            args, kwargs = pytree.tree_map(
-                lambda v: self._dtype if v is torch.float32 else v, (args, kwargs)
-            )
-        return super().call_function(target, args, kwargs)
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(str(target))
-        if isinstance(module, (ObserverBase, FakeQuantizeBase)):
-            return _on_grid(module, args[0]) if self._rounding else args[0]
-        if str(target) == "_guards_fn":
-            return None
-        return super().call_module(target, args, kwargs)
-
-
-def _attribute(model: GraphModule, fallback: GraphModule, target: str) -> Tensor:
-    try:
-        return cast(Tensor, operator.attrgetter(target)(model))
-    except AttributeError:
-        return cast(Tensor, operator.attrgetter(target)(fallback))
-
-
-def _on_grid(observer: nn.Module, x: Tensor) -> Tensor:
-    """``x`` rounded to the scale that an observer found, without the ends of the range."""
-    scale: Tensor | float
-    if isinstance(observer, WeightObserver):
-        found = observer.scale(x)
-        if observer.scheme.group_size is not None:
-            grouped = x.reshape(len(x), -1, observer.scheme.group_size)
-            return _rounded(grouped, found.unsqueeze(-1)).reshape(x.shape)
-        if found.dim():
-            shape = [1] * x.dim()
-            shape[observer.ch_axis] = -1
-            found = found.reshape(shape)
-        scale = found
-    elif not isinstance(observer, ActivationObserver) or x.numel() == 0:
-        return x  # a bias is rounded far more finely than anything else
-    elif observer.is_dynamic:
-        low, high = torch.aminmax(x.detach())
-        reach = max(float(high), 0.0) - min(float(low), 0.0)
-        scale = reach / (observer.quant_max - observer.quant_min)
-        if scale == 0:
-            return x
-    elif int(observer.count) == 0:
-        return x
-    else:
-        scale = cast(float, observer.qparams().scale)
-    return _rounded(x, scale)
-
-
-def _rounded(x: Tensor, scale: Tensor | float) -> Tensor:
-    return ((x.double() / scale).round() * scale).to(x.dtype)
-
-
-def _in_float64(captured: GraphModule, values: list[Any]) -> list[Any] | None:
-    """Outputs of the float model in float64; ``None`` where an op does not know that dtype."""
-    try:
-        return _Run(captured, dtype=torch.float64).outputs(values)
-    except Exception as error:  # whatever a kernel raises
-        logger.debug("the float model does not run in float64: %s", error)
-        return None
+    """Whether there are ranges, and training will not change weights and ranges after all."""
+    observers = [m for m in _observers(prepared) if isinstance(m, ActivationObserver)]
+    trained = any(isinstance(m, FakeQuantizeBase) for m in observers)
+    return not trained and any(m.is_dynamic or int(m.count) > 0 for m in observers)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -649,8 +491,8 @@ def _first_wrong(prepared: GraphModule, captured: GraphModule, values: list[Any]
     An op keeps its name through all rewrites, but it may have taken over what followed it (a batch
     norm, a factor): its tensor is then that of one of those ops, which are gone.
     """
-    mine = _Run(prepared, state=captured, wanted=lambda _: True)
-    theirs = _Run(captured, wanted=lambda _: True)
+    mine = Rerun(prepared, state=captured, wanted=lambda _: True)
+    theirs = Rerun(captured, wanted=lambda _: True)
     mine.outputs(values)
     theirs.outputs(values)
     kept = {node.name for node in prepared.graph.nodes}
@@ -687,64 +529,3 @@ def _close(want: Tensor, got: Tensor) -> bool:
     a, b = want.double().flatten(), got.double().flatten()
     finite = torch.isfinite(a)
     return float((a - b)[finite].norm()) <= 1e-4 * float(a[finite].norm()) + 1e-30
-
-
-# ---------------------------------------------------------------------------------------------
-# The float side
-# ---------------------------------------------------------------------------------------------
-
-
-def capture_like(
-    model: nn.Module | torch.export.ExportedProgram, graph: GraphModule, values: list[Any]
-) -> GraphModule:
-    """The float model as a captured graph of its own, with the inputs that ``graph`` has.
-
-    Args:
-        model: a module, an ``ExportedProgram`` or a captured graph; not changed.
-        graph: prepared or converted from it.
-        values: one set of inputs, by placeholder.
-
-    Raises:
-        CaptureError: ``torch.export`` cannot capture the model.
-    """
-    if isinstance(model, torch.export.ExportedProgram):
-        return cast(GraphModule, model.module())
-    if isinstance(model, GraphModule):
-        return copy.deepcopy(model)
-    inputs = GraphInputs.of(graph)
-    args, kwargs = inputs.arguments(values)
-    sizes: dict[str, Any] = {}
-    dynamic = [
-        _dynamic_sizes(node, sizes) for node in graph.graph.nodes if node.op == "placeholder"
-    ]
-    dynamic_args, dynamic_kwargs = inputs.arguments(dynamic)
-    # Export numbers the shapes of positional and keyword arguments together.
-    shapes = (*dynamic_args, *dynamic_kwargs.values()) if any(dynamic) else None
-    try:
-        program = torch.export.export(
-            copy.deepcopy(model).eval(), args, kwargs, dynamic_shapes=shapes
-        )
-    except Exception as error:
-        text = (str(error).strip().splitlines() or [""])[0]
-        raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}: {text}. Pass the captured graph "
-            "that was quantized"
-        ) from error
-    return cast(GraphModule, program.module())
-
-
-def _dynamic_sizes(node: Node, known: dict[str, Any]) -> dict[int, Any]:
-    """The sizes of an input that vary, as export was told; equal symbols are one ``Dim``."""
-    meta = tensor_meta(node)
-    dynamic = {}
-    for index, size in enumerate(() if meta is None else meta.shape):
-        low, high = size_bounds(size)
-        if low == high:
-            continue
-        name = str(size)
-        if name not in known:
-            # A size that follows from others has no bounds of its own.
-            plain = name.isidentifier()
-            known[name] = Dim(name, min=low, max=high) if plain else Dim.AUTO
-        dynamic[index] = known[name]
-    return dynamic

@@ -1,4 +1,4 @@
-"""Batch norms with no layer to fold them into become convolutions."""
+"""Batch norms are folded where that is right, and become convolutions where there is no layer."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import copy
 
 import pytest
 import torch
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
 from support.graphs import Function, calls, capture, lowered_exactly, quantized
-from support.models import randomize_batch_norms
+from support.shared_layers import SHARED, norm, shared_layer
 from torch import Tensor, nn
-from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
 import custom_quantizer as cq
+from custom_quantizer import qat
 from custom_quantizer.batch_norms import batch_norms_to_convs
+from custom_quantizer.graph import constant_of
 
 aten = torch.ops.aten
 BATCH_NORM = aten.batch_norm.default
-
-
-def norm(channels: int, rank: int, **options: bool) -> nn.Module:
-    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-    torch.manual_seed(1)
-    module = kinds[rank](channels, **options)
-    return module if not module.affine else randomize_batch_norms(module)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -98,3 +96,78 @@ def test_training_keeps_it() -> None:
     captured = torch.export.export(copy.deepcopy(model), (x,)).module()
     prepared = prepare_qat_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
     assert len(calls(prepared, BATCH_NORM)) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Layers whose weight or result somebody else reads
+# ---------------------------------------------------------------------------------------------
+
+
+def prepare(name: str, training: bool) -> tuple[GraphModule, GraphModule, Tensor]:
+    """The captured and the prepared graph of a case, and an input."""
+    model, x = shared_layer(name)
+    captured = capture(model, (x,))
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    if not training:
+        return captured, prepare_pt2e(copy.deepcopy(captured), quantizer), x
+    prepared = prepare_qat_pt2e(copy.deepcopy(captured), quantizer)
+    return captured, qat.evaluation_mode(prepared), x
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["ptq", "qat"])
+@pytest.mark.parametrize("name", SHARED)
+def test_what_others_read_is_not_folded_into(name: str, training: bool) -> None:
+    captured, prepared, x = prepare(name, training)
+    if not training:
+        prepared(x)
+        checked = cq.check_prepared(prepared, captured, [x])
+        fidelity = checked.compare(convert_pt2e(prepared))
+        # int8 in and int8 out of one or two layers.
+        assert all(output.sqnr > 30 for output in fidelity.outputs), str(fidelity)
+        assert not fidelity.warnings
+        return
+    cq.check_prepared(prepared, captured, [x])
+    prepared(x)
+    want, got = captured(x), convert_pt2e(prepared)(x)
+    for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (want, got)), strict=True):
+        assert float((a - b).norm() / a.norm()) < 0.03  # 30 dB
+
+
+def test_each_use_has_its_own_weight_and_bias() -> None:
+    """The first use gets the weight times its norm's factors, the second that times its own."""
+    captured, prepared, x = prepare("a norm a level", training=False)
+    modules = dict(captured.named_parameters()) | dict(captured.named_buffers())
+    prepared(x)
+    convs = calls(prepared, aten.conv2d.default)
+    assert len(convs) == 2
+    for i, node in enumerate(convs, start=1):
+        weight, bias = (
+            constant_of(prepared, read.args[0] if read.op == "call_module" else read)
+            for read in node.args[1:3]
+        )
+        gamma, beta, mean, var = (
+            modules[f"norm{i}.{n}"].double()
+            for n in ("weight", "bias", "running_mean", "running_var")
+        )
+        factor = gamma / (var + 1e-5).sqrt()
+        want = modules["layer.weight"].double() * factor.reshape(-1, 1, 1, 1)
+        assert torch.equal(weight, want.float())
+        assert torch.equal(bias, (beta - mean * factor).float())
+
+
+@pytest.mark.parametrize("name", ["a norm a level", "norm(z) + z", "tied weights"])
+def test_the_program_computes_its_graph(name: str) -> None:
+    model, x = shared_layer(name)
+    lowered = lowered_exactly(quantized(model, (x,)), (x,), [])
+    assert lowered.report.fully_delegated, str(lowered.report)
+
+
+def test_in_a_composable_quantizer() -> None:
+    model, x = shared_layer("with and without")
+    captured = capture(model, (x,))
+    ours = cq.IntegerQuantizer().set_module_name("layer", "a8w8")
+    prepared = prepare_pt2e(
+        copy.deepcopy(captured), ComposableQuantizer([ours, XNNPACKQuantizer()])
+    )
+    prepared(x)
+    cq.check_prepared(prepared, captured, [x])

@@ -38,6 +38,7 @@ LAYERS = (
     {"quantizer", "statistics"},
     {"integer", "_settling", "_checkpoint", "_plot", "_training_checkpoint"},
     {"calibration", "xnnpack"},
+    {"_rerun"},
     {"fidelity"},
     {"qat", "verification", "evaluation", "diagnosis", "saved_graph"},
     {"report"},
