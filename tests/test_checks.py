@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -13,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import quantized
+from support.graphs import Function, quantized
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
 from custom_quantizer.converted import read_converted
-from custom_quantizer.xnnpack import checks
+from custom_quantizer.errors import VerificationError
+from custom_quantizer.graph import add_constant, is_quantize
+from custom_quantizer.xnnpack import checks, passes
 from custom_quantizer.xnnpack.checks import Difference
 from custom_quantizer.xnnpack.readback import DelegateContents, DelegateOp
 
@@ -272,3 +277,147 @@ def test_a_program_that_is_wrong_by_one_unit(name: str) -> None:
     matching = [d for d in found if (d.node, d.what) == (node, what)]
     assert matching, found
     assert re.search(detail, matching[0].detail), matching[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# The bytes of a file
+# ---------------------------------------------------------------------------------------------
+
+
+def _float_bytes(value: float) -> bytes:
+    return struct.pack("<f", value)
+
+
+def _next_float(value: float) -> float:
+    return float(np.nextafter(np.float32(value), np.float32(1)))
+
+
+def _renamed(data: bytes, old: bytes, new: bytes) -> bytes:
+    """Exchange a constant, and the SHA-256 by which the file names it."""
+    names = [hashlib.sha256(constant).hexdigest().encode() for constant in (old, new)]
+    assert names[0] in data
+    return data.replace(old, new).replace(*names)
+
+
+def _byte_edits() -> dict[str, tuple[bytes, str, str]]:
+    _, lowered, _ = net()
+    data = lowered.buffer
+    (delegate,) = lowered.contents.delegates
+    edits: dict[str, tuple[bytes, str, str]] = {}
+    scale = cast(float, delegate.tensors[op_of("linear").outputs[0]].scale)
+    assert data.count(_float_bytes(scale)) == 1
+    changed = data.replace(_float_bytes(scale), _float_bytes(_next_float(scale)))
+    edits["scale"] = changed, "linear", "output scale"
+    for end, value in (("lower", -0.25), ("upper", 0.5)):
+        where = [m.start() for m in re.finditer(re.escape(_float_bytes(value)), data)]
+        assert len(where) == 2
+        for at in where:
+            changed = data[:at] + _float_bytes(value / 2) + data[at + 4 :]
+            (node,) = {found.node for found in _differences_of(changed)}
+            edits[f"{end} end of {node}"] = changed, node, "clamp"
+    for what in ("weight", "bias"):
+        index = cast(int, getattr(op_of("linear"), what))
+        values = delegate.tensors[index].array().copy()
+        old = values.tobytes()
+        values.flat[-1] += 1 if values.flat[-1] < 127 else -1
+        edits[what] = _renamed(data, old, values.tobytes()), "linear", what
+    return edits
+
+
+def _differences_of(data: bytes) -> list[Difference]:
+    graph, lowered, _ = net()
+    return list(checks.differences(lowered.with_bytes(data), read_converted(graph)))
+
+
+def test_files_that_are_wrong_by_one_number() -> None:
+    graph, lowered, x = net()
+    edits = _byte_edits()
+    ends = {
+        f"{end} end of {node}" for end in ("lower", "upper") for node in ("conv2d", "hardtanh_1")
+    }
+    assert edits.keys() == ends | {"scale", "weight", "bias"}
+    for name, (data, node, what) in edits.items():
+        assert [(d.node, d.what) for d in _differences_of(data)] == [(node, what)], name
+        checked = cq.verify(graph, lowered.with_bytes(data), (x,))
+        assert checked.first is not None
+        assert (checked.first.node, checked.first.what) == (node, what), name
+        assert not checked.bit_exact
+
+
+# ---------------------------------------------------------------------------------------------
+# Outputs
+# ---------------------------------------------------------------------------------------------
+
+
+def lower_sabotaged(
+    graph: GraphModule, x: Tensor, change: Callable[[Node], None], name: str
+) -> cq.LoweredProgram:
+    """Lower with passes of which the last also changes a node."""
+    honest = passes.PASSES
+
+    def run(model: GraphModule) -> int:
+        count = honest[-1].run(model)
+        (node,) = (n for n in model.graph.nodes if name in str(n.target))
+        change(node)
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        last = dataclasses.replace(honest[-1], run=run)
+        patch.setattr(passes, "PASSES", (*honest[:-1], last))
+        return cq.lower(graph, (x,))
+
+
+def test_one_unit_of_some_outputs_is_noticed_where_all_ops_are_integer() -> None:
+    """No constant that is compared is wrong, and the error is small beside the output."""
+    x = torch.randn(IMAGE)
+    graph = quantized(Function(lambda s, x: F.pad(x + x, (0, 1))), (x,))
+    reference = cq.integer_reference(graph)(x)
+
+    def change(pad: Node) -> None:
+        (quantize,) = (user for user in pad.users if is_quantize(user))
+        scale = cast(float, quantize.args[1])
+        assert pad.target is aten.constant_pad_nd.default
+        pad.args = (
+            *pad.args[:2],
+            *(("constant",) if pad.target is aten.pad.default else ()),
+            scale,
+        )
+        assert checks.relative_error(reference, reference + scale) < checks.FLOAT_TOLERANCE / 3
+
+    with pytest.raises(
+        VerificationError, match=r"output 0: 24 of 168 values differ .* by up to 0\.0"
+    ):
+        lower_sabotaged(graph, x, change, "pad")
+
+
+@pytest.mark.parametrize(("factor", "noticed"), [(1.09, False), (1.11, True)])
+def test_outputs_of_float_ops_are_within_a_tenth(factor: float, noticed: bool) -> None:
+    x = torch.randn(IMAGE)
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_operator_type(aten.mul.Tensor, None)
+    graph = quantized(Function(lambda s, x: torch.sin(x + x) * 1.5), (x,), quantizer)
+
+    def change(product: Node) -> None:
+        constant = cast(Node, product.args[1])
+        cast(GraphModule, product.graph.owning_module).get_buffer(str(constant.target)).mul_(factor)
+
+    if not noticed:
+        assert lower_sabotaged(graph, x, change, "mul.Tensor").report.not_integer()
+        return
+    with pytest.raises(VerificationError, match=r"output 0: \d+ of 144 values differ"):
+        lower_sabotaged(graph, x, change, "mul.Tensor")
+
+
+def test_a_bias_that_the_graph_does_not_have_is_noticed_when_lowering() -> None:
+    x = torch.randn(IMAGE)
+    graph = quantized(nn.Sequential(nn.Conv2d(4, 4, 1, bias=False)), (x,))
+
+    def change(conv: Node) -> None:
+        model = cast(GraphModule, conv.graph.owning_module)
+        weight, data = cast(Node, conv.args[1]), cast(Node, conv.args[0])
+        unit = model.get_buffer(str(cast(Node, weight.args[1]).target)) * data.args[1]
+        more = unit * torch.tensor([0.0, 0.0, 1.0, 0.0])
+        bias = add_constant(model, "more", more, conv)
+        conv.args = (data, weight, bias, *conv.args[3:])
+
+    with pytest.raises(VerificationError, match="bias: the program has one, the graph has none"):
+        lower_sabotaged(graph, x, change, "conv2d")
