@@ -432,9 +432,7 @@ class BiasObserver(_ConstantObserver):
         """Replace the observer by int32 constants and their dequantization (called by torchao)."""
         fold_for_good(model)
         (binding,) = _consumers(node)
-        bias = constant_of(model, cast(Node, node.args[0]))
-        if not bool(torch.isfinite(bias).all()):
-            raise CalibrationError(f"{self.name}: its bias has values that are not finite")
+        bias = self.finite(constant_of(model, cast(Node, node.args[0])))
         input_scale = _input_scale(model, binding)
         weight_scale = expand_channels(_weight_scale(model, binding), binding)
         values, scale = self.derive(bias, input_scale, weight_scale)
@@ -446,6 +444,16 @@ class BiasObserver(_ConstantObserver):
             0 if scale.dim() else None,
         )
         self._replace(model, node, values, scale, qparams)
+
+    def finite(self, bias: Tensor) -> Tensor:
+        """Return ``bias``.
+
+        Raises:
+            CalibrationError: it has values that are not finite.
+        """
+        if not bool(torch.isfinite(bias).all()):
+            raise CalibrationError(f"{self.name}: its bias has values that are not finite")
+        return bias
 
     def derive(
         self, bias: Tensor, input_scale: float, weight_scale: Tensor
@@ -522,14 +530,19 @@ def _weight_scale(model: GraphModule, binding: Binding) -> Tensor:
 
 
 def _bias_constant(model: GraphModule, binding: Binding) -> Tensor | None:
-    """The float bias that will be derived, or ``None`` if there is none."""
+    """The float bias that will be derived, or ``None`` if there is none.
+
+    Raises:
+        CalibrationError: it is not finite; the weight's scale would not be either.
+    """
     source = binding.bias
     if source is None:
         return None
     if is_dequantize(source):
         integers = constant_of(model, cast(Node, source.args[0])).to(torch.float64)
         return integers * torch.as_tensor(qparams_of(model, source).scale).to(torch.float64)
-    if isinstance(_observer_of(model, source), BiasObserver):
+    observer = _observer_of(model, source)
+    if isinstance(observer, BiasObserver):
         value = cast(Node, source.args[0])
-        return constant_of(model, value) if is_constant(value) else None
+        return observer.finite(constant_of(model, value)) if is_constant(value) else None
     return None

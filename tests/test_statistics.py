@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file, save_file
 from scipy.stats import entropy as kl_divergence
+from support.exact import assert_sums_are_exact, on_grid, put_on_grid
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -530,11 +531,14 @@ def test_entropy_clips_tails_up_to_ten_bits(symmetric: bool) -> None:
 
 
 class Net(nn.Module):
+    """A model of which every CPU computes the same float32 values in batches of every size."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 4, 3)
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
         self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
         self.linear = nn.Linear(4, 5)
+        put_on_grid(self, conv1=2.0**-4, conv2=2.0**-5, linear=2.0**-3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).relu()
@@ -542,7 +546,7 @@ class Net(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-DATASET = torch.randn(30, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+DATASET = on_grid(torch.randn(30, 3, 8, 8, generator=torch.Generator().manual_seed(3)), 2.0**-2)
 CAPTURED: dict[str, GraphModule] = {}
 
 
@@ -559,6 +563,12 @@ def prepared(scheme: str, *data: Tensor, model: type[nn.Module] = Net, **named: 
     for batch in data:
         result(batch)
     return result
+
+
+def test_the_model_of_these_tests_is_exact_in_float32() -> None:
+    torch.manual_seed(0)
+    # 2**-2 of the data, then 2**-4, 2**-5, 2**-6 of the mean over 8x8, 2**-3.
+    assert_sums_are_exact(Net(), DATASET, 2.0**-20)
 
 
 def test_observers_are_named_by_what_they_watch() -> None:

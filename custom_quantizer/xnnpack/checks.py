@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from custom_quantizer.arithmetic import QParams
+from custom_quantizer.arithmetic import XNNPACK, QParams
 from custom_quantizer.converted import ConvertedGraph
 from custom_quantizer.errors import VerificationError
 from custom_quantizer.graph import (
@@ -25,8 +25,8 @@ from custom_quantizer.graph import (
     is_constant,
 )
 from custom_quantizer.integer import integer_reference
-from custom_quantizer.ops import Backend, QuantizedOp
-from custom_quantizer.ops.gemm import CONV
+from custom_quantizer.ops import Backend, QParamSharing, QuantizedOp
+from custom_quantizer.ops.gemm import CONV, expand_channels
 from custom_quantizer.xnnpack.groups import joined
 from custom_quantizer.xnnpack.program import (
     INTEGER_BACKENDS,
@@ -56,7 +56,8 @@ class Difference:
     Attributes:
         node: anchor of the op in the converted graph.
         where: node and module path, for messages.
-        what: ``weight``, ``bias``, ``input scale``, ``output scale``, ``clamp``, ``missing``.
+        what: ``weight``, ``weight scale``, ``bias``, ``input scale``, ``output scale``, ``clamp``,
+            ``missing``.
         detail: both values.
     """
 
@@ -91,8 +92,8 @@ def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple
 def differences(program: LoweredProgram, graph: ConvertedGraph) -> Iterator[Difference]:
     """Compare every integer op with what stands for it in the file, in graph order.
 
-    Compared are the integers of weight and bias, scale and zero point of inputs and output, and
-    the bounds of fused activations.
+    Compared are the integers of weight and bias, scales and zero points of weight, inputs and
+    output, and the smallest and largest integer that clamps leave.
 
     Raises:
         VerificationError: the program was not made from this graph.
@@ -133,6 +134,7 @@ def _weight_and_bias(
     if stored.size == weight.numel():
         weight = weight.reshape(stored.shape)
     yield from _arrays(op, "weight", weight.numpy(), stored)
+    yield from _weight_scale(op, delegate, node)
     bias = delegate.bias(node)
     if op.bias is None:
         if bias is not None and bool(np.any(bias)):
@@ -141,6 +143,18 @@ def _weight_and_bias(
         yield _difference(op, "bias", "the program dropped it")
     else:
         yield from _arrays(op, "bias", op.bias.numpy(), bias)
+
+
+def _weight_scale(
+    op: QuantizedOp, delegate: DelegateContents, node: DelegateOp
+) -> Iterator[Difference]:
+    graph = torch.as_tensor(cast(QParams, op.weight_qparams).scale)
+    if graph.dim():
+        graph = expand_channels(graph, op.binding)
+    stored = np.asarray(delegate.tensors[cast(int, node.weight)].scale, np.float32)
+    # One scale for all channels may be stored once a channel.
+    wide = np.broadcast_to(graph.numpy(), stored.shape) if graph.numel() == 1 else graph.numpy()
+    yield from _arrays(op, "weight scale", wide, stored)
 
 
 def _arrays(
@@ -154,10 +168,11 @@ def _arrays(
     if not np.array_equal(graph, program):
         wrong = np.argwhere(graph != program)
         at = tuple(int(i) for i in wrong[0])
+        noun = "integers" if graph.dtype.kind == "i" else "scales"
         yield _difference(
             op,
             what,
-            f"{len(wrong)} of {graph.size} integers differ; at {at} the graph has {graph[at]}, the "
+            f"{len(wrong)} of {graph.size} {noun} differ; at {at} the graph has {graph[at]}, the "
             f"program {program[at]}",
         )
 
@@ -169,46 +184,117 @@ def _parameters(contents: ProgramContents, op: QuantizedOp, row: OpBackend) -> I
         for node in delegate.ops
         if node.debug_handle in row.handles
     ]
-    read = {_grid(d, i) for d, node in nodes for i in node.inputs}
-    written = {_grid(d, i) for d, node in nodes for i in node.outputs}
-    for what, known, wanted in (
-        ("input scale", read, op.inputs),
-        ("output scale", written, (op.output,)),
-    ):
-        for qparams in wanted:
-            if _key(qparams) not in known:
+    if not nodes:
+        yield _difference(op, "missing", "no node of the program stands for it")
+        return
+    yield from _grids(op, nodes)
+    yield from _clamps(op, nodes)
+
+
+_Nodes = list[tuple[DelegateContents, DelegateOp]]
+_Grid = tuple[float | None, int | None]
+
+
+def _grids(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
+    """Scale and zero point of inputs and output.
+
+    One node has those of the op, in order. Several also have some of their own between them.
+    """
+    steps = [(delegate, node) for delegate, node in nodes if node.kind != "convert"] or nodes
+    inputs = [_key(qparams) for qparams in op.inputs]
+    read = [_grid(delegate, i) for delegate, node in steps for i in node.inputs]
+    if len(steps) == 1 and len(read) == len(inputs):
+        for i, (wanted, found) in enumerate(zip(inputs, read, strict=True)):
+            if wanted != found:
                 yield _difference(
-                    op, what, f"the graph has {_key(qparams)}, the program {sorted(known, key=str)}"
+                    op, "input scale", f"input {i}: the graph has {wanted}, the program {found}"
                 )
-    bounds = _expected_bounds(op)
-    if bounds is not None and not any(_clamps(node, *bounds) for _, node in nodes):
-        yield _difference(op, "clamp", f"no node of the program clamps to {bounds}")
+    else:
+        known = {_grid(delegate, i) for delegate, node in nodes for i in node.inputs}
+        yield from _missing(op, "input scale", inputs, known)
+    known = {_grid(delegate, i) for delegate, node in nodes for i in node.outputs}
+    yield from _missing(op, "output scale", [_key(op.output)], known)
 
 
-def _grid(delegate: DelegateContents, tensor: int) -> tuple[float | None, int | None]:
+def _missing(
+    op: QuantizedOp, what: str, wanted: list[_Grid], known: set[_Grid]
+) -> Iterator[Difference]:
+    for grid in wanted:
+        if grid not in known:
+            yield _difference(op, what, f"the graph has {grid}, the program {_listed(known)}")
+
+
+def _listed(grids: set[_Grid]) -> list[_Grid]:
+    return sorted(grids, key=str)
+
+
+def _grid(delegate: DelegateContents, tensor: int) -> _Grid:
     found = delegate.tensors[tensor]
     scale = found.scale if isinstance(found.scale, float) else None
     return scale, found.zero_point
 
 
-def _key(qparams: QParams) -> tuple[float | None, int | None]:
+def _key(qparams: QParams) -> _Grid:
     return cast(float, qparams.scale), qparams.zero_point
 
 
-def _expected_bounds(op: QuantizedOp) -> tuple[float, float] | None:
-    """Real bounds of the fused activation that must stand in the program."""
-    if op.bounds is None:
+def _clamps(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
+    """All clamps of an op together leave the integers that the graph says, no more and no less.
+
+    An activation must be there even where the range of the integers makes it needless. Integers
+    that are moved, and not changed, need no clamp: they were in the range before.
+    """
+    real = _real_bounds(op)
+    if real is not None and not any(_holds(node, *real) for _, node in nodes):
+        yield _difference(op, "clamp", f"no node of the program clamps to {real}")
+        return
+    wanted = (op.output.quant_min, op.output.quant_max)
+    if real is not None:
+        wanted = XNNPACK.clamp_bounds(*real, op.output)
+    low, high = _INT8
+    for delegate, node in nodes:
+        for output in node.outputs:
+            if _grid(delegate, output) == _key(op.output):
+                least, most = _stored_bounds(node, op.output)
+                low, high = max(low, least), min(high, most)
+    moved = op.binding.rule.sharing is QParamSharing.SAME and real is None
+    if (low, high) != wanted and not (moved and (low, high) == _INT8):
+        yield _difference(
+            op, "clamp", f"the graph clamps to the integers {wanted}, the program to {low, high}"
+        )
+
+
+_INT8 = (-128, 127)
+
+
+def _real_bounds(op: QuantizedOp) -> tuple[float, float] | None:
+    """Bounds of the op's activation, or of the op if it is one, in units of the float output."""
+    bounds = op.bounds
+    if bounds is None and op.binding.rule.bounds is not None:
+        bounds = op.binding.rule.bounds(op.node)
+    if bounds is None:
         return None
-    low, high = op.bounds
+    low, high = bounds
     return -math.inf if low is None else low, math.inf if high is None else high
 
 
-def _clamps(node: DelegateOp, low: float, high: float) -> bool:
+def _holds(node: DelegateOp, low: float, high: float) -> bool:
     """Whether a node clamps at least as tightly; bounds beyond float32 are none."""
     least, most = node.params.get("output_min"), node.params.get("output_max")
     if not isinstance(least, float) or not isinstance(most, float):
         return False
     return least >= float(np.float32(low)) and most <= float(np.float32(high))
+
+
+def _stored_bounds(node: DelegateOp, output: QParams) -> tuple[int, int]:
+    """The integers that a node clamps to: what XNNPACK computes when it loads the program."""
+    least, most = node.params.get("output_min"), node.params.get("output_max")
+    if not isinstance(least, float) or not isinstance(most, float):
+        return _INT8
+    if not least <= most:  # not a number, or empty: nothing that a graph says
+        return _INT8[1], _INT8[0]
+    int8 = replace(output, quant_min=_INT8[0], quant_max=_INT8[1])
+    return XNNPACK.clamp_bounds(least, most, int8)
 
 
 def _check_outputs(

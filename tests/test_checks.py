@@ -1,0 +1,423 @@
+"""What ``lower()`` and ``verify()`` compare: a program that is wrong by one unit is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.graphs import Function, quantized
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+import custom_quantizer as cq
+from custom_quantizer.converted import read_converted
+from custom_quantizer.errors import VerificationError
+from custom_quantizer.graph import add_constant, is_quantize
+from custom_quantizer.xnnpack import checks, passes
+from custom_quantizer.xnnpack.checks import Difference
+from custom_quantizer.xnnpack.readback import DelegateContents, DelegateOp
+
+aten = torch.ops.aten
+IMAGE = (1, 4, 6, 6)
+
+
+class Net(nn.Module):
+    """A clamp at both ends, one at one end, one on its own; a bias, and none; 8 and 4 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Conv2d(4, 4, 3, padding=1)
+        self.plain = nn.Conv2d(4, 4, 1, bias=False)
+        self.narrow = nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardtanh(self.both(x), -0.25, 0.5)
+        z = F.relu(self.plain(y)) - y
+        z = F.hardtanh(F.max_pool2d(z, 2), -0.25, 0.5)
+        return cast(Tensor, self.head(self.narrow(z).flatten(1)))
+
+
+@cache
+def net() -> tuple[GraphModule, cq.LoweredProgram, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(IMAGE)
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_module_name("narrow", "a4w4")
+    graph = quantized(Net(), (x,), quantizer)
+    return graph, cq.lower(graph, (x,)), x
+
+
+def differences(change: Callable[[DelegateContents], DelegateContents]) -> list[Difference]:
+    """What is found in a program of which the only delegate was changed."""
+    graph, lowered, _ = net()
+    twin = lowered.with_bytes(lowered.buffer)
+    (method,) = twin.contents.methods
+    (delegate,) = method.delegates
+    method = replace(method, delegates=(change(delegate),))
+    twin.contents = replace(twin.contents, methods=(method,))
+    return list(checks.differences(twin, read_converted(graph)))
+
+
+def with_op(delegate: DelegateContents, op: DelegateOp, **changes: Any) -> DelegateContents:
+    ops = tuple(replace(o, **changes) if o.outputs == op.outputs else o for o in delegate.ops)
+    return replace(delegate, ops=ops)
+
+
+def with_tensor(delegate: DelegateContents, index: int, **changes: Any) -> DelegateContents:
+    tensors = list(delegate.tensors)
+    tensors[index] = replace(tensors[index], **changes)
+    return replace(delegate, tensors=tuple(tensors))
+
+
+def op_of(name: str, kind: str | None = None) -> DelegateOp:
+    """The node that stands for an op of the graph."""
+    _, lowered, _ = net()
+    (row,) = (row for row in lowered.report.ops if row.node == name)
+    (delegate,) = lowered.contents.delegates
+    found = [op for op in delegate.ops if op.debug_handle in row.handles]
+    (op,) = (op for op in found if op.kind != "convert" and kind in (None, op.kind))
+    return op
+
+
+def stored(delegate: DelegateContents, index: int, values: Any) -> DelegateContents:
+    data = memoryview(np.ascontiguousarray(values).tobytes())
+    return with_tensor(delegate, index, _data=data)
+
+
+def _weight(delegate: DelegateContents) -> DelegateContents:
+    index = cast(int, op_of("conv2d").weight)
+    values = delegate.tensors[index].array().copy()
+    values[3, 2, 1, 0] += 1 if values[3, 2, 1, 0] < 127 else -1
+    return stored(delegate, index, values)
+
+
+def _channels(delegate: DelegateContents) -> DelegateContents:
+    index = cast(int, op_of("conv2d_1").weight)
+    values = delegate.tensors[index].array().copy()
+    values[[0, 1]] = values[[1, 0]]
+    return stored(delegate, index, values)
+
+
+def _weight_scale(delegate: DelegateContents) -> DelegateContents:
+    index = cast(int, op_of("linear").weight)
+    scale = np.array(delegate.tensors[index].scale)
+    scale[2] = np.nextafter(scale[2], np.float32(1))
+    return with_tensor(delegate, index, scale=scale)
+
+
+def _bias(delegate: DelegateContents) -> DelegateContents:
+    index = cast(int, op_of("linear").bias)
+    values = delegate.tensors[index].array().copy()
+    values[1] -= 1
+    return stored(delegate, index, values)
+
+
+def _no_bias(delegate: DelegateContents) -> DelegateContents:
+    return with_op(delegate, op_of("conv2d"), bias=None)
+
+
+def _added_bias(delegate: DelegateContents) -> DelegateContents:
+    index = cast(int, op_of("conv2d").bias)
+    one = np.array([0, 0, 0, 1], np.int32)
+    delegate = replace(delegate, tensors=(*delegate.tensors, delegate.tensors[index]))
+    delegate = stored(delegate, len(delegate.tensors) - 1, one)
+    return with_op(delegate, op_of("conv2d_1"), bias=len(delegate.tensors) - 1)
+
+
+def _scale(tensor: Callable[[], int]) -> Callable[[DelegateContents], DelegateContents]:
+    def change(delegate: DelegateContents) -> DelegateContents:
+        scale = np.float32(cast(float, delegate.tensors[tensor()].scale))
+        return with_tensor(delegate, tensor(), scale=float(np.nextafter(scale, np.float32(1))))
+
+    return change
+
+
+def _zero_point(tensor: Callable[[], int]) -> Callable[[DelegateContents], DelegateContents]:
+    def change(delegate: DelegateContents) -> DelegateContents:
+        zero_point = cast(int, delegate.tensors[tensor()].zero_point)
+        return with_tensor(delegate, tensor(), zero_point=zero_point + 1)
+
+    return change
+
+
+def _params(
+    name: str, kind: str | None = None, **units: int
+) -> Callable[[DelegateContents], DelegateContents]:
+    """Move ends of a clamp by units of the output's scale."""
+
+    def change(delegate: DelegateContents) -> DelegateContents:
+        op = op_of(name, kind)
+        scale = cast(float, delegate.tensors[op.outputs[0]].scale)
+        moved = {end: cast(float, op.params[end]) + count * scale for end, count in units.items()}
+        return with_op(delegate, op, params={**op.params, **moved})
+
+    return change
+
+
+def _unclamped(name: str, *ends: str) -> Callable[[DelegateContents], DelegateContents]:
+    def change(delegate: DelegateContents) -> DelegateContents:
+        op = op_of(name, None if name.startswith("conv") else "clamp")
+        none = {"output_min": -math.inf, "output_max": math.inf}
+        return with_op(delegate, op, params={**op.params, **{end: none[end] for end in ends}})
+
+    return change
+
+
+def _clamped(delegate: DelegateContents) -> DelegateContents:
+    """A clamp that no op of the graph has, one unit from the end."""
+    op = op_of("linear")
+    tensor = delegate.tensors[op.outputs[0]]
+    most = (126 - cast(int, tensor.zero_point)) * cast(float, tensor.scale)
+    params = {**op.params, "output_min": -math.inf, "output_max": most}
+    return with_op(delegate, op, params=params)
+
+
+def _nan_clamp(delegate: DelegateContents) -> DelegateContents:
+    op = op_of("conv2d")
+    return with_op(delegate, op, params={**op.params, "output_min": math.nan})
+
+
+def _swapped_operands(delegate: DelegateContents) -> DelegateContents:
+    op = op_of("sub")
+    return with_op(delegate, op, inputs=op.inputs[::-1])
+
+
+def _one_operand_twice(delegate: DelegateContents) -> DelegateContents:
+    op = op_of("sub")
+    return with_op(delegate, op, inputs=(op.inputs[1], op.inputs[1]))
+
+
+def _missing(name: str) -> Callable[[DelegateContents], DelegateContents]:
+    def change(delegate: DelegateContents) -> DelegateContents:
+        op = op_of(name)
+        return replace(delegate, ops=tuple(o for o in delegate.ops if o.outputs != op.outputs))
+
+    return change
+
+
+ONE_UNIT: dict[str, tuple[Callable[[DelegateContents], DelegateContents], str, str, str]] = {
+    "a weight": (_weight, "conv2d", "weight", r"1 of 144 integers differ; at \(3, 0, 2, 1\)"),
+    "two channels": (_channels, "conv2d_1", "weight", r"of 16 integers differ; at \(0, "),
+    "a weight's scale": (_weight_scale, "linear", "weight scale", r"1 of 3 scales .* \(2,\)"),
+    "a bias": (_bias, "linear", "bias", r"1 of 3 integers differ; at \(1,\)"),
+    "a bias lost": (_no_bias, "conv2d", "bias", "the program dropped it"),
+    "a bias more": (_added_bias, "conv2d_1", "bias", "the program has one, the graph has none"),
+    "a scale": (
+        _scale(lambda: op_of("sub").outputs[0]),
+        "sub",
+        "output scale",
+        "the graph has",
+    ),
+    "an operand's scale": (
+        _scale(lambda: op_of("sub").inputs[0]),
+        "sub",
+        "input scale",
+        "input 0: ",
+    ),
+    "a zero point": (
+        _zero_point(lambda: op_of("linear").outputs[0]),
+        "linear",
+        "output scale",
+        "13.*14",
+    ),
+    "an operand's zero point": (
+        _zero_point(lambda: op_of("sub").inputs[1]),
+        "sub",
+        "input scale",
+        "input 1: ",
+    ),
+    "operands swapped": (_swapped_operands, "sub", "input scale", "input 0: "),
+    "one operand twice": (_one_operand_twice, "sub", "input scale", "input 0: "),
+    "lower end, wider": (_params("conv2d", output_min=-1), "conv2d", "clamp", r"to \(-0.25, 0.5\)"),
+    "lower end, tighter": (_params("conv2d", output_min=1), "conv2d", "clamp", r"\(-127, "),
+    "upper end, wider": (_params("conv2d", output_max=1), "conv2d", "clamp", "no node"),
+    "upper end, tighter": (_params("conv2d", output_max=-1), "conv2d", "clamp", r", 126\)"),
+    "no lower end": (_unclamped("hardtanh_1", "output_min"), "hardtanh_1", "clamp", "no node"),
+    "no upper end": (_unclamped("hardtanh_1", "output_max"), "hardtanh_1", "clamp", "no node"),
+    "a relu higher": (_params("conv2d_1", output_min=1), "conv2d_1", "clamp", "-127, 127"),
+    "no clamp to 4 bits": (
+        _unclamped("conv2d_2", "output_min", "output_max"),
+        "conv2d_2",
+        "clamp",
+        r"\(-8, 7\), the program to \(-128, 127\)",
+    ),
+    "4 bits and a level": (
+        _params("conv2d_2", output_max=1),
+        "conv2d_2",
+        "clamp",
+        r"the program to \(-8, 8\)",
+    ),
+    "moved and clamped": (_params("flatten", "clamp", output_min=1), "flatten", "clamp", "-7, 7"),
+    "a clamp more": (_clamped, "linear", "clamp", r"127\), the program to \(-128, 126\)"),
+    "a clamp to nothing": (_nan_clamp, "conv2d", "clamp", "no node"),
+    "a convolution lost": (_missing("conv2d_1"), "conv2d_1", "missing", "no node"),
+    "a difference lost": (_missing("sub"), "sub", "missing", "no node"),
+}
+
+
+def test_an_honest_program_has_no_differences() -> None:
+    assert differences(lambda delegate: delegate) == []
+
+
+@pytest.mark.parametrize("name", ONE_UNIT)
+def test_a_program_that_is_wrong_by_one_unit(name: str) -> None:
+    change, node, what, detail = ONE_UNIT[name]
+    found = differences(change)
+    matching = [d for d in found if (d.node, d.what) == (node, what)]
+    assert matching, found
+    assert re.search(detail, matching[0].detail), matching[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# The bytes of a file
+# ---------------------------------------------------------------------------------------------
+
+
+def _float_bytes(value: float) -> bytes:
+    return struct.pack("<f", value)
+
+
+def _next_float(value: float) -> float:
+    return float(np.nextafter(np.float32(value), np.float32(1)))
+
+
+def _renamed(data: bytes, old: bytes, new: bytes) -> bytes:
+    """Exchange a constant, and the SHA-256 by which the file names it."""
+    names = [hashlib.sha256(constant).hexdigest().encode() for constant in (old, new)]
+    assert names[0] in data
+    return data.replace(old, new).replace(*names)
+
+
+def _byte_edits() -> dict[str, tuple[bytes, str, str]]:
+    _, lowered, _ = net()
+    data = lowered.buffer
+    (delegate,) = lowered.contents.delegates
+    edits: dict[str, tuple[bytes, str, str]] = {}
+    scale = cast(float, delegate.tensors[op_of("linear").outputs[0]].scale)
+    assert data.count(_float_bytes(scale)) == 1
+    changed = data.replace(_float_bytes(scale), _float_bytes(_next_float(scale)))
+    edits["scale"] = changed, "linear", "output scale"
+    for end, value in (("lower", -0.25), ("upper", 0.5)):
+        where = [m.start() for m in re.finditer(re.escape(_float_bytes(value)), data)]
+        assert len(where) == 2
+        for at in where:
+            changed = data[:at] + _float_bytes(value / 2) + data[at + 4 :]
+            (node,) = {found.node for found in _differences_of(changed)}
+            edits[f"{end} end of {node}"] = changed, node, "clamp"
+    for what in ("weight", "bias"):
+        index = cast(int, getattr(op_of("linear"), what))
+        values = delegate.tensors[index].array().copy()
+        old = values.tobytes()
+        values.flat[-1] += 1 if values.flat[-1] < 127 else -1
+        edits[what] = _renamed(data, old, values.tobytes()), "linear", what
+    return edits
+
+
+def _differences_of(data: bytes) -> list[Difference]:
+    graph, lowered, _ = net()
+    return list(checks.differences(lowered.with_bytes(data), read_converted(graph)))
+
+
+def test_files_that_are_wrong_by_one_number() -> None:
+    graph, lowered, x = net()
+    edits = _byte_edits()
+    ends = {
+        f"{end} end of {node}" for end in ("lower", "upper") for node in ("conv2d", "hardtanh_1")
+    }
+    assert edits.keys() == ends | {"scale", "weight", "bias"}
+    for name, (data, node, what) in edits.items():
+        assert [(d.node, d.what) for d in _differences_of(data)] == [(node, what)], name
+        checked = cq.verify(graph, lowered.with_bytes(data), (x,))
+        assert checked.first is not None
+        assert (checked.first.node, checked.first.what) == (node, what), name
+        assert not checked.bit_exact
+
+
+# ---------------------------------------------------------------------------------------------
+# Outputs
+# ---------------------------------------------------------------------------------------------
+
+
+def lower_sabotaged(
+    graph: GraphModule, x: Tensor, change: Callable[[Node], None], name: str
+) -> cq.LoweredProgram:
+    """Lower with passes of which the last also changes a node."""
+    honest = passes.PASSES
+
+    def run(model: GraphModule) -> int:
+        count = honest[-1].run(model)
+        (node,) = (n for n in model.graph.nodes if name in str(n.target))
+        change(node)
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        last = dataclasses.replace(honest[-1], run=run)
+        patch.setattr(passes, "PASSES", (*honest[:-1], last))
+        return cq.lower(graph, (x,))
+
+
+def test_one_unit_of_some_outputs_is_noticed_where_all_ops_are_integer() -> None:
+    """No constant that is compared is wrong, and the error is small beside the output."""
+    x = torch.randn(IMAGE)
+    graph = quantized(Function(lambda s, x: F.pad(x + x, (0, 1))), (x,))
+    reference = cq.integer_reference(graph)(x)
+
+    def change(pad: Node) -> None:
+        (quantize,) = (user for user in pad.users if is_quantize(user))
+        scale = cast(float, quantize.args[1])
+        assert pad.target is aten.constant_pad_nd.default
+        pad.args = (
+            *pad.args[:2],
+            *(("constant",) if pad.target is aten.pad.default else ()),
+            scale,
+        )
+        assert checks.relative_error(reference, reference + scale) < checks.FLOAT_TOLERANCE / 3
+
+    with pytest.raises(
+        VerificationError, match=r"output 0: 24 of 168 values differ .* by up to 0\.0"
+    ):
+        lower_sabotaged(graph, x, change, "pad")
+
+
+@pytest.mark.parametrize(("factor", "noticed"), [(1.09, False), (1.11, True)])
+def test_outputs_of_float_ops_are_within_a_tenth(factor: float, noticed: bool) -> None:
+    x = torch.randn(IMAGE)
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_operator_type(aten.mul.Tensor, None)
+    graph = quantized(Function(lambda s, x: torch.sin(x + x) * 1.5), (x,), quantizer)
+
+    def change(product: Node) -> None:
+        constant = cast(Node, product.args[1])
+        cast(GraphModule, product.graph.owning_module).get_buffer(str(constant.target)).mul_(factor)
+
+    if not noticed:
+        assert lower_sabotaged(graph, x, change, "mul.Tensor").report.not_integer()
+        return
+    with pytest.raises(VerificationError, match=r"output 0: \d+ of 144 values differ"):
+        lower_sabotaged(graph, x, change, "mul.Tensor")
+
+
+def test_a_bias_that_the_graph_does_not_have_is_noticed_when_lowering() -> None:
+    x = torch.randn(IMAGE)
+    graph = quantized(nn.Sequential(nn.Conv2d(4, 4, 1, bias=False)), (x,))
+
+    def change(conv: Node) -> None:
+        model = cast(GraphModule, conv.graph.owning_module)
+        weight, data = cast(Node, conv.args[1]), cast(Node, conv.args[0])
+        unit = model.get_buffer(str(cast(Node, weight.args[1]).target)) * data.args[1]
+        more = unit * torch.tensor([0.0, 0.0, 1.0, 0.0])
+        bias = add_constant(model, "more", more, conv)
+        conv.args = (data, weight, bias, *conv.args[3:])
+
+    with pytest.raises(VerificationError, match="bias: the program has one, the graph has none"):
+        lower_sabotaged(graph, x, change, "conv2d")
