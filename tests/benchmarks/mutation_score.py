@@ -66,8 +66,8 @@ TESTS = [
 ]
 """The test files that may notice."""
 
-FIRST, SECOND = 40.0, 300.0
-"""CPU seconds that the chosen tests, and then their files, may take by what was measured."""
+AT_IMPORT = ""
+"""The context in which ``coverage`` puts what runs before the first test."""
 
 Record = dict[str, Any]
 
@@ -91,14 +91,15 @@ class Place:
 class CoverageMap:
     """Which tests execute a line, and how long they take."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, files: list[str]) -> None:
         self.work = work
+        self.names = files
         self.seconds: dict[str, float] = {}
         self.lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
 
     def collect(self) -> None:
         """Measure the test files that are not known yet or newer than what is known."""
-        for name in TESTS:
+        for name in self.names:
             file = ROOT / "tests" / name
             known = self.work / f"{file.stem}.coverage"
             if not known.exists() or known.stat().st_mtime < file.stat().st_mtime:
@@ -111,25 +112,33 @@ class CoverageMap:
         """Read what was measured about some files of the package."""
         from coverage import CoverageData
 
-        for file in sorted(self.work.glob("test_*.coverage")):
+        for name in self.names:
+            file = self.work / f"{Path(name).stem}.coverage"
+            if not file.exists():
+                continue  # its tests were stopped, or could not be collected
             self.seconds.update(json.loads(file.with_suffix(".json").read_text()))
             data = CoverageData(str(file))
             data.read()
             for path in paths:
                 for line, tests in data.contexts_by_lineno(str(ROOT / path)).items():
-                    self.lines[path][line].update(test for test in tests if test)
+                    self.lines[path][line].update(tests)
 
     def of(self, place: Place) -> list[str]:
-        """The tests of a mutant's lines, or of its whole module if they run at import only."""
-        lines = self.lines[place.path]
-        first = place.mutant.line
-        # Statements of several lines are recorded by some of them, most often by the first.
-        source = (ROOT / place.path).read_text(encoding="utf-8")
-        here = statement_lines(source, first)
-        return sorted(set().union(*(lines.get(line, ()) for line in here)))
+        """The tests that execute a mutant; none if nothing does.
 
-    def of_module(self, place: Place) -> list[str]:
-        return sorted(set().union(*self.lines[place.path].values()))
+        What runs at import only, such as a table or a signature, is as good as tested by those
+        tests that execute most of its file.
+        """
+        lines = self.lines[place.path]
+        source = (ROOT / place.path).read_text(encoding="utf-8")
+        # A statement of several lines is recorded by some of them.
+        here: set[str] = set()
+        for line in statement_lines(source, place.mutant.line):
+            here |= lines.get(line, set())
+        if here != {AT_IMPORT}:
+            return sorted(here - {AT_IMPORT})
+        counts = Counter(test for tests in lines.values() for test in tests if test != AT_IMPORT)
+        return sorted(test for test, _ in counts.most_common(40))
 
     def choose(self, tests: list[str], budget: float) -> list[str]:
         """The fastest of each test function first, then their second fastest, and so on."""
@@ -228,7 +237,8 @@ class Score:
         self.jobs = options.jobs
         self.known = known_outcomes(self.record)
         self.again = options.again
-        self.map = CoverageMap(options.work)
+        self.budgets = options.first, options.second
+        self.map = CoverageMap(options.work, options.tests)
         self.work = options.work
 
     def todo(self) -> list[Place]:
@@ -267,7 +277,7 @@ class Score:
 
     def begin(self, runs: server.Runs, place: Place) -> None:
         """Start the fastest tests of a mutant, or record that there are none."""
-        chosen = self.map.choose(self.tests(place), FIRST)
+        chosen = self.map.choose(self.map.of(place), self.budgets[0])
         if chosen:
             self.start(runs, place, chosen, (place, 1, 0.0))
         elif not self.second(runs, place, 0.0):
@@ -275,14 +285,10 @@ class Score:
 
     def second(self, runs: server.Runs, place: Place, seconds: float) -> bool:
         """Start the whole files of the tests; false if there is none that is short enough."""
-        files = self.map.files(self.tests(place), SECOND)
+        files = self.map.files(self.map.of(place), self.budgets[1])
         if files:
             self.start(runs, place, files, (place, 2, seconds))
         return bool(files)
-
-    def tests(self, place: Place) -> list[str]:
-        """Those that execute the lines, or any of the file if the lines run at import only."""
-        return self.map.of(place) or self.map.of_module(place)
 
     def start(
         self, runs: server.Runs, place: Place, tests: list[str], token: tuple[Place, int, float]
@@ -368,7 +374,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--module", nargs="+", default=list(MODULES), help="files below the package, or globs"
     )
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="files below tests/")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--first", type=float, default=20.0, help="CPU seconds for the tests of a line"
+    )
+    parser.add_argument(
+        "--second", type=float, default=200.0, help="CPU seconds for whole files after that"
+    )
     parser.add_argument("--work", type=Path, default=Path("build/mutation"), help="its records")
     parser.add_argument("--again", action="store_true", help="run what was not noticed again")
     parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
