@@ -133,6 +133,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration_networks": as_stored("calibration_networks"),
     "calibration_observers": as_stored("calibration_observers"),
     "calibration_samples": as_stored("calibration_samples"),
+    "mutation_score": as_stored("mutation_score"),
     "qat_bias": qat_bias,
     "qat_networks": qat_networks,
     "qat_rates": qat_rates,
