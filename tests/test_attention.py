@@ -325,7 +325,11 @@ def test_a_group_norm_is_as_near_as_derived(
     assert ((graph(x).double().reshape(exact.shape) - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("name", ["group_norm", "instance_norm", "rms_norm"])
+@pytest.mark.parametrize(
+    "name",
+    # An instance norm is written out as a group norm is.
+    ["group_norm", pytest.param("instance_norm", marks=pytest.mark.slow), "rms_norm"],
+)
 def test_norms_stay_in_the_delegate(name: str) -> None:
     """Between convolutions: float inside the delegate, each tensor within its bound."""
     torch.manual_seed(0)

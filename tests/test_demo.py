@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from support.scripts import shown, without_numbers
 
 from custom_quantizer.demo import DemoResult, run_demo
 from custom_quantizer.digits import load_digits_data
@@ -59,6 +60,12 @@ def test_it_says_nothing_but_its_results(process: Run) -> None:
     assert {path.name for path in process.folder.iterdir()} == set(files.values())
     for name, file in files.items():
         assert f"{name:<8} {process.folder}/{file}" in lines
+
+
+def test_the_readme_shows_what_it_prints(process: Run) -> None:
+    readme = Path(__file__).parents[1] / "README.md"
+    output = process.stdout.replace(str(process.folder), "custom-quantizer-demo")
+    assert without_numbers(shown(readme, "text")[-1]) == without_numbers(output)
 
 
 def test_it_fits_a_terminal_of_80_columns(process: Run) -> None:

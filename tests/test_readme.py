@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support.scripts import shown, without_numbers
 
 from custom_quantizer.cli import cli
 from custom_quantizer.xnnpack import load_program
@@ -15,13 +16,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return shown(ROOT / "README.md", language)
 
 
 def test_the_code_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As printed, block after block. Numbers are not compared: training differs between CPUs."""
+    """And prints what stands below it, but for numbers: training differs between CPUs."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "readme"}
     code = blocks("python")
@@ -30,6 +31,8 @@ def test_the_code_runs(
         exec(compile(block, f"README.md, block {number}", "exec"), names)
     printed = capsys.readouterr().out
     assert re.match(r"\[ *-?\d+( +-?\d+){9}\]\n", printed)
+    bias, report, _ = blocks("text")
+    assert without_numbers(printed) == without_numbers(bias + report)
     assert "5 integer biases, with scale = input scale x weight scale bit for bit" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"digits.json", "digits.pt2", "digits.pte"}
     assert load_program(tmp_path / "digits.pte").contents.inputs[0].shape == (1, 1, 8, 8)

@@ -4,6 +4,7 @@
 
 Calibration is measured in float forwards of the same batches (alternating, medians); prepare and
 convert in seconds of the stock flow (``XNNPACKQuantizer``, per-channel weights, HistogramObserver).
+All of it is CPU time, so that other work on the machine does not count.
 Random weights and images: cost does not depend on them.
 """
 
@@ -54,11 +55,11 @@ def quantizers() -> dict[str, Quantizer]:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall time of a call, and its result."""
-    start = time.perf_counter()
+    """CPU time of a call, and its result."""
+    start = time.process_time()
     with torch.no_grad():
         result = function()
-    return time.perf_counter() - start, result
+    return time.process_time() - start, result
 
 
 def measure(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, dict[str, float]]:

@@ -4,6 +4,7 @@
     python tests/benchmarks/calibration_studies.py batches        # the same images, other batches
     python tests/benchmarks/calibration_studies.py samples        # 8 to 2,048 images
     python tests/benchmarks/calibration_studies.py networks       # ResNet-20 and -32, top-1 and -5
+    python tests/benchmarks/calibration_studies.py low_bits       # 4-bit activations, per observer
 
 Need the CIFAR-10 images and weights (see ``tests/support/cifar_models.py``). Each writes
 ``docs/results/calibration_<study>.json`` and, rendered from it, the table in ``.md``.
@@ -157,6 +158,36 @@ def networks(limit: int | None) -> dict[str, Any]:
             "integer reference": cq.integer_reference(graph),
             ".pte": lower(graph).run,
         }
+        outputs: dict[str, list[Tensor]] = {key: [] for key in models}
+        scores = score({k: keeping(m, outputs[k]) for k, m in models.items()}, limit)
+        program = torch.cat(outputs[".pte"])
+        for key, row in scores.items():
+            row["logits"] = program.numel()
+            row["different_logits"] = int((torch.cat(outputs[key]) != program).sum())
+        rows.update({f"{name}, {k}": v for k, v in scores.items()})
+    return {"model": "ResNet-20 and ResNet-32", "calibration_images": 512, "rows": rows}
+
+
+def keeping(model: Callable[..., Any], outputs: list[Tensor]) -> Callable[..., Any]:
+    """``model``, which appends what it returns to ``outputs``."""
+
+    def run(images: Tensor) -> Tensor:
+        outputs.append(model(images).detach())
+        return outputs[-1]
+
+    return run
+
+
+def low_bits(limit: int | None) -> dict[str, Any]:
+    """ResNet-20 and -32: 4-bit activations by observer, in the converted graph."""
+    calibration, _ = cifar10_calibration(512)
+    rows: dict[str, Any] = {}
+    for name, build in (("ResNet-20", resnet20), ("ResNet-32", resnet32)):
+        model = build()
+        models: dict[str, Callable[..., Any]] = {"float": model}
+        for observer in ("minmax", "percentile99.9", "histogram"):
+            scheme = "a4w8" if observer == "minmax" else f"a4w8-{observer}"
+            models[f"a4w8, {observer}"] = convert(model, scheme, calibration.split(128))
         rows.update({f"{name}, {k}": v for k, v in score(models, limit).items()})
     return {"model": "ResNet-20 and ResNet-32", "calibration_images": 512, "rows": rows}
 
@@ -166,22 +197,20 @@ STUDIES: dict[str, Callable[[int | None], dict[str, Any]]] = {
     "batches": batches,
     "samples": samples,
     "networks": networks,
+    "low_bits": low_bits,
 }
 
 
 def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
     rows = result["rows"]
-    extra = [
-        key
-        for key in ("bytes", "equal_qparams", "largest_relative_scale_difference")
-        if any(key in row for row in rows.values())
-    ]
     names = {
         "bytes": "`.pte` bytes",
         "equal_qparams": "equal scales and zero points",
         "largest_relative_scale_difference": "largest relative difference of a scale",
+        "different_logits": "logits that are not the `.pte`'s",
     }
+    extra = [key for key in names if any(key in row for row in rows.values())]
     header = ["", "top-1", "top-5", "agrees with float", "against float (95 % interval)", "p"]
     header += [names[key] for key in extra]
     lines = [f"| {' | '.join(header)} |", f"| {' | '.join('---' for _ in header)} |"]
@@ -197,6 +226,8 @@ def render(result: dict[str, Any]) -> str:
             value = row.get(key)
             if key == "equal_qparams" and value is not None:
                 cells.append(f"{value} of {row['qparams']}")
+            elif key == "different_logits" and value is not None:
+                cells.append(f"{value:,} of {row['logits']:,}")
             elif isinstance(value, float):
                 cells.append(f"{value:.2g}")
             else:

@@ -30,8 +30,8 @@ _HEADER = """# Torchvision models
 Made by `python tests/benchmarks/torchvision_models.py --output docs/results`. Random weights,
 randomized batch-norm statistics, random images; scheme `a8w8`, `minmax`. "Stock" is
 `XNNPACKQuantizer` with one weight scale a channel and `XnnpackPartitioner`. Costs are CPU seconds
-of one thread, as ratios; a dash stands for what failed or was not run. Our lowering leaves out the
-validation of the graph after each of ExecuTorch's passes (a seventh of the time) and checks the
+of one thread, as ratios, one image at a time; a dash stands for what failed or was not run. Our
+lowering leaves out the validation of the graph after each of ExecuTorch's passes and checks the
 finished program instead.
 """
 
