@@ -76,8 +76,8 @@ class Checkpoint:
             tensors, metadata, sealed = read_tensors(self.path)
         except DamagedFileError as error:
             raise CalibrationError(
-                f"{self.path} is no checkpoint of a calibration, or is damaged ({error}). Remove it to "
-                "calibrate from the beginning"
+                f"{self.path} is no checkpoint of a calibration, or is damaged ({error}). Remove "
+                "it to calibrate from the beginning"
             ) from error
         if metadata.get("format") != _FORMAT:
             raise CalibrationError(f"{self.path} is no checkpoint of a calibration; name another")

@@ -89,8 +89,8 @@ class TrainingCheckpoint:
             tensors, metadata, sealed = read_tensors(self.path)
         except DamagedFileError as error:
             raise TrainingError(
-                f"{self.path} is no checkpoint of a training, or is damaged ({error}). Remove it to "
-                "train from the beginning"
+                f"{self.path} is no checkpoint of a training, or is damaged ({error}). Remove it "
+                "to train from the beginning"
             ) from error
         if metadata.get("format") != _FORMAT:
             raise TrainingError(f"{self.path} is no checkpoint of a training; name another file")

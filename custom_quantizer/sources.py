@@ -1031,6 +1031,9 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 
 def _described(exc: Exception, limit: int = 500) -> str:
     text = " ".join(str(exc).split()).rstrip(".")
+    # torch first explains, in bold, how to run the code of a file that was refused.
+    text = text.rpartition("WeightsUnpickler error: ")[2]
+    text = "".join(filter(str.isprintable, text))
     return f"{type(exc).__name__}: {text[:limit]}"
 
 
