@@ -223,8 +223,8 @@ def read_document(source: str | os.PathLike[str], *, if_empty: str) -> Document:
         raise ConfigError(f"{name}:{exc.lineno}:{exc.colno}: not JSON: {exc.msg}") from exc
     except yaml.MarkedYAMLError as exc:
         raise ConfigError(f"{name}:{_syntax(exc, text)}") from exc
-    except ValueError as exc:  # of JSON: a number of thousands of digits
-        raise ConfigError(f"{name}: not JSON: {exc}") from exc
+    except ValueError as exc:
+        raise ConfigError(f"{name}: a number in it has thousands of digits") from exc
     except yaml.reader.ReaderError as exc:
         line = text.count("\n", 0, exc.position) + 1
         raise ConfigError(f"{name}:{line}: not YAML: character {chr(exc.character)!r}") from exc

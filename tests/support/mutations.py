@@ -71,8 +71,10 @@ _BYTES: tuple[Callable[[bytearray, random.Random], None], ...] = (
 )
 
 
-def mutated_bytes(data: bytes, seed: int) -> bytes:
-    """``data`` after one to three mutations."""
+def mutated_bytes(data: bytes, seed: int | None) -> bytes:
+    """``data`` after one to three mutations; as it is, without a seed."""
+    if seed is None:
+        return data
     rng = random.Random(seed)
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -130,10 +132,12 @@ def _mutate(document: Any, rng: random.Random) -> None:
         container[key] = copy.deepcopy(other[other_key])
 
 
-def mutated_json(document: Any, seed: int) -> Any:
-    """A copy of plain data after one to three mutations."""
-    rng = random.Random(seed)
+def mutated_json(document: Any, seed: int | None) -> Any:
+    """A copy of plain data after one to three mutations; as it is, without a seed."""
     changed = copy.deepcopy(document)
+    if seed is None:
+        return changed
+    rng = random.Random(seed)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if changed:
             _mutate(changed, rng)
