@@ -22,6 +22,7 @@ __all__ = [
     "memory_limit",
     "open_atomic",
     "open_regular",
+    "printable",
     "read_bytes",
     "write_bytes_atomic",
     "write_json_atomic",
@@ -107,6 +108,11 @@ def memory_limit() -> int:
     with suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
         sizes.append(int(file.read()))
     return min(sizes) // 2
+
+
+def printable(text: str) -> str:
+    """``text`` for a message: what a terminal would obey stands there as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # -- writing ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 
 import yaml
 
-from custom_quantizer._io import read_bytes
+from custom_quantizer._io import printable, read_bytes
 from custom_quantizer.config import nearest
 from custom_quantizer.errors import ConfigError, InputError
 
@@ -131,7 +131,7 @@ def shown(value: object) -> str:
 def _fail(
     name: str, lines: Sequence[str], cause: Exception | None = None, total: int = 0
 ) -> NoReturn:
-    lines = list(dict.fromkeys(lines))
+    lines = list(dict.fromkeys(map(printable, lines)))
     total = max(total, len(lines))
     if total == 1:
         raise ConfigError(lines[0]) from cause

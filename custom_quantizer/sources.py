@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from custom_quantizer._io import check_regular, memory_limit, open_regular
+from custom_quantizer._io import check_regular, memory_limit, open_regular, printable
 from custom_quantizer.errors import InputError
 
 __all__ = [
@@ -600,9 +600,13 @@ def load_data(
         seed: For ``limit`` and ``shuffle``.
         split: Folder inside ``path`` to read, such as ``"val"``.
 
+    A file may come from anywhere: what takes more than half of the memory, packed or unpacked,
+    is refused before it is read, and so is an image of more than ``PIL.Image.MAX_IMAGE_PIXELS``
+    (89 million). Objects that would have to be unpickled are refused.
+
     Raises:
-        InputError: The path is missing, empty, of an unknown kind or unreadable, or its content
-            is not as above. An image that cannot be decoded raises while iterating.
+        InputError: The path is missing, empty, of an unknown kind or unreadable, too large, or its
+            content is not as above. An image that cannot be decoded raises while iterating.
     """
     path = Path(path)
     preprocess = preprocess or Preprocess()
@@ -699,10 +703,10 @@ class _ImageReader:
                     )
                 return cast(Tensor, F.pil_to_tensor(self.preprocess.fit(image.convert(mode))))
         except InputError as exc:
-            raise InputError(f"{self.root}, image {name}: {exc}") from exc
+            raise InputError(f"{self.root}, image {printable(name)}: {exc}") from exc
         except Exception as exc:  # Pillow and zipfile raise a dozen kinds for a damaged file.
             raise InputError(
-                f"{self.root}, image {name}: it cannot be decoded ({_described(exc)}). Repair or "
+                f"{self.root}, image {printable(name)}: it cannot be decoded ({_described(exc)}). Repair or "
                 "remove it."
             ) from exc
 
@@ -764,7 +768,8 @@ def _image_source(
         )
     else:
         with _open_zip(path) as archive:
-            names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
+            # Not is_dir(), which fails for a name without a character.
+            names = sorted(name for name in archive.namelist() if not name.endswith("/"))
     prefix = f"{split.strip('/')}/" if split else ""
     images = tuple(name for name in names if name.startswith(prefix) and _is_image(name))
     if not images:
