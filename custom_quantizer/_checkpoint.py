@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from custom_quantizer._io import write_bytes_atomic
 from custom_quantizer._settling import Settling
-from custom_quantizer.errors import CalibrationError, InputError
+from custom_quantizer._tensor_file import DamagedFileError, read_tensors, write_tensors
+from custom_quantizer.errors import CalibrationError
 
 __all__ = ["Checkpoint", "Position"]
 
 _FORMAT = "custom_quantizer.calibration"
-_VERSION = "1"
+_VERSION = "2"
 _LAST_CHANGE = "last_change"
 
 
@@ -72,10 +72,18 @@ class Checkpoint:
         """
         if not os.path.exists(self.path):
             return Position()
-        tensors, metadata = _read(self.path)
+        try:
+            tensors, metadata, sealed = read_tensors(self.path)
+        except DamagedFileError as error:
+            raise CalibrationError(
+                f"{self.path} is no checkpoint of a calibration, or is damaged ({error}). Remove "
+                "it to calibrate from the beginning"
+            ) from error
         if metadata.get("format") != _FORMAT:
             raise CalibrationError(f"{self.path} is no checkpoint of a calibration; name another")
-        if metadata.get("version") != _VERSION:
+        if metadata.get("version") not in ("1", _VERSION) or sealed != (
+            metadata["version"] == _VERSION
+        ):
             raise CalibrationError(
                 f"{self.path} is a checkpoint of version {metadata.get('version')}; this package "
                 f"reads version {_VERSION}. Remove it to calibrate from the beginning"
@@ -85,7 +93,20 @@ class Checkpoint:
                 f"{self.path} is a checkpoint of another model, of other weights or of other "
                 "schemes. Remove it to calibrate from the beginning, or name another file"
             )
-        self._data = metadata["data"]
+        try:
+            return self._load(tensors, metadata, settling)
+        # A file of version 1 may hold anything; one of version 2 is what save() wrote.
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"{self.path} is a damaged checkpoint ({error}). Remove it to calibrate from the "
+                "beginning"
+            ) from error
+
+    def _load(
+        self, tensors: dict[str, Tensor], metadata: dict[str, str], settling: Settling
+    ) -> Position:
+        position = Position(**json.loads(metadata["position"]))
+        states: list[tuple[nn.Module, dict[str, Tensor]]] = []
         for key, observer in self._observers.items():
             prefix = f"{key}."
             state = {
@@ -93,9 +114,15 @@ class Checkpoint:
                 for name, value in tensors.items()
                 if name.startswith(prefix)
             }
+            for name, value in observer.state_dict().items():
+                if name in state and state[name].dtype != value.dtype:
+                    raise ValueError(f"{key}.{name} is {state[name].dtype}, not {value.dtype}")
+            states.append((observer, state))
+        for observer, state in states:
             observer.load_state_dict(state)
         settling.restart(tensors[_LAST_CHANGE])
-        return Position(**json.loads(metadata["position"]))
+        self._data = metadata["data"]
+        return position
 
     def check_data(self, values: list[Any]) -> None:
         """Remember the first batch, or compare it with the one that was first before.
@@ -118,12 +145,10 @@ class Checkpoint:
         Raises:
             InputError: the file cannot be written.
         """
-        from safetensors.torch import save
-
         tensors = {_LAST_CHANGE: settling.last_change}
         for key, observer in self._observers.items():
             for name, value in observer.state_dict().items():
-                tensors[f"{key}.{name}"] = value.detach().cpu().contiguous().clone()
+                tensors[f"{key}.{name}"] = value
         metadata = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -131,24 +156,7 @@ class Checkpoint:
             "data": self._data or "",
             "position": json.dumps(asdict(position)),
         }
-        write_bytes_atomic(self.path, save(tensors, metadata))
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            # Copies: what comes out are views, and some observers detach their buffers in place.
-            names = list(file.keys())
-            return {n: file.get_tensor(n).clone() for n in names}, file.metadata() or {}
-    except SafetensorError as error:
-        raise CalibrationError(
-            f"{path} is no checkpoint of a calibration, or is damaged ({error}). Remove it to "
-            "calibrate from the beginning"
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+        write_tensors(self.path, tensors, metadata)
 
 
 def _fingerprint_of_model(prepared: GraphModule, observers: dict[str, nn.Module]) -> str:

@@ -1,4 +1,8 @@
-"""Atomic file writing: a reader sees the old file or the whole new one, never a part."""
+"""Files: written whole or not at all, and read within limits.
+
+Whoever reads a file that a user named reads it by :func:`open_regular`, :func:`read_bytes` or after
+:func:`check_regular`: a named pipe would block for ever, a device never end.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,112 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from custom_quantizer.errors import InputError
 
-__all__ = ["open_atomic", "write_bytes_atomic", "write_json_atomic", "write_text_atomic"]
+__all__ = [
+    "check_regular",
+    "memory_limit",
+    "open_atomic",
+    "open_regular",
+    "printable",
+    "read_bytes",
+    "write_bytes_atomic",
+    "write_json_atomic",
+    "write_text_atomic",
+]
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def check_regular(path: str | os.PathLike[str], most: int) -> int:
+    """Refuse what is no regular file of a bounded size, before it is opened.
+
+    Args:
+        path: of the file. Symbolic links are followed.
+        most: bytes it may have.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        InputError: there is no such file; it is a directory, a named pipe, a device or a socket;
+            it has more bytes.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as exc:
+        raise InputError(f"Cannot read {path}: there is no such file") from exc
+    except OSError as exc:
+        raise InputError(f"Cannot read {path}: {exc.strerror or exc}") from exc
+    except ValueError as exc:  # a null character
+        raise InputError(f"Cannot read {os.fspath(path)!r}: {exc}") from exc
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for test, name in _KINDS if test(found.st_mode)), "no regular file")
+        raise InputError(f"Cannot read {path}: it is {kind}. Name a file")
+    if found.st_size > most:
+        raise InputError(
+            f"Cannot read {path}: it has {found.st_size:,} bytes, and at most {most:,} are read. "
+            "Check that it is the right file"
+        )
+    return found.st_size
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def open_regular(path: str | os.PathLike[str], most: int) -> BinaryIO:
+    """Open a regular file for binary reading.
+
+    Raises:
+        InputError: as :func:`check_regular`; or it may not be read.
+    """
+    check_regular(path, most)
+    try:
+        return open(path, "rb")
+    except OSError as exc:
+        raise InputError(f"Cannot read {path}: {exc.strerror or exc}") from exc
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """All bytes of a regular file.
+
+    Raises:
+        InputError: as :func:`open_regular`.
+    """
+    with open_regular(path, most) as file:
+        try:
+            return file.read(most)
+        except OSError as exc:
+            raise InputError(f"Cannot read {path}: {exc.strerror or exc}") from exc
+
+
+def memory_limit() -> int:
+    """Bytes that a file of data may take: half of the memory that this process can have."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    # Of a container (cgroup v2); "max" where there is no limit.
+    with suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+        sizes.append(int(file.read()))
+    return min(sizes) // 2
+
+
+def printable(text: str) -> str:
+    """``text`` for a message: what a terminal would obey stands there as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# -- writing ------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -5,23 +5,42 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import yaml
 
+from custom_quantizer._io import printable, read_bytes
 from custom_quantizer.config import nearest
 from custom_quantizer.errors import ConfigError, InputError
 
-__all__ = ["DataPath", "Document", "Mistake", "check_suffix", "read_document", "shown"]
+__all__ = [
+    "MOST_BYTES",
+    "MOST_CHARACTERS",
+    "MOST_MISTAKES",
+    "DataPath",
+    "Document",
+    "Mistake",
+    "check_suffix",
+    "read_document",
+    "shown",
+]
 
 DataPath = tuple[str | int, ...]
 """Keys and indices that lead from the whole of the data to a part of it."""
 
 _SUFFIXES = (".yaml", ".yml", ".json")
-_MOST_MISTAKES = 20
+
+MOST_MISTAKES = 20
+"""Mistakes that an error lists."""
+
+MOST_BYTES = 2**18
+"""Size of a config file: PyYAML takes a second for 100 KB."""
+
+MOST_CHARACTERS = 1000
+"""Length of a key or a value."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +91,15 @@ class Document:
         node = None if self.root is None else _node(self.root, path)
         return node.value if isinstance(node, yaml.ScalarNode) and node.style is None else None
 
-    def fail(self, mistakes: Iterable[Mistake], cause: Exception | None = None) -> NoReturn:
-        """Raise one error that lists all mistakes in the order of the file.
+    def fail(
+        self, mistakes: Sequence[Mistake], cause: Exception | None = None, total: int = 0
+    ) -> NoReturn:
+        """Raise one error that lists the mistakes in the order of the file.
+
+        Args:
+            mistakes: all, or the first of them.
+            cause: what found them.
+            total: how many there are, if these are not all.
 
         Raises:
             ConfigError: always.
@@ -88,7 +114,8 @@ class Document:
             subject = _path_name(mistake.path)
             text = f"{subject}: {mistake.text}" if subject else mistake.text
             placed.append((line, column, f"{where}: {text}"))
-        _fail(self.name, [text for *_, text in sorted(placed, key=lambda item: item[:2])], cause)
+        lines = [text for *_, text in sorted(placed, key=lambda item: item[:2])]
+        _fail(self.name, lines, cause, total)
 
 
 def shown(value: object) -> str:
@@ -101,14 +128,17 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _fail(name: str, lines: Sequence[str], cause: Exception | None = None) -> NoReturn:
-    lines = list(dict.fromkeys(lines))
-    if len(lines) == 1:
+def _fail(
+    name: str, lines: Sequence[str], cause: Exception | None = None, total: int = 0
+) -> NoReturn:
+    lines = list(dict.fromkeys(map(printable, lines)))
+    total = max(total, len(lines))
+    if total == 1:
         raise ConfigError(lines[0]) from cause
-    listed = lines[:_MOST_MISTAKES]
-    if len(lines) > len(listed):
-        listed.append(f"... and {len(lines) - len(listed)} more")
-    raise ConfigError("\n  ".join([f"{name} has {len(lines)} mistakes:", *listed])) from cause
+    listed = lines[:MOST_MISTAKES]
+    if total > len(listed):
+        listed.append(f"... and {total - len(listed)} more")
+    raise ConfigError("\n  ".join([f"{name} has {total} mistakes:", *listed])) from cause
 
 
 def _path_name(path: DataPath) -> str:
@@ -176,10 +206,10 @@ def read_document(source: str | os.PathLike[str], *, if_empty: str) -> Document:
     path = Path(source)
     name = os.fspath(path)
     check_suffix(path)
+    if not path.exists():
+        raise _missing(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as exc:
-        raise _unreadable(path, exc) from exc
+        text = read_bytes(path, MOST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         line = exc.object[: exc.start].count(b"\n") + 1
         raise ConfigError(f"{name}:{line}: not UTF-8 text; save the file as UTF-8") from exc
@@ -193,6 +223,8 @@ def read_document(source: str | os.PathLike[str], *, if_empty: str) -> Document:
         raise ConfigError(f"{name}:{exc.lineno}:{exc.colno}: not JSON: {exc.msg}") from exc
     except yaml.MarkedYAMLError as exc:
         raise ConfigError(f"{name}:{_syntax(exc, text)}") from exc
+    except ValueError as exc:
+        raise ConfigError(f"{name}: a number in it has thousands of digits") from exc
     except yaml.reader.ReaderError as exc:
         line = text.count("\n", 0, exc.position) + 1
         raise ConfigError(f"{name}:{line}: not YAML: character {chr(exc.character)!r}") from exc
@@ -205,12 +237,10 @@ def read_document(source: str | os.PathLike[str], *, if_empty: str) -> Document:
     return Document(name, data, root)
 
 
-def _unreadable(path: Path, exc: OSError) -> InputError:
-    if not isinstance(exc, FileNotFoundError):
-        return InputError(f"Cannot read {path}: {exc.strerror or exc}.")
+def _missing(path: Path) -> InputError:
     try:
         there = [other.name for other in path.parent.iterdir() if _is_config(other)]
-    except OSError:
+    except (OSError, ValueError):
         return InputError(f"Cannot read {path}: there is no directory {path.parent}.")
     return InputError(f"Cannot read {path}: there is no such file{nearest(path.name, there)}")
 
@@ -258,9 +288,17 @@ class _Reader:
             return self._mapping(node)
         if isinstance(node, yaml.SequenceNode):
             return [self.plain(item) for item in node.value]
+        if len(node.value) > MOST_CHARACTERS:
+            self._add(
+                node, f"{len(node.value):,} characters, and at most {MOST_CHARACTERS:,} are read"
+            )
+            return None
         try:
             value = self._loader.construct_object(node)
-        except ValueError:
+        except yaml.MarkedYAMLError:
+            raise
+        # A tag that does not fit its text (!!bool maybe) is a KeyError, AttributeError, IndexError.
+        except Exception:
             self._add(node, f"{node.value} is not a legal {node.tag.rpartition(':')[2]}")
             return None
         return _join_surrogates(value) if isinstance(value, str) else value
@@ -272,6 +310,9 @@ class _Reader:
             key = _key(key_node)
             if key is None:
                 self._add(key_node, "a key must be a word")
+                continue
+            if len(key) > MOST_CHARACTERS:
+                self._add(key_node, f"a key has at most {MOST_CHARACTERS:,} characters")
                 continue
             if key in first:
                 line = first[key].start_mark.line + 1

@@ -15,18 +15,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.fx import GraphModule
 
-from custom_quantizer._io import write_bytes_atomic
-from custom_quantizer.errors import InputError, TrainingError
+from custom_quantizer._tensor_file import DamagedFileError, read_tensors, write_tensors
+from custom_quantizer.errors import TrainingError
 
 __all__ = ["TrainingCheckpoint", "TrainingPosition"]
 
 _FORMAT = "custom_quantizer.training"
-_VERSION = "1"
+_VERSION = "2"
 
 
 @dataclass
@@ -87,10 +85,18 @@ class TrainingCheckpoint:
         """
         if not os.path.exists(self.path):
             return None
-        tensors, metadata = self._read()
+        try:
+            tensors, metadata, sealed = read_tensors(self.path)
+        except DamagedFileError as error:
+            raise TrainingError(
+                f"{self.path} is no checkpoint of a training, or is damaged ({error}). Remove it "
+                "to train from the beginning"
+            ) from error
         if metadata.get("format") != _FORMAT:
             raise TrainingError(f"{self.path} is no checkpoint of a training; name another file")
-        if metadata.get("version") != _VERSION:
+        if metadata.get("version") not in ("1", _VERSION) or sealed != (
+            metadata["version"] == _VERSION
+        ):
             raise TrainingError(
                 f"{self.path} is a checkpoint of version {metadata.get('version')}; this package "
                 f"reads version {_VERSION}. Remove it to train from the beginning"
@@ -104,10 +110,18 @@ class TrainingCheckpoint:
                     f"{self.path} is a checkpoint of {what}. Remove it to train from the "
                     "beginning, or name another file"
                 )
-        self._model.load_state_dict(_part(tensors, "model."))
-        self._load_optimizer(_part(tensors, "optimizer."), json.loads(metadata["optimizer"]))
+        try:
+            position = TrainingPosition(**json.loads(metadata["position"]))
+            self._model.load_state_dict(_part(tensors, "model."))
+            self._load_optimizer(_part(tensors, "optimizer."), json.loads(metadata["optimizer"]))
+        # A file of version 1 may hold anything; one of version 2 is what save() wrote.
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise TrainingError(
+                f"{self.path} is a damaged checkpoint ({error}). Remove it to train from the "
+                "beginning"
+            ) from error
         self._random = _part(tensors, "random.")
-        return TrainingPosition(**json.loads(metadata["position"]))
+        return position
 
     def restore_random_state(self) -> None:
         """Continue the sequence of random numbers where it was interrupted."""
@@ -143,8 +157,7 @@ class TrainingCheckpoint:
             "optimizer": json.dumps(plain),
             "position": json.dumps(asdict(position)),
         }
-        copies = {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}
-        write_bytes_atomic(self.path, save(copies, metadata))
+        write_tensors(self.path, tensors, metadata)
 
     def _load_optimizer(self, tensors: dict[str, Tensor], plain: dict[str, dict[str, Any]]) -> None:
         state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in plain.items()}
@@ -153,21 +166,6 @@ class TrainingCheckpoint:
             state.setdefault(int(index), {})[name] = value
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-    def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                names = list(file.keys())
-                return {n: file.get_tensor(n).clone() for n in names}, file.metadata() or {}
-        except SafetensorError as error:
-            raise TrainingError(
-                f"{self.path} is no checkpoint of a training, or is damaged ({error}). Remove it "
-                "to train from the beginning"
-            ) from error
-        except OSError as error:
-            raise InputError(
-                f"cannot read the checkpoint {self.path}: {error.strerror or error}"
-            ) from error
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -644,7 +644,11 @@ def _check_output(output: Path) -> None:
         raise InputError(f"{output} {why}. Name a file in a directory that exists and is writable")
 
 
+_MOST_REPORT_BYTES = 2**28
+
+
 def _read_report(file: Path) -> Report | ProgramReport:
+    from custom_quantizer._io import read_bytes
     from custom_quantizer.report import Report, inspect_program
 
     if file.is_dir():
@@ -652,10 +656,8 @@ def _read_report(file: Path) -> Report | ProgramReport:
     if file.suffix != ".json":
         return inspect_program(file)
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:
+        document = json.loads(read_bytes(file, _MOST_REPORT_BYTES))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}); give a report of this package") from error
     nested = document.get("report") if isinstance(document, dict) else None
     return Report.from_json(json.dumps(document if nested is None else nested))

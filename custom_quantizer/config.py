@@ -64,23 +64,69 @@ class Rule:
         """The rule with the file and line it stands in, for messages."""
         return str(self) if self.source is None else f"{self.source}: {self}"
 
+    @property
+    def is_glob(self) -> bool:
+        """Whether the key stands for any number of names."""
+        names = self.scope in (Scope.NODE_NAME, Scope.MODULE_NAME)
+        return names and any(sign in self.key for sign in "*?[")
+
     def matches(self, node: Node) -> bool:
         """Whether the rule selects ``node``."""
-        if self.scope is Scope.GLOBAL:
-            return True
-        if self.scope is Scope.NODE_NAME:
-            # What a captured call was rewritten to answers to its name.
-            return fnmatchcase(node.name, self.key) or fnmatchcase(
-                node.meta.get(ORIGINAL_NAME, ""), self.key
-            )
-        if self.scope is Scope.OPERATOR_TYPE:
-            return target_name(node.meta.get("original_target", node.target)) == self.key or (
-                target_name(node.target) == self.key
-            )
-        stack = module_stack(node)
-        if self.scope is Scope.MODULE_TYPE:
-            return any(kind == self.key for _, kind in stack)
-        return any(path and fnmatchcase(path, self.key) for path, _ in stack)
+        return self.selects(_names(node, self.scope))
+
+    def selects(self, names: Iterable[str]) -> bool:
+        """Whether one of ``names`` is what the rule selects by."""
+        if self.is_glob:
+            return any(fnmatchcase(name, self.key) for name in names)
+        return self.key in names
+
+
+def _names(node: Node, scope: Scope) -> Iterable[str]:
+    """What a rule of ``scope`` may call ``node``."""
+    if scope is Scope.GLOBAL:
+        return ("",)
+    if scope is Scope.NODE_NAME:
+        # What a captured call was rewritten to answers to its name.
+        original = node.meta.get(ORIGINAL_NAME)
+        return (node.name,) if original is None else (node.name, original)
+    if scope is Scope.OPERATOR_TYPE:
+        captured = node.meta.get("original_target", node.target)
+        return (target_name(captured), target_name(node.target))
+    stack = module_stack(node)
+    if scope is Scope.MODULE_TYPE:
+        return [kind for _, kind in stack]
+    return [path for path, _ in stack if path]
+
+
+class _Index:
+    """Rules by what they name, so that a node is not compared with every one of thousands.
+
+    Args:
+        rules: in the order they were set.
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self.rules = list(rules)
+        self._named: dict[tuple[Scope, str], int] = {}
+        self._globs: dict[Scope, list[int]] = {}
+        for position, rule in enumerate(self.rules):
+            if rule.is_glob:
+                self._globs.setdefault(rule.scope, []).append(position)
+            else:
+                self._named[rule.scope, rule.key] = position
+
+    def best(self, node: Node) -> Rule | None:
+        """The last matching rule of the highest scope that has one."""
+        for scope in reversed(Scope):
+            names = _names(node, scope)
+            found = max((self._named.get((scope, name), -1) for name in names), default=-1)
+            for position in reversed(self._globs.get(scope, ())):
+                if position < found or self.rules[position].selects(names):
+                    found = max(found, position)
+                    break
+            if found >= 0:
+                return self.rules[found]
+        return None
 
 
 @dataclass(frozen=True)
@@ -100,6 +146,10 @@ class Decision:
     aimed: bool = False
 
 
+_MOST_HINTS = 20
+_LONGEST_WORD = 200
+
+
 def target_name(target: Any) -> str:
     """``aten.conv2d.default`` for an overload."""
     return str(target)
@@ -107,6 +157,8 @@ def target_name(target: Any) -> str:
 
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
     """``; did you mean a, b or c?``, or nothing when nothing is near."""
+    if len(word) > _LONGEST_WORD:  # difflib takes the square of the length
+        return ""
     near = difflib.get_close_matches(word, list(candidates), n=count, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
@@ -160,15 +212,15 @@ class Config:
     inputs: dict[str, TensorScheme] = field(default_factory=dict)
     outputs: dict[str, TensorScheme] = field(default_factory=dict)
     io_sources: dict[tuple[str, str], str] = field(default_factory=dict, compare=False, repr=False)
+    _index: _Index | None = field(default=None, init=False, compare=False, repr=False)
 
     def resolve(self, node: Node) -> Decision:
         """Decide the scheme of ``node``."""
         if self.filter_function is not None and not self.filter_function(node):
             return Decision(None, True, "the filter function left it out")
-        best: Rule | None = None
-        for rule in self.rules:
-            if (best is None or rule.scope >= best.scope) and rule.matches(node):
-                best = rule
+        if self._index is None or self._index.rules != self.rules:
+            self._index = _Index(self.rules)
+        best = self._index.best(node)
         if best is None:
             return Decision(None, False, "no rule selects it")
         aimed = best.scope in (Scope.OPERATOR_TYPE, Scope.NODE_NAME)
@@ -185,9 +237,10 @@ class Config:
         """
         self._check_io(model)
         calls = [node for node in model.graph.nodes if node.op == "call_function"]
+        present = {s: {name for node in calls for name in _names(node, s)} for s in Scope}
         warnings: list[str] = []
         for rule in self.rules:
-            if rule.scope is Scope.GLOBAL or any(rule.matches(node) for node in calls):
+            if rule.scope is Scope.GLOBAL or rule.selects(present[rule.scope]):
                 continue
             if rule.scope is Scope.NODE_NAME:
                 hint = nearest(rule.key, (node.name for node in calls))
@@ -205,15 +258,15 @@ class Config:
                     continue
                 hint = nearest(rule.key, names)
                 raise ConfigError(f"{rule.place}: the model has no module {rule.key!r}{hint}")
-            if rule.scope is Scope.OPERATOR_TYPE:
-                kind, present = "operator", {target_name(node.target) for node in calls}
-            else:
-                kind = "module type"
-                present = {name for node in calls for _, name in module_stack(node)}
+            kind = "operator" if rule.scope is Scope.OPERATOR_TYPE else "module type"
+            there = present[rule.scope]
             # ``torch.nn.Conv2d`` means ``torch.nn.modules.conv.Conv2d``: the class name counts.
             last = rule.key.rpartition(".")[2]
-            same = sorted(name for name in present if name.rpartition(".")[2] == last)
-            hint = f"; did you mean {' or '.join(same)}?" if same else nearest(rule.key, present)
+            same = sorted(name for name in there if name.rpartition(".")[2] == last)
+            if same:
+                hint = f"; did you mean {' or '.join(same)}?"
+            else:  # to look for the nearest takes a millisecond
+                hint = nearest(rule.key, there) if len(warnings) < _MOST_HINTS else ""
             warnings.append(f"{rule.place} selects nothing: the graph has no such {kind}{hint}")
         return warnings
 

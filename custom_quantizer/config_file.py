@@ -35,6 +35,8 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from custom_quantizer._io import write_text_atomic
 from custom_quantizer._located import (
+    MOST_CHARACTERS,
+    MOST_MISTAKES,
     DataPath,
     Document,
     Mistake,
@@ -58,6 +60,12 @@ __all__ = ["FORMAT_VERSION", "dump_config", "json_schema", "load_config", "save_
 
 FORMAT_VERSION = 1
 """Version of the file format that is read and written."""
+
+MOST_RULES = 10_000
+"""Rules that a file may have."""
+
+MOST_FORMATS = 1_000
+"""Inputs, or outputs, that a file may name."""
 
 _BEGIN = f"begin with `version: {FORMAT_VERSION}`"
 
@@ -199,7 +207,10 @@ def _without_default(schema: dict[str, Any]) -> None:
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    # The limit is that of files; what a mapping holds is bounded here.
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, str_max_length=MOST_CHARACTERS
+    )
 
 
 class SchemeOptions(_Model):
@@ -310,7 +321,8 @@ _Format = Annotated[
     WithJsonSchema({"title": "activation format", "type": "string", "pattern": _FORMAT_PATTERN}),
 ]
 _Formats = Annotated[
-    Annotated[_Format, Tag("name")] | Annotated[dict[_Name, _Format], Tag("mapping")],
+    Annotated[_Format, Tag("name")]
+    | Annotated[dict[_Name, _Format], Field(max_length=MOST_FORMATS), Tag("mapping")],
     Discriminator(
         _kind, custom_error_type="format_kind", custom_error_message="neither name nor mapping"
     ),
@@ -382,6 +394,7 @@ class ConfigFile(_Model):
     )
     rules: list[RuleEntry] = Field(
         [],
+        max_length=MOST_RULES,
         description="Rules; node names win over module names, these over module types, these over "
         "operator types, and within one scope the later rule wins.",
     )
@@ -454,7 +467,10 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
         file = ConfigFile.model_validate(document.data)
     except ValidationError as exc:
         errors = exc.errors(include_url=False, include_input=False)
-        document.fail([_translate(error, document) for error in errors], cause=exc)
+        # Five times what is shown, since they are listed in another order and once each: to find
+        # the places of all takes minutes in a file that is wrong everywhere.
+        found = [_translate(error, document) for error in errors[: 5 * MOST_MISTAKES]]
+        document.fail(found, cause=exc, total=len(errors) if len(errors) > len(found) else 0)
     return _to_config(file, document)
 
 
@@ -535,6 +551,11 @@ def _translate(error: ErrorDetails, document: Document) -> Mistake:
         return Mistake(path, f"must be text, not {shown}{hint}")
     if kind == "greater_than_equal":
         return Mistake(path, f"must be at least {context['ge']}, not {shown}")
+    if kind == "too_long":
+        most, actual = context["max_length"], context["actual_length"] or "more"
+        return Mistake(path, f"at most {most:,} entries are read, not {actual}")
+    if kind == "string_too_long":
+        return Mistake(path, f"at most {context['max_length']:,} characters are read")
     if kind == "less_than_equal":
         return Mistake(path, f"must be at most {context['le']}, not {shown}")
     if kind == "literal_error":

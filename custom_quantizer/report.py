@@ -290,7 +290,7 @@ class _Document:
 
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"the report is not JSON: {error}") from error
         header = document if isinstance(document, dict) else {}
         if header.get("kind") != cls.kind:

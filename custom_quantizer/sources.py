@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import math
 import os
 import sys
@@ -30,6 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from custom_quantizer._io import check_regular, memory_limit, open_regular, printable
 from custom_quantizer.errors import InputError
 
 __all__ = [
@@ -56,6 +58,10 @@ _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 _IMAGE_SUFFIXES = frozenset(
     {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
+# Pillow would start Ghostscript for PostScript that is called .png.
+_IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_MOST_IMAGE_BYTES = 2**29
+_MOST_ARCHIVE_BYTES = 2**44  # is not read into memory
 _SPLITS = frozenset({"calibration", "dev", "eval", "test", "train", "val", "valid", "validation"})
 _INPUT_KEYS = ("images", "inputs", "input", "x")
 _LABEL_KEYS = ("labels", "targets", "label", "target", "y")
@@ -594,9 +600,13 @@ def load_data(
         seed: For ``limit`` and ``shuffle``.
         split: Folder inside ``path`` to read, such as ``"val"``.
 
+    A file may come from anywhere: what takes more than half of the memory, packed or unpacked,
+    is refused before it is read, and so is an image of more than ``PIL.Image.MAX_IMAGE_PIXELS``
+    (89 million). Objects that would have to be unpickled are refused.
+
     Raises:
-        InputError: The path is missing, empty, of an unknown kind or unreadable, or its content
-            is not as above. An image that cannot be decoded raises while iterating.
+        InputError: The path is missing, empty, of an unknown kind or unreadable, too large, or its
+            content is not as above. An image that cannot be decoded raises while iterating.
     """
     path = Path(path)
     preprocess = preprocess or Preprocess()
@@ -662,10 +672,12 @@ class _ImageReader:
         with ExitStack() as stack:
             archive = None if self.root.is_dir() else stack.enter_context(_open_zip(self.root))
             for batch in batches:
-                images = []
+                images: list[Tensor] = []
                 for index in batch.tolist():
                     name = self.names[index]
                     image = self._decode(archive, name)
+                    if not images:
+                        self._check_memory(image, len(batch))
                     first = first or (name, image.shape)
                     if image.shape != first[1]:
                         raise InputError(
@@ -682,7 +694,7 @@ class _ImageReader:
 
         mode = "RGB" if len(self.preprocess.mean) == 3 else "L"
         try:
-            with self._open(archive, name) as file, Image.open(file) as image:
+            with self._open(archive, name) as file, _open_image(file) as image:
                 # Converting these would clip all above 255.
                 if image.mode.startswith(("I", "F")):
                     raise InputError(
@@ -691,15 +703,52 @@ class _ImageReader:
                     )
                 return cast(Tensor, F.pil_to_tensor(self.preprocess.fit(image.convert(mode))))
         except InputError as exc:
-            raise InputError(f"{self.root}, image {name}: {exc}") from exc
+            raise InputError(f"{self.root}, image {printable(name)}: {exc}") from exc
         except Exception as exc:  # Pillow and zipfile raise a dozen kinds for a damaged file.
             raise InputError(
-                f"{self.root}, image {name}: it cannot be decoded ({_described(exc)}). Repair or "
+                f"{self.root}, image {printable(name)}: it cannot be decoded ({_described(exc)}). Repair or "
                 "remove it."
             ) from exc
 
     def _open(self, archive: zipfile.ZipFile | None, name: str) -> IO[bytes]:
-        return (self.root / name).open("rb") if archive is None else archive.open(name)
+        if archive is None:
+            return open_regular(self.root / name, _MOST_IMAGE_BYTES)
+        size = archive.getinfo(name).file_size
+        if size > _MOST_IMAGE_BYTES:
+            raise InputError(
+                f"It has {size:,} bytes unpacked, and at most {_MOST_IMAGE_BYTES:,} are read. "
+                "Make it smaller, or remove it."
+            )
+        return archive.open(name)
+
+    def _check_memory(self, image: Tensor, count: int) -> None:
+        """Refuse a batch that would not fit: 8-bit pixels, and two times float32."""
+        needed, limit = count * image.numel() * 9, memory_limit()
+        if needed > limit:
+            raise InputError(
+                f"{self.root}: a batch of {count} images of {_pixels(image.shape)} pixels takes "
+                f"{needed:,} bytes, more than half of the memory ({limit:,}). Resize and crop "
+                "them, as in Preprocess(resize=256, crop=224), or use smaller batches."
+            )
+
+
+@contextmanager
+def _open_image(file: IO[bytes]) -> Iterator[Image.Image]:
+    """An image whose size is bounded before its pixels are decoded.
+
+    Pillow itself only warns of up to twice as many pixels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        opened = Image.open(file, formats=_IMAGE_FORMATS)
+    with opened as image:
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and image.width * image.height > most:
+            raise InputError(
+                f"It has {image.height:,}x{image.width:,} pixels, and at most {most:,} are read. "
+                "Make it smaller, or, if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
+            )
+        yield image
 
 
 def _image_source(
@@ -719,7 +768,8 @@ def _image_source(
         )
     else:
         with _open_zip(path) as archive:
-            names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
+            # Not is_dir(), which fails for a name without a character.
+            names = sorted(name for name in archive.namelist() if not name.endswith("/"))
     prefix = f"{split.strip('/')}/" if split else ""
     images = tuple(name for name in names if name.startswith(prefix) and _is_image(name))
     if not images:
@@ -773,11 +823,13 @@ def _classes(folders: list[list[str]], path: Path) -> tuple[tuple[str, ...], Ten
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"No file {path}.")
+    check_regular(path, _MOST_ARCHIVE_BYTES)
     try:
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as exc:
+    # Besides BadZipFile: NotImplementedError, struct.error, UnicodeDecodeError, ValueError.
+    except Exception as exc:
         raise InputError(f"{path} cannot be read as a .zip archive: {exc}.") from exc
 
 
@@ -898,26 +950,83 @@ def _read_tensor_file(path: Path, kind: str, suffixes: frozenset[str]) -> object
         What the file holds: a tensor, or a container of tensors; anything, for ``.pt``.
     """
     suffix = path.suffix.lower()
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"No {kind} file {path}.")
     if suffix not in suffixes:
         raise InputError(f"{path}: {kind} files end in {', '.join(sorted(suffixes))}.")
+    limit = memory_limit()
+    check_regular(path, limit)
     try:
         if suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         if suffix == ".npy":
-            return _from_numpy(np.load(path, allow_pickle=False))
+            with path.open("rb") as file:
+                return _from_numpy(_read_npy(file, path.stat().st_size))
         if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {key: _from_numpy(arrays[key]) for key in arrays.files}
+            return _read_npz(path, limit)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _check_unpacked(archive, limit)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError as exc:
+        raise InputError(f"{path}: {exc}") from exc
     except Exception as exc:  # Each of the four readers has its own kinds of errors.
         hint = " Save tensors alone, not a pickled module or object arrays."
         raise InputError(
             f"{path} cannot be read as {suffix}: {_described(exc, 200)}.{hint}"
         ) from exc
+
+
+def _read_npz(path: Path, limit: int) -> dict[str, Tensor]:
+    with zipfile.ZipFile(path) as archive:
+        _check_unpacked(archive, limit)
+        arrays = {}
+        for info in archive.infolist():
+            with archive.open(info) as file:
+                arrays[info.filename.removesuffix(".npy")] = _from_numpy(
+                    _read_npy(file, info.file_size)
+                )
+        return arrays
+
+
+def _check_unpacked(archive: zipfile.ZipFile, limit: int) -> None:
+    unpacked = sum(info.file_size for info in archive.infolist())
+    if unpacked > limit:
+        raise InputError(
+            f"It takes {unpacked:,} bytes unpacked, more than half of the memory ({limit:,}). "
+            "Split it, or read it yourself and pass parts to DataSource.from_tensors."
+        )
+
+
+def _read_npy(file: IO[bytes], size: int) -> np.ndarray[Any, Any]:
+    """An array whose header fits the ``size`` bytes of its file: NumPy would believe any."""
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read_header is None:
+        raise InputError(f"It is of version {version} of the .npy format, which is not read.")
+    shape, fortran_order, dtype = read_header(file)
+    if dtype.hasobject:
+        raise InputError(
+            "It holds Python objects, which are pickled and could run code; they are not read. "
+            "Save arrays of numbers."
+        )
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count * dtype.itemsize > size:
+        raise InputError(
+            f"Its header promises {count:,} elements of {dtype}, but the file has {size:,} bytes: "
+            "it is damaged. Save it again."
+        )
+    array = np.empty(count, dtype)
+    data: Any = array.view(np.uint8)
+    found = cast(io.BufferedIOBase, file).readinto(data) if count else 0
+    if found < array.nbytes:
+        raise InputError("It ends before its last element: it is damaged. Save it again.")
+    return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
@@ -927,6 +1036,9 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 
 def _described(exc: Exception, limit: int = 500) -> str:
     text = " ".join(str(exc).split()).rstrip(".")
+    # torch first explains, in bold, how to run the code of a file that was refused.
+    text = text.rpartition("WeightsUnpickler error: ")[2]
+    text = "".join(filter(str.isprintable, text))
     return f"{type(exc).__name__}: {text[:limit]}"
 
 

@@ -21,12 +21,10 @@ from operator import add
 from typing import Any, TypeAlias, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, distributed
 from torch.fx import GraphModule, Node
 
-from custom_quantizer._io import write_bytes_atomic
+from custom_quantizer._tensor_file import read_tensors, write_tensors
 from custom_quantizer.arithmetic import QParams
 from custom_quantizer.config import nearest
 from custom_quantizer.errors import CalibrationError, InputError
@@ -55,8 +53,13 @@ __all__ = [
 FORMAT = "custom_quantizer.statistics"
 """Key of the version in the metadata of a statistics file."""
 
-FORMAT_VERSION = 1
-"""Version of the file format that is written, and the newest that is read."""
+FORMAT_VERSION = 2
+"""Version of the file format that is written, and the newest that is read; 1 has no SHA-256."""
+
+MOST_COUNTED = 8192
+"""Entries with counts that a file may have: each takes half a megabyte in memory."""
+
+_MOST_VALUES = 2**46  # so that sums over all bins stay below 2**63
 
 _MOVES = frozenset(
     {
@@ -379,7 +382,7 @@ def save_statistics(source: GraphModule | ModelStatistics, path: str | os.PathLi
 
     For each entry there are, under its tensors' names and kind, ``count`` (int64), ``range``
     (float32: low, high) and, with counts, ``bins`` (int32) and ``counts`` (int64) of the bins that
-    are not empty. Equal statistics give equal files.
+    are not empty; and the SHA-256 of all. Equal statistics give equal files.
 
     Raises:
         CalibrationError: ``source`` is not what ``prepare_pt2e`` returns.
@@ -398,25 +401,24 @@ def save_statistics(source: GraphModule | ModelStatistics, path: str | os.PathLi
             tensors[f"{prefix}/bins"] = bins.to(torch.int32)
             tensors[f"{prefix}/counts"] = statistics.counts[bins]
     # One key: the order of several would change from run to run.
-    write_bytes_atomic(path, save(tensors, metadata={FORMAT: str(FORMAT_VERSION)}))
+    write_tensors(path, tensors, {FORMAT: str(FORMAT_VERSION)})
 
 
 def read_statistics(path: str | os.PathLike[str]) -> ModelStatistics:
     """Read what :func:`save_statistics` wrote.
 
     Raises:
-        InputError: the file cannot be read, is no statistics file, is of a newer version, or
-            holds what no calibration can give.
+        InputError: the file cannot be read, is no statistics file, is of a newer version, was
+            changed after it was written, or holds what no calibration can give.
     """
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_format(path, metadata)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise InputError(f"{path} is no .safetensors file, or a broken one: {error}") from error
+    tensors, metadata, sealed = read_tensors(path)
+    _check_format(path, metadata, sealed)
+    counted = sum(key.endswith("/counts/counts") for key in tensors)
+    if counted > MOST_COUNTED:
+        raise InputError(
+            f"{path} has {counted:,} entries with counts, and at most {MOST_COUNTED:,} are read. "
+            "Check that it is the right file"
+        )
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         prefix, _, field = key.rpartition("/")
@@ -431,9 +433,9 @@ def read_statistics(path: str | os.PathLike[str]) -> ModelStatistics:
     return _sorted(entries)
 
 
-def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str], sealed: bool) -> None:
     version = metadata.get(FORMAT, "")
-    if not version.isdecimal():
+    if not (version.isascii() and version.isdecimal() and len(version) < 9):
         raise InputError(
             f"{path} holds no calibration statistics: save_statistics did not write it"
         )
@@ -441,6 +443,10 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
         raise InputError(
             f"{path} has version {version} of the format; this installation reads up to "
             f"{FORMAT_VERSION}. Update custom_quantizer"
+        )
+    if sealed != (int(version) > 1):
+        raise InputError(
+            f"{path} was changed after it was written: files have a SHA-256 from version 2 on"
         )
 
 
@@ -486,6 +492,8 @@ def _counts(bins: Tensor, values: Tensor) -> Tensor:
     wrong = (bins < 0) | (bins >= BINS) | (magnitude >= 0x7F80) | (bins == 0x8000) | (values <= 0)
     if bool(wrong.any()) or bool((bins.diff() <= 0).any()):
         raise ValueError("bins are not those of finite values in ascending order, or counts of 0")
+    if bool((values > _MOST_VALUES).any()):
+        raise ValueError(f"a bin holds more than {_MOST_VALUES:,} values")
     counts = torch.zeros(BINS, dtype=torch.int64)
     counts[bins.long()] = values
     return counts

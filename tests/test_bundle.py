@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.bundles import write_signed
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
 from support.models import convert
 from support.registry import Surrounded
@@ -403,46 +406,197 @@ def _weights_that_are_none(document: dict[str, Any], path: Path) -> None:
     document["weights"]["sha256"] = hashlib.sha256(data).hexdigest()
 
 
+def _weights_without(name: str, value: Any = None) -> Callable[[dict[str, Any], Path], None]:
+    """Store ``value`` in the place of a weight, with everything signed again."""
+
+    def edit(document: dict[str, Any], path: Path) -> None:
+        file = path.with_suffix(".safetensors")
+        arrays = safetensors.numpy.load_file(file)
+        arrays[name] = value(arrays[name])
+        file.write_bytes(safetensors.numpy.save(arrays))
+        document["weights"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    return edit
+
+
+def _op(**fields: Any) -> Callable[[dict[str, Any], Path], object]:
+    """Other fields of the convolution."""
+    return lambda document, _: document["ops"][0].update(fields)
+
+
+def _tensor(name: str, **fields: Any) -> Callable[[dict[str, Any], Path], object]:
+    return lambda document, _: document["tensors"][name].update(fields)
+
+
+def _factor(**fields: Any) -> Callable[[dict[str, Any], Path], object]:
+    return lambda document, _: document["ops"][0]["requantization"].update(fields)
+
+
+def _padding(before: list[int], after: list[int]) -> Callable[[dict[str, Any], Path], object]:
+    return _op(padding={"before": before, "after": after})
+
+
+def _nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# What a reader says of a network of conv2d, relu (its output), view and linear.
 EDITS: dict[str, tuple[Callable[[dict[str, Any], Path], object], str]] = {
     "format": (lambda d, _: d.update(format="onnx"), "no description of a network"),
-    "version": (lambda d, _: d.update(version=2), "version 2, this reader knows 1"),
+    "version": (lambda d, _: d.update(version=3), "version 3, this reader knows 1 to 2"),
+    "old_version": (lambda d, _: d.update(version=1), "checksum from version 2 on"),
+    "no_checksum": (lambda d, _: d.pop("checksum"), "was changed after it was written"),
     "section": (lambda d, _: d.pop("tensors"), "lacks tensors"),
-    "digest": (lambda d, _: d["weights"].pop("sha256"), r"lacks weights\.sha256"),
+    "unknown_section": (lambda d, _: d.update(code="x"), "code is no field of the format"),
+    "digest": (lambda d, _: d["weights"].pop("sha256"), r"weights lacks sha256"),
     "safetensors": (_weights_that_are_none, "cannot be read"),
-    "op": (lambda d, _: d["ops"][0].update(op="softmax"), r"op 0 \(conv2d\): no op 'softmax'"),
-    "field": (lambda d, _: d["ops"][0].pop("stride"), r"op 0 \(conv2d\) lacks stride"),
-    "order": (lambda d, _: d["ops"].reverse(), "which nothing before it computes"),
-    "output": (
-        lambda d, _: d["outputs"][0].update(tensor="logits"),
-        "not computed or not described: logits",
-    ),
-    "undescribed": (lambda d, _: d["tensors"].pop("relu"), "not computed or not described: relu"),
-    "stored": (lambda d, _: d["tensors"].pop("conv2d.bias"), r"disagree .*: conv2d\.bias"),
+    "ops": (lambda d, _: d.update(ops=None), "ops must be a list .*, not null"),
+    "depth": (lambda d, _: d.update(ops=_nested(500)), r"ops\[0\] must be a mapping"),
+    "op": (_op(op="softmax"), r"ops\[0\]\.op: no op 'softmax'"),
+    "op_list": (_op(op=["conv"]), r"ops\[0\]\.op: no op a list of 1"),
+    "field": (lambda d, _: d["ops"][0].pop("stride"), r"ops\[0\] lacks stride"),
+    "unknown_field": (_op(strides=[1, 1]), r"ops\[0\]\.strides is no field"),
+    "order": (lambda d, _: d["ops"].reverse(), "nothing before it computes"),
+    "output": (lambda d, _: d["outputs"][0].update(tensor="logits"), "'logits' is not computed"),
+    "undescribed": (lambda d, _: d["tensors"].pop("relu"), "'relu' is not described"),
+    "stored": (lambda d, _: d["tensors"].pop("conv2d.bias"), r"disagree .*: 'conv2d\.bias'"),
     "dtype": (
-        lambda d, _: d["tensors"]["conv2d.weight"].update(dtype="int16"),
-        r"conv2d\.weight is described as int16",
+        _tensor("conv2d.weight", dtype="int16"),
+        r"\['conv2d\.weight'\] is described as int16",
     ),
-    "shape": (
-        lambda d, _: d["tensors"]["conv2d.weight"].update(shape=[4, 3, 9]),
-        r"conv2d\.weight is described as int8 of shape \(4, 3, 9\)",
-    ),
+    "weight_shape": (_tensor("conv2d.weight", shape=[4, 3, 9]), r"int8 of shape \[4, 3, 9\]"),
     "scale": (
         lambda d, _: d["tensors"]["relu"]["scale"].update(decimal=0.5),
-        "relu: the bits and the decimal of its scale differ",
+        "relu.scale: its bits and its decimal differ",
     ),
-    "incomplete": (lambda d, _: d["tensors"]["relu"].pop("zero_point"), "relu is incomplete"),
+    "negative_scale": (
+        _tensor("relu", scale={"bits": "bf800000", "decimal": -1.0}),
+        "a number above 0, not -1.0",
+    ),
+    "denormal_scale": (
+        _tensor("relu", scale={"bits": "00000001", "decimal": float(np.float32(1e-45))}),
+        "positive, finite and normal",
+    ),
+    "infinite_scale": (
+        _tensor("relu", scale={"bits": "7f800000", "decimal": 1.0}),
+        "positive, finite and normal",
+    ),
+    "other_scale": (
+        _tensor("relu", scale={"bits": "3f800000", "decimal": 1.0}),
+        "but the scales give",
+    ),
+    "incomplete": (lambda d, _: d["tensors"]["relu"].pop("zero_point"), "relu lacks zero_point"),
+    "huge_zero_point": (_tensor("relu", zero_point=10**9), "<= quant_max must hold"),
+    "another_zero_point": (
+        lambda d, _: d["tensors"][d["ops"][1]["output"]].update(zero_point=0),
+        "one scale and zero point",
+    ),
+    "weight_zero_point": (_tensor("conv2d.weight", zero_point=1), "of a weight must be 0, not 1"),
+    "empty_range": (_tensor("relu", quant_min=5, quant_max=4), "<= quant_max must hold"),
+    "bits": (_tensor("relu", bits=7), "bits must be 8"),
+    "wide": (
+        _tensor("relu", quant_max=128, bits=9),
+        "too wide for int8 in a tensor of activations",
+    ),
+    "activation_shape": (_tensor("relu", shape=[2, 4, 4, 5]), r"its shape is \[2, 4, 4, 4\]"),
+    "extra_tensor": (
+        lambda d, _: d["tensors"].update(more=d["tensors"]["relu"]),
+        "nothing computes 'more'",
+    ),
+    "computed_twice": (_op(output="input_1"), "has its values already"),
+    "stored_value": (
+        _weights_without("conv2d.weight", lambda w: np.full_like(w, -128)),
+        "-128 to -128, outside of its range -127 to 127",
+    ),
+    "shift": (_factor(shift=[100] * 4), r"shift\[0\] must be a whole number .*, not 100"),
+    "another_shift": (_factor(shift=[-5] * 4), "but the scales give"),
+    "wide_rule": (_factor(rule="int64_one_rounding"), "accumulator.width must be 64"),
+    "rule": (_factor(rule="float"), r"requantization\.rule must be .*, not 'float'"),
+    "lengths": (_factor(shift=[-6] * 3), "must have 4 multipliers and shifts"),
+    "negative_multiplier": (_factor(multiplier=[-1] * 4), r"multiplier\[0\] must be"),
+    "boolean": (_op(groups=True), r"groups must be a whole number .*, not true"),
+    "no_stride": (_op(stride=[0, 1]), r"stride\[0\] must be a whole number from 1"),
+    "short_stride": (_op(stride=[1]), "2 spatial dimensions, not 1"),
+    "groups": (_op(groups=2), "in 2 groups does not fit"),
+    "padding": (_padding([2**18] * 2, [0, 0]), "padded input .* elements, .* at most"),
+    "large_padding": (_padding([2**40] * 2, [0, 0]), r"padding\.before\[0\] must be"),
+    "padding_shape": (_padding([1, 1], [0, 0]), r"its shape is \[2, 4, 5, 5\]"),
+    "dilation": (_op(dilation=[9, 1]), "larger than its padded input"),
+    "clamp": (_op(clamp=[-128, 300]), "clamp must lie within -128 to 127"),
+    "clamp_order": (_op(clamp=[5, 4]), "clamp must lie within"),
+    "accumulator": (_op(accumulator={"bits": 9, "width": 32}), "accumulator.bits must be"),
+    "no_weight": (_op(weight="conv2d.bias"), "'conv2d.bias' is a bias"),
+    "inputs": (_op(inputs=["input_1", "input_1"]), "inputs must be 1 tensors, not 2"),
+    "surrogate": (_op(module="\ud800", clamp="\ud800"), r"not '\\ud800'"),
+    "long_number": (_op(groups=10**100), "more than 40 digits"),
 }
 
 
 @pytest.mark.parametrize("name", EDITS)
 def test_a_description_that_cannot_be_run_says_why(damaged: Path, name: str) -> None:
     edit, message = EDITS[name]
-    file = damaged.with_suffix(".json")
-    document = json.loads(file.read_text())
+    document = json.loads(damaged.with_suffix(".json").read_text())
     edit(document, damaged)
-    file.write_text(json.dumps(document))
+    write_signed(document, damaged)
+    with pytest.raises(cq.InputError, match=message) as raised:
+        load_integers(damaged)
+    assert str(damaged) in str(raised.value)
+
+
+def test_one_digit_that_was_changed_is_noticed(damaged: Path) -> None:
+    file = damaged.with_suffix(".json")
+    text = file.read_bytes()
+    for position in range(0, len(text), 37):
+        broken = bytearray(text)
+        broken[position] ^= 1
+        file.write_bytes(broken)
+        with pytest.raises(cq.InputError, match=r"was changed|not JSON|no description|version"):
+            load_integers(damaged)
+
+
+TEXTS = {
+    "nan": (b"NaN", "NaN is no number of JSON"),
+    "deep": (b"[" * 100_000 + b"]" * 100_000, "is not JSON"),
+    "digits": (b"9" * 10_000, "is not JSON"),
+    "twice": (b'{"a": 1, "a": 2}', "the key 'a' stands twice"),
+    "latin": (b'"\xe4"', "is not JSON"),
+    "list": (b"[]", "no description"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_file_that_is_no_description(damaged: Path, name: str) -> None:
+    text, message = TEXTS[name]
+    damaged.with_suffix(".json").write_bytes(text)
     with pytest.raises(cq.InputError, match=message):
         load_integers(damaged)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_what_is_no_regular_file_is_not_opened(damaged: Path, suffix: str) -> None:
+    file = damaged.with_suffix(suffix)
+    file.unlink()
+    os.mkfifo(file)  # opening it would wait for a writer
+    with pytest.raises(cq.InputError, match=f"{suffix} is no regular file"):
+        load_integers(damaged)
+    file.unlink()
+    with file.open("wb") as sparse:
+        sparse.truncate(2**40)
+    with pytest.raises(cq.InputError, match=r"1,099,511,627,776 bytes, .* at most are read"):
+        load_integers(damaged)
+
+
+def test_a_bundle_of_version_1_is_read(damaged: Path) -> None:
+    expected = load_integers(damaged)(np.ones((2, 3, 6, 6), np.float32))
+    document = json.loads(damaged.with_suffix(".json").read_text())
+    del document["checksum"]
+    document["version"] = 1
+    damaged.with_suffix(".json").write_text(json.dumps(document))
+    actual = load_integers(damaged)(np.ones((2, 3, 6, 6), np.float32))
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_a_failed_write_leaves_the_old_bundle(

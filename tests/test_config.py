@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.graphs import Function, calls, capture
 from torch import nn
+from torch.fx import Node
 from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, ObserverBase
 from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
 
@@ -317,3 +319,65 @@ def test_nearest_names() -> None:
     assert nearest("layer1.cnv", names, count=1) == "; did you mean layer1.conv?"
     assert nearest("layer3.conv", names) == "; did you mean layer2.conv or layer1.conv?"
     assert nearest("zzz", names) == ""
+
+
+# Many rules: those that name what they select are found without trying each.
+
+KEYS = {
+    Scope.GLOBAL: [""],
+    Scope.OPERATOR_TYPE: ["aten.conv2d.default", "aten.relu.default", "aten.*"],
+    Scope.MODULE_TYPE: ["torch.nn.modules.conv.Conv2d", "torch.nn.modules.*"],
+    Scope.MODULE_NAME: ["0", "0.0", "0.*", "*", "[01].1", "?", "1"],
+    Scope.NODE_NAME: ["conv2d", "conv2d_1", "conv*", "*_1", "x"],
+}
+RULES = st.lists(
+    st.sampled_from([(scope, key) for scope, keys in KEYS.items() for key in keys]), max_size=8
+)
+
+
+@pytest.fixture(scope="module")
+def small_calls() -> list[Node]:
+    block = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())
+    graph = capture(nn.Sequential(block, nn.Conv2d(1, 1, 1)), (torch.randn(1, 1, 2, 2),))
+    return [node for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@given(given=RULES)
+def test_the_last_rule_of_the_highest_scope_wins(
+    given: list[tuple[Scope, str]], small_calls: list[Node]
+) -> None:
+    schemes = [scheme(f"a{2 + index}w8") for index in range(len(given))]
+    rules = [Rule(*named, value) for named, value in zip(given, schemes, strict=True)]
+    config = Config(rules)
+    for node in small_calls:
+        best = None
+        for rule in rules:
+            if rule.matches(node) and (best is None or rule.scope >= best.scope):
+                best = rule
+        decision = config.resolve(node)
+        assert decision.scheme == (None if best is None else best.scheme)
+        assert decision.reason == ("no rule selects it" if best is None else str(best))
+
+
+def test_a_rule_that_is_added_later_counts(small_calls: list[Node]) -> None:
+    config = Config([Rule(Scope.GLOBAL, "", scheme("a8w8"))])
+    assert config.resolve(small_calls[0]).scheme == scheme("a8w8")
+    config.rules.append(Rule(Scope.GLOBAL, "", scheme("a4w4")))
+    assert config.resolve(small_calls[0]).scheme == scheme("a4w4")
+    config.rules[1] = Rule(Scope.GLOBAL, "", scheme("a2w2"))
+    assert config.resolve(small_calls[0]).scheme == scheme("a2w2")
+
+
+def test_thousands_of_rules_take_no_time(small_calls: list[Node]) -> None:
+    rules = [Rule(Scope.MODULE_NAME, f"layer{i}.conv", None) for i in range(10_000)]
+    config = Config([*rules, Rule(Scope.MODULE_NAME, "0", scheme("a8w8"))])
+    begin = time.perf_counter()
+    for _ in range(100):
+        for node in small_calls:
+            config.resolve(node)
+    # One after the other they take half a second for each pass over the three calls.
+    assert time.perf_counter() - begin < 5
+
+
+def test_nothing_is_near_a_word_of_thousands_of_letters() -> None:
+    assert nearest("conv2d" * 10_000, ["conv2d"] * 10_000) == ""

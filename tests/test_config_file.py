@@ -567,7 +567,7 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
         ("mixd.yaml", "there is no such file; did you mean mixed.yaml?"),
         ("folder/mixed.yaml", "there is no directory"),
         ("mixed.toml", "its name ends in .yaml, .yml, .json"),
-        ("directory.yaml", "Is a directory"),
+        ("directory.yaml", "it is a directory"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, message: str) -> None:

@@ -498,7 +498,7 @@ def test_images_of_several_sizes_are_refused_with_the_cure(tmp_path: Path) -> No
 def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     source = load_data(make_tree(tmp_path, {"a.png": png(0)}))
     (tmp_path / "a.png").unlink()
-    with pytest.raises(InputError, match=r"a\.png: it cannot be decoded \(FileNotFoundError"):
+    with pytest.raises(InputError, match=r"a\.png: Cannot read .*no such file"):
         list(source)
 
 
@@ -624,7 +624,7 @@ def test_sparse_tensors_are_refused() -> None:
 
 def test_object_arrays_are_not_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "d.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match=r"d\.npy cannot be read as \.npy: ValueError"):
+    with pytest.raises(InputError, match=r"d\.npy: It holds Python objects, .* not read"):
         load_data(tmp_path / "d.npy")
 
 

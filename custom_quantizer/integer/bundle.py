@@ -53,11 +53,14 @@ from custom_quantizer.integer.accumulators import (
 )
 from custom_quantizer.integer.numpy_runner import (
     FORMAT,
+    MOST_BYTES,
     VERSION,
     Array,
     BundleError,
     NumpyReference,
     bundle_files,
+    check_description,
+    checksum,
 )
 from custom_quantizer.ops import QuantizedOp, functions
 from custom_quantizer.ops.functions import levels
@@ -91,7 +94,7 @@ def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
     """Write ``<path>.safetensors`` and ``<path>.json``.
 
     Each file appears whole or not at all. The JSON comes second and holds the SHA-256 of the
-    other, so that a reader notices when only one of them was replaced.
+    other and of itself, so that a reader notices when one of them was changed or replaced.
 
     Args:
         converted: what ``convert_pt2e`` returns; every op of it in integers.
@@ -99,7 +102,8 @@ def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ConversionError: an op is left in float, or depends on a size that was dynamic at capture;
-            or the ratio of its scales is out of reach of a multiplier and shift.
+            or the ratio of its scales is out of reach of a multiplier and shift; or the network
+            exceeds a limit of the format.
         InputError: the files cannot be written.
     """
     description, arrays = _described(read_converted(converted))
@@ -109,10 +113,22 @@ def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
         "file": os.path.basename(weights_file),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    text = _dumps(description) + "\n"
+    try:
+        check_description(description, arrays)
+    except BundleError as exc:
+        raise ConversionError(f"the network is out of reach of the format: {exc}.") from exc
+    text = (_dumps(description) + "\n").encode("utf-8")
+    if len(text) > MOST_BYTES:
+        raise ConversionError(
+            f"the description of the network has {len(text):,} bytes, and readers take "
+            f"{MOST_BYTES:,}: large tables for each channel need that much. Leave their ops in "
+            "float, and out of the model."
+        )
+    digits = description["checksum"]
+    text = text.replace(digits.encode(), checksum(text, digits).encode(), 1)
     with open_atomic(json_file) as document, open_atomic(weights_file) as weights:
         try:
-            document.write(text.encode("utf-8"))
+            document.write(text)
             document.flush()
             weights.write(data)
         except OSError as exc:
@@ -126,8 +142,8 @@ def load_integers(path: str | os.PathLike[str]) -> IntegerBundle:
         path: of both files, without a suffix or with that of either.
 
     Raises:
-        InputError: a file is missing, damaged or of a newer version; or the two do not belong
-            together.
+        InputError: a file is missing, damaged or of a newer version; the two do not belong
+            together; or the network they describe cannot be run.
     """
     try:
         return IntegerBundle.load(path)
@@ -195,6 +211,7 @@ def _described(graph: ConvertedGraph) -> tuple[Entry, dict[str, Array]]:
     document = {
         "format": FORMAT,
         "version": VERSION,
+        "checksum": "0" * 64,
         "arithmetic": FIXED_POINT.name,
         "weights": {},
         "inputs": list(writer.inputs.values()),
