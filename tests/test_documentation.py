@@ -31,6 +31,7 @@ BENCHMARKS = {
     "calibration_samples": "calibration_studies",
     **{f"qat_{name}": "qat_studies" for name in ("bias", "networks", "rates", "widths")},
     "mutation_score": "mutation_score",
+    "shared_layers": "shared_layers",
 }
 """Which benchmark renders the page of a stored result."""
 
@@ -228,6 +229,7 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
         "6 dB are one bit": "20 log10(2)",
         "MobileNetV2 of width 0.5": "name of a model",
         "gains 14 points": "what a tutorial of PyTorch reports",
+        "(torchao 0.18)": "version",
     },
     "bias.md": {
         "section 2.4": "of a paper",
