@@ -13,12 +13,12 @@ from support.graphs import Function
 from support.models import randomize_batch_norms
 
 
-def norm(channels: int, rank: int, **options: bool) -> nn.Module:
+def norm(channels: int, rank: int, seed: int = 0, **options: bool) -> nn.Module:
     """A batch norm for tensors of a rank, with statistics that folding has to get right."""
     kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
     torch.manual_seed(1)
     module = kinds[rank](channels, **options)
-    return module if not module.affine else randomize_batch_norms(module)
+    return module if not module.affine else randomize_batch_norms(module, seed)
 
 
 def conv(**options: Any) -> nn.Conv2d:
@@ -32,7 +32,8 @@ def two_norms(layer: nn.Module, other: Callable[[Tensor], Tensor], rank: int = 4
         return self.norm1(self.layer(x)), self.norm2(self.layer(other(x)))
 
     channels = layer.weight.shape[0]
-    return Function(forward, layer=layer, norm1=norm(channels, rank), norm2=norm(channels, rank))
+    norms = {f"norm{i}": norm(channels, rank, seed=i) for i in (1, 2)}
+    return Function(forward, layer=layer, **norms)
 
 
 def tied(what: str) -> nn.Module:
@@ -50,7 +51,7 @@ def using(
     function: Callable[..., Any], layer: nn.Module, rank: int = 4, count: int = 1
 ) -> nn.Module:
     channels = layer.weight.shape[0] if not isinstance(layer, nn.ConvTranspose2d) else 4
-    norms = {f"norm{i}": norm(channels, rank) for i in range(count)}
+    norms = {f"norm{i}": norm(channels, rank, seed=i) for i in range(count)}
     return Function(function, layer=layer, **norms)
 
 
