@@ -104,7 +104,9 @@ def test_one_layer_by_hand() -> None:
 def test_headroom_and_accumulators() -> None:
     result = small_result()
     diagnosis = diagnose(result.exported, result.converted, small_images(8))
-    for op in read_converted(result.converted).integer:
+    ops = read_converted(result.converted).integer
+    assert [op.bias is not None for op in ops].count(True) == 3
+    for op in ops:
         row = diagnosis[op.output_node.name]
         assert row.family == op.binding.rule.family
         if op.bias is None:
