@@ -483,9 +483,8 @@ def _leave_divisors_in_float(ops: list[_Op], producer: dict[Node, _Op]) -> None:
             source = producer.get(source.binding.inputs[0])
         if source is None or source.scheme is None or source.decision.explicit:
             continue
-        low = None
-        if source.rule is not None and source.rule.bounds is not None:
-            low, _ = source.rule.bounds(source.node)
+        last = rule_of(source.output)  # a clamp of its own, or one that is fused
+        low = None if last is None or last.bounds is None else last.bounds(source.output)[0]
         if low is not None and low > 0:
             source.scheme = None
             source.reason = "it keeps a divisor away from zero, to which integers would round it"

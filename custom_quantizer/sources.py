@@ -139,8 +139,8 @@ def load_weights(model: nn.Module, path: StrPath) -> None:
         InputError: The file is missing, unreadable or no state dict, or its keys or shapes are
             not those of ``model``. The model may then be partly filled.
     """
-    state = _read_state_dict(Path(path))
     own = model.state_dict()
+    state = _unprefixed(_read_state_dict(Path(path)), own)
     shapes = [
         f"{key} {list(value.shape)} (model: {list(own[key].shape)})"
         for key, value in state.items()
@@ -305,10 +305,15 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is no state dict: {_some(other)} are not tensors. Save model.state_dict() "
             f"alone, or under one of the keys {', '.join(_STATE_DICT_KEYS)}."
         )
-    state = cast("Mapping[str, Tensor]", content)
-    if all(key.startswith("module.") for key in state):
-        return {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state)
+    return dict(cast("Mapping[str, Tensor]", content))
+
+
+def _unprefixed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix of ``DataParallel``, unless the model has a layer of this name itself."""
+    wrapped = all(key.startswith("module.") for key in state)
+    if not wrapped or state.keys() == own.keys():
+        return state
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 # --- data -----------------------------------------------------------------------------------

@@ -214,9 +214,14 @@ def test_the_projection_of_a_second_operand_has_zero_point_zero() -> None:
 
 def test_an_unsigned_second_operand_is_requantized() -> None:
     converted = convert(Heads(unsigned=True), (torch.randn(2, 5, 8),))
-    for node in calls(converted.graph, aten.matmul.default):
+    products, relus = (
+        calls(converted.graph, target) for target in (aten.matmul.default, aten.relu.default)
+    )
+    assert products
+    assert relus
+    for node in products:
         assert cast(Node, node.args[1]).args[2] == 0
-    for node in calls(converted.graph, aten.relu.default):
+    for node in relus:
         (stored,) = node.users
         assert stored.args[2] == -128, "the range of a relu is not halved"
 

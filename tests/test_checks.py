@@ -376,12 +376,8 @@ def test_one_unit_of_some_outputs_is_noticed_where_all_ops_are_integer() -> None
     def change(pad: Node) -> None:
         (quantize,) = (user for user in pad.users if is_quantize(user))
         scale = cast(float, quantize.args[1])
-        assert pad.target is aten.constant_pad_nd.default
-        pad.args = (
-            *pad.args[:2],
-            *(("constant",) if pad.target is aten.pad.default else ()),
-            scale,
-        )
+        assert pad.target is aten.pad.default
+        pad.args = (*pad.args[:2], "constant", scale)
         assert checks.relative_error(reference, reference + scale) < checks.FLOAT_TOLERANCE / 3
 
     with pytest.raises(

@@ -18,6 +18,7 @@ from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
     Quantizer,
+    SharedQuantizationSpec,
 )
 
 import custom_quantizer as cq
@@ -121,6 +122,26 @@ def test_a_tensor_that_another_quantizes_has_one_observer(lowest: int, again: in
     assert len(twice) == again
     inner = next(n for n in graph.graph.nodes if n.name == "conv2d_1")
     assert is_dequantize(inner.args[0])
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "shared"),
+    [("a8w8", False, True), ("a8w8", True, False), ("dyn8w8", False, False)],
+)
+def test_scales_of_run_time_are_shared_with_nobody(mine: str, theirs: bool, shared: bool) -> None:
+    """Neither ours with a tensor that another quantizes statically, nor the other way round."""
+    spec = QuantizationSpec(
+        torch.int8, MinMaxObserver, -128, 127, qscheme=torch.per_tensor_affine, is_dynamic=theirs
+    )
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    captured = torch.export.export(model.eval(), (torch.randn(2, 4),)).module()
+    quantizer = ComposableQuantizer([Annotates(RELU, spec), ours().set_module_name("2", mine)])
+    annotated = quantizer.annotate(quantizer.transform_for_annotation(captured))
+    (relu,) = (node for node in annotated.graph.nodes if node.target is RELU)
+    (reader,) = relu.users
+    given = reader.meta["quantization_annotation"].input_qspec_map[relu]
+    assert isinstance(given, SharedQuantizationSpec) is shared
+    assert shared or given.is_dynamic is (mine == "dyn8w8")
 
 
 @pytest.mark.parametrize("explicit_first", [True, False])

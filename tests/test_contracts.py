@@ -424,6 +424,7 @@ def test_arithmetics_differ_by_at_most_one_unit_on_the_same_integers(name: str) 
     done = family(name, "a8w8")
     reference = cq.integer_reference(done.graph.model)
     _, record = reference.with_integers(*done.inputs[0])
+    assert done.graph.integer
     for op in done.graph.integer:
         if op.binding.rule.sharing is QParamSharing.SAME:
             continue

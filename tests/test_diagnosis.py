@@ -43,6 +43,29 @@ def converted_of(
     return cast(GraphModule, convert_pt2e(prepared))
 
 
+class Sums(nn.Module):
+    """Two tensors of unequal ratios, added in both orders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.a(x), self.b(x)
+        return a + b, b + a
+
+
+def test_the_worst_of_two_inputs_counts() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 5)
+    model = Sums()
+    diagnosis = diagnose(model, converted_of(model, x), x)
+    ratios = [diagnosis[name].sqnr for name in ("linear", "linear_1")]
+    assert abs(ratios[0] - ratios[1]) > 0.1
+    assert diagnosis["add"].inputs_sqnr == min(ratios)
+    assert diagnosis["add_1"].inputs_sqnr == min(ratios)
+
+
 def test_one_layer_by_hand() -> None:
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
@@ -81,7 +104,9 @@ def test_one_layer_by_hand() -> None:
 def test_headroom_and_accumulators() -> None:
     result = small_result()
     diagnosis = diagnose(result.exported, result.converted, small_images(8))
-    for op in read_converted(result.converted).integer:
+    ops = read_converted(result.converted).integer
+    assert [op.bias is not None for op in ops].count(True) == 3
+    for op in ops:
         row = diagnosis[op.output_node.name]
         assert row.family == op.binding.rule.family
         if op.bias is None:

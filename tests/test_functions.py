@@ -164,6 +164,17 @@ def test_no_kernel_within_its_bound_changes_an_entry(
         assert torch.equal(got[legal], expected[legal])
 
 
+@pytest.mark.parametrize("ulps", [2.0, 8.0])
+def test_the_window_of_ties_counts_four_roundings_besides_the_kernel(ulps: float) -> None:
+    """An entry is moved if it is within ``(ulps + 4) * 2**-24`` of the largest from a half."""
+    dst = QParams(1.0, 0, -128, 127)
+    for part, moved in ((0.0, True), (0.5, True), (0.99, True), (1.01, False), (2.0, False)):
+        apart = part * (ulps + 4) * 2.0**-24 * 100.0
+        for half in (0.5 + apart, 0.5 - apart):
+            values = torch.tensor([0.0, half, 100.0], dtype=torch.float64)
+            assert (functions._steady_shift(values, ulps, dst) != 0.0) is moved, part
+
+
 def test_tables_with_an_entry_next_to_the_middle_are_shifted() -> None:
     """Found by search: an entry of this table lies within 1e-5 steps of a half."""
     function, dst = named(aten.tanh.default), qparams(-1, 1)

@@ -717,10 +717,19 @@ def test_a_file_that_is_no_program(tmp_path: Path) -> None:
 
 
 def test_lowered_exactly_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The helper that most tests rest on."""
-    graph, _, example = net()
-    monkeypatch.setattr(cq.LoweredProgram, "run", lambda self, x: {"scores": x, "maps": [x, (x,)]})
-    with pytest.raises((AssertionError, VerificationError)):
+    """The helper that most tests rest on, and a program of which one value is the next float."""
+    graph, lowered, example = net()
+
+    def run(x: Tensor) -> Any:
+        outputs = lowered.run(x)
+        value = outputs["scores"][1, 2]
+        value.copy_(torch.nextafter(value, value + 1))
+        return outputs
+
+    twin = lowered.with_bytes(lowered.buffer)
+    monkeypatch.setattr(twin, "run", run)
+    monkeypatch.setattr(cq, "lower", lambda *_: twin)
+    with pytest.raises(AssertionError):
         lowered_exactly(graph, example)
 
 

@@ -22,6 +22,7 @@ import custom_quantizer as cq
 from custom_quantizer.canonical import canonicalize
 from custom_quantizer.config import Config, Rule, Scope
 from custom_quantizer.errors import ConfigError
+from custom_quantizer.ops import Backend, Binding, Formats, OpRule, predict_backend, rule_of
 from custom_quantizer.planner import Edge, Plan, make_plan
 from custom_quantizer.schemes import scheme
 
@@ -53,6 +54,80 @@ def group(plan: Plan, op: str, role: str = "output", tensor: str | None = None) 
     }
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize(
+    ("dims", "ok"),
+    [((), True), ((2, 3), True), ((0,), True), ((0, 2, 3), False), ((1, 2, 3), False)],
+)
+def test_means_of_what_may_grow(dims: tuple[int, ...], ok: bool) -> None:
+    """XNNPACK's mean is wrong when the batch or the channels grow, but not the image."""
+    sizes = {dim: torch.export.Dim(f"size{dim}", min=2, max=9) for dim in dims}
+    model = Function(lambda s, x: (x + x).mean((2, 3)) * 2.0)
+    graph = capture(model, (torch.randn(IMAGE),), dynamic_shapes=((sizes,),))
+    plan = make_plan(canonicalize(graph), Config([Rule(Scope.GLOBAL, "", A8W8)]))
+    op = next(op for op in plan.ops if op.family in ("mean", "linear"))
+    assert (op.scheme == "a8w8") is ok, op
+    if not ok:
+        assert "wrong when the batch grows" in op.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "backend"),
+    [
+        ({"kernel_size": 2}, Backend.INT8),
+        ({"kernel_size": 2, "ceil_mode": True}, Backend.INT8),
+        ({"kernel_size": 2, "stride": 3}, Backend.INT8),
+        ({"kernel_size": 2, "stride": 3, "ceil_mode": True}, Backend.PORTABLE),
+        ({"kernel_size": 2, "stride": (2, 3), "ceil_mode": True}, Backend.PORTABLE),
+        ({"kernel_size": (3, 2), "stride": (3, 2), "ceil_mode": True}, Backend.INT8),
+    ],
+)
+def test_where_max_pools_run(options: dict[str, Any], backend: Backend) -> None:
+    graph = capture(nn.MaxPool2d(**options), (torch.randn(IMAGE),))
+    (node,) = (node for node in graph.graph.nodes if rule_of(node) is not None)
+    bound = cast(OpRule, rule_of(node)).bind(cast(OpRule, rule_of(node)), node)
+    assert predict_backend(cast(Binding, bound), Formats(8)).backend is backend
+
+
+@pytest.mark.parametrize(
+    ("group_size", "features", "reason"),
+    [
+        (32, 96, None),
+        (96, 96, None),
+        (48, 96, "in groups of a multiple of 32"),
+        (16, 96, "in groups of a multiple of 32"),
+        (64, 96, "its 96 input features do not divide into groups of 64"),
+    ],
+)
+def test_sizes_of_weight_groups(group_size: int, features: int, reason: str | None) -> None:
+    rule = Rule(Scope.GLOBAL, "", scheme(f"dyn8w4g{group_size}"))
+    graph = canonicalize(capture(nn.Linear(features, 4), (torch.randn(2, features),)))
+    (op,) = make_plan(graph, Config([rule])).ops
+    assert (op.scheme is not None) is (reason is None)
+    assert reason is None or reason in op.reason
+
+
+@pytest.mark.parametrize(
+    ("bound", "kept"),
+    [
+        (lambda y: y.clamp(min=1e-6), False),
+        (lambda y: y.clamp(1e-6, 1.0), False),
+        (F.relu, True),
+        (lambda y: y.clamp(min=0.0), True),
+        (lambda y: y.clamp(min=-1.0), True),
+        (lambda y: y.clamp(max=1.0), True),
+    ],
+)
+@pytest.mark.parametrize("before", [lambda y: y + y, torch.tanh], ids=["fused", "alone"])
+def test_bounds_that_keep_divisors_from_zero(
+    bound: Callable[[Tensor], Tensor], kept: bool, before: Callable[[Tensor], Tensor]
+) -> None:
+    """A bound above 0 stays in float; a relu keeps no divisor from 0, and is quantized."""
+    plan = plan_of(lambda s, x, y: (x + x) / bound(before(y)) * 2.0, shapes=(IMAGE, IMAGE))
+    op = next(op for op in plan.ops if op.fused or op.family in ("relu", "clamp"))
+    assert ("keeps a divisor away from zero" in op.reason) is not kept, op
+    assert (op.scheme is not None) is kept, op
 
 
 Partition = frozenset[frozenset[tuple[str, ...]]]

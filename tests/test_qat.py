@@ -786,6 +786,55 @@ def test_finetune_learns() -> None:
     assert accuracy == summary.epochs[-1].validation_accuracy
 
 
+class Flat(nn.Sequential):
+    """One layer."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(192, 4))
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_samples() -> None:
+    """Of batches of unequal sizes; in training and in validation."""
+    seen: list[tuple[float, int]] = []
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        value = F.cross_entropy(outputs, labels) * len(labels)  # far from equal
+        seen.append((float(value.detach()), len(labels)))
+        return value
+
+    x, labels = task(40)
+    batches = [(x[:32], labels[:32]), (x[32:], labels[32:])]
+    (metrics,) = qat.finetune(
+        prepared_for(build=Flat), batches, epochs=1, loss=loss, validation=batches
+    ).epochs
+    means = [
+        sum(value * size for value, size in part) / sum(size for _, size in part)
+        for part in (seen[:2], seen[2:])
+    ]
+    assert [size for _, size in seen] == [32, 8, 32, 8]
+    assert [metrics.loss, metrics.validation_loss] == means
+
+
+@pytest.mark.parametrize(("warmup", "rise"), [(0.0, [1.0] * 6), (0.5, [1 / 3, 2 / 3, 1, 1, 1, 1])])
+def test_the_learning_rate_falls_along_a_cosine(
+    warmup: float, rise: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the full rate, at the first of 6 steps, towards 0, which would be at a seventh."""
+    rates: list[float] = []
+
+    class Recording(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(float(self.param_groups[0]["lr"]))
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "SGD", Recording)
+    recipe = qat.Recipe(learning_rate=0.01, warmup=warmup)
+    summary = qat.finetune(prepared_for(build=Flat), loader(), epochs=1, recipe=recipe)
+    wanted = [0.005 * (1 + math.cos(math.pi * i / 6)) * r for i, r in enumerate(rise)]
+    assert rates == pytest.approx(wanted, rel=1e-12)
+    assert summary.epochs[-1].learning_rate == rates[-1]
+
+
 def test_phases_of_the_recipe() -> None:
     """Batch norms freeze first, observers later; both are where the recipe says."""
     prepared = prepared_for()

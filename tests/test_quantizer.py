@@ -467,7 +467,9 @@ def test_every_error_above_is_one_family() -> None:
 
 def test_every_convolution_and_linear_layer_of_a_model_has_an_int32_bias() -> None:
     graph = quantized(net(), (image(),))
-    for name, node in _gemms(graph).items():
+    gemms = _gemms(graph)
+    assert gemms
+    for name, node in gemms.items():
         bias = cast(Node, node.args[2])
         assert is_dequantize(bias), name
         integers = constant_of(graph, cast(Node, bias.args[0]))
@@ -480,11 +482,12 @@ def test_every_convolution_and_linear_layer_of_a_model_has_an_int32_bias() -> No
 
 def test_scales_in_the_graph_are_float32() -> None:
     graph = quantized(net(), (image(),))
-    for node in graph.graph.nodes:
-        if (is_quantize(node) or is_dequantize(node)) and isinstance(node.args[1], float):
-            scale = node.args[1]
-            assert float(torch.tensor(scale, dtype=torch.float32)) == scale
-            assert scale > 0
+    nodes = [node for node in graph.graph.nodes if is_quantize(node) or is_dequantize(node)]
+    scales = [node.args[1] for node in nodes if isinstance(node.args[1], float)]
+    assert scales
+    for scale in scales:
+        assert float(torch.tensor(scale, dtype=torch.float32)) == scale
+        assert scale > 0
 
 
 def test_the_converted_graph_can_be_saved_and_loaded(tmp_path: Any) -> None:

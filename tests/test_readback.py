@@ -928,21 +928,25 @@ def test_overlapping_offsets_do_not_run_forever() -> None:
 
 
 def test_a_wrong_bit_in_a_constant_is_found(small_pte: bytes) -> None:
-    for tensor in read_program(small_pte).delegates[0].tensors:
-        if tensor.is_constant:
-            start = small_pte.index(tensor.array().tobytes())
-            changed = bytearray(small_pte)
-            changed[start] ^= 1
-            with pytest.raises(ProgramError, match="SHA-256"):
-                read_program(bytes(changed))
+    for tensor in _constants(small_pte):
+        start = small_pte.index(tensor.array().tobytes())
+        changed = bytearray(small_pte)
+        changed[start] ^= 1
+        with pytest.raises(ProgramError, match="SHA-256"):
+            read_program(bytes(changed))
+
+
+def _constants(pte: bytes) -> list[DelegateTensor]:
+    found = [t for t in read_program(pte).delegates[0].tensors if t.is_constant]
+    assert len(found) == 2, "a weight and a bias"
+    return found
 
 
 def test_constants_are_named_by_their_hash(small_pte: bytes) -> None:
     """What the check above rests on."""
-    for tensor in read_program(small_pte).delegates[0].tensors:
-        if tensor.is_constant:
-            digest = hashlib.sha256(tensor.array().tobytes()).hexdigest()
-            assert tensor.constant_key == digest
+    for tensor in _constants(small_pte):
+        digest = hashlib.sha256(tensor.array().tobytes()).hexdigest()
+        assert tensor.constant_key == digest
 
 
 def test_a_large_program_reads_fast() -> None:

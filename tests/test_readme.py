@@ -58,7 +58,9 @@ def test_every_command_is_listed() -> None:
 def test_links_lead_somewhere() -> None:
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.M)
     anchors = {heading.lower().replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert targets
+    for target in targets:
         if target.startswith("#"):
             assert target[1:] in anchors
         elif not target.startswith("http"):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from support.graphs import Function, quantized
 from support.models import Converted, convert, randomize_batch_norms
 from support.registry import Surrounded
 from torch import Tensor, nn
 
 import custom_quantizer as cq
+from custom_quantizer.converted import read_converted
+from custom_quantizer.graph import is_dequantize, is_quantize
 from custom_quantizer.ops import REGISTRY, Case, OpRule
+from custom_quantizer.ops.gemm import _accumulate
 
 MODES = ("xnnpack", "fixed_point", "exact")
 CASES = [
@@ -68,6 +77,89 @@ def test_only_integers_between_quantize_and_dequantize(rule: OpRule, case: Case,
         assert not values.dtype.is_floating_point, name
         assert int(values.min()) >= -128
         assert int(values.max()) <= 127
+
+
+@pytest.mark.parametrize(
+    ("beyond", "dtype"), [(-1, torch.float32), (0, torch.float64), (1, torch.float64)]
+)
+def test_sums_are_exact_on_both_sides_of_float32(beyond: int, dtype: torch.dtype) -> None:
+    """The largest sum of an op is ``2**24 + beyond``; ``2**24 + 1`` is no float32 number."""
+    layer = nn.Linear(3, 1)
+    converted = convert(layer, (torch.tensor([[-1.0, 0.5, 2.0]]),))
+    (op,) = read_converted(converted.graph).integer
+    (qx,) = op.inputs
+    weight = torch.tensor([[127, 100, 3]], dtype=torch.int8)
+    data = torch.full((1, 3), -128, dtype=torch.int32)
+    if qx.quant_max - qx.zero_point > qx.zero_point - qx.quant_min:
+        data = -1 - data
+    products = int(((data - qx.zero_point) * weight).sum())
+    bias = (2**24 + beyond - abs(products)) * (1 if products > 0 else -1)
+    op = dataclasses.replace(op, weight=weight, bias=torch.tensor([bias], dtype=torch.int32))
+    acc = _accumulate(op, data, lambda x, w: x @ w.to(x.dtype).T)
+    assert acc.dtype == dtype
+    assert abs(int(acc)) == 2**24 + beyond
+
+
+def test_a_mean_multiplies_in_the_order_of_the_runtime() -> None:
+    """Found by search: every other order of the products gives another integer."""
+    scale_in, scale_out = 0.043400295078754425, 0.012235843576490879
+    given, wanted = (scale_in, 63), (scale_out, -112)
+    model = Function(lambda s, x: x.mean((2, 3), keepdim=True))
+    graph = quantized(model, (torch.randn(1, 1, 7, 7),))
+    for node in graph.graph.nodes:
+        if is_quantize(node) or is_dequantize(node):
+            behind = node.args[0] if is_quantize(node) else node.args[0].args[0]
+            grid = wanted if "mean" in behind.name else given
+            node.args = (node.args[0], *grid, *node.args[3:])
+    graph.recompile()
+    stored = torch.tensor([127.0] * 42 + [126.0] * 7).reshape(1, 1, 7, 7)  # 6216 in all
+    x = (stored - 63) * scale_in
+    lowered = cq.lower(graph, (x,))
+    got, reference = lowered.run(x), cq.integer_reference(graph)(x)
+    assert torch.equal(got, reference)
+    level = round(float(got) / scale_out) - 112
+    orders = {
+        "as it is": _mean_in_float32(
+            6216, *given, *wanted, scale=lambda i, o, n: (i / o) * (np.float32(1) / n)
+        ),
+        "a quotient": _mean_in_float32(6216, *given, *wanted, scale=lambda i, o, n: (i / o) / n),
+        "count first": _mean_in_float32(
+            6216, *given, *wanted, scale=lambda i, o, n: (i * (np.float32(1) / n)) / o
+        ),
+    }
+    assert orders.pop("as it is") == level
+    assert level not in orders.values()
+
+
+def _mean_in_float32(
+    total: int, *grids: Any, scale: Callable[[Any, Any, Any], Any], count: int = 49
+) -> int:
+    scale_in, zero_in, scale_out, zero_out = map(np.float32, grids)
+    number = np.float32(count)
+    factor = scale(scale_in, scale_out, number)
+    offset = zero_out - (number * zero_in) * factor
+    return int(np.rint(np.float32(total) * factor + offset))
+
+
+def test_what_a_changing_state_returned_stays_as_it_was() -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("latest", torch.zeros(2, 4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.layer(x)
+            self.latest.copy_(y)
+            return y, self.latest
+
+    x = torch.randn(2, 4)
+    reference = cq.integer_reference(convert(Returns(), (x,)).graph)
+    _, first = reference(x)
+    kept = first.clone()
+    _, second = reference(-x)
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
 
 
 def test_fixed_point_sees_only_integer_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

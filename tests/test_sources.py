@@ -236,6 +236,20 @@ def test_weights_are_loaded(tmp_path: Path, suffix: str, save: Saver) -> None:
     assert same_state(model, state)
 
 
+@pytest.mark.parametrize("names", [("module", "head"), ("module",), ("head",)])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_layer_may_be_called_module(
+    tmp_path: Path, names: tuple[str, ...], wrapped: bool
+) -> None:
+    """The prefix that DataParallel writes is dropped only where all keys have it more often."""
+    source, model = (nn.ModuleDict({name: nn.Linear(2, 2) for name in names}) for _ in range(2))
+    state = source.state_dict()
+    written = {f"module.{key}": state[key] for key in state} if wrapped else state
+    torch.save(written, tmp_path / "weights.pt")
+    load_weights(model, tmp_path / "weights.pt")
+    assert same_state(model, state)
+
+
 def test_load_model_takes_a_weights_file(code: Path, tmp_path: Path) -> None:
     state = nn.Linear(5, 2).state_dict()
     save_file(state, tmp_path / "weights.safetensors")
@@ -336,6 +350,19 @@ def test_an_image_is_what_torchvision_makes_of_it(
     [batch] = load_data(tmp_path, preprocess=preprocess)
     assert batch.inputs[0].shape == (1, 3, *size)
     assert torch.equal(batch.inputs[0][0], v2.Compose(steps)(image))
+
+
+def test_a_tensor_of_pixels_is_resized_as_an_image_is() -> None:
+    """With antialiasing, which PIL images have in any case."""
+    image = torch.arange(256, dtype=torch.uint8).repeat(96)[: 3 * 64 * 64].reshape(3, 64, 64)
+    fine = (image // 4 % 2) * 255  # stripes that a sample here and there would miss
+    got = Preprocess(resize=(9, 7)).fit(fine)
+    assert got.dtype == torch.uint8
+    assert torch.equal(got, v2.functional.resize(fine, [9, 7], antialias=True))
+    assert not torch.equal(got, v2.functional.resize(fine, [9, 7], antialias=False))
+    of_image = Preprocess(resize=(9, 7)).fit(Image.fromarray(fine.permute(1, 2, 0).numpy()))
+    by_pil = torch.from_numpy(np.asarray(of_image).copy()).permute(2, 0, 1)
+    assert int((got.int() - by_pil.int()).abs().max()) <= 1  # torch and PIL round apart
 
 
 @pytest.mark.parametrize(

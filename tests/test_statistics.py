@@ -527,6 +527,14 @@ def test_entropy_clips_tails_up_to_ten_bits(symmetric: bool) -> None:
     assert entropy_range(statistics, wide) == (statistics.low, statistics.high)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_of_equal_thresholds_the_largest_wins(symmetric: bool) -> None:
+    """Three values are apart in every number of cells, so that nothing is lost at any threshold."""
+    statistics = Statistics.of(torch.tensor([0.25, 0.5, 1.0]))
+    scheme = TensorScheme(IntFormat(8), symmetric, observer="entropy")
+    assert entropy_range(statistics, scheme) == (0.25, 1.0)
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 
