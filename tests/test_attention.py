@@ -412,6 +412,12 @@ def test_an_expand_that_gives_the_shape_stays() -> None:
     assert PASS["drop_broadcasts"].run(graph) == 0
 
 
+def test_an_expand_that_one_reader_needs_stays() -> None:
+    x, y = torch.randn(1, 5), torch.randn(3, 5)
+    graph = capture(Function(lambda s, x, y: ((e := x.expand(3, 5)) * y, e.flatten())), (x, y))
+    assert PASS["drop_broadcasts"].run(graph) == 0
+
+
 def moved(function: Callable[..., Any], shape: tuple[int, ...]) -> tuple[GraphModule, GraphModule]:
     """A graph of moves of integers before and after all passes, which compute the same."""
     inputs = (torch.randn(shape),)
@@ -437,6 +443,7 @@ def moved(function: Callable[..., Any], shape: tuple[int, ...]) -> tuple[GraphMo
             ["view_copy", "permute"],
         ),
         (lambda x: x[:, ::2], (2, 4, 3), ["view_copy", "slice", "view_copy"]),
+        (lambda x: x[:, :, ::2], (2, 3, 4), ["view_copy", "slice", "view_copy"]),
         (lambda x: x[:, 1::2, ::3, :], (2, 4, 6, 5), ["view_copy", "slice"] * 2 + ["view_copy"]),
     ],
 )

@@ -146,6 +146,10 @@ GRAPHS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
         lambda x: F.avg_pool2d(x * 2, (3, 2), (2, 1), (1, 1), count_include_pad=False) * 1.25,
         ((2, 3, 9, 7),),
     ),
+    "average_padded_in_one_dimension": (
+        lambda x: F.avg_pool2d(x * 2, (3, 2), 1, (1, 0), count_include_pad=False) * 1.25,
+        ((2, 3, 5, 4),),
+    ),
     "ceil_pool": (
         lambda x: F.max_pool2d(x * 2, (3, 2), (2, 3), 1, ceil_mode=True),
         ((1, 3, 12, 9),),

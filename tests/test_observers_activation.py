@@ -396,6 +396,17 @@ def test_torchao_configs_keep_their_histogram() -> None:
     assert config.activation.observer == "histogram"
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_an_observer_says_what_its_scheme_says(symmetric: bool) -> None:
+    """In the attributes that torchao reads of any observer."""
+    watched = ActivationObserver(
+        TensorScheme(IntFormat(6, narrow=True), symmetric), name="x", dtype=torch.int8
+    )
+    assert (watched.quant_min, watched.quant_max, watched.dtype) == (-31, 31, torch.int8)
+    affine, even = torch.per_tensor_affine, torch.per_tensor_symmetric
+    assert watched.qscheme == (even if symmetric else affine)
+
+
 # -- choose_qparams --------------------------------------------------------------------------------
 
 

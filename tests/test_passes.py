@@ -161,6 +161,22 @@ def test_a_pass_has_nothing_left_to_do_after_itself(name: str) -> None:
         assert after.code == code, family
 
 
+@pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
+def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str) -> None:
+    """The report names the passes that did something, by these counts."""
+    for family in ("conv", "linear", "add", "select", "adaptive_avg_pool2d", "hardsigmoid"):
+        rewritten = copy.deepcopy(converted(family, scheme)[0])
+        for graph_pass in PASSES:
+            rewritten.graph.eliminate_dead_code()  # what a pass leaves behind counts for nothing
+            rewritten.recompile()
+            code = rewritten.code
+            count = graph_pass.run(rewritten)
+            rewritten.graph.eliminate_dead_code()
+            rewritten.recompile()
+            assert count >= 0
+            assert (count > 0) == (rewritten.code != code), (graph_pass.name, family)
+
+
 # These rewrite float ops, which no family of the corpus has: tested in test_attention.py and
 # test_functions.py.
 FLOAT_OPS = {
