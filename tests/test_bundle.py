@@ -559,8 +559,7 @@ def of_every_kind(x: Tensor, **layers: nn.Module) -> Any:
     part = padded[:, :, 3:15]
     wide = part.select(1, 0).unsqueeze(1).expand(2, 3, 12)
     product = torch.matmul(part, wide.transpose(1, 2))
-    largest = torch.maximum(torch.sigmoid(product), product)
-    return joined, largest, layers["linear"](joined.mean((2, 3)))
+    return joined, product, layers["linear"](joined.mean((2, 3)))
 
 
 @functools.cache
@@ -634,8 +633,9 @@ def repeated_count(document: dict[str, Any]) -> None:
 
 def lost_count(document: dict[str, Any]) -> None:
     entry = first(document, "avg_pool2d")["requantization"]
+    position = entry["count"].index(4)
     for key in ("count", "multiplier", "shift"):
-        del entry[key][0]
+        del entry[key][position]
 
 
 PADDED = {"before": [0, 0], "after": [0, 0]}
@@ -647,11 +647,11 @@ KINDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "transposed_groups": (fields("conv_transpose", groups=3), "in 3 groups does not fit"),
     "transposed_scale": (scaled("weight", axis=0), "must be one number for each entry|axis"),
     "transposed_axis": (
-        scaled("weight", axis=2),
+        scaled("weight", axis=2, scale={"bits": ["3f800000"] * 2, "decimal": [1.0] * 2}),
         "must have one scale, or one for each entry of dimension 1",
     ),
     "bias_scale": (
-        scaled("bias", scale={"bits": ["3f800000"] * 4, "decimal": [1.0] * 4}),
+        scaled("bias", scale={"bits": "3f800000", "decimal": 1.0}),
         "the scale of its bias must be",
     ),
     "activation_axis": (one_scale, "must be one number for each entry of its axis"),
@@ -704,7 +704,7 @@ KINDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "expand": (fields("expand", shape=[-1, 3, 13]), "does not expand to"),
     "left_shift": (fields("add", left_shift=19), "but the scales give"),
     "add_accumulator": (
-        fields("add", accumulator={"bits": 28, "width": 64}),
+        fields("add", accumulator={"bits": 29, "width": 64}),
         "accumulator.width must be 32, not 64",
     ),
     "name": (fields("pad", name=""), "name must be text of 1 to 4096 characters"),
