@@ -407,7 +407,7 @@ def _weights_that_are_none(document: dict[str, Any], path: Path) -> None:
     document["weights"]["sha256"] = hashlib.sha256(data).hexdigest()
 
 
-def _weights_without(name: str, value: Any = None) -> Callable[[dict[str, Any], Path], None]:
+def _weights_with(name: str, value: Any = None) -> Callable[[dict[str, Any], Path], None]:
     """Store ``value`` in the place of a weight, with everything signed again."""
 
     def edit(document: dict[str, Any], path: Path) -> None:
@@ -509,7 +509,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any], Path], object], str]] = {
     ),
     "computed_twice": (_op(output="input_1"), "has its values already"),
     "stored_value": (
-        _weights_without("conv2d.weight", lambda w: np.full_like(w, -128)),
+        _weights_with("conv2d.weight", lambda w: np.full_like(w, -128)),
         "-128 to -128, outside of its range -127 to 127",
     ),
     "shift": (_factor(shift=[100] * 4), r"shift\[0\] must be a whole number .*, not 100"),
@@ -529,6 +529,29 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any], Path], object], str]] = {
     "clamp": (_op(clamp=[-128, 300]), "clamp must lie within -128 to 127"),
     "clamp_order": (_op(clamp=[5, 4]), "clamp must lie within"),
     "accumulator": (_op(accumulator={"bits": 9, "width": 32}), "accumulator.bits must be"),
+    "bias_shape": (
+        lambda d, path: (
+            _weights_with("conv2d.bias", lambda bias: bias[:1].copy())(d, path),
+            d["tensors"]["conv2d.bias"].update(
+                shape=[1],
+                scale={
+                    key: values[:1] for key, values in d["tensors"]["conv2d.bias"]["scale"].items()
+                },
+            ),
+        ),
+        r"its bias must have the shape \[4\]",
+    ),
+    "weight_rank": (
+        lambda d, path: (
+            _weights_with("conv2d.weight", lambda w: w.reshape(4, 27))(d, path),
+            d["tensors"]["conv2d.weight"].update(shape=[4, 27]),
+        ),
+        r"its weight has the shape \[4, 27\]",
+    ),
+    "parameter_returned": (
+        lambda d, _: d["outputs"][0].update(tensor="conv2d.bias"),
+        "'conv2d.bias' is a parameter",
+    ),
     "no_weight": (_op(weight="conv2d.bias"), "'conv2d.bias' is a bias"),
     "inputs": (_op(inputs=["input_1", "input_1"]), "inputs must be 1 tensors, not 2"),
     "surrogate": (_op(module="\ud800", clamp="\ud800"), r"not '\\ud800'"),
@@ -647,7 +670,7 @@ KINDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "transposed_groups": (fields("conv_transpose", groups=3), "in 3 groups does not fit"),
     "transposed_scale": (scaled("weight", axis=0), "must be one number for each entry|axis"),
     "transposed_axis": (
-        scaled("weight", axis=2, scale={"bits": ["3f800000"] * 2, "decimal": [1.0] * 2}),
+        scaled("weight", axis=0, scale={"bits": ["3f800000"] * 4, "decimal": [1.0] * 4}),
         "must have one scale, or one for each entry of dimension 1",
     ),
     "bias_scale": (
