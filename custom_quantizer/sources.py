@@ -711,8 +711,8 @@ class _ImageReader:
             raise InputError(f"{self.root}, image {printable(name)}: {exc}") from exc
         except Exception as exc:  # Pillow and zipfile raise a dozen kinds for a damaged file.
             raise InputError(
-                f"{self.root}, image {printable(name)}: it cannot be decoded ({_described(exc)}). Repair or "
-                "remove it."
+                f"{self.root}, image {printable(name)}: it cannot be decoded ({_described(exc)}). "
+                "Repair or remove it."
             ) from exc
 
     def _open(self, archive: zipfile.ZipFile | None, name: str) -> IO[bytes]:

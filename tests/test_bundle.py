@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -410,7 +411,7 @@ def _weights_that_are_none(document: dict[str, Any], path: Path) -> None:
     document["weights"]["sha256"] = hashlib.sha256(data).hexdigest()
 
 
-def _weights_without(name: str, value: Any = None) -> Callable[[dict[str, Any], Path], None]:
+def _weights_with(name: str, value: Any = None) -> Callable[[dict[str, Any], Path], None]:
     """Store ``value`` in the place of a weight, with everything signed again."""
 
     def edit(document: dict[str, Any], path: Path) -> None:
@@ -512,7 +513,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any], Path], object], str]] = {
     ),
     "computed_twice": (_op(output="input_1"), "has its values already"),
     "stored_value": (
-        _weights_without("conv2d.weight", lambda w: np.full_like(w, -128)),
+        _weights_with("conv2d.weight", lambda w: np.full_like(w, -128)),
         "-128 to -128, outside of its range -127 to 127",
     ),
     "shift": (_factor(shift=[100] * 4), r"shift\[0\] must be a whole number .*, not 100"),
@@ -532,6 +533,29 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any], Path], object], str]] = {
     "clamp": (_op(clamp=[-128, 300]), "clamp must lie within -128 to 127"),
     "clamp_order": (_op(clamp=[5, 4]), "clamp must lie within"),
     "accumulator": (_op(accumulator={"bits": 9, "width": 32}), "accumulator.bits must be"),
+    "bias_shape": (
+        lambda d, path: (
+            _weights_with("conv2d.bias", lambda bias: bias[:1].copy())(d, path),
+            d["tensors"]["conv2d.bias"].update(
+                shape=[1],
+                scale={
+                    key: values[:1] for key, values in d["tensors"]["conv2d.bias"]["scale"].items()
+                },
+            ),
+        ),
+        r"its bias must have the shape \[4\]",
+    ),
+    "weight_rank": (
+        lambda d, path: (
+            _weights_with("conv2d.weight", lambda w: w.reshape(4, 27))(d, path),
+            d["tensors"]["conv2d.weight"].update(shape=[4, 27]),
+        ),
+        r"its weight has the shape \[4, 27\]",
+    ),
+    "parameter_returned": (
+        lambda d, _: d["outputs"][0].update(tensor="conv2d.bias"),
+        "'conv2d.bias' is a parameter",
+    ),
     "no_weight": (_op(weight="conv2d.bias"), "'conv2d.bias' is a bias"),
     "inputs": (_op(inputs=["input_1", "input_1"]), "inputs must be 1 tensors, not 2"),
     "surrogate": (_op(module="\ud800", clamp="\ud800"), r"not '\\ud800'"),
@@ -548,6 +572,226 @@ def test_a_description_that_cannot_be_run_says_why(damaged: Path, name: str) -> 
     with pytest.raises(cq.InputError, match=message) as raised:
         load_integers(damaged)
     assert str(damaged) in str(raised.value)
+
+
+# The same of a network that has ops of every other kind: the first op of a kind, its fields.
+
+
+def of_every_kind(x: Tensor, **layers: nn.Module) -> Any:
+    y = F.max_pool2d(layers["up"](x), 2)
+    y = F.avg_pool2d(y * 1.5, 3, 2, 1, count_include_pad=False) * 1.25
+    y = layers["prelu"](y)
+    joined = torch.cat([y, y + y * 0.5], 1)
+    padded = F.pad(y, (1, 1)).permute(0, 2, 1, 3).reshape(2, 3, 20)
+    part = padded[:, :, 3:15]
+    wide = part.select(1, 0).unsqueeze(1).expand(2, 3, 12)
+    product = torch.matmul(part, wide.transpose(1, 2))
+    return joined, product, layers["linear"](joined.mean((2, 3)))
+
+
+@functools.cache
+def every_kind(folder: Path) -> Path:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        layers = {
+            "up": nn.ConvTranspose2d(4, 4, 2, stride=2, groups=2),
+            "prelu": nn.PReLU(4),
+            "linear": nn.Linear(8, 3),
+        }
+        layers["prelu"].weight.data = torch.linspace(0.1, 0.4, 4)
+        return Network(of_every_kind, **layers)
+
+    save_integers(converted_network(build, ((2, 4, 6, 6),)), folder / "every")
+    return folder / "every"
+
+
+def first(document: dict[str, Any], kind: str) -> dict[str, Any]:
+    return next(op for op in document["ops"] if op["op"] == kind)
+
+
+def retabled(change: Callable[[list[Any]], object]) -> Callable[[dict[str, Any]], object]:
+    return lambda document: change(first(document, "table")["table"])
+
+
+def fields(kind: str, **changes: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda document: first(document, kind).update(changes)
+
+
+def other_operand(kind: str) -> Callable[[dict[str, Any]], object]:
+    """The first operand of an op twice, or its second in the place of its first."""
+
+    def edit(document: dict[str, Any]) -> None:
+        op = first(document, kind)
+        op["inputs"][-1] = document["inputs"][0]["tensors"][0]
+
+    return edit
+
+
+def scaled(name: str, **changes: Any) -> Callable[[dict[str, Any]], object]:
+    """Other scales of the parameter ``name`` of the transposed convolution."""
+
+    def edit(document: dict[str, Any]) -> None:
+        document["tensors"][first(document, "conv_transpose")[name]].update(changes)
+
+    return edit
+
+
+def one_scale(document: dict[str, Any]) -> None:
+    """An activation with a scale for each channel."""
+    scale = {"bits": ["3f800000"] * 4, "decimal": [1.0] * 4}
+    document["tensors"][first(document, "max_pool2d")["output"]].update(scale=scale, axis=1)
+
+
+def unknown_size(document: dict[str, Any]) -> None:
+    document["tensors"][first(document, "linear")["weight"]].update(shape=[3, None])
+
+
+def narrowed(kind: str) -> Callable[[dict[str, Any]], object]:
+    return lambda document: document["tensors"][first(document, kind)["output"]].update(
+        quant_max=100
+    )
+
+
+def repeated_count(document: dict[str, Any]) -> None:
+    entry = first(document, "avg_pool2d")["requantization"]
+    for key in ("count", "multiplier", "shift"):
+        entry[key].append(entry[key][0])
+
+
+def lost_count(document: dict[str, Any]) -> None:
+    entry = first(document, "avg_pool2d")["requantization"]
+    position = entry["count"].index(4)
+    for key in ("count", "multiplier", "shift"):
+        del entry[key][position]
+
+
+PADDED = {"before": [0, 0], "after": [0, 0]}
+KINDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "crop": (
+        fields("conv_transpose", crop={"before": [6, 6], "after": [6, 6]}),
+        "leaves nothing of",
+    ),
+    "transposed_groups": (fields("conv_transpose", groups=3), "in 3 groups does not fit"),
+    "transposed_scale": (scaled("weight", axis=0), "must be one number for each entry|axis"),
+    "transposed_axis": (
+        scaled("weight", axis=0, scale={"bits": ["3f800000"] * 4, "decimal": [1.0] * 4}),
+        "must have one scale, or one for each entry of dimension 1",
+    ),
+    "bias_scale": (
+        scaled("bias", scale={"bits": "3f800000", "decimal": 1.0}),
+        "the scale of its bias must be",
+    ),
+    "activation_axis": (one_scale, "must be one number for each entry of its axis"),
+    "stored_shape": (unknown_size, "shape of stored integers must have numbers only"),
+    "pool_of_padding": (
+        fields("max_pool2d", padding={"before": [2, 2], "after": [0, 0]}),
+        "one of its windows holds padding only",
+    ),
+    "taps": (fields("max_pool2d", kernel=[2**11, 2**11]), "more than 1,048,576 positions"),
+    "terms": (
+        fields(
+            "max_pool2d",
+            kernel=[1000, 1000],
+            stride=[1, 1],
+            padding={"before": [999, 999], "after": [999, 999]},
+        ),
+        "it adds up .* terms, 1,099,511,627,776 at most",
+    ),
+    "pool_range": (narrowed("max_pool2d"), "its output must hold all its inputs"),
+    "rounding": (
+        fields("avg_pool2d", rounding="divide_half_away"),
+        "has a requantization when its rounding is multiply",
+    ),
+    "count_twice": (repeated_count, "requantization.count has a number twice"),
+    "count_lost": (lost_count, "no multiplier is given for a window of 4 values"),
+    "boolean": (fields("avg_pool2d", count_padding=0), "count_padding must be true or false"),
+    "row": (retabled(lambda table: table[0].pop()), "an entry for each of the 256 integers"),
+    "rows": (retabled(lambda table: table.pop()), "its table has 3 rows for 4 channels"),
+    "entry": (
+        retabled(lambda table: table[0].__setitem__(0, 128)),
+        "table must hold numbers from -128 to 127",
+    ),
+    "flat": (fields("table", axis=None), "an entry for each of the 256 integers"),
+    "table_axis": (fields("table", axis=9), "it has no dimension 9"),
+    "count": (fields("mean", count=10), "averages 10 values of an image, not 9"),
+    "axes": (fields("mean", axes=[2, 2]), "are not different ones"),
+    "mean_axis": (fields("mean", axes=[2, 4]), "it has no dimension 4"),
+    "linear": (other_operand("linear"), "does not fit its input of shape"),
+    "broadcast": (other_operand("add"), "do not broadcast"),
+    "matmul": (other_operand("matmul"), "cannot be multiplied"),
+    "cat": (other_operand("cat"), "cannot be joined along axis 1"),
+    "pad": (fields("pad", padding={"before": [1], "after": [1, 1]}), "number of dimensions"),
+    "reshape": (fields("reshape", shape=[0, 3, 21]), "cannot take the shape"),
+    "reshape_twice": (fields("reshape", shape=[-1, 3, -1]), "cannot take the shape"),
+    "permute": (fields("permute", axes=[0, 2, 2, 3]), "are no order of the 4 dimensions"),
+    "slice": (fields("slice", start=4), r"its shape is \[2, 3, 11\]"),
+    "slice_axis": (fields("slice", axis=5), "it has no dimension 5"),
+    "step": (fields("slice", step=0), "step must be a whole number from 1"),
+    "select": (fields("select", index=3), "selects entry 3 of a dimension of size 3"),
+    "expand": (fields("expand", shape=[-1, 3, 13]), "does not expand to"),
+    "left_shift": (fields("add", left_shift=19), "but the scales give"),
+    "add_accumulator": (
+        fields("add", accumulator={"bits": 29, "width": 64}),
+        "accumulator.width must be 32, not 64",
+    ),
+    "name": (fields("pad", name=""), "name must be text of 1 to 4096 characters"),
+    "long_name": (fields("pad", module="m" * 5000), "module must be text of 0 to 4096"),
+    "digits": (
+        scaled("weight", scale={"bits": "3F800000", "decimal": 1.0}),
+        "bits must be 8 hexadecimal digits",
+    ),
+    "tensors": (lambda d: d.update(tensors=[]), "tensors must be a mapping, not a list of 0"),
+    "entry_of_tensors": (
+        lambda d: d["tensors"].update(more=3),
+        "tensors.more must be a mapping, not 3",
+    ),
+    "wide_shift": (
+        lambda d: first(d, "mul")["requantization"].update(rule="int64_one_rounding", shift=8),
+        "shift of the rule int64_one_rounding must be 7 or less, not 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_op_is_checked(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    edit, message = KINDS[name]
+    source = every_kind(tmp_path_factory.getbasetemp())
+    document = json.loads(source.with_suffix(".json").read_text())
+    edit(document)
+    write_signed(document, tmp_path / "net")
+    shutil.copy(source.with_suffix(".safetensors"), tmp_path / "net.safetensors")
+    with pytest.raises(cq.InputError, match=message):
+        load_integers(tmp_path / "net")
+
+
+STORED: dict[str, tuple[Any, str]] = {
+    "dtype": (np.zeros((2, 3, 6, 6), np.int16), "is of dtype int8, got int16"),
+    "range": (np.full((2, 3, 6, 6), -128, np.int8), "holds -128 to -128, outside of its range"),
+    "rank": (np.zeros((2, 3, 6), np.int8), r"has shape \[2, 3, 6, 6\], got \[2, 3, 6\]"),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_inputs_that_do_not_fit(name: str, damaged: Path) -> None:
+    stored, message = STORED[name]
+    document = json.loads(damaged.with_suffix(".json").read_text())
+    reference = load_integers(damaged)
+    (tensor,) = document["inputs"][0]["tensors"]
+    if name == "range":  # a tensor that leaves -128 out
+        reference.tensors[tensor] = reference.tensors[tensor]._replace(quant_min=-127)
+    with pytest.raises(cq.InputError, match=message):
+        reference.run({tensor: stored})
+
+
+def test_a_batch_that_needs_too_much_memory_is_refused_before_it_is_computed(saved: Path) -> None:
+    # No memory is taken by what has one value only.
+    many = np.broadcast_to(np.zeros((), np.int8), (2**22, 3, 6, 6))
+    reference = load_integers(saved)
+    (tensor,) = reference.description["inputs"][0]["tensors"]
+    with pytest.raises(cq.InputError, match=r"conv2d \(conv\): its padded input .* elements"):
+        reference.run({tensor: many})
 
 
 def test_one_digit_that_was_changed_is_noticed(damaged: Path) -> None:
