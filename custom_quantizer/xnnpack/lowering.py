@@ -80,7 +80,7 @@ def lower(
     """
     say = progress or (lambda _stage: None)
     graph = read_converted(converted)
-    example = _check_example(converted, example_inputs)
+    example = check_example(converted, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, say)
     say("partitioning for XNNPACK")
     edge = _to_edge(rewritten.exported, validate=not check)
@@ -162,7 +162,12 @@ def describe_program(
     return LoweredProgram(data, report, contents, rewritten.graph, _specs(model), metas)
 
 
-def _check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The example with contiguous tensors.
+
+    Raises:
+        InputError: it does not fit the graph.
+    """
     if not isinstance(example_inputs, (tuple, list)):
         raise InputError(
             f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"
