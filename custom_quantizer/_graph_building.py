@@ -31,6 +31,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.traceback import NodeSource
 from torch.utils._pytree import TreeSpec
 from torch.utils._sympy.value_ranges import ValueRanges
+from torchao.quantization.pt2e import FROM_NODE_KEY
 
 from custom_quantizer._graph_document import (
     ConstantEntry,
@@ -69,8 +70,6 @@ _MOST_ALIVE = 16 << 30
 
 _MOST_PARTS = 4096
 """Tensors that one call returns."""
-
-FROM_NODE_KEY = "from_node"
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -216,7 +215,9 @@ class _Writer:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return None
-        shape = [size if isinstance(size, int) else self._size(node, size) for size in value.shape]
+        shape: list[int | SizeEntry] = [
+            size if isinstance(size, int) else self._size(node, size) for size in value.shape
+        ]
         return TensorEntry(dtype=_name_in(_DTYPES, value.dtype, describe(node)), shape=shape)
 
     def _size(self, node: Node, size: torch.SymInt) -> SizeEntry:
@@ -250,9 +251,7 @@ class _Writer:
         if key is None:
             key = self._known[id(held)] = f"c{len(self._known)}"
             self._tensors[key] = _storable(value, describe(node))
-        self._constants[name] = ConstantEntry(
-            tensor=key, parameter=isinstance(held, nn.Parameter)
-        )
+        self._constants[name] = ConstantEntry(tensor=key, parameter=isinstance(held, nn.Parameter))
 
     def _example(self, index: int, value: Any) -> dict[str, Any]:
         if isinstance(value, Tensor):
@@ -347,9 +346,7 @@ def _spec_entry(spec: TreeSpec, what: str, depth: int = 0) -> Any:
 # ---------------------------------------------------------------------------------------------
 
 
-def build(
-    document: Document, tensors: Mapping[str, Tensor]
-) -> tuple[GraphModule, tuple[Any, ...]]:
+def build(document: Document, tensors: Mapping[str, Tensor]) -> tuple[GraphModule, tuple[Any, ...]]:
     """The graph that a document describes, and its example inputs.
 
     Raises:
@@ -384,9 +381,7 @@ def _is_free(name: str) -> bool:
     return not hasattr(_TAKEN, name) and name not in ("_in_spec", "_out_spec")
 
 
-def _attach_constants(
-    root: nn.Module, document: Document, tensors: Mapping[str, Tensor]
-) -> None:
+def _attach_constants(root: nn.Module, document: Document, tensors: Mapping[str, Tensor]) -> None:
     held: dict[tuple[str, bool], Tensor] = {}
     for path, entry in document.constants.items():
         if entry.tensor not in tensors:
@@ -459,9 +454,7 @@ class _Sources:
         return self._known[name]
 
 
-def _add_node(
-    graph: Graph, entry: NodeEntry, nodes: Mapping[str, Node], sources: _Sources
-) -> Node:
+def _add_node(graph: Graph, entry: NodeEntry, nodes: Mapping[str, Node], sources: _Sources) -> Node:
     args = tuple(_value(arg, entry.name, nodes) for arg in entry.args)
     kwargs = {name: _value(arg, entry.name, nodes) for name, arg in entry.kwargs.items()}
     target: Any = entry.target
@@ -490,7 +483,9 @@ def _add_node(
     return node
 
 
-def _wrong_call(name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _wrong_call(
+    name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
     if isinstance(target, OpOverload):
         return check_arguments(target, args, kwargs, lambda value: isinstance(value, Node))
     shape = [_kind_of(arg) for arg in args]
@@ -715,6 +710,8 @@ class _Sizes:
     def _compute(
         self, model: GraphModule, node: Node, values: Mapping[Node, Any], given: Iterator[Any]
     ) -> Any:
+        args: Any
+        kwargs: Any
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.op == "placeholder":
             return next(given)
@@ -740,9 +737,7 @@ class _Sizes:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise FormatError(f"{describe(node)}: {node.target}: {first}") from error
 
-    def _check_operands(
-        self, node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
+    def _check_operands(self, node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if node.target in SYMBOLIC.values():
             numbers = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
             # Strings and lists would be repeated, and tensors have operators of their own.

@@ -17,7 +17,6 @@ import re
 from typing import Annotated, Any, Literal
 
 import safetensors.torch
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -96,7 +95,13 @@ class Record(_Model):
 
     scheme: Text | None = None
     reason: Text | None = None
-    raised: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    raised: (
+        dict[
+            Annotated[str, Field(pattern="^[0-9]{1,9}$")],
+            Annotated[float, Field(allow_inf_nan=False)],
+        ]
+        | None
+    ) = None
 
 
 class NodeEntry(_Model):

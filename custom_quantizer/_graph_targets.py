@@ -21,46 +21,52 @@ from custom_quantizer.graph import DEQUANTIZE_GROUPED  # importing it registers 
 
 __all__ = ["CONTROL_FLOW", "SYMBOLIC", "check_arguments", "name_of", "resolve"]
 
-_ATEN = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ATEN = _names(
     """
     abs absolute acos acosh adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    adaptive_max_pool1d adaptive_max_pool2d add addbmm addcdiv addcmul addmm addmv addr alias all
-    amax amin aminmax any arange argmax argmin argsort asin asinh atan atan2 atanh avg_pool1d
-    avg_pool2d avg_pool3d baddbmm batch_norm bilinear bitwise_and bitwise_not bitwise_or bitwise_xor
-    bmm broadcast_tensors broadcast_to bucketize cat ceil celu channel_shuffle chunk clamp clamp_max
-    clamp_min clip clone col2im concat concatenate constant_pad_nd contiguous conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d convolution copy copysign cos cosh
-    cosine_similarity cross cummax cummin cumprod cumsum deg2rad detach detach_copy diag diag_embed
-    diagonal diff dist div divide dot dropout einsum elu embedding embedding_bag empty empty_like eq
-    erf erfc erfinv exp exp2 expand expand_as expand_copy expm1 eye feature_dropout fill flatten
-    flip fliplr flipud floor floor_divide fmax fmin fmod frac full full_like gather ge gelu glu
-    greater greater_equal grid_sampler grid_sampler_2d group_norm gru gru_cell gt hardshrink
-    hardsigmoid hardswish hardtanh heaviside hypot im2col index index_add index_copy index_fill
-    index_put index_select inner instance_norm isclose isfinite isinf isnan kron layer_norm
-    leaky_relu lerp less less_equal lift_fresh lift_fresh_copy linalg_norm linalg_vecdot
-    linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp
-    logcumsumexp logical_and logical_not logical_or logical_xor logit logsumexp lstm lstm_cell lt
-    masked_fill masked_scatter matmul max max_pool1d max_pool2d max_pool2d_with_indices max_pool3d
-    maximum mean median meshgrid min minimum mish mm movedim moveaxis mul multiply mv nan_to_num
-    nansum narrow native_batch_norm native_group_norm native_layer_norm ne neg negative new_empty
-    new_full new_ones new_zeros norm not_equal one_hot ones ones_like outer pad pairwise_distance
-    permute permute_copy pixel_shuffle pixel_unshuffle positive pow prelu prod rad2deg reciprocal
-    reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 remainder repeat
-    repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape reshape_as
-    resolve_conj resolve_neg rms_norm rnn_relu rnn_tanh roll rot90 round rsqrt rsub scalar_tensor
-    scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_copy
-    select_scatter selu sigmoid sign silu sin sinc sinh slice slice_copy slice_scatter softmax
-    softplus softshrink sort special_expit split split_with_sizes sqrt square squeeze squeeze_copy
-    stack std std_mean sub subtract sum swapaxes swapdims sym_numel sym_size t take_along_dim tan
-    tanh tensordot threshold tile to topk transpose transpose_copy tril triu true_divide trunc
-    type_as unbind unflatten unfold unsqueeze unsqueeze_copy upsample_bicubic2d upsample_bilinear2d
-    upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d
-    var var_mean view view_as view_copy where xlogy zero zeros zeros_like
-    _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_scalar _assert_tensor_metadata _log_softmax
-    _native_batch_norm_legit_no_training _safe_softmax _softmax _to_copy
-    _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _weight_norm
-    """.split()
+    adaptive_max_pool1d adaptive_max_pool2d add addbmm addcdiv addcmul addmm addmv addr alias
+    all amax amin aminmax any arange argmax argmin argsort asin asinh atan atan2 atanh
+    avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bilinear bitwise_and bitwise_not
+    bitwise_or bitwise_xor bmm broadcast_tensors broadcast_to bucketize cat ceil celu
+    channel_shuffle chunk clamp clamp_max clamp_min clip clone col2im concat concatenate
+    constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+    conv_transpose3d convolution copy copysign cos cosh cosine_similarity cross cummax cummin
+    cumprod cumsum deg2rad detach detach_copy diag diag_embed diagonal diff dist div divide dot
+    dropout einsum elu embedding embedding_bag empty empty_like eq erf erfc erfinv exp exp2
+    expand expand_as expand_copy expm1 eye feature_dropout fill flatten flip fliplr flipud floor
+    floor_divide fmax fmin fmod frac full full_like gather ge gelu glu greater greater_equal
+    grid_sampler grid_sampler_2d group_norm gru gru_cell gt hardshrink hardsigmoid hardswish
+    hardtanh heaviside hypot im2col index index_add index_copy index_fill index_put index_select
+    inner instance_norm isclose isfinite isinf isnan kron layer_norm leaky_relu lerp less
+    less_equal lift_fresh lift_fresh_copy linalg_norm linalg_vecdot linalg_vector_norm linear
+    linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logcumsumexp logical_and
+    logical_not logical_or logical_xor logit logsumexp lstm lstm_cell lt masked_fill
+    masked_scatter matmul max max_pool1d max_pool2d max_pool2d_with_indices max_pool3d maximum
+    mean median meshgrid min minimum mish mm movedim moveaxis mul multiply mv nan_to_num nansum
+    narrow native_batch_norm native_group_norm native_layer_norm ne neg negative new_empty
+    new_full new_ones new_zeros norm not_equal one_hot ones ones_like outer pad
+    pairwise_distance permute permute_copy pixel_shuffle pixel_unshuffle positive pow prelu prod
+    rad2deg reciprocal reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 remainder
+    repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape
+    reshape_as resolve_conj resolve_neg rms_norm rnn_relu rnn_tanh roll rot90 round rsqrt rsub
+    scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted
+    select select_copy select_scatter selu sigmoid sign silu sin sinc sinh slice slice_copy
+    slice_scatter softmax softplus softshrink sort special_expit split split_with_sizes sqrt
+    square squeeze squeeze_copy stack std std_mean sub subtract sum swapaxes swapdims sym_numel
+    sym_size t take_along_dim tan tanh tensordot threshold tile to topk transpose transpose_copy
+    tril triu true_divide trunc type_as unbind unflatten unfold unsqueeze unsqueeze_copy
+    upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d upsample_trilinear3d var var_mean view view_as
+    view_copy where xlogy zero zeros zeros_like _adaptive_avg_pool2d _adaptive_avg_pool3d
+    _assert_scalar _assert_tensor_metadata _log_softmax _native_batch_norm_legit_no_training
+    _safe_softmax _softmax _to_copy _upsample_bicubic2d_aa _upsample_bilinear2d_aa
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _weight_norm
+    """
 )
 """Base names; ``add`` stands for ``add_`` too, and for every overload that has no ``out``."""
 
@@ -74,12 +80,12 @@ _NOT_TENSORS = frozenset(
 )
 """Overloads that return no tensors."""
 
-_QUANTIZED = frozenset(
+_QUANTIZED = _names(
     """
     choose_qparams.tensor choose_qparams_symmetric.tensor dequantize_per_channel.default
     dequantize_per_tensor.default dequantize_per_tensor.tensor quantize_per_channel.default
     quantize_per_tensor.default quantize_per_tensor.tensor
-    """.split()
+    """
 )
 _TORCHAO = frozenset({"dequantize_affine.default"})
 

@@ -348,7 +348,8 @@ def plan_command(
     required=True,
     type=click.Path(path_type=Path),
     metavar="OUT.pte",
-    help="Program to write; the report goes beside it as OUT.json, the graph as OUT.pt2.",
+    help="Program to write; beside it go the report, OUT.json, and the graph, "
+    "OUT.graph.safetensors.",
 )
 @_debug_option
 def quantize_command(
@@ -442,7 +443,7 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
 @click.option(
     "--graph",
     type=click.Path(path_type=Path),
-    metavar="GRAPH.pt2",
+    metavar="GRAPH",
     help="Converted graph that `quantize` wrote: evaluate it and its integer reference too.",
 )
 @click.option("--model", metavar="MODEL", help="Float model to compare with.")
@@ -473,6 +474,8 @@ def evaluate_command(
     as_json: bool,
 ) -> None:
     """Measure the accuracy of .pte files in the ExecuTorch runtime.
+
+    A file without a checksum runs in a process of its own, with limits of memory and time.
 
     Top-1 and top-5. Each file is compared with the first model, sample by sample, and a sentence
     says whether their difference can be told from noise. With --model the float model comes first;
@@ -527,8 +530,8 @@ def evaluate_command(
 @click.option(
     "--graph",
     type=click.Path(path_type=Path),
-    metavar="GRAPH.pt2",
-    help="Converted graph that `quantize` wrote.  [default: PROGRAM.pt2]",
+    metavar="GRAPH",
+    help="Converted graph that `quantize` wrote.  [default: PROGRAM.graph.safetensors]",
 )
 @click.option("--data", metavar="DATA", help="Inputs to compare on.  [default: random ones]")
 @click.option(
@@ -559,6 +562,10 @@ def verify_command(
 ) -> None:
     """Prove that a program computes the integers of its graph.
 
+    Reading the two files runs no code in them. A program that is damaged is refused by its
+    checksum; one without a checksum runs in a process of its own, with limits of memory and time.
+    A checksum says that a file is whole, not who wrote it: see docs/files.md.
+
     Compares every weight, bias, scale and clamp in the file with the graph's, then the outputs of
     the runtime with the integer reference. Names the first op that differs. Exits with 0 if the
     program is bit-exact, with 1 if it is not.
@@ -570,7 +577,7 @@ def verify_command(
         raise click.UsageError("--weights and --model-arg are for --model, which is not given")
     floating = None if model is None else _load_model(model, weights, model_args)
     _start_runtime()
-    converted, lowered = load_lowered(program, graph or program.with_suffix(".pt2"))
+    converted, lowered = load_lowered(program, graph or _graph_beside(program))
     if data is None:
         inputs: list[Any] = [random_like(converted, seed) for seed in range(samples)]
     else:
@@ -591,6 +598,14 @@ def _start_runtime() -> None:
     from custom_quantizer.xnnpack.startup import start_quietly
 
     start_quietly()
+
+
+def _graph_beside(program: Path) -> Path:
+    from custom_quantizer.saved_graph import GRAPH_SUFFIX
+
+    graph, old = program.with_suffix(GRAPH_SUFFIX), program.with_suffix(".pt2")
+    # Naming it gives the message that says why it is not read.
+    return old if old.is_file() and not graph.exists() else graph
 
 
 def _one_of(scheme: str | None, config: Path | None) -> str | Path:
@@ -684,7 +699,7 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
         f"biases: {count:,} int32 in {len(biases)} layers, read back from the file and equal"
     )
     click.echo(f"delegate calls: {report.delegates}; kernels outside: {len(report.outside)}")
-    for warning in result.plan.warnings:
+    for warning in (*result.plan.warnings, *filter(None, [files.graph_reason])):
         _say("warning", warning)
     click.echo(f"wrote {files.program} ({size_text(report.size_bytes)}) and {files.report}")
 

@@ -8,6 +8,7 @@ it; lowering what was read gives the same bytes as lowering what was saved. See 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.utils._pytree as pytree
 from pydantic import ValidationError
 from torch.fx import GraphModule
 
+from custom_quantizer._file_hashes import GRAPH_SUFFIX, recorded_hash, sha256_of
 from custom_quantizer._graph_building import build, document_of
 from custom_quantizer._graph_document import FormatError, first_problem, pack, unpack
 from custom_quantizer._io import write_bytes_atomic
@@ -22,11 +24,9 @@ from custom_quantizer.converted import read_converted
 from custom_quantizer.errors import ConversionError, InputError
 from custom_quantizer.xnnpack import LoweredProgram, lower
 from custom_quantizer.xnnpack.lowering import DEFAULT_DYNAMIC_MAX, check_example
+from custom_quantizer.xnnpack.readback import read_file
 
 __all__ = ["GRAPH_SUFFIX", "load_graph", "load_lowered", "save_graph", "serialize_graph"]
-
-GRAPH_SUFFIX = ".graph.safetensors"
-"""How names of graph files end."""
 
 
 def save_graph(
@@ -88,19 +88,36 @@ def load_graph(path: str | os.PathLike[str]) -> tuple[GraphModule, tuple[Any, ..
         ConversionError: it holds a graph that is not converted.
     """
     where = os.fspath(path)
-    if not Path(path).is_file():
-        raise InputError(
-            f"{where}: no such file; `custom-quantizer quantize` writes it ({GRAPH_SUFFIX})"
-        )
     try:
-        model, example = build(*unpack(Path(path).read_bytes()))
+        if not os.path.isfile(where):
+            raise InputError(
+                f"{where}: no such file; `custom-quantizer quantize` writes it ({GRAPH_SUFFIX})"
+            )
+        data = Path(where).read_bytes()
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror}); check the path") from error
+    recorded = recorded_hash(where, "graph")
+    if recorded is not None and sha256_of(data) != recorded[1]:
+        raise InputError(
+            f"{where}: the file is damaged or was changed: {recorded[0].name} beside it has "
+            "another SHA-256. Copy both again, quantize the model again, or remove the report if "
+            "it is of another graph"
+        )
+    try:
+        model, example = build(*unpack(data))
     except FormatError as error:
         raise InputError(
             f"{where}: {error}. `custom-quantizer quantize` writes a graph beside the program"
         ) from error
-    read_converted(model)
+    try:
+        read_converted(model)
+    except ConversionError:
+        raise
+    except Exception as error:  # arguments that fit the schema, and mean nothing
+        raise InputError(
+            f"{where}: not a graph that can be quantized: {error}. `custom-quantizer quantize` "
+            "writes one beside the program"
+        ) from error
     return model, example
 
 
@@ -113,14 +130,12 @@ def load_lowered(
     file, whatever they hold.
 
     Raises:
-        InputError: a file is missing or not what it should be.
-        ProgramError: the program cannot be read.
+        InputError: the graph is missing, damaged or not what it should be.
+        ProgramError: the program cannot be read, or is damaged.
     """
     converted, example = load_graph(graph)
-    try:
-        data = Path(program).read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{os.fspath(program)}: cannot be read ({error.strerror}); give the path of a .pte"
-        ) from error
-    return converted, lower(converted, example, check=False).with_bytes(data)
+    data, recorded = read_file(program)
+    lowered = lower(converted, example, check=False).with_bytes(data)
+    if recorded:
+        lowered.contents = replace(lowered.contents, has_checksum=True)
+    return converted, lowered

@@ -12,7 +12,7 @@ ROOT = Path(custom_quantizer.__file__).parent
 # A module may import from its own line and from the lines above it.
 LAYERS = (
     {"errors"},
-    {"formats", "_io", "_progress", "_html", "_views", "_paired", "sources"},
+    {"formats", "_io", "_file_hashes", "_progress", "_html", "_views", "_paired", "sources"},
     {"arithmetic"},
     {"schemes", "bias", "graph"},
     {"ops"},
@@ -35,7 +35,16 @@ LAYERS = (
     {"planner", "observers", "insertion"},
     {"fake_quantize"},
     {"quantizer", "statistics"},
-    {"integer", "_settling", "_checkpoint", "_plot", "_training_checkpoint"},
+    {
+        "integer",
+        "_settling",
+        "_checkpoint",
+        "_graph_building",
+        "_graph_document",
+        "_graph_targets",
+        "_plot",
+        "_training_checkpoint",
+    },
     {"calibration", "xnnpack"},
     {"qat", "verification", "evaluation", "diagnosis", "saved_graph"},
     {"report"},

@@ -31,7 +31,11 @@ def test_the_code_runs(
     printed = capsys.readouterr().out
     assert re.match(r"\[ *-?\d+( +-?\d+){9}\]\n", printed)
     assert "5 integer biases, with scale = input scale x weight scale bit for bit" in printed
-    assert {path.name for path in tmp_path.iterdir()} == {"digits.json", "digits.pt2", "digits.pte"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "digits.json",
+        "digits.graph.safetensors",
+        "digits.pte",
+    }
     assert load_program(tmp_path / "digits.pte").contents.inputs[0].shape == (1, 1, 8, 8)
 
 

@@ -31,6 +31,7 @@ from custom_quantizer.graph import (
     tensor_meta,
 )
 from custom_quantizer.ops import Backend, QuantizedOp, predict_backend
+from custom_quantizer.xnnpack.checksum import seal
 from custom_quantizer.xnnpack.partition import partitioner
 from custom_quantizer.xnnpack.passes import origin_of, run_passes
 from custom_quantizer.xnnpack.program import (
@@ -151,9 +152,16 @@ def describe_program(
 ) -> LoweredProgram:
     """Read one method of a program back and pair it with the graph it was made from.
 
+    Args:
+        data: what ExecuTorch wrote; the program also gets a checksum.
+        edge: what it was written from.
+        rewritten: the graph.
+        method: which one.
+
     Raises:
         LoweringError: a delegate has no ops.
     """
+    data = seal(data)
     contents = read_program(data)
     contents = replace(contents, methods=(contents.method(method),))
     report = _report(rewritten.graph, edge, contents, rewritten.applied)
