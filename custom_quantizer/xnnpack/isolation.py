@@ -52,6 +52,7 @@ class IsolatedMethod:
 
     def __init__(self, data: bytes, what: str, method: str) -> None:
         self._what = what
+        self._failure: str | None = None
         self._memory = memory_limit(len(data))
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}  # each reserves 64 MiB
         command = [sys.executable, str(Path(_child.__file__)), str(self._memory), *sys.path]
@@ -79,6 +80,8 @@ class IsolatedMethod:
         return self._ask({}, list(inputs), "while it ran")
 
     def _ask(self, message: dict[str, Any], values: list[Any], when: str) -> list[Any]:
+        if self._failure is not None:
+            raise ProgramError(self._failure)
         with self._limited(TIME_LIMIT_S, when):
             _child.send(self._requests, message, values)
             reply, outputs = _child.receive(self._replies, _LARGEST_REPLY)
@@ -109,11 +112,12 @@ class IsolatedMethod:
                 how = f"ended ({_how_it_ended(self._process.returncode)})"
             else:
                 how = "answered with something else than tensors"
-            raise ProgramError(
+            self._failure = (
                 f"{self._what}: the process that the program runs in {how} {when}; it may take "
                 f"{self._memory / 2**30:.1f} GiB of memory. The file has no checksum and is most "
                 "likely damaged: copy it again, or quantize the model again"
-            ) from error
+            )
+            raise ProgramError(self._failure) from error
         finally:
             timer.cancel()
 
