@@ -53,7 +53,13 @@ from custom_quantizer._graph_targets import (
     resolve,
 )
 from custom_quantizer.canonical import OVERWRITTEN
-from custom_quantizer.graph import constant_of, describe, expression_bounds, module_stack
+from custom_quantizer.graph import (
+    constant_of,
+    describe,
+    expression_bounds,
+    is_quantize,
+    module_stack,
+)
 from custom_quantizer.observers import META_KEY
 from custom_quantizer.rewriting import ORIGINAL_NAME
 
@@ -695,7 +701,8 @@ class _Sizes:
             if node.op == "output":
                 return value
             values[node] = value
-            if not isinstance(value, GraphModule):
+            # convert_pt2e records none for quantize nodes, either (see graph.tensor_meta).
+            if not isinstance(value, GraphModule) and not is_quantize(node):
                 node.meta["val"] = value
             alive += self._measure(node, value)
             if alive > _MOST_ALIVE:
