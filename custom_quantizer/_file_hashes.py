@@ -15,7 +15,7 @@ Kind = Literal["program", "graph"]
 GRAPH_SUFFIX = ".graph.safetensors"
 """How names of graph files end."""
 
-_LARGEST_REPORT = 256 << 20
+_LARGEST_REPORT = 64 << 20
 
 
 def sha256_of(data: bytes | memoryview) -> str:

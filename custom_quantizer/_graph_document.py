@@ -139,7 +139,7 @@ class NodeEntry(_Model):
 class GraphEntry(_Model):
     """Nodes, and the graphs that control flow among them runs."""
 
-    nodes: Annotated[list[NodeEntry], Field(min_length=1, max_length=500_000)]
+    nodes: Annotated[list[NodeEntry], Field(min_length=1, max_length=100_000)]
     graphs: Annotated[dict[Name, GraphEntry], Field(max_length=256)] = {}
 
 

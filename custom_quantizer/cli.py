@@ -129,6 +129,12 @@ def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) ->
     ctx.meta[_DEBUG] = bool(value) or bool(ctx.meta.get(_DEBUG))
 
 
+_isolated_option = click.option(
+    "--isolated",
+    is_flag=True,
+    help="Run every program in a process of its own, not only those without a checksum.",
+)
+
 _debug_option = click.option(
     "--debug",
     is_flag=True,
@@ -446,6 +452,7 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
     metavar="GRAPH",
     help="Converted graph that `quantize` wrote: evaluate it and its integer reference too.",
 )
+@_isolated_option
 @click.option("--model", metavar="MODEL", help="Float model to compare with.")
 @_model_options
 @_preprocess_options
@@ -463,6 +470,7 @@ def evaluate_command(
     data: str,
     samples: int | None,
     graph: Path | None,
+    isolated: bool,
     model: str | None,
     weights: str | None,
     model_args: dict[str, object],
@@ -509,7 +517,9 @@ def evaluate_command(
     for program in programs:
         # Two files of one name: only their paths tell them apart.
         unique = [path.name for path in programs].count(program.name) == 1
-        models[program.name if unique else str(program)] = load_program(program).run
+        models[program.name if unique else str(program)] = load_program(
+            program, isolated=isolated or None
+        ).run
     evaluation = evaluate(models, source, slices=slices)
     if as_json:
         click.echo(evaluation.to_json())
@@ -541,6 +551,7 @@ def evaluate_command(
     show_default=True,
     help="Samples of DATA, or batches of random inputs.",
 )
+@_isolated_option
 @click.option("--model", metavar="MODEL", help="Float model, for the SQNR against it.")
 @_model_options
 @_preprocess_options
@@ -551,6 +562,7 @@ def verify_command(
     graph: Path | None,
     data: str | None,
     samples: int,
+    isolated: bool,
     model: str | None,
     weights: str | None,
     model_args: dict[str, object],
@@ -577,7 +589,9 @@ def verify_command(
         raise click.UsageError("--weights and --model-arg are for --model, which is not given")
     floating = None if model is None else _load_model(model, weights, model_args)
     _start_runtime()
-    converted, lowered = load_lowered(program, graph or _graph_beside(program))
+    converted, lowered = load_lowered(
+        program, graph or _graph_beside(program), isolated=isolated or None
+    )
     if data is None:
         inputs: list[Any] = [random_like(converted, seed) for seed in range(samples)]
     else:

@@ -8,7 +8,6 @@ it; lowering what was read gives the same bytes as lowering what was saved. See 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +121,21 @@ def load_graph(path: str | os.PathLike[str]) -> tuple[GraphModule, tuple[Any, ..
 
 
 def load_lowered(
-    program: str | os.PathLike[str], graph: str | os.PathLike[str]
+    program: str | os.PathLike[str],
+    graph: str | os.PathLike[str],
+    *,
+    isolated: bool | None = None,
 ) -> tuple[GraphModule, LoweredProgram]:
     """Read a program together with its graph, so that every op can be traced into the file.
 
     The graph is lowered once more; what that says about each op is paired with the bytes of the
     file, whatever they hold.
+
+    Args:
+        program: a ``.pte``.
+        graph: what :func:`save_graph` wrote.
+        isolated: run the program in a process of its own; ``None``: if nothing has a checksum of
+            it, neither the file nor a report beside it.
 
     Raises:
         InputError: the graph is missing, damaged or not what it should be.
@@ -135,7 +143,6 @@ def load_lowered(
     """
     converted, example = load_graph(graph)
     data, recorded = read_file(program)
-    lowered = lower(converted, example, check=False).with_bytes(data)
-    if recorded:
-        lowered.contents = replace(lowered.contents, has_checksum=True)
-    return converted, lowered
+    if isolated is None and recorded:
+        isolated = False
+    return converted, lower(converted, example, check=False).with_bytes(data, isolated=isolated)

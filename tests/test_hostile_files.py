@@ -26,6 +26,7 @@ import custom_quantizer as cq
 from custom_quantizer import _graph_document as graph_document
 from custom_quantizer._graph_targets import name_of, resolve
 from custom_quantizer.cli import cli
+from custom_quantizer.saved_graph import load_lowered
 from custom_quantizer.xnnpack import _child, isolation
 from custom_quantizer.xnnpack.checksum import SIZE, seal
 from custom_quantizer.xnnpack.readback import read_program
@@ -407,6 +408,15 @@ def test_a_program_without_a_checksum_runs_apart(program: bytes, tmp_path: Path)
     # And it stays an error.
     with pytest.raises(cq.ProgramError, match="ended"):
         stored.run(*IMAGES)
+
+
+def test_any_program_runs_apart_if_asked(saved: Path) -> None:
+    converted, lowered = load_lowered(
+        saved / "net.pte", saved / "net.graph.safetensors", isolated=True
+    )
+    assert cq.verify(converted, lowered, IMAGES).bit_exact
+    assert isinstance(lowered._method, isolation.IsolatedMethod)
+    assert cq.load_program(saved / "net.pte", isolated=True).isolated
 
 
 def test_a_program_that_hangs(program: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

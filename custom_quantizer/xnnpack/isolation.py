@@ -56,13 +56,19 @@ class IsolatedMethod:
         self._memory = memory_limit(len(data))
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}  # each reserves 64 MiB
         command = [sys.executable, str(Path(_child.__file__)), str(self._memory), *sys.path]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        except OSError as error:
+            raise ProgramError(
+                f"{what}: has no checksum, and the process to run it in cannot be started "
+                f"({error.strerror or error}); load it with isolated=False if you trust it"
+            ) from error
         self._requests = cast("IO[bytes]", self._process.stdin)
         self._replies = cast("IO[bytes]", self._process.stdout)
         weakref.finalize(self, _end, self._process)

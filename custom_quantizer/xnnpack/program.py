@@ -143,6 +143,7 @@ class LoweredProgram:
         self._in_spec, self._out_spec = specs
         self._metas = metas
         self._method: Any = None
+        self._isolated = False
 
     @property
     def buffer(self) -> bytes:
@@ -156,16 +157,19 @@ class LoweredProgram:
         size = meta.shape[0] if meta is not None and meta.dim() else None
         return size if isinstance(size, int) else None
 
-    def with_bytes(self, data: bytes) -> LoweredProgram:
+    def with_bytes(self, data: bytes, *, isolated: bool | None = None) -> LoweredProgram:
         """The same report and graph paired with the bytes of another file, to verify those.
 
-        Bytes without a checksum are run in a process of their own.
+        Args:
+            data: of the file.
+            isolated: as for :func:`load_program`.
 
         Raises:
             ProgramError: ``data`` is not a program.
         """
         twin = copy.copy(self)
         twin._data, twin.contents, twin._method = data, read_program(data), None
+        twin._isolated = not twin.contents.has_checksum if isolated is None else isolated
         if len(twin.contents.methods) > 1:
             method = twin.contents.method(self.contents.methods[0].name)
             twin.contents = replace(twin.contents, methods=(method,))
@@ -197,9 +201,7 @@ class LoweredProgram:
         _check_shapes(flat, self.contents)
         if self._method is None:
             name = self.contents.methods[0].name
-            self._method = _load_method(
-                self._data, "the program", name, isolated=not self.contents.has_checksum
-            )
+            self._method = _load_method(self._data, "the program", name, isolated=self._isolated)
         outputs = _execute(self._method, flat)
         if self._out_spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
