@@ -26,6 +26,7 @@ import custom_quantizer as cq
 from custom_quantizer import _graph_document as graph_document
 from custom_quantizer._graph_targets import name_of, resolve
 from custom_quantizer.cli import cli
+from custom_quantizer.ops import known_targets
 from custom_quantizer.saved_graph import load_lowered
 from custom_quantizer.xnnpack import _child, isolation
 from custom_quantizer.xnnpack.checksum import SIZE, seal
@@ -175,6 +176,13 @@ def test_targets_and_names_are_inverse() -> None:
         assert resolve(name) is target
     assert name_of(torch.ops.aten.from_file.default) is None
     assert name_of(os.system) is None
+
+
+def test_every_op_that_is_known_can_be_saved() -> None:
+    """What the quantizer quantizes, or keeps in float by a rule, and what passes make of it."""
+    targets = [target for target in known_targets() if isinstance(target, torch._ops.OpOverload)]
+    assert len(targets) > 80
+    assert [str(target) for target in targets if name_of(target) is None] == []
 
 
 # -- what a graph may ask for ----------------------------------------------------------------------
