@@ -372,8 +372,9 @@ def build(document: Document, tensors: Mapping[str, Tensor]) -> tuple[GraphModul
 
 
 def _example_of(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    if set(entry) == {"tensor"} and entry["tensor"] in tensors:
-        return tensors[entry["tensor"]]
+    name = entry.get("tensor")
+    if len(entry) == 1 and isinstance(name, str) and name in tensors:
+        return tensors[name]
     if set(entry) == {"value"}:
         return _plain(entry["value"], "an example input")
     raise FormatError("an example input is neither a tensor of the file nor a value")

@@ -108,6 +108,11 @@ def load_graph(path: str | os.PathLike[str]) -> tuple[GraphModule, tuple[Any, ..
         raise InputError(
             f"{where}: {error}. `custom-quantizer quantize` writes a graph beside the program"
         ) from error
+    except Exception as error:  # PyTorch's own checks, behind all of ours
+        raise InputError(
+            f"{where}: not a graph that can be built ({type(error).__name__}: {error}). "
+            "`custom-quantizer quantize` writes one beside the program"
+        ) from error
     try:
         read_converted(model)
     except ConversionError:

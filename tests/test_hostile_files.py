@@ -246,6 +246,7 @@ X = {"node": "x"}
         (lambda d: node(d, "placeholder")["value"]["shape"].pop(), "does not fit the input"),
         (lambda d: node(d, "placeholder")["value"].update(dtype="float16"), "does not fit"),
         (lambda d: d.update(example=[]), "do not fit"),
+        (lambda d: d.update(example=[{"tensor": {"a": 1}}]), "neither a tensor of the file nor"),
         (lambda d: d.update(extra=1), "not a valid graph: extra"),
         (lambda d: node(d, "get_attr").update(modules=[["a", "b\x1b[2J", "c"]]), "modules"),
         (
