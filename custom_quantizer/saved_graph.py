@@ -66,7 +66,7 @@ def serialize_graph(
         data = pack(*document_of(converted, example, dynamic_max))
         # What cannot be read again must not be written.
         build(*unpack(data))
-    except (FormatError, ValidationError) as error:
+    except Exception as error:  # ours, pydantic's, or PyTorch's when the graph is run once
         why = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise ConversionError(
             f"the graph cannot be saved in a file that holds no code: {why}. The program and its "
