@@ -29,7 +29,7 @@ from custom_quantizer.factors import fold_factors
 from custom_quantizer.forms import use_integer_forms
 from custom_quantizer.graph import add_constant, argument, describe, tensor_meta, written_inputs
 
-__all__ = ["canonicalize", "overwritten_by"]
+__all__ = ["OVERWRITTEN", "canonicalize", "overwritten_by"]
 
 aten = torch.ops.aten
 
@@ -69,10 +69,11 @@ def functional_overload(target: Any) -> Any | None:
 
 def overwritten_by(node: Node) -> str | None:
     """Name of an op that writes into the memory of ``node``'s tensor, if one is left."""
-    return cast("str | None", node.meta.get(_OVERWRITTEN))
+    return cast("str | None", node.meta.get(OVERWRITTEN))
 
 
-_OVERWRITTEN = "custom_quantizer_overwritten"
+OVERWRITTEN = "custom_quantizer_overwritten"
+"""Key in ``node.meta`` of what :func:`overwritten_by` returns."""
 
 # In eval mode these return their input itself, which their schema does not say.
 _PASS_THROUGH = frozenset({operator.getitem, aten.dropout.default, aten.feature_dropout.default})
@@ -128,7 +129,7 @@ def _functionalize(model: GraphModule) -> None:
             stateful = any(alias.op == "get_attr" for alias in aliases)
             if functional is None or seen or stateful or not _keeps_dtype(node):
                 for alias in (*aliases, node):
-                    alias.meta[_OVERWRITTEN] = describe(node)
+                    alias.meta[OVERWRITTEN] = describe(node)
                 continue
             node.meta["original_target"] = node.target
             node.target = functional

@@ -129,6 +129,12 @@ def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) ->
     ctx.meta[_DEBUG] = bool(value) or bool(ctx.meta.get(_DEBUG))
 
 
+_isolated_option = click.option(
+    "--isolated",
+    is_flag=True,
+    help="Run every program in a process of its own, not only those without a checksum.",
+)
+
 _debug_option = click.option(
     "--debug",
     is_flag=True,
@@ -348,7 +354,8 @@ def plan_command(
     required=True,
     type=click.Path(path_type=Path),
     metavar="OUT.pte",
-    help="Program to write; the report goes beside it as OUT.json, the graph as OUT.pt2.",
+    help="Program to write; beside it go the report, OUT.json, and the graph, "
+    "OUT.graph.safetensors.",
 )
 @_debug_option
 def quantize_command(
@@ -442,9 +449,10 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
 @click.option(
     "--graph",
     type=click.Path(path_type=Path),
-    metavar="GRAPH.pt2",
+    metavar="GRAPH",
     help="Converted graph that `quantize` wrote: evaluate it and its integer reference too.",
 )
+@_isolated_option
 @click.option("--model", metavar="MODEL", help="Float model to compare with.")
 @_model_options
 @_preprocess_options
@@ -462,6 +470,7 @@ def evaluate_command(
     data: str,
     samples: int | None,
     graph: Path | None,
+    isolated: bool,
     model: str | None,
     weights: str | None,
     model_args: dict[str, object],
@@ -473,6 +482,8 @@ def evaluate_command(
     as_json: bool,
 ) -> None:
     """Measure the accuracy of .pte files in the ExecuTorch runtime.
+
+    A file without a checksum runs in a process of its own, with limits of memory and time.
 
     Top-1 and top-5. Each file is compared with the first model, sample by sample, and a sentence
     says whether their difference can be told from noise. With --model the float model comes first;
@@ -506,7 +517,9 @@ def evaluate_command(
     for program in programs:
         # Two files of one name: only their paths tell them apart.
         unique = [path.name for path in programs].count(program.name) == 1
-        models[program.name if unique else str(program)] = load_program(program).run
+        models[program.name if unique else str(program)] = load_program(
+            program, isolated=isolated or None
+        ).run
     evaluation = evaluate(models, source, slices=slices)
     if as_json:
         click.echo(evaluation.to_json())
@@ -527,8 +540,8 @@ def evaluate_command(
 @click.option(
     "--graph",
     type=click.Path(path_type=Path),
-    metavar="GRAPH.pt2",
-    help="Converted graph that `quantize` wrote.  [default: PROGRAM.pt2]",
+    metavar="GRAPH",
+    help="Converted graph that `quantize` wrote.  [default: PROGRAM.graph.safetensors]",
 )
 @click.option("--data", metavar="DATA", help="Inputs to compare on.  [default: random ones]")
 @click.option(
@@ -538,6 +551,7 @@ def evaluate_command(
     show_default=True,
     help="Samples of DATA, or batches of random inputs.",
 )
+@_isolated_option
 @click.option("--model", metavar="MODEL", help="Float model, for the SQNR against it.")
 @_model_options
 @_preprocess_options
@@ -548,6 +562,7 @@ def verify_command(
     graph: Path | None,
     data: str | None,
     samples: int,
+    isolated: bool,
     model: str | None,
     weights: str | None,
     model_args: dict[str, object],
@@ -558,6 +573,10 @@ def verify_command(
     as_json: bool,
 ) -> None:
     """Prove that a program computes the integers of its graph.
+
+    Reading the two files runs no code in them. A program that is damaged is refused by its
+    checksum; one without a checksum runs in a process of its own, with limits of memory and time.
+    A checksum says that a file is whole, not who wrote it: see docs/files.md.
 
     Compares every weight, bias, scale and clamp in the file with the graph's, then the outputs of
     the runtime with the integer reference. Names the first op that differs. Exits with 0 if the
@@ -570,7 +589,9 @@ def verify_command(
         raise click.UsageError("--weights and --model-arg are for --model, which is not given")
     floating = None if model is None else _load_model(model, weights, model_args)
     _start_runtime()
-    converted, lowered = load_lowered(program, graph or program.with_suffix(".pt2"))
+    converted, lowered = load_lowered(
+        program, graph or _graph_beside(program), isolated=isolated or None
+    )
     if data is None:
         inputs: list[Any] = [random_like(converted, seed) for seed in range(samples)]
     else:
@@ -591,6 +612,14 @@ def _start_runtime() -> None:
     from custom_quantizer.xnnpack.startup import start_quietly
 
     start_quietly()
+
+
+def _graph_beside(program: Path) -> Path:
+    from custom_quantizer.saved_graph import GRAPH_SUFFIX
+
+    graph, old = program.with_suffix(GRAPH_SUFFIX), program.with_suffix(".pt2")
+    # Naming it gives the message that says why it is not read.
+    return old if old.is_file() and not graph.exists() else graph
 
 
 def _one_of(scheme: str | None, config: Path | None) -> str | Path:
@@ -688,7 +717,8 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
     click.echo(f"delegate calls: {report.delegates}; kernels outside: {len(report.outside)}")
     for output in result.fidelity.outputs:
         click.echo(f"{output}")
-    for warning in (*result.plan.warnings, *result.fidelity.warnings):
+    warnings = (*result.plan.warnings, *result.fidelity.warnings, files.graph_reason)
+    for warning in filter(None, warnings):
         _say("warning", warning)
     click.echo(f"wrote {files.program} ({size_text(report.size_bytes)}) and {files.report}")
 

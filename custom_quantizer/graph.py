@@ -27,6 +27,7 @@ __all__ = [
     "describe",
     "detached_copy",
     "effective_users",
+    "expression_bounds",
     "flatten_inputs",
     "is_constant",
     "is_dequantize",
@@ -198,10 +199,15 @@ def size_bounds(size: Any) -> tuple[int, int | None]:
     """
     if isinstance(size, int):
         return size, size
+    return expression_bounds(size, size.node.expr)
+
+
+def expression_bounds(size: torch.SymInt, expression: Any) -> tuple[int, int | None]:
+    """As :func:`size_bounds`, of an expression over the symbols of ``size``."""
     env = size.node.shape_env
     if env is None:
         return 1, None
-    bounds = env.bound_sympy(size.node.expr)
+    bounds = env.bound_sympy(expression)
     # The infinities of sympy and of torch are no Integer.
     low = int(bounds.lower) if bounds.lower.is_Integer else 1
     high = int(bounds.upper) if bounds.upper.is_Integer else None

@@ -23,15 +23,16 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationConfig
 
-from custom_quantizer._io import write_json_atomic
+from custom_quantizer._file_hashes import GRAPH_SUFFIX, sha256_of
+from custom_quantizer._io import write_bytes_atomic, write_json_atomic
 from custom_quantizer._progress import stages
 from custom_quantizer.calibration import CalibrationSummary, calibrate
-from custom_quantizer.errors import CaptureError, ConfigError, InputError
+from custom_quantizer.errors import CaptureError, ConfigError, ConversionError, InputError
 from custom_quantizer.fidelity import Fidelity, FirstCalls, check_calls
 from custom_quantizer.planner import Plan
 from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.report import Report, inspect
-from custom_quantizer.saved_graph import save_graph
+from custom_quantizer.saved_graph import serialize_graph
 from custom_quantizer.schemes import OpScheme
 from custom_quantizer.xnnpack import LoweredProgram
 from custom_quantizer.xnnpack import lower as lower_to_xnnpack
@@ -66,12 +67,15 @@ class SavedFiles:
     Attributes:
         program: the ``.pte``, or ``None`` where the result was not lowered.
         report: the JSON report.
-        graph: the converted graph (``.pt2``), from which the program can be verified.
+        graph: the converted graph, from which the program can be verified; ``None`` where it holds
+            what no such file can.
+        graph_reason: why, then.
     """
 
     program: Path | None
     report: Path
-    graph: Path
+    graph: Path | None
+    graph_reason: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +122,11 @@ class QuantizationResult:
 
         Args:
             path: a ``.pte`` file, beside which the report gets the suffix ``.json`` and the
-                converted graph ``.pt2``; or a directory, made if it does not exist, for
-                ``model.pte``, ``model.pt2`` and ``report.json``.
+                converted graph ``.graph.safetensors``; or a directory, made if it does not exist,
+                for ``model.pte``, ``model.graph.safetensors`` and ``report.json``.
+
+        The report holds the SHA-256 of the other files. A graph that cannot be written without
+        code (``docs/files.md``) is left out with a warning; nothing of an earlier one stays.
 
         Raises:
             InputError: a file cannot be written, or ``path`` is a ``.pte`` and there is none.
@@ -141,12 +148,43 @@ class QuantizationResult:
                     "a directory that can be written"
                 ) from error
             program, report = target / "model.pte", target / "report.json"
+        graph, reason, document = program.with_suffix(GRAPH_SUFFIX), "", None
+        try:
+            document = serialize_graph(self.converted, self.example_inputs)
+        except ConversionError as error:
+            reason = str(error)
+            logger.warning("%s", reason)
+        files: dict[str, Any] = {
+            "program": None
+            if self.lowered is None
+            else {"file": program.name, "sha256": sha256_of(self.lowered.buffer)},
+            "graph": {"file": None, "reason": reason}
+            if document is None
+            else {"file": graph.name, "sha256": sha256_of(document)},
+        }
         # The report last: where it exists, the program it speaks of does.
         if self.lowered is not None:
             self.lowered.save(program)
-        graph = save_graph(self.converted, self.example_inputs, program.with_suffix(".pt2"))
-        write_json_atomic(report, self._to_dict())
-        return SavedFiles(program if self.lowered is not None else None, report, graph)
+        if document is not None:
+            write_bytes_atomic(graph, document)
+        else:
+            _remove(graph)
+        write_json_atomic(report, {**self._to_dict(), "files": files})
+        return SavedFiles(
+            program if self.lowered is not None else None,
+            report,
+            None if document is None else graph,
+            reason,
+        )
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: is of another result and cannot be removed ({error.strerror})"
+        ) from error
 
 
 def quantize(

@@ -185,7 +185,7 @@ def test_verify(work: Path, program: Path, tmp_path: Path) -> None:
     at = data.index(weight)
     broken = tmp_path / "broken.pte"
     broken.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-    result = run("verify", broken, "--graph", program.with_suffix(".pt2"))
+    result = run("verify", broken, "--graph", program.with_suffix(".graph.safetensors"))
     assert result.exit_code == 1
     assert "error: " in result.stderr or "bit-exact: NO" in result.stdout
 
@@ -304,8 +304,8 @@ OURS: dict[str, tuple[Args, list[str]]] = {
     "other JSON": (plain("inspect", "WORK/other.json"), ["not a 'graph' report"]),
     "JSON list": (plain("inspect", "WORK/list.json"), ["not a 'graph' report"]),
     "no graph beside the program": (
-        plain("verify", "WORK/net.pte", "--graph", "WORK/no.pt2"),
-        ["no.pt2"],
+        plain("verify", "WORK/net.pte", "--graph", "WORK/no.graph.safetensors"),
+        ["no.graph.safetensors"],
     ),
     "unknown op": (plain("inspect", "WORK/net.json", "--op", "lineer"), ["did you mean linear"]),
     "unwritable page": (

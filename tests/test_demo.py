@@ -56,7 +56,7 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
 def test_it_says_nothing_but_its_results(process: Run) -> None:
     assert process.stderr == ""
     lines = process.stdout.splitlines()
-    files = {"program": "digits.pte", "graph": "digits.pt2", "report": "digits.json"}
+    files = {"program": "digits.pte", "graph": "digits.graph.safetensors", "report": "digits.json"}
     assert {path.name for path in process.folder.iterdir()} == set(files.values())
     for name, file in files.items():
         assert f"{name:<8} {process.folder}/{file}" in lines

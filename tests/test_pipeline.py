@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def test_lowering_can_be_left_out(tmp_path: Path) -> None:
     saved = result.save(tmp_path / "out")
     assert saved.program is None
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["model.pt2", "report.json"]
+    assert names == ["model.graph.safetensors", "report.json"]
     with pytest.raises(InputError, match="lower=False"):
         result.save(tmp_path / "model.pte")
 
@@ -170,9 +171,9 @@ def test_save_beside_the_program(tmp_path: Path) -> None:
     (tmp_path / "net.pte").write_bytes(b"old")
     saved = small_result().save(tmp_path / "net.pte")
     assert (saved.program, saved.report) == (tmp_path / "net.pte", tmp_path / "net.json")
-    assert saved.graph == tmp_path / "net.pt2"
+    assert saved.graph == tmp_path / "net.graph.safetensors"
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["net.json", "net.pt2", "net.pte"]
+    assert names == ["net.graph.safetensors", "net.json", "net.pte"]
     lowered = small_result().lowered
     assert lowered is not None
     assert (tmp_path / "net.pte").read_bytes() == lowered.buffer
@@ -192,8 +193,13 @@ def test_save_in_a_directory(tmp_path: Path) -> None:
 def test_the_report_is_json_of_all_parts(tmp_path: Path) -> None:
     saved = small_result().save(tmp_path / "net.pte")
     document = json.loads(saved.report.read_text())
+    files = document.pop("files")
     assert list(document) == ["version", "calibration", "plan", "report", "lowering"]
     assert document == json.loads(small_result().to_json())
+    for kind, file in (("program", saved.program), ("graph", saved.graph)):
+        assert file is not None
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert files[kind] == {"file": file.name, "sha256": digest}
     assert document["calibration"]["samples"] == 32
     assert document["lowering"]["delegates"] == 1
     biases = [row["bias"] for row in document["report"]["rows"] if row["bias"]]

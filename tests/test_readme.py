@@ -34,7 +34,11 @@ def test_the_code_runs(
     bias, report, _ = blocks("text")
     assert without_numbers(printed) == without_numbers(bias + report)
     assert "5 integer biases, with scale = input scale x weight scale bit for bit" in printed
-    assert {path.name for path in tmp_path.iterdir()} == {"digits.json", "digits.pt2", "digits.pte"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "digits.json",
+        "digits.graph.safetensors",
+        "digits.pte",
+    }
     assert load_program(tmp_path / "digits.pte").contents.inputs[0].shape == (1, 1, 8, 8)
 
 

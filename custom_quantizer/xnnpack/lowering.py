@@ -31,6 +31,7 @@ from custom_quantizer.graph import (
     tensor_meta,
 )
 from custom_quantizer.ops import Backend, QuantizedOp, predict_backend
+from custom_quantizer.xnnpack.checksum import seal
 from custom_quantizer.xnnpack.partition import partitioner
 from custom_quantizer.xnnpack.passes import origin_of, run_passes
 from custom_quantizer.xnnpack.program import (
@@ -80,7 +81,7 @@ def lower(
     """
     say = progress or (lambda _stage: None)
     graph = read_converted(converted)
-    example = _check_example(converted, example_inputs)
+    example = check_example(converted, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, say)
     say("partitioning for XNNPACK")
     edge = _to_edge(rewritten.exported, validate=not check)
@@ -151,9 +152,16 @@ def describe_program(
 ) -> LoweredProgram:
     """Read one method of a program back and pair it with the graph it was made from.
 
+    Args:
+        data: what ExecuTorch wrote; the program also gets a checksum.
+        edge: what it was written from.
+        rewritten: the graph.
+        method: which one.
+
     Raises:
         LoweringError: a delegate has no ops.
     """
+    data = seal(data)
     contents = read_program(data)
     contents = replace(contents, methods=(contents.method(method),))
     report = _report(rewritten.graph, edge, contents, rewritten.applied)
@@ -162,7 +170,12 @@ def describe_program(
     return LoweredProgram(data, report, contents, rewritten.graph, _specs(model), metas)
 
 
-def _check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The example with contiguous tensors.
+
+    Raises:
+        InputError: it does not fit the graph.
+    """
     if not isinstance(example_inputs, (tuple, list)):
         raise InputError(
             f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"

@@ -21,10 +21,12 @@ from custom_quantizer.converted import ConvertedGraph
 from custom_quantizer.errors import InputError, ProgramError
 from custom_quantizer.graph import check_input, flatten_inputs
 from custom_quantizer.ops import Backend
+from custom_quantizer.xnnpack.isolation import IsolatedMethod
 from custom_quantizer.xnnpack.readback import (
     DelegateContents,
     DelegateOp,
     ProgramContents,
+    read_file,
     read_program,
 )
 
@@ -141,6 +143,7 @@ class LoweredProgram:
         self._in_spec, self._out_spec = specs
         self._metas = metas
         self._method: Any = None
+        self._isolated = False
 
     @property
     def buffer(self) -> bytes:
@@ -154,14 +157,19 @@ class LoweredProgram:
         size = meta.shape[0] if meta is not None and meta.dim() else None
         return size if isinstance(size, int) else None
 
-    def with_bytes(self, data: bytes) -> LoweredProgram:
+    def with_bytes(self, data: bytes, *, isolated: bool | None = None) -> LoweredProgram:
         """The same report and graph paired with the bytes of another file, to verify those.
+
+        Args:
+            data: of the file.
+            isolated: as for :func:`load_program`.
 
         Raises:
             ProgramError: ``data`` is not a program.
         """
         twin = copy.copy(self)
         twin._data, twin.contents, twin._method = data, read_program(data), None
+        twin._isolated = not twin.contents.has_checksum if isolated is None else isolated
         if len(twin.contents.methods) > 1:
             method = twin.contents.method(self.contents.methods[0].name)
             twin.contents = replace(twin.contents, methods=(method,))
@@ -193,7 +201,7 @@ class LoweredProgram:
         _check_shapes(flat, self.contents)
         if self._method is None:
             name = self.contents.methods[0].name
-            self._method = _load_method(self._data, "the program", name)
+            self._method = _load_method(self._data, "the program", name, isolated=self._isolated)
         outputs = _execute(self._method, flat)
         if self._out_spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -267,7 +275,9 @@ def _check_shapes(inputs: list[Any], contents: ProgramContents) -> None:
             raise InputError(f"input {i} must have shape{at_most} {most}, got {given}")
 
 
-def _load_method(data: bytes, what: str, method: str = "forward") -> Any:
+def _load_method(data: bytes, what: str, method: str = "forward", *, isolated: bool = False) -> Any:
+    if isolated:
+        return IsolatedMethod(data, what, method)
     try:
         return Runtime.get().load_program(data).load_method(method)
     except Exception as error:
@@ -286,6 +296,8 @@ def _execute(method: Any, flat: list[Any]) -> list[Tensor]:
     ]
     try:
         outputs = method.execute(feed)
+    except ProgramError:
+        raise
     except Exception as error:
         raise ProgramError(f"the runtime failed to run the program: {error}") from error
     # Outputs live in the program's own memory, which the next call overwrites.
@@ -297,11 +309,13 @@ class StoredProgram:
 
     Attributes:
         contents: the program, read back.
+        isolated: whether it runs in a process of its own.
     """
 
-    def __init__(self, data: bytes, what: str) -> None:
+    def __init__(self, data: bytes, what: str, isolated: bool | None = None) -> None:
         self.contents = read_program(data, name=what)
-        self._method = _load_method(data, what)
+        self.isolated = not self.contents.has_checksum if isolated is None else isolated
+        self._method = _load_method(data, what, isolated=self.isolated)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the program on a flat list of inputs; returns the flat list of outputs.
@@ -320,17 +334,19 @@ class StoredProgram:
         return tuple(_execute(self._method, list(inputs)))
 
 
-def load_program(path: str | os.PathLike[str]) -> StoredProgram:
+def load_program(path: str | os.PathLike[str], *, isolated: bool | None = None) -> StoredProgram:
     """Load a ``.pte`` file.
 
+    Args:
+        path: of the file.
+        isolated: run it in a child process with limits of memory and time, so that a damaged
+            program cannot take this one down. ``None``: if it carries no checksum and none is in
+            the report beside it.
+
     Raises:
-        ProgramError: it cannot be read or loaded.
+        ProgramError: it cannot be read or loaded, is damaged, or took its process down.
     """
-    where = os.fspath(path)
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ProgramError(
-            f"{where}: cannot be read ({error.strerror or error}); give the path of a .pte"
-        ) from error
-    return StoredProgram(data, where)
+    data, recorded = read_file(path)
+    if isolated is None and recorded:
+        isolated = False
+    return StoredProgram(data, os.fspath(path), isolated)

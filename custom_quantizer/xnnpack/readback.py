@@ -24,14 +24,13 @@ References:
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.resources
 import math
 import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
@@ -39,7 +38,9 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from custom_quantizer._file_hashes import recorded_hash, sha256_of
 from custom_quantizer.errors import ProgramError
+from custom_quantizer.xnnpack.checksum import split_checksum
 
 __all__ = [
     "XNNPACK_BACKEND",
@@ -52,6 +53,7 @@ __all__ = [
     "ProgramContents",
     "ValueInfo",
     "describe",
+    "read_file",
     "read_program",
 ]
 
@@ -349,11 +351,14 @@ class ProgramContents:
         size_bytes: Of the whole file.
         constant_bytes: Of the constants in it: those of kernels, named data (each blob counted
             once) and those inside XNNPACK blobs; alignment padding excluded.
+        has_checksum: whether the file carries a SHA-256, which fits then. It says that the file is
+            what was written, not who wrote it.
     """
 
     methods: tuple[MethodContents, ...]
     size_bytes: int
     constant_bytes: int
+    has_checksum: bool = False
 
     def method(self, name: str = "forward") -> MethodContents:
         """Return the method called ``name``.
@@ -407,28 +412,55 @@ def read_program(
         name: what messages call bytes; a file goes by its path.
 
     The constants are not copied: the values returned keep the file's bytes alive. A constant
-    that XNNPACK's serializer named by its SHA-256 is checked against that name.
+    that XNNPACK's serializer named by its SHA-256 is checked against that name, and the file
+    against its own checksum and the one in the report beside it, where there are any.
 
     Raises:
-        ProgramError: the file is missing or unreadable, is not a ``.pte``, is truncated or
+        ProgramError: the file is missing or unreadable, is not a ``.pte``, is truncated, changed or
             corrupt, or uses something that the installed schemas do not describe.
     """
     if isinstance(source, bytes):
         data, where = source, name
+        recorded = False
     else:
         where = os.fspath(source)
-        try:
-            data = Path(where).read_bytes()
-        except OSError as error:
-            raise ProgramError(
-                f"{where}: cannot be read ({error.strerror or error}); give the path of a .pte"
-            ) from error
-        except ValueError as error:  # a path with a NUL character
-            raise ProgramError(f"{where!r} is not a path; give the path of a .pte") from error
+        data, recorded = read_file(source)
+    program, sealed = split_checksum(memoryview(data), where)
     try:
-        return _read_container(memoryview(data))
+        contents = _read_container(program)
     except _Unreadable as error:
         raise ProgramError(f"{where}: {error}") from error
+    return replace(contents, size_bytes=len(data), has_checksum=sealed or recorded)
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[bytes, bool]:
+    """The bytes of a ``.pte``, and whether a report beside it confirms them.
+
+    Raises:
+        ProgramError: it cannot be read, or the report has another checksum.
+    """
+    where = os.fspath(path)
+    try:
+        if os.path.exists(where) and not os.path.isdir(where) and not os.path.isfile(where):
+            raise ProgramError(f"{where}: is no regular file; give the path of a .pte")
+        data = Path(where).read_bytes()
+    except OSError as error:
+        raise ProgramError(
+            f"{where}: cannot be read ({error.strerror or error}); give the path of a .pte"
+        ) from error
+    except ValueError as error:  # a path with a NUL character
+        raise ProgramError(f"{where!r} is not a path; give the path of a .pte") from error
+    recorded = recorded_hash(where, "program")
+    if recorded is None:
+        return data, False
+    report, digest = recorded
+    if sha256_of(data) != digest:
+        raise ProgramError(
+            f"{where}: the file is damaged or was changed: {report.name} beside it has another "
+            "SHA-256. Copy both again, quantize the model again, or remove the report if it is of "
+            "another program"
+        )
+    return data, True
 
 
 def describe(program: ProgramContents) -> str:
@@ -511,12 +543,15 @@ def _read_container(data: memoryview) -> ProgramContents:
         _slice(segment_bytes, entry.integer("offset"), entry.integer("size"), f"segment {index}")
         for index, entry in enumerate(program.children("segments"))
     )
+    # Those of a sound file do not overlap, so that reading each once takes no longer than the file.
+    if sum(map(len, segments)) > len(data):
+        raise _corrupt("the segments are larger than the file")
     named_segments: dict[str, int] = {}
     for entry in program.children("named_data"):
         index = entry.integer("segment_index")
         _item(segments, index, "segment")
         named_segments[entry.text("key")] = index
-    named = {key: segments[index] for key, index in named_segments.items()}
+    named = _Named(segments, named_segments)
 
     constant_bytes = sum(len(segments[index]) for index in set(named_segments.values()))
     kernel_constants = program.child("constant_segment")
@@ -525,18 +560,22 @@ def _read_container(data: memoryview) -> ProgramContents:
         constant_bytes += len(segment)
 
     inline = program.children("backend_delegate_data")
+    known: dict[tuple[str, str, int], tuple[DelegateContents, int]] = {}
     methods = []
     for plan in program.children("execution_plan"):
         delegates = []
         for entry in plan.children("delegates"):
             place = entry.required("processed")
-            index = place.integer("index")
-            blob = (
-                _item(segments, index, "segment")
-                if place.enum("location") == "SEGMENT"
-                else _item(inline, index, "inline delegate").raw("data")
-            )
-            contents, inline_constants = _read_delegate(entry.text("id"), blob, named)
+            index, location = place.integer("index"), place.enum("location")
+            key = (entry.text("id"), location, index)
+            if key not in known:
+                blob = (
+                    _item(segments, index, "segment")
+                    if location == "SEGMENT"
+                    else _item(inline, index, "inline delegate").raw("data")
+                )
+                known[key] = _read_delegate(key[0], blob, named)
+            contents, inline_constants = known[key]
             delegates.append(contents)
             constant_bytes += inline_constants
         methods.append(_read_method(plan, tuple(delegates)))
@@ -555,6 +594,12 @@ def _split_segments(data: memoryview) -> tuple[memoryview, memoryview]:
     _, header_size, program_size, base = _EXTENDED_HEADER.unpack_from(data, start)
     if header_size < _EXTENDED_HEADER.size:
         raise _corrupt(f"the extended header claims {header_size} bytes")
+    if header_size >= _EXTENDED_HEADER.size + 8:
+        _slice(data, start + _EXTENDED_HEADER.size, 8, "the extended header")
+        (size,) = struct.unpack_from("<Q", data, start + _EXTENDED_HEADER.size)
+        end = base + size if size else program_size
+        if end != len(data):
+            raise _corrupt(f"the program ends at byte {end} of {len(data)}")
     return _slice(data, 0, program_size, "the program"), data[min(base, len(data)) :]
 
 
@@ -606,7 +651,7 @@ def _value_info(entry: _Table) -> ValueInfo:
 
 
 def _read_delegate(
-    backend_id: str, blob: memoryview, named: Mapping[str, memoryview]
+    backend_id: str, blob: memoryview, named: _Named
 ) -> tuple[DelegateContents, int]:
     """Return the contents of a delegate's blob, and how many bytes of it are constants."""
     if backend_id != XNNPACK_BACKEND:
@@ -647,24 +692,41 @@ def _read_delegate(
     return contents, data_size
 
 
+class _Named:
+    """Constants by name; whether one has the hash that it is named by is found out once."""
+
+    def __init__(self, segments: Sequence[memoryview], index: Mapping[str, int]) -> None:
+        self._segments = segments
+        self._index = index
+        self._digests: dict[int, str] = {}
+
+    def __getitem__(self, key: str) -> memoryview | None:
+        index = self._index.get(key)
+        if index is None:
+            return None
+        # The serializer names constants by their SHA-256, scales with a prefix before it.
+        digest = key.removeprefix("scale_")
+        if re.fullmatch("[0-9a-f]{64}", digest):
+            if index not in self._digests:
+                self._digests[index] = sha256_of(self._segments[index])
+            if self._digests[index] != digest:
+                raise _corrupt(
+                    f"the bytes of constant {key!r} do not have the SHA-256 they are named by"
+                )
+        return self._segments[index]
+
+
 @dataclass(frozen=True)
 class _Constant:
     key: str | None
     data: memoryview | None  # None: named, and not in this file
 
 
-def _read_constant(entry: _Table, inline: memoryview, named: Mapping[str, memoryview]) -> _Constant:
+def _read_constant(entry: _Table, inline: memoryview, named: _Named) -> _Constant:
     key, offset, size = entry.text("named_key"), entry.integer("offset"), entry.integer("size")
     if offset != _NAMED:
         return _Constant(None, _slice(inline, offset, size, "a constant"))
-    data = named.get(key)
-    if data is None:
-        return _Constant(key, None)
-    # The serializer names constants by their SHA-256, scales with a prefix before it.
-    digest = key.removeprefix("scale_")
-    if re.fullmatch("[0-9a-f]{64}", digest) and hashlib.sha256(data).hexdigest() != digest:
-        raise _corrupt(f"the bytes of constant {key!r} do not have the SHA-256 they are named by")
-    return _Constant(key, data)
+    return _Constant(key, named[key])
 
 
 def _read_tensor(position: int, entry: _Table, constants: tuple[_Constant, ...]) -> DelegateTensor:
@@ -821,6 +883,9 @@ def _integers(raw: Mapping[str, ParamValue], *names: str) -> tuple[int, ...]:
 # Flatbuffers
 # --------------------------------------------------------------------------------------------
 
+_MOST_TABLES = 1 << 21
+"""Bounds the memory that reading a file takes; the largest networks have tens of thousands."""
+
 _SCALARS: Mapping[str, np.dtype[Any]] = {
     "bool": np.dtype("u1"),
     "byte": np.dtype("i1"),
@@ -922,6 +987,7 @@ class _Buffer:
         # Offsets of a corrupt buffer may overlap, so that following all would take forever. Of a
         # sound one, no vector is visited twice.
         self._bytes_left = len(data)
+        self._tables_left = _MOST_TABLES
 
     def visit(self, size: int) -> None:
         self._bytes_left -= size
@@ -944,6 +1010,10 @@ class _Buffer:
         return position + self.integer("uint", position)
 
     def table(self, name: str, position: int) -> _Table:
+        # Nothing of a vector of offsets to one table is visited twice, and each takes memory here.
+        self._tables_left -= 1
+        if self._tables_left < 0:
+            raise _corrupt(f"{self.name} has more than {_MOST_TABLES:,} tables")
         return _Table(self, name, position)
 
     def root(self) -> _Table:
@@ -1013,7 +1083,9 @@ class _Table:
         return tuple(values.tolist())
 
     def raw(self, name: str) -> memoryview:
-        return self.vector(name).data
+        values = self.vector(name)
+        self._buffer.visit(values.nbytes)
+        return values.data
 
     def text(self, name: str) -> str:
         position = self._at(self._field(name).slot)
@@ -1021,6 +1093,7 @@ class _Table:
             return ""
         start = self._buffer.follow(position)
         length = self._buffer.integer("uint", start)
+        self._buffer.visit(length)
         encoded = self._buffer.array(_SCALARS["ubyte"], start + 4, length).tobytes()
         try:
             return encoded.decode("utf-8")
