@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -23,14 +24,14 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationConfig
 
-from custom_quantizer._io import write_json_atomic
+from custom_quantizer._io import json_bytes, new_directory, write_files_atomic
 from custom_quantizer._progress import stages
 from custom_quantizer.calibration import CalibrationSummary, calibrate
 from custom_quantizer.errors import CaptureError, ConfigError, InputError
 from custom_quantizer.planner import Plan
 from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.report import Report, inspect
-from custom_quantizer.saved_graph import save_graph
+from custom_quantizer.saved_graph import graph_bytes
 from custom_quantizer.schemes import OpScheme
 from custom_quantizer.xnnpack import LoweredProgram
 from custom_quantizer.xnnpack import lower as lower_to_xnnpack
@@ -42,6 +43,7 @@ __all__ = [
     "as_quantizer",
     "capture",
     "quantize",
+    "save_result",
 ]
 
 logger = logging.getLogger(__name__)
@@ -110,7 +112,7 @@ class QuantizationResult:
         }
 
     def save(self, path: str | os.PathLike[str]) -> SavedFiles:
-        """Write the program and the report; each file appears whole or not at all.
+        """Write program, graph and report: all of them, or nothing and old files stay.
 
         Args:
             path: a ``.pte`` file, beside which the report gets the suffix ``.json`` and the
@@ -120,29 +122,41 @@ class QuantizationResult:
         Raises:
             InputError: a file cannot be written, or ``path`` is a ``.pte`` and there is none.
         """
-        target = Path(path)
-        if target.suffix == ".pte":
-            program, report = target, target.with_suffix(".json")
-            if self.lowered is None:
-                raise InputError(
-                    f"{target}: there is no program to write, since quantize was called with "
-                    "lower=False. Name a directory for the report alone, or lower the model"
-                )
-        else:
-            try:
-                target.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(
-                    f"{target}: cannot make this directory ({error.strerror}). Name a .pte file or "
-                    "a directory that can be written"
-                ) from error
-            program, report = target / "model.pte", target / "report.json"
-        # The report last: where it exists, the program it speaks of does.
-        if self.lowered is not None:
-            self.lowered.save(program)
-        graph = save_graph(self.converted, self.example_inputs, program.with_suffix(".pt2"))
-        write_json_atomic(report, self._to_dict())
-        return SavedFiles(program if self.lowered is not None else None, report, graph)
+        return save_result(self, path)
+
+
+def save_result(
+    result: QuantizationResult,
+    path: str | os.PathLike[str],
+    more: Mapping[str, Any] | None = None,
+) -> SavedFiles:
+    """Write a result as :meth:`QuantizationResult.save` does, with ``more`` in its report.
+
+    Raises:
+        InputError: as there.
+    """
+    target = Path(path)
+    program: Path | None
+    if target.suffix == ".pte":
+        program, report, graph = target, target.with_suffix(".json"), target.with_suffix(".pt2")
+        if result.lowered is None:
+            raise InputError(
+                f"{target}: there is no program to write, since quantize was called with "
+                "lower=False. Name a directory for the report alone, or lower the model"
+            )
+        folder: AbstractContextManager[None] = nullcontext()
+    else:
+        program = None if result.lowered is None else target / "model.pte"
+        report, graph = target / "report.json", target / "model.pt2"
+        folder = new_directory(target)
+    files: dict[str | os.PathLike[str], bytes] = {}
+    if program is not None and result.lowered is not None:
+        files[program] = result.lowered.buffer
+    files[graph] = graph_bytes(result.converted, result.example_inputs)
+    files[report] = json_bytes({**result._to_dict(), **(more or {})})
+    with folder:
+        write_files_atomic(files)
+    return SavedFiles(program, report, graph)
 
 
 def quantize(

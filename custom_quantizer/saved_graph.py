@@ -7,6 +7,7 @@ lowering it again gives the same bytes.
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from custom_quantizer._io import open_atomic
+from custom_quantizer._io import write_bytes_atomic
 from custom_quantizer.converted import read_converted
 from custom_quantizer.errors import ConversionError, InputError
 from custom_quantizer.xnnpack import LoweredProgram, lower
 from custom_quantizer.xnnpack.lowering import DEFAULT_DYNAMIC_MAX, export_again
 
-__all__ = ["load_graph", "load_lowered", "save_graph"]
+__all__ = ["graph_bytes", "load_graph", "load_lowered", "save_graph"]
 
 
 def save_graph(
@@ -42,11 +43,27 @@ def save_graph(
         ConversionError: the graph is not a converted one.
         InputError: the file cannot be written.
     """
+    write_bytes_atomic(path, graph_bytes(converted, example_inputs, dynamic_max=dynamic_max))
+    return Path(path)
+
+
+def graph_bytes(
+    converted: GraphModule,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_max: int = DEFAULT_DYNAMIC_MAX,
+) -> bytes:
+    """What :func:`save_graph` writes.
+
+    Raises:
+        ConversionError: the graph is not a converted one.
+    """
     read_converted(converted)
     exported = export_again(converted, example_inputs, dynamic_max)
-    with open_atomic(path) as file:
-        torch.export.save(exported, file)
-    return Path(path)
+    # Not into the file: torch's zip writer ends the process when a disk is full.
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    return buffer.getvalue()
 
 
 def load_graph(path: str | os.PathLike[str]) -> tuple[GraphModule, tuple[Any, ...]]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer._io import open_atomic
+from custom_quantizer._io import write_files_atomic
 from custom_quantizer.arithmetic import FIXED_POINT, QParams, quantize_multiplier
 from custom_quantizer.bias import derived_scale
 from custom_quantizer.converted import ConvertedGraph, read_converted
@@ -90,8 +90,8 @@ _LISTED = 10
 def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
     """Write ``<path>.safetensors`` and ``<path>.json``.
 
-    Each file appears whole or not at all. The JSON comes second and holds the SHA-256 of the
-    other, so that a reader notices when only one of them was replaced.
+    Both files appear, or none. The JSON holds the SHA-256 of the other, so that a reader notices
+    when only one of them was replaced.
 
     Args:
         converted: what ``convert_pt2e`` returns; every op of it in integers.
@@ -110,13 +110,7 @@ def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     text = _dumps(description) + "\n"
-    with open_atomic(json_file) as document, open_atomic(weights_file) as weights:
-        try:
-            document.write(text.encode("utf-8"))
-            document.flush()
-            weights.write(data)
-        except OSError as exc:
-            raise InputError(f"Cannot write {path}: {exc.strerror or exc}.") from exc
+    write_files_atomic({weights_file: data, json_file: text.encode("utf-8")})
 
 
 def load_integers(path: str | os.PathLike[str]) -> IntegerBundle:
