@@ -28,11 +28,13 @@ from custom_quantizer._io import json_bytes, new_directory, write_files_atomic
 from custom_quantizer._progress import stages
 from custom_quantizer.calibration import CalibrationSummary, calibrate
 from custom_quantizer.errors import CaptureError, ConfigError, InputError
+from custom_quantizer.graph import state_kept
 from custom_quantizer.planner import Plan
 from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.report import Report, inspect
 from custom_quantizer.saved_graph import graph_bytes
 from custom_quantizer.schemes import OpScheme
+from custom_quantizer.threads import exclusive
 from custom_quantizer.xnnpack import LoweredProgram
 from custom_quantizer.xnnpack import lower as lower_to_xnnpack
 
@@ -171,6 +173,8 @@ def quantize(
 ) -> QuantizationResult:
     """Quantize a float model and lower it to a checked XNNPACK program.
 
+    Threads may call it: they wait for each other (see :mod:`custom_quantizer.threads`).
+
     Args:
         model: a module (a copy in eval mode is captured; the module itself is not changed), an
             ``ExportedProgram``, or what its ``.module()`` returns.
@@ -197,14 +201,17 @@ def quantize(
         exported, example = capture(model, example_inputs, dynamic_batch=dynamic_batch)
         stage("planning")
         # prepare_pt2e folds batch norms into the graph it is given.
-        prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
-        plan = quantizer.last_plan
+        with exclusive():
+            prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
+            plan = quantizer.last_plan
         for warning in plan.warnings:
             logger.warning("%s", warning)
         stage("calibrating")
         summary = calibrate(prepared, calibration_data, progress=progress)
         stage("converting")
-        converted = cast(GraphModule, convert_pt2e(prepared))
+        # To fold constants convert_pt2e runs writes into buffers too (counters).
+        with exclusive(), state_kept(prepared):
+            converted = cast(GraphModule, convert_pt2e(prepared))
         lowered = lower_to_xnnpack(converted, example, progress=stage) if lower else None
         stage("reporting")
         report = inspect(converted, lowered)
@@ -247,6 +254,7 @@ def _is_file_name(config: object) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
+@exclusive()
 def capture(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: tuple[Any, ...],

@@ -12,7 +12,7 @@ ROOT = Path(custom_quantizer.__file__).parent
 # A module may import from its own line and from the lines above it.
 LAYERS = (
     {"errors"},
-    {"formats", "_io", "_progress", "_html", "_views", "_paired", "sources"},
+    {"formats", "_io", "_progress", "_html", "_views", "_paired", "sources", "threads"},
     {"arithmetic"},
     {"schemes", "bias", "graph"},
     {"ops"},
