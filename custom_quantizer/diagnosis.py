@@ -59,7 +59,7 @@ from custom_quantizer.graph import (
 )
 from custom_quantizer.observers import META_KEY
 from custom_quantizer.ops import Binding, QParamSharing, QuantizedOp, rule_of
-from custom_quantizer.threads import exclusive
+from custom_quantizer.threads import exclusive, tools
 
 __all__ = [
     "Diagnosis",
@@ -354,7 +354,7 @@ class _Nothing(Quantizer):  # type: ignore[misc]  # torchao is untyped
         pass
 
 
-@exclusive()
+@tools()
 def _float_twin(
     model: nn.Module | torch.export.ExportedProgram, converted: GraphModule, values: list[Any]
 ) -> GraphModule:

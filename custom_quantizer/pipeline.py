@@ -34,7 +34,7 @@ from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.report import Report, inspect
 from custom_quantizer.saved_graph import graph_bytes
 from custom_quantizer.schemes import OpScheme
-from custom_quantizer.threads import exclusive
+from custom_quantizer.threads import tools
 from custom_quantizer.xnnpack import LoweredProgram
 from custom_quantizer.xnnpack import lower as lower_to_xnnpack
 
@@ -201,7 +201,7 @@ def quantize(
         exported, example = capture(model, example_inputs, dynamic_batch=dynamic_batch)
         stage("planning")
         # prepare_pt2e folds batch norms into the graph it is given.
-        with exclusive():
+        with tools():
             prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
             plan = quantizer.last_plan
         for warning in plan.warnings:
@@ -210,7 +210,7 @@ def quantize(
         summary = calibrate(prepared, calibration_data, progress=progress)
         stage("converting")
         # To fold constants convert_pt2e runs writes into buffers too (counters).
-        with exclusive(), state_kept(prepared):
+        with tools(), state_kept(prepared):
             converted = cast(GraphModule, convert_pt2e(prepared))
         lowered = lower_to_xnnpack(converted, example, progress=stage) if lower else None
         stage("reporting")
@@ -254,7 +254,7 @@ def _is_file_name(config: object) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-@exclusive()
+@tools()
 def capture(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: tuple[Any, ...],

@@ -40,7 +40,7 @@ from custom_quantizer.fake_quantize import ActivationFakeQuantize, WeightFakeQua
 from custom_quantizer.graph import state_kept
 from custom_quantizer.sources import Batch
 from custom_quantizer.statistics import Source, load_statistics
-from custom_quantizer.threads import exclusive
+from custom_quantizer.threads import exclusive, tools
 from custom_quantizer.training_graph import DROPOUTS, training_mode_of
 
 __all__ = [
@@ -99,7 +99,7 @@ def evaluation_mode(prepared: GraphModule) -> GraphModule:
     return _move(prepared, move_exported_model_to_eval)
 
 
-@exclusive()
+@tools()
 def _move(prepared: GraphModule, move: Callable[[GraphModule], Any]) -> GraphModule:
     _check_prepared(prepared)
     before = [_literals(node) for node in _switched(prepared)]

@@ -45,7 +45,7 @@ from custom_quantizer.insertion import ANNOTATION_KEY, insert_observers
 from custom_quantizer.observers import META_KEY, ActivationObserver, BiasObserver, WeightObserver
 from custom_quantizer.planner import Derivation, Edge, Plan, is_annotated, make_plan
 from custom_quantizer.schemes import OpScheme, TensorScheme, activation_scheme, coerce_scheme
-from custom_quantizer.threads import exclusive
+from custom_quantizer.threads import tools
 from custom_quantizer.training_graph import (
     DROPOUTS,
     MODE_NAME,
@@ -197,7 +197,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         else:
             _check_captured(exported)
             model = copy.deepcopy(exported)
-        with exclusive():
+        with tools():
             prepare_pt2e(model, self)
             return self.last_plan
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from custom_quantizer._io import write_bytes_atomic
 from custom_quantizer.converted import read_converted
 from custom_quantizer.errors import ConversionError, InputError
-from custom_quantizer.threads import exclusive
+from custom_quantizer.threads import tools
 from custom_quantizer.xnnpack import LoweredProgram, lower
 from custom_quantizer.xnnpack.lowering import DEFAULT_DYNAMIC_MAX, export_again
 
@@ -48,7 +48,7 @@ def save_graph(
     return Path(path)
 
 
-@exclusive()
+@tools()
 def graph_bytes(
     converted: GraphModule,
     example_inputs: tuple[Any, ...],
@@ -68,7 +68,7 @@ def graph_bytes(
     return buffer.getvalue()
 
 
-@exclusive()
+@tools()
 def load_graph(path: str | os.PathLike[str]) -> tuple[GraphModule, tuple[Any, ...]]:
     """Read what :func:`save_graph` wrote.
 

@@ -24,7 +24,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["exclusive", "runtime"]
+import torch
+
+__all__ = ["exclusive", "runtime", "tools"]
 
 _tools, _runtime = threading.RLock(), threading.RLock()
 
@@ -38,6 +40,16 @@ def exclusive() -> Iterator[None]:
     # Not "with _tools": a process forked in the block has another one when it leaves it.
     lock = _tools
     with lock:
+        yield
+
+
+@contextmanager
+def tools() -> Iterator[None]:
+    """:func:`exclusive`, and the global random generator is afterwards as it was before.
+
+    ``convert_pt2e`` of torchao 0.18 draws from it, to make examples for its patterns.
+    """
+    with exclusive(), torch.random.fork_rng(devices=()):
         yield
 
 

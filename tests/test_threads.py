@@ -24,7 +24,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.integer import integer_reference
-from custom_quantizer.threads import exclusive
+from custom_quantizer.threads import exclusive, tools
 from custom_quantizer.xnnpack import lowering
 
 EXAMPLE = (small_images(4),)
@@ -36,9 +36,7 @@ def process_state() -> dict[str, Any]:
     known = [name for name in logging.root.manager.loggerDict if name.startswith(("torch", "exec"))]
     return {
         "backends": {
-            name: repr(getattr(torch.backends, name).flags.__module__)
-            and getattr(torch._C, f"_get_{name}_enabled")()
-            for name in ("nnpack", "mkldnn")
+            name: getattr(torch._C, f"_get_{name}_enabled")() for name in ("nnpack", "mkldnn")
         },
         "onednn": (torch.backends.mkldnn.deterministic, torch.backends.mkldnn.allow_tf32),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -99,11 +97,11 @@ def test_threads_get_what_each_would_get_alone() -> None:
         return made.lowered.buffer
 
     def steps() -> bytes:
-        with exclusive():
+        with tools():
             captured = torch.export.export(copy.deepcopy(model), EXAMPLE).module()
             prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
         cq.calibrate(prepared, DATA)
-        with exclusive():
+        with tools():
             converted = convert_pt2e(prepared)
         return cq.lower(converted, EXAMPLE).buffer
 

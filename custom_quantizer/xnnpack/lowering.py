@@ -33,7 +33,7 @@ from custom_quantizer.graph import (
     tensor_meta,
 )
 from custom_quantizer.ops import Backend, QuantizedOp, predict_backend
-from custom_quantizer.threads import exclusive
+from custom_quantizer.threads import exclusive, tools
 from custom_quantizer.xnnpack.partition import partitioner
 from custom_quantizer.xnnpack.passes import origin_of, run_passes
 from custom_quantizer.xnnpack.program import (
@@ -53,7 +53,7 @@ DEFAULT_DYNAMIC_MAX = 64
 """Largest size of a dynamic dimension when the captured graph gives none: memory is planned."""
 
 
-@exclusive()
+@tools()
 def lower(
     converted: GraphModule,
     example_inputs: tuple[Any, ...],
@@ -228,7 +228,7 @@ def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> Any:
     return shapes
 
 
-@exclusive()
+@tools()
 def export_again(
     model: GraphModule, example: tuple[Any, ...], dynamic_max: int, *, widest: bool = False
 ) -> torch.export.ExportedProgram:

@@ -48,7 +48,7 @@ from custom_quantizer.errors import (
 from custom_quantizer.graph import STATE_KEY, set_state
 from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.schemes import OpScheme
-from custom_quantizer.threads import exclusive
+from custom_quantizer.threads import tools
 from custom_quantizer.xnnpack.checks import check_program
 from custom_quantizer.xnnpack.lowering import (
     DEFAULT_DYNAMIC_MAX,
@@ -258,7 +258,7 @@ class _Lowering:
         self._check = check
         self._methods: dict[str, Rewritten] = {}
 
-    @exclusive()
+    @tools()
     def rewrite(
         self, method: str, exported: torch.export.ExportedProgram
     ) -> torch.export.ExportedProgram:
@@ -278,7 +278,7 @@ class _Lowering:
         self._methods[method] = rewrite(graph, tuple(args), self._dynamic_max, widest=True)
         return self._methods[method].exported
 
-    @exclusive()
+    @tools()
     def finish(self, edge: EdgeProgramManager) -> list[Any]:
         """Check the partitioned program; asks for no further pass.
 
