@@ -11,10 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.disk import room_for
 
 from custom_quantizer import _io
 from custom_quantizer._io import (
@@ -92,18 +92,6 @@ def test_a_reader_sees_the_old_files_until_all_new_ones_are_on_the_disk(
 
 
 # --- all or nothing ---
-
-
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """A disk on which no file gets larger: writing on is an error of the system."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("old", [True, False])
