@@ -26,9 +26,9 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["exclusive", "runtime", "tools"]
+__all__ = ["exclusive", "tools"]
 
-_tools, _runtime = threading.RLock(), threading.RLock()
+_lock = threading.RLock()
 
 
 @contextmanager
@@ -37,9 +37,7 @@ def exclusive() -> Iterator[None]:
 
     A thread that is in one may enter another.
     """
-    # Not "with _tools": a process forked in the block has another one when it leaves it.
-    lock = _tools
-    with lock:
+    with _lock:
         yield
 
 
@@ -53,18 +51,10 @@ def tools() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def runtime() -> Iterator[None]:
-    """The same for the ExecuTorch runtime: all runs of a program share its memory."""
-    lock = _runtime
-    with lock:
-        yield
-
-
 def _renew() -> None:
-    """Give a forked process locks that no thread holds: only the one that forked lives on."""
-    global _tools, _runtime
-    _tools, _runtime = threading.RLock(), threading.RLock()
+    """Give a forked process a lock that no thread holds: only the one that forked lives on."""
+    global _lock
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -136,11 +136,10 @@ for name, write in WRITERS.items():
         continue
     for room in (0, 2000):
         filler = folder / "filler"
-        with filler.open("wb") as file:
+        with filler.open("wb", buffering=0) as file:
             try:
                 while True:
                     file.write(bytes(4096))
-                    file.flush()
             except OSError:
                 pass
         os.truncate(filler, max(filler.stat().st_size - room, 0))

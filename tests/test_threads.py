@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -126,6 +126,18 @@ class Stop(Exception):
     pass
 
 
+@pytest.fixture
+def backends_on() -> Iterator[None]:
+    """Whatever ran before."""
+    before = process_state()["backends"]
+    torch._C._set_nnpack_enabled(True)
+    torch._C._set_mkldnn_enabled(True)
+    yield
+    torch._C._set_nnpack_enabled(before["nnpack"])
+    torch._C._set_mkldnn_enabled(before["mkldnn"])
+
+
+@pytest.mark.usefixtures("backends_on")
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 def test_a_call_that_fails_leaves_the_process_as_it_was(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -156,6 +168,7 @@ def test_a_call_that_fails_leaves_the_process_as_it_was(
     assert at_once(lambda: integer_reference(converted)(*EXAMPLE).shape) == [(4, 3)]
 
 
+@pytest.mark.usefixtures("backends_on")
 def test_backends_switched_off_twice_come_back() -> None:
     before = process_state()
 

@@ -21,7 +21,6 @@ from custom_quantizer.converted import ConvertedGraph
 from custom_quantizer.errors import InputError, ProgramError
 from custom_quantizer.graph import check_input, flatten_inputs
 from custom_quantizer.ops import Backend
-from custom_quantizer.threads import runtime
 from custom_quantizer.xnnpack.readback import (
     DelegateContents,
     DelegateOp,
@@ -192,11 +191,10 @@ class LoweredProgram:
         for i, (value, meta) in enumerate(zip(flat, self._metas, strict=True)):
             check_input(i, value, meta)
         _check_shapes(flat, self.contents)
-        with runtime():
-            if self._method is None:
-                name = self.contents.methods[0].name
-                self._method = _load_method(self._data, "the program", name)
-            outputs = _execute(self._method, flat)
+        if self._method is None:
+            name = self.contents.methods[0].name
+            self._method = _load_method(self._data, "the program", name)
+        outputs = _execute(self._method, flat)
         if self._out_spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         return pytree.tree_unflatten(outputs, self._out_spec)
@@ -269,7 +267,6 @@ def _check_shapes(inputs: list[Any], contents: ProgramContents) -> None:
             raise InputError(f"input {i} must have shape{at_most} {most}, got {given}")
 
 
-@runtime()
 def _load_method(data: bytes, what: str, method: str = "forward") -> Any:
     try:
         return Runtime.get().load_program(data).load_method(method)
@@ -280,7 +277,6 @@ def _load_method(data: bytes, what: str, method: str = "forward") -> Any:
         ) from error
 
 
-@runtime()
 def _execute(method: Any, flat: list[Any]) -> list[Tensor]:
     feed = [
         value.detach().clone(memory_format=torch.contiguous_format)
