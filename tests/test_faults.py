@@ -63,9 +63,14 @@ def config() -> Config:
     return load_config(cq.IntegerQuantizer().set_global("a8w8").to_config())
 
 
+@cache
+def watched() -> cq.CalibrationSummary:
+    return cq.calibrate(prepared(), DATA, watch="linear")
+
+
 def plot(path: Path) -> None:
     pytest.importorskip("matplotlib")
-    cq.calibrate(prepared(), DATA, watch="linear").plot_watch(path)
+    watched().plot_watch(path)
 
 
 def inspect_to_html(path: Path) -> None:
@@ -127,7 +132,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import custom_quantizer as cq
 from support.disk import contents
-from test_faults import WRITERS, plot
+from test_faults import WRITERS
 
 folder = Path({folder!r})
 for name, write in WRITERS.items():

@@ -116,9 +116,9 @@ def test_threads_get_what_each_would_get_alone() -> None:
             for seed in range(20)
         ]
 
-    made = at_once(whole, whole, steps, looks, runs, runs)
-    assert [data == program.buffer for data in made[:3]] == [True] * 3
-    assert all(all(found) for found in made[3:])
+    made = at_once(whole, steps, looks, runs)
+    assert [data == program.buffer for data in made[:2]] == [True] * 2
+    assert all(all(found) for found in made[2:])
     assert_state(before)
 
 
