@@ -1,8 +1,8 @@
 """How far a calibration came, in a file: tensors and JSON, no code.
 
-The file is a safetensors file: the state of every observer, and in its metadata how much data was
-seen. It carries fingerprints of the model and of the first batch, because going on with another
-model or other data would give ranges of neither.
+The file is a safetensors file: the state of every observer and of buffers that the model writes,
+and in its metadata how much data was seen. It carries fingerprints of the model and of the first
+batch, because going on with another model or other data would give ranges of neither.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from torch.fx import GraphModule
 from custom_quantizer._settling import Settling
 from custom_quantizer._tensor_file import DamagedFileError, read_tensors, write_tensors
 from custom_quantizer.errors import CalibrationError
+from custom_quantizer.graph import set_state, state_buffers
 
 __all__ = ["Checkpoint", "Position"]
 
 _FORMAT = "custom_quantizer.calibration"
 _VERSION = "2"
 _LAST_CHANGE = "last_change"
+_STATE = "state."
+_OBSERVER = "activation_post_process"
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,14 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str], prepared: GraphModule) -> None:
         self.path = path
         self._observers = {
-            name: module
-            for name, module in prepared.named_children()
-            if name.startswith("activation_post_process")
+            name: module for name, module in prepared.named_children() if name.startswith(_OBSERVER)
         }
         self._model = _fingerprint_of_model(prepared, self._observers)
+        self._prepared = prepared
         self._data: str | None = None
 
     def resume(self, settling: Settling) -> Position:
-        """Load what the file holds into the observers; nothing where there is no file.
+        """Load what the file holds into the graph; nothing where there is no file.
 
         Raises:
             CalibrationError: it is of another model, of another version, or no checkpoint.
@@ -120,6 +122,8 @@ class Checkpoint:
             states.append((observer, state))
         for observer, state in states:
             observer.load_state_dict(state)
+        state = {n.removeprefix(_STATE): v for n, v in tensors.items() if n.startswith(_STATE)}
+        set_state(self._prepared, state)
         settling.restart(tensors[_LAST_CHANGE])
         self._data = metadata["data"]
         return position
@@ -149,6 +153,8 @@ class Checkpoint:
         for key, observer in self._observers.items():
             for name, value in observer.state_dict().items():
                 tensors[f"{key}.{name}"] = value
+        for name, value in state_buffers(self._prepared).items():
+            tensors[_STATE + name] = value
         metadata = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -164,7 +170,8 @@ def _fingerprint_of_model(prepared: GraphModule, observers: dict[str, nn.Module]
     weights = [
         value
         for name, value in prepared.state_dict().items()
-        if name.partition(".")[0] not in observers and isinstance(value, Tensor)
+        # By name: an observer of several tensors is among the children only once.
+        if not name.startswith(_OBSERVER) and isinstance(value, Tensor)
     ]
     return _fingerprint(weights, prepared.code, *schemes)
 

@@ -31,8 +31,9 @@ from custom_quantizer._settling import (
     plot_watched,
 )
 from custom_quantizer.errors import CalibrationError, CustomQuantizerError
-from custom_quantizer.graph import size_bounds, tensor_meta
+from custom_quantizer.graph import STATE_KEY, set_state, size_bounds, state_kept, tensor_meta
 from custom_quantizer.sources import Batch
+from custom_quantizer.threads import exclusive
 
 __all__ = [
     "CalibrationSummary",
@@ -41,6 +42,7 @@ __all__ = [
     "TensorSettled",
     "WatchPoint",
     "calibrate",
+    "restore_state",
 ]
 
 logger = logging.getLogger(__name__)
@@ -124,6 +126,11 @@ def calibrate(
 ) -> CalibrationSummary:
     """Run ``data`` through ``prepared`` without gradients.
 
+    Where a model writes its buffers (counters, caches, recurrent state), the data are one stream,
+    as they are for a program on a device: each batch finds what the one before left. Afterwards
+    the buffers hold again what they held before the call, so that the program starts with that,
+    and so does another call: calibrate independent sequences one call each.
+
     Args:
         prepared: what ``prepare_pt2e`` returns.
         data: an iterable of batches, such as a list, a generator, a ``DataLoader`` or a
@@ -156,6 +163,40 @@ def calibrate(
         raise CalibrationError(f"limit={limit}: calibration needs at least one sample")
     if checkpoint_every < 1:
         raise CalibrationError(f"checkpoint_every={checkpoint_every}: it counts batches, from 1")
+    with state_kept(prepared):
+        return _calibrate(prepared, data, limit, watch, checkpoint, checkpoint_every, progress)
+
+
+def restore_state(model: GraphModule) -> None:
+    """Give buffers that a model writes what they held when it was prepared.
+
+    :func:`calibrate` leaves them so. After a loop of your own call this, with the prepared graph or
+    the converted one; otherwise the program starts with what the last batch left.
+
+    Args:
+        model: what ``prepare_pt2e`` or ``convert_pt2e`` returns.
+
+    Raises:
+        CalibrationError: nothing is known of that: the graph was not prepared by this package's
+            quantizer, was prepared for training, or was exported or loaded since.
+    """
+    if not isinstance(model, GraphModule) or STATE_KEY not in model.meta:
+        raise CalibrationError(
+            "what the buffers held is not known: pass what prepare_pt2e or convert_pt2e returned, "
+            "not a graph that was exported or loaded since"
+        )
+    set_state(model, model.meta[STATE_KEY])
+
+
+def _calibrate(
+    prepared: GraphModule,
+    data: object,
+    limit: int | None,
+    watch: str | None,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_every: int,
+    progress: bool | None,
+) -> CalibrationSummary:
     graph = GraphInputs.of(prepared)
     queue = SampleQueue(graph)
     observed = observed_tensors(prepared)
@@ -254,6 +295,7 @@ def _batches(data: object) -> Iterable[object]:
     return data
 
 
+@exclusive()
 def _run(prepared: GraphModule, graph: GraphInputs, values: list[Any], where: str) -> None:
     args, kwargs = graph.arguments(values)
     try:

@@ -29,7 +29,7 @@ from custom_quantizer.factors import fold_factors
 from custom_quantizer.forms import use_integer_forms
 from custom_quantizer.graph import add_constant, argument, describe, tensor_meta, written_inputs
 
-__all__ = ["OVERWRITTEN", "canonicalize", "overwritten_by"]
+__all__ = ["OVERWRITTEN", "canonicalize", "mark_overwritten", "overwritten_by"]
 
 aten = torch.ops.aten
 
@@ -70,6 +70,17 @@ def functional_overload(target: Any) -> Any | None:
 def overwritten_by(node: Node) -> str | None:
     """Name of an op that writes into the memory of ``node``'s tensor, if one is left."""
     return cast("str | None", node.meta.get(OVERWRITTEN))
+
+
+def mark_overwritten(model: GraphModule) -> None:
+    """Let :func:`overwritten_by` know what the writes of a graph reach.
+
+    What :func:`canonicalize` left in place it has marked; exporting a graph again loses that.
+    """
+    for node in model.graph.nodes:
+        for written in written_inputs(node):
+            for alias in (*_aliases(written), node):
+                alias.meta[OVERWRITTEN] = describe(node)
 
 
 OVERWRITTEN = "custom_quantizer_overwritten"

@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,6 +77,25 @@ class _Cli(click.Group):
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
             raise _Failure(str(error)) from error
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except OSError as error:  # a full disk behind ">"; click itself sees to "| head"
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            _forget_output()
+            what = error.filename or "the output cannot be written"
+            _Failure(f"{what}: {error.strerror or error}").show()
+            sys.exit(_Failure.exit_code)
+
+
+def _forget_output() -> None:
+    """Send to nowhere what standard output still holds: Python would try, and fail, once more."""
+    with suppress(OSError):  # no file behind it
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from custom_quantizer._io import write_json_atomic
 from custom_quantizer._terminal import (
     make_console,
     make_table,
@@ -33,7 +32,7 @@ from custom_quantizer.evaluation import Evaluation, evaluate
 from custom_quantizer.graph import module_path
 from custom_quantizer.integer import integer_reference
 from custom_quantizer.ops import QuantizedOp
-from custom_quantizer.pipeline import QuantizationResult, SavedFiles, quantize
+from custom_quantizer.pipeline import QuantizationResult, SavedFiles, quantize, save_result
 from custom_quantizer.verification import Verification, verify
 from custom_quantizer.xnnpack import LoweredProgram
 
@@ -189,17 +188,17 @@ def run_demo(
     verification = verify(result.converted, program, [(image,) for image, _ in tests])
     _step(console, "run", f"{len(tests)} held-out digits, one by one", lap)
 
-    files = result.save(output / "digits.pte")
-    demo = DemoResult(
-        result,
-        evaluation,
-        verification,
-        _layer_bias(result, model, LAYER),
-        _count_biases(result),
-        _sizes(model, program),
-        files,
-    )
-    _append(files.report, demo)
+    layer, biases = _layer_bias(result, model, LAYER), _count_biases(result)
+    sizes = _sizes(model, program)
+    measured = {
+        "evaluation": json.loads(evaluation.to_json()),
+        "verification": json.loads(verification.to_json()),
+        "layer": asdict(layer),
+        "biases": dict(zip(("layers", "integers", "equal"), biases, strict=True)),
+        "sizes": asdict(sizes),
+    }
+    files = save_result(result, output / "digits.pte", {"demo": measured})
+    demo = DemoResult(result, evaluation, verification, layer, biases, sizes, files)
     _show(console, demo)
     return demo
 
@@ -265,20 +264,6 @@ def _sizes(model: nn.Module, program: LoweredProgram) -> Sizes:
     values = sum(value.numel() * value.element_size() for value in state.values())
     contents = program.contents
     return Sizes(file.tell(), values, contents.size_bytes, contents.constant_bytes)
-
-
-def _append(report: Path, demo: DemoResult) -> None:
-    """Add the demo's own measurements to the report of the flow."""
-    document: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-    layers, integers, equal = demo.biases
-    document["demo"] = {
-        "evaluation": json.loads(demo.evaluation.to_json()),
-        "verification": json.loads(demo.verification.to_json()),
-        "layer": asdict(demo.layer),
-        "biases": {"layers": layers, "integers": integers, "equal": equal},
-        "sizes": asdict(demo.sizes),
-    }
-    write_json_atomic(report, document)
 
 
 # ---------------------------------------------------------------------------------------------

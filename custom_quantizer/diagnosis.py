@@ -51,10 +51,12 @@ from custom_quantizer.graph import (
     module_path,
     qparams_of,
     source_of,
+    state_kept,
 )
 from custom_quantizer.observers import META_KEY
 from custom_quantizer.ops import Binding, QParamSharing, QuantizedOp, rule_of
 from custom_quantizer.quantizer import IntegerQuantizer
+from custom_quantizer.threads import exclusive, tools
 
 __all__ = [
     "Diagnosis",
@@ -308,19 +310,20 @@ def diagnose(
     walk: _Walk | None = None
     samples = passed = 0
     batches = [data] if isinstance(data, (Tensor, dict)) else cast(Iterable[Any], data)
-    for index, batch in enumerate(track(batches, "diagnose", enabled=progress)):
-        values = graph.fit(batch, f"batch {index}")
-        size = graph.batch_size(values)
-        if limit is not None and graph.batch is not None and passed + size > limit:
-            size = limit - passed
-            values = graph.take(values, 0, size)
-        passed += size
-        for call in queue.push(values):
-            walk = walk or _Walk(_float_twin(model, converted, call), converted)
-            walk.add(call)
-            samples += graph.batch_size(call)
-        if limit is not None and passed >= limit:
-            break
+    with state_kept(converted):
+        for index, batch in enumerate(track(batches, "diagnose", enabled=progress)):
+            values = graph.fit(batch, f"batch {index}")
+            size = graph.batch_size(values)
+            if limit is not None and graph.batch is not None and passed + size > limit:
+                size = limit - passed
+                values = graph.take(values, 0, size)
+            passed += size
+            for call in queue.push(values):
+                walk = walk or _Walk(_float_twin(model, converted, call), converted)
+                walk.add(call)
+                samples += graph.batch_size(call)
+            if limit is not None and passed >= limit:
+                break
     if walk is None:
         raise InputError(
             f"the data holds {passed} samples, but the graph takes batches of {queue.smallest}"
@@ -342,6 +345,7 @@ class _Nothing(IntegerQuantizer):
         return model
 
 
+@tools()
 def _float_twin(
     model: nn.Module | torch.export.ExportedProgram, converted: GraphModule, values: list[Any]
 ) -> GraphModule:
@@ -435,7 +439,7 @@ class _Walk:
     def add(self, values: list[Any]) -> None:
         """Run one batch through both graphs."""
         wanted = set(self._twin_of.values())
-        with torch.no_grad():
+        with exclusive(), torch.no_grad():
             exact = _Recorder(self._twin, wanted)
             exact_outputs = _leaves(exact.run(*values, enable_io_processing=False))
             quantized = _Comparer(

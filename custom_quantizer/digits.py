@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from custom_quantizer._progress import track
+from custom_quantizer.threads import exclusive
 
 __all__ = ["DigitsData", "DigitsNet", "load_digits_data", "train_digits"]
 
@@ -100,6 +101,7 @@ class DigitsNet(nn.Module):
         return cast(Tensor, self.classifier(torch.flatten(self.average(x), 1)))
 
 
+@exclusive()
 def train_digits(
     seed: int = 0, epochs: int = 45, progress: bool | None = None, data: DigitsData | None = None
 ) -> DigitsNet:

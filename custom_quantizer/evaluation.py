@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from custom_quantizer._paired import (
@@ -28,8 +29,10 @@ from custom_quantizer._paired import (
 from custom_quantizer._progress import track
 from custom_quantizer.calibration import GraphInputs
 from custom_quantizer.errors import InputError
+from custom_quantizer.graph import state_kept
 from custom_quantizer.integer import IntegerReference
 from custom_quantizer.sources import Batch
+from custom_quantizer.threads import exclusive
 from custom_quantizer.xnnpack import LoweredProgram, StoredProgram
 
 __all__ = [
@@ -212,6 +215,9 @@ def evaluate(
 ) -> Evaluation:
     """Count how often each model is right, and compare each with the first.
 
+    The data are one stream: where models write their buffers, programs and references begin with
+    what their graphs hold, modules with what they hold, and all hold the same afterwards.
+
     Args:
         models: by name: modules, converted graphs, integer references, ``LoweredProgram``,
             ``StoredProgram``, or any callable. The first tensor a model returns holds its scores,
@@ -246,18 +252,19 @@ def evaluate(
     samples = 0
     labelled: bool | None = None
     tallies = {name: _Tally(name, metrics) for name in models}
-    for batch in track(data, "evaluate", enabled=progress):
-        inputs, labels = _inputs_and_labels(batch, any_labels=bool(metrics))
-        if labelled is not None and labelled != (labels is not None):
-            raise InputError("some batches have labels and others do not; give all or none")
-        labelled = labels is not None
-        if not len(inputs[0]):
-            continue
-        samples += len(inputs[0])
-        first: Tensor | None = None
-        for name, model in models.items():
-            classes = tallies[name].add(_outputs(name, model, inputs), labels, first)
-            first = classes if first is None else first
+    with _states_kept(models.values()):
+        for batch in track(data, "evaluate", enabled=progress):
+            inputs, labels = _inputs_and_labels(batch, any_labels=bool(metrics))
+            if labelled is not None and labelled != (labels is not None):
+                raise InputError("some batches have labels and others do not; give all or none")
+            labelled = labels is not None
+            if not len(inputs[0]):
+                continue
+            samples += len(inputs[0])
+            first: Tensor | None = None
+            for name, model in models.items():
+                classes = tallies[name].add(_outputs(name, model, inputs), labels, first)
+                first = classes if first is None else first
     if not samples:
         raise InputError("the data to evaluate on holds no sample")
     if slices > samples:
@@ -420,7 +427,7 @@ def _outputs(name: str, model: Model, inputs: tuple[Tensor, ...]) -> Any:
     parts: list[list[Tensor]] = []
     structure: Any = None
     for chunk, count in _chunks(inputs, *_batch_limits(model)):
-        with torch.no_grad():
+        with exclusive(), torch.no_grad():
             leaves, structure = pytree.tree_flatten(model(*chunk))
         scores = leaves[0] if leaves else None
         if not isinstance(scores, Tensor) or scores.shape[:1] != chunk[0].shape[:1]:
@@ -434,6 +441,20 @@ def _outputs(name: str, model: Model, inputs: tuple[Tensor, ...]) -> Any:
         for column in zip(*parts, strict=True)
     ]
     return pytree.tree_unflatten(joined, structure)
+
+
+@contextmanager
+def _states_kept(models: Iterable[Model]) -> Iterator[None]:
+    """Let all begin with their first state, and leave it to them."""
+    owners = [getattr(model, "__self__", model) for model in models]
+    with ExitStack() as stack:
+        for owner in owners:
+            if isinstance(owner, (LoweredProgram, IntegerReference)):
+                owner.reset()
+                stack.callback(owner.reset)
+            elif isinstance(owner, nn.Module):
+                stack.enter_context(state_kept(owner))
+        yield
 
 
 def _has_batch(leaf: Any, chunk: tuple[Tensor, ...]) -> bool:

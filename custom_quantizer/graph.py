@@ -9,6 +9,7 @@ import copy
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -37,9 +38,12 @@ __all__ = [
     "module_path",
     "module_stack",
     "qparams_of",
+    "set_state",
     "shape_of",
     "size_bounds",
     "source_of",
+    "state_buffers",
+    "state_kept",
     "state_of",
     "tensor_meta",
     "view_sizes",
@@ -50,6 +54,9 @@ _q = torch.ops.quantized_decomposed
 
 FOLDED_KEY = "custom_quantizer_folded"
 """Marks, in ``meta``, a call that only reads parameters and becomes a constant at conversion."""
+
+STATE_KEY = "custom_quantizer_state"
+"""In the ``meta`` of a prepared or converted graph: what buffers it writes held at capture."""
 
 DEQUANTIZE_PER_TENSOR = _q.dequantize_per_tensor.default
 DEQUANTIZE_PER_CHANNEL = _q.dequantize_per_channel.default
@@ -238,7 +245,8 @@ def state_of(graph: torch.fx.Graph) -> list[Node]:
     found: dict[Node, None] = {}
     for node in graph.nodes:
         for written in written_inputs(node):
-            while written.op == "call_function" and written.args:
+            # Through views, and observers of a prepared graph, which hand on what they see.
+            while written.op in ("call_function", "call_module") and written.args:
                 source = written.args[0]
                 if not isinstance(source, Node):
                     break
@@ -246,6 +254,38 @@ def state_of(graph: torch.fx.Graph) -> list[Node]:
             if written.op in ("get_attr", "placeholder"):
                 found[written] = None
     return list(found)
+
+
+def state_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a call of ``model`` may change, by name.
+
+    Of a captured graph those that its calls write; of any other module, all.
+    """
+    if not isinstance(model, GraphModule):
+        return dict(model.named_buffers())
+    written = dict.fromkeys(str(n.target) for n in state_of(model.graph) if n.op == "get_attr")
+    return {name: operator.attrgetter(name)(model) for name in written}
+
+
+@contextmanager
+def state_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Run ``model`` in this block, and its buffers hold afterwards what they held before."""
+    before = {name: value.detach().clone() for name, value in state_buffers(model).items()}
+    try:
+        yield
+    finally:
+        set_state(model, before)
+
+
+def set_state(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Write ``values``, by name, into those buffers that a call of ``model`` may change."""
+    buffers = state_buffers(model)
+    with torch.no_grad():
+        for name, value in values.items():
+            if name in buffers:
+                if not buffers[name].is_leaf:  # gradients were recorded; nobody needs them now
+                    buffers[name].detach_()
+                buffers[name].copy_(value)
 
 
 def detached_copy(model: GraphModule) -> GraphModule:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -24,16 +25,18 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationConfig
 
 from custom_quantizer._file_hashes import GRAPH_SUFFIX, sha256_of
-from custom_quantizer._io import write_bytes_atomic, write_json_atomic
+from custom_quantizer._io import json_bytes, new_directory, write_files_atomic
 from custom_quantizer._progress import stages
 from custom_quantizer.calibration import CalibrationSummary, calibrate
 from custom_quantizer.errors import CaptureError, ConfigError, ConversionError, InputError
 from custom_quantizer.fidelity import Fidelity, FirstCalls, check_calls
+from custom_quantizer.graph import state_kept
 from custom_quantizer.planner import Plan
 from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.report import Report, inspect
 from custom_quantizer.saved_graph import serialize_graph
 from custom_quantizer.schemes import OpScheme
+from custom_quantizer.threads import tools
 from custom_quantizer.xnnpack import LoweredProgram
 from custom_quantizer.xnnpack import lower as lower_to_xnnpack
 
@@ -44,6 +47,7 @@ __all__ = [
     "as_quantizer",
     "capture",
     "quantize",
+    "save_result",
 ]
 
 logger = logging.getLogger(__name__)
@@ -118,7 +122,7 @@ class QuantizationResult:
         }
 
     def save(self, path: str | os.PathLike[str]) -> SavedFiles:
-        """Write the program and the report; each file appears whole or not at all.
+        """Write program, graph and report: all of them, or nothing and old files stay.
 
         Args:
             path: a ``.pte`` file, beside which the report gets the suffix ``.json`` and the
@@ -131,54 +135,56 @@ class QuantizationResult:
         Raises:
             InputError: a file cannot be written, or ``path`` is a ``.pte`` and there is none.
         """
-        target = Path(path)
-        if target.suffix == ".pte":
-            program, report = target, target.with_suffix(".json")
-            if self.lowered is None:
-                raise InputError(
-                    f"{target}: there is no program to write, since quantize was called with "
-                    "lower=False. Name a directory for the report alone, or lower the model"
-                )
-        else:
-            try:
-                target.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(
-                    f"{target}: cannot make this directory ({error.strerror}). Name a .pte file or "
-                    "a directory that can be written"
-                ) from error
-            program, report = target / "model.pte", target / "report.json"
-        graph, reason, document = program.with_suffix(GRAPH_SUFFIX), "", None
-        try:
-            document = serialize_graph(self.converted, self.example_inputs)
-        except ConversionError as error:
-            reason = str(error)
-            logger.warning("%s", reason)
-        files: dict[str, Any] = {
-            "program": None
-            if self.lowered is None
-            else {"file": program.name, "sha256": sha256_of(self.lowered.buffer)},
-            "graph": {"file": None, "reason": reason}
-            if document is None
-            else {"file": graph.name, "sha256": sha256_of(document)},
-        }
-        # The report last: where it exists, the program it speaks of does.
-        if self.lowered is not None:
-            self.lowered.save(program)
-        if document is not None:
-            write_bytes_atomic(graph, document)
-        else:
-            _remove(graph)
-        write_json_atomic(report, {**self._to_dict(), "files": files})
-        return SavedFiles(
-            program if self.lowered is not None else None,
-            report,
-            None if document is None else graph,
-            reason,
-        )
+        return save_result(self, path)
+
+
+def save_result(
+    result: QuantizationResult,
+    path: str | os.PathLike[str],
+    more: Mapping[str, Any] | None = None,
+) -> SavedFiles:
+    """Write a result as :meth:`QuantizationResult.save` does, with ``more`` in its report.
+
+    Raises:
+        InputError: as there.
+    """
+    target = Path(path)
+    program: Path | None
+    if target.suffix == ".pte":
+        program, report = target, target.with_suffix(".json")
+        if result.lowered is None:
+            raise InputError(
+                f"{target}: there is no program to write, since quantize was called with "
+                "lower=False. Name a directory for the report alone, or lower the model"
+            )
+        folder: AbstractContextManager[None] = nullcontext()
+    else:
+        program = None if result.lowered is None else target / "model.pte"
+        report = target / "report.json"
+        folder = new_directory(target)
+    graph, reason = (program or target / "model.pte").with_suffix(GRAPH_SUFFIX), ""
+    files: dict[str | os.PathLike[str], bytes] = {}
+    about: dict[str, Any] = {"program": None, "graph": None}
+    if program is not None and result.lowered is not None:
+        files[program] = result.lowered.buffer
+        about["program"] = {"file": program.name, "sha256": sha256_of(files[program])}
+    try:
+        files[graph] = serialize_graph(result.converted, result.example_inputs)
+        about["graph"] = {"file": graph.name, "sha256": sha256_of(files[graph])}
+    except ConversionError as error:
+        reason = str(error)
+        logger.warning("%s", reason)
+        about["graph"] = {"file": None, "reason": reason}
+    files[report] = json_bytes({**result._to_dict(), "files": about, **(more or {})})
+    with folder:
+        write_files_atomic(files)
+    if reason:
+        _remove(graph)
+    return SavedFiles(program, report, None if reason else graph, reason)
 
 
 def _remove(path: Path) -> None:
+    """Remove the graph of another result: its program and report were replaced just now."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -198,6 +204,8 @@ def quantize(
     progress: bool | None = None,
 ) -> QuantizationResult:
     """Quantize a float model and lower it to a checked XNNPACK program.
+
+    Threads may call it: they wait for each other (see :mod:`custom_quantizer.threads`).
 
     Args:
         model: a module (a copy in eval mode is captured; the module itself is not changed), an
@@ -227,8 +235,9 @@ def quantize(
         exported, example = capture(model, example_inputs, dynamic_batch=dynamic_batch)
         stage("planning")
         # prepare_pt2e folds batch norms into the graph it is given.
-        prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
-        plan = quantizer.last_plan
+        with tools():
+            prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
+            plan = quantizer.last_plan
         for warning in plan.warnings:
             logger.warning("%s", warning)
         stage("calibrating")
@@ -237,7 +246,9 @@ def quantize(
         stage("comparing with the float model")
         checked = check_calls(prepared, exported, first.calls)
         stage("converting")
-        converted = cast(GraphModule, convert_pt2e(prepared))
+        # To fold constants convert_pt2e runs writes into buffers too (counters).
+        with tools(), state_kept(prepared):
+            converted = cast(GraphModule, convert_pt2e(prepared))
         fidelity = checked.compare(converted)
         for warning in fidelity.warnings:
             logger.warning("%s", warning)
@@ -283,6 +294,7 @@ def _is_file_name(config: object) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
+@tools()
 def capture(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: tuple[Any, ...],

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Literal, TypeAlias
@@ -36,8 +37,10 @@ from custom_quantizer._training_checkpoint import TrainingCheckpoint, TrainingPo
 from custom_quantizer.calibration import GraphInputs, calibrate
 from custom_quantizer.errors import CustomQuantizerError, TrainingError
 from custom_quantizer.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from custom_quantizer.graph import state_kept
 from custom_quantizer.sources import Batch
 from custom_quantizer.statistics import Source, load_statistics
+from custom_quantizer.threads import exclusive, tools
 from custom_quantizer.training_graph import DROPOUTS, training_mode_of
 
 __all__ = [
@@ -96,6 +99,7 @@ def evaluation_mode(prepared: GraphModule) -> GraphModule:
     return _move(prepared, move_exported_model_to_eval)
 
 
+@tools()
 def _move(prepared: GraphModule, move: Callable[[GraphModule], Any]) -> GraphModule:
     _check_prepared(prepared)
     before = [_literals(node) for node in _switched(prepared)]
@@ -337,6 +341,10 @@ def finetune(
 ) -> TrainingSummary:
     """Train a prepared graph in place.
 
+    One training at a time: threads wait for each other. The state of the global random generators
+    is the same afterwards. Buffers that the model itself writes keep what training left in them,
+    as running statistics must; neither the first ranges nor validation change them.
+
     Args:
         prepared: what ``prepare_qat_pt2e`` returns.
         data: batches ``(inputs, labels)``: a ``DataLoader``, a list, a
@@ -374,13 +382,19 @@ def finetune(
     if device is not None:
         prepared.to(device)
     try:
-        trainer = _Trainer(prepared, data, epochs, recipe or Recipe(), loss)
-        trainer.begin(start, checkpoint)
-        return trainer.run(validation, checkpoint_every, on_epoch, progress)
+        with exclusive(), _random_state_kept():
+            trainer = _Trainer(prepared, data, epochs, recipe or Recipe(), loss)
+            trainer.begin(start, checkpoint)
+            return trainer.run(validation, checkpoint_every, on_epoch, progress)
     finally:
         evaluation_mode(prepared)
         if device is not None and home is not None:
             prepared.to(home)
+
+
+def _random_state_kept() -> AbstractContextManager[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return torch.random.fork_rng(devices)
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
@@ -602,7 +616,7 @@ class _Trainer:
         found: tuple[float, float | None] | None = None
         if validation is not None:
             evaluation_mode(self.model)
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), state_kept(self.model):
                 found = self._validate(validation(epoch) if callable(validation) else validation)
         position = self.position
         return EpochMetrics(

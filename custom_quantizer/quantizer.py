@@ -33,11 +33,19 @@ from custom_quantizer.fake_quantize import (
     Slot,
     WeightFakeQuantize,
 )
-from custom_quantizer.graph import describe, is_dequantize, is_quantize, tensor_meta
+from custom_quantizer.graph import (
+    STATE_KEY,
+    describe,
+    is_dequantize,
+    is_quantize,
+    state_buffers,
+    tensor_meta,
+)
 from custom_quantizer.insertion import ANNOTATION_KEY, insert_observers
 from custom_quantizer.observers import META_KEY, ActivationObserver, BiasObserver, WeightObserver
 from custom_quantizer.planner import Derivation, Edge, Plan, is_annotated, make_plan
 from custom_quantizer.schemes import OpScheme, TensorScheme, activation_scheme, coerce_scheme
+from custom_quantizer.threads import tools
 from custom_quantizer.training_graph import (
     DROPOUTS,
     MODE_NAME,
@@ -189,8 +197,9 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         else:
             _check_captured(exported)
             model = copy.deepcopy(exported)
-        prepare_pt2e(model, self)
-        return self.last_plan
+        with tools():
+            prepare_pt2e(model, self)
+            return self.last_plan
 
     # -- what prepare_pt2e calls --------------------------------------------------------------
 
@@ -201,6 +210,9 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         """
         training = prepares_for_training()
         _check_captured(model, training)
+        if not training:  # what training leaves in buffers is trained
+            held = {name: value.detach().clone() for name, value in state_buffers(model).items()}
+            model.meta[STATE_KEY] = held
         model = canonicalize(model, training=training)
         if training:
             fold_batch_norms(model, self._is_ours)

@@ -7,6 +7,7 @@ it; lowering what was read gives the same bytes as lowering what was saved. See 
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from custom_quantizer._graph_document import FormatError, first_problem, pack, u
 from custom_quantizer._io import write_bytes_atomic
 from custom_quantizer.converted import read_converted
 from custom_quantizer.errors import ConversionError, InputError
+from custom_quantizer.threads import tools
 from custom_quantizer.xnnpack import LoweredProgram, lower
 from custom_quantizer.xnnpack.lowering import DEFAULT_DYNAMIC_MAX, check_example
 from custom_quantizer.xnnpack.readback import read_file
@@ -53,6 +55,7 @@ def save_graph(
     return Path(path)
 
 
+@tools()
 def serialize_graph(
     converted: GraphModule,
     example_inputs: tuple[Any, ...],
@@ -75,6 +78,7 @@ def serialize_graph(
     return data
 
 
+@tools()
 def load_graph(path: str | os.PathLike[str]) -> tuple[GraphModule, tuple[Any, ...]]:
     """Read what :func:`save_graph` wrote. No code in the file is run, since it can hold none.
 

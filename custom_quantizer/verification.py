@@ -12,18 +12,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from custom_quantizer.converted import ConvertedGraph, read_converted
 from custom_quantizer.errors import CustomQuantizerError, InputError
-from custom_quantizer.graph import module_path, tensor_meta
+from custom_quantizer.graph import module_path, state_kept, tensor_meta
 from custom_quantizer.integer import integer_reference
+from custom_quantizer.threads import exclusive
 from custom_quantizer.xnnpack import LoweredProgram, lower
 from custom_quantizer.xnnpack.checks import differences, instrumented, is_exact, output_scales
 
@@ -136,6 +138,9 @@ def verify(
 ) -> Verification:
     """Compare a program with the integer reference of its graph.
 
+    The inputs are one stream: where a model writes its buffers, all begin with what the graph
+    holds, and the graph holds the same afterwards; the program is loaded anew before and after.
+
     Args:
         converted: what ``convert_pt2e`` returned.
         lowered: what :func:`custom_quantizer.lower` made of it.
@@ -153,7 +158,8 @@ def verify(
         raise InputError("there are no inputs to verify on; pass at least one tuple of inputs")
     reference = integer_reference(converted)
     checks = [_Accumulator(i, scale) for i, scale in enumerate(output_scales(converted))]
-    with torch.no_grad():
+    lowered.reset()
+    with exclusive(), torch.no_grad(), state_kept(converted), _state_kept(float_model):
         for batch in batches:
             got = pytree.tree_leaves(lowered.run(*batch))
             want = pytree.tree_leaves(reference(*batch))
@@ -161,6 +167,7 @@ def verify(
             real = pytree.tree_leaves(float_model(*batch)) if float_model is not None else None
             for i, check in enumerate(checks):
                 check.add(got[i], want[i], eager[i], None if real is None else real[i])
+    lowered.reset()
     found = next(differences(lowered, graph), None)
     outputs = tuple(check.result() for check in checks)
     exact = is_exact(lowered, graph)
@@ -170,6 +177,10 @@ def verify(
     elif exact and any(output.mismatches for output in outputs):
         first = _first_wrong_tensor(converted, batches)
     return Verification(outputs, found is None, exact, first, _inexact(graph, lowered))
+
+
+def _state_kept(model: object) -> AbstractContextManager[None]:
+    return state_kept(model) if isinstance(model, nn.Module) else nullcontext()
 
 
 def random_like(converted: GraphModule, seed: int) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -381,3 +382,12 @@ def test_random_weights_are_warned_of_in_a_real_process(work: Path) -> None:
     assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["warning", "error"]
     assert "squeezenet1_1 has random weights" in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_output_on_a_full_disk_is_one_error() -> None:
+    command = [sys.executable, "-m", "custom_quantizer", "--help"]
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "error: the output cannot be written: No space left on device\n"

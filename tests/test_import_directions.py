@@ -22,6 +22,7 @@ LAYERS = (
         "_views",
         "_paired",
         "sources",
+        "threads",
     },
     {"arithmetic"},
     {"schemes", "bias", "graph"},

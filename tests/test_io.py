@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import os
 import stat
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.disk import room_for
 
+from custom_quantizer import _io
 from custom_quantizer._io import (
-    open_atomic,
+    new_directory,
     write_bytes_atomic,
+    write_files_atomic,
     write_json_atomic,
     write_text_atomic,
 )
@@ -65,30 +71,209 @@ def test_what_json_cannot_say_leaves_the_old_file(
     assert (tmp_path / "a.json").read_text() == "old"
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failing_writer_leaves_the_old_file_and_no_temporary_one(
-    tmp_path: Path, error: type[BaseException]
+def test_a_reader_sees_the_old_files_until_all_new_ones_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a").write_text("old")
+    files = {tmp_path / "a": b"new a", tmp_path / "b": b"new b"}
+    for path in files:
+        path.write_text("old")
+    seen = []
+    fsync = os.fsync
 
-    def write_half() -> None:
-        with open_atomic(tmp_path / "a") as file:
-            file.write(b"half of the n")
+    def flushed(descriptor: int) -> None:
+        fsync(descriptor)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            seen.append([path.read_text() for path in files])
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    write_files_atomic(files)
+    assert seen == [["old", "old"]] * 2
+    assert [path.read_bytes() for path in files] == [*files.values()]
+
+
+# --- all or nothing ---
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_full_disk_changes_nothing(tmp_path: Path, old: bool) -> None:
+    files = {tmp_path / "small": b"12345678", tmp_path / "large": b"123456789"}
+    if old:
+        for path in files:
+            path.write_text("old")
+    with room_for(8), pytest.raises(InputError, match=r"large: it would be larger than .*ulimit"):
+        write_files_atomic(files)
+    assert names(tmp_path) == (["large", "small"] if old else [])
+    assert all(path.read_text() == "old" for path in tmp_path.iterdir())
+    with room_for(9):
+        write_files_atomic(files)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize("error", [PermissionError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("links", [True, False])
+def test_a_set_of_which_one_cannot_be_renamed_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, links: bool
+) -> None:
+    (tmp_path / "first").write_text("old")
+    (tmp_path / "third").write_text("old")
+    before = {path: path.stat() for path in tmp_path.iterdir()}
+    replace = os.replace
+
+    def refuses(source: str, target: str) -> None:
+        if target.endswith("third") and target not in source and (tmp_path / "second").exists():
+            monkeypatch.setattr(os, "replace", replace)
             raise error
+        replace(source, target)
 
-    with pytest.raises(error):
-        write_half()
-    assert (tmp_path / "a").read_text() == "old"
-    assert names(tmp_path) == ["a"]
+    monkeypatch.setattr(os, "replace", refuses)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    wanted = InputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(wanted):
+        write_files_atomic({tmp_path / name: b"new" for name in ("first", "second", "third")})
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(before, "old")
+    if links:
+        assert all(path.stat().st_ino == before[path].st_ino for path in before)
 
 
-def test_a_reader_sees_the_old_file_until_the_block_ends(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("old")
-    with open_atomic(tmp_path / "a") as file:
-        file.write(b"new")
-        file.flush()
-        assert (tmp_path / "a").read_text() == "old"
-    assert (tmp_path / "a").read_text() == "new"
+def test_one_file_under_two_names_is_no_set(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with pytest.raises(InputError, match=r"link: it is the same file as .*a"):
+        write_files_atomic({tmp_path / "a": b"1", tmp_path / "link": b"2"})
+    assert names(tmp_path) == ["link"]
+
+
+def test_a_directory_goes_again_when_nothing_came_into_it(tmp_path: Path) -> None:
+    def fail(*parts: str) -> None:
+        folder = tmp_path.joinpath(*parts)
+        with pytest.raises(InputError, match=rf"stop: {True}"), new_directory(folder):
+            raise InputError(f"stop: {folder.is_dir()}")
+
+    fail("a", "b", "c")
+    assert names(tmp_path) == []
+    (tmp_path / "a").mkdir()
+    fail("a", "b")
+    assert names(tmp_path / "a") == []
+    with new_directory(tmp_path / "a" / "b"):
+        pass
+    fail("a", "b")
+    assert names(tmp_path / "a") == ["b"]
+
+
+# --- other writers ---
+
+
+def test_sets_do_not_mix(tmp_path: Path) -> None:
+    """Five writers of the same three files; who looks under the lock sees one set."""
+    paths = [tmp_path / name for name in "abc"]
+    write_files_atomic(dict.fromkeys(paths, b"begin"))
+    done = threading.Event()
+
+    def write(index: int) -> None:
+        for turn in range(25):
+            write_files_atomic(dict.fromkeys(paths, f"{index} {turn}".encode()))
+
+    mixed = []
+
+    def look() -> None:
+        while not done.is_set():
+            with _io._locked([str(tmp_path)]):
+                found = {path.read_text() for path in paths}
+            if len(found) > 1:
+                mixed.append(found)
+
+    writers = [threading.Thread(target=write, args=(index,)) for index in range(5)]
+    reader = threading.Thread(target=look)
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    done.set()
+    reader.join()
+    assert mixed == []
+    assert len({path.read_text() for path in paths}) == 1
+    assert names(tmp_path) == ["a", "b", "c"]
+
+
+WRITER = """
+import os, sys
+from custom_quantizer._io import write_files_atomic
+
+fsync, count = os.fsync, 0
+
+def pause(descriptor):
+    global count
+    fsync(descriptor)
+    count += 1
+    if count == 2:  # both files are begun, one is on the disk
+        print("writing", flush=True)
+        sys.stdin.readline()
+
+os.fsync = pause
+write_files_atomic({name: name.encode() for name in sys.argv[1:]})
+"""
+
+
+def start_writer(*paths: Path) -> subprocess.Popen[str]:
+    """A process that stops in the middle of writing until it is given a line."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", WRITER, *map(str, paths)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "writing\n"
+    return child
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_live_one_is_not_disturbed(
+    tmp_path: Path,
+) -> None:
+    killed = start_writer(tmp_path / "killed 1", tmp_path / "killed 2")
+    alive = start_writer(tmp_path / "alive 1", tmp_path / "alive 2")
+    foreign = tmp_path / ".0123456789abcdef.tmp"
+    foreign.touch()
+    assert len(names(tmp_path)) == 5
+    killed.kill()
+    killed.communicate()
+    assert len(names(tmp_path)) == 5  # nobody cleaned up
+    write_bytes_atomic(tmp_path / "mine", b"")
+    assert len(names(tmp_path)) == 4
+    alive.communicate("go on\n")
+    assert alive.returncode == 0
+    assert names(tmp_path) == [foreign.name, "alive 1", "alive 2", "mine"]
+    assert (tmp_path / "alive 1").read_text() == str(tmp_path / "alive 1")
+
+
+def test_without_locks_only_what_is_a_day_old_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def unsupported(*_args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    young, old = (tmp_path / f".custom_quantizer-{name}.tmp" for name in ("young", "old"))
+    for path, age in ((young, 23), (old, 25)):
+        path.touch()
+        os.utime(path, (time.time() - age * 3600,) * 2)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    write_bytes_atomic(tmp_path / "a", b"")
+    assert names(tmp_path) == [young.name, "a"]
+
+
+def test_a_directory_that_somebody_else_keeps_locked_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_io, "_PATIENCE_SECONDS", 0.05)
+    with (
+        _io._locked([str(tmp_path)]),
+        pytest.raises(InputError, match="another process has locked this directory"),
+    ):
+        write_bytes_atomic(tmp_path / "a", b"")
+    assert names(tmp_path) == []
 
 
 def test_concurrent_writers_leave_one_whole_file(tmp_path: Path) -> None:
@@ -135,6 +320,10 @@ def test_a_missing_directory_is_named_and_not_made(tmp_path: Path) -> None:
 def test_a_directory_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"it is a directory\. Name a file inside it"):
         write_bytes_atomic(tmp_path, b"")
+    with pytest.raises(InputError, match="null"):
+        write_bytes_atomic("a\0b", b"")
+    with pytest.raises(InputError, match="null"), new_directory("a\0b"):
+        pass
 
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer._io import open_atomic
+from custom_quantizer._io import write_files_atomic
 from custom_quantizer.arithmetic import FIXED_POINT, QParams, quantize_multiplier
 from custom_quantizer.bias import derived_scale
 from custom_quantizer.converted import ConvertedGraph, read_converted
@@ -93,8 +93,8 @@ _LISTED = 10
 def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
     """Write ``<path>.safetensors`` and ``<path>.json``.
 
-    Each file appears whole or not at all. The JSON comes second and holds the SHA-256 of the
-    other and of itself, so that a reader notices when one of them was changed or replaced.
+    Both files appear, or none. The JSON holds the SHA-256 of the other and of itself, so that a
+    reader notices when one of them was changed or replaced.
 
     Args:
         converted: what ``convert_pt2e`` returns; every op of it in integers.
@@ -116,23 +116,17 @@ def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
     try:
         check_description(description, arrays)
     except BundleError as exc:
-        raise ConversionError(f"the network is out of reach of the format: {exc}.") from exc
+        raise ConversionError(f"the network is out of reach of the format: {exc}") from exc
     text = (_dumps(description) + "\n").encode("utf-8")
     if len(text) > MOST_BYTES:
         raise ConversionError(
             f"the description of the network has {len(text):,} bytes, and readers take "
             f"{MOST_BYTES:,}: large tables for each channel need that much. Leave their ops in "
-            "float, and out of the model."
+            "float, and out of the model"
         )
     digits = description["checksum"]
     text = text.replace(digits.encode(), checksum(text, digits).encode(), 1)
-    with open_atomic(json_file) as document, open_atomic(weights_file) as weights:
-        try:
-            document.write(text)
-            document.flush()
-            weights.write(data)
-        except OSError as exc:
-            raise InputError(f"Cannot write {path}: {exc.strerror or exc}.") from exc
+    write_files_atomic({weights_file: data, json_file: text})
 
 
 def load_integers(path: str | os.PathLike[str]) -> IntegerBundle:

@@ -23,14 +23,17 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
 from custom_quantizer.graph import (
+    STATE_KEY,
     check_input,
     detached_copy,
     module_path,
     size_bounds,
+    state_buffers,
     state_of,
     tensor_meta,
 )
 from custom_quantizer.ops import Backend, QuantizedOp, predict_backend
+from custom_quantizer.threads import exclusive, tools
 from custom_quantizer.xnnpack.checksum import seal
 from custom_quantizer.xnnpack.partition import partitioner
 from custom_quantizer.xnnpack.passes import origin_of, run_passes
@@ -51,6 +54,7 @@ DEFAULT_DYNAMIC_MAX = 64
 """Largest size of a dynamic dimension when the captured graph gives none: memory is planned."""
 
 
+@tools()
 def lower(
     converted: GraphModule,
     example_inputs: tuple[Any, ...],
@@ -81,6 +85,7 @@ def lower(
     """
     say = progress or (lambda _stage: None)
     graph = read_converted(converted)
+    _warn_of_state(converted)
     example = check_example(converted, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, say)
     say("partitioning for XNNPACK")
@@ -94,6 +99,20 @@ def lower(
         say("checking the program")
         check_program(program, graph, example)
     return program
+
+
+def _warn_of_state(converted: GraphModule) -> None:
+    """Say so, if buffers hold what a loop over calibration data left in them."""
+    held = converted.meta.get(STATE_KEY, {})
+    now = state_buffers(converted)
+    moved = [name for name, value in held.items() if not torch.equal(now.get(name, value), value)]
+    if moved:
+        logger.warning(
+            "the program starts with what calibration or convert_pt2e left in %s, not with what "
+            "the model held when it was captured; for that call "
+            "custom_quantizer.calibration.restore_state(converted) before lowering",
+            ", ".join(moved),
+        )
 
 
 @dataclass(frozen=True)
@@ -222,6 +241,7 @@ def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> Any:
     return shapes
 
 
+@tools()
 def export_again(
     model: GraphModule, example: tuple[Any, ...], dynamic_max: int, *, widest: bool = False
 ) -> torch.export.ExportedProgram:
@@ -278,14 +298,18 @@ def _no_size_guards() -> Iterator[None]:
     and oneDNN that depends on whether the batch is below 16, and the answer for the example
     becomes a limit of the program.
     """
-    nnpack, onednn = torch._C._get_nnpack_enabled(), torch._C._get_mkldnn_enabled()
-    torch._C._set_nnpack_enabled(False)
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_nnpack_enabled(nnpack)
-        torch._C._set_mkldnn_enabled(onednn)
+    # Under the lock: of two threads the second would take "off" for what was set before.
+    with exclusive():
+        nnpack, onednn = torch._C._get_nnpack_enabled(), torch._C._get_mkldnn_enabled()
+        try:
+            torch._C._set_nnpack_enabled(False)
+            torch._C._set_mkldnn_enabled(False)
+            yield
+        finally:
+            try:
+                torch._C._set_nnpack_enabled(nnpack)
+            finally:  # also when Ctrl-C comes here
+                torch._C._set_mkldnn_enabled(onednn)
 
 
 def _to_edge(exported: torch.export.ExportedProgram, *, validate: bool) -> EdgeProgramManager:

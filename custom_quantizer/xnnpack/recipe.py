@@ -45,8 +45,10 @@ from custom_quantizer.errors import (
     InputError,
     LoweringError,
 )
+from custom_quantizer.graph import STATE_KEY, set_state
 from custom_quantizer.quantizer import IntegerQuantizer
 from custom_quantizer.schemes import OpScheme
+from custom_quantizer.threads import tools
 from custom_quantizer.xnnpack.checks import check_program
 from custom_quantizer.xnnpack.lowering import (
     DEFAULT_DYNAMIC_MAX,
@@ -256,6 +258,7 @@ class _Lowering:
         self._check = check
         self._methods: dict[str, Rewritten] = {}
 
+    @tools()
     def rewrite(
         self, method: str, exported: torch.export.ExportedProgram
     ) -> torch.export.ExportedProgram:
@@ -265,11 +268,17 @@ class _Lowering:
             ConversionError: the graph is not a converted one.
             LoweringError: it could not be rewritten.
         """
-        graph = read_converted(exported.module())
+        model = exported.module()
+        if (held := model.meta.get(STATE_KEY)) is not None:
+            # ExecuTorch calibrates and converts in loops of its own. The buffers are those of the
+            # converted graph, too.
+            set_state(model, held)
+        graph = read_converted(model)
         (args, _kwargs) = exported.example_inputs or ((), {})
         self._methods[method] = rewrite(graph, tuple(args), self._dynamic_max, widest=True)
         return self._methods[method].exported
 
+    @tools()
     def finish(self, edge: EdgeProgramManager) -> list[Any]:
         """Check the partitioned program; asks for no further pass.
 

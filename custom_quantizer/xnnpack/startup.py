@@ -9,9 +9,12 @@ from contextlib import contextmanager
 
 from executorch.extension.pybindings import portable_lib
 
+from custom_quantizer.threads import exclusive
+
 __all__ = ["start_quietly"]
 
 
+@exclusive()
 def start_quietly() -> None:
     """Start the runtime's thread pool, which the first program would start otherwise.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
+from custom_quantizer.canonical import mark_overwritten
 from custom_quantizer.errors import CustomQuantizerError, LoweringError
 from custom_quantizer.graph import is_dequantize, is_quantize
 from custom_quantizer.xnnpack.passes import (
@@ -89,6 +90,7 @@ def run_passes(model: GraphModule) -> dict[str, int]:
     for node in model.graph.nodes:
         if node.op == "call_function" and not (is_quantize(node) or is_dequantize(node)):
             set_origin(node, node.name)
+    mark_overwritten(model)
     applied: dict[str, int] = {}
     for graph_pass in PASSES:
         try:

@@ -40,7 +40,10 @@ def _drop_identities(model: GraphModule) -> int:
         noop = noop or (
             node.op == "call_function" and node.target in _SHAPERS and _same_shape(node)
         )
-        if not noop or not isinstance(node.args[0], Node) or overwritten_by(node) is not None:
+        if not noop or not isinstance(node.args[0], Node):
+            continue
+        # A copy of what is written later is no identity.
+        if overwritten_by(node) is not None or overwritten_by(node.args[0]) is not None:
             continue
         around = quantized_neighbours(node)
         if around is not None and around[0].args[1:] == around[1].args[1:]:
