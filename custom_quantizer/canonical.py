@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.batch_norms import batch_norms_to_convs
+from custom_quantizer.batch_norms import batch_norms_to_convs, keep_own_statistics
 from custom_quantizer.constants import fold_constants
 from custom_quantizer.decompositions import decompose
 from custom_quantizer.factors import fold_factors
@@ -41,6 +41,7 @@ def canonicalize(model: GraphModule, *, training: bool = False) -> GraphModule:
         training: parameters change, so nothing that is computed from them is a constant.
     """
     fold_constants(model, parameters=not training)
+    keep_own_statistics(model)
     _functionalize(model)
     decompose(model)
     use_integer_forms(model, training=training)

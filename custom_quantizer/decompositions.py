@@ -233,11 +233,38 @@ def _expand_as(insert: Insertion) -> Node | None:
     return insert.call(aten.expand.default, insert.node.args[0], list(shape))
 
 
-def _empty_pad(insert: Insertion) -> Node | None:
-    """A pad by nothing is its input."""
-    if any(cast("Sequence[int]", insert.node.args[1])):
+def _pad(insert: Insertion) -> Node | None:
+    """A pad by nothing is its input; a constant pad by less than nothing is a slice."""
+    node = insert.node
+    data, pads = cast(Node, node.args[0]), [int(p) for p in cast("Sequence[Any]", node.args[1])]
+    if not any(pads):
+        return data
+    mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
+    if mode != "constant" or all(p >= 0 for p in pads):
         return None
-    return cast(Node, insert.node.args[0])
+    rank = len(shape_of(data))
+    for position in range(0, len(pads), 2):
+        before, after = (min(p, 0) for p in pads[position : position + 2])
+        if before or after:
+            dim = rank - 1 - position // 2
+            stop = after if after else _TO_THE_END
+            data = insert.call(aten.slice.Tensor, data, dim, -before, stop)
+    kept = [max(p, 0) for p in pads]
+    if not any(kept):
+        return data
+    value = argument(node, 3 if node.target is aten.pad.default else 2, "value")
+    return insert.call(aten.constant_pad_nd.default, data, kept, 0.0 if value is None else value)
+
+
+_TO_THE_END = (1 << 63) - 1
+
+
+def _clamp(insert: Insertion) -> Node | None:
+    """Bounds the wrong way round leave the upper one everywhere."""
+    low, high = (argument(insert.node, i, name) for i, name in ((1, "min"), (2, "max")))
+    if low is None or high is None or not low > high:
+        return None
+    return insert.call(aten.clamp.default, insert.node.args[0], high, high)
 
 
 _REWRITES: dict[Any, Rewrite] = {
@@ -253,8 +280,9 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.swapdims.default: _swap,
     aten.mT.default: _matrix_transpose,
     aten.expand_as.default: _expand_as,
-    aten.pad.default: _empty_pad,
-    aten.constant_pad_nd.default: _empty_pad,
+    aten.pad.default: _pad,
+    aten.constant_pad_nd.default: _pad,
+    aten.clamp.default: _clamp,
 }
 
 REWRITTEN = frozenset(_REWRITES)

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -25,6 +26,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationConfig
 
 from custom_quantizer._io import write_json_atomic
 from custom_quantizer._progress import stages
+from custom_quantizer.batch_norms import keep_own_statistics, uses_own_statistics
 from custom_quantizer.calibration import CalibrationSummary, calibrate
 from custom_quantizer.errors import CaptureError, ConfigError, InputError
 from custom_quantizer.planner import Plan
@@ -267,6 +269,9 @@ def capture(
                 "already: pass the module itself, or dynamic_shapes to torch.export.export"
             )
         graph = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+        if any(map(uses_own_statistics, graph.graph.nodes)):
+            graph = copy.deepcopy(graph)
+            keep_own_statistics(graph)
         return graph, example
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
@@ -274,23 +279,29 @@ def capture(
             "torch.export captures neither scripts nor functions"
         )
     shapes = None
+    eager = _eval_copy(model)
     if dynamic_batch:
         example = pytree.tree_map(_at_least_two, example)
-        shapes = _dynamic_batch(
-            example, DEFAULT_MAX_BATCH if dynamic_batch is True else dynamic_batch
-        )
-    eager = _eval_copy(model)
+        largest = DEFAULT_MAX_BATCH if dynamic_batch is True else dynamic_batch
+        shapes = _by_parameter(eager, _dynamic_batch(example, largest))
     try:
         with torch.no_grad():
             exported = torch.export.export(eager, example, dynamic_shapes=shapes)
     except Exception as error:
         raise _refused(eager, example, bool(dynamic_batch), error) from error
-    return exported.module(), example
+    return capture(exported, example)
 
 
 def _eval_copy(model: nn.Module) -> nn.Module:
+    # What a forward has computed from parameters and kept, as weight_norm does, cannot be copied.
+    history = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in pytree.tree_leaves(vars(module))
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        eager = copy.deepcopy(model).eval()
+        eager = copy.deepcopy(model, cast("dict[int, Any]", history)).eval()
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({_first_line(error)}), and the flow does "
@@ -331,6 +342,14 @@ def _dynamic_batch(example: tuple[Any, ...], largest: int) -> Any:
         return {0: batch} if isinstance(value, Tensor) and value.dim() else None
 
     return pytree.tree_map(shape, example)
+
+
+def _by_parameter(eager: nn.Module, shapes: tuple[Any, ...]) -> Any:
+    """Shapes of inputs by the names of ``forward``'s parameters: ``*args`` is one of them."""
+    try:
+        return dict(signature(eager.forward).bind(*shapes).arguments)
+    except (TypeError, ValueError):  # not what forward takes, as the error of export will say
+        return shapes
 
 
 def _refused(

@@ -23,6 +23,7 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
+from custom_quantizer.batch_norms import keep_own_statistics
 from custom_quantizer.canonical import canonicalize
 from custom_quantizer.config import Config, Rule, Scope, operator_names
 from custom_quantizer.config_file import dump_config, load_config
@@ -189,6 +190,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         else:
             _check_captured(exported)
             model = copy.deepcopy(exported)
+        keep_own_statistics(model)
         prepare_pt2e(model, self)
         return self.last_plan
 

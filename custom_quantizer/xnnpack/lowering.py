@@ -193,13 +193,15 @@ def _specs(model: GraphModule) -> tuple[Any, Any]:
     return (None, None) if info is None else (info.in_spec, info.out_spec)
 
 
-def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> Any:
+def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> list[dict[int, Any] | None]:
     """Dynamic dims for exporting again, with the bounds that capture recorded."""
-    shapes = []
+    shapes: list[dict[int, Any] | None] = []
     for meta in _placeholder_metas(model):
+        if meta is None:
+            shapes.append(None)  # a number, None: export takes no shape for it
+            continue
         dims: dict[int, Any] = {}
-        sizes: tuple[Any, ...] = () if meta is None else tuple(meta.shape)
-        for dim, size in enumerate(sizes):
+        for dim, size in enumerate(meta.shape):
             if isinstance(size, int):
                 continue
             low, high = size_bounds(size)
@@ -244,12 +246,12 @@ def export_again(
 
 
 def _widened(
-    example: tuple[Any, ...], dynamic: list[dict[int, Any]], widest: bool
+    example: tuple[Any, ...], dynamic: list[dict[int, Any] | None], widest: bool
 ) -> tuple[Any, ...]:
     """Repeat examples of size 1 along dynamic dimensions: export would fix the size at 1."""
     values, structure = pytree.tree_flatten(example)
     for i, dims in enumerate(dynamic):
-        for dim, hint in dims.items():
+        for dim, hint in (dims or {}).items():
             size = values[i].shape[dim]
             wanted = hint.max if widest else max(size, 2)
             if size != wanted:
