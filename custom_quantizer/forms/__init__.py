@@ -46,6 +46,7 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.adaptive_avg_pool3d.default: batched(3, sums.adaptive_avg_pool),
     aten.avg_pool1d.default: batched(1, sums.avg_pool1d),
     aten.avg_pool2d.default: batched(2, sums.avg_pool2d),
+    aten.avg_pool3d.default: batched(3, sums.avg_pool3d),
     aten.max_pool1d.default: batched(1, maxima.max_pool1d),
     aten.max_pool2d.default: batched(2, maxima.max_pool2d),
     aten.max_pool3d.default: batched(3, maxima.max_pool3d),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -38,6 +39,7 @@ from custom_quantizer.xnnpack.program import (
     LoweringReport,
     OpBackend,
     computes_in_integers,
+    no_kernel,
     quantizes_at_run_time,
 )
 from custom_quantizer.xnnpack.readback import ProgramContents, read_program
@@ -343,9 +345,24 @@ def to_bytes(edge: EdgeProgramManager) -> bytes:
         with _no_size_guards():
             return bytes(edge.to_executorch(backend_config()).buffer)
     except Exception as error:
+        missing = re.search(r"Missing out variants: \{(.*)\}", str(error))
+        if missing is not None:
+            kernels = re.findall(r"'([^']+)'", missing.group(1))
+            raise LoweringError(no_kernel(_callers(edge, kernels), kernels)) from error
         raise LoweringError(
             f"ExecuTorch could not write the program: {_first_line(error)}"
         ) from error
+
+
+def _callers(edge: EdgeProgramManager, kernels: Sequence[str]) -> list[str]:
+    """Ops of the converted graph that stand behind the calls of some kernels."""
+    nodes = (node for m in edge.methods for node in edge.exported_program(m).graph.nodes)
+    return [origin_of(node) or node.name for node in nodes if called(node) in kernels]
+
+
+def called(node: Node) -> str:
+    """Name of the op a node calls, without its overload: ``aten::sort``."""
+    return str(getattr(getattr(node.target, "_schema", None), "name", node.target))
 
 
 def _first_line(error: BaseException) -> str:
@@ -477,4 +494,5 @@ def _row(
         backend=backend,
         reason=reason,
         handles=frozenset(handles),
+        outside=tuple(dict.fromkeys(map(called, outside))),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class OpBackend:
         backend: where it runs.
         reason: why it is not plain int8, empty if it is.
         handles: debug handles of the delegate's nodes that stand for it.
+        outside: ops that it calls outside delegates, such as ``aten::sort``.
     """
 
     node: str
@@ -53,6 +54,7 @@ class OpBackend:
     backend: Backend
     reason: str
     handles: frozenset[int] = field(default_factory=frozenset, repr=False)
+    outside: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -267,13 +269,29 @@ def _check_shapes(inputs: list[Any], contents: ProgramContents) -> None:
             raise InputError(f"input {i} must have shape{at_most} {most}, got {given}")
 
 
+def missing_kernels(contents: ProgramContents) -> list[str]:
+    """Kernels that a program calls outside delegates, and this process's runtime does not have."""
+    known = Runtime.get().operator_registry.operator_names
+    return [kernel for kernel in dict.fromkeys(contents.kernels) if kernel not in known]
+
+
+def no_kernel(ops: Sequence[str], kernels: Sequence[str]) -> str:
+    """What to say of ops that need kernels which the runtime does not have."""
+    return (
+        f"{', '.join(dict.fromkeys(ops)) or 'the model'}: no integer form is known, and "
+        f"ExecuTorch's runtime has no kernel {', '.join(kernels)} to compute it in float. Write it "
+        "with other ops, or let the model end before it; for a runtime that has the kernel, call "
+        "lower with check=False"
+    )
+
+
 def _load_method(data: bytes, what: str, method: str = "forward") -> Any:
     try:
         return Runtime.get().load_program(data).load_method(method)
     except Exception as error:
         raise ProgramError(
-            f"{what} does not load in the ExecuTorch runtime: {error}. The delegate refused one of "
-            "its ops; lower it with check=True for the op's name"
+            f"{what} does not load in the ExecuTorch runtime ({error}): the delegate refused one of "
+            "its ops, or the runtime lacks a kernel; its log on stderr says which"
         ) from error
 
 

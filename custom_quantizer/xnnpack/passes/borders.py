@@ -18,6 +18,7 @@ from custom_quantizer.graph import (
     tensor_meta,
     view_sizes,
 )
+from custom_quantizer.ops import rule_of
 from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
 from custom_quantizer.ops.movement import CAT, PAD
@@ -129,6 +130,33 @@ def _keep_convs_float(model: GraphModule) -> int:
     return count
 
 
+def _shield_composites(model: GraphModule) -> int:
+    """Products with one, which change no bit, between quantized images and ops that are made of ops.
+
+    Such an op may read its input twice once it is decomposed, inside the delegate and outside. What
+    leaves the delegate is copied to the order of the model, and where it is a dequantize node
+    ExecuTorch's ChannelsLastTaggedReshapePass (1.5.1) gives that copy to all who read it: those
+    inside take it for channels last. A pad in it would meet InsertPadQDQPass, as above.
+    """
+    count = 0
+    one: Node | None = None
+    for node in list(model.graph.nodes):
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+            continue
+        if torch.Tag.core in target.tags or rule_of(node) is not None:
+            continue
+        for source in [s for s in node.all_input_nodes if is_dequantize(s)]:
+            if is_constant(source.args[0]) or len(shape_of(source)) != 4:
+                continue
+            if one is None:
+                one = add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
+            build = Builder(model, node, origin_of(node) or node.name)
+            node.replace_input_with(source, build.call(aten.mul.Tensor, source, one))
+            count += 1
+    return count
+
+
 def _pads_unequally(node: Node) -> bool:
     if node.target not in CONV.targets:
         return False
@@ -168,6 +196,13 @@ KEEP_CONVS_FLOAT = GraphPass(
     "float convolutions next to integers",
     "products with one between them",
     _keep_convs_float,
+)
+
+SHIELD_COMPOSITES = GraphPass(
+    "shield_composites",
+    "quantized images that ops without a kernel of their own read",
+    "products with one between them",
+    _shield_composites,
 )
 
 QUANTIZE_PADS = GraphPass(
