@@ -278,10 +278,9 @@ def missing_kernels(contents: ProgramContents) -> list[str]:
 def no_kernel(ops: Sequence[str], kernels: Sequence[str]) -> str:
     """What to say of ops that need kernels which the runtime does not have."""
     return (
-        f"{', '.join(dict.fromkeys(ops)) or 'the model'}: no integer form is known, and "
-        f"ExecuTorch's runtime has no kernel {', '.join(kernels)} to compute it in float. Write it "
-        "with other ops, or let the model end before it; for a runtime that has the kernel, call "
-        "lower with check=False"
+        f"{', '.join(dict.fromkeys(ops)) or 'the model'}: neither XNNPACK nor ExecuTorch's runtime "
+        f"has a kernel for it ({', '.join(kernels)}). Write it with other ops, or let the model end "
+        "before it; for a runtime that has the kernel, call lower with check=False"
     )
 
 
