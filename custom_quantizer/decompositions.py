@@ -305,7 +305,12 @@ def _sorted(insert: Insertion) -> Node | None:
     given = argument(source, start, "dim", -1)
     shape: tuple[Any, ...] = shape_of(data)
     meta = tensor_meta(data)
-    if not shape or not isinstance(shape[given], int) or meta is None or not meta.is_floating_point():
+    if (
+        not shape
+        or not isinstance(shape[given], int)
+        or meta is None
+        or not meta.is_floating_point()
+    ):
         return None
     descending = bool(argument(source, start + 1, "descending", False))
     best = insert.call(aten.topk.default, data, shape[given], given, descending, True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.forms._common import float_input, is_static, per_dim
-from custom_quantizer.graph import argument, shape_of
+from custom_quantizer.graph import shape_of
 from custom_quantizer.rewriting import Insertion
 
 aten = torch.ops.aten

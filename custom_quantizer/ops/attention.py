@@ -49,13 +49,13 @@ def _bind_matmul(rule: OpRule, node: Node) -> Binding | str:
 
 
 def matmul_batch(node: Node) -> tuple[int, ...] | None:
-    """Batch dimensions that both operands of a product have; ``None`` where one is broadcast.
+    """Batch dimensions that both operands of a product have; ``None``: broadcast, or a vector.
 
     At most one may be symbolic.
     """
     left, right = (shape_of(cast(Node, arg)) for arg in node.args[:2])
     batch = left[:-2]
-    if tuple(batch) != tuple(right[:-2]):
+    if min(len(left), len(right)) < 2 or tuple(batch) != tuple(right[:-2]):
         return None
     return batch if sum(not isinstance(size, int) for size in batch) <= 1 else None
 

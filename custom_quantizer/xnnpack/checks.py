@@ -109,7 +109,9 @@ def _run(program: LoweredProgram, example: tuple[Any, ...]) -> list[Any]:
     try:
         return pytree.tree_leaves(program.run(*example))
     except ProgramError as error:
-        outside = [f"{_where(op)}: {', '.join(op.outside)}" for op in program.report.ops if op.outside]
+        outside = [
+            f"{_where(op)}: {', '.join(op.outside)}" for op in program.report.ops if op.outside
+        ]
         raise LoweringError(
             f"{error}. Leave the op in float, or write it with other ops"
             + (f"; outside the delegate are {'; '.join(outside)}" if outside else "")
