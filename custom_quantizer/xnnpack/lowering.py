@@ -241,7 +241,8 @@ def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> list[dict[int, An
             shapes.append(None)  # a number, None: export takes no shape for it
             continue
         dims: dict[int, Any] = {}
-        for dim, size in enumerate(meta.shape):
+        sizes: tuple[Any, ...] = tuple(meta.shape)
+        for dim, size in enumerate(sizes):
             if isinstance(size, int):
                 continue
             low, high = size_bounds(size)
@@ -426,7 +427,7 @@ def _of_unknown_size(edge: EdgeProgramManager) -> str:
     for method in edge.methods:
         for node in edge.exported_program(method).graph.nodes:
             meta = tensor_meta(node)
-            sizes = () if meta is None else tuple(meta.shape)
+            sizes: tuple[Any, ...] = () if meta is None else tuple(meta.shape)
             if any(not isinstance(s, int) and s.node.hint is None for s in sizes):
                 return origin_of(node) or node.name
     return ""
