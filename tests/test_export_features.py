@@ -204,7 +204,7 @@ def test_a_part_under_autocast_stays_in_float() -> None:
     result = cq.quantize(Half(), (X,), [(X,)], progress=False)
     (part, _, _) = (op for op in result.plan.ops if op.scheme is None)
     assert "wrap_with_autocast is control flow" in part.reason
-    assert [row.node for row in result.report.ops if row.scheme] == ["linear_1"]
+    assert "wrap_with_autocast" in str(result.report)
 
 
 def test_inputs_by_keyword() -> None:

@@ -109,12 +109,11 @@ def _run(program: LoweredProgram, example: tuple[Any, ...]) -> list[Any]:
     try:
         return pytree.tree_leaves(program.run(*example))
     except ProgramError as error:
-        outside = [
-            f"{_where(op)}: {', '.join(op.outside)}" for op in program.report.ops if op.outside
-        ]
+        rows = [row for row in program.report.ops if row.outside]
+        outside = "; ".join(f"{_where(row)}: {', '.join(row.outside)}" for row in rows)
         raise LoweringError(
             f"{error}. Leave the op in float, or write it with other ops"
-            + (f"; outside the delegate are {'; '.join(outside)}" if outside else "")
+            + (f" (outside the delegate run {outside})" if outside else "")
         ) from error
 
 
