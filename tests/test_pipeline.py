@@ -176,22 +176,24 @@ class Optional(Flexible):
 
 @pytest.mark.parametrize(
     ("build", "rest"),
-    [(Flexible, (torch.randn(2, 4),)), (Optional, ()), (Optional, (None,)), (Optional, (None, 3))],
+    [(Flexible, (torch.randn(8, 4),)), (Optional, ()), (Optional, (None,)), (Optional, (None, 3))],
 )
 def test_a_dynamic_batch_of_inputs_of_any_kind(
     build: Callable[[], nn.Module], rest: tuple[Any, ...]
 ) -> None:
     """The layer is normalized in the old way, too: its weight is a tensor with a history."""
+    torch.manual_seed(0)
     model = build()
-    inputs = (torch.randn(2, 4), *rest)
+    inputs = (torch.randn(8, 4), *rest)
     result = quantize(model, inputs, [inputs], dynamic_batch=8, progress=False)
     assert result.lowered is not None
     reference = integer_reference(result.converted)
     for size in (1, 8):
-        given = tuple(torch.randn(size, 4) if isinstance(x, Tensor) else x for x in inputs)
-        assert torch.equal(result.lowered.run(*given), reference(*given))
-        want = model(*given)
-        assert float((reference(*given) - want).norm() / want.norm()) < 0.5
+        given = tuple(x[:size] if isinstance(x, Tensor) else x for x in inputs)
+        got = reference(*given)
+        assert torch.equal(result.lowered.run(*given), got)
+        # Some rounding errors of half a step of 256, against values of some size.
+        assert float((got - model(*given)).detach().abs().max()) < 0.1
 
 
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

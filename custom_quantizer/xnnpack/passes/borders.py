@@ -172,11 +172,15 @@ def _is_dynamic_product(node: Node) -> bool:
 
 
 def _is_composite(node: Node) -> bool:
-    """Whether a call is unknown here and no core op, so that ExecuTorch decomposes it."""
+    """Whether a call is unknown here and no core op, so that ExecuTorch decomposes it.
+
+    What passes have written, under names of its own, has a kernel.
+    """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
-    return torch.Tag.core not in target.tags and rule_of(node) is None
+    known = torch.Tag.core in target.tags or rule_of(node) is not None
+    return not known and origin_of(node) == node.name
 
 
 def _pads_unequally(node: Node) -> bool:
