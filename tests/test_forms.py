@@ -152,14 +152,18 @@ SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         SIGNAL,
         aten.avg_pool1d.default,
     ),
-    "average of volumes": (module(lambda: nn.AvgPool3d(2)), VOLUME, aten.avg_pool3d.default),
+    "average of volumes": (
+        module(lambda: nn.AvgPool3d(2), lambda: nn.Conv3d(4, 4, 1)),
+        VOLUME,
+        aten.avg_pool3d.default,
+    ),
     "average of volumes, padded": (
         module(lambda: nn.AvgPool3d((3, 2, 3), 2, 1)),
         VOLUME,
         aten.avg_pool3d.default,
     ),
     "average of volumes, padding not counted": (
-        module(lambda: nn.AvgPool3d(3, 2, 1, count_include_pad=False)),
+        module(lambda: nn.AvgPool3d(3, 2, 1, count_include_pad=False), lambda: nn.Conv3d(4, 4, 1)),
         VOLUME,
         aten.avg_pool3d.default,
     ),
@@ -175,8 +179,8 @@ SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
     ),
     "patches of one image": (module(lambda: nn.Unfold(2)), (4, 6, 6), aten.im2col.default),
     "sums of patches": (
-        function(lambda x: F.fold(x.reshape(2, 36, 8), (6, 10), 3, padding=(0, 1), stride=(3, 1))),
-        (2, 8, 6, 6),
+        function(lambda x: F.fold(x, (6, 6), 3, padding=(0, 1), stride=(3, 1))),
+        (2, 36, 12),
         aten.col2im.default,
     ),
     "norm of rows": (module(lambda: nn.BatchNorm1d(4)), (5, 4), aten.batch_norm.default),
