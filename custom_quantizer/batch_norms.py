@@ -14,6 +14,7 @@ with one weight a channel.
 
 from __future__ import annotations
 
+import operator
 from typing import cast
 
 import torch
@@ -30,16 +31,18 @@ from custom_quantizer.graph import (
 )
 from custom_quantizer.ops import Binding, rule_of
 from custom_quantizer.ops.gemm import CONV_TRANSPOSE, LINEAR
-from custom_quantizer.rewriting import ORIGINAL_NAME, replace
+from custom_quantizer.rewriting import ORIGINAL_NAME, Insertion, replace, rewrite_calls
 
 __all__ = [
     "batch_norms_to_convs",
     "fold_into_layers",
     "has_constants",
     "is_foldable_in_place",
+    "keep_own_statistics",
     "layer_before",
     "norm_constants",
     "scale_channels",
+    "uses_own_statistics",
 ]
 
 aten = torch.ops.aten
@@ -168,9 +171,47 @@ def batch_norms_to_convs(model: GraphModule) -> int:
     """
     count = 0
     for node in list(model.graph.nodes):
-        if node.op == "call_function" and node.target is aten.batch_norm.default:
+        if node.op == "call_function" and node.target in _NORMS:
             count += _rewrite(model, node)
     return count
+
+
+_NORMS = frozenset({aten.batch_norm.default, aten.instance_norm.default})
+"""With stored statistics both compute the same; so they take them, their arguments are the same."""
+
+_OWN_STATISTICS = aten._native_batch_norm_legit.no_stats
+
+
+def uses_own_statistics(node: Node) -> bool:
+    """Whether a call normalizes with the statistics of its input always, as it keeps no others.
+
+    ``BatchNorm2d(track_running_stats=False)`` does, and weights that are standardized.
+    """
+    if node.target is _OWN_STATISTICS:
+        return True
+    return node.target is aten.batch_norm.default and node.args[3] is None and node.args[4] is None
+
+
+def keep_own_statistics(model: GraphModule) -> int:
+    """Write batch norms that keep no statistics as what they are in training and evaluation alike.
+
+    torchao (0.18) takes every ``aten.batch_norm`` for one that has running statistics: it folds
+    them into layers, and switches training off in evaluation.
+
+    Returns:
+        How many were rewritten.
+    """
+    return rewrite_calls(model, {aten.batch_norm.default: _with_own_statistics})
+
+
+def _with_own_statistics(insert: Insertion) -> Node | None:
+    norm = insert.node
+    if not uses_own_statistics(norm):
+        return None
+    data, gamma, beta = norm.args[:3]
+    momentum, eps = argument(norm, 6, "momentum"), argument(norm, 7, "eps")
+    normalized = insert.call(_OWN_STATISTICS, data, gamma, beta, True, momentum, eps)
+    return insert.call(operator.getitem, normalized, 0)
 
 
 def _rewrite(model: GraphModule, node: Node) -> bool:

@@ -42,6 +42,8 @@ the sign bit.
 WIDE_BIAS = 1 << 30
 """The same limit for ops above 8 bits, whose bias never passes through the serializer."""
 
+_SMALLEST_NORMAL = float(torch.finfo(torch.float32).tiny)
+
 
 @dataclass(frozen=True)
 class BiasHeadroom:
@@ -123,6 +125,8 @@ def raise_scale(
 ) -> Tensor:
     """Smallest scales, not below ``weight_scale``, with which every bias fits.
 
+    Their products with the input scales, the scales of the biases, are normal in float32.
+
     Args:
         weight_scale: float32, scalar or ``(out_channels,)``.
         constraints: ``(input scale, float bias (out_channels,))`` of each op that uses the weight.
@@ -135,6 +139,7 @@ def raise_scale(
     for input_scale, bias in constraints:
         # Half a unit of slack keeps the rounded integer within the limit.
         least = bias.to(torch.float64).abs() / (input_scale * (limit - 0.5))
+        least = least.clamp_min(_SMALLEST_NORMAL / input_scale)
         needed = torch.maximum(needed, least.max() if needed.dim() == 0 else least)
     raised = needed.to(torch.float32)
     short = raised.to(torch.float64) < needed

@@ -22,7 +22,11 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.batch_norms import batch_norms_to_convs, fold_into_layers
+from custom_quantizer.batch_norms import (
+    batch_norms_to_convs,
+    fold_into_layers,
+    keep_own_statistics,
+)
 from custom_quantizer.constants import fold_constants
 from custom_quantizer.decompositions import decompose
 from custom_quantizer.factors import fold_factors
@@ -42,6 +46,7 @@ def canonicalize(model: GraphModule, *, training: bool = False) -> GraphModule:
         training: parameters change, so nothing that is computed from them is a constant.
     """
     fold_constants(model, parameters=not training)
+    keep_own_statistics(model)
     _functionalize(model)
     decompose(model)
     if not training:

@@ -199,7 +199,7 @@ def _replace_uses(model: GraphModule, run: _Run) -> int:
     for node, seen in run.seen.items():
         stored: list[tuple[Tensor, Node]] = []
         for user, value in seen.items():
-            if user.op == "output" or _restates(run, node, value) or not _worth(node, value):
+            if _restates(run, node, value) or not _worth(node, value):
                 continue
             constant = next((n for other, n in stored if torch.equal(other, value)), None)
             if constant is None:

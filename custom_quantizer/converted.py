@@ -144,11 +144,11 @@ def _integer_op(
     rule = rule_of(node)
     if rule is None:
         return f"no integer form of {node.target} is known"
-    if rule.float_reason:
-        return rule.float_reason
     binding = rule.bind(rule, node)
     if isinstance(binding, str):
         return binding
+    if rule.float_reason:
+        return rule.float_reason
     if rule is GETITEM:
         split = integer.get(binding.inputs[0])
         if split is None:

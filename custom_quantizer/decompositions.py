@@ -9,6 +9,7 @@ numbers; those that change the order of float32 roundings say so.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -223,7 +224,14 @@ def _swap(insert: Insertion) -> Node | None:
 
 
 def _matrix_transpose(insert: Insertion) -> Node | None:
-    return _swap_last(insert, cast(Node, insert.node.args[0]))
+    data = cast(Node, insert.node.args[0])
+    meta = tensor_meta(data)
+    return None if meta is None or meta.is_complex() else _swap_last(insert, data)
+
+
+def _reversed_dims(insert: Insertion) -> Node | None:
+    data = cast(Node, insert.node.args[0])
+    return insert.permute(data, list(range(len(shape_of(data))))[::-1])
 
 
 def _expand_as(insert: Insertion) -> Node | None:
@@ -233,11 +241,134 @@ def _expand_as(insert: Insertion) -> Node | None:
     return insert.call(aten.expand.default, insert.node.args[0], list(shape))
 
 
-def _empty_pad(insert: Insertion) -> Node | None:
-    """A pad by nothing is its input."""
-    if any(cast("Sequence[int]", insert.node.args[1])):
+def _pad(insert: Insertion) -> Node | None:
+    """A pad by nothing is its input; a constant pad by less than nothing is a slice."""
+    node = insert.node
+    data, pads = cast(Node, node.args[0]), [int(p) for p in cast("Sequence[Any]", node.args[1])]
+    if not any(pads):
+        return data
+    mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
+    if mode != "constant" or all(p >= 0 for p in pads):
         return None
-    return cast(Node, insert.node.args[0])
+    rank = len(shape_of(data))
+    for position in range(0, len(pads), 2):
+        before, after = (min(p, 0) for p in pads[position : position + 2])
+        if before or after:
+            dim = rank - 1 - position // 2
+            stop = after if after else _TO_THE_END
+            data = insert.call(aten.slice.Tensor, data, dim, -before, stop)
+    kept = [max(p, 0) for p in pads]
+    if not any(kept):
+        return data
+    value = argument(node, 3 if node.target is aten.pad.default else 2, "value")
+    return insert.call(aten.constant_pad_nd.default, data, kept, 0.0 if value is None else value)
+
+
+_TO_THE_END = (1 << 63) - 1
+
+
+def _clamp(insert: Insertion) -> Node | None:
+    """Bounds the wrong way round leave the upper one everywhere."""
+    low, high = (argument(insert.node, i, name) for i, name in ((1, "min"), (2, "max")))
+    if low is None or high is None or not low > high:
+        return None
+    return insert.call(aten.clamp.default, insert.node.args[0], high, high)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ops that the runtime has under another name only
+# ---------------------------------------------------------------------------------------------
+
+
+def _rrelu(insert: Insertion) -> Node | None:
+    """In evaluation the slope is the middle of the range it is drawn from in training."""
+    node = insert.node
+    if argument(node, 3, "training", False):
+        return None
+    lower, upper = argument(node, 1, "lower", 0.125), argument(node, 2, "upper", 1 / 3)
+    return insert.call(aten.leaky_relu.default, node.args[0], (lower + upper) / 2)
+
+
+def _sorted(insert: Insertion) -> Node | None:
+    """Sorted values are the largest, or smallest, of all; where they came from is left alone.
+
+    Equal values have no order, which two kernels choose differently.
+    """
+    node = insert.node
+    source, index = cast(Node, node.args[0]), node.args[1]
+    if not isinstance(source, Node) or source.target not in _SORTS or index != 0:
+        return None
+    if any(other.users for other in source.users if other is not node):
+        return None
+    data = cast(Node, source.args[0])
+    start = 1 if source.target is aten.sort.default else 2  # "stable" comes before
+    given = argument(source, start, "dim", -1)
+    shape: tuple[Any, ...] = shape_of(data)
+    meta = tensor_meta(data)
+    if (
+        not shape
+        or not isinstance(shape[given], int)
+        or meta is None
+        or not meta.is_floating_point()
+    ):
+        return None
+    descending = bool(argument(source, start + 1, "descending", False))
+    best = insert.call(aten.topk.default, data, shape[given], given, descending, True)
+    return insert.call(operator.getitem, best, 0)
+
+
+_SORTS = frozenset({aten.sort.default, aten.sort.stable})
+
+
+def _embedding_bag(insert: Insertion) -> Node | None:
+    """Bags of one size are rows of a matrix: an embedding, and a sum, a mean or a maximum over it.
+
+    ``nn.EmbeddingBag`` of a matrix of indices is that; offsets that are an input may be anything.
+    """
+    node = insert.node
+    source, index = cast(Node, node.args[0]), node.args[1]
+    if not isinstance(source, Node) or source.target not in _BAGS or index != 0:
+        return None
+    table, indices, offsets = (cast(Node, arg) for arg in source.args[:3])
+    mode, weights = int(argument(source, 4, "mode", 0)), argument(source, 6, "per_sample_weights")
+    padded = argument(source, 8, "padding_idx", -1)
+    size = _bag_size(insert.model, indices, offsets)
+    if size is None or padded not in (None, -1) or argument(source, 7, "include_last_offset"):
+        return None
+    if weights is not None and mode != 0:
+        return None
+    rows = insert.call(aten.reshape.default, indices, [-1, size])
+    vectors = insert.call(aten.embedding.default, table, rows)
+    if weights is not None:
+        factors = insert.call(aten.reshape.default, weights, [-1, size, 1])
+        vectors = insert.call(aten.mul.Tensor, vectors, factors)
+    if mode == 2:
+        return insert.call(aten.amax.default, vectors, [1])
+    reduce = aten.sum.dim_IntList if mode == 0 else aten.mean.dim
+    return insert.call(reduce, vectors, [1])
+
+
+def _bag_size(model: GraphModule, indices: Node, offsets: Node) -> int | None:
+    """How many indices each bag has, if that is the same for all: bags begin at multiples of it."""
+    if offsets.target is aten.arange.start_step:
+        start, step = offsets.args[0], offsets.args[2]
+        return step if start == 0 and isinstance(step, int) and step > 0 else None
+    (count,) = cast("tuple[Any]", shape_of(indices))
+    if not is_constant(offsets) or not isinstance(count, int):
+        return None
+    begin = constant_of(model, offsets)
+    size = count // max(len(begin), 1)
+    even = torch.equal(begin, torch.arange(len(begin), dtype=begin.dtype) * size)
+    return size if size > 0 and size * len(begin) == count and even else None
+
+
+_BAGS = frozenset({aten.embedding_bag.default, aten.embedding_bag.padding_idx})
+
+
+def _result(insert: Insertion) -> Node | None:
+    """One of several results of an op."""
+    found = _sorted(insert)
+    return _embedding_bag(insert) if found is None else found
 
 
 _REWRITES: dict[Any, Rewrite] = {
@@ -252,9 +383,16 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.swapaxes.default: _swap,
     aten.swapdims.default: _swap,
     aten.mT.default: _matrix_transpose,
+    aten.mH.default: _matrix_transpose,
+    aten.adjoint.default: _matrix_transpose,
+    aten.matrix_H.default: _matrix_transpose,
+    aten.numpy_T.default: _reversed_dims,
     aten.expand_as.default: _expand_as,
-    aten.pad.default: _empty_pad,
-    aten.constant_pad_nd.default: _empty_pad,
+    aten.pad.default: _pad,
+    aten.constant_pad_nd.default: _pad,
+    aten.clamp.default: _clamp,
+    aten.rrelu.default: _rrelu,
+    operator.getitem: _result,
 }
 
 REWRITTEN = frozenset(_REWRITES)

@@ -355,8 +355,10 @@ def source_of(node: Node) -> Node:
 
 def tensor_args(node: Node) -> Iterator[Node]:
     """The node's inputs that are tensors, in argument order, each once."""
+    # Control flow also reads the graphs it runs.
+    runs = isinstance(node.target, torch._ops.HigherOrderOperator)
     for arg in node.all_input_nodes:
-        if tensor_meta(arg) is not None or is_constant(arg):
+        if tensor_meta(arg) is not None or (is_constant(arg) and not runs):
             yield arg
 
 

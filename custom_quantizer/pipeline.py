@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -336,23 +337,29 @@ def capture(
             "torch.export captures neither scripts nor functions"
         )
     shapes = None
+    eager = _eval_copy(model)
     if dynamic_batch:
         example = pytree.tree_map(_at_least_two, example)
-        shapes = _dynamic_batch(
-            example, DEFAULT_MAX_BATCH if dynamic_batch is True else dynamic_batch
-        )
-    eager = _eval_copy(model)
+        largest = DEFAULT_MAX_BATCH if dynamic_batch is True else dynamic_batch
+        shapes = _by_parameter(eager, _dynamic_batch(example, largest))
     try:
         with torch.no_grad():
             exported = torch.export.export(eager, example, dynamic_shapes=shapes)
     except Exception as error:
         raise _refused(eager, example, bool(dynamic_batch), error) from error
-    return exported.module(), example
+    return capture(exported, example)
 
 
 def _eval_copy(model: nn.Module) -> nn.Module:
+    # What a forward has computed from parameters and kept, as weight_norm does, cannot be copied.
+    history = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in pytree.tree_leaves(vars(module))
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        eager = copy.deepcopy(model).eval()
+        eager = copy.deepcopy(model, cast("dict[int, Any]", history)).eval()
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({_first_line(error)}), and the flow does "
@@ -393,6 +400,14 @@ def _dynamic_batch(example: tuple[Any, ...], largest: int) -> Any:
         return {0: batch} if isinstance(value, Tensor) and value.dim() else None
 
     return pytree.tree_map(shape, example)
+
+
+def _by_parameter(eager: nn.Module, shapes: tuple[Any, ...]) -> Any:
+    """Shapes of inputs by the names of ``forward``'s parameters: ``*args`` is one of them."""
+    try:
+        return dict(signature(eager.forward).bind(*shapes).arguments)
+    except (TypeError, ValueError):  # not what forward takes, as the error of export will say
+        return shapes
 
 
 def _refused(

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import add_constant, shape_of, tensor_meta, view_sizes
+from custom_quantizer.graph import add_constant, shape_of, view_sizes
 
 __all__ = ["ORIGINAL_NAME", "Insertion", "Rewrite", "is_inner", "replace", "rewrite_calls"]
 
@@ -45,8 +46,9 @@ class Insertion:
                 new.meta[key] = self.node.meta[key]
         new.meta["original_target"] = self.node.meta.get("original_target", self.node.target)
         new.meta[ORIGINAL_NAME] = self.node.meta.get(ORIGINAL_NAME, self.node.name)
-        metas = [tensor_meta(source) for source in new.all_input_nodes]
-        mode = next((m.fake_mode for m in metas if m is not None and hasattr(m, "fake_mode")), None)
+        # An op of several results has a list of fake values.
+        values = pytree.tree_leaves([source.meta.get("val") for source in new.all_input_nodes])
+        mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
         if mode is not None:
             mapped = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta.get("val"))
             with mode:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.batch_norms import layer_before, scale_channels
+from custom_quantizer.batch_norms import layer_before, scale_channels, uses_own_statistics
 from custom_quantizer.constants import fold_constants
 from custom_quantizer.errors import CaptureError, ConversionError
 from custom_quantizer.graph import (
@@ -283,12 +284,18 @@ def _mark_computed_parameters(model: GraphModule) -> None:
     }
     for node in model.graph.nodes:
         target, sources = node.target, node.all_input_nodes
-        if not isinstance(target, torch._ops.OpOverload) or not sources:
+        if not sources or not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
             continue
-        varies = target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
         constant = all(is_constant(s) and str(s.target) not in written for s in sources)
-        if constant and not varies and tensor_meta(node) is not None:
+        if constant and (target is operator.getitem or _repeats(target)):
             node.meta[FOLDED_KEY] = True
+
+
+def _repeats(target: Any) -> bool:
+    """Whether a call gives the same for the same inputs, and leaves them as they are."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not (target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags)
 
 
 def _forget_counters(model: GraphModule) -> None:
@@ -496,8 +503,11 @@ def _evaluate(model: GraphModule, node: Node) -> Tensor:
 
 
 def is_training_call(node: Node) -> bool:
-    """Whether an aten call behaves as it does in training: batch norms, dropouts of all kinds."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    """Whether an aten call behaves as it does in training: batch norms, dropouts of all kinds.
+
+    A batch norm that keeps no statistics does the same in both modes.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload) or uses_own_statistics(node):
         return False
     return any(
         parameter.name in ("train", "training") and argument(node, i, parameter.name) is True

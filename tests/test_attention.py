@@ -165,6 +165,83 @@ def torch_baddbmm(_self: Any, added: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(added, a, b)
 
 
+@pytest.mark.parametrize(
+    ("function", "gone", "left"),
+    [
+        (lambda s, x: x.clamp(1.0, -0.5), None, aten.clamp.default),
+        (lambda s, x: x.clamp(min=0.3, max=0.2) + x.clamp(-1, 1), None, aten.clamp.default),
+        (lambda s, x: F.pad(x, (-1, -2)), aten.pad.default, aten.slice.Tensor),
+        (lambda s, x: F.pad(x, (-1, 2, 1, -2)), aten.pad.default, aten.constant_pad_nd.default),
+        (lambda s, x: F.pad(x, (0, -1), value=3.0), aten.pad.default, aten.slice.Tensor),
+        (
+            lambda s, x: F.pad(x, (1, -1), value=3.0),
+            aten.pad.default,
+            aten.constant_pad_nd.default,
+        ),
+        (lambda s, x: x.T, aten.numpy_T.default, aten.permute.default),
+        (lambda s, x: x.mH, aten.mH.default, aten.transpose.int),
+        (lambda s, x: F.rrelu(x), aten.rrelu.default, aten.leaky_relu.default),
+        (lambda s, x: torch.sort(x)[0], aten.sort.default, aten.topk.default),
+        (lambda s, x: torch.sort(x, 0, True).values, aten.sort.default, aten.topk.default),
+        (
+            lambda s, x: torch.sort(x, stable=True, dim=0)[0],
+            aten.sort.stable,
+            aten.topk.default,
+        ),
+        (lambda s, x: torch.sort(x).indices, None, aten.sort.default),
+    ],
+)
+def test_the_same_values_under_another_name(
+    function: Callable[..., Any], gone: Any, left: Any
+) -> None:
+    x = torch.randn(6, 7)
+    graph = canonicalize(capture(Function(function), (x,)))
+    assert not calls(graph, gone)
+    assert calls(graph, left)
+    for given in (x, x.round(), torch.full((6, 7), 2.0)):
+        assert torch.equal(graph(given), function(None, given))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_one_size_are_rows_of_a_table(mode: str) -> None:
+    model = nn.EmbeddingBag(20, 8, mode=mode)
+    x = torch.randint(0, 20, (3, 5))
+    graph = canonicalize(capture(model, (x,)))
+    assert not calls(graph, aten.embedding_bag.padding_idx)
+    assert len(calls(graph, aten.embedding.default)) == 1
+    # Sums of five in another order.
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=5 * 2.0**-22)
+
+
+def test_weighted_bags_of_a_dynamic_batch() -> None:
+    model = nn.EmbeddingBag(20, 8, mode="sum")
+    x, weights = torch.randint(0, 20, (3, 5)), torch.randn(3, 5)
+    batch = torch.export.Dim("batch", max=8)
+    graph = canonicalize(
+        capture(
+            Function(lambda s, x, w: s.bag(x, per_sample_weights=w), bag=model),
+            (x, weights),
+            dynamic_shapes=(({0: batch}, {0: batch}),),
+        )
+    )
+    assert len(calls(graph, aten.embedding.default)) == 1
+    for size in (2, 8):
+        given = (torch.randint(0, 20, (size, 5)), torch.randn(size, 5))
+        want = model(given[0], per_sample_weights=given[1])
+        torch.testing.assert_close(graph(*given), want, rtol=0, atol=5 * 2.0**-20)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "options"),
+    [([0, 4], {}), ([0, 5], {"padding_idx": 1}), ([0, 5, 10], {"include_last_offset": True})],
+)
+def test_other_bags_are_left_alone(offsets: list[int], options: dict[str, Any]) -> None:
+    bags = nn.EmbeddingBag(20, 8, **options)
+    model = Function(lambda s, x: s.bags(x, torch.tensor(offsets)), bags=bags)
+    graph = canonicalize(capture(model, (torch.randint(0, 20, (10,)),)))
+    assert calls(graph, aten.embedding_bag.padding_idx)
+
+
 def test_a_pad_by_nothing_does_not_alias_what_is_written_later() -> None:
     def function(_self: Any, x: Tensor) -> Tensor:
         y = F.pad(x, (0, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.graphs import Function, calls, capture, lowered_exactly, quantized
 from support.shared_layers import SHARED, norm, shared_layer
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
@@ -97,6 +99,89 @@ def test_training_keeps_it() -> None:
     captured = torch.export.export(copy.deepcopy(model), (x,)).module()
     prepared = prepare_qat_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
     assert len(calls(prepared, BATCH_NORM)) == 1
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is normalized for each output, as nfnets have it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3)
+        self.gain = nn.Parameter(torch.linspace(0.5, 2, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = nn.functional.batch_norm(
+            rows, None, None, weight=self.gain * 0.2, training=True, momentum=0.0, eps=1e-6
+        )
+        return nn.functional.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def own_statistics() -> nn.Module:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.uniform_(norm.bias, -1, 1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+
+
+def test_a_weight_that_is_standardized_is_a_constant() -> None:
+    model = nn.Sequential(Standardized(3, 4), nn.ReLU(), Standardized(4, 5))
+    x = torch.randn(2, 3, 8, 8)
+    graph = quantized(model, (x,))
+    assert not calls(graph, BATCH_NORM)
+    got, want = cq.integer_reference(graph)(x), model(x).detach()
+    assert float((got - want).norm() / want.norm()) < 0.03
+    assert len(cq.integer_reference(graph).float_ops) == 0
+
+
+@pytest.mark.parametrize("build", [lambda: Standardized(3, 4), own_statistics])
+def test_norms_without_statistics_are_trained_and_converted(
+    build: Callable[[], nn.Module],
+) -> None:
+    """Training and evaluation do the same, so nothing moves between the two."""
+    model = build().train()
+    x = torch.randn(2, 3, 8, 8)
+    captured = torch.export.export(copy.deepcopy(model), (x,)).module()
+    prepared = prepare_qat_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+    move_exported_model_to_train(prepared)
+    prepared(x).square().mean().backward()
+    assert all(p.grad is not None for p in prepared.parameters() if p.requires_grad)
+    move_exported_model_to_eval(prepared)
+    want = prepared(x).detach()
+    converted = convert_pt2e(prepared)
+    assert torch.equal(converted(x).detach(), want)
+    expected = model(x).detach()
+    assert float((want - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_norm_of_the_batch_stays_apart_and_runs(captured: bool) -> None:
+    """torchao would fold it into the convolution, with statistics that it does not have."""
+    model, x = own_statistics().eval(), torch.randn(2, 3, 8, 8)
+    exported = torch.export.export(model, (x,))
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    ops = [op.scheme for op in quantizer.plan(exported).ops]
+    assert ops == ["a8w8", None, None]
+    result = cq.quantize(exported if captured else model, (x,), [(x,)], progress=False)
+    assert result.lowered is not None
+    (row,) = result.lowered.report.not_integer()
+    assert (row.path, row.backend.value) == ("1", "portable kernel, outside the delegate")
+    for given in (x, torch.randn(2, 3, 8, 8) * 3 + 1):
+        want = model(given).detach()
+        assert float((result.lowered.run(given) - want).norm() / want.norm()) < 0.1
+
+
+def test_an_instance_norm_with_statistics_is_a_batch_norm() -> None:
+    norm = nn.InstanceNorm2d(3, affine=True, track_running_stats=True).eval()
+    with torch.no_grad():
+        norm.running_mean += torch.tensor([1.0, -2.0, 0.5])
+        norm.running_var *= torch.tensor([0.5, 4.0, 1.0])
+        norm.weight *= torch.tensor([-1.0, 2.0, 0.3])
+    model, x = nn.Sequential(nn.Tanh(), norm), torch.randn(2, 3, 4, 5)
+    graph = capture(model, (x,))
+    assert batch_norms_to_convs(graph) == 1
+    graph.recompile()
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------

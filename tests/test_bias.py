@@ -154,6 +154,16 @@ def test_no_scale_falls_and_those_that_fit_stay(problem: Problem) -> None:
             assert raised.reshape(-1)[channel] == scale.reshape(-1)[channel]
 
 
+@pytest.mark.parametrize("weight", [1e-37, [1e-37, 0.5]])
+def test_the_scale_of_a_bias_is_normal(weight: float | list[float]) -> None:
+    """Weights so small that their products with the input vanish count as zero."""
+    scale, tiny = torch.tensor(weight), float(torch.finfo(torch.float32).tiny)
+    raised = raise_scale(scale, [(1e-3, torch.zeros(scale.numel()))])
+    derived = derived_scale(1e-3, raised).reshape(-1)
+    assert float(derived.min()) == tiny
+    assert float(derived[-1]) == (tiny if scale.dim() == 0 else float(torch.tensor(0.5) * 1e-3))
+
+
 @given(problems())
 def test_the_raised_scale_is_the_smallest(problem: Problem) -> None:
     """One unit in the last place less, and some bias has no half unit of room left."""

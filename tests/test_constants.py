@@ -160,3 +160,18 @@ def test_what_would_grow_too_large_is_computed() -> None:
 def test_a_constant_is_not_copied() -> None:
     _, made = folded(lambda s, x: x + s.layer.bias.detach(), (4,), layer=nn.Linear(4, 4))
     assert made == 0
+
+
+def test_a_constant_that_is_an_output_is_stored() -> None:
+    """Also where it is what a layer makes of constants: nothing is left to quantize of it."""
+    layer = nn.Linear(4, 3)
+    graph = capture(
+        Function(lambda s, x: (s.layer(s.layer.weight[:1]), s.layer(x)), layer=layer),
+        (torch.randn(2, 4),),
+    )
+    x = torch.randn(2, 4)
+    want = graph(x)
+    assert fold_constants(graph) == 1
+    graph.recompile()
+    assert len(calls(graph, aten.linear.default)) == 1
+    assert all(torch.equal(a, b) for a, b in zip(graph(x), want, strict=True))

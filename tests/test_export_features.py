@@ -7,7 +7,7 @@ Several stand side by side in one model where they can, since lowering costs sec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
+from custom_quantizer.errors import InputError
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 
@@ -166,6 +167,44 @@ class Keywords(nn.Module):
 
     def forward(self, x: Tensor, *, gain: Tensor, offset: Tensor) -> Tensor:
         return self.linear(x) * gain - offset
+
+
+class Pair(NamedTuple):
+    """A type that no file knows."""
+
+    first: Tensor
+    second: Tensor
+
+
+def test_a_named_tuple_that_is_not_registered() -> None:
+    model = Function(lambda m, x: Pair(m.first(x), x), first=linear())
+    graph, _ = converted(model, X)
+    lowered = cq.lower(graph, (X,))
+    assert isinstance(lowered.run(X), Pair)
+    same(graph, lowered, (X,), (X * 2,))
+
+
+def test_text_as_an_input() -> None:
+    graph, _ = converted(Function(lambda m, x, how: m.first(x), first=linear()), X, "mean")
+    with pytest.raises(InputError, match="input 1 is a str; a program takes tensors and numbers"):
+        cq.lower(graph, (X, "mean"))
+
+
+def test_a_part_under_autocast_stays_in_float() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = linear(), linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.first(x)
+            return self.last(y.float())
+
+    result = cq.quantize(Half(), (X,), [(X,)], progress=False)
+    (part, _, _) = (op for op in result.plan.ops if op.scheme is None)
+    assert "wrap_with_autocast is control flow" in part.reason
+    assert "wrap_with_autocast" in str(result.report)
 
 
 def test_inputs_by_keyword() -> None:

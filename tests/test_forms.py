@@ -90,6 +90,16 @@ MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         IMAGE,
         aten.adaptive_max_pool2d.default,
     ),
+    "adaptive max of signals": (
+        module(lambda: nn.AdaptiveMaxPool1d(5)),
+        SIGNAL,
+        aten.adaptive_max_pool1d.default,
+    ),
+    "adaptive max of volumes": (
+        module(lambda: nn.AdaptiveMaxPool3d((2, 3, 4))),
+        VOLUME,
+        aten.adaptive_max_pool3d.default,
+    ),
     "largest of images": (function(lambda x: x.amax((2, 3))), IMAGE, aten.amax.default),
     "largest of channels": (function(lambda x: x.amax(1, True)), IMAGE, aten.amax.default),
     "largest over far dims": (function(lambda x: x.amax((1, 3))), IMAGE, aten.amax.default),
@@ -141,6 +151,37 @@ SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         module(lambda: nn.AvgPool1d(3, 2, 1)),
         SIGNAL,
         aten.avg_pool1d.default,
+    ),
+    "average of volumes": (
+        module(lambda: nn.AvgPool3d(2), lambda: nn.Conv3d(4, 4, 1)),
+        VOLUME,
+        aten.avg_pool3d.default,
+    ),
+    "average of volumes, padded": (
+        module(lambda: nn.AvgPool3d((3, 2, 3), 2, 1)),
+        VOLUME,
+        aten.avg_pool3d.default,
+    ),
+    "average of volumes, padding not counted": (
+        module(lambda: nn.AvgPool3d(3, 2, 1, count_include_pad=False), lambda: nn.Conv3d(4, 4, 1)),
+        VOLUME,
+        aten.avg_pool3d.default,
+    ),
+    "own divisor of volumes": (
+        module(lambda: nn.AvgPool3d(2, divisor_override=3)),
+        VOLUME,
+        aten.avg_pool3d.default,
+    ),
+    "patches": (
+        module(lambda: nn.Unfold((3, 2), dilation=(1, 2), padding=1, stride=(2, 1))),
+        IMAGE,
+        aten.im2col.default,
+    ),
+    "patches of one image": (module(lambda: nn.Unfold(2)), (4, 6, 6), aten.im2col.default),
+    "sums of patches": (
+        function(lambda x: F.fold(x, (6, 6), 3, padding=(0, 1), stride=(3, 1))),
+        (2, 36, 12),
+        aten.col2im.default,
     ),
     "norm of rows": (module(lambda: nn.BatchNorm1d(4)), (5, 4), aten.batch_norm.default),
     "norm of signals": (module(lambda: nn.BatchNorm1d(4)), SIGNAL, aten.batch_norm.default),
@@ -281,8 +322,8 @@ def test_forms_are_integer_inside_one_delegate(group: int) -> None:
     _, program, _ = lowered(group)
     assert (program.report.delegates, program.report.outside) == (1, ())
     beside = {(row.node, row.family) for row in program.report.not_integer()}
-    # Padding the depth of a convolution runs in float, and is exact.
-    assert {family for _, family in beside} <= {"pad"}, beside
+    # Padding the depth of a convolution and plain averages run in float, and are exact.
+    assert {family for _, family in beside} <= {"pad", "avg_pool2d"}, beside
 
 
 @pytest.mark.parametrize("group", range(len(GROUPS)))
@@ -318,6 +359,12 @@ def test_integers_are_close_to_the_float_model(name: str, mode: str) -> None:
     ("build", "shape", "backend"),
     [
         (module(lambda: nn.AvgPool2d(2, ceil_mode=True)), (2, 4, 7, 7), Backend.PORTABLE),
+        (module(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True)), (1, 4, 8, 8), Backend.PORTABLE),
+        (
+            module(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=2)),
+            (1, 4, 8, 8),
+            Backend.PORTABLE,
+        ),
         (module(lambda: nn.Upsample(scale_factor=2, mode="bilinear")), IMAGE, Backend.FLOAT),
         (module(lambda: nn.InstanceNorm2d(4)), IMAGE, Backend.FLOAT),
         (module(lambda: nn.GroupNorm(2, 4)), IMAGE, Backend.FLOAT),

@@ -539,6 +539,129 @@ def test_an_op_whose_scales_no_kernel_takes_runs_in_float(
     assert {op.node.name for op in cq.integer_reference(graph).float_ops} >= refused
 
 
+SIGNALS = (3, 6)
+
+# What the function returns, beside an integer op; the node that is named, and its kernel.
+WITHOUT_KERNEL: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
+    "sorted indices": (torch.argsort, "argsort", "aten::sort.values"),
+    "distinct values": (torch.unique, "_unique2", "aten::_unique2.out"),
+    "a product so far": (lambda y: y.cumprod(1), "cumprod", "aten::cumprod.out"),
+    "indices in another order": (torch.nonzero, "nonzero", "aten::nonzero.out"),
+    "no out variant": (
+        lambda y: torch.linalg.svdvals(y),
+        "linalg_svdvals",
+        "aten::_linalg_svd.U",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_KERNEL)
+def test_an_op_that_nothing_computes_is_named(name: str) -> None:
+    function, node, kernel = WITHOUT_KERNEL[name]
+    model = Function(lambda s, x: function(s.part(x)), part=nn.Linear(6, 4))
+    x = torch.randn(SIGNALS)
+    with pytest.raises(LoweringError) as error:
+        cq.lower(quantized(model, (x,)), (x,))
+    assert type(error.value) is LoweringError
+    assert f"{node}: neither XNNPACK nor ExecuTorch's runtime has a kernel for it" in str(
+        error.value
+    )
+    assert kernel in str(error.value)
+
+
+def test_for_another_runtime_the_program_is_written_all_the_same() -> None:
+    x = torch.randn(SIGNALS)
+    graph = quantized(Function(lambda s, x: torch.argsort(x + x)), (x,))
+    program = cq.lower(graph, (x,), check=False)
+    assert program.contents.kernels == ("aten::sort.values",)
+    with pytest.raises(ProgramError, match="or the runtime lacks a kernel"):
+        program.run(x)
+
+
+def test_a_kernel_that_refuses_its_input_is_named() -> None:
+    x = torch.randn(1, 2, 4, 4, 4)
+    model = Function(lambda s, x: s.part(x + x), part=nn.ConvTranspose3d(2, 2, 3))
+    with pytest.raises(LoweringError, match=r"outside the delegate run conv_transpose3d \(part\)"):
+        cq.lower(quantized(model, (x,)), (x,))
+
+
+UNWRITABLE: dict[str, tuple[Callable[..., Any], str]] = {
+    "complex numbers": (
+        lambda s, x: torch.fft.rfft(x + x).abs(),
+        "fft_rfft is torch.complex64",
+    ),
+    "text": (lambda s, x: (x + x, "text"), "output 1 is 'text'; a program returns tensors"),
+    "a size that values tell": (
+        lambda s, x: torch.bincount((x + x).argmax(1)),
+        "bincount: the size of its result depends on values",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_what_no_program_holds(name: str) -> None:
+    function, message = UNWRITABLE[name]
+    x = torch.randn(SIGNALS)
+    with pytest.raises(LoweringError, match=message):
+        cq.lower(quantized(Function(function), (x,)), (x,))
+
+
+def test_products_outside_the_delegate_read_what_it_returns() -> None:
+    """Dynamic rows by dynamic rows, a broadcast batch, a computed weight: float, and right."""
+
+    def forward(s: Any, x: Tensor) -> tuple[Tensor, ...]:
+        y = s.conv1d(x)
+        rows, weight = y[:, 0], y[0, :4, :2].reshape(2, 4)
+        broadcast = y @ s.other(x)[0].transpose(0, 1)
+        return torch.softmax(rows @ rows.T, -1), broadcast, F.linear(rows[:, :4], weight)
+
+    layers = {"conv1d": nn.Conv1d(3, 4, 1), "other": nn.Conv1d(3, 4, 1)}
+    torch.manual_seed(0)
+    model, x = Function(forward, **layers), torch.randn(4, 3, 7)
+    result = cq.quantize(Single(model), (x,), [(x,)], dynamic_batch=8, progress=False)
+    assert result.lowered is not None
+    assert result.lowered.contents.kernels.count("aten::mm.out") == 3
+    reference = cq.integer_reference(result.converted)
+    for size in (4, 8, 1):
+        given = torch.randn(size, 3, 7)
+        for got, want in zip(result.lowered.run(given), reference(given), strict=True):
+            # Sums of seven products, in another order.
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+class Single(nn.Module):
+    """One input by name: its batch may vary."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
+COMPOSITES = (F.hardshrink, F.mish, F.softplus, F.logsigmoid, F.softshrink, F.tanhshrink)
+
+
+def test_composite_float_ops_of_images_are_right() -> None:
+    """Some of their parts run inside the delegate, which keeps images channels last, some not."""
+    x = torch.randn(IMAGE)
+    layers = {f"conv{i}": conv() for i in range(len(COMPOSITES))}
+    graph = quantized(
+        Function(
+            lambda s, x: [f(getattr(s, f"conv{i}")(x)) for i, f in enumerate(COMPOSITES)], **layers
+        ),
+        (x,),
+    )
+    lowered = cq.lower(graph, (x,))
+    assert lowered.report.passes["shield_composites"] >= 4
+    given = torch.randn(IMAGE)
+    reference = cq.integer_reference(graph)(given)
+    for got, want in zip(lowered.run(given), reference, strict=True):
+        # Each is a few float32 operations on values below 10.
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_what_executorch_cannot_lower_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: Any, **_options: Any) -> None:
         raise KeyError("aten.unheard_of\nand a page of graph")

@@ -177,14 +177,15 @@ def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str
             assert (count > 0) == (rewritten.code != code), (graph_pass.name, family)
 
 
-# These rewrite float ops, which no family of the corpus has: tested in test_attention.py and
-# test_functions.py.
+# These rewrite float ops, which no family of the corpus has: tested in test_attention.py,
+# test_functions.py and test_lowering.py.
 FLOAT_OPS = {
     "drop_broadcasts",
     "group_norms_to_linears",
     "layer_norms_to_linears",
     "norms_to_linears",
     "quantize_tables",
+    "shield_composites",
     "softmaxes_of_rows",
     "softmaxes_over_last_dim",
     "tanh_gelus",

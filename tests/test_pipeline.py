@@ -6,13 +6,14 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from support.flow import Small, small_images, small_model, small_result
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils import weight_norm
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from custom_quantizer.calibration import CalibrationSummary
@@ -155,6 +156,45 @@ def test_dynamic_batch() -> None:
         assert torch.equal(program.run(x), reference(x))
     with pytest.raises(InputError, match=r"at most \(20, 1, 8, 8\), got \(21, 1, 8, 8\)"):
         program.run(small_images(21))
+
+
+class Flexible(nn.Module):
+    """Any number of inputs, in any way that Python has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = weight_norm(nn.Linear(4, 3))
+
+    def forward(self, *args: Tensor | None, **kwargs: Tensor) -> Tensor:
+        given = [x for x in (*args, *kwargs.values()) if x is not None]
+        return cast(Tensor, self.layer(torch.stack(given).sum(0)))
+
+
+class Optional(Flexible):
+    def forward(self, x: Tensor, y: Tensor | None = None, z: int = 0) -> Tensor:  # type: ignore[override]
+        return super().forward(x, y) + z
+
+
+@pytest.mark.parametrize(
+    ("build", "rest"),
+    [(Flexible, (torch.randn(8, 4),)), (Optional, ()), (Optional, (None,)), (Optional, (None, 3))],
+)
+def test_a_dynamic_batch_of_inputs_of_any_kind(
+    build: Callable[[], nn.Module], rest: tuple[Any, ...]
+) -> None:
+    """The layer is normalized in the old way, too: its weight is a tensor with a history."""
+    torch.manual_seed(0)
+    model = build()
+    inputs = (torch.randn(8, 4), *rest)
+    result = quantize(model, inputs, [inputs], dynamic_batch=8, progress=False)
+    assert result.lowered is not None
+    reference = integer_reference(result.converted)
+    for size in (1, 8):
+        given = tuple(x[:size] if isinstance(x, Tensor) else x for x in inputs)
+        got = reference(*given)
+        assert torch.equal(result.lowered.run(*given), got)
+        # Some rounding errors of half a step of 256, against values of some size.
+        assert float((got - model(*given)).detach().abs().max()) < 0.1
 
 
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ quantized, simulated and lowered like any other:
 - pooling, norms and convolutions over one or three dims become those over two;
 - maxima over dims are max pools, and powers are products or roots;
 - layers and pools of one sample are those of a batch of one;
-- shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves.
+- shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves;
+- patches of images are depthwise convolutions that pick values, and their sums transposed ones.
 
 Moves and max pools are the same values bit for bit. Sums are added in another order: last bits of
 float32 differ.
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from custom_quantizer.forms import layers, maxima, moves, powers, sums
+from custom_quantizer.forms import layers, maxima, moves, patches, powers, sums
 from custom_quantizer.forms.batches import batched
 from custom_quantizer.rewriting import Rewrite, rewrite_calls
 
@@ -46,6 +47,7 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.adaptive_avg_pool3d.default: batched(3, sums.adaptive_avg_pool),
     aten.avg_pool1d.default: batched(1, sums.avg_pool1d),
     aten.avg_pool2d.default: batched(2, sums.avg_pool2d),
+    aten.avg_pool3d.default: batched(3, sums.avg_pool3d),
     aten.max_pool1d.default: batched(1, maxima.max_pool1d),
     aten.max_pool2d.default: batched(2, maxima.max_pool2d),
     aten.max_pool3d.default: batched(3, maxima.max_pool3d),
@@ -65,6 +67,8 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.upsample_nearest1d.default: moves.upsample_nearest,
     aten.upsample_nearest2d.default: moves.upsample_nearest,
     aten.repeat.default: moves.repeat,
+    aten.im2col.default: batched(2, patches.unfold),
+    aten.col2im.default: patches.fold,
 }
 
 _OF_PARAMETERS: dict[Any, Rewrite] = {

@@ -139,6 +139,10 @@ def without_indices(insert: Insertion) -> Node | None:
         return None
     if source.target is aten.adaptive_max_pool2d.default:
         return _adaptive_max_pool(insert, source)
+    if source.target is aten.adaptive_max_pool1d.default:
+        return _adaptive_max_pool1d(insert, source)
+    if source.target is aten.adaptive_max_pool3d.default:
+        return _adaptive_max_pool3d(insert, source)
     if source.target is aten.max.dim:
         return _largest(insert, source, [cast(int, source.args[1])])
     return None
@@ -175,17 +179,47 @@ def _largest(insert: Insertion, node: Node, given: Sequence[int]) -> Node | None
 
 
 def _adaptive_max_pool(insert: Insertion, source: Node) -> Node | None:
-    """Maxima of adaptive max pooling: row by row, column by column.
+    """Maxima of adaptive max pooling: row by row, column by column."""
+    value, wanted = cast(Node, source.args[0]), per_dim(source.args[1], 2)
+    return _adaptive_maxima(insert, value, wanted) if _is_batch(value, 2, wanted) else None
+
+
+def _adaptive_max_pool1d(insert: Insertion, source: Node) -> Node | None:
+    """Adaptive max pooling of images of height 1."""
+    value, wanted = cast(Node, source.args[0]), per_dim(source.args[1], 1)
+    if not _is_batch(value, 1, wanted):
+        return None
+    image = insert.call(aten.unsqueeze.default, value, 2)
+    return insert.call(aten.squeeze.dim, _adaptive_maxima(insert, image, [1, *wanted]), 2)
+
+
+def _adaptive_max_pool3d(insert: Insertion, source: Node) -> Node | None:
+    """Adaptive max pooling of each image, then over depth."""
+    value, wanted = cast(Node, source.args[0]), per_dim(source.args[1], 3)
+    if not _is_batch(value, 3, wanted) or not is_static(shape_of(value)[1:]):
+        return None
+    batch, channels, depth, height, width = shape_of(value)
+    images = insert.reshape(value, [batch, channels * depth, height, width])
+    images = _adaptive_maxima(insert, images, wanted[1:])
+    columns = insert.reshape(images, [batch, channels, depth, wanted[1] * wanted[2]])
+    columns = _adaptive_maxima(insert, columns, [wanted[0], wanted[1] * wanted[2]])
+    return insert.reshape(columns, [batch, channels, *wanted])
+
+
+def _is_batch(value: Node, dims: int, wanted: Sequence[int]) -> bool:
+    """Whether adaptive pooling of ``value`` is a few max pools over dims of static size."""
+    meta, shape = tensor_meta(value), shape_of(value)
+    floating = meta is not None and meta.dtype == torch.float32
+    static = len(shape) == dims + 2 and is_static(shape[2:])
+    return floating and static and sum(wanted) <= MAX_PIECES
+
+
+def _adaptive_maxima(insert: Insertion, value: Node, wanted: Sequence[int]) -> Node:
+    """Maxima of the windows of adaptive pooling over the last two dims.
 
     Windows that are all equal are one max pool; others one for each row and each column.
     """
-    value, wanted = cast(Node, source.args[0]), cast("Sequence[int]", source.args[1])
-    meta, sizes = tensor_meta(value), shape_of(value)[-2:]
-    if len(shape_of(value)) != 4 or not is_static(sizes):
-        return None
-    if meta is None or meta.dtype != torch.float32 or sum(wanted) > MAX_PIECES:
-        return None
-    for along, size in enumerate(sizes):
+    for along, size in enumerate(shape_of(value)[-2:]):
         steps = int(wanted[along])
         if size % steps == 0:
             window = [1, 1]

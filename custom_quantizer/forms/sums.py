@@ -155,6 +155,39 @@ def avg_pool2d(insert: Insertion) -> Node | None:
     return insert.call(aten.conv2d.default, data, weight, None, stride, padding, [1, 1], channels)
 
 
+def avg_pool3d(insert: Insertion) -> Node | None:
+    """The average of a box is the average, over depth, of those of each of its images.
+
+    That holds for padding and for windows that are cut off, too: how many values count in a box is
+    the product of how many count along each dim.
+    """
+    node, data = insert.node, float_input(insert)
+    if data is None or len(shape_of(data)) != 5 or not is_static(shape_of(data)[1:]):
+        return None
+    batch, channels, depth, height, width = shape_of(data)
+    kernel = per_dim(node.args[1], 3)
+    stride = per_dim(argument(node, 2, "stride") or kernel, 3)
+    padding = per_dim(argument(node, 3, "padding", 0), 3)
+    rest = (argument(node, 4, "ceil_mode", False), argument(node, 5, "count_include_pad", True))
+    divisor = argument(node, 6, "divisor_override")
+    # Sums of images, if the divisor is one of its own.
+    divisors = ((), ()) if divisor is None else ((1,), (divisor,))
+
+    def pool(images: Node, window: list[list[int]], own: tuple[Any, ...]) -> Node:
+        pooled = insert.call(aten.avg_pool2d.default, images, *window, *rest, *own)
+        form = avg_pool2d(Insertion(insert.model, pooled))
+        if form is not None:
+            replace(insert.model, pooled, form)
+        return pooled if form is None else form
+
+    images = insert.reshape(data, [batch, channels * depth, height, width])
+    images = pool(images, [kernel[1:], stride[1:], padding[1:]], divisors[0])
+    height, width = shape_of(images)[-2:]
+    columns = insert.reshape(images, [batch, channels, depth, height * width])
+    columns = pool(columns, [[kernel[0], 1], [stride[0], 1], [padding[0], 0]], divisors[1])
+    return insert.reshape(columns, [batch, channels, shape_of(columns)[2], height, width])
+
+
 def avg_pool1d(insert: Insertion) -> Node | None:
     """Average pooling of images of height 1."""
     node, data = insert.node, float_input(insert)

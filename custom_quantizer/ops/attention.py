@@ -43,19 +43,29 @@ def _bind_matmul(rule: OpRule, node: Node) -> Binding | str:
         return "its first operand is a constant"
     if matmul_batch(node) is None:
         return "the batch dimensions of its operands differ"
+    if not can_be_batched(node):
+        return "more than one of its sizes is dynamic, and XNNPACK's views take one such size"
     return Binding(rule, node, (left, right))
 
 
 def matmul_batch(node: Node) -> tuple[int, ...] | None:
-    """Batch dimensions that both operands of a product have; ``None`` where one is broadcast.
+    """Batch dimensions that both operands of a product have; ``None``: broadcast, or a vector.
 
     At most one may be symbolic.
     """
     left, right = (shape_of(cast(Node, arg)) for arg in node.args[:2])
     batch = left[:-2]
-    if tuple(batch) != tuple(right[:-2]):
+    if min(len(left), len(right)) < 2 or tuple(batch) != tuple(right[:-2]):
         return None
     return batch if sum(not isinstance(size, int) for size in batch) <= 1 else None
+
+
+def can_be_batched(node: Node) -> bool:
+    """Whether views make a product of one batch dimension of it, which has at most one -1 each."""
+    if len(cast("tuple[int, ...]", matmul_batch(node))) == 1:
+        return True
+    shapes = [shape_of(tensor) for tensor in (*cast("tuple[Node, Node]", node.args[:2]), node)]
+    return all(sum(not isinstance(size, int) for size in shape) <= 1 for shape in shapes)
 
 
 def _matmul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:

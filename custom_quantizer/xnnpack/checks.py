@@ -16,7 +16,7 @@ from torch.fx.graph import CodeGen
 
 from custom_quantizer.arithmetic import XNNPACK, QParams
 from custom_quantizer.converted import ConvertedGraph
-from custom_quantizer.errors import VerificationError
+from custom_quantizer.errors import LoweringError, ProgramError, VerificationError
 from custom_quantizer.graph import (
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
@@ -33,6 +33,8 @@ from custom_quantizer.xnnpack.program import (
     LoweredProgram,
     OpBackend,
     find_weighted,
+    missing_kernels,
+    no_kernel,
 )
 from custom_quantizer.xnnpack.readback import DelegateContents, DelegateOp, ProgramContents
 
@@ -78,8 +80,10 @@ def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple
     steps turn into whole units now and then; then the error must be small next to the output.
 
     Raises:
+        LoweringError: the runtime does not take the program.
         VerificationError: names the first op that is not what the graph says.
     """
+    _check_kernels(program)
     found = next(differences(program, graph), None)
     if found is not None:
         raise VerificationError(
@@ -87,6 +91,31 @@ def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple
             f"set_node_name({found.node!r}, None), and please report the model"
         )
     _check_outputs(program, graph, example)
+
+
+def _check_kernels(program: LoweredProgram) -> None:
+    missing = missing_kernels(program.contents)
+    if missing:
+        names = {kernel.partition(".")[0] for kernel in missing}
+        callers = [_where(op) for op in program.report.ops if names & set(op.outside)]
+        raise LoweringError(no_kernel(callers, missing))
+
+
+def _where(op: OpBackend) -> str:
+    return f"{op.node} ({op.path})" if op.path else op.node
+
+
+def _run(program: LoweredProgram, example: tuple[Any, ...]) -> list[Any]:
+    """Outputs of the program, which may be one that the runtime refuses."""
+    try:
+        return pytree.tree_leaves(program.run(*example))
+    except ProgramError as error:
+        rows = [row for row in program.report.ops if row.outside]
+        outside = "; ".join(f"{_where(row)}: {', '.join(row.outside)}" for row in rows)
+        raise LoweringError(
+            f"{error}. Leave the op in float, or write it with other ops"
+            + (f" (outside the delegate run {outside})" if outside else "")
+        ) from error
 
 
 def differences(program: LoweredProgram, graph: ConvertedGraph) -> Iterator[Difference]:
@@ -301,7 +330,7 @@ def _check_outputs(
     program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
 ) -> None:
     reference = pytree.tree_leaves(integer_reference(graph.model)(*example))
-    outputs = pytree.tree_leaves(program.run(*example))
+    outputs = _run(program, example)
     program.reset()
     if len(reference) != len(outputs):
         raise VerificationError(

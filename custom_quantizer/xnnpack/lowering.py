@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -19,12 +20,14 @@ from executorch.exir import (
 )
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
 
 from custom_quantizer.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
 from custom_quantizer.graph import (
     STATE_KEY,
     check_input,
+    describe,
     detached_copy,
     module_path,
     size_bounds,
@@ -32,7 +35,7 @@ from custom_quantizer.graph import (
     state_of,
     tensor_meta,
 )
-from custom_quantizer.ops import Backend, QuantizedOp, predict_backend
+from custom_quantizer.ops import Backend, QuantizedOp, predict_backend, rule_of
 from custom_quantizer.threads import exclusive, tools
 from custom_quantizer.xnnpack.checksum import seal
 from custom_quantizer.xnnpack.partition import partitioner
@@ -42,6 +45,7 @@ from custom_quantizer.xnnpack.program import (
     LoweringReport,
     OpBackend,
     computes_in_integers,
+    no_kernel,
     quantizes_at_run_time,
 )
 from custom_quantizer.xnnpack.readback import ProgramContents, read_program
@@ -91,7 +95,7 @@ def lower(
     say("partitioning for XNNPACK")
     edge = _to_edge(rewritten.exported, validate=not check)
     say("writing the program")
-    data = to_bytes(edge)
+    data = to_bytes(edge, graph)
     program = describe_program(data, edge, rewritten)
     if check:
         from custom_quantizer.xnnpack.checks import check_program
@@ -155,6 +159,7 @@ def rewrite(
         LoweringError: a pass failed, or ``torch.export`` refused the result.
     """
     say("rewriting the graph")
+    _check_writable(graph.model)
     model = detached_copy(graph.model)
     applied = run_passes(model)
     say("exporting")
@@ -164,6 +169,35 @@ def rewrite(
             # Without this ExecuTorch does not write what a buffer that changes holds at first.
             node.meta["et_init_buffer"] = True
     return Rewritten(graph, example, exported, applied)
+
+
+def _check_writable(model: GraphModule) -> None:
+    """Raise ``LoweringError`` for what no program can hold.
+
+    Raises:
+        LoweringError: complex numbers, or an output that is neither tensor nor number.
+    """
+    for node in model.graph.nodes:
+        meta = tensor_meta(node)
+        if node.op == "call_function" and meta is not None and meta.is_complex() and node.users:
+            raise LoweringError(
+                f"{describe(node)} is {meta.dtype}, and ExecuTorch's programs hold no complex "
+                "numbers. Compute with real and imaginary parts as two tensors"
+            )
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    for i, value in enumerate(pytree.tree_leaves(output.args[0])):
+        if not isinstance(value, (Node, int, float, type(None))):
+            raise LoweringError(
+                f"output {i} is {value!r}; a program returns tensors and numbers. Return it from a "
+                "wrapper around the program instead"
+            )
+
+
+def _is_plain(spec: Any) -> bool:
+    """Whether a structure is made of tuples, lists and dicts, which a file can name."""
+    if spec is None or spec.is_leaf():
+        return True
+    return spec.type in (tuple, list, dict) and all(map(_is_plain, spec.children()))
 
 
 def describe_program(
@@ -202,6 +236,12 @@ def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tu
         )
     metas = _placeholder_metas(converted)
     flat = pytree.tree_leaves(tuple(example_inputs))
+    for i, value in enumerate(flat):
+        if not isinstance(value, (torch.Tensor, int, float, type(None))):
+            raise InputError(
+                f"input {i} is a {type(value).__name__}; a program takes tensors and numbers. "
+                "Capture a module whose forward sets it"
+            )
     if len(flat) != len(metas):
         raise InputError(f"the graph takes {len(metas)} inputs, the example has {len(flat)}")
     for i, (value, meta) in enumerate(zip(flat, metas, strict=True)):
@@ -225,12 +265,15 @@ def _specs(model: GraphModule) -> tuple[Any, Any]:
     return (None, None) if info is None else (info.in_spec, info.out_spec)
 
 
-def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> Any:
+def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> list[dict[int, Any] | None]:
     """Dynamic dims for exporting again, with the bounds that capture recorded."""
-    shapes = []
+    shapes: list[dict[int, Any] | None] = []
     for meta in _placeholder_metas(model):
+        if meta is None:
+            shapes.append(None)  # a number, None: export takes no shape for it
+            continue
         dims: dict[int, Any] = {}
-        sizes: tuple[Any, ...] = () if meta is None else tuple(meta.shape)
+        sizes: tuple[Any, ...] = tuple(meta.shape)
         for dim, size in enumerate(sizes):
             if isinstance(size, int):
                 continue
@@ -257,6 +300,12 @@ def export_again(
         LoweringError: ``torch.export`` refused it.
     """
     flat = dynamic_shapes_of(model, dynamic_max)
+    if not all(map(_is_plain, _specs(model))):
+        # No file names these types, so it takes and returns flat lists.
+        model = detached_copy(model)
+        model.graph.set_codegen(CodeGen())
+        model.recompile()
+        example = tuple(pytree.tree_leaves(example))
     in_spec, _ = _specs(model)
     structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
     shapes: Any = None
@@ -277,12 +326,12 @@ def export_again(
 
 
 def _widened(
-    example: tuple[Any, ...], dynamic: list[dict[int, Any]], widest: bool
+    example: tuple[Any, ...], dynamic: list[dict[int, Any] | None], widest: bool
 ) -> tuple[Any, ...]:
     """Repeat examples of size 1 along dynamic dimensions: export would fix the size at 1."""
     values, structure = pytree.tree_flatten(example)
     for i, dims in enumerate(dynamic):
-        for dim, hint in dims.items():
+        for dim, hint in (dims or {}).items():
             size = values[i].shape[dim]
             wanted = hint.max if widest else max(size, 2)
             if size != wanted:
@@ -355,8 +404,12 @@ def backend_config() -> ExecutorchBackendConfig:
     return ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
 
 
-def to_bytes(edge: EdgeProgramManager) -> bytes:
+def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> bytes:
     """Write a partitioned program.
+
+    Args:
+        edge: the program.
+        graph: what it was made from, for the ops in messages.
 
     Raises:
         LoweringError: integers stayed outside the delegates, or ExecuTorch refused.
@@ -378,9 +431,48 @@ def to_bytes(edge: EdgeProgramManager) -> bytes:
         with _no_size_guards():
             return bytes(edge.to_executorch(backend_config()).buffer)
     except Exception as error:
+        missing = re.search(r"Missing out variants: \{(.*)\}", str(error))
+        if missing is not None:
+            kernels = re.findall(r"'([^']+)'", missing.group(1))
+            raise LoweringError(no_kernel(_callers(edge, kernels), kernels)) from error
+        if "finite upper bound" in str(error):
+            raise LoweringError(
+                f"{_of_unknown_size(edge) or 'a tensor'}: the size of its result depends on values "
+                "and has no bound, and memory is planned ahead. Keep a fixed size (a mask, topk), "
+                "or let the model end before it"
+            ) from error
         raise LoweringError(
-            f"ExecuTorch could not write the program: {_first_line(error)}"
+            f"ExecuTorch could not write the program: {_first_line(error)}{_unknown(graph)}"
         ) from error
+
+
+def _unknown(graph: ConvertedGraph | None) -> str:
+    """A hint: ops that nothing here knows may be the reason."""
+    ops = () if graph is None else graph.floating
+    names = [describe(op.node) for op in ops if rule_of(op.node) is None]
+    return f". Of its ops, these are not known here: {', '.join(names[:5])}" if names else ""
+
+
+def _callers(edge: EdgeProgramManager, kernels: Sequence[str]) -> list[str]:
+    """Ops of the converted graph that stand behind the calls of some kernels."""
+    nodes = (node for m in edge.methods for node in edge.exported_program(m).graph.nodes)
+    return [origin_of(node) or node.name for node in nodes if called(node) in kernels]
+
+
+def _of_unknown_size(edge: EdgeProgramManager) -> str:
+    """The first op whose result has a size that only its values tell."""
+    for method in edge.methods:
+        for node in edge.exported_program(method).graph.nodes:
+            meta = tensor_meta(node)
+            sizes: tuple[Any, ...] = () if meta is None else tuple(meta.shape)
+            if any(not isinstance(s, int) and s.node.hint is None for s in sizes):
+                return origin_of(node) or node.name
+    return ""
+
+
+def called(node: Node) -> str:
+    """Name of the op a node calls, without its overload: ``aten::sort``."""
+    return str(getattr(getattr(node.target, "_schema", None), "name", node.target))
 
 
 def _first_line(error: BaseException) -> str:
@@ -512,4 +604,5 @@ def _row(
         backend=backend,
         reason=reason,
         handles=frozenset(handles),
+        outside=tuple(dict.fromkeys(map(called, outside))),
     )

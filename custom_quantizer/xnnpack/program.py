@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,12 @@ from custom_quantizer.xnnpack.readback import (
 
 __all__ = ["LoweredProgram", "LoweringReport", "OpBackend", "load_program"]
 
+WRONG_KERNELS = frozenset({"aten::nonzero.out"})
+"""Kernels of ExecuTorch (1.5.1) whose results are wrong.
+
+``nonzero`` writes pairs of indices into memory that is planned column by column.
+"""
+
 INTEGER_BACKENDS = frozenset({Backend.INT8, Backend.PACKED_INT4, Backend.INT8_CONTAINER})
 """Backends whose results the integer reference gives exactly (unless inputs are dynamic)."""
 
@@ -47,6 +53,7 @@ class OpBackend:
         backend: where it runs.
         reason: why it is not plain int8, empty if it is.
         handles: debug handles of the delegate's nodes that stand for it.
+        outside: ops that it calls outside delegates, such as ``aten::sort``.
     """
 
     node: str
@@ -55,6 +62,7 @@ class OpBackend:
     backend: Backend
     reason: str
     handles: frozenset[int] = field(default_factory=frozenset, repr=False)
+    outside: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -275,6 +283,24 @@ def _check_shapes(inputs: list[Any], contents: ProgramContents) -> None:
             raise InputError(f"input {i} must have shape{at_most} {most}, got {given}")
 
 
+def missing_kernels(contents: ProgramContents) -> list[str]:
+    """Kernels that a program calls outside delegates, and this process's runtime does not have.
+
+    A wrong one counts as none.
+    """
+    known = Runtime.get().operator_registry.operator_names - WRONG_KERNELS
+    return [kernel for kernel in dict.fromkeys(contents.kernels) if kernel not in known]
+
+
+def no_kernel(ops: Sequence[str], kernels: Sequence[str]) -> str:
+    """What to say of ops that need kernels which the runtime does not have."""
+    return (
+        f"{', '.join(dict.fromkeys(ops)) or 'the model'}: neither XNNPACK nor ExecuTorch's runtime "
+        f"has a kernel for it ({', '.join(kernels)}). Write it with other ops, or let the model "
+        "end before it; for a runtime that has the kernel, call lower with check=False"
+    )
+
+
 def _load_method(data: bytes, what: str, method: str = "forward", *, isolated: bool = False) -> Any:
     if isolated:
         return IsolatedMethod(data, what, method)
@@ -282,8 +308,8 @@ def _load_method(data: bytes, what: str, method: str = "forward", *, isolated: b
         return Runtime.get().load_program(data).load_method(method)
     except Exception as error:
         raise ProgramError(
-            f"{what} does not load in the ExecuTorch runtime: {error}. The delegate refused one of "
-            "its ops; lower it with check=True for the op's name"
+            f"{what} does not load in the ExecuTorch runtime ({error}): the delegate refused one "
+            "of its ops, or the runtime lacks a kernel; its log on stderr says which"
         ) from error
 
 

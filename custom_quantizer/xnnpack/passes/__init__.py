@@ -72,6 +72,7 @@ PASSES: tuple[GraphPass, ...] = (
     activations.BREAK_CHAINS,
     borders.QUANTIZE_SCALARS_AS_ROWS,
     borders.KEEP_CONVS_FLOAT,
+    borders.SHIELD_COMPOSITES,
     borders.QUANTIZE_PADS,
     borders.TELL_COPIES_APART,
     borders.DEDICATE_DEQUANTIZE,

@@ -22,7 +22,13 @@ from custom_quantizer.graph import (
     tensor_meta,
     view_sizes,
 )
-from custom_quantizer.ops.attention import MATMUL, SOFTMAX, matmul_batch, softmax_dim
+from custom_quantizer.ops.attention import (
+    MATMUL,
+    SOFTMAX,
+    can_be_batched,
+    matmul_batch,
+    softmax_dim,
+)
 from custom_quantizer.ops.elementwise import ADD, MUL, SUB
 from custom_quantizer.ops.embedding import EMBEDDING
 from custom_quantizer.ops.functions import DIV
@@ -38,7 +44,7 @@ def _matmuls_to_bmms(model: GraphModule) -> int:
     for node in calls(model, MATMUL.targets):
         batch = matmul_batch(node)
         left, right = cast(Node, node.args[0]), cast(Node, node.args[1])
-        if batch is None:
+        if batch is None or not can_be_batched(node):
             continue
         build = Builder(model, node)
         count += 1
@@ -47,13 +53,13 @@ def _matmuls_to_bmms(model: GraphModule) -> int:
             continue
         dynamic = any(not isinstance(size, int) for size in batch)
         size = -1 if dynamic else math.prod(batch)
-        operands = [_viewed(build, arg, [size, *shape_of(arg)[-2:]]) for arg in (left, right)]
+        shapes = [view_sizes([size, *shape_of(arg)[-2:]]) for arg in (left, right)]
+        operands = [_viewed(build, *pair) for pair in zip((left, right), shapes, strict=True)]
         product = build.call(aten.bmm.default, *operands)
         users = effective_users(node)
         if len(users) == 1 and is_quantize(users[0]):
             product = build.requantized(product, users[0])
-        shape = [s if isinstance(s, int) else -1 for s in shape_of(node)]
-        replace(node, build.call(aten.view_copy.default, product, shape))
+        replace(node, build.call(aten.view_copy.default, product, view_sizes(shape_of(node))))
     return count
 
 

@@ -18,10 +18,12 @@ from custom_quantizer.graph import (
     tensor_meta,
     view_sizes,
 )
+from custom_quantizer.ops import rule_of
+from custom_quantizer.ops.attention import MATMUL
 from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
 from custom_quantizer.ops.movement import CAT, PAD
-from custom_quantizer.xnnpack.passes._pass import Builder, GraphPass, calls, origin_of
+from custom_quantizer.xnnpack.passes._pass import GEMMS, Builder, GraphPass, calls, origin_of
 
 aten = torch.ops.aten
 
@@ -129,6 +131,58 @@ def _keep_convs_float(model: GraphModule) -> int:
     return count
 
 
+def _shield_composites(model: GraphModule) -> int:
+    """Products with one, which change no bit, between integers and ops that stay outside.
+
+    An op that is made of ops may read its input twice once it is decomposed, inside the delegate
+    and outside. What leaves the delegate is copied to the order of the model, and where that is a
+    dequantize node ExecuTorch's ChannelsLastTaggedReshapePass (1.5.1) gives the copy to all who
+    read it: those inside take it for channels last. A pad in it would meet InsertPadQDQPass, as
+    above. And the partitioner takes the dequantize nodes before products of matrices for part of
+    an int8 product before it refuses that; they are then missing among the delegate's results.
+    """
+    count = 0
+    one: Node | None = None
+    for node in list(model.graph.nodes):
+        product = _is_dynamic_product(node)
+        if not product and not _is_composite(node):
+            continue
+        for source in [s for s in node.all_input_nodes if is_dequantize(s)]:
+            if is_constant(source.args[0]) or not (product or len(shape_of(source)) == 4):
+                continue
+            if one is None:
+                one = add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
+            build = Builder(model, node, origin_of(node) or node.name)
+            node.replace_input_with(source, build.call(aten.mul.Tensor, source, one))
+            count += 1
+    return count
+
+
+_SUMMED_PRODUCTS = frozenset({aten.addmm.default, aten.baddbmm.default, aten.mv.default})
+
+
+def _is_dynamic_product(node: Node) -> bool:
+    """Whether a call multiplies activations and has not become a batched product."""
+    if node.target in MATMUL.targets | _SUMMED_PRODUCTS:
+        return True
+    if node.target not in GEMMS:
+        return False
+    weight = cast(Node, node.args[1])
+    return not is_constant(weight.args[0] if is_dequantize(weight) else weight)
+
+
+def _is_composite(node: Node) -> bool:
+    """Whether a call is unknown here and no core op, so that ExecuTorch decomposes it.
+
+    What passes have written, under names of its own, has a kernel.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    known = torch.Tag.core in target.tags or rule_of(node) is not None
+    return not known and origin_of(node) == node.name
+
+
 def _pads_unequally(node: Node) -> bool:
     if node.target not in CONV.targets:
         return False
@@ -168,6 +222,13 @@ KEEP_CONVS_FLOAT = GraphPass(
     "float convolutions next to integers",
     "products with one between them",
     _keep_convs_float,
+)
+
+SHIELD_COMPOSITES = GraphPass(
+    "shield_composites",
+    "integers that products of activations and ops without a kernel of their own read",
+    "products with one between them",
+    _shield_composites,
 )
 
 QUANTIZE_PADS = GraphPass(

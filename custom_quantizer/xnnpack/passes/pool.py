@@ -73,7 +73,9 @@ def _simplify_pools(model: GraphModule) -> int:
             replace(node, pooled)
         count += 1
     for node in calls(model, AVG_POOL.targets):
-        if not counts_padding(node):
+        # Windows of different sizes, or a divisor of their own: a float kernel knows them.
+        ragged = argument(node, 4, "ceil_mode", False)
+        if not counts_padding(node) or ragged or argument(node, 6, "divisor_override") is not None:
             continue
         kernel, stride, (vertical, horizontal) = pool_window(node)
         build = Builder(model, node)
