@@ -529,10 +529,10 @@ def test_entropy_clips_tails_up_to_ten_bits(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_of_equal_thresholds_the_largest_wins(symmetric: bool) -> None:
-    """Three values are apart in every number of cells, so that nothing is lost at any threshold."""
-    statistics = Statistics.of(torch.tensor([0.25, 0.5, 1.0]))
+    """Each value has a bin and a cell to itself, so that nothing is lost at any threshold."""
+    statistics = Statistics.of(torch.tensor([2.0**-6, 2.0**-5, 1.0]))
     scheme = TensorScheme(IntFormat(8), symmetric, observer="entropy")
-    assert entropy_range(statistics, scheme) == (0.25, 1.0)
+    assert entropy_range(statistics, scheme) == (statistics.low, 1.0)
 
 
 # -- models ----------------------------------------------------------------------------------------
