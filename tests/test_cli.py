@@ -299,7 +299,7 @@ OURS: dict[str, tuple[Args, list[str]]] = {
         ["short.pte", "truncated"],
     ),
     "missing program": (plain("inspect", "WORK/no.pte"), ["no.pte", "No such file"]),
-    "missing report": (plain("inspect", "WORK/no.json"), ["no.json", "No such file"]),
+    "missing report": (plain("inspect", "WORK/no.json"), ["no.json", "no such file"]),
     "directory without a report": (plain("inspect", "WORK/images"), ["report.json"]),
     "no JSON": (plain("inspect", "WORK/broken.json"), ["broken.json is not JSON"]),
     "other JSON": (plain("inspect", "WORK/other.json"), ["not a 'graph' report"]),

@@ -1006,7 +1006,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"nothing")
     with pytest.raises(TrainingError, match="damaged"):
         qat.finetune(prepared_for(), loader(), checkpoint=path)
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="Cannot read"):
         qat.finetune(prepared_for(), loader(), checkpoint=tmp_path)
 
 
