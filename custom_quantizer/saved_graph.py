@@ -7,7 +7,6 @@ it; lowering what was read gives the same bytes as lowering what was saved. See 
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 from typing import Any
