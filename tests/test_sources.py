@@ -250,6 +250,13 @@ def test_a_layer_may_be_called_module(
     assert same_state(model, state)
 
 
+def test_a_prefix_of_some_keys_is_not_dropped(tmp_path: Path) -> None:
+    state = {"module.weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=r"1 unexpected keys: module\.weight"):
+        load_weights(nn.Linear(2, 2), tmp_path / "weights.pt")
+
+
 def test_load_model_takes_a_weights_file(code: Path, tmp_path: Path) -> None:
     state = nn.Linear(5, 2).state_dict()
     save_file(state, tmp_path / "weights.safetensors")

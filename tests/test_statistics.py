@@ -527,12 +527,16 @@ def test_entropy_clips_tails_up_to_ten_bits(symmetric: bool) -> None:
     assert entropy_range(statistics, wide) == (statistics.low, statistics.high)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_of_equal_thresholds_the_largest_wins(symmetric: bool) -> None:
-    """Each value has a bin and a cell to itself, so that nothing is lost at any threshold."""
-    statistics = Statistics.of(torch.tensor([2.0**-6, 2.0**-5, 1.0]))
+@pytest.mark.parametrize(("symmetric", "first"), [(True, 128), (False, 256)])
+def test_of_equal_thresholds_the_largest_wins(symmetric: bool, first: int) -> None:
+    """Between them lies one value of millions: a divergence of 1 / (2 * 2e6**2), less than 1e-12.
+
+    All others are in the outermost bin of the first threshold.
+    """
+    values = torch.full((2_000_001,), (first - 1) / 2048)
+    values[-1] = 1.0
     scheme = TensorScheme(IntFormat(8), symmetric, observer="entropy")
-    assert entropy_range(statistics, scheme) == (statistics.low, 1.0)
+    assert entropy_range(Statistics.of(values), scheme) == ((first - 1) / 2048, 1.0)
 
 
 # -- models ----------------------------------------------------------------------------------------
