@@ -174,7 +174,8 @@ def _with_output(
         return QuantizedOp(binding, inputs, inputs[0], node)
     users = effective_users(node)
     clamp = rule_of(users[0]) if len(users) == 1 else None
-    if clamp is not None and clamp.bounds is not None and clamp.family in rule.fuses:
+    fuses = clamp is not None and clamp.family in rule.fuses
+    if clamp is not None and clamp.bounds is not None and fuses and _binds(clamp, users[0]):
         output_node = users[0]
         bounds = clamp.bounds(output_node)
         users = effective_users(output_node)
@@ -205,6 +206,10 @@ def _with_output(
         bias=bias,
         bounds=bounds,
     )
+
+
+def _binds(rule: OpRule, node: Node) -> bool:
+    return not isinstance(rule.bind(rule, node), str)
 
 
 def _bias_integers(model: GraphModule, binding: Binding) -> Tensor | str | None:

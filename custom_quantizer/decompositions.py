@@ -244,7 +244,7 @@ def _expand_as(insert: Insertion) -> Node | None:
 def _pad(insert: Insertion) -> Node | None:
     """A pad by nothing is its input; a constant pad by less than nothing is a slice."""
     node = insert.node
-    data, pads = cast(Node, node.args[0]), [int(p) for p in cast("Sequence[Any]", node.args[1])]
+    data, pads = cast(Node, node.args[0]), list(cast("Sequence[int]", node.args[1]))
     if not any(pads):
         return data
     mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"

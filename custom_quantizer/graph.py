@@ -38,6 +38,7 @@ __all__ = [
     "module_path",
     "module_stack",
     "qparams_of",
+    "reads_sizes",
     "set_state",
     "shape_of",
     "size_bounds",
@@ -221,6 +222,12 @@ def expression_bounds(size: torch.SymInt, expression: Any) -> tuple[int, int | N
     if high is not None and high > 1 << 24:  # sys.maxsize and its like
         high = None
     return (1 if low <= 2 else low), high
+
+
+def reads_sizes(node: Node) -> bool:
+    """Whether an argument is a number that the graph computes: a dynamic size, or made of one."""
+    numbers = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return any(isinstance(source.meta.get("val"), numbers) for source in node.all_input_nodes)
 
 
 def effective_users(node: Node) -> list[Node]:

@@ -237,7 +237,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             plan = make_plan(model, self._config)
         self._plan = plan
         if not plan.quantized:
-            raise ConfigError(_nothing_to_quantize(plan))
+            raise ConfigError(_nothing_to_quantize(plan, self._config))
         _apply(plan, model, training)
         return model
 
@@ -254,14 +254,14 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
 keep_from_folding(IntegerQuantizer)
 
 
-def _nothing_to_quantize(plan: Plan) -> str:
+def _nothing_to_quantize(plan: Plan, config: Config) -> str:
     if not plan.ops:
         return "there is nothing to quantize: the graph has no ops"
     reasons = dict.fromkeys(f"{op.node}: {op.reason}" for op in plan.ops)
     shown = "; ".join(list(reasons)[:5])
-    return (
-        f"there is nothing to quantize in the graph; set_global('a8w8') selects all ops ({shown})"
-    )
+    all_are = any(rule.scope is Scope.GLOBAL and rule.scheme is not None for rule in config.rules)
+    hint = "" if all_are else "; set_global('a8w8') selects all ops"
+    return f"there is nothing to quantize in the graph{hint} ({shown})"
 
 
 def _check_captured(model: object, training: bool = False) -> None:

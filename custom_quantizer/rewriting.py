@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.graph import add_constant, shape_of, view_sizes
+from custom_quantizer.graph import add_constant, reads_sizes, shape_of, view_sizes
 
 __all__ = ["ORIGINAL_NAME", "Insertion", "Rewrite", "is_inner", "replace", "rewrite_calls"]
 
@@ -94,6 +94,8 @@ def rewrite_calls(model: GraphModule, rewrites: Mapping[Any, Rewrite]) -> int:
     count = 0
     for node in list(model.graph.nodes):
         rewrite = rewrites.get(node.target) if node.op == "call_function" else None
+        if rewrite is not None and reads_sizes(node):
+            continue  # no form has a window or a shift that only the inputs tell
         # What an earlier rewrite took along has no users any more.
         alive = rewrite is not None and bool(node.users)
         result = cast(Rewrite, rewrite)(Insertion(model, node)) if alive else None

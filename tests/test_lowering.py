@@ -585,6 +585,13 @@ def test_a_kernel_that_refuses_its_input_is_named() -> None:
         cq.lower(quantized(model, (x,)), (x,))
 
 
+def test_a_tensor_of_more_dims_than_xnnpack_has_is_named() -> None:
+    x = torch.randn(1, 2, 1, 2, 1, 2, 6)
+    graph = quantized(Function(lambda s, x: s.part(x), part=nn.Linear(6, 4)), (x,))
+    with pytest.raises(LoweringError, match=r"linear .* has 7 dims, and XNNPACK's tensors at most"):
+        cq.lower(graph, (x,))
+
+
 UNWRITABLE: dict[str, tuple[Callable[..., Any], str]] = {
     "complex numbers": (
         lambda s, x: torch.fft.rfft(x + x).abs(),
@@ -627,6 +634,40 @@ def test_products_outside_the_delegate_read_what_it_returns() -> None:
         for got, want in zip(result.lowered.run(given), reference(given), strict=True):
             # Sums of seven products, in another order.
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+# Arguments that are made of a dynamic batch n: the op runs in float, and says so.
+SIZED: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "clamp": lambda y, n: y.clamp(-n, n * 0.5),
+    "clamp_max": lambda y, n: y.clamp(max=n - 2),
+    "constant_pad_nd": lambda y, n: F.pad(y, (0, 0, n, 1)),
+    "expand": lambda y, n: y[0].expand(n, 2, 7),
+    "reshape": lambda y, n: y.reshape(n, 14),
+    "mul": lambda y, n: y * n,
+}
+
+
+def test_arguments_that_depend_on_a_dynamic_size() -> None:
+    layers = {f"part{i}": nn.Conv1d(3, 2, 1) for i in range(len(SIZED))}
+
+    def forward(s: Any, x: Tensor) -> list[Tensor]:
+        parts = [getattr(s, f"part{i}")(x) for i in range(len(SIZED))]
+        return [f(y, x.shape[0]) for f, y in zip(SIZED.values(), parts, strict=True)]
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 7)
+    model = Single(Function(forward, **layers))
+    result = cq.quantize(model, (x,), [(x,)], dynamic_batch=8, progress=False)
+    reasons = {op.node: op.reason for op in result.plan.ops if op.scheme is None}
+    for name in ("clamp", "clamp_1", "expand"):
+        assert reasons[name] == "one of its arguments depends on a dynamic size"
+    assert reasons["pad"] == "how much it pads depends on a dynamic size"
+    assert "reshape" not in reasons
+    assert result.lowered is not None
+    reference = cq.integer_reference(result.converted)
+    for size in (4, 8, 1):
+        given = torch.randn(size, 3, 7)
+        assert differences(result.lowered.run(given), reference(given)) == []
 
 
 class Single(nn.Module):

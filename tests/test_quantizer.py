@@ -331,13 +331,6 @@ def test_a_training_mode_graph(model: nn.Module, node: str) -> None:
         prepare_pt2e(exported.module(), quantizer())
 
 
-def test_a_batch_norm_that_always_uses_the_statistics_of_the_batch() -> None:
-    """torchao fails on it before it calls any quantizer, so the plan must be asked first."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
-    with pytest.raises(CaptureError, match=r"batch_norm \(1\) was captured in training mode"):
-        quantizer().plan(torch.export.export(model.eval(), (image(),)))
-
-
 def test_complex_inputs() -> None:
     x = torch.randn(2, 3, dtype=torch.complex64)
     with pytest.raises(CaptureError, match="complex64; complex numbers have no integers"):

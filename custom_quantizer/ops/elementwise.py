@@ -16,7 +16,7 @@ from custom_quantizer.arithmetic import (
     xnnpack_add_parameters,
     xnnpack_multiplier,
 )
-from custom_quantizer.graph import argument, tensor_meta
+from custom_quantizer.graph import argument, reads_sizes, tensor_meta
 from custom_quantizer.ops._rule import (
     ACCEPTED,
     Binding,
@@ -46,6 +46,8 @@ def _bind_pair(rule: OpRule, node: Node) -> Binding | str:
 
 
 def _bind_single(rule: OpRule, node: Node) -> Binding | str:
+    if reads_sizes(node):
+        return "one of its arguments depends on a dynamic size"
     data = node.args[0]
     if not isinstance(data, Node):
         return "its input is not a tensor of the graph"

@@ -13,7 +13,14 @@ from torch.fx import Node
 
 from custom_quantizer.arithmetic import Arithmetic
 from custom_quantizer.errors import ConversionError
-from custom_quantizer.graph import argument, describe, shape_of, tensor_meta, view_sizes
+from custom_quantizer.graph import (
+    argument,
+    describe,
+    reads_sizes,
+    shape_of,
+    tensor_meta,
+    view_sizes,
+)
 from custom_quantizer.ops._rule import (
     Backend,
     Binding,
@@ -73,6 +80,8 @@ def _bind_move(rule: OpRule, node: Node) -> Binding | str:
         node, 2, "train", False
     ):
         return "it drops values at random (training mode)"
+    if node.target in _RESHAPES and isinstance(data, Node):
+        return Binding(rule, node, (data,))  # the recorded shape says what its arguments do not
     return _bind_single(rule, node)
 
 
@@ -325,11 +334,11 @@ CAT = OpRule(
 def _bind_pad(rule: OpRule, node: Node) -> Binding | str:
     if node.target is aten.pad.default and argument(node, 2, "mode", "constant") != "constant":
         return "it pads with reflected or repeated values"
+    if reads_sizes(node):
+        return "how much it pads depends on a dynamic size"
     value = argument(node, 3 if node.target is aten.pad.default else 2, "value", 0)
     if value not in (None, 0, 0.0):
         return f"it pads with {value}; only zero is the same number at every scale"
-    if any(int(p) < 0 for p in cast("Sequence[int]", node.args[1])):
-        return "negative padding cuts values off"
     return _bind_move(rule, node)
 
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from custom_quantizer.arithmetic import Arithmetic
 from custom_quantizer.errors import ConversionError
-from custom_quantizer.graph import argument, describe, tensor_meta
+from custom_quantizer.graph import argument, describe, reads_sizes, tensor_meta
 from custom_quantizer.ops._rule import (
     ACCEPTED,
     Backend,
@@ -163,7 +163,7 @@ MEAN = OpRule(
 def adaptive_window(node: Node) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """``(input, output)`` sizes of an adaptive pooling call, if both are static."""
     data = tensor_meta(cast(Node, node.args[0]))
-    if data is None or data.dim() not in (3, 4):
+    if data is None or data.dim() not in (3, 4) or reads_sizes(node):
         return None
     size = data.shape[-2:]
     if not all(isinstance(s, int) for s in size):

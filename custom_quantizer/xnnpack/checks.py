@@ -23,6 +23,7 @@ from custom_quantizer.graph import (
     describe,
     detached_copy,
     is_constant,
+    tensor_meta,
 )
 from custom_quantizer.integer import integer_reference
 from custom_quantizer.ops import Backend, QParamSharing, QuantizedOp
@@ -46,6 +47,9 @@ __all__ = [
     "output_scales",
     "relative_error",
 ]
+
+MOST_DIMS = 6
+"""Of a tensor of XNNPACK (``XNN_MAX_TENSOR_DIMS``)."""
 
 FLOAT_TOLERANCE = 0.1
 """Largest relative error of outputs when float ops take part; a broken program is near 1."""
@@ -105,13 +109,20 @@ def _where(op: OpBackend) -> str:
     return f"{op.node} ({op.path})" if op.path else op.node
 
 
-def _run(program: LoweredProgram, example: tuple[Any, ...]) -> list[Any]:
+def _run(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> list[Any]:
     """Outputs of the program, which may be one that the runtime refuses."""
     try:
         return pytree.tree_leaves(program.run(*example))
     except ProgramError as error:
         rows = [row for row in program.report.ops if row.outside]
         outside = "; ".join(f"{_where(row)}: {', '.join(row.outside)}" for row in rows)
+        for op in graph:
+            meta = tensor_meta(op.node)
+            if meta is not None and meta.dim() > MOST_DIMS:
+                raise LoweringError(
+                    f"{describe(op.node)} has {meta.dim()} dims, and XNNPACK's tensors at most "
+                    f"{MOST_DIMS}; reshape it to fewer ({error})"
+                ) from error
         raise LoweringError(
             f"{error}. Leave the op in float, or write it with other ops"
             + (f" (outside the delegate run {outside})" if outside else "")
@@ -330,7 +341,7 @@ def _check_outputs(
     program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
 ) -> None:
     reference = pytree.tree_leaves(integer_reference(graph.model)(*example))
-    outputs = _run(program, example)
+    outputs = _run(program, graph, example)
     program.reset()
     if len(reference) != len(outputs):
         raise VerificationError(

@@ -236,8 +236,8 @@ def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tu
         )
     metas = _placeholder_metas(converted)
     flat = pytree.tree_leaves(tuple(example_inputs))
-    for i, value in enumerate(flat):
-        if not isinstance(value, (torch.Tensor, int, float, type(None))):
+    for i, (value, meta) in enumerate(zip(flat, metas, strict=False)):
+        if meta is None and not isinstance(value, (int, float, type(None))):
             raise InputError(
                 f"input {i} is a {type(value).__name__}; a program takes tensors and numbers. "
                 "Capture a module whose forward sets it"
@@ -315,7 +315,8 @@ def export_again(
         example = _widened(example, flat, widest)
     args, kwargs = pytree.tree_unflatten(pytree.tree_leaves(example), structure)
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except CustomQuantizerError:
         raise
     except Exception as error:

@@ -62,6 +62,8 @@ def _clamps_to_hardtanh(model: GraphModule) -> int:
     count = 0
     bounds_of = cast(Callable[[Node], tuple[float | None, float | None]], CLAMP.bounds)
     for node in calls(model, CLAMP.targets - {aten.hardtanh.default}):
+        if isinstance(CLAMP.bind(CLAMP, node), str):
+            continue
         low, high = bounds_of(node)
         build = Builder(model, node)
         if low == 0.0 and high is None:

@@ -174,10 +174,12 @@ def _is_dynamic_product(node: Node) -> bool:
 def _is_composite(node: Node) -> bool:
     """Whether a call is unknown here and no core op, so that ExecuTorch decomposes it.
 
-    What passes have written, under names of its own, has a kernel.
+    What passes have written, under names of its own, has a kernel; a view reads its input once.
     """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    if any(result.alias_info is not None for result in target._schema.returns):
         return False
     known = torch.Tag.core in target.tags or rule_of(node) is not None
     return not known and origin_of(node) == node.name

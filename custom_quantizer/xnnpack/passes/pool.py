@@ -73,9 +73,8 @@ def _simplify_pools(model: GraphModule) -> int:
             replace(node, pooled)
         count += 1
     for node in calls(model, AVG_POOL.targets):
-        # Windows of different sizes, or a divisor of their own: a float kernel knows them.
-        ragged = argument(node, 4, "ceil_mode", False)
-        if not counts_padding(node) or ragged or argument(node, 6, "divisor_override") is not None:
+        # Windows of different sizes, or that the inputs tell: a float kernel knows them.
+        if isinstance(AVG_POOL.bind(AVG_POOL, node), str) or not counts_padding(node):
             continue
         kernel, stride, (vertical, horizontal) = pool_window(node)
         build = Builder(model, node)
@@ -91,6 +90,8 @@ def _split_sparse_max_pools(model: GraphModule) -> int:
     """A max pool that skips rows pools densely first, then takes a strided slice."""
     count = 0
     for node in calls(model, MAX_POOL.targets):
+        if isinstance(MAX_POOL.bind(MAX_POOL, node), str):
+            continue
         kernel, stride, padding = pool_window(node)
         around = quantized_neighbours(node)
         if around is None or not any(s > k for s, k in zip(stride, kernel, strict=True)):
