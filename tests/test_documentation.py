@@ -253,7 +253,14 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
         "weights take 4 bytes each": "size of a float32",
     },
     "export_recipe.md": {"ExecuTorch 1.5.1": "version"},
+    "files.md": {
+        "grow by 16 times the size of the file (2 GiB at least": "limits that the code sets",
+        "has 300 s to load": "the same",
+        "A tensor above 4 GiB, more than 16 GiB at once": "the same",
+    },
+    "files_and_threads.md": {"torch 2.15": "version", "torchao 0.18": "version"},
     "integer_bundle.md": {
+        "an array of the largest size takes 2 GiB": "2**28 numbers of 8 bytes",
         "stands for 0.0": "definition",
         "0.009803921915590763": "the example that test_bundle.py computes",
         "0.007874015718698502": "the same",
@@ -262,6 +269,7 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
         "The float network gives 1.1125; half a unit of the output is 0.0033": "the same",
     },
     "ops.md": {
+        "whose kernel (1.5.1)": "version",
         "exponents 0.5, -0.5 and -1": "arguments",
         "for 8 times the weights": "blocks of 8 channels",
     },

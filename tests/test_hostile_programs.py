@@ -426,6 +426,7 @@ def test_any_program_runs_apart_if_asked(saved: Path) -> None:
         saved / "net.pte", saved / "net.graph.safetensors", isolated=True
     )
     assert cq.verify(converted, lowered, IMAGES).bit_exact
+    lowered.run(*IMAGES)
     assert isinstance(lowered._method, isolation.IsolatedMethod)
     assert cq.load_program(saved / "net.pte", isolated=True).isolated
 

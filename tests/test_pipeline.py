@@ -234,7 +234,7 @@ def test_the_report_is_json_of_all_parts(tmp_path: Path) -> None:
     saved = small_result().save(tmp_path / "net.pte")
     document = json.loads(saved.report.read_text())
     files = document.pop("files")
-    assert list(document) == ["version", "calibration", "plan", "report", "lowering"]
+    assert list(document) == ["version", "calibration", "fidelity", "plan", "report", "lowering"]
     assert document == json.loads(small_result().to_json())
     for kind, file in (("program", saved.program), ("graph", saved.graph)):
         assert file is not None

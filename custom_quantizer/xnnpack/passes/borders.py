@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.graph import (
+    DEQUANTIZE_GROUPED,
     add_constant,
     is_constant,
     is_dequantize,
@@ -168,7 +169,8 @@ def _is_dynamic_product(node: Node) -> bool:
     if node.target not in GEMMS:
         return False
     weight = cast(Node, node.args[1])
-    return not is_constant(weight.args[0] if is_dequantize(weight) else weight)
+    dequantized = is_dequantize(weight) or weight.target is DEQUANTIZE_GROUPED
+    return not is_constant(weight.args[0] if dequantized else weight)
 
 
 def _is_composite(node: Node) -> bool:
