@@ -456,7 +456,7 @@ def test_a_failed_write_leaves_the_old_bundle(
 
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", full)
-        with pytest.raises(cq.InputError, match="No space left"):
+        with pytest.raises(cq.InputError, match="no space left"):
             save_integers(other, damaged)
     assert {file.name: file.read_bytes() for file in damaged.parent.iterdir()} == before
     load_integers(damaged)
