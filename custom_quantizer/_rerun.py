@@ -23,6 +23,7 @@ from custom_quantizer.calibration import GraphInputs
 from custom_quantizer.errors import CaptureError
 from custom_quantizer.graph import size_bounds, state_of, tensor_meta
 from custom_quantizer.observers import ActivationObserver, WeightObserver
+from custom_quantizer.threads import tools
 
 __all__ = ["Rerun", "capture_like", "copied", "is_float", "rerun_in_float64"]
 
@@ -83,8 +84,8 @@ class Rerun(Interpreter):
     def outputs(self, values: list[Any]) -> list[Any]:
         """The flat outputs for one value per placeholder."""
         given = [self._cast(copied(value)) for value in values]
-        # Random numbers are the same in every run.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # Random numbers are the same in every run, and nobody else draws meanwhile.
+        with torch.no_grad(), tools():
             torch.manual_seed(0)
             return pytree.tree_leaves(self.run(*given, enable_io_processing=False))
 
@@ -171,6 +172,7 @@ def rerun_in_float64(captured: GraphModule, values: list[Any]) -> list[Any] | No
         return None
 
 
+@tools()
 def capture_like(
     model: nn.Module | torch.export.ExportedProgram, graph: GraphModule, values: list[Any]
 ) -> GraphModule:
