@@ -207,10 +207,10 @@ def test_a_writer_that_is_killed(
     second = cq.quantize(small_model(), EXAMPLE, DATA, config="a8w8-per_tensor", progress=False)
     if not whole:
         graphs = {
-            id(result.converted): pipeline.graph_bytes(result.converted, EXAMPLE)
+            id(result.converted): pipeline.serialize_graph(result.converted, EXAMPLE)
             for result in (first, second)
         }
-        monkeypatch.setattr(pipeline, "graph_bytes", lambda graph, _example: graphs[id(graph)])
+        monkeypatch.setattr(pipeline, "serialize_graph", lambda graph, _example: graphs[id(graph)])
     target = tmp_path / "net.pte"
     states = []
     for result in (first, second):
@@ -219,7 +219,7 @@ def test_a_writer_that_is_killed(
         seconds = time.perf_counter() - start
         states.append(list(contents(tmp_path).values()))
     orders = list(contents(tmp_path))
-    assert orders == ["net.json", "net.pt2", "net.pte"]
+    assert orders == ["net.graph.safetensors", "net.json", "net.pte"]
     generator = random.Random(0)
     mixed = orphans = 0
     for _ in range(ROUNDS):
@@ -233,12 +233,12 @@ def test_a_writer_that_is_killed(
         os.waitpid(child, 0)
         found = contents(tmp_path)
         orphans += len(found) - len(orders)
-        report, graph, binary = (found[name] for name in orders)
+        graph, report, binary = (found[name] for name in orders)
         at = [[state[i] for state in states] for i in range(3)]
-        assert report in at[0]
-        assert graph in at[1]
+        assert graph in at[0]
+        assert report in at[1]
         assert binary in at[2]
-        which = (at[2].index(binary), at[1].index(graph), at[0].index(report))
+        which = (at[2].index(binary), at[0].index(graph), at[1].index(report))
         if len(set(which)) > 1:
             mixed += 1
             assert which[0] != which[2], "the report comes last"
