@@ -62,6 +62,7 @@ TESTS = [
         *("bit_widths", "forms", "factors", "canonical", "quantizer", "weighing", "xnnpack_ops"),
         *("networks", "fuzz", "batch_norms", "export_features", "verification", "composable"),
         *("drop_in", "config", "calibration", "diagnosis", "readback", "report", "qat"),
+        *("checks", "fidelity"),
     )
 ]
 """The test files that may notice."""
