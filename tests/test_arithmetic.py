@@ -1589,3 +1589,9 @@ def test_accumulator_bits_refuses() -> None:
         bits(weight.float(), zero_point=0)
     with pytest.raises(InputError, match="no output channel"):
         bits(torch.ones(0, 3, dtype=torch.int8), zero_point=0)
+
+
+@pytest.mark.parametrize("scale", [True, "0.5", None, [0.5]])
+def test_a_scale_is_a_number(scale: object) -> None:
+    with pytest.raises(SchemeError, match="must be a float or a float32 tensor"):
+        QParams(scale=scale, zero_point=0, quant_min=-128, quant_max=127)  # type: ignore[arg-type]

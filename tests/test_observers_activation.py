@@ -440,3 +440,12 @@ def test_statistics_of_the_observer_are_those_of_its_values() -> None:
     ranged = observer("minmax")
     ranged(x)
     assert ranged.statistics == Statistics.of(x, "range")
+
+
+def test_a_new_batch_moves_an_average_by_a_hundredth() -> None:
+    fmt = TensorScheme(IntFormat(8), observer="moving_average")
+    observer = ActivationObserver(fmt, "x", dtype=torch.int8)
+    observer(torch.tensor([0.0, 1.0]))
+    observer(torch.tensor([-100.0, 101.0]))
+    assert float(observer.min_val) == pytest.approx(-1.0, rel=1e-6)
+    assert float(observer.max_val) == pytest.approx(2.0, rel=1e-6)

@@ -729,3 +729,38 @@ def test_a_grouped_transposed_convolution_gets_one_weight_scale_and_says_why() -
     edge = edges(plan)["conv_transpose2d", "input", weight.tensor]
     assert edge.scheme is not None
     assert edge.scheme.granularity == "per_tensor"
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("a8w8", 6 * 4 + 4 * 4 * 2),  # integers; a bias and a scale for each channel
+        ("a8w8-per_tensor", 6 * 4 + 4 * 4),
+        ("a8w4", 6 * 4 // 2 + 4 * 4 * 2),
+        (None, 4 * (6 * 4) + 4 * 4),
+    ],
+)
+def test_the_bytes_of_a_layer(name: str | None, size: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_module_name("0", name)
+    plan = quantizer.plan(torch.export.export(model.eval(), (torch.randn(2, 6),)))
+    assert plan.op("linear").size_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("formats", "text"),
+    [
+        (Formats(16, 8), "int16: emulated in float"),
+        (Formats(8, 16), "int16: emulated in float"),
+        (Formats(9, 2), "int9: emulated in float"),
+        (Formats(4, 8), "int4 activations: clamped to their range"),
+        (Formats(8, 8), ""),
+    ],
+)
+def test_the_width_in_a_prediction(formats: Formats, text: str) -> None:
+    graph = capture(nn.Linear(6, 4), (torch.randn(2, 6),))
+    (node,) = (n for n in graph.graph.nodes if n.target is torch.ops.aten.linear.default)
+    rule = cast(OpRule, rule_of(node))
+    found = predict_backend(cast(Binding, rule.bind(rule, node)), formats)
+    assert found.reason.startswith(text)
+    assert bool(found.reason) is bool(text)

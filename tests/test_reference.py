@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from support.registry import Surrounded
 from torch import Tensor, nn
 
 import custom_quantizer as cq
+from custom_quantizer.arithmetic import QParams, XnnpackArithmetic
 from custom_quantizer.converted import read_converted
 from custom_quantizer.graph import is_dequantize, is_quantize
-from custom_quantizer.ops import REGISTRY, Case, OpRule
+from custom_quantizer.integer.accumulators import mul_width
+from custom_quantizer.ops import REGISTRY, Case, OpRule, gemm
+from custom_quantizer.ops._rule import _bits
 from custom_quantizer.ops.gemm import _accumulate
 
 MODES = ("xnnpack", "fixed_point", "exact")
@@ -225,3 +229,51 @@ def test_wrong_graphs_and_modes() -> None:
         cq.integer_reference(converted.graph, "fixed")
     with pytest.raises(cq.InputError, match="takes 1 input"):
         cq.integer_reference(converted.graph)(*example, *example)
+
+
+@pytest.mark.parametrize("heavy", [0, -1])
+def test_a_layer_that_is_taken_in_parts(heavy: int) -> None:
+    """Large weights are read some rows at a time; the row that counts may be in any part."""
+    torch.manual_seed(0)
+    layer = nn.Linear(1024, 2048)
+    with torch.no_grad():
+        layer.weight[heavy] = 1.0
+    x = torch.randn(3, 1024)
+    graph = convert(nn.Sequential(layer), (x,)).graph
+    (op,) = read_converted(graph).integer
+    weight = cast(Tensor, op.weight).to(torch.int64)
+    assert len(gemm._parts(weight)) > 1
+    assert gemm._largest_row(op) == int(weight.abs().sum(1).max()) == 1024 * 127
+    assert cq.integer_reference(graph)(x).shape == (3, 2048)
+    q = op.inputs[0]
+    integers = XnnpackArithmetic().quantize(x, q)
+    sums = (integers - q.zero_point).to(torch.int64) @ weight.T + cast(Tensor, op.bias)
+    steps = cast(QParams, op.weight_qparams).scale * q.scale
+    real = sums * cast(Tensor, steps)
+    # One rounding to the output's grid.
+    error = (cq.integer_reference(graph)(x) - real).abs().max()
+    assert float(error) <= 0.5001 * cast(float, op.output.scale)
+
+
+@pytest.mark.parametrize(
+    ("ends", "zero_points", "width"),
+    [
+        ((-128, 127), (0, 0), 32),
+        ((-32768, 32767), (0, 0), 32),
+        ((-32768, 32767), (32767, 32767), 64),
+        ((-32768, 32767), (-32768, -32768), 64),
+        ((-32768, 32767), (32767, 0), 32),  # 65,535 * 32,768
+    ],
+)
+def test_the_width_of_a_product(
+    ends: tuple[int, int], zero_points: tuple[int, int], width: int
+) -> None:
+    inputs = tuple(QParams(0.5, zero, *ends) for zero in zero_points)
+    assert mul_width(cast(Any, SimpleNamespace(inputs=inputs))) == width
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_the_bits_of_a_format(bits: int) -> None:
+    half = 1 << (bits - 1)
+    assert _bits(QParams(0.5, 0, -half, half - 1)) == bits
+    assert _bits(QParams(0.5, 0, 1 - half, half - 1)) == bits
