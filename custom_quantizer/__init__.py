@@ -25,12 +25,39 @@ from custom_quantizer.errors import (
 )
 
 if TYPE_CHECKING:
-    from custom_quantizer.calibration import CalibrationSummary, calibrate
-    from custom_quantizer.diagnosis import Diagnosis, diagnose
-    from custom_quantizer.evaluation import Evaluation, evaluate
-    from custom_quantizer.fidelity import Fidelity, FloatCheck, OutputFidelity, check_prepared
-    from custom_quantizer.formats import IntFormat
-    from custom_quantizer.integer import (
+    from custom_quantizer.analysis.diagnosis import Diagnosis, diagnose
+    from custom_quantizer.analysis.evaluation import Evaluation, evaluate
+    from custom_quantizer.analysis.fidelity import (
+        Fidelity,
+        FloatCheck,
+        OutputFidelity,
+        check_prepared,
+    )
+    from custom_quantizer.analysis.verification import Verification, verify
+    from custom_quantizer.app.data import DataSource, Preprocess, load_data
+    from custom_quantizer.app.models import load_model
+    from custom_quantizer.app.pipeline import QuantizationResult, quantize
+    from custom_quantizer.app.saved_graph import load_graph, save_graph
+    from custom_quantizer.backends.xnnpack import (
+        LoweredProgram,
+        LoweringReport,
+        load_program,
+        lower,
+        read_program,
+    )
+    from custom_quantizer.backends.xnnpack.recipe import IntegerRecipe, session_program
+    from custom_quantizer.calibration.run import CalibrationSummary, calibrate
+    from custom_quantizer.calibration.statistics import (
+        all_reduce_statistics,
+        load_statistics,
+        merge_statistics,
+        save_statistics,
+    )
+    from custom_quantizer.core.formats import IntFormat
+    from custom_quantizer.core.schemes import OpScheme, TensorScheme, scheme
+    from custom_quantizer.planning.planner import OpPlan, Plan, TensorPlan
+    from custom_quantizer.planning.quantizer import IntegerQuantizer
+    from custom_quantizer.reference import (
         Accumulator,
         IntegerReference,
         accumulators,
@@ -38,28 +65,7 @@ if TYPE_CHECKING:
         load_integers,
         save_integers,
     )
-    from custom_quantizer.pipeline import QuantizationResult, quantize
-    from custom_quantizer.planner import OpPlan, Plan, TensorPlan
-    from custom_quantizer.quantizer import IntegerQuantizer
-    from custom_quantizer.report import ProgramReport, Report, inspect, inspect_program
-    from custom_quantizer.saved_graph import load_graph, save_graph
-    from custom_quantizer.schemes import OpScheme, TensorScheme, scheme
-    from custom_quantizer.sources import DataSource, Preprocess, load_data, load_model
-    from custom_quantizer.statistics import (
-        all_reduce_statistics,
-        load_statistics,
-        merge_statistics,
-        save_statistics,
-    )
-    from custom_quantizer.verification import Verification, verify
-    from custom_quantizer.xnnpack import (
-        LoweredProgram,
-        LoweringReport,
-        load_program,
-        lower,
-        read_program,
-    )
-    from custom_quantizer.xnnpack.recipe import IntegerRecipe, session_program
+    from custom_quantizer.report.record import ProgramReport, Report, inspect, inspect_program
 
 __all__ = [
     "Accumulator",
@@ -126,12 +132,12 @@ __all__ = [
 
 # No module may be called like a public name: importing it would hide what is meant.
 _NAMES = {
-    "calibration": ("CalibrationSummary", "calibrate"),
-    "diagnosis": ("Diagnosis", "diagnose"),
-    "evaluation": ("Evaluation", "evaluate"),
-    "fidelity": ("Fidelity", "FloatCheck", "OutputFidelity", "check_prepared"),
-    "formats": ("IntFormat",),
-    "integer": (
+    "calibration.run": ("CalibrationSummary", "calibrate"),
+    "analysis.diagnosis": ("Diagnosis", "diagnose"),
+    "analysis.evaluation": ("Evaluation", "evaluate"),
+    "analysis.fidelity": ("Fidelity", "FloatCheck", "OutputFidelity", "check_prepared"),
+    "core.formats": ("IntFormat",),
+    "reference": (
         "Accumulator",
         "IntegerReference",
         "accumulators",
@@ -139,22 +145,29 @@ _NAMES = {
         "load_integers",
         "save_integers",
     ),
-    "pipeline": ("QuantizationResult", "quantize"),
-    "planner": ("OpPlan", "Plan", "TensorPlan"),
-    "quantizer": ("IntegerQuantizer",),
-    "report": ("ProgramReport", "Report", "inspect", "inspect_program"),
-    "saved_graph": ("load_graph", "save_graph"),
-    "schemes": ("OpScheme", "TensorScheme", "scheme"),
-    "sources": ("DataSource", "Preprocess", "load_data", "load_model"),
-    "statistics": (
+    "app.pipeline": ("QuantizationResult", "quantize"),
+    "planning.planner": ("OpPlan", "Plan", "TensorPlan"),
+    "planning.quantizer": ("IntegerQuantizer",),
+    "report.record": ("ProgramReport", "Report", "inspect", "inspect_program"),
+    "app.saved_graph": ("load_graph", "save_graph"),
+    "core.schemes": ("OpScheme", "TensorScheme", "scheme"),
+    "app.data": ("DataSource", "Preprocess", "load_data"),
+    "app.models": ("load_model",),
+    "calibration.statistics": (
         "all_reduce_statistics",
         "load_statistics",
         "merge_statistics",
         "save_statistics",
     ),
-    "verification": ("Verification", "verify"),
-    "xnnpack": ("LoweredProgram", "LoweringReport", "load_program", "lower", "read_program"),
-    "xnnpack.recipe": ("IntegerRecipe", "session_program"),
+    "analysis.verification": ("Verification", "verify"),
+    "backends.xnnpack": (
+        "LoweredProgram",
+        "LoweringReport",
+        "load_program",
+        "lower",
+        "read_program",
+    ),
+    "backends.xnnpack.recipe": ("IntegerRecipe", "session_program"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -162,7 +175,7 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         if name == "qat":  # a module, so that it need not be imported first: cq.qat.finetune
-            return import_module(f"{__name__}.qat")
+            return import_module(f"{__name__}.training.qat")
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

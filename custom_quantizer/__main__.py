@@ -1,6 +1,6 @@
 """``python -m custom_quantizer`` is ``custom-quantizer``."""
 
-from custom_quantizer.cli import main
+from custom_quantizer.app.cli import main
 
 if __name__ == "__main__":
     main()

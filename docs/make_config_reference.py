@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from custom_quantizer import config_file
-from custom_quantizer._io import write_text_atomic
+from custom_quantizer.config import file as config_file
+from custom_quantizer.core.files import write_text_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_FILE = ROOT / "custom_quantizer" / "config.schema.json"

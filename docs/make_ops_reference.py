@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch.fx import GraphModule
 
-from custom_quantizer._io import write_text_atomic
-from custom_quantizer.canonical import canonicalize
+from custom_quantizer.core.files import write_text_atomic
 from custom_quantizer.ops import REGISTRY, Formats, OpRule, predict_backend, rule_of
+from custom_quantizer.ops.rewrites.canonical import canonicalize
 
 REFERENCE_FILE = Path(__file__).resolve().parent / "ops.md"
 BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"

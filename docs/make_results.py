@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from custom_quantizer._io import write_text_atomic
+from custom_quantizer.core.files import write_text_atomic
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"

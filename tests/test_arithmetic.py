@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from custom_quantizer import arithmetic
-from custom_quantizer.arithmetic import (
+from custom_quantizer.core import arithmetic
+from custom_quantizer.core.arithmetic import (
     ARITHMETICS,
     EXACT,
     FIXED_POINT,

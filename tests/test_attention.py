@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
-from custom_quantizer.canonical import canonicalize
-from custom_quantizer.decompositions import MASKED
-from custom_quantizer.graph import is_constant, is_dequantize, is_quantize
+from custom_quantizer.backends.xnnpack.passes import PASSES, run_passes
+from custom_quantizer.core.graph import is_constant, is_dequantize, is_quantize
 from custom_quantizer.ops import REGISTRY, Backend, OpRule
-from custom_quantizer.xnnpack.passes import PASSES, run_passes
+from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.ops.rewrites.decompositions import MASKED
 
 aten = torch.ops.aten
 PASS = {graph_pass.name: graph_pass for graph_pass in PASSES}

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
-from custom_quantizer.bias import (
+from custom_quantizer.calibration.observers import META_KEY
+from custom_quantizer.core.bias import (
     COMFORTABLE_BIAS,
     BiasHeadroom,
     derived_scale,
     quantize_bias,
     raise_scale,
 )
-from custom_quantizer.converted import read_converted
-from custom_quantizer.graph import constant_of, is_dequantize, qparams_of
-from custom_quantizer.observers import META_KEY
+from custom_quantizer.core.graph import constant_of, is_dequantize, qparams_of
+from custom_quantizer.reference.converted import read_converted
 
 aten = torch.ops.aten
 INT32_MAX = 2**31 - 1

@@ -13,9 +13,9 @@ from support.registry import Surrounded
 from torch import Tensor, nn
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack.checks import output_scales
 from custom_quantizer.ops import REGISTRY
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
-from custom_quantizer.xnnpack.checks import output_scales
 
 GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 

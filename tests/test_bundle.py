@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.arithmetic import (
+from custom_quantizer.core.arithmetic import (
     FIXED_POINT,
     QParams,
     multiply_by_quantized_multiplier,
@@ -41,10 +41,10 @@ from custom_quantizer.arithmetic import (
     saturating_rounding_doubling_high_mul,
     wrap_int32,
 )
-from custom_quantizer.integer import numpy_runner
-from custom_quantizer.integer.accumulators import accumulators
-from custom_quantizer.integer.bundle import load_integers, save_integers
 from custom_quantizer.ops import REGISTRY, Case, OpRule
+from custom_quantizer.reference import numpy_runner
+from custom_quantizer.reference.accumulators import accumulators
+from custom_quantizer.reference.bundle import load_integers, save_integers
 
 RUNNER = Path(numpy_runner.__file__)
 

@@ -22,12 +22,12 @@ from torch.fx import GraphModule
 from torch.utils.data import DataLoader, TensorDataset
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from custom_quantizer.calibration import CalibrationSummary, GraphInputs, calibrate
+from custom_quantizer.app.data import DataSource
+from custom_quantizer.calibration.observers import ActivationObserver
+from custom_quantizer.calibration.run import CalibrationSummary, GraphInputs, calibrate
+from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import CalibrationError, InputError
-from custom_quantizer.observers import ActivationObserver
-from custom_quantizer.quantizer import IntegerQuantizer
-from custom_quantizer.schemes import scheme
-from custom_quantizer.sources import DataSource
+from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 
 class Conv(nn.Module):
@@ -524,7 +524,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
 from test_calibration import IMAGES, seeded_conv
-from custom_quantizer.calibration import calibrate
+from custom_quantizer.calibration.run import calibrate
 
 def data():
     for index, image in enumerate(IMAGES.split(2)):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import custom_quantizer as cq
-from custom_quantizer.canonical import canonicalize, overwritten_by
+from custom_quantizer.ops.rewrites.canonical import canonicalize, overwritten_by
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 6, 6)

@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from support.flow import small_images, small_labels, small_model, small_result
 
-from custom_quantizer.cli import cli
-from custom_quantizer.quantizer import IntegerQuantizer
-from custom_quantizer.xnnpack import load_program
+from custom_quantizer.app.cli import cli
+from custom_quantizer.backends.xnnpack import load_program
+from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 COMMANDS = ["demo", "evaluate", "inspect", "plan", "quantize", "verify"]
 
@@ -94,7 +94,7 @@ def test_all_commands_are_listed() -> None:
 def test_help_does_not_wait_for_pytorch() -> None:
     code = (
         "import sys\n"
-        "from custom_quantizer.cli import cli\n"
+        "from custom_quantizer.app.cli import cli\n"
         "cli(['quantize', '--help'], standalone_mode=False)\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'executorch', 'numpy')))"
     )

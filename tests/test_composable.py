@@ -22,9 +22,9 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 import custom_quantizer as cq
-from custom_quantizer.graph import is_dequantize, is_quantize
-from custom_quantizer.planner import ANNOTATED_BEFORE
-from custom_quantizer.xnnpack.checks import output_scales
+from custom_quantizer.backends.xnnpack.checks import output_scales
+from custom_quantizer.core.graph import is_dequantize, is_quantize
+from custom_quantizer.planning.planner import ANNOTATED_BEFORE
 
 EXAMPLE = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
 RELU = torch.ops.aten.relu.default

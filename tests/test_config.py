@@ -18,10 +18,9 @@ from torch.fx import Node
 from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, ObserverBase
 from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
 
-from custom_quantizer.config import Config, Rule, Scope, nearest, operator_names
-from custom_quantizer.errors import ConfigError, SchemeError
-from custom_quantizer.formats import IntFormat
-from custom_quantizer.schemes import (
+from custom_quantizer.config.rules import Config, Rule, Scope, nearest, operator_names
+from custom_quantizer.core.formats import IntFormat
+from custom_quantizer.core.schemes import (
     OBSERVERS,
     Granularity,
     OpScheme,
@@ -30,6 +29,7 @@ from custom_quantizer.schemes import (
     coerce_scheme,
     scheme,
 )
+from custom_quantizer.errors import ConfigError, SchemeError
 
 # ---------------------------------------------------------------------------------------------
 # Formats

@@ -19,20 +19,20 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
-from custom_quantizer import schemes
-from custom_quantizer.config import Config, Rule, Scope
-from custom_quantizer.config_file import (
+from custom_quantizer.config.file import (
     SchemeOptions,
     dump_config,
     json_schema,
     load_config,
     save_config,
 )
+from custom_quantizer.config.rules import Config, Rule, Scope
+from custom_quantizer.core import schemes
+from custom_quantizer.core.formats import IntFormat
+from custom_quantizer.core.schemes import OpScheme, TensorScheme, scheme
 from custom_quantizer.errors import ConfigError, InputError, SchemeError
-from custom_quantizer.formats import IntFormat
 from custom_quantizer.ops import known_targets
-from custom_quantizer.quantizer import IntegerQuantizer
-from custom_quantizer.schemes import OpScheme, TensorScheme, scheme
+from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 
 class Net(nn.Module):

@@ -11,8 +11,8 @@ from support.graphs import Function, calls, capture
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from custom_quantizer.constants import MAX_GROWTH, fold_constants
-from custom_quantizer.graph import is_constant
+from custom_quantizer.core.graph import is_constant
+from custom_quantizer.ops.rewrites.constants import MAX_GROWTH, fold_constants
 
 aten = torch.ops.aten
 

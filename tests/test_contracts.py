@@ -22,9 +22,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.arithmetic import get_arithmetic
-from custom_quantizer.canonical import canonicalize
-from custom_quantizer.converted import ConvertedGraph, read_converted
+from custom_quantizer.core.arithmetic import get_arithmetic
 from custom_quantizer.errors import CustomQuantizerError
 from custom_quantizer.ops import (
     REGISTRY,
@@ -37,7 +35,9 @@ from custom_quantizer.ops import (
     known_targets,
     predict_backend,
 )
-from custom_quantizer.planner import Plan
+from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.planning.planner import Plan
+from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
 aten = torch.ops.aten
 RULES = {rule.family: rule for rule in REGISTRY}

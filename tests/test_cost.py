@@ -18,9 +18,9 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, 
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 import custom_quantizer as cq
-from custom_quantizer.converted import read_converted
-from custom_quantizer.insertion import ANNOTATION_KEY, insert_observers
-from custom_quantizer.xnnpack.undecomposed import QuickPartitioner
+from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
+from custom_quantizer.planning.insertion import ANNOTATION_KEY, insert_observers
+from custom_quantizer.reference.converted import read_converted
 
 aten = torch.ops.aten
 

@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 from support.scripts import shown, without_numbers
 
-from custom_quantizer.demo import DemoResult, run_demo
-from custom_quantizer.digits import load_digits_data
+from custom_quantizer.app.demo import DemoResult, run_demo
+from custom_quantizer.app.digits import load_digits_data
+from custom_quantizer.backends.xnnpack import load_program, read_program
 from custom_quantizer.errors import InputError
-from custom_quantizer.xnnpack import load_program, read_program
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from custom_quantizer.calibration import calibrate
-from custom_quantizer.converted import read_converted
-from custom_quantizer.diagnosis import Diagnosis, diagnose
+from custom_quantizer.analysis.diagnosis import Diagnosis, diagnose
+from custom_quantizer.calibration.run import calibrate
+from custom_quantizer.core.graph import qparams_of
 from custom_quantizer.errors import CalibrationError, CaptureError, ConversionError, InputError
-from custom_quantizer.graph import qparams_of
-from custom_quantizer.quantizer import IntegerQuantizer
+from custom_quantizer.planning.quantizer import IntegerQuantizer
+from custom_quantizer.reference.converted import read_converted
 
 # The graph dequantizes in float32, a diagnosis in float64: a value differs by 2**-24 of its
 # magnitude, which at these ratios is far below a thousandth of a dB.

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from custom_quantizer.digits import DigitsData, DigitsNet, load_digits_data, train_digits
+from custom_quantizer.app.digits import DigitsData, DigitsNet, load_digits_data, train_digits
 
 
 @pytest.fixture(scope="module")

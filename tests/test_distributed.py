@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from support.ranks import SCHEMES, images, prepared_net
 
-from custom_quantizer.errors import CalibrationError
-from custom_quantizer.statistics import (
+from custom_quantizer.calibration.statistics import (
     all_reduce_statistics,
     read_statistics,
     solved_qparams,
     statistics_of,
 )
+from custom_quantizer.errors import CalibrationError
 
 SCRIPT = Path(__file__).parent / "support" / "ranks.py"
 REPOSITORY = Path(__file__).parents[1]

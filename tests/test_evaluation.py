@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from support.flow import small_images, small_labels, small_model, small_result
 from torch import Tensor
 
-from custom_quantizer._paired import PairedCounts, compare_counts, compare_values
+from custom_quantizer.analysis.evaluation import Evaluation, ModelScore, evaluate
+from custom_quantizer.analysis.paired import PairedCounts, compare_counts, compare_values
+from custom_quantizer.app.data import DataSource
+from custom_quantizer.backends.xnnpack import LoweredProgram, load_program
 from custom_quantizer.errors import InputError
-from custom_quantizer.evaluation import Evaluation, ModelScore, evaluate
-from custom_quantizer.integer import integer_reference
-from custom_quantizer.sources import DataSource
-from custom_quantizer.xnnpack import LoweredProgram, load_program
+from custom_quantizer.reference import integer_reference
 
 
 def one_hot(classes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from support.graphs import Function, calls, capture
 from torch import nn
 
-from custom_quantizer.canonical import canonicalize
+from custom_quantizer.ops.rewrites.canonical import canonicalize
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 5, 6)

@@ -23,11 +23,11 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer import pipeline
-from custom_quantizer._training_checkpoint import TrainingCheckpoint, TrainingPosition
-from custom_quantizer.cli import cli
-from custom_quantizer.config import Config
-from custom_quantizer.config_file import load_config, save_config
+from custom_quantizer.app import pipeline
+from custom_quantizer.app.cli import cli
+from custom_quantizer.config.file import load_config, save_config
+from custom_quantizer.config.rules import Config
+from custom_quantizer.training.checkpoint import TrainingCheckpoint, TrainingPosition
 
 EXAMPLE = (small_images(4),)
 DATA = small_images(32)

@@ -17,10 +17,10 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer import fidelity
+from custom_quantizer.analysis import fidelity
+from custom_quantizer.analysis.fidelity import FirstCalls, Noise, ratio_db
+from custom_quantizer.core.graph import constant_of
 from custom_quantizer.errors import CalibrationError, InputError, VerificationError
-from custom_quantizer.fidelity import FirstCalls, Noise, ratio_db
-from custom_quantizer.graph import constant_of
 
 aten = torch.ops.aten
 IMAGES = small_images(4)
@@ -124,7 +124,7 @@ def test_another_model_is_noticed() -> None:
 
 
 def test_quantize_refuses_a_graph_that_is_not_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from custom_quantizer import canonical
+    from custom_quantizer.ops.rewrites import canonical
 
     monkeypatch.setattr(canonical, "fold_factors", wrong_first_constant)
     with pytest.raises(VerificationError, match="before any rounding"):

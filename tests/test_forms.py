@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import custom_quantizer as cq
-from custom_quantizer.canonical import canonicalize
-from custom_quantizer.forms import sums
 from custom_quantizer.ops import Backend
+from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.ops.rewrites.forms import sums
 
 aten = torch.ops.aten
 IMAGE, SIGNAL, VOLUME = (2, 4, 6, 6), (2, 4, 12), (2, 4, 5, 6, 6)
@@ -415,7 +415,7 @@ def test_a_linear_layer_that_would_be_too_large_is_not_made(
     ],
 )
 def test_a_mean_stays_right_when_the_batch_grows(mean: Callable[[Tensor], Tensor]) -> None:
-    """XNNPACK's own integer mean does not: see ``custom_quantizer.forms.sums.mean``."""
+    """XNNPACK's own integer mean does not: see ``forms/sums.py``."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     model = Function(lambda s, x: mean(torch.cat([x + x, x * x], 1)))

@@ -17,11 +17,11 @@ from support.graphs import Function, capture, differences, lowered_exactly, quan
 from torch import Tensor, fx, nn
 
 import custom_quantizer as cq
-from custom_quantizer.arithmetic import EXACT, FIXED_POINT, XNNPACK, QParams, round_to_float32
-from custom_quantizer.config import returned_nodes
+from custom_quantizer.backends.xnnpack.partition import partitioner
+from custom_quantizer.config.rules import returned_nodes
+from custom_quantizer.core.arithmetic import EXACT, FIXED_POINT, XNNPACK, QParams, round_to_float32
 from custom_quantizer.ops import functions
 from custom_quantizer.ops.functions import FUNCTIONS
-from custom_quantizer.xnnpack.partition import partitioner
 
 aten = torch.ops.aten
 

@@ -25,19 +25,20 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer import sources
-from custom_quantizer._checkpoint import Checkpoint, Position
-from custom_quantizer._settling import Settling, observed_tensors
-from custom_quantizer.config import Config
-from custom_quantizer.config_file import load_config
-from custom_quantizer.integer.bundle import load_integers, save_integers
-from custom_quantizer.sources import load_data, load_weights
-from custom_quantizer.statistics import (
+from custom_quantizer.app import data, tensor_files
+from custom_quantizer.app.data import load_data
+from custom_quantizer.app.models import load_weights
+from custom_quantizer.calibration.checkpoint import Checkpoint, Position
+from custom_quantizer.calibration.convergence import Settling, observed_tensors
+from custom_quantizer.calibration.statistics import (
     read_statistics,
     record_counts,
     save_statistics,
     statistics_of,
 )
+from custom_quantizer.config.file import load_config
+from custom_quantizer.config.rules import Config
+from custom_quantizer.reference.bundle import load_integers, save_integers
 
 SECONDS = 5.0
 GIGABYTES = 3.0
@@ -363,10 +364,10 @@ def test_what_takes_more_than_half_of_the_memory_unpacked(
     np.savez_compressed(tmp_path / "d.npz", images=zeros)
     (tmp_path / "d.npz").rename(file)
     assert file.stat().st_size < 100_000
-    monkeypatch.setattr(sources, "memory_limit", lambda: 29_999_999)
+    monkeypatch.setattr(tensor_files, "memory_limit", lambda: 29_999_999)
     with pytest.raises(cq.InputError, match=r"30,000,\d+ bytes unpacked, more than half"):
         load_data(file)
-    monkeypatch.setattr(sources, "memory_limit", lambda: 30_001_000)
+    monkeypatch.setattr(tensor_files, "memory_limit", lambda: 30_001_000)
     if suffix == ".npz":
         assert load_data(file).num_examples == 10
 
@@ -392,7 +393,9 @@ def test_arrays_are_read_as_numpy_reads_them(dtype: str, order: Any, tmp_path: P
     np.save(tmp_path / "d.npy", array)
     np.savez(tmp_path / "d.npz", inputs=array)
     for name in ("d.npy", "d.npz"):
-        content = sources._read_tensor_file(tmp_path / name, "data", frozenset({".npy", ".npz"}))
+        content = tensor_files.read_tensor_file(
+            tmp_path / name, "data", frozenset({".npy", ".npz"})
+        )
         tensor = content["inputs"] if isinstance(content, dict) else content
         np.testing.assert_array_equal(tensor.numpy(), np.load(tmp_path / "d.npy"))
 
@@ -410,9 +413,9 @@ def test_a_batch_of_images_that_does_not_fit(
 ) -> None:
     for name in ("a", "b"):
         Image.new("RGB", (100, 100)).save(tmp_path / f"{name}.png")
-    monkeypatch.setattr(sources, "memory_limit", lambda: 2 * 3 * 100 * 100 * 9)
+    monkeypatch.setattr(data, "memory_limit", lambda: 2 * 3 * 100 * 100 * 9)
     read_all(tmp_path)
-    monkeypatch.setattr(sources, "memory_limit", lambda: 2 * 3 * 100 * 100 * 9 - 1)
+    monkeypatch.setattr(data, "memory_limit", lambda: 2 * 3 * 100 * 100 * 9 - 1)
     with pytest.raises(cq.InputError, match="a batch of 2 images of 100x100 pixels takes 540,000"):
         read_all(tmp_path)
 
@@ -428,7 +431,7 @@ def test_entries_of_statistics_are_counted_before_they_take_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_statistics(prepared(), tmp_path / "s")
-    monkeypatch.setattr("custom_quantizer.statistics.MOST_COUNTED", 3)
+    monkeypatch.setattr("custom_quantizer.calibration.statistics.MOST_COUNTED", 3)
     with pytest.raises(cq.InputError, match="entries with counts, and at most 3 are read"):
         read_statistics(tmp_path / "s")
 

@@ -23,14 +23,14 @@ from support.flow import small_images, small_result
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer import _graph_document as graph_document
-from custom_quantizer._graph_targets import name_of, resolve
-from custom_quantizer.cli import cli
+from custom_quantizer.app.cli import cli
+from custom_quantizer.app.saved_graph import load_lowered
+from custom_quantizer.backends.xnnpack import _child, isolation
+from custom_quantizer.backends.xnnpack.checksum import SIZE, seal
+from custom_quantizer.backends.xnnpack.readback import read_program
 from custom_quantizer.ops import known_targets
-from custom_quantizer.saved_graph import load_lowered
-from custom_quantizer.xnnpack import _child, isolation
-from custom_quantizer.xnnpack.checksum import SIZE, seal
-from custom_quantizer.xnnpack.readback import read_program
+from custom_quantizer.reference import graph_document
+from custom_quantizer.reference.graph_targets import name_of, resolve
 
 IMAGES = (small_images(4),)
 

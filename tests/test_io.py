@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 from support.disk import room_for
 
-from custom_quantizer import _io
-from custom_quantizer._io import (
+from custom_quantizer.core import files as _io
+from custom_quantizer.core.files import (
     new_directory,
     write_bytes_atomic,
     write_files_atomic,
     write_json_atomic,
     write_text_atomic,
 )
-from custom_quantizer._progress import stages, track
+from custom_quantizer.core.progress import stages, track
 from custom_quantizer.errors import InputError
 
 
@@ -197,7 +197,7 @@ def test_sets_do_not_mix(tmp_path: Path) -> None:
 
 WRITER = """
 import os, sys
-from custom_quantizer._io import write_files_atomic
+from custom_quantizer.core.files import write_files_atomic
 
 fsync, count = os.fsync, 0
 

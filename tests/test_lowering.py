@@ -28,6 +28,9 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import load_program, lowering, passes
+from custom_quantizer.backends.xnnpack.passes import PASSES
+from custom_quantizer.core.graph import is_dequantize, is_quantize
 from custom_quantizer.errors import (
     ConversionError,
     InputError,
@@ -35,9 +38,6 @@ from custom_quantizer.errors import (
     ProgramError,
     VerificationError,
 )
-from custom_quantizer.graph import is_dequantize, is_quantize
-from custom_quantizer.xnnpack import load_program, lowering, passes
-from custom_quantizer.xnnpack.passes import PASSES
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 6, 6)

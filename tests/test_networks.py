@@ -18,7 +18,7 @@ from support.models import convert, randomize_batch_norms
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.xnnpack.checks import is_exact
+from custom_quantizer.backends.xnnpack.checks import is_exact
 
 IMAGE = (1, 3, 12, 12)
 

@@ -17,13 +17,12 @@ from torchao.quantization.pt2e import HistogramObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
 
-from custom_quantizer.errors import CalibrationError, SchemeError
-from custom_quantizer.formats import IntFormat
-from custom_quantizer.graph import is_dequantize, qparams_of
-from custom_quantizer.observers import ActivationObserver
-from custom_quantizer.quantizer import IntegerQuantizer
-from custom_quantizer.ranges import Statistics, choose_qparams, solve
-from custom_quantizer.schemes import (
+from custom_quantizer.calibration.observers import ActivationObserver
+from custom_quantizer.calibration.ranges import Statistics, choose_qparams, solve
+from custom_quantizer.calibration.statistics import solved_qparams
+from custom_quantizer.core.formats import IntFormat
+from custom_quantizer.core.graph import is_dequantize, qparams_of
+from custom_quantizer.core.schemes import (
     OBSERVERS,
     TensorScheme,
     activation_scheme,
@@ -31,7 +30,8 @@ from custom_quantizer.schemes import (
     observer_name,
     scheme,
 )
-from custom_quantizer.statistics import solved_qparams
+from custom_quantizer.errors import CalibrationError, SchemeError
+from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 EXACT = ("minmax", "percentile99", "histogram", "entropy")
 every_observer = pytest.mark.parametrize("name", OBSERVERS)

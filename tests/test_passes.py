@@ -22,13 +22,13 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.converted import read_converted
+from custom_quantizer.backends.xnnpack import passes
+from custom_quantizer.backends.xnnpack.groups import join_factor, joined
+from custom_quantizer.backends.xnnpack.passes import PASSES, origin_of, run_passes
+from custom_quantizer.core.graph import is_constant, is_dequantize, is_quantize
 from custom_quantizer.errors import LoweringError
-from custom_quantizer.graph import is_constant, is_dequantize, is_quantize
 from custom_quantizer.ops import REGISTRY, Backend
-from custom_quantizer.xnnpack import passes
-from custom_quantizer.xnnpack.groups import join_factor, joined
-from custom_quantizer.xnnpack.passes import PASSES, origin_of, run_passes
+from custom_quantizer.reference.converted import read_converted
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 6, 6)

@@ -16,8 +16,10 @@ from torch.fx import GraphModule
 from torch.nn.utils import weight_norm
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from custom_quantizer.calibration import CalibrationSummary
-from custom_quantizer.converted import read_converted
+from custom_quantizer.app.pipeline import QuantizationResult, as_quantizer, capture, quantize
+from custom_quantizer.backends.xnnpack import load_program, read_program
+from custom_quantizer.calibration.run import CalibrationSummary
+from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import (
     CalibrationError,
     CaptureError,
@@ -26,11 +28,9 @@ from custom_quantizer.errors import (
     InputError,
     SchemeError,
 )
-from custom_quantizer.integer import integer_reference
-from custom_quantizer.pipeline import QuantizationResult, as_quantizer, capture, quantize
-from custom_quantizer.quantizer import IntegerQuantizer
-from custom_quantizer.schemes import scheme
-from custom_quantizer.xnnpack import load_program, read_program
+from custom_quantizer.planning.quantizer import IntegerQuantizer
+from custom_quantizer.reference import integer_reference
+from custom_quantizer.reference.converted import read_converted
 
 EXAMPLE = (small_images(4),)
 DATA = small_images(32)

@@ -19,12 +19,12 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.canonical import canonicalize
-from custom_quantizer.config import Config, Rule, Scope
+from custom_quantizer.config.rules import Config, Rule, Scope
+from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import ConfigError
 from custom_quantizer.ops import Backend, Binding, Formats, OpRule, predict_backend, rule_of
-from custom_quantizer.planner import Edge, Plan, make_plan
-from custom_quantizer.schemes import scheme
+from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.planning.planner import Edge, Plan, make_plan
 
 IMAGE = (2, 4, 6, 6)
 A8W8 = scheme("a8w8")

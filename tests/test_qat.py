@@ -37,9 +37,8 @@ from torchao.quantization.pt2e.quantize_pt2e import (
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
 import custom_quantizer as cq
-from custom_quantizer import qat
-from custom_quantizer.bias import quantize_bias
-from custom_quantizer.converted import read_converted
+from custom_quantizer.core.bias import quantize_bias
+from custom_quantizer.core.graph import is_quantize, qparams_of
 from custom_quantizer.errors import (
     CalibrationError,
     CaptureError,
@@ -48,13 +47,14 @@ from custom_quantizer.errors import (
     InputError,
     TrainingError,
 )
-from custom_quantizer.fake_quantize import (
+from custom_quantizer.ops.rewrites.training_graph import training_mode_of
+from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.training import qat
+from custom_quantizer.training.fake_quantize import (
     ActivationFakeQuantize,
     BiasFakeQuantize,
     WeightFakeQuantize,
 )
-from custom_quantizer.graph import is_quantize, qparams_of
-from custom_quantizer.training_graph import training_mode_of
 
 SCHEMES = (
     "a8w8",

@@ -19,6 +19,8 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
+from custom_quantizer.calibration.observers import META_KEY
+from custom_quantizer.core.graph import constant_of, is_dequantize, is_quantize, qparams_of
 from custom_quantizer.errors import (
     CalibrationError,
     CaptureError,
@@ -27,8 +29,6 @@ from custom_quantizer.errors import (
     CustomQuantizerError,
     SchemeError,
 )
-from custom_quantizer.graph import constant_of, is_dequantize, is_quantize, qparams_of
-from custom_quantizer.observers import META_KEY
 
 aten = torch.ops.aten
 IMAGE = (2, 3, 8, 8)

@@ -41,9 +41,8 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize
 from torchao.quantization.granularity import PerGroup
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from custom_quantizer.errors import ProgramError
-from custom_quantizer.xnnpack import readback
-from custom_quantizer.xnnpack.readback import (
+from custom_quantizer.backends.xnnpack import readback
+from custom_quantizer.backends.xnnpack.readback import (
     DelegateCall,
     DelegateContents,
     DelegateOp,
@@ -54,6 +53,7 @@ from custom_quantizer.xnnpack.readback import (
     describe,
     read_program,
 )
+from custom_quantizer.errors import ProgramError
 
 INVALID = 2**32 - 1
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support.scripts import shown, without_numbers
 
-from custom_quantizer.cli import cli
-from custom_quantizer.xnnpack import load_program
+from custom_quantizer.app.cli import cli
+from custom_quantizer.backends.xnnpack import load_program
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

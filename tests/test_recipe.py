@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.xnnpack.checksum import seal
-from custom_quantizer.xnnpack.recipe import IntegerRecipeProvider
+from custom_quantizer.backends.xnnpack.checksum import seal
+from custom_quantizer.backends.xnnpack.recipe import IntegerRecipeProvider
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experimental.*")
 

@@ -16,13 +16,13 @@ from support.registry import Surrounded
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.arithmetic import QParams, XnnpackArithmetic
-from custom_quantizer.converted import read_converted
-from custom_quantizer.graph import is_dequantize, is_quantize
-from custom_quantizer.integer.accumulators import mul_width
+from custom_quantizer.core.arithmetic import QParams, XnnpackArithmetic
+from custom_quantizer.core.graph import is_dequantize, is_quantize
 from custom_quantizer.ops import REGISTRY, Case, OpRule, gemm
 from custom_quantizer.ops._rule import _bits
 from custom_quantizer.ops.gemm import _accumulate
+from custom_quantizer.reference.accumulators import mul_width
+from custom_quantizer.reference.converted import read_converted
 
 MODES = ("xnnpack", "fixed_point", "exact")
 CASES = [
@@ -168,7 +168,7 @@ def test_what_a_changing_state_returned_stays_as_it_was() -> None:
 
 def test_fixed_point_sees_only_integer_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the borders no op of the reference is handed a floating-point tensor."""
-    import custom_quantizer.integer.reference as reference
+    import custom_quantizer.reference.interpreter as reference
 
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -25,10 +25,11 @@ from torch import nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from custom_quantizer import report as report_module
+from custom_quantizer.backends.xnnpack import LoweredProgram, lower, read_program
 from custom_quantizer.errors import ConversionError, InputError, ProgramError
-from custom_quantizer.quantizer import IntegerQuantizer
-from custom_quantizer.report import (
+from custom_quantizer.planning.quantizer import IntegerQuantizer
+from custom_quantizer.report import record as report_module
+from custom_quantizer.report.record import (
     OpRow,
     ProgramReport,
     ProgramRow,
@@ -37,7 +38,6 @@ from custom_quantizer.report import (
     inspect,
     inspect_program,
 )
-from custom_quantizer.xnnpack import LoweredProgram, lower, read_program
 
 EXAMPLE = (torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(7)),)
 

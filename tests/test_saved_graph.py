@@ -22,9 +22,9 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.cli import cli
-from custom_quantizer.graph import module_path, size_bounds, tensor_meta
-from custom_quantizer.saved_graph import load_lowered
+from custom_quantizer.app.cli import cli
+from custom_quantizer.app.saved_graph import load_lowered
+from custom_quantizer.core.graph import module_path, size_bounds, tensor_meta
 
 EXAMPLE = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
 

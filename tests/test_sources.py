@@ -22,15 +22,9 @@ from support import cifar_models
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from custom_quantizer.app.data import Batch, DataSource, Preprocess, load_data
+from custom_quantizer.app.models import load_model, load_weights
 from custom_quantizer.errors import InputError
-from custom_quantizer.sources import (
-    Batch,
-    DataSource,
-    Preprocess,
-    load_data,
-    load_model,
-    load_weights,
-)
 
 # --- models ---
 
@@ -156,7 +150,7 @@ def test_an_instance_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_installed_module_is_imported() -> None:
-    model = load_model("custom_quantizer.digits:DigitsNet", width=8)
+    model = load_model("custom_quantizer.app.digits:DigitsNet", width=8)
     assert model.get_parameter("classifier.weight").shape == (10, 16)
 
 

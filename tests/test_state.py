@@ -21,9 +21,9 @@ from torchao.quantization.pt2e.quantize_pt2e import (
 )
 
 import custom_quantizer as cq
-from custom_quantizer.calibration import restore_state
-from custom_quantizer.graph import state_buffers
-from custom_quantizer.statistics import activation_observers
+from custom_quantizer.calibration.run import restore_state
+from custom_quantizer.calibration.statistics import activation_observers
+from custom_quantizer.core.graph import state_buffers
 
 
 class Remembers(nn.Module):

@@ -23,12 +23,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from custom_quantizer import ranges
-from custom_quantizer.arithmetic import QParams
-from custom_quantizer.errors import CalibrationError, InputError
-from custom_quantizer.formats import IntFormat
-from custom_quantizer.quantizer import IntegerQuantizer
-from custom_quantizer.ranges import (
+from custom_quantizer.calibration import ranges
+from custom_quantizer.calibration.ranges import (
     BINS,
     Kind,
     Statistics,
@@ -40,8 +36,7 @@ from custom_quantizer.ranges import (
     percentile_range,
     solve,
 )
-from custom_quantizer.schemes import TensorScheme
-from custom_quantizer.statistics import (
+from custom_quantizer.calibration.statistics import (
     Entry,
     ModelStatistics,
     activation_observers,
@@ -54,6 +49,11 @@ from custom_quantizer.statistics import (
     solved_qparams,
     statistics_of,
 )
+from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.formats import IntFormat
+from custom_quantizer.core.schemes import TensorScheme
+from custom_quantizer.errors import CalibrationError, InputError
+from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 LARGEST = torch.finfo(torch.float32).max
 EXACT_OBSERVERS = ("minmax", "percentile", "percentile90", "histogram", "entropy")
@@ -788,7 +788,7 @@ def test_not_a_prepared_graph(wrong: Any) -> None:
 
 # -- files that are not what they should be --------------------------------------------------------
 
-METADATA = {"custom_quantizer.statistics": "1"}
+METADATA = {"custom_quantizer.calibration.statistics": "1"}
 
 
 def good_file() -> dict[str, Tensor]:
@@ -858,9 +858,9 @@ def test_tampered_files(tmp_path: Path, name: str) -> None:
     [
         (None, "no calibration statistics"),
         ({"format": "pt", "version": "1"}, "no calibration statistics"),
-        ({"custom_quantizer.statistics": "one"}, "no calibration statistics"),
-        ({"custom_quantizer.statistics": "3"}, "version 3 .* up to 2"),
-        ({"custom_quantizer.statistics": "2"}, "was changed after it was written"),
+        ({"custom_quantizer.calibration.statistics": "one"}, "no calibration statistics"),
+        ({"custom_quantizer.calibration.statistics": "3"}, "version 3 .* up to 2"),
+        ({"custom_quantizer.calibration.statistics": "2"}, "was changed after it was written"),
     ],
 )
 def test_other_safetensors_files(

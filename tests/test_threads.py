@@ -23,9 +23,9 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.integer import integer_reference
-from custom_quantizer.threads import exclusive, tools
-from custom_quantizer.xnnpack import lowering
+from custom_quantizer.backends.xnnpack import lowering
+from custom_quantizer.core.threads import exclusive, tools
+from custom_quantizer.reference import integer_reference
 
 EXAMPLE = (small_images(4),)
 DATA = small_images(32)

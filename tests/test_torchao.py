@@ -15,7 +15,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer, Quantizer
 
 import custom_quantizer as cq
-from custom_quantizer._torchao import prepares_for_training
+from custom_quantizer.planning.torchao_folding import prepares_for_training
 
 
 def test_the_version_that_it_is_for() -> None:

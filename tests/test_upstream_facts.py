@@ -28,7 +28,7 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
-from custom_quantizer.bias import COMFORTABLE_BIAS
+from custom_quantizer.core.bias import COMFORTABLE_BIAS
 
 _q = torch.ops.quantized_decomposed
 INT32 = (-(2**31), 2**31 - 1, torch.int32)

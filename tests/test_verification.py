@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import custom_quantizer as cq
-from custom_quantizer.graph import is_quantize
-from custom_quantizer.xnnpack import passes
+from custom_quantizer.backends.xnnpack import passes
+from custom_quantizer.core.graph import is_quantize
 
 SHAPE = (2, 3, 8, 8)
 

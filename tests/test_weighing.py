@@ -13,11 +13,11 @@ from support.graphs import Function, capture, lowered_exactly, quantized
 from torch import Tensor, fx, nn
 
 import custom_quantizer as cq
-from custom_quantizer.canonical import canonicalize
-from custom_quantizer.config import Config, Rule, Scope
-from custom_quantizer.planner import Plan, make_plan
-from custom_quantizer.schemes import activation_scheme, scheme
-from custom_quantizer.weighing import Kind, Step, weigh
+from custom_quantizer.config.rules import Config, Rule, Scope
+from custom_quantizer.core.schemes import activation_scheme, scheme
+from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.planning.planner import Plan, make_plan
+from custom_quantizer.planning.profitability import Kind, Step, weigh
 
 IMAGE = (2, 4, 6, 6)
 INTEGER, WEIGHED, MOVER, FLOAT = Kind.INTEGER, Kind.WEIGHED, Kind.MOVER, Kind.FLOAT

@@ -26,8 +26,8 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack.checks import relative_error
 from custom_quantizer.ops import Backend
-from custom_quantizer.xnnpack.checks import relative_error
 
 Shape = tuple[int, ...]
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.arithmetic import Arithmetic, QParams
+from custom_quantizer.core.arithmetic import Arithmetic, QParams
+from custom_quantizer.core.graph import describe
+from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.errors import ConversionError, SchemeError
-from custom_quantizer.graph import describe
-from custom_quantizer.schemes import OpScheme
 
 __all__ = [
     "ACCEPTED",

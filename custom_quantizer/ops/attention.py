@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.arithmetic import Arithmetic
-from custom_quantizer.graph import argument, is_constant, shape_of, tensor_meta
+from custom_quantizer.core.arithmetic import Arithmetic
+from custom_quantizer.core.graph import argument, is_constant, shape_of, tensor_meta
 from custom_quantizer.ops._rule import (
     Binding,
     Integers,

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.arithmetic import (
+from custom_quantizer.core.arithmetic import (
     Arithmetic,
     xnnpack_add_parameters,
     xnnpack_multiplier,
 )
-from custom_quantizer.graph import argument, reads_sizes, tensor_meta
+from custom_quantizer.core.graph import argument, reads_sizes, tensor_meta
 from custom_quantizer.ops._rule import (
     ACCEPTED,
     Binding,

@@ -4,7 +4,7 @@ Between int8 borders such a function is a table with one entry for each stored i
 dequantizes, computes in float32 and quantizes, and XNNPACK fuses those steps, when it loads a
 program, into a table of 256 bytes that it fills by running them once. So a function costs one pass
 over bytes, whatever it computes; and between float ops, where there are no borders, quantizing it
-would only cost (:mod:`custom_quantizer.weighing`).
+would only cost (:mod:`custom_quantizer.planning.profitability`).
 
 **Bit exactness.** A float32 kernel is a few units in the last place off the true value, by other
 amounts on other CPUs. That matters only where the true value lies next to the middle between two
@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.arithmetic import XNNPACK, Arithmetic, QParams, round_to_float32
+from custom_quantizer.core.arithmetic import XNNPACK, Arithmetic, QParams, round_to_float32
+from custom_quantizer.core.graph import argument, describe, is_constant
 from custom_quantizer.errors import ConversionError
-from custom_quantizer.graph import argument, describe, is_constant
 from custom_quantizer.ops._rule import (
     Backend,
     Binding,

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.arithmetic import XNNPACK, Arithmetic, QParams, xnnpack_multiplier
+from custom_quantizer.core.arithmetic import XNNPACK, Arithmetic, QParams, xnnpack_multiplier
+from custom_quantizer.core.graph import argument, describe, is_constant, tensor_meta
+from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.errors import ConversionError
-from custom_quantizer.graph import argument, describe, is_constant, tensor_meta
 from custom_quantizer.ops._rule import (
     ACCEPTED,
     Backend,
@@ -27,7 +28,6 @@ from custom_quantizer.ops._rule import (
     legal,
     refused,
 )
-from custom_quantizer.schemes import OpScheme
 
 __all__ = ["CONV", "CONV_TRANSPOSE", "LINEAR", "expand_channels", "symmetric_padding"]
 

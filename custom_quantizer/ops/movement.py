@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.arithmetic import Arithmetic
-from custom_quantizer.errors import ConversionError
-from custom_quantizer.graph import (
+from custom_quantizer.core.arithmetic import Arithmetic
+from custom_quantizer.core.graph import (
     argument,
     describe,
     reads_sizes,
@@ -21,6 +20,7 @@ from custom_quantizer.graph import (
     tensor_meta,
     view_sizes,
 )
+from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops._rule import (
     Backend,
     Binding,

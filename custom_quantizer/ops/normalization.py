@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from custom_quantizer.graph import argument, is_constant, shape_of
+from custom_quantizer.core.graph import argument, is_constant, shape_of
 from custom_quantizer.ops._rule import Binding, Case, OpRule, float_rule
 from custom_quantizer.ops.elementwise import _bind_single, _case
 

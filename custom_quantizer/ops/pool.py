@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.arithmetic import Arithmetic
+from custom_quantizer.core.arithmetic import Arithmetic
+from custom_quantizer.core.graph import argument, describe, reads_sizes, tensor_meta
+from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.errors import ConversionError
-from custom_quantizer.graph import argument, describe, reads_sizes, tensor_meta
 from custom_quantizer.ops._rule import (
     ACCEPTED,
     Backend,
@@ -28,7 +29,6 @@ from custom_quantizer.ops._rule import (
     refused,
 )
 from custom_quantizer.ops.elementwise import _bind_single, _case
-from custom_quantizer.schemes import OpScheme
 
 __all__ = ["ADAPTIVE_AVG_POOL", "AVG_POOL", "MAX_POOL", "MEAN"]
 

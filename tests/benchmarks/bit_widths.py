@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
 
 import custom_quantizer as cq
-from custom_quantizer._io import write_json_atomic, write_text_atomic
+from custom_quantizer.core.files import write_json_atomic, write_text_atomic
 
 BATCH = 100
 

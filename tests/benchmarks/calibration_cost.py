@@ -33,7 +33,7 @@ from support.cifar_models import resnet20
 from support.models import torchvision_model
 
 import custom_quantizer as cq
-from custom_quantizer._io import write_json_atomic, write_text_atomic
+from custom_quantizer.core.files import write_json_atomic, write_text_atomic
 
 ROUNDS = 5
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

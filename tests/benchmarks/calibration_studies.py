@@ -33,8 +33,8 @@ from support.cifar_models import (
 )
 
 import custom_quantizer as cq
-from custom_quantizer._io import write_json_atomic, write_text_atomic
-from custom_quantizer.graph import is_quantize
+from custom_quantizer.core.files import write_json_atomic, write_text_atomic
+from custom_quantizer.core.graph import is_quantize
 
 BATCH = 100
 

@@ -46,9 +46,9 @@ from support.cifar_models import (
 )
 
 import custom_quantizer as cq
-from custom_quantizer import qat
-from custom_quantizer._io import write_json_atomic, write_text_atomic
-from custom_quantizer.converted import read_converted
+from custom_quantizer.core.files import write_json_atomic, write_text_atomic
+from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.training import qat
 
 BATCH = 128
 TEST_BATCH = 100

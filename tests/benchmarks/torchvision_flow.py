@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.models import torchvision_model
 
 import custom_quantizer as cq
-from custom_quantizer._io import write_bytes_atomic, write_json_atomic
-from custom_quantizer.converted import read_converted
-from custom_quantizer.xnnpack import read_program
-from custom_quantizer.xnnpack.checks import is_exact, output_scales
+from custom_quantizer.backends.xnnpack import read_program
+from custom_quantizer.backends.xnnpack.checks import is_exact, output_scales
+from custom_quantizer.core.files import write_bytes_atomic, write_json_atomic
+from custom_quantizer.reference.converted import read_converted
 
 CALIBRATION_IMAGES = 8
 CHECKED_IMAGES = 3

@@ -36,8 +36,8 @@ from typing import Any
 
 from torchvision_table import render
 
-from custom_quantizer._io import write_json_atomic, write_text_atomic
-from custom_quantizer._progress import track
+from custom_quantizer.core.files import write_json_atomic, write_text_atomic
+from custom_quantizer.core.progress import track
 
 FLOWS = ("stock", "ours", "float")
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from custom_quantizer.integer.numpy_runner import checksum
+from custom_quantizer.reference.numpy_runner import checksum
 
 __all__ = ["signed", "write_signed"]
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from custom_quantizer.app.data import load_data
+from custom_quantizer.app.models import load_weights
 from custom_quantizer.errors import InputError
-from custom_quantizer.sources import load_data, load_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

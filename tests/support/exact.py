@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.bias import derived_scale
-from custom_quantizer.converted import read_converted
-from custom_quantizer.graph import is_dequantize, is_quantize, qparams_of
+from custom_quantizer.core.bias import derived_scale
+from custom_quantizer.core.graph import is_dequantize, is_quantize, qparams_of
 from custom_quantizer.ops.gemm import expand_channels
+from custom_quantizer.reference.converted import read_converted
 
 __all__ = ["assert_sums_are_exact", "on_grid", "put_on_grid", "with_dyadic_scales"]
 

@@ -25,8 +25,8 @@ import torch
 import torch.utils._pytree as pytree
 
 import custom_quantizer as cq
-from custom_quantizer import _graph_document as graph_document
-from custom_quantizer.xnnpack.checksum import SIZE
+from custom_quantizer.backends.xnnpack.checksum import SIZE
+from custom_quantizer.reference import graph_document
 
 WORDS = (0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 

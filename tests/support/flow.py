@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from custom_quantizer.pipeline import QuantizationResult, quantize
+from custom_quantizer.app.pipeline import QuantizationResult, quantize
 
 
 class Small(nn.Module):

@@ -23,18 +23,16 @@ from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.arithmetic import QParams, get_arithmetic
-from custom_quantizer.bias import derived_scale
-from custom_quantizer.canonical import canonicalize
-from custom_quantizer.converted import ConvertedGraph, read_converted
-from custom_quantizer.graph import (
+from custom_quantizer.backends.xnnpack.checks import instrumented, is_exact
+from custom_quantizer.core.arithmetic import QParams, get_arithmetic
+from custom_quantizer.core.bias import derived_scale
+from custom_quantizer.core.graph import (
     is_constant,
     is_quantize,
     is_run_time_quantization,
     is_static,
     qparams_of,
 )
-from custom_quantizer.integer.reference import IntegerReference
 from custom_quantizer.ops import (
     REGISTRY,
     Backend,
@@ -46,7 +44,9 @@ from custom_quantizer.ops import (
 )
 from custom_quantizer.ops.functions import is_tanh_gelu
 from custom_quantizer.ops.gemm import expand_channels
-from custom_quantizer.xnnpack.checks import instrumented, is_exact
+from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.reference.converted import ConvertedGraph, read_converted
+from custom_quantizer.reference.interpreter import IntegerReference
 from support.graphs import Inputs, differences, stress
 from support.models import Converted, randomize_batch_norms
 

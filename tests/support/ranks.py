@@ -11,9 +11,13 @@ from torch import Tensor, distributed, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+from custom_quantizer.calibration.statistics import (
+    all_reduce_statistics,
+    save_statistics,
+    solved_qparams,
+)
 from custom_quantizer.errors import CalibrationError
-from custom_quantizer.quantizer import IntegerQuantizer
-from custom_quantizer.statistics import all_reduce_statistics, save_statistics, solved_qparams
+from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 SCHEMES = ("a8w8", "a8w8-percentile99", "a4w8-histogram", "a8w8-entropy")
 

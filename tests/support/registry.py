@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from custom_quantizer.canonical import canonicalize
 from custom_quantizer.ops import REGISTRY, Backend, Case, Formats, OpRule, QParamSharing, rule_of
+from custom_quantizer.ops.rewrites.canonical import canonicalize
 
 
 @cache

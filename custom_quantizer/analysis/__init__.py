@@ -1,0 +1,1 @@
+"""Numbers about a quantized model: verification, evaluation, fidelity, diagnosis."""

@@ -1,0 +1,233 @@
+"""Running a graph once more without leaving a trace: on other grids, in float64, tensor by tensor.
+
+Observers record nothing, buffers that the graph writes keep what they hold, and random numbers are
+the same in every run.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule, Interpreter, Node
+from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
+
+from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
+from custom_quantizer.calibration.run import GraphInputs
+from custom_quantizer.core.graph import size_bounds, state_of, tensor_meta
+from custom_quantizer.core.threads import tools
+from custom_quantizer.errors import CaptureError
+
+__all__ = ["Rerun", "capture_like", "copied", "is_float", "rerun_in_float64"]
+
+logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+_SKIPPED = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten._assert_scalar.default,
+        aten._assert_async.msg,
+    }
+)
+
+
+def copied(value: Any) -> Any:
+    """A tensor of its own; anything else as it is."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def is_float(value: Any) -> bool:
+    """Whether a value is a tensor of real numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class Rerun(Interpreter):
+    """Runs a graph without touching it: observers see nothing, and state stays as it is.
+
+    Args:
+        model: captured, prepared or converted.
+        state: the captured graph whose values buffers that the graph writes begin with; ``model``
+            itself by default.
+        dtype: for all floating-point tensors; ``None``: as they are.
+        rounding: put what is observed on its grid.
+        wanted: nodes whose values are kept in ``seen``, by name; ``None``: no one's.
+    """
+
+    def __init__(
+        self,
+        model: GraphModule,
+        *,
+        state: GraphModule | None = None,
+        dtype: torch.dtype | None = None,
+        rounding: bool = False,
+        wanted: Callable[[Node], bool] | None = None,
+    ) -> None:
+        super().__init__(model)
+        self._dtype, self._rounding, self._wanted = dtype, rounding, wanted
+        self.seen: dict[str, Tensor] = {}
+        origin = state or model
+        self._state = {
+            str(node.target): self._cast(_attribute(origin, model, str(node.target)).clone())
+            for node in state_of(model.graph)
+            if node.op == "get_attr"
+        }
+
+    def outputs(self, values: list[Any]) -> list[Any]:
+        """The flat outputs for one value per placeholder."""
+        given = [self._cast(copied(value)) for value in values]
+        # Random numbers are the same in every run, and nobody else draws meanwhile.
+        with torch.no_grad(), tools():
+            torch.manual_seed(0)
+            return pytree.tree_leaves(self.run(*given, enable_io_processing=False))
+
+    def _cast(self, value: Any) -> Any:
+        if self._dtype is None or not is_float(value):
+            return value
+        return value.to(self._dtype)
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node of the graph; assertions are left out."""
+        if n.op == "call_function" and n.target in _SKIPPED:
+            return None
+        result = super().run_node(n)
+        if self._wanted is not None and isinstance(result, Tensor) and self._wanted(n):
+            self.seen[n.name] = result.detach().clone()
+        return result
+
+    def fetch_attr(self, target: str) -> Any:
+        """A constant or a buffer, in the dtype of this run."""
+        if target in self._state:
+            return self._state[target]
+        return self._cast(super().fetch_attr(target))
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an op, in the dtype of this run."""
+        if self._dtype is not None:
+            # ``dtype=torch.float32`` in the graph stands for the dtype of the model.
+            args, kwargs = pytree.tree_map(
+                lambda v: self._dtype if v is torch.float32 else v, (args, kwargs)
+            )
+        return super().call_function(target, args, kwargs)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module; observers and fake quantizers pass their input on."""
+        module = self.fetch_attr(str(target))
+        if isinstance(module, (ObserverBase, FakeQuantizeBase)):
+            return _on_grid(module, args[0]) if self._rounding else args[0]
+        if str(target) == "_guards_fn":
+            return None
+        return super().call_module(target, args, kwargs)
+
+
+def _attribute(model: GraphModule, fallback: GraphModule, target: str) -> Tensor:
+    try:
+        return cast(Tensor, operator.attrgetter(target)(model))
+    except AttributeError:
+        return cast(Tensor, operator.attrgetter(target)(fallback))
+
+
+def _on_grid(observer: nn.Module, x: Tensor) -> Tensor:
+    """``x`` rounded to the scale that an observer found, without the ends of the range."""
+    scale: Tensor | float
+    if isinstance(observer, WeightObserver):
+        found = observer.scale(x)
+        if observer.scheme.group_size is not None:
+            grouped = x.reshape(len(x), -1, observer.scheme.group_size)
+            return _rounded(grouped, found.unsqueeze(-1)).reshape(x.shape)
+        if found.dim():
+            shape = [1] * x.dim()
+            shape[observer.ch_axis] = -1
+            found = found.reshape(shape)
+        scale = found
+    elif not isinstance(observer, ActivationObserver) or x.numel() == 0:
+        return x  # a bias is rounded far more finely than anything else
+    elif observer.is_dynamic:
+        low, high = torch.aminmax(x.detach())
+        reach = max(float(high), 0.0) - min(float(low), 0.0)
+        scale = reach / (observer.quant_max - observer.quant_min)
+        if scale == 0:
+            return x
+    elif int(observer.count) == 0:
+        return x
+    else:
+        scale = cast(float, observer.qparams().scale)
+    return _rounded(x, scale)
+
+
+def _rounded(x: Tensor, scale: Tensor | float) -> Tensor:
+    return ((x.double() / scale).round() * scale).to(x.dtype)
+
+
+def rerun_in_float64(captured: GraphModule, values: list[Any]) -> list[Any] | None:
+    """Outputs of a captured graph in float64; ``None`` where an op does not know that dtype."""
+    try:
+        return Rerun(captured, dtype=torch.float64).outputs(values)
+    except Exception as error:  # whatever a kernel raises
+        logger.debug("the float model does not run in float64: %s", error)
+        return None
+
+
+@tools()
+def capture_like(
+    model: nn.Module | torch.export.ExportedProgram, graph: GraphModule, values: list[Any]
+) -> GraphModule:
+    """The float model as a captured graph of its own, with the inputs that ``graph`` has.
+
+    Args:
+        model: a module, an ``ExportedProgram`` or a captured graph; not changed.
+        graph: prepared or converted from it.
+        values: one set of inputs, by placeholder.
+
+    Raises:
+        CaptureError: ``torch.export`` cannot capture the model.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        return model.module()
+    if isinstance(model, GraphModule):
+        return copy.deepcopy(model)
+    inputs = GraphInputs.of(graph)
+    args, kwargs = inputs.arguments(values)
+    sizes: dict[str, Any] = {}
+    dynamic = [
+        _dynamic_sizes(node, sizes) for node in graph.graph.nodes if node.op == "placeholder"
+    ]
+    dynamic_args, dynamic_kwargs = inputs.arguments(dynamic)
+    # Export numbers the shapes of positional and keyword arguments together.
+    shapes = (*dynamic_args, *dynamic_kwargs.values()) if any(dynamic) else None
+    try:
+        program = torch.export.export(
+            copy.deepcopy(model).eval(), args, kwargs, dynamic_shapes=shapes
+        )
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}: {text}. Pass the captured graph "
+            "that was quantized"
+        ) from error
+    return program.module()
+
+
+def _dynamic_sizes(node: Node, known: dict[str, Any]) -> dict[int, Any]:
+    """The sizes of an input that vary, as export was told; equal symbols are one ``Dim``."""
+    meta = tensor_meta(node)
+    dynamic = {}
+    for index, size in enumerate(() if meta is None else meta.shape):
+        low, high = size_bounds(size)
+        if low == high:
+            continue
+        name = str(size)
+        if name not in known:
+            # A size that follows from others has no bounds of its own.
+            plain = name.isidentifier()
+            known[name] = Dim(name, min=low, max=high) if plain else Dim.AUTO
+        dynamic[index] = known[name]
+    return dynamic

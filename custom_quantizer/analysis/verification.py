@@ -1,0 +1,303 @@
+"""Float, converted graph, integer reference and program on the same inputs, op by op.
+
+Two independent looks at a program: what it *holds* (every weight, bias, scale, zero point and
+clamp in the file against the graph's) and what it *computes* (its outputs against the integer
+reference). Where they differ the first op that does is named; if the file holds the right numbers,
+the graph is lowered once more with every quantized tensor as an output, which shows the first
+tensor that is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from custom_quantizer.backends.xnnpack import LoweredProgram, lower
+from custom_quantizer.backends.xnnpack.checks import (
+    differences,
+    instrumented,
+    is_exact,
+    output_scales,
+)
+from custom_quantizer.core.graph import module_path, state_kept, tensor_meta
+from custom_quantizer.core.threads import exclusive
+from custom_quantizer.errors import CustomQuantizerError, InputError
+from custom_quantizer.reference import integer_reference
+from custom_quantizer.reference.converted import ConvertedGraph, read_converted
+
+__all__ = ["FirstDifference", "OutputCheck", "Verification", "random_like", "verify"]
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output of the model, over all inputs.
+
+    Attributes:
+        index: position among the outputs.
+        values: how many numbers were compared.
+        mismatches: how many of the program's differ from the integer reference's.
+        max_lsb: largest difference in units of the output's scale; ``None`` for a float output.
+        max_abs: largest absolute difference.
+        graph_mismatches: how many of the converted graph's (PyTorch) differ from the program's.
+        graph_max_lsb: the largest of those differences in units.
+        sqnr_float: of the program against the float model, in dB; ``None`` without one.
+        sqnr_graph: of the program against the converted graph, in dB.
+    """
+
+    index: int
+    values: int
+    mismatches: int
+    max_lsb: float | None
+    max_abs: float
+    graph_mismatches: int
+    graph_max_lsb: float | None
+    sqnr_float: float | None
+    sqnr_graph: float
+
+
+@dataclass(frozen=True)
+class FirstDifference:
+    """The first op, in graph order, that is not what the graph says.
+
+    Attributes:
+        node: its anchor, or the node whose tensor differs.
+        path: module path.
+        what: the constant that differs, or ``output``.
+        detail: both values, or how many values differ.
+    """
+
+    node: str
+    path: str
+    what: str
+    detail: str
+
+    def __str__(self) -> str:
+        where = f"{self.node} ({self.path})" if self.path else self.node
+        return f"{where}: {self.what}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and whether it is equal.
+
+    Attributes:
+        outputs: one entry per output tensor.
+        constants_equal: every weight, bias, scale and clamp in the file is the graph's.
+        exact_expected: every op is integer, so the outputs must be equal bit for bit.
+        first: the first op that differs, if any does.
+        inexact_ops: ops that are float or emulated, so that equality is not expected, and why.
+    """
+
+    outputs: tuple[OutputCheck, ...]
+    constants_equal: bool
+    exact_expected: bool
+    first: FirstDifference | None
+    inexact_ops: tuple[str, ...]
+
+    @property
+    def bit_exact(self) -> bool:
+        """The file holds the graph's integers and computes what they say, bit for bit."""
+        return self.constants_equal and all(output.mismatches == 0 for output in self.outputs)
+
+    def to_json(self) -> str:
+        """All fields as JSON."""
+        record = asdict(self) | {"bit_exact": self.bit_exact, "version": 1}
+        return json.dumps(record, indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"bit-exact: {'yes' if self.bit_exact else 'NO'}"]
+        for out in self.outputs:
+            lsb = "" if out.max_lsb is None else f", by up to {out.max_lsb:g} LSB"
+            lines.append(
+                f"  output {out.index}: {out.mismatches:,} of {out.values:,} values differ from "
+                f"the integer reference{lsb}"
+            )
+            graph_lsb = "" if out.graph_max_lsb is None else f" (up to {out.graph_max_lsb:g} LSB)"
+            lines.append(
+                f"    PyTorch's converted graph: {out.graph_mismatches:,} differ{graph_lsb}, "
+                f"SQNR {out.sqnr_graph:.1f} dB"
+            )
+            if out.sqnr_float is not None:
+                lines.append(f"    float model: SQNR {out.sqnr_float:.1f} dB")
+        if self.first is not None:
+            lines.append(f"  first difference: {self.first}")
+        lines += [f"  not bit-exact by design: {op}" for op in self.inexact_ops]
+        return "\n".join(lines)
+
+
+def verify(
+    converted: GraphModule,
+    lowered: LoweredProgram,
+    inputs: Iterable[Any],
+    *,
+    float_model: Callable[..., Any] | None = None,
+) -> Verification:
+    """Compare a program with the integer reference of its graph.
+
+    The inputs are one stream: where a model writes its buffers, all begin with what the graph
+    holds, and the graph holds the same afterwards; the program is loaded anew before and after.
+
+    Args:
+        converted: what ``convert_pt2e`` returned.
+        lowered: what :func:`custom_quantizer.lower` made of it.
+        inputs: one tuple of inputs, or an iterable of such tuples (or of single tensors).
+        float_model: for the SQNR against it.
+
+    Raises:
+        InputError: there are no inputs.
+        ConversionError: the graph is not a converted one.
+        ProgramError: the program does not run.
+    """
+    graph = read_converted(converted)
+    batches = list(_batches(inputs))
+    if not batches:
+        raise InputError("there are no inputs to verify on; pass at least one tuple of inputs")
+    reference = integer_reference(converted)
+    checks = [_Accumulator(i, scale) for i, scale in enumerate(output_scales(converted))]
+    lowered.reset()
+    with exclusive(), torch.no_grad(), state_kept(converted), _state_kept(float_model):
+        for batch in batches:
+            got = pytree.tree_leaves(lowered.run(*batch))
+            want = pytree.tree_leaves(reference(*batch))
+            eager = pytree.tree_leaves(converted(*batch))
+            real = pytree.tree_leaves(float_model(*batch)) if float_model is not None else None
+            for i, check in enumerate(checks):
+                check.add(got[i], want[i], eager[i], None if real is None else real[i])
+    lowered.reset()
+    found = next(differences(lowered, graph), None)
+    outputs = tuple(check.result() for check in checks)
+    exact = is_exact(lowered, graph)
+    first: FirstDifference | None = None
+    if found is not None:
+        first = FirstDifference(found.node, _path(graph, found.node), found.what, found.detail)
+    elif exact and any(output.mismatches for output in outputs):
+        first = _first_wrong_tensor(converted, batches)
+    return Verification(outputs, found is None, exact, first, _inexact(graph, lowered))
+
+
+def _state_kept(model: object) -> AbstractContextManager[None]:
+    return state_kept(model) if isinstance(model, nn.Module) else nullcontext()
+
+
+def random_like(converted: GraphModule, seed: int) -> tuple[Tensor, ...]:
+    """Normal inputs of the shapes a converted graph was captured with; dynamic sizes become 2.
+
+    Raises:
+        InputError: an input is not a floating-point tensor, so no random one can stand for it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = []
+    for node in converted.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        meta = tensor_meta(node)
+        if meta is None or not meta.dtype.is_floating_point:
+            raise InputError(f"input {node.name} is not a float tensor; pass inputs of your own")
+        shape = [size if isinstance(size, int) else 2 for size in meta.shape]
+        inputs.append(torch.randn(shape, generator=generator, dtype=meta.dtype))
+    return tuple(inputs)
+
+
+def _batches(inputs: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
+    if isinstance(inputs, Tensor):
+        return [(inputs,)]
+    if isinstance(inputs, tuple) and any(isinstance(value, Tensor) for value in inputs):
+        return [inputs]
+    return [value if isinstance(value, tuple) else (value,) for value in inputs]
+
+
+def _path(graph: ConvertedGraph, name: str) -> str:
+    for node in graph.model.graph.nodes:
+        if node.name == name:
+            return module_path(node)
+    return ""
+
+
+def _inexact(graph: ConvertedGraph, lowered: LoweredProgram) -> tuple[str, ...]:
+    reasons = {op.node.name: op.reason for op in graph.floating}
+    reasons.update({row.node: row.reason for row in lowered.report.not_integer()})
+    return tuple(f"{node}: {reason}" for node, reason in reasons.items())
+
+
+def _first_wrong_tensor(
+    converted: GraphModule, batches: Sequence[tuple[Any, ...]]
+) -> FirstDifference:
+    """Lower the graph with every quantized tensor as an output and compare them in order."""
+    tapped, taps = instrumented(converted)
+    flat = tuple(pytree.tree_leaves(batches[0]))
+    try:
+        program = lower(tapped, flat, check=False)
+        got = pytree.tree_leaves(program.run(*flat))
+    except CustomQuantizerError as error:
+        return FirstDifference("", "", "unknown", f"the graph cannot be taken apart: {error}")
+    want = pytree.tree_leaves(integer_reference(tapped)(*flat))
+    graph = read_converted(converted)
+    for (name, scale), mine, theirs in zip(taps, want, got, strict=True):
+        wrong = int((mine != theirs).sum())
+        if wrong:
+            lsb = float((mine - theirs).abs().max()) / scale
+            detail = f"{wrong} of {mine.numel()} values differ, by up to {lsb:.0f} LSB"
+            return FirstDifference(name, _path(graph, name), "output", detail)
+    return FirstDifference(
+        "", "", "unknown", "every op alone is right, so the program is not of this graph"
+    )
+
+
+class _Accumulator:
+    """Statistics of one output over batches."""
+
+    def __init__(self, index: int, scale: float | None) -> None:
+        self._index = index
+        self._scale = scale
+        self._values = self._mismatches = self._graph_mismatches = 0
+        self._max = self._graph_max = 0.0
+        self._power = {"float": [0.0, 0.0], "graph": [0.0, 0.0]}
+        self._has_float = False
+
+    def add(self, got: Tensor, want: Tensor, eager: Tensor, real: Tensor | None) -> None:
+        self._values += got.numel()
+        self._mismatches += int((got != want).sum())
+        self._graph_mismatches += int((got != eager).sum())
+        if got.numel():
+            self._max = max(self._max, float((got - want).abs().max()))
+            self._graph_max = max(self._graph_max, float((got - eager).abs().max()))
+        self._record("graph", eager, got)
+        if real is not None:
+            self._has_float = True
+            self._record("float", real, got)
+
+    def _record(self, name: str, signal: Tensor, got: Tensor) -> None:
+        self._power[name][0] += float(signal.double().square().sum())
+        self._power[name][1] += float((signal.double() - got.double()).square().sum())
+
+    def _lsb(self, difference: float) -> float | None:
+        return None if self._scale is None else float(round(difference / self._scale))
+
+    def result(self) -> OutputCheck:
+        return OutputCheck(
+            self._index,
+            self._values,
+            self._mismatches,
+            self._lsb(self._max),
+            self._max,
+            self._graph_mismatches,
+            self._lsb(self._graph_max),
+            sqnr_db(*self._power["float"]) if self._has_float else None,
+            sqnr_db(*self._power["graph"]),
+        )
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)`` of two powers; 1000 dB stands for no noise at all."""
+    if noise == 0.0:
+        return 1000.0
+    return 10 * math.log10(signal / noise) if signal > 0 else -1000.0

@@ -1,0 +1,1 @@
+"""Whole jobs: the pipeline, models and data by name, the demo, the command line."""

@@ -1,0 +1,746 @@
+"""The command line: thin commands over the library.
+
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
+
+Exit codes: 0 done, 1 an error that the message explains, 2 a wrong use of the command.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from custom_quantizer.errors import CustomQuantizerError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from custom_quantizer.app.data import DataSource, Preprocess
+    from custom_quantizer.app.pipeline import QuantizationResult, SavedFiles
+    from custom_quantizer.report.record import ProgramReport, Report
+
+__all__ = ["cli", "main"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DEBUG = "custom_quantizer.debug"
+_CALIBRATION_SAMPLES = 512
+
+
+def main() -> None:
+    """Run the command line."""
+    if "--debug" not in sys.argv:
+        _silence_upstream()
+    cli(prog_name="custom-quantizer")
+
+
+def _silence_upstream() -> None:
+    """Let only this package speak: PyTorch and ExecuTorch warn of what no user here can change."""
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", module=r"custom_quantizer(\.|$)")
+    warnings.showwarning = lambda message, *_rest, **_more: _say("warning", str(message))
+    # PyTorch logs with a traceback what it then raises; ExecuTorch every op it leaves out.
+    logging.disable(logging.ERROR)
+
+
+def _say(kind: str, text: str) -> None:
+    click.secho(f"{kind}: ", fg="yellow", nl=False, err=True)
+    click.echo(text, err=True)
+
+
+class _Failure(click.ClickException):
+    """One of our errors: the message, and no traceback."""
+
+    exit_code = 1
+
+    def show(self, file: Any = None) -> None:
+        click.secho("error: ", fg="red", nl=False, err=True)
+        click.echo(self.message, err=True)
+
+
+class _Cli(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CustomQuantizerError as error:
+            if ctx.meta.get(_DEBUG):
+                traceback.print_exc()
+            raise _Failure(str(error)) from error
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except OSError as error:  # a full disk behind ">"; click itself sees to "| head"
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            _forget_output()
+            what = error.filename or "the output cannot be written"
+            _Failure(f"{what}: {error.strerror or error}").show()
+            sys.exit(_Failure.exit_code)
+
+
+def _forget_output() -> None:
+    """Send to nowhere what standard output still holds: Python would try, and fail, once more."""
+    with suppress(OSError):  # no file behind it
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+# ---------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------
+
+
+def _numbers(kind: type[int] | type[float], *counts: int) -> Callable[..., Any]:
+    """Callback that parses ``1,3,224,224`` or ``1x3x224x224``, ``counts`` numbers of them."""
+
+    def parse(param: click.Parameter, text: str) -> tuple[int, ...] | tuple[float, ...]:
+        try:
+            numbers = tuple(kind(part) for part in text.lower().replace("x", ",").split(","))
+        except ValueError:
+            raise click.BadParameter(
+                f"{text!r} is not a list of numbers such as 1,3,224,224", param=param
+            ) from None
+        if counts and len(numbers) not in counts:
+            wanted = " or ".join(map(str, counts))
+            raise click.BadParameter(
+                f"{text!r} has {len(numbers)} numbers, not {wanted}", param=param
+            )
+        if kind is int and min(numbers) < 1:
+            raise click.BadParameter(f"{text!r} has a number below 1", param=param)
+        return numbers
+
+    def callback(_ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(parse(param, text) for text in value)
+        return None if value is None else parse(param, value)
+
+    return callback
+
+
+def _model_argument(
+    _ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, object]:
+    arguments: dict[str, object] = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"{value!r} is not NAME=VALUE", param=param)
+        try:
+            arguments[name] = json.loads(text)
+        except ValueError:
+            arguments[name] = text
+    return arguments
+
+
+def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    ctx.meta[_DEBUG] = bool(value) or bool(ctx.meta.get(_DEBUG))
+
+
+_isolated_option = click.option(
+    "--isolated",
+    is_flag=True,
+    help="Run every program in a process of its own, not only those without a checksum.",
+)
+
+_debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_remember_debug,
+    help="Show tracebacks and the messages of PyTorch and ExecuTorch.",
+)
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
+_model_options = _options(
+    click.option(
+        "--weights",
+        metavar="FILE|NAME",
+        help="State dict (.safetensors, .pt, .pth), or published torchvision weights to download.",
+    ),
+    click.option(
+        "--model-arg",
+        "model_args",
+        metavar="NAME=VALUE",
+        multiple=True,
+        callback=_model_argument,
+        help="Argument of the model function, such as num_classes=10. Repeatable.",
+    ),
+)
+
+_scheme_options = _options(
+    click.option(
+        "--scheme",
+        metavar="NAME",
+        help="One scheme for all ops.  [default: a8w8]",
+    ),
+    click.option(
+        "--config",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="YAML or JSON file with a scheme per op.",
+    ),
+)
+
+_preprocess_options = _options(
+    click.option(
+        "--resize",
+        callback=_numbers(int, 1, 2),
+        metavar="N|H,W",
+        help="Resize images: the shorter side, or height and width.",
+    ),
+    click.option(
+        "--crop",
+        callback=_numbers(int, 1, 2),
+        metavar="N|H,W",
+        help="Then cut this much from the center.",
+    ),
+    click.option(
+        "--mean",
+        callback=_numbers(float),
+        default="0.485,0.456,0.406",
+        show_default=True,
+        help="Then subtract this from pixels in [0, 1], per channel.",
+    ),
+    click.option(
+        "--std",
+        callback=_numbers(float),
+        default="0.229,0.224,0.225",
+        show_default=True,
+        help="Then divide by this, per channel.",
+    ),
+)
+
+_shape_option = click.option(
+    "--input-shape",
+    "shapes",
+    callback=_numbers(int),
+    metavar="N,C,H,W",
+    multiple=True,
+    help="Shape of an input, batch first; once for each input of the model.",
+)
+
+
+def _examples(*lines: str) -> str:
+    # click keeps the lines of a paragraph as they are behind this mark.
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------
+
+
+@click.group(
+    cls=_Cli,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_examples(
+        "custom-quantizer demo",
+        "custom-quantizer plan resnet18",
+        "custom-quantizer quantize resnet18 --weights w.pth --calibration images/ -o resnet18.pte",
+        "custom-quantizer inspect resnet18.pte",
+        "custom-quantizer verify resnet18.pte",
+        "custom-quantizer evaluate resnet18.pte --data val/",
+    ),
+)
+@click.version_option(package_name="custom-quantizer")
+@_debug_option
+def cli() -> None:
+    """Quantize PyTorch models to integers, bias included, and check every one of them."""
+
+
+@cli.command(
+    "demo",
+    epilog=_examples(
+        "custom-quantizer demo --output /tmp/digits",
+    ),
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("custom-quantizer-demo"),
+    show_default=True,
+    help="Directory for the program and the report.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the training.")
+@_debug_option
+def demo_command(output: Path, seed: int) -> None:
+    """Train, quantize and run a small CNN on handwritten digits.
+
+    Needs no download and less than a minute. It prints the accuracy before and after, one row
+    per op, and one layer's bias from float to the int32 in the file.
+    """
+    from custom_quantizer.app.demo import run_demo
+
+    _start_runtime()
+    run_demo(output, seed=seed)
+
+
+@cli.command(
+    "plan",
+    epilog=_examples(
+        "custom-quantizer plan mobilenet_v2",
+        "custom-quantizer plan net.py:make --input-shape 1,1,28,28 --config mixed.yaml",
+    ),
+)
+@click.argument("model")
+@_model_options
+@_scheme_options
+@_shape_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_debug_option
+def plan_command(
+    model: str,
+    weights: str | None,
+    model_args: dict[str, object],
+    scheme: str | None,
+    config: Path | None,
+    shapes: tuple[tuple[int, ...], ...],
+    as_json: bool,
+) -> None:
+    """Show what would become of every op of MODEL, and why.
+
+    Nothing is calibrated. MODEL is a torchvision model, package.module:function or
+    file.py:function. Inputs are random, of shape 1,3,224,224 unless --input-shape says otherwise.
+    """
+    from custom_quantizer.app.pipeline import as_quantizer, capture
+    from custom_quantizer.report.terminal import make_console, plan_table, size_text
+
+    quantizer = as_quantizer(_one_of(scheme, config))
+    with warnings.catch_warnings():
+        # The plan does not depend on the weights, so random ones need no warning.
+        warnings.filterwarnings("ignore", message=".*random weights")
+        module = _load_model(model, weights, model_args)
+    exported, _ = capture(module, _random_inputs(shapes or ((1, 3, 224, 224),)))
+    plan = quantizer.plan(exported)
+    if as_json:
+        click.echo(plan.to_json())
+        return
+    make_console().print(plan_table(plan))
+    click.echo(
+        f"{len(plan.quantized)} ops become integer, {len(plan.floating)} stay in float; about "
+        f"{size_text(plan.size_bytes)} of constants"
+    )
+    for warning in plan.warnings:
+        _say("warning", warning)
+
+
+@cli.command(
+    "quantize",
+    epilog=_examples(
+        "custom-quantizer quantize resnet18 --weights DEFAULT --calibration images/ \\",
+        "    --resize 256 --crop 224 -o resnet18.pte",
+        "custom-quantizer quantize net.py:make --weights net.safetensors \\",
+        "    --calibration calibration.npz --config mixed.yaml -o net.pte",
+    ),
+)
+@click.argument("model")
+@_model_options
+@click.option(
+    "--calibration",
+    required=True,
+    metavar="DATA",
+    help="Folder or .zip of images, or tensors: .pt, .npy, .npz, .safetensors.",
+)
+@click.option(
+    "--calibration-samples",
+    type=click.IntRange(min=1),
+    default=_CALIBRATION_SAMPLES,
+    show_default=True,
+    help="Use at most that many, drawn evenly over the classes.",
+)
+@_preprocess_options
+@_scheme_options
+@_shape_option
+@click.option("--dynamic-batch", is_flag=True, help="Let the program take batches of 1 to 64.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="OUT.pte",
+    help="Program to write; beside it go the report, OUT.json, and the graph, "
+    "OUT.graph.safetensors.",
+)
+@_debug_option
+def quantize_command(
+    model: str,
+    weights: str | None,
+    model_args: dict[str, object],
+    calibration: str,
+    calibration_samples: int,
+    resize: tuple[int, ...] | None,
+    crop: tuple[int, ...] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    scheme: str | None,
+    config: Path | None,
+    shapes: tuple[tuple[int, ...], ...],
+    dynamic_batch: bool,
+    output: Path,
+) -> None:
+    """Quantize MODEL and write a checked ExecuTorch program.
+
+    MODEL is a torchvision model, package.module:function or file.py:function. The program takes
+    inputs of the shape of the calibration data, one at a time, unless --input-shape or
+    --dynamic-batch says otherwise.
+    """
+    from custom_quantizer.app.pipeline import as_quantizer, quantize
+
+    _check_output(output)
+    quantizer = as_quantizer(_one_of(scheme, config))
+    module = _load_model(model, weights, model_args)
+    data = _load_data(calibration, _preprocess(resize, crop, mean, std), calibration_samples)
+    example = _random_inputs(shapes) if shapes else data.example_inputs(1)
+    _start_runtime()
+    result = quantize(module, example, data, config=quantizer, dynamic_batch=dynamic_batch)
+    _summarize(model, result, result.save(output))
+
+
+@cli.command(
+    "inspect",
+    epilog=_examples(
+        "custom-quantizer inspect resnet18.pte",
+        "custom-quantizer inspect resnet18.pte --op conv2d_3",
+        "custom-quantizer inspect resnet18.json --html resnet18.html",
+    ),
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--op", metavar="NAME", help="Show all that is known of one op.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to this file."
+)
+@_debug_option
+def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None) -> None:
+    """Show dtype, scale and zero point of every tensor in FILE.
+
+    And where each bias went. FILE is a .pte, read from its bytes alone, or a report that quantize
+    wrote (OUT.json, or a directory with report.json).
+    """
+    report = _read_report(file)
+    if html is not None:
+        report.save_html(html)
+        click.echo(f"wrote {html}", err=True)
+    if as_json:
+        click.echo(report.to_json())
+    elif op is not None:
+        click.echo(report.detail(op))
+    elif html is None:
+        click.echo(str(report))
+
+
+@cli.command(
+    "evaluate",
+    epilog=_examples(
+        "custom-quantizer evaluate resnet18.pte --data val/ --resize 256 --crop 224 \\",
+        "    --model resnet18 --weights DEFAULT",
+    ),
+)
+@click.argument(
+    "programs",
+    metavar="PROGRAM...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+)
+@click.option(
+    "--data",
+    required=True,
+    metavar="DATA",
+    help="Folder or .zip of images by class, or tensors with labels.",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Use at most that many, drawn evenly.")
+@click.option(
+    "--graph",
+    type=click.Path(path_type=Path),
+    metavar="GRAPH",
+    help="Converted graph that `quantize` wrote: evaluate it and its integer reference too.",
+)
+@_isolated_option
+@click.option("--model", metavar="MODEL", help="Float model to compare with.")
+@_model_options
+@_preprocess_options
+@click.option(
+    "--slices",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Also show the accuracy on that many disjoint slices of the samples.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_debug_option
+def evaluate_command(
+    programs: tuple[Path, ...],
+    data: str,
+    samples: int | None,
+    graph: Path | None,
+    isolated: bool,
+    model: str | None,
+    weights: str | None,
+    model_args: dict[str, object],
+    resize: tuple[int, ...] | None,
+    crop: tuple[int, ...] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    slices: int,
+    as_json: bool,
+) -> None:
+    """Measure the accuracy of .pte files in the ExecuTorch runtime.
+
+    A file without a checksum runs in a process of its own, with limits of memory and time.
+
+    Top-1 and top-5. Each file is compared with the first model, sample by sample, and a sentence
+    says whether their difference can be told from noise. With --model the float model comes first;
+    then labels are not needed: how often the others agree with it is counted. With --graph the
+    graph as PyTorch computes it and the integer reference are shown the same samples.
+    """
+    from custom_quantizer.report.terminal import accuracy_table, make_console
+
+    if model is None and (weights is not None or model_args):
+        raise click.UsageError("--weights and --model-arg are for --model, which is not given")
+    source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+    if source.labels is None and model is None and len(programs) == 1:
+        raise InputError(
+            f"{data} has no labels, so there is nothing to measure. Name folders by class, save "
+            "labels with the tensors, or pass a float --model to compare with"
+        )
+    from custom_quantizer.analysis.evaluation import evaluate
+    from custom_quantizer.backends.xnnpack import load_program
+
+    _start_runtime()
+    models: dict[str, Callable[..., Any]] = {}
+    if model is not None:
+        models["float model"] = _load_model(model, weights, model_args)
+    if graph is not None:
+        from custom_quantizer.app.saved_graph import load_graph
+        from custom_quantizer.reference import integer_reference
+
+        converted, _ = load_graph(graph)
+        models["converted graph"] = converted
+        models["integer reference"] = integer_reference(converted)
+    for program in programs:
+        # Two files of one name: only their paths tell them apart.
+        unique = [path.name for path in programs].count(program.name) == 1
+        models[program.name if unique else str(program)] = load_program(
+            program, isolated=isolated or None
+        ).run
+    evaluation = evaluate(models, source, slices=slices)
+    if as_json:
+        click.echo(evaluation.to_json())
+    else:
+        make_console().print(accuracy_table(evaluation))
+        for line in (*evaluation.slice_lines(), *evaluation.conclusions):
+            click.echo(line)
+
+
+@cli.command(
+    "verify",
+    epilog=_examples(
+        "custom-quantizer verify resnet18.pte",
+        "custom-quantizer verify resnet18.pte --data val/ --resize 256 --crop 224 --samples 100",
+    ),
+)
+@click.argument("program", metavar="PROGRAM.pte", type=click.Path(path_type=Path))
+@click.option(
+    "--graph",
+    type=click.Path(path_type=Path),
+    metavar="GRAPH",
+    help="Converted graph that `quantize` wrote.  [default: PROGRAM.graph.safetensors]",
+)
+@click.option("--data", metavar="DATA", help="Inputs to compare on.  [default: random ones]")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Samples of DATA, or batches of random inputs.",
+)
+@_isolated_option
+@click.option("--model", metavar="MODEL", help="Float model, for the SQNR against it.")
+@_model_options
+@_preprocess_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@_debug_option
+def verify_command(
+    program: Path,
+    graph: Path | None,
+    data: str | None,
+    samples: int,
+    isolated: bool,
+    model: str | None,
+    weights: str | None,
+    model_args: dict[str, object],
+    resize: tuple[int, ...] | None,
+    crop: tuple[int, ...] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    as_json: bool,
+) -> None:
+    """Prove that a program computes the integers of its graph.
+
+    Reading the two files runs no code in them. A program that is damaged is refused by its
+    checksum; one without a checksum runs in a process of its own, with limits of memory and time.
+    A checksum says that a file is whole, not who wrote it: see docs/files.md.
+
+    Compares every weight, bias, scale and clamp in the file with the graph's, then the outputs of
+    the runtime with the integer reference. Names the first op that differs. Exits with 0 if the
+    program is bit-exact, with 1 if it is not.
+    """
+    from custom_quantizer.analysis.verification import random_like, verify
+    from custom_quantizer.app.saved_graph import load_lowered
+
+    if model is None and (weights is not None or model_args):
+        raise click.UsageError("--weights and --model-arg are for --model, which is not given")
+    floating = None if model is None else _load_model(model, weights, model_args)
+    _start_runtime()
+    converted, lowered = load_lowered(
+        program, graph or _graph_beside(program), isolated=isolated or None
+    )
+    if data is None:
+        inputs: list[Any] = [random_like(converted, seed) for seed in range(samples)]
+    else:
+        source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+        inputs = list(source.with_batch_size(lowered.batch_size or 1).inputs)
+    checked = verify(converted, lowered, inputs, float_model=floating)
+    click.echo(checked.to_json() if as_json else str(checked))
+    if not checked.bit_exact:
+        raise SystemExit(1)
+
+
+# ---------------------------------------------------------------------------------------------
+# What commands share
+# ---------------------------------------------------------------------------------------------
+
+
+def _start_runtime() -> None:
+    from custom_quantizer.backends.xnnpack.startup import start_quietly
+
+    start_quietly()
+
+
+def _graph_beside(program: Path) -> Path:
+    from custom_quantizer.app.saved_graph import GRAPH_SUFFIX
+
+    graph, old = program.with_suffix(GRAPH_SUFFIX), program.with_suffix(".pt2")
+    # Naming it gives the message that says why it is not read.
+    return old if old.is_file() and not graph.exists() else graph
+
+
+def _one_of(scheme: str | None, config: Path | None) -> str | Path:
+    if scheme is not None and config is not None:
+        raise click.UsageError("--scheme and --config exclude each other: name one")
+    return config or scheme or "a8w8"
+
+
+def _load_model(model: str, weights: str | None, model_args: dict[str, object]) -> nn.Module:
+    from custom_quantizer.app.models import load_model
+
+    return load_model(model, weights, **model_args)
+
+
+def _load_data(path: str, preprocess: Preprocess, limit: int | None) -> DataSource:
+    from custom_quantizer.app.data import load_data
+
+    return load_data(path, preprocess=preprocess, limit=limit)
+
+
+def _preprocess(
+    resize: tuple[int, ...] | None,
+    crop: tuple[int, ...] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Preprocess:
+    from custom_quantizer.app.data import Preprocess
+
+    def size(numbers: tuple[int, ...] | None) -> Any:
+        return numbers[0] if numbers is not None and len(numbers) == 1 else numbers
+
+    return Preprocess(size(resize), size(crop), mean, std)
+
+
+def _random_inputs(shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def _check_output(output: Path) -> None:
+    """Find out before minutes of work, not after them, that the file cannot be written."""
+    if output.suffix not in ("", ".pte"):
+        raise click.UsageError(f"--output {output}: name a .pte file or a directory")
+    if output.suffix != ".pte":
+        return
+    folder = output.resolve().parent
+    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "is a directory" if output.is_dir() else f"cannot be made in {folder}"
+        raise InputError(f"{output} {why}. Name a file in a directory that exists and is writable")
+
+
+_MOST_REPORT_BYTES = 2**28
+
+
+def _read_report(file: Path) -> Report | ProgramReport:
+    from custom_quantizer.core.files import read_bytes
+    from custom_quantizer.report.record import Report, inspect_program
+
+    if file.is_dir():
+        file = file / "report.json"
+    if file.suffix != ".json":
+        return inspect_program(file)
+    try:
+        document = json.loads(read_bytes(file, _MOST_REPORT_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON ({error}); give a report of this package") from error
+    nested = document.get("report") if isinstance(document, dict) else None
+    return Report.from_json(json.dumps(document if nested is None else nested))
+
+
+def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> None:
+    """What a user wants to know before running the program."""
+    from custom_quantizer.report.terminal import size_text
+
+    lowered = result.lowered
+    if lowered is None or files.program is None:
+        raise InputError("nothing was lowered")
+    report = lowered.report
+    other = report.not_integer()
+    integer = len(report.ops) - len(other)
+    biases = lowered.integer_biases()
+    count = sum(len(bias) for bias in biases.values())
+    click.echo(f"{model}: {integer} of {len(report.ops)} ops run on integer kernels")
+    for op in other[:_SHOWN]:
+        where = f" ({op.path})" if op.path else ""
+        click.echo(f"  {op.node}{where}: {op.backend.value}; {op.reason}")
+    if len(other) > _SHOWN:
+        click.echo(f"  and {len(other) - _SHOWN} more, all in the report")
+    click.echo(f"calibration: {result.calibration}")
+    click.echo(
+        f"biases: {count:,} int32 in {len(biases)} layers, read back from the file and equal"
+    )
+    click.echo(f"delegate calls: {report.delegates}; kernels outside: {len(report.outside)}")
+    for output in result.fidelity.outputs:
+        click.echo(f"{output}")
+    warnings = (*result.plan.warnings, *result.fidelity.warnings, files.graph_reason)
+    for warning in filter(None, warnings):
+        _say("warning", warning)
+    click.echo(f"wrote {files.program} ({size_text(report.size_bytes)}) and {files.report}")
+
+
+_SHOWN = 10

@@ -1,0 +1,454 @@
+"""The one-call flow, and the only module that knows the order of the stages.
+
+::
+
+    capture -> plan -> prepare -> calibrate -> compare -> convert -> lower -> check
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import QuantizationConfig
+
+from custom_quantizer.analysis.fidelity import Fidelity, FirstCalls, check_calls
+from custom_quantizer.app.saved_graph import serialize_graph
+from custom_quantizer.backends.xnnpack import LoweredProgram
+from custom_quantizer.backends.xnnpack import lower as lower_to_xnnpack
+from custom_quantizer.calibration.run import CalibrationSummary, calibrate
+from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, sha256_of
+from custom_quantizer.core.files import json_bytes, new_directory, write_files_atomic
+from custom_quantizer.core.graph import state_kept
+from custom_quantizer.core.progress import stages
+from custom_quantizer.core.schemes import OpScheme
+from custom_quantizer.core.threads import tools
+from custom_quantizer.errors import CaptureError, ConfigError, ConversionError, InputError
+from custom_quantizer.planning.planner import Plan
+from custom_quantizer.planning.quantizer import IntegerQuantizer
+from custom_quantizer.report.record import Report, inspect
+
+__all__ = [
+    "RESULT_VERSION",
+    "QuantizationResult",
+    "SavedFiles",
+    "as_quantizer",
+    "capture",
+    "quantize",
+    "save_result",
+]
+
+logger = logging.getLogger(__name__)
+
+RESULT_VERSION = 1
+"""Version of the JSON that :meth:`QuantizationResult.save` writes."""
+
+DEFAULT_MAX_BATCH = 64
+"""Largest batch of a program with a dynamic one: its memory is planned ahead."""
+
+Configuration: TypeAlias = (
+    str | os.PathLike[str] | OpScheme | QuantizationConfig | Mapping[str, Any]
+)
+"""What :func:`as_quantizer` makes a quantizer of."""
+
+
+@dataclass(frozen=True)
+class SavedFiles:
+    """Where a result was written.
+
+    Attributes:
+        program: the ``.pte``, or ``None`` where the result was not lowered.
+        report: the JSON report.
+        graph: the converted graph, from which the program can be verified; ``None`` where it holds
+            what no such file can.
+        graph_reason: why, then.
+    """
+
+    program: Path | None
+    report: Path
+    graph: Path | None
+    graph_reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizationResult:
+    """Everything the flow made, each part finished.
+
+    Attributes:
+        exported: the captured float graph.
+        plan: what was decided for every op, and why.
+        calibration: what the observers were shown.
+        fidelity: how far the outputs are from the float model's, on calibration data.
+        converted: the quantized graph: integer weights, int32 biases, quantize and dequantize.
+        report: one row per op of the converted graph.
+        lowered: the checked program; ``None`` with ``lower=False``.
+        example_inputs: what the model was captured with.
+    """
+
+    exported: GraphModule = field(repr=False)
+    plan: Plan = field(repr=False)
+    calibration: CalibrationSummary
+    fidelity: Fidelity
+    converted: GraphModule = field(repr=False)
+    report: Report = field(repr=False)
+    lowered: LoweredProgram | None = field(repr=False)
+    example_inputs: tuple[Any, ...] = field(repr=False)
+
+    def to_json(self) -> str:
+        """Plan, calibration, report and lowering as one JSON object."""
+        return json.dumps(self._to_dict(), indent=2)
+
+    def _to_dict(self) -> dict[str, Any]:
+        lowering = None if self.lowered is None else json.loads(self.lowered.report.to_json())
+        return {
+            "version": RESULT_VERSION,
+            "calibration": asdict(self.calibration),
+            "fidelity": self.fidelity.to_dict(),
+            "plan": json.loads(self.plan.to_json()),
+            "report": json.loads(self.report.to_json()),
+            "lowering": lowering,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> SavedFiles:
+        """Write program, graph and report: all of them, or nothing and old files stay.
+
+        Args:
+            path: a ``.pte`` file, beside which the report gets the suffix ``.json`` and the
+                converted graph ``.graph.safetensors``; or a directory, made if it does not exist,
+                for ``model.pte``, ``model.graph.safetensors`` and ``report.json``.
+
+        The report holds the SHA-256 of the other files. A graph that cannot be written without
+        code (``docs/files.md``) is left out with a warning; nothing of an earlier one stays.
+
+        Raises:
+            InputError: a file cannot be written, or ``path`` is a ``.pte`` and there is none.
+        """
+        return save_result(self, path)
+
+
+def save_result(
+    result: QuantizationResult,
+    path: str | os.PathLike[str],
+    more: Mapping[str, Any] | None = None,
+) -> SavedFiles:
+    """Write a result as :meth:`QuantizationResult.save` does, with ``more`` in its report.
+
+    Raises:
+        InputError: as there.
+    """
+    target = Path(path)
+    program: Path | None
+    if target.suffix == ".pte":
+        program, report = target, target.with_suffix(".json")
+        if result.lowered is None:
+            raise InputError(
+                f"{target}: there is no program to write, since quantize was called with "
+                "lower=False. Name a directory for the report alone, or lower the model"
+            )
+        folder: AbstractContextManager[None] = nullcontext()
+    else:
+        program = None if result.lowered is None else target / "model.pte"
+        report = target / "report.json"
+        folder = new_directory(target)
+    graph, reason = (program or target / "model.pte").with_suffix(GRAPH_SUFFIX), ""
+    files: dict[str | os.PathLike[str], bytes] = {}
+    about: dict[str, Any] = {"program": None, "graph": None}
+    if program is not None and result.lowered is not None:
+        files[program] = result.lowered.buffer
+        about["program"] = {"file": program.name, "sha256": sha256_of(files[program])}
+    try:
+        files[graph] = serialize_graph(result.converted, result.example_inputs)
+        about["graph"] = {"file": graph.name, "sha256": sha256_of(files[graph])}
+    except ConversionError as error:
+        reason = str(error)
+        logger.warning("%s", reason)
+        about["graph"] = {"file": None, "reason": reason}
+    files[report] = json_bytes({**result._to_dict(), "files": about, **(more or {})})
+    with folder:
+        write_files_atomic(files)
+    if reason:
+        _remove(graph)
+    return SavedFiles(program, report, None if reason else graph, reason)
+
+
+def _remove(path: Path) -> None:
+    """Remove the graph of another result: its program and report were replaced just now."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: is of another result and cannot be removed ({error.strerror})"
+        ) from error
+
+
+def quantize(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: tuple[Any, ...],
+    calibration_data: object,
+    *,
+    config: Configuration | IntegerQuantizer | None = None,
+    dynamic_batch: bool | int = False,
+    lower: bool = True,
+    progress: bool | None = None,
+) -> QuantizationResult:
+    """Quantize a float model and lower it to a checked XNNPACK program.
+
+    Threads may call it: they wait for each other (see :mod:`custom_quantizer.core.threads`).
+
+    Args:
+        model: a module (a copy in eval mode is captured; the module itself is not changed), an
+            ``ExportedProgram``, or what its ``.module()`` returns.
+        example_inputs: one set of inputs; its batch is the program's, unless that is dynamic.
+        calibration_data: see :func:`~custom_quantizer.calibration.run.calibrate`.
+        config: a scheme or its name (``None``: ``"a8w8"``), the path of a configuration file or
+            its content, or an ``IntegerQuantizer``.
+        dynamic_batch: let the first dimension of every input vary, up to a batch of 64, or of the
+            given number. For modules only: captured graphs have decided already.
+        lower: whether to make a program at all.
+        progress: True shows bars, None does so at a terminal.
+
+    Raises:
+        InputError: the model does not run on the example.
+        CaptureError: ``torch.export`` cannot capture the model, or the graph is not one of an
+            eval-mode float model.
+        ConfigError: the configuration names something that does not exist, or selects nothing.
+        CalibrationError: the data do not fit, are empty or not finite.
+        VerificationError: the graph that is quantized does not compute what the model does (see
+            :mod:`custom_quantizer.analysis.fidelity`).
+        LoweringError: the backend refused the graph, or wrote something wrong.
+    """
+    quantizer = as_quantizer(config)
+    with stages("quantize", 11 if lower else 6, progress) as stage:
+        stage("capturing the model")
+        exported, example = capture(model, example_inputs, dynamic_batch=dynamic_batch)
+        stage("planning")
+        # prepare_pt2e folds batch norms into the graph it is given.
+        with tools():
+            prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
+            plan = quantizer.last_plan
+        for warning in plan.warnings:
+            logger.warning("%s", warning)
+        stage("calibrating")
+        with FirstCalls(prepared) as first:
+            summary = calibrate(prepared, calibration_data, progress=progress)
+        stage("comparing with the float model")
+        checked = check_calls(prepared, exported, first.calls)
+        stage("converting")
+        # To fold constants convert_pt2e runs writes into buffers too (counters).
+        with tools(), state_kept(prepared):
+            converted = cast(GraphModule, convert_pt2e(prepared))
+        fidelity = checked.compare(converted)
+        for warning in fidelity.warnings:
+            logger.warning("%s", warning)
+        lowered = lower_to_xnnpack(converted, example, progress=stage) if lower else None
+        stage("reporting")
+        report = inspect(converted, lowered)
+    return QuantizationResult(
+        exported, plan, summary, fidelity, converted, report, lowered, tuple(example_inputs)
+    )
+
+
+def as_quantizer(config: Configuration | IntegerQuantizer | None) -> IntegerQuantizer:
+    """Make a quantizer of a scheme, a configuration file or its content.
+
+    Raises:
+        ConfigError: ``config`` is none of these, or is not legal.
+        InputError: the file cannot be read.
+    """
+    if isinstance(config, IntegerQuantizer):
+        return config
+    if config is None:
+        return IntegerQuantizer().set_global("a8w8")
+    if isinstance(config, Mapping) or _is_file_name(config):
+        return IntegerQuantizer.from_config(cast("str | Mapping[str, Any]", config))
+    if isinstance(config, (str, OpScheme, QuantizationConfig)):
+        return IntegerQuantizer().set_global(config)
+    raise ConfigError(
+        f"config is a scheme name, a configuration file, its content or an IntegerQuantizer, not "
+        f"{type(config).__name__}"
+    )
+
+
+def _is_file_name(config: object) -> bool:
+    if isinstance(config, os.PathLike):
+        return True
+    return isinstance(config, str) and (
+        config.endswith((".yaml", ".yml", ".json")) or os.path.isfile(config)
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Capture
+# ---------------------------------------------------------------------------------------------
+
+
+@tools()
+def capture(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_batch: bool | int = False,
+) -> tuple[GraphModule, tuple[Any, ...]]:
+    """Capture a model with ``torch.export``; what is captured already passes through.
+
+    Args:
+        model: as for :func:`quantize`.
+        example_inputs: one set of inputs.
+        dynamic_batch: as for :func:`quantize`.
+
+    Returns:
+        The captured graph, and the inputs it was captured with: a batch of one is doubled where
+        the batch is dynamic, because export takes a size of one for a constant.
+
+    Raises:
+        InputError: the example is not a tuple, or the model does not run on it.
+        CaptureError: ``torch.export`` refused the model.
+    """
+    if not isinstance(example_inputs, (tuple, list)):
+        raise InputError(
+            f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"
+            " for one tensor x write (x,)"
+        )
+    example = tuple(example_inputs)
+    if isinstance(model, (torch.export.ExportedProgram, GraphModule)):
+        if dynamic_batch:
+            raise CaptureError(
+                "dynamic_batch is decided when a model is captured, and this one is captured "
+                "already: pass the module itself, or dynamic_shapes to torch.export.export"
+            )
+        graph = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+        return graph, example
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}; "
+            "torch.export captures neither scripts nor functions"
+        )
+    shapes = None
+    eager = _eval_copy(model)
+    if dynamic_batch:
+        example = pytree.tree_map(_at_least_two, example)
+        largest = DEFAULT_MAX_BATCH if dynamic_batch is True else dynamic_batch
+        shapes = _by_parameter(eager, _dynamic_batch(example, largest))
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(eager, example, dynamic_shapes=shapes)
+    except Exception as error:
+        raise _refused(eager, example, bool(dynamic_batch), error) from error
+    return capture(exported, example)
+
+
+def _eval_copy(model: nn.Module) -> nn.Module:
+    # What a forward has computed from parameters and kept, as weight_norm does, cannot be copied.
+    history = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in pytree.tree_leaves(vars(module))
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        eager = copy.deepcopy(model, cast("dict[int, Any]", history)).eval()
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({_first_line(error)}), and the flow does "
+            "not change the module it is given. Pass torch.export.export(model.eval(), example)"
+        ) from error
+    training = sum(module.training for module in model.modules())
+    if training:
+        logger.info(
+            "%s has %d modules in training mode; a copy in eval mode is quantized",
+            type(model).__name__,
+            training,
+        )
+    return eager
+
+
+def _at_least_two(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1:
+        return torch.cat((value, value))
+    return value
+
+
+def _dynamic_batch(example: tuple[Any, ...], largest: int) -> Any:
+    """One symbol for the first dimension of every input."""
+    sizes = {len(v) for v in pytree.tree_leaves(example) if isinstance(v, Tensor) and v.dim()}
+    if len(sizes) != 1:
+        raise InputError(
+            "dynamic_batch needs inputs that share their first dimension; the example's have "
+            f"{', '.join(map(str, sorted(sizes))) or 'none'}"
+        )
+    if not max(sizes) <= largest:
+        raise InputError(
+            f"the example is a batch of {max(sizes)}, more than the largest batch {largest} of "
+            "dynamic_batch; two is the least it can be"
+        )
+    batch = torch.export.Dim("batch", min=1, max=largest)
+
+    def shape(value: Any) -> dict[int, Any] | None:
+        return {0: batch} if isinstance(value, Tensor) and value.dim() else None
+
+    return pytree.tree_map(shape, example)
+
+
+def _by_parameter(eager: nn.Module, shapes: tuple[Any, ...]) -> Any:
+    """Shapes of inputs by the names of ``forward``'s parameters: ``*args`` is one of them."""
+    try:
+        return dict(signature(eager.forward).bind(*shapes).arguments)
+    except (TypeError, ValueError):  # not what forward takes, as the error of export will say
+        return shapes
+
+
+def _refused(
+    eager: nn.Module, example: tuple[Any, ...], dynamic: bool, error: Exception
+) -> CaptureError | InputError:
+    """Say whether the example, the batch or the model is at fault."""
+    name = type(eager).__name__
+    try:
+        with torch.no_grad():
+            eager(*example)
+    except Exception as own:
+        return InputError(
+            f"{name} does not run on the example inputs ({_shapes(example)}): {_first_line(own)}. "
+            "Pass what its forward takes, batch first"
+        )
+    text = f"torch.export cannot capture {name}: {_first_line(error)}. "
+    if dynamic and ("specialized" in str(error) or "Constraints violated" in str(error)):
+        return CaptureError(
+            text + "Its code fixes the size of the batch, as x.view(8, -1) does; write "
+            "x.flatten(1), or leave dynamic_batch off"
+        )
+    if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
+        return CaptureError(
+            text + "It branches on the value of a tensor; use torch.where or torch.cond, or "
+            "capture the part that does not"
+        )
+    return CaptureError(
+        text + "Make torch.export.export(model.eval(), example_inputs) work first; "
+        "torch.export.draft_export lists everything in the way"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines: Callable[[], list[str]] = str(error).strip().splitlines
+    return f"{type(error).__name__}: {(lines() or [''])[0].rstrip('.')}"
+
+
+def _shapes(example: tuple[Any, ...]) -> str:
+    return ", ".join(
+        f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+        for value in pytree.tree_leaves(example)
+    )

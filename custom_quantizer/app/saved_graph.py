@@ -1,0 +1,156 @@
+"""A converted graph as a file, so that a program can be verified long after it was written.
+
+The file (``.graph.safetensors``) holds quantize and dequantize nodes, integer weights and biases,
+and the example inputs: JSON and tensors, nothing that could run. Reading one is safe whoever wrote
+it; lowering what was read gives the same bytes as lowering what was saved. See ``docs/files.md``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.utils._pytree as pytree
+from pydantic import ValidationError
+from torch.fx import GraphModule
+
+from custom_quantizer.backends.xnnpack import LoweredProgram, lower
+from custom_quantizer.backends.xnnpack.lowering import DEFAULT_DYNAMIC_MAX, check_example
+from custom_quantizer.backends.xnnpack.readback import read_file
+from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, recorded_hash, sha256_of
+from custom_quantizer.core.files import write_bytes_atomic
+from custom_quantizer.core.threads import tools
+from custom_quantizer.errors import ConversionError, InputError
+from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.graph_building import build, document_of
+from custom_quantizer.reference.graph_document import FormatError, first_problem, pack, unpack
+
+__all__ = ["GRAPH_SUFFIX", "load_graph", "load_lowered", "save_graph", "serialize_graph"]
+
+
+def save_graph(
+    converted: GraphModule,
+    example_inputs: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    dynamic_max: int = DEFAULT_DYNAMIC_MAX,
+) -> Path:
+    """Write a converted graph; all of it or nothing.
+
+    Args:
+        converted: what ``convert_pt2e`` returns.
+        example_inputs: as for lowering.
+        path: usually ends in ``.graph.safetensors``.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+
+    Raises:
+        ConversionError: the graph is not a converted one, or it holds what a file cannot: an op
+            that none may ask for (``docs/files.md``), a module that is called, a tensor that is not
+            dense, sizes that depend on values.
+        InputError: the example does not fit the graph, or the file cannot be written.
+    """
+    write_bytes_atomic(path, serialize_graph(converted, example_inputs, dynamic_max=dynamic_max))
+    return Path(path)
+
+
+@tools()
+def serialize_graph(
+    converted: GraphModule,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_max: int = DEFAULT_DYNAMIC_MAX,
+) -> bytes:
+    """The bytes that :func:`save_graph` writes; its arguments and errors."""
+    read_converted(converted)
+    example = pytree.tree_leaves(check_example(converted, example_inputs))
+    try:
+        data = pack(*document_of(converted, example, dynamic_max))
+        # What cannot be read again must not be written.
+        build(*unpack(data))
+    except Exception as error:  # ours, pydantic's, or PyTorch's when the graph is run once
+        why = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise ConversionError(
+            f"the graph cannot be saved in a file that holds no code: {why}. The program and its "
+            "report do not need it; keep the graph in memory to verify the program"
+        ) from error
+    return data
+
+
+@tools()
+def load_graph(path: str | os.PathLike[str]) -> tuple[GraphModule, tuple[Any, ...]]:
+    """Read what :func:`save_graph` wrote. No code in the file is run, since it can hold none.
+
+    Returns:
+        The converted graph and the example inputs it was saved with; those captured by keyword
+        come last.
+
+    Raises:
+        InputError: the file is missing, damaged, or not a saved graph.
+        ConversionError: it holds a graph that is not converted.
+    """
+    where = os.fspath(path)
+    try:
+        if not os.path.isfile(where):
+            raise InputError(
+                f"{where}: no such file; `custom-quantizer quantize` writes it ({GRAPH_SUFFIX})"
+            )
+        data = Path(where).read_bytes()
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read ({error.strerror}); check the path") from error
+    recorded = recorded_hash(where, "graph")
+    if recorded is not None and sha256_of(data) != recorded[1]:
+        raise InputError(
+            f"{where}: the file is damaged or was changed: {recorded[0].name} beside it has "
+            "another SHA-256. Copy both again, quantize the model again, or remove the report if "
+            "it is of another graph"
+        )
+    try:
+        model, example = build(*unpack(data))
+    except FormatError as error:
+        raise InputError(
+            f"{where}: {error}. `custom-quantizer quantize` writes a graph beside the program"
+        ) from error
+    except Exception as error:  # PyTorch's own checks, behind all of ours
+        raise InputError(
+            f"{where}: not a graph that can be built ({type(error).__name__}: {error}). "
+            "`custom-quantizer quantize` writes one beside the program"
+        ) from error
+    try:
+        read_converted(model)
+    except ConversionError:
+        raise
+    except Exception as error:  # arguments that fit the schema, and mean nothing
+        raise InputError(
+            f"{where}: not a graph that can be quantized: {error}. `custom-quantizer quantize` "
+            "writes one beside the program"
+        ) from error
+    return model, example
+
+
+def load_lowered(
+    program: str | os.PathLike[str],
+    graph: str | os.PathLike[str],
+    *,
+    isolated: bool | None = None,
+) -> tuple[GraphModule, LoweredProgram]:
+    """Read a program together with its graph, so that every op can be traced into the file.
+
+    The graph is lowered once more; what that says about each op is paired with the bytes of the
+    file, whatever they hold.
+
+    Args:
+        program: a ``.pte``.
+        graph: what :func:`save_graph` wrote.
+        isolated: run the program in a process of its own; ``None``: if nothing has a checksum of
+            it, neither the file nor a report beside it.
+
+    Raises:
+        InputError: the graph is missing, damaged or not what it should be.
+        ProgramError: the program cannot be read, or is damaged.
+    """
+    converted, example = load_graph(graph)
+    data, recorded = read_file(program)
+    if isolated is None and recorded:
+        isolated = False
+    return converted, lower(converted, example, check=False).with_bytes(data, isolated=isolated)

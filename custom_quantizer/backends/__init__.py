@@ -1,0 +1,1 @@
+"""Runtimes that programs are made for; the only packages that import executorch."""

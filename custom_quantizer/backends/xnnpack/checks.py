@@ -1,0 +1,415 @@
+"""Does a program hold the graph's integers, and does it compute what they say?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+
+from custom_quantizer.backends.xnnpack.groups import joined
+from custom_quantizer.backends.xnnpack.program import (
+    INTEGER_BACKENDS,
+    LoweredProgram,
+    OpBackend,
+    find_weighted,
+    missing_kernels,
+    no_kernel,
+)
+from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp, ProgramContents
+from custom_quantizer.core.arithmetic import XNNPACK, QParams
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    QUANTIZE_PER_TENSOR,
+    describe,
+    detached_copy,
+    is_constant,
+    tensor_meta,
+)
+from custom_quantizer.errors import LoweringError, ProgramError, VerificationError
+from custom_quantizer.ops import Backend, QParamSharing, QuantizedOp
+from custom_quantizer.ops.gemm import CONV, expand_channels
+from custom_quantizer.reference import integer_reference
+from custom_quantizer.reference.converted import ConvertedGraph
+
+__all__ = [
+    "Difference",
+    "check_program",
+    "differences",
+    "instrumented",
+    "output_scales",
+    "relative_error",
+]
+
+MOST_DIMS = 6
+"""Of a tensor of XNNPACK (``XNN_MAX_TENSOR_DIMS``)."""
+
+FLOAT_TOLERANCE = 0.1
+"""Largest relative error of outputs when float ops take part; a broken program is near 1."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something a program holds that is not what the graph says.
+
+    Attributes:
+        node: anchor of the op in the converted graph.
+        where: node and module path, for messages.
+        what: ``weight``, ``weight scale``, ``bias``, ``input scale``, ``output scale``, ``clamp``,
+            ``missing``.
+        detail: both values.
+    """
+
+    node: str
+    where: str
+    what: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}: {self.detail}"
+
+
+def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> None:
+    """Compare all constants of the file with the graph's, then the outputs on the example.
+
+    Where every op is integer the outputs are those of the integer reference, bit for bit.
+    Otherwise float kernels of the backend and of PyTorch differ in their last bits, which quantize
+    steps turn into whole units now and then; then the error must be small next to the output.
+
+    Raises:
+        LoweringError: the runtime does not take the program.
+        VerificationError: names the first op that is not what the graph says.
+    """
+    _check_kernels(program)
+    found = next(differences(program, graph), None)
+    if found is not None:
+        raise VerificationError(
+            f"{found}. The program is not the graph; leave the op in float with "
+            f"set_node_name({found.node!r}, None), and please report the model"
+        )
+    _check_outputs(program, graph, example)
+
+
+def _check_kernels(program: LoweredProgram) -> None:
+    missing = missing_kernels(program.contents)
+    if missing:
+        names = {kernel.partition(".")[0] for kernel in missing}
+        callers = [_where(op) for op in program.report.ops if names & set(op.outside)]
+        raise LoweringError(no_kernel(callers, missing))
+
+
+def _where(op: OpBackend) -> str:
+    return f"{op.node} ({op.path})" if op.path else op.node
+
+
+def _run(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> list[Any]:
+    """Outputs of the program, which may be one that the runtime refuses."""
+    try:
+        return pytree.tree_leaves(program.run(*example))
+    except ProgramError as error:
+        rows = [row for row in program.report.ops if row.outside]
+        outside = "; ".join(f"{_where(row)}: {', '.join(row.outside)}" for row in rows)
+        for op in graph:
+            meta = tensor_meta(op.node)
+            if meta is not None and meta.dim() > MOST_DIMS:
+                raise LoweringError(
+                    f"{describe(op.node)} has {meta.dim()} dims, and XNNPACK's tensors at most "
+                    f"{MOST_DIMS}; reshape it to fewer ({error})"
+                ) from error
+        raise LoweringError(
+            f"{error}. Leave the op in float, or write it with other ops"
+            + (f" (outside the delegate run {outside})" if outside else "")
+        ) from error
+
+
+def differences(program: LoweredProgram, graph: ConvertedGraph) -> Iterator[Difference]:
+    """Compare every integer op with what stands for it in the file, in graph order.
+
+    Compared are the integers of weight and bias, scales and zero points of weight, inputs and
+    output, and the smallest and largest integer that clamps leave.
+
+    Raises:
+        VerificationError: the program was not made from this graph.
+    """
+    rows = {row.node: row for row in program.report.ops}
+    for op in graph.integer:
+        row = rows.get(op.node.name)
+        if row is None:
+            raise VerificationError(
+                f"the program knows no op {describe(op.node)}: it was lowered from another graph, "
+                "or from this one after it was exported again under other names; verify with the "
+                "graph that was lowered"
+            )
+        if row.backend not in INTEGER_BACKENDS:
+            continue
+        if op.weight is not None:
+            yield from _weight_and_bias(program.contents, op, row)
+        yield from _parameters(program.contents, op, row)
+
+
+def _difference(op: QuantizedOp, what: str, detail: str) -> Difference:
+    return Difference(op.node.name, describe(op.node), what, detail)
+
+
+def _weight_and_bias(
+    contents: ProgramContents, op: QuantizedOp, row: OpBackend
+) -> Iterator[Difference]:
+    found = find_weighted(contents, row)
+    if found is None:
+        yield _difference(op, "missing", "no node of the program stands for it")
+        return
+    delegate, node = found
+    stored = delegate.weight(node)
+    weight = cast(Tensor, op.weight)
+    factor = stored.shape[1] // weight.shape[1] if op.binding.rule is CONV else 1
+    if factor > 1 and op.binding.groups % factor == 0:
+        weight = joined(weight, op.binding.groups, factor)
+    if stored.size == weight.numel():
+        weight = weight.reshape(stored.shape)
+    yield from _arrays(op, "weight", weight.numpy(), stored)
+    yield from _weight_scale(op, delegate, node)
+    bias = delegate.bias(node)
+    if op.bias is None:
+        if bias is not None and bool(np.any(bias)):
+            yield _difference(op, "bias", "the program has one, the graph has none")
+    elif bias is None:
+        yield _difference(op, "bias", "the program dropped it")
+    else:
+        yield from _arrays(op, "bias", op.bias.numpy(), bias)
+
+
+def _weight_scale(
+    op: QuantizedOp, delegate: DelegateContents, node: DelegateOp
+) -> Iterator[Difference]:
+    graph = torch.as_tensor(cast(QParams, op.weight_qparams).scale)
+    if graph.dim():
+        graph = expand_channels(graph, op.binding)
+    stored = np.asarray(delegate.tensors[cast(int, node.weight)].scale, np.float32)
+    # One scale for all channels may be stored once a channel.
+    wide = np.broadcast_to(graph.numpy(), stored.shape) if graph.numel() == 1 else graph.numpy()
+    yield from _arrays(op, "weight scale", wide, stored)
+
+
+def _arrays(
+    op: QuantizedOp, what: str, graph: np.ndarray[Any, Any], program: np.ndarray[Any, Any]
+) -> Iterator[Difference]:
+    if graph.shape != program.shape:
+        yield _difference(
+            op, what, f"shape {graph.shape} in the graph, {program.shape} in the file"
+        )
+        return
+    if not np.array_equal(graph, program):
+        wrong = np.argwhere(graph != program)
+        at = tuple(int(i) for i in wrong[0])
+        noun = "integers" if graph.dtype.kind == "i" else "scales"
+        yield _difference(
+            op,
+            what,
+            f"{len(wrong)} of {graph.size} {noun} differ; at {at} the graph has {graph[at]}, the "
+            f"program {program[at]}",
+        )
+
+
+def _parameters(contents: ProgramContents, op: QuantizedOp, row: OpBackend) -> Iterator[Difference]:
+    nodes = [
+        (delegate, node)
+        for delegate in contents.delegates
+        for node in delegate.ops
+        if node.debug_handle in row.handles
+    ]
+    if not nodes:
+        yield _difference(op, "missing", "no node of the program stands for it")
+        return
+    yield from _grids(op, nodes)
+    yield from _clamps(op, nodes)
+
+
+_Nodes = list[tuple[DelegateContents, DelegateOp]]
+_Grid = tuple[float | None, int | None]
+
+
+def _grids(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
+    """Scale and zero point of inputs and output.
+
+    One node has those of the op, in order. Several also have some of their own between them.
+    """
+    steps = [(delegate, node) for delegate, node in nodes if node.kind != "convert"] or nodes
+    inputs = [_key(qparams) for qparams in op.inputs]
+    read = [_grid(delegate, i) for delegate, node in steps for i in node.inputs]
+    if len(steps) == 1 and len(read) == len(inputs):
+        for i, (wanted, found) in enumerate(zip(inputs, read, strict=True)):
+            if wanted != found:
+                yield _difference(
+                    op, "input scale", f"input {i}: the graph has {wanted}, the program {found}"
+                )
+    else:
+        known = {_grid(delegate, i) for delegate, node in nodes for i in node.inputs}
+        yield from _missing(op, "input scale", inputs, known)
+    known = {_grid(delegate, i) for delegate, node in nodes for i in node.outputs}
+    yield from _missing(op, "output scale", [_key(op.output)], known)
+
+
+def _missing(
+    op: QuantizedOp, what: str, wanted: list[_Grid], known: set[_Grid]
+) -> Iterator[Difference]:
+    for grid in wanted:
+        if grid not in known:
+            yield _difference(op, what, f"the graph has {grid}, the program {_listed(known)}")
+
+
+def _listed(grids: set[_Grid]) -> list[_Grid]:
+    return sorted(grids, key=str)
+
+
+def _grid(delegate: DelegateContents, tensor: int) -> _Grid:
+    found = delegate.tensors[tensor]
+    scale = found.scale if isinstance(found.scale, float) else None
+    return scale, found.zero_point
+
+
+def _key(qparams: QParams) -> _Grid:
+    return cast(float, qparams.scale), qparams.zero_point
+
+
+def _clamps(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
+    """All clamps of an op together leave the integers that the graph says, no more and no less.
+
+    An activation must be there even where the range of the integers makes it needless. Integers
+    that are moved, and not changed, need no clamp: they were in the range before.
+    """
+    real = _real_bounds(op)
+    if real is not None and not any(_holds(node, *real) for _, node in nodes):
+        yield _difference(op, "clamp", f"no node of the program clamps to {real}")
+        return
+    wanted = (op.output.quant_min, op.output.quant_max)
+    if real is not None:
+        wanted = XNNPACK.clamp_bounds(*real, op.output)
+    low, high = _INT8
+    for delegate, node in nodes:
+        for output in node.outputs:
+            if _grid(delegate, output) == _key(op.output):
+                least, most = _stored_bounds(node, op.output)
+                low, high = max(low, least), min(high, most)
+    moved = op.binding.rule.sharing is QParamSharing.SAME and real is None
+    if (low, high) != wanted and not (moved and (low, high) == _INT8):
+        yield _difference(
+            op, "clamp", f"the graph clamps to the integers {wanted}, the program to {low, high}"
+        )
+
+
+_INT8 = (-128, 127)
+
+
+def _real_bounds(op: QuantizedOp) -> tuple[float, float] | None:
+    """Bounds of the op's activation, or of the op if it is one, in units of the float output."""
+    bounds = op.bounds
+    if bounds is None and op.binding.rule.bounds is not None:
+        bounds = op.binding.rule.bounds(op.node)
+    if bounds is None:
+        return None
+    low, high = bounds
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
+def _holds(node: DelegateOp, low: float, high: float) -> bool:
+    """Whether a node clamps at least as tightly; bounds beyond float32 are none."""
+    least, most = node.params.get("output_min"), node.params.get("output_max")
+    if not isinstance(least, float) or not isinstance(most, float):
+        return False
+    return least >= float(np.float32(low)) and most <= float(np.float32(high))
+
+
+def _stored_bounds(node: DelegateOp, output: QParams) -> tuple[int, int]:
+    """The integers that a node clamps to: what XNNPACK computes when it loads the program."""
+    least, most = node.params.get("output_min"), node.params.get("output_max")
+    if not isinstance(least, float) or not isinstance(most, float):
+        return _INT8
+    if not least <= most:  # not a number, or empty: nothing that a graph says
+        return _INT8[1], _INT8[0]
+    int8 = replace(output, quant_min=_INT8[0], quant_max=_INT8[1])
+    return XNNPACK.clamp_bounds(least, most, int8)
+
+
+def _check_outputs(
+    program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
+) -> None:
+    reference = pytree.tree_leaves(integer_reference(graph.model)(*example))
+    outputs = _run(program, graph, example)
+    program.reset()
+    if len(reference) != len(outputs):
+        raise VerificationError(
+            f"the program returns {len(outputs)} tensors, the model {len(reference)}"
+        )
+    exact = is_exact(program, graph)
+    for i, (want, got) in enumerate(zip(reference, outputs, strict=True)):
+        if not isinstance(want, Tensor):
+            continue
+        if want.shape != got.shape:
+            raise VerificationError(
+                f"output {i} has shape {tuple(got.shape)}, the model returns {tuple(want.shape)}"
+            )
+        wrong = int((want != got).sum())
+        if wrong and (exact or relative_error(want, got) > FLOAT_TOLERANCE):
+            worst = float((want - got).abs().max())
+            raise VerificationError(
+                f"output {i}: {wrong} of {want.numel()} values differ from the integer reference, "
+                f"by up to {worst:.6g}; custom_quantizer.verify names the op"
+            )
+
+
+def is_exact(program: LoweredProgram, graph: ConvertedGraph) -> bool:
+    """Whether the reference gives every output bit for bit: no float op, none emulated.
+
+    Average pooling and padding run in float in a way that the reference knows exactly.
+    """
+    known = INTEGER_BACKENDS | {Backend.FOLDED, Backend.FLOAT}
+    return not graph.floating and all(op.backend in known for op in program.report.ops)
+
+
+def relative_error(want: Tensor, got: Tensor) -> float:
+    """Root-mean-square difference over the root-mean-square of ``want``."""
+    reference = want.to(torch.float64)
+    noise = (got.to(torch.float64) - reference).square().mean().sqrt()
+    signal = reference.square().mean().sqrt()
+    return float(noise / signal) if signal > 0 else float(noise)
+
+
+def output_scales(model: GraphModule) -> list[float | None]:
+    """Scale of each tensor a converted graph returns; ``None`` where it is not quantized."""
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    scales: list[float | None] = []
+    for value in pytree.tree_leaves(output.args[0]):
+        quantized = isinstance(value, Node) and value.target is DEQUANTIZE_PER_TENSOR
+        scales.append(cast(float, value.args[1]) if quantized else None)
+    return scales
+
+
+def instrumented(converted: GraphModule) -> tuple[GraphModule, list[tuple[str, float]]]:
+    """A copy of a converted graph that returns every quantized tensor.
+
+    Returns:
+        The copy, whose inputs and outputs are flat, and for each output the name of the node whose
+        tensor it is and its scale.
+    """
+    model = detached_copy(converted)
+    taps: list[tuple[str, float]] = []
+    results: list[Node] = []
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    for node in list(model.graph.nodes):
+        if node.target is not QUANTIZE_PER_TENSOR or is_constant(node.args[0]):
+            continue
+        with model.graph.inserting_before(output):
+            results.append(model.graph.call_function(DEQUANTIZE_PER_TENSOR, (node, *node.args[1:])))
+        taps.append((cast(Node, node.args[0]).name, cast(float, node.args[1])))
+    output.args = (tuple(results),)
+    model.graph.set_codegen(CodeGen())
+    model.graph.eliminate_dead_code()
+    model.recompile()
+    return model, taps

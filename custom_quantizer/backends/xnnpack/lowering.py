@@ -1,0 +1,609 @@
+"""Converted graph in, checked ExecuTorch program out."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from executorch.exir import (
+    EdgeCompileConfig,
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    to_edge_transform_and_lower,
+)
+from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+
+from custom_quantizer.backends.xnnpack.checksum import seal
+from custom_quantizer.backends.xnnpack.partition import partitioner
+from custom_quantizer.backends.xnnpack.passes import origin_of, run_passes
+from custom_quantizer.backends.xnnpack.program import (
+    LoweredProgram,
+    LoweringReport,
+    OpBackend,
+    computes_in_integers,
+    no_kernel,
+    quantizes_at_run_time,
+)
+from custom_quantizer.backends.xnnpack.readback import ProgramContents, read_program
+from custom_quantizer.core.graph import (
+    STATE_KEY,
+    check_input,
+    describe,
+    detached_copy,
+    module_path,
+    size_bounds,
+    state_buffers,
+    state_of,
+    tensor_meta,
+)
+from custom_quantizer.core.threads import exclusive, tools
+from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
+from custom_quantizer.ops import Backend, QuantizedOp, predict_backend, rule_of
+from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
+
+__all__ = ["lower"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DYNAMIC_MAX = 64
+"""Largest size of a dynamic dimension when the captured graph gives none: memory is planned."""
+
+
+@tools()
+def lower(
+    converted: GraphModule,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_max: int = DEFAULT_DYNAMIC_MAX,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> LoweredProgram:
+    """Lower a converted graph to an ExecuTorch program that runs on XNNPACK.
+
+    The graph is rewritten so that the delegate keeps every op it can, partitioned and written.
+    Then the program is read back and run: weights and biases in the file must be the graph's,
+    integer for integer, and the outputs on the example must be those of the integer reference.
+
+    Args:
+        converted: what ``convert_pt2e`` returns; it is not changed.
+        example_inputs: one set of inputs, as for the model; those captured by keyword come last.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        check: run the checks. Without them a wrong program would go unnoticed, so ExecuTorch then
+            validates the graph after each of its passes, which the checks make needless.
+        progress: called with the name of each stage.
+
+    Raises:
+        ConversionError: the graph is not a converted one.
+        InputError: the example does not fit the graph.
+        LoweringError: the backend refused the graph.
+        VerificationError: the program is not what the graph says.
+    """
+    say = progress or (lambda _stage: None)
+    graph = read_converted(converted)
+    _warn_of_state(converted)
+    example = check_example(converted, example_inputs)
+    rewritten = rewrite(graph, example, dynamic_max, say)
+    say("partitioning for XNNPACK")
+    edge = _to_edge(rewritten.exported, validate=not check)
+    say("writing the program")
+    data = to_bytes(edge, graph)
+    program = describe_program(data, edge, rewritten)
+    if check:
+        from custom_quantizer.backends.xnnpack.checks import check_program
+
+        say("checking the program")
+        check_program(program, graph, example)
+    return program
+
+
+def _warn_of_state(converted: GraphModule) -> None:
+    """Say so, if buffers hold what a loop over calibration data left in them."""
+    held = converted.meta.get(STATE_KEY, {})
+    now = state_buffers(converted)
+    moved = [name for name, value in held.items() if not torch.equal(now.get(name, value), value)]
+    if moved:
+        logger.warning(
+            "the program starts with what calibration or convert_pt2e left in %s, not with what "
+            "the model held when it was captured; for that call "
+            "custom_quantizer.calibration.run.restore_state(converted) before lowering",
+            ", ".join(moved),
+        )
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A converted graph on its way to the partitioner.
+
+    Attributes:
+        graph: the converted graph.
+        example: inputs of the model.
+        exported: what the partitioner gets.
+        applied: pass -> number of places it changed.
+    """
+
+    graph: ConvertedGraph
+    example: tuple[Any, ...]
+    exported: torch.export.ExportedProgram
+    applied: Mapping[str, int]
+
+
+def rewrite(
+    graph: ConvertedGraph,
+    example: tuple[Any, ...],
+    dynamic_max: int,
+    say: Callable[[str], None] = lambda _stage: None,
+    *,
+    widest: bool = False,
+) -> Rewritten:
+    """Apply all passes to a copy of a converted graph and export that.
+
+    Args:
+        graph: the converted graph.
+        example: inputs of the model.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        say: called with the name of each stage.
+        widest: trace dynamic sizes at their upper bounds, for a caller that cannot keep upstream
+            from making limits of the example's sizes (see :func:`_no_size_guards`): a limit that
+            holds at the upper bound is a lower one, which no runtime looks at.
+
+    Raises:
+        LoweringError: a pass failed, or ``torch.export`` refused the result.
+    """
+    say("rewriting the graph")
+    _check_writable(graph.model)
+    model = detached_copy(graph.model)
+    applied = run_passes(model)
+    say("exporting")
+    exported = export_again(model, example, dynamic_max, widest=widest)
+    for node in state_of(exported.graph):
+        if node.name in exported.graph_signature.inputs_to_buffers:
+            # Without this ExecuTorch does not write what a buffer that changes holds at first.
+            node.meta["et_init_buffer"] = True
+    return Rewritten(graph, example, exported, applied)
+
+
+def _check_writable(model: GraphModule) -> None:
+    """Raise ``LoweringError`` for what no program can hold.
+
+    Raises:
+        LoweringError: complex numbers, or an output that is neither tensor nor number.
+    """
+    for node in model.graph.nodes:
+        meta = tensor_meta(node)
+        if node.op == "call_function" and meta is not None and meta.is_complex() and node.users:
+            raise LoweringError(
+                f"{describe(node)} is {meta.dtype}, and ExecuTorch's programs hold no complex "
+                "numbers. Compute with real and imaginary parts as two tensors"
+            )
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    for i, value in enumerate(pytree.tree_leaves(output.args[0])):
+        if not isinstance(value, (Node, int, float, type(None))):
+            raise LoweringError(
+                f"output {i} is {value!r}; a program returns tensors and numbers. Return it from a "
+                "wrapper around the program instead"
+            )
+
+
+def _is_plain(spec: Any) -> bool:
+    """Whether a structure is made of tuples, lists and dicts, which a file can name."""
+    if spec is None or spec.is_leaf():
+        return True
+    return spec.type in (tuple, list, dict) and all(map(_is_plain, spec.children()))
+
+
+def describe_program(
+    data: bytes, edge: EdgeProgramManager, rewritten: Rewritten, method: str = "forward"
+) -> LoweredProgram:
+    """Read one method of a program back and pair it with the graph it was made from.
+
+    Args:
+        data: what ExecuTorch wrote; the program also gets a checksum.
+        edge: what it was written from.
+        rewritten: the graph.
+        method: which one.
+
+    Raises:
+        LoweringError: a delegate has no ops.
+    """
+    data = seal(data)
+    contents = read_program(data)
+    contents = replace(contents, methods=(contents.method(method),))
+    report = _report(rewritten.graph, edge, contents, rewritten.applied)
+    model = rewritten.graph.model
+    metas = tuple(_placeholder_metas(model))
+    return LoweredProgram(data, report, contents, rewritten.graph, _specs(model), metas)
+
+
+def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The example with contiguous tensors.
+
+    Raises:
+        InputError: it does not fit the graph.
+    """
+    if not isinstance(example_inputs, (tuple, list)):
+        raise InputError(
+            f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"
+            " for one tensor x write (x,)"
+        )
+    metas = _placeholder_metas(converted)
+    flat = pytree.tree_leaves(tuple(example_inputs))
+    for i, (value, meta) in enumerate(zip(flat, metas, strict=False)):
+        if meta is None and not isinstance(value, (int, float, type(None))):
+            raise InputError(
+                f"input {i} is a {type(value).__name__}; a program takes tensors and numbers. "
+                "Capture a module whose forward sets it"
+            )
+    if len(flat) != len(metas):
+        raise InputError(f"the graph takes {len(metas)} inputs, the example has {len(flat)}")
+    for i, (value, meta) in enumerate(zip(flat, metas, strict=True)):
+        check_input(i, value, meta)
+    return tuple(pytree.tree_map(lambda v: _contiguous(v), tuple(example_inputs)))
+
+
+def _contiguous(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    # contiguous() keeps ambiguous strides (a channel dim of 1); a fresh copy does not.
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _placeholder_metas(model: GraphModule) -> list[torch.Tensor | None]:
+    return [tensor_meta(node) for node in model.graph.nodes if node.op == "placeholder"]
+
+
+def _specs(model: GraphModule) -> tuple[Any, Any]:
+    info = getattr(model.graph._codegen, "pytree_info", None)
+    return (None, None) if info is None else (info.in_spec, info.out_spec)
+
+
+def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> list[dict[int, Any] | None]:
+    """Dynamic dims for exporting again, with the bounds that capture recorded."""
+    shapes: list[dict[int, Any] | None] = []
+    for meta in _placeholder_metas(model):
+        if meta is None:
+            shapes.append(None)  # a number, None: export takes no shape for it
+            continue
+        dims: dict[int, Any] = {}
+        sizes: tuple[Any, ...] = tuple(meta.shape)
+        for dim, size in enumerate(sizes):
+            if isinstance(size, int):
+                continue
+            low, high = size_bounds(size)
+            high = dynamic_max if high is None else high
+            dims[dim] = torch.export.Dim.AUTO(min=low, max=high)
+        shapes.append(dims)
+    return shapes
+
+
+@tools()
+def export_again(
+    model: GraphModule, example: tuple[Any, ...], dynamic_max: int, *, widest: bool = False
+) -> torch.export.ExportedProgram:
+    """Export a converted graph with the dynamic sizes it was captured with.
+
+    Args:
+        model: the graph.
+        example: its inputs.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        widest: trace at the upper bounds instead of at the sizes of the example.
+
+    Raises:
+        LoweringError: ``torch.export`` refused it.
+    """
+    flat = dynamic_shapes_of(model, dynamic_max)
+    if not all(map(_is_plain, _specs(model))):
+        # No file names these types, so it takes and returns flat lists.
+        model = detached_copy(model)
+        model.graph.set_codegen(CodeGen())
+        model.recompile()
+        example = tuple(pytree.tree_leaves(example))
+    in_spec, _ = _specs(model)
+    structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
+    shapes: Any = None
+    if any(flat):
+        args, kwargs = pytree.tree_unflatten(flat, structure)
+        shapes = (*args, *kwargs.values())
+        example = _widened(example, flat, widest)
+    args, kwargs = pytree.tree_unflatten(pytree.tree_leaves(example), structure)
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except CustomQuantizerError:
+        raise
+    except Exception as error:
+        raise LoweringError(
+            f"torch.export refused the rewritten graph: {_first_line(error)}. Check that the "
+            "example inputs fit the dynamic sizes the model was captured with"
+        ) from error
+
+
+def _widened(
+    example: tuple[Any, ...], dynamic: list[dict[int, Any] | None], widest: bool
+) -> tuple[Any, ...]:
+    """Repeat examples of size 1 along dynamic dimensions: export would fix the size at 1."""
+    values, structure = pytree.tree_flatten(example)
+    for i, dims in enumerate(dynamic):
+        for dim, hint in (dims or {}).items():
+            size = values[i].shape[dim]
+            wanted = hint.max if widest else max(size, 2)
+            if size != wanted:
+                values[i] = values[i].index_select(dim, torch.arange(wanted) % size)
+    return cast(tuple[Any, ...], pytree.tree_unflatten(values, structure))
+
+
+@contextmanager
+def _no_size_guards() -> Iterator[None]:
+    """Keep dynamic sizes as wide as they were captured while graphs are traced again.
+
+    Shape propagation asks which kernel PyTorch itself would choose for a convolution. For NNPACK
+    and oneDNN that depends on whether the batch is below 16, and the answer for the example
+    becomes a limit of the program.
+    """
+    # Under the lock: of two threads the second would take "off" for what was set before.
+    with exclusive():
+        nnpack, onednn = torch._C._get_nnpack_enabled(), torch._C._get_mkldnn_enabled()
+        try:
+            torch._C._set_nnpack_enabled(False)
+            torch._C._set_mkldnn_enabled(False)
+            yield
+        finally:
+            try:
+                torch._C._set_nnpack_enabled(nnpack)
+            finally:  # also when Ctrl-C comes here
+                torch._C._set_mkldnn_enabled(onednn)
+
+
+def _to_edge(exported: torch.export.ExportedProgram, *, validate: bool) -> EdgeProgramManager:
+    """Partition a graph.
+
+    Args:
+        exported: what is left of the converted graph after all passes.
+        validate: have ExecuTorch validate the graph after each of its passes: a seventh of the
+            time, for nothing if the finished program is compared with the reference. ExecuTorch's
+            own examples for quantized models leave it out (examples/xnnpack/aot_compiler.py).
+    """
+    config = EdgeCompileConfig(_check_ir_validity=validate)
+    # The partitioner logs an ERROR for each op it leaves to another backend; the report says it.
+    try:
+        with _no_size_guards():
+            return to_edge_transform_and_lower(
+                exported, partitioner=[partitioner()], compile_config=config
+            )
+    except Exception as error:
+        raise LoweringError(
+            f"ExecuTorch could not partition the graph: {_first_line(error)}"
+            f"{_control_flow(exported)}"
+        ) from error
+
+
+def _control_flow(exported: torch.export.ExportedProgram) -> str:
+    """A hint, if the graph has control flow that may be the reason."""
+    kinds = {
+        str(node.target): None
+        for node in exported.graph.nodes
+        if isinstance(node.target, torch._ops.HigherOrderOperator)
+    }
+    if not kinds:
+        return ""
+    return (
+        f". The graph has control flow ({', '.join(kinds)}), which ExecuTorch may not know how to "
+        "lower: unroll it, or lower what is before and behind it on its own"
+    )
+
+
+def backend_config() -> ExecutorchBackendConfig:
+    """How programs are written: memory is planned for the upper bounds of dynamic sizes."""
+    return ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
+
+
+def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> bytes:
+    """Write a partitioned program.
+
+    Args:
+        edge: the program.
+        graph: what it was made from, for the ops in messages.
+
+    Raises:
+        LoweringError: integers stayed outside the delegates, or ExecuTorch refused.
+    """
+    leftover = [
+        node
+        for method in edge.methods
+        for node in edge.exported_program(method).graph.nodes
+        if node.op == "call_function" and "quantized_decomposed" in str(node.target)
+    ]
+    if leftover:
+        names = ", ".join(origin_of(node) or node.name for node in leftover[:5])
+        raise LoweringError(
+            f"{len(leftover)} quantize or dequantize ops stayed outside the delegate ({names}): "
+            "the bare runtime has no kernel for them. Leave the ops around them in float with "
+            "set_node_name(name, None)"
+        )
+    try:
+        with _no_size_guards():
+            return bytes(edge.to_executorch(backend_config()).buffer)
+    except Exception as error:
+        missing = re.search(r"Missing out variants: \{(.*)\}", str(error))
+        if missing is not None:
+            kernels = re.findall(r"'([^']+)'", missing.group(1))
+            raise LoweringError(no_kernel(_callers(edge, kernels), kernels)) from error
+        if "finite upper bound" in str(error):
+            raise LoweringError(
+                f"{_of_unknown_size(edge) or 'a tensor'}: the size of its result depends on values "
+                "and has no bound, and memory is planned ahead. Keep a fixed size (a mask, topk), "
+                "or let the model end before it"
+            ) from error
+        raise LoweringError(
+            f"ExecuTorch could not write the program: {_first_line(error)}{_unknown(graph)}"
+        ) from error
+
+
+def _unknown(graph: ConvertedGraph | None) -> str:
+    """A hint: ops that nothing here knows may be the reason."""
+    ops = () if graph is None else graph.floating
+    names = [describe(op.node) for op in ops if rule_of(op.node) is None]
+    return f". Of its ops, these are not known here: {', '.join(names[:5])}" if names else ""
+
+
+def _callers(edge: EdgeProgramManager, kernels: Sequence[str]) -> list[str]:
+    """Ops of the converted graph that stand behind the calls of some kernels."""
+    nodes = (node for m in edge.methods for node in edge.exported_program(m).graph.nodes)
+    return [origin_of(node) or node.name for node in nodes if called(node) in kernels]
+
+
+def _of_unknown_size(edge: EdgeProgramManager) -> str:
+    """The first op whose result has a size that only its values tell."""
+    for method in edge.methods:
+        for node in edge.exported_program(method).graph.nodes:
+            meta = tensor_meta(node)
+            sizes: tuple[Any, ...] = () if meta is None else tuple(meta.shape)
+            if any(not isinstance(s, int) and s.node.hint is None for s in sizes):
+                return origin_of(node) or node.name
+    return ""
+
+
+def called(node: Node) -> str:
+    """Name of the op a node calls, without its overload: ``aten::sort``."""
+    return str(getattr(getattr(node.target, "_schema", None), "name", node.target))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+# ---------------------------------------------------------------------------------------------
+# What became of each op
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Traced:
+    """Edge nodes that stand for one converted op."""
+
+    delegated: list[Node]
+    outside: list[Node]
+
+
+def _report(
+    graph: ConvertedGraph,
+    edge: EdgeProgramManager,
+    contents: ProgramContents,
+    applied: Mapping[str, int],
+) -> LoweringReport:
+    traced, empty = _trace(edge, contents.methods[0].name)
+    if empty:
+        raise LoweringError("the partitioner made a delegate without ops; the program is not safe")
+    rows = tuple(_row(op, traced, contents) for op in graph)
+    outside = tuple(str(k) for k in contents.kernels)
+    return LoweringReport(rows, len(contents.delegates), outside, contents.size_bytes, applied)
+
+
+def _trace(edge: EdgeProgramManager, method: str) -> tuple[dict[str, _Traced], bool]:
+    traced: dict[str, _Traced] = {}
+    empty = False
+    module = edge.exported_program(method).graph_module
+
+    def entries(node: Node) -> list[_Traced]:
+        names = origin_of(node)
+        if names is None:
+            return []
+        return [traced.setdefault(name, _Traced([], [])) for name in names.split(",")]
+
+    for node in module.graph.nodes:
+        lowered = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+        inner = getattr(lowered, "original_module", None)
+        if inner is not None:
+            calls = [n for n in inner.graph.nodes if n.op == "call_function"]
+            empty = empty or not calls
+            for call in calls:
+                for found in entries(call):
+                    found.delegated.append(call)
+        elif node.op == "call_function" and not _reads_delegate(node):
+            for found in entries(node):
+                found.outside.append(node)
+    return traced, empty
+
+
+def _reads_delegate(node: Node) -> bool:
+    """Whether a node only calls a delegate or takes one of its results."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(source, Node) and "executorch_call_delegate" in str(source.target)
+
+
+def _delegated_backend(
+    op: QuantizedOp | FloatOp, handles: set[int], contents: ProgramContents
+) -> Backend:
+    """How the delegate runs the nodes with these handles, as the program's tensors say."""
+    nodes = [
+        (delegate, node)
+        for delegate in contents.delegates
+        for node in delegate.ops
+        # Borders between float and int8 carry the handle of the op next to them.
+        if node.debug_handle in handles and node.kind != "convert"
+    ]
+    if not nodes:
+        return Backend.FOLDED  # an activation fused into the op before it
+    weighted = [(delegate, node) for delegate, node in nodes if node.weight is not None]
+    for delegate, node in weighted:
+        if quantizes_at_run_time(delegate, node):
+            packed = delegate.tensors[cast(int, node.weight)].dtype == "int4"
+            return Backend.PACKED_INT4 if packed else Backend.DYNAMIC_INT8
+    # One step in float makes the op float, whatever clamps its result in int8 afterwards.
+    if not all(computes_in_integers(delegate, node) for delegate, node in nodes):
+        return Backend.FLOAT
+    if isinstance(op, QuantizedOp) and op.weight is not None and weighted:
+        ((delegate, node),) = weighted
+        if delegate.tensors[cast(int, node.weight)].dtype == "int4":
+            return Backend.PACKED_INT4
+        return Backend.INT8 if op.formats.weight_bits == 8 else Backend.INT8_CONTAINER
+    return Backend.INT8
+
+
+def _row(
+    op: QuantizedOp | FloatOp, traced: dict[str, _Traced], contents: ProgramContents
+) -> OpBackend:
+    names = [op.node.name]
+    if isinstance(op, QuantizedOp) and op.output_node is not op.node:
+        names.append(op.output_node.name)
+    found = [traced[name] for name in names if name in traced]
+    delegated = [node for trace in found for node in trace.delegated]
+    outside = [node for trace in found for node in trace.outside]
+    handles = {cast(int, node.meta.get("debug_handle", -1)) for node in delegated}
+    reason = op.reason if isinstance(op, FloatOp) else ""
+    if outside:
+        backend = Backend.PORTABLE
+        reason = reason or "XNNPACK has no kernel for it as it stands here"
+    elif not delegated:
+        backend, reason = Backend.FOLDED, reason or "nothing is left of it after lowering"
+    elif isinstance(op, QuantizedOp) and op.is_wide:
+        backend = Backend.EMULATED
+    else:
+        backend = _delegated_backend(op, handles, contents)
+        if isinstance(op, FloatOp) and backend is Backend.FOLDED:
+            reason = "fused into the op before it"
+        elif isinstance(op, FloatOp) and backend is Backend.INT8:
+            reason += "; the backend quantizes what is float here when it writes the program"
+    if isinstance(op, QuantizedOp):
+        predicted = predict_backend(op.binding, op.formats)
+        reason = reason or predicted.reason
+        if backend is Backend.FLOAT and not reason:
+            reason = "XNNPACK runs it in float between quantize steps"
+    return OpBackend(
+        node=op.node.name,
+        path=module_path(op.node),
+        family=op.binding.rule.family if isinstance(op, QuantizedOp) else str(op.node.target),
+        backend=backend,
+        reason=reason,
+        handles=frozenset(handles),
+        outside=tuple(dict.fromkeys(map(called, outside))),
+    )

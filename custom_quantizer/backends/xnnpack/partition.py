@@ -1,0 +1,67 @@
+"""Which ops XNNPACK takes: upstream's list, integer products of activations, and elu.
+
+XNNPACK multiplies batches of int8 matrices, ``(a - z_a) @ b`` requantized like a linear layer, if
+the zero point of the second operand is 0. ExecuTorch's partitioner (1.5.1) offers it batched
+products in float only; its serializer and its runtime know both. They know elu as well, which is
+not on the partitioner's list.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+from executorch.backends.xnnpack.partition.config.generic_node_configs import BMMConfig, EluConfig
+from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
+
+__all__ = ["partitioner"]
+
+
+class IntegerBatchMatmul(BMMConfig):  # type: ignore[misc]  # ExecuTorch is untyped
+    """Batched products in float or, between int8 tensors, in integers."""
+
+    def supported_precision_types(self) -> list[ConfigPrecisionType]:
+        """Float and static int8."""
+        return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
+
+    def get_node_and_deps(self, node: torch.fx.Node, ep: Any) -> list[torch.fx.Node]:
+        """The product and, if it can run in integers, the q/dq nodes that become part of it."""
+        right = node.args[1]
+        centered = (
+            isinstance(right, torch.fx.Node)
+            and "dequantize_per_tensor" in str(right.target)
+            and right.args[2] == 0
+        )
+        if not centered:
+            return [node]
+        nodes: list[torch.fx.Node] = super().get_node_and_deps(node, ep)
+        return nodes
+
+
+class FloatElu(EluConfig):  # type: ignore[misc]  # ExecuTorch is untyped
+    """elu in float; int8 borders are converted, and XNNPACK makes a table of the three steps."""
+
+    def supported_precision_types(self) -> list[ConfigPrecisionType]:
+        """Float."""
+        return [ConfigPrecisionType.FP32]
+
+    def check_constraints(self, node: torch.fx.Node, ep: Any) -> bool:
+        """Leave out what the serializer gets wrong: it drops scales and wants alpha spelled out.
+
+        selu is an elu with a scale; :mod:`custom_quantizer.backends.xnnpack.passes.functions`
+        spells out.
+        """
+        spelled_out = len(node.args) == 2 and not node.kwargs
+        return spelled_out and super().check_constraints(node, ep) is True
+
+
+def partitioner() -> XnnpackPartitioner:
+    """Upstream's partitioner with the configs of this module in the place of their base classes."""
+    configs = [
+        IntegerBatchMatmul if config is BMMConfig else config for config in ALL_PARTITIONER_CONFIGS
+    ]
+    return QuickPartitioner(configs=[*configs, FloatElu])

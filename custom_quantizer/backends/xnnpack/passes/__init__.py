@@ -1,0 +1,117 @@
+"""Rewrites of a converted graph that keep every op inside the delegate.
+
+A pass is one small rewrite: what it looks for, what it puts there, and whether it changes
+numerics. They run in the order of :data:`PASSES` on a copy of the converted graph. Nodes that a
+pass makes carry the name of the op they stand for (``node.meta["custom"]``), so that what the
+backend did can be traced back.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from custom_quantizer.backends.xnnpack.passes import (
+    activations,
+    attention,
+    borders,
+    cleanup,
+    functions,
+    gemm,
+    merging,
+    movement,
+    normalization,
+    pool,
+    widths,
+    withheld,
+)
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    GEMMS,
+    ORIGIN,
+    GraphPass,
+    origin_of,
+    set_origin,
+)
+from custom_quantizer.core.graph import is_dequantize, is_quantize
+from custom_quantizer.errors import CustomQuantizerError, LoweringError
+from custom_quantizer.ops.rewrites.canonical import mark_overwritten
+
+__all__ = ["GEMMS", "ORIGIN", "PASSES", "GraphPass", "origin_of", "run_passes"]
+
+PASSES: tuple[GraphPass, ...] = (
+    cleanup.DROP_CHECKS,
+    withheld.WITHHOLD_REFUSED,
+    gemm.FOLD_BIAS,
+    gemm.FLOAT_FALLBACKS,
+    gemm.WEIGHT_CONTAINERS,
+    gemm.JOIN_NARROW_GROUPS,
+    pool.SIMPLIFY_POOLS,
+    cleanup.DROP_IDENTITIES,
+    attention.QUANTIZE_TABLES,
+    attention.MATMULS_TO_BMMS,
+    attention.SOFTMAXES_OVER_LAST_DIM,
+    attention.SOFTMAXES_OF_ROWS,
+    normalization.LAYER_NORMS_TO_LINEARS,
+    normalization.GROUP_NORMS_TO_LINEARS,
+    normalization.NORMS_TO_LINEARS,
+    normalization.DROP_BROADCASTS,
+    movement.SPLITS_TO_SLICES,
+    movement.SELECTS_TO_SLICES,
+    pool.SPLIT_SPARSE_MAX_POOLS,
+    merging.STRIDED_SLICES_TO_VIEWS,
+    movement.STRIDED_SLICES_TO_CONVS,
+    movement.CHANNEL_SLICES_TO_CONVS,
+    movement.STRIDED_SLICES_TO_GROUPS,
+    movement.EXPANDS_TO_CATS,
+    pool.MEANS_KEEP_DIMS,
+    movement.RESHAPES_TO_VIEWS,
+    merging.MERGE_MOVES,
+    functions.STEADY_TABLES,
+    functions.SILU_PRODUCTS,
+    functions.WRITTEN_OUT,
+    functions.PLAIN_ELUS,
+    functions.TANH_GELUS,
+    activations.SPLIT_ACTIVATIONS,
+    widths.NARROW_ACTIVATIONS,
+    widths.EMULATE_WIDE,
+    activations.CLAMPS_TO_HARDTANH,
+    activations.KEEP_APART,
+    activations.BREAK_CHAINS,
+    borders.QUANTIZE_SCALARS_AS_ROWS,
+    borders.KEEP_CONVS_FLOAT,
+    borders.SHIELD_COMPOSITES,
+    borders.QUANTIZE_PADS,
+    borders.TELL_COPIES_APART,
+    borders.DEDICATE_DEQUANTIZE,
+)
+
+
+def run_passes(model: GraphModule) -> dict[str, int]:
+    """Apply all passes to ``model`` in place.
+
+    Returns:
+        Pass name -> number of places changed, for the passes that changed any.
+
+    Raises:
+        LoweringError: a pass met a graph it does not understand; the pass is named.
+    """
+    for node in model.graph.nodes:
+        if node.op == "call_function" and not (is_quantize(node) or is_dequantize(node)):
+            set_origin(node, node.name)
+    mark_overwritten(model)
+    applied: dict[str, int] = {}
+    for graph_pass in PASSES:
+        try:
+            changed = graph_pass.run(model)
+        except CustomQuantizerError:
+            raise
+        except Exception as error:
+            raise LoweringError(
+                f"pass {graph_pass.name} ({graph_pass.before}) failed: {error}"
+            ) from error
+        if changed:
+            applied[graph_pass.name] = changed
+    model.graph.eliminate_dead_code()
+    cleanup.drop_unused_constants(model)
+    model.graph.lint()
+    model.recompile()
+    return applied

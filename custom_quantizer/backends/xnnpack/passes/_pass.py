@@ -1,0 +1,172 @@
+"""The shape of a pass, and what passes are built of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    QUANTIZE_PER_TENSOR,
+    add_constant,
+    constant_of,
+    effective_users,
+    is_dequantize,
+    is_quantize,
+    qparams_of,
+    tensor_meta,
+)
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
+from custom_quantizer.ops.rewrites.canonical import overwritten_by
+
+aten = torch.ops.aten
+
+ORIGIN = "custom_quantizer_op"
+"""Key in ``node.meta["custom"]``: name of the converted graph's op a node stands for."""
+
+GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
+"""Calls with a weight and a bias."""
+
+
+FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+"""A clamp between this and its negative changes nothing."""
+
+
+@dataclass(frozen=True)
+class GraphPass:
+    """One rewrite.
+
+    Attributes:
+        name: shown in errors and in the lowering report.
+        before: what the pass looks for.
+        after: what holds when it is done.
+        run: applies it; returns how many places it changed.
+        exact: every integer of the result stays the same.
+    """
+
+    name: str
+    before: str
+    after: str
+    run: Callable[[GraphModule], int]
+    exact: bool = True
+
+
+def origin_of(node: Node) -> str | None:
+    """Name of the converted op a node stands for, across export and edge passes.
+
+    A node that stands for several names them all, separated by commas.
+    """
+    custom = node.meta.get("custom")
+    return cast("str | None", custom.get(ORIGIN)) if isinstance(custom, dict) else None
+
+
+def set_origin(node: Node, name: str) -> None:
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), ORIGIN: name}
+
+
+class Builder:
+    """Inserts nodes before ``anchor`` on behalf of the op ``origin``, with fake values."""
+
+    def __init__(self, model: GraphModule, anchor: Node, origin: str | None = None) -> None:
+        self.model = model
+        self.anchor = anchor
+        self.origin = origin or origin_of(anchor) or anchor.name
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Insert a call; its fake value is computed where its inputs have one."""
+        with self.model.graph.inserting_before(self.anchor):
+            node = self.model.graph.call_function(target, args, kwargs)
+        node.meta["nn_module_stack"] = self.anchor.meta.get("nn_module_stack", {})
+        if "val" not in node.meta and target not in (QUANTIZE_PER_TENSOR, DEQUANTIZE_PER_TENSOR):
+            node.meta["val"] = _fake(target, args, kwargs)
+            set_origin(node, self.origin)
+        return node
+
+    def requantized(self, value: Node, like: Node) -> Node:
+        """Quantize ``value`` with the parameters of the q/dq node ``like``, and dequantize it."""
+        params = like.args[1:]
+        quantized = self.call(QUANTIZE_PER_TENSOR, value, *params)
+        return self.call(DEQUANTIZE_PER_TENSOR, quantized, *params)
+
+
+def _fake(target: Any, args: Any, kwargs: Any) -> Any:
+    def value(node: Node) -> Any:
+        meta = tensor_meta(node)
+        return node.meta.get("val") if meta is None else meta
+
+    mapped = torch.fx.node.map_arg(args, value)
+    tensors = [a for a in torch.utils._pytree.tree_leaves(mapped) if isinstance(a, Tensor)]
+    mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
+    if mode is None:
+        return None
+    with mode:
+        return target(*mapped, **kwargs)
+
+
+def calls(model: GraphModule, targets: frozenset[Any]) -> list[Node]:
+    """Calls of the targets, without tensors that are written in place: those stay views."""
+    return [
+        n
+        for n in model.graph.nodes
+        if n.op == "call_function" and n.target in targets and overwritten_by(n) is None
+    ]
+
+
+def replace(old: Node, new: Node) -> None:
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def quantized_neighbours(node: Node) -> tuple[Node, Node] | None:
+    """``(dequantize before, quantize after)`` of an op on one quantized tensor."""
+    source = node.args[0]
+    users = effective_users(node)
+    if isinstance(source, Node) and is_dequantize(source) and len(users) == 1:
+        (after,) = users
+        if is_quantize(after):
+            return source, after
+    return None
+
+
+def then_move(build: Builder, source: Node, value: Node, target: Any, *args: Any) -> Node:
+    """Apply a second mover to ``value``; between two movers of integers stands a q/dq pair."""
+    if is_dequantize(source):
+        value = build.requantized(value, source)
+    return build.call(target, value, *args)
+
+
+def stored_bits(node: Node) -> int:
+    """Width of the integers of a static quantize or dequantize node."""
+    return int(cast(int, node.args[-2])).bit_length() + 1
+
+
+def is_wide(node: object) -> bool:
+    """Whether a quantize or dequantize node is above 8 bits, so that no int8 kernel takes it."""
+    return (
+        isinstance(node, Node)
+        and (is_quantize(node) or is_dequantize(node))
+        and isinstance(node.args[-2], int)
+        and stored_bits(node) > 8
+    )
+
+
+def is_wide_gemm(node: Node) -> bool:
+    return is_wide(node.args[0]) or is_wide(node.args[1])
+
+
+def dequantized_constant(model: GraphModule, dequantize: Node, before: Node) -> Node:
+    """A float32 constant with the values that a dequantize node of a constant gives."""
+    source = cast(Node, dequantize.args[0])
+    qparams = qparams_of(model, dequantize)
+    integers = constant_of(model, source).to(torch.float32) - qparams.zero_point
+    scale = torch.as_tensor(qparams.scale, dtype=torch.float32)
+    if qparams.axis is not None:
+        shape = [1] * integers.dim()
+        shape[qparams.axis] = -1
+        scale = scale.reshape(shape)
+    return add_constant(model, f"{source.target}_float", integers * scale, before)

@@ -1,0 +1,178 @@
+"""Clamps, fused and alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    FLOAT32_MAX,
+    GEMMS,
+    Builder,
+    GraphPass,
+    calls,
+    is_wide,
+    origin_of,
+    quantized_neighbours,
+    replace,
+)
+from custom_quantizer.core.graph import (
+    effective_users,
+    is_dequantize,
+    is_quantize,
+    shape_of,
+    view_sizes,
+)
+from custom_quantizer.ops import QParamSharing, rule_of
+from custom_quantizer.ops.elementwise import CLAMP, RELU
+from custom_quantizer.ops.pool import MAX_POOL
+
+aten = torch.ops.aten
+
+
+def _split_activations(model: GraphModule) -> int:
+    """An activation that XNNPACK cannot fuse clamps the quantized result instead.
+
+    Rounding is monotone, so clamping before or after it gives the same integers.
+    """
+    count = 0
+    fused_by_xnnpack = {(aten.add.Tensor, "relu")}
+    for node in calls(model, RELU.targets | CLAMP.targets):
+        source = node.args[0]
+        if not isinstance(source, Node) or source.target not in (
+            aten.add.Tensor,
+            aten.sub.Tensor,
+            aten.mul.Tensor,
+        ):
+            continue
+        family = "relu" if node.target in RELU.targets else "clamp"
+        users = effective_users(node)
+        integer = all(is_dequantize(arg) and not is_wide(arg) for arg in source.all_input_nodes)
+        if (source.target, family) in fused_by_xnnpack or not integer:
+            continue
+        if node.args[1:] == (-FLOAT32_MAX, FLOAT32_MAX):
+            continue  # it keeps a withheld op in float
+        if len(users) != 1 or not is_quantize(users[0]) or len(source.users) != 1:
+            continue
+        build = Builder(model, node)
+        node.replace_input_with(source, build.requantized(source, users[0]))
+        count += 1
+    return count
+
+
+def _clamps_to_hardtanh(model: GraphModule) -> int:
+    """Every clamp that follows a GEMM becomes hardtanh or relu, the two that XNNPACK fuses."""
+    count = 0
+    bounds_of = cast(Callable[[Node], tuple[float | None, float | None]], CLAMP.bounds)
+    for node in calls(model, CLAMP.targets - {aten.hardtanh.default}):
+        if isinstance(CLAMP.bind(CLAMP, node), str):
+            continue
+        low, high = bounds_of(node)
+        build = Builder(model, node)
+        if low == 0.0 and high is None:
+            new = build.call(aten.relu.default, node.args[0])
+        else:
+            # An open side is closed beyond what float32 activations reach.
+            new = build.call(
+                aten.hardtanh.default,
+                node.args[0],
+                -FLOAT32_MAX if low is None else low,
+                FLOAT32_MAX if high is None else high,
+            )
+        replace(node, new)
+        count += 1
+    return count
+
+
+def _keep_apart(model: GraphModule) -> int:
+    """A clamp to another scale stays an op of its own: a reshape stands before it.
+
+    XNNPACK fuses a clamp into the convolution, linear layer or max pool that makes its input,
+    whatever the scale of the tensor between them; that of a max pool would just be dropped.
+    """
+    count = 0
+    for node in calls(model, RELU.targets | CLAMP.targets):
+        around = quantized_neighbours(node)
+        if around is None or is_wide(around[0]) or around[0].args[1:] == around[1].args[1:]:
+            continue
+        before, _ = around
+        stored = cast(Node, before.args[0])
+        if not is_quantize(stored) or len(stored.users) != 1 or len(before.users) != 1:
+            continue
+        maker = cast(Node, stored.args[0])
+        if rule_of(maker) in (RELU, CLAMP):
+            maker = cast(Node, maker.args[0])
+        shape = view_sizes(shape_of(node))
+        if maker.target not in GEMMS | MAX_POOL.targets or shape.count(-1) > 1:
+            continue
+        build = Builder(model, node)
+        same = build.call(aten.view_copy.default, before, shape)
+        node.replace_input_with(before, build.requantized(same, before))
+        count += 1
+    return count
+
+
+def _break_chains(model: GraphModule) -> int:
+    """A clamp of integers that a function of one tensor follows is the last of its chain.
+
+    XNNPACK (92a7ad50) makes a table of a chain of such functions when it loads a program. With two
+    clamps from int8 to int8 in one chain it corrupts memory, and the process is aborted.
+    """
+    count = 0
+    sums = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)  # clamped at once
+    for node in calls(model, RELU.targets | CLAMP.targets):
+        around = quantized_neighbours(node)
+        if around is None or is_wide(around[0]) or around[0].args[1:] != around[1].args[1:]:
+            continue
+        before, after = around
+        stored = cast(Node, before.args[0])
+        maker = stored.args[0] if is_quantize(stored) else None
+        readers = [user for dequantize in after.users for user in dequantize.users]
+        if (isinstance(maker, Node) and maker.target in sums) or not any(map(_maps, readers)):
+            continue
+        shape = view_sizes(shape_of(node))
+        if shape.count(-1) > 1:
+            continue
+        build = Builder(model, after, origin_of(node))
+        view = build.call(aten.view_copy.default, build.requantized(node, after), shape)
+        after.replace_input_with(node, view)
+        count += 1
+    return count
+
+
+def _maps(node: Node) -> bool:
+    """Whether a node may be computed as a table: it reads one tensor, and does not move it."""
+    rule = rule_of(node)
+    moves = rule is not None and rule.sharing is QParamSharing.SAME
+    others = (aten.add.Tensor, aten.sub.Tensor, aten.view_copy.default)
+    single = len(node.all_input_nodes) == 1 and node.op == "call_function"
+    return single and not moves and node.target not in others
+
+
+SPLIT_ACTIVATIONS = GraphPass(
+    "split_activations",
+    "activations after add, sub, mul",
+    "clamps of integers",
+    _split_activations,
+)
+
+CLAMPS_TO_HARDTANH = GraphPass(
+    "clamps_to_hardtanh", "clamps", "hardtanh or relu", _clamps_to_hardtanh
+)
+
+KEEP_APART = GraphPass(
+    "keep_apart",
+    "clamps from one scale to another behind what XNNPACK fuses them into",
+    "a reshape between them",
+    _keep_apart,
+)
+
+BREAK_CHAINS = GraphPass(
+    "break_chains",
+    "clamps of integers before functions of one tensor",
+    "a reshape between them",
+    _break_chains,
+)

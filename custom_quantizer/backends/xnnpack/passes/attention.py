@@ -1,0 +1,194 @@
+"""Products of activations, softmax and embeddings in the form the backend takes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    Builder,
+    GraphPass,
+    calls,
+    is_wide,
+    replace,
+)
+from custom_quantizer.core.arithmetic import get_arithmetic
+from custom_quantizer.core.graph import (
+    QUANTIZE_PER_TENSOR,
+    add_constant,
+    constant_of,
+    effective_users,
+    is_constant,
+    is_dequantize,
+    is_quantize,
+    qparams_of,
+    shape_of,
+    tensor_meta,
+    view_sizes,
+)
+from custom_quantizer.ops.attention import (
+    MATMUL,
+    SOFTMAX,
+    can_be_batched,
+    matmul_batch,
+    softmax_dim,
+)
+from custom_quantizer.ops.elementwise import ADD, MUL, SUB
+from custom_quantizer.ops.embedding import EMBEDDING
+from custom_quantizer.ops.functions import DIV
+from custom_quantizer.ops.movement import PERMUTE, RESHAPE
+
+aten = torch.ops.aten
+
+
+def _matmuls_to_bmms(model: GraphModule) -> int:
+    """Products over several batch dimensions are products over one: views before and after."""
+    count = 0
+    for node in calls(model, MATMUL.targets):
+        batch = matmul_batch(node)
+        left, right = cast(Node, node.args[0]), cast(Node, node.args[1])
+        if batch is None or not can_be_batched(node):
+            continue
+        build = Builder(model, node)
+        count += 1
+        if len(batch) == 1:
+            replace(node, build.call(aten.bmm.default, left, right))
+            continue
+        dynamic = any(not isinstance(size, int) for size in batch)
+        size = -1 if dynamic else math.prod(batch)
+        shapes = [view_sizes([size, *shape_of(arg)[-2:]]) for arg in (left, right)]
+        operands = [_viewed(build, *pair) for pair in zip((left, right), shapes, strict=True)]
+        product = build.call(aten.bmm.default, *operands)
+        users = effective_users(node)
+        if len(users) == 1 and is_quantize(users[0]):
+            product = build.requantized(product, users[0])
+        replace(node, build.call(aten.view_copy.default, product, view_sizes(shape_of(node))))
+    return count
+
+
+def _viewed(build: Builder, tensor: Node, shape: list[Any]) -> Node:
+    viewed = build.call(aten.view_copy.default, tensor, shape)
+    return build.requantized(viewed, tensor) if is_dequantize(tensor) else viewed
+
+
+def _softmaxes_over_last_dim(model: GraphModule) -> int:
+    """Another dimension is moved to the end first, and back afterwards."""
+    count = 0
+    for node in calls(model, SOFTMAX.targets):
+        source = cast(Node, node.args[0])
+        dim, rank = softmax_dim(node), len(shape_of(node))
+        if dim == rank - 1:
+            continue
+        build = Builder(model, node)
+        order = list(range(rank))
+        order[dim], order[-1] = order[-1], order[dim]
+        moved = build.call(aten.permute.default, source, order)
+        softmax = build.call(aten.softmax.int, moved, -1)
+        replace(node, build.call(aten.permute.default, softmax, order))
+        count += 1
+    return count
+
+
+_VIEWS = frozenset({aten.view_copy.default, aten.linear.default, *RESHAPE.targets})
+_ELEMENTWISE = ADD.targets | SUB.targets | MUL.targets | DIV.targets | PERMUTE.targets
+
+
+def _keeps_order(source: Node) -> bool:
+    """Whether no op before ``source`` makes the delegate keep it channels last.
+
+    Scores of attention are such tensors: products, scaled and masked.
+    """
+    waiting: list[Node] = [source]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        meta = tensor_meta(node)
+        if node in seen or node.op != "call_function" or node.target in _VIEWS:
+            continue
+        if meta is not None and meta.dim() < 4:
+            continue
+        if not (is_quantize(node) or is_dequantize(node) or node.target in _ELEMENTWISE):
+            return False
+        seen.add(node)
+        waiting += node.all_input_nodes
+    return True
+
+
+def _softmaxes_of_rows(model: GraphModule) -> int:
+    """A softmax of an image becomes one of rows.
+
+    The delegate keeps images channels last, behind convolutions for instance, and XNNPACK's softmax
+    runs over the last dimension in memory: there it would be the channels. ExecuTorch (1.5.1) knows
+    that of other ops, not of softmax. A view always gets its input in the order of the model.
+    """
+    count = 0
+    for node in calls(model, SOFTMAX.targets):
+        shape = shape_of(node)
+        dynamic = sum(not isinstance(size, int) for size in shape)
+        if len(shape) != 4 or dynamic > 1 or softmax_dim(node) != 3:
+            continue
+        if _keeps_order(cast(Node, node.args[0])):
+            continue
+        build = Builder(model, node)
+        last = shape[-1] if isinstance(shape[-1], int) else -1
+        rows = -1 if dynamic and last != -1 else math.prod(shape[:-1])
+        source = _viewed(build, cast(Node, node.args[0]), [rows, last])
+        result = build.call(aten.softmax.int, source, -1)
+        users = effective_users(node)
+        if len(users) == 1 and is_quantize(users[0]):
+            result = build.requantized(result, users[0])
+        replace(node, build.call(aten.view_copy.default, result, view_sizes(shape)))
+        count += 1
+    return count
+
+
+def _quantize_tables(model: GraphModule) -> int:
+    """A table whose rows are quantized after the lookup is quantized before it.
+
+    Quantizing looks at one value at a time, so it gives the same integers; the table takes a
+    quarter of the space.
+    """
+    count = 0
+    xnnpack = get_arithmetic("xnnpack")
+    for node in calls(model, EMBEDDING.targets):
+        table = cast(Node, node.args[0])
+        users = effective_users(node)
+        if not is_constant(table) or not users or not all(is_quantize(user) for user in users):
+            continue
+        first = users[0]
+        if is_wide(first) or any(
+            user.target is not QUANTIZE_PER_TENSOR or user.args[1:] != first.args[1:]
+            for user in users
+        ):
+            continue
+        integers = xnnpack.quantize(constant_of(model, table), qparams_of(model, first))
+        constant = add_constant(model, f"{table.target}_rows", integers.to(torch.int8), node)
+        build = Builder(model, node)
+        rows = build.call(node.target, constant, *node.args[1:])
+        for user in users:
+            user.replace_all_uses_with(rows)
+            model.graph.erase_node(user)
+        model.graph.erase_node(node)
+        count += 1
+    return count
+
+
+MATMULS_TO_BMMS = GraphPass(
+    "matmuls_to_bmms", "products of two activations", "bmm, of one batch", _matmuls_to_bmms
+)
+SOFTMAXES_OVER_LAST_DIM = GraphPass(
+    "softmaxes_over_last_dim",
+    "softmax over another dim",
+    "permuted softmax over the last: other roundings in float",
+    _softmaxes_over_last_dim,
+    exact=False,
+)
+SOFTMAXES_OF_ROWS = GraphPass(
+    "softmaxes_of_rows", "softmax of images", "softmax of rows, between views", _softmaxes_of_rows
+)
+QUANTIZE_TABLES = GraphPass(
+    "quantize_tables", "embeddings that are quantized", "embeddings of integers", _quantize_tables
+)

@@ -1,0 +1,260 @@
+"""Quantize and dequantize nodes as the partitioner wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    GEMMS,
+    Builder,
+    GraphPass,
+    calls,
+    origin_of,
+)
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_GROUPED,
+    add_constant,
+    is_constant,
+    is_dequantize,
+    is_quantize,
+    is_static,
+    shape_of,
+    tensor_meta,
+    view_sizes,
+)
+from custom_quantizer.ops import rule_of
+from custom_quantizer.ops.attention import MATMUL
+from custom_quantizer.ops.elementwise import CLAMP, RELU
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
+from custom_quantizer.ops.movement import CAT, PAD
+
+aten = torch.ops.aten
+
+
+def _dedicate_dequantize(model: GraphModule) -> int:
+    """Each use of a quantized tensor gets a dequantize node of its own.
+
+    A shared one fails at load when an int8 and a float op read it, and can make partitions cyclic.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        if not is_dequantize(node):
+            continue
+        for user in list(node.users)[1:]:
+            with model.graph.inserting_before(user):
+                copy = model.graph.node_copy(node)
+            user.replace_input_with(node, copy)
+            count += 1
+    # The partitioner counts the distinct inputs of a cat, and refuses a single one.
+    for node in calls(model, CAT.targets):
+        inputs = list(cast("Sequence[Node]", node.args[0]))
+        for i, source in enumerate(inputs):
+            if source in inputs[:i] and is_dequantize(source):
+                with model.graph.inserting_before(node):
+                    inputs[i] = model.graph.node_copy(source)
+                count += 1
+        node.args = (inputs, *node.args[1:])
+    return count
+
+
+def _tell_copies_apart(model: GraphModule) -> int:
+    """A cat of one float tensor with itself reads a view of it too.
+
+    The partitioner counts the distinct inputs of a cat, and refuses a single one.
+    """
+    count = 0
+    for node in calls(model, CAT.targets):
+        first, *others = cast("Sequence[Node]", node.args[0])
+        meta = tensor_meta(first)
+        if not others or any(other is not first for other in others) or is_dequantize(first):
+            continue
+        if meta is None or meta.dtype != torch.float32:
+            continue
+        shape = view_sizes(meta.shape)
+        if shape.count(-1) > 1:
+            continue
+        view = Builder(model, node).call(aten.view_copy.default, first, shape)
+        node.args = ([first, *(view for _ in others)], *node.args[1:])
+        count += 1
+    return count
+
+
+def _quantize_pads(model: GraphModule) -> int:
+    """A pad of a quantized tensor that float ops read is quantized at once, which is exact.
+
+    ExecuTorch's InsertPadQDQPass (1.5.1) takes any pad behind a dequantize node for one before a
+    convolution and writes a node with an int8 output and a float input, which fails at load.
+    """
+    count = 0
+    for node in calls(model, PAD.targets):
+        source = node.args[0]
+        if not isinstance(source, Node) or not is_dequantize(source):
+            continue
+        if isinstance(PAD.bind(PAD, node), str):
+            continue  # it pads with a value that the integers need not hold
+        users = list(node.users)
+        if any(is_quantize(user) for user in users) or not users:
+            continue
+        build = Builder(model, users[0])
+        repeated = build.requantized(node, source)
+        for user in users:
+            user.replace_input_with(node, repeated)
+        count += 1
+    return count
+
+
+def _keep_convs_float(model: GraphModule) -> int:
+    """Products with one, which change no bit, between float convolutions and integers.
+
+    ExecuTorch (1.5.1) inserts pads before convolutions with unequal padding, and moves before and
+    behind those of one dimension. It takes what it inserts next to a quantize or dequantize node
+    for an integer op (InsertPadQDQPass, Conv1dUnsqueezePass), and then fails on the float weight,
+    or writes a program that does not load.
+    """
+    count = 0
+    one: Node | None = None
+    for node in calls(model, CONV.targets | CONV_TRANSPOSE.targets):
+        if is_dequantize(node.args[1]):
+            continue
+        flat = len(shape_of(node)) == 3
+        data = cast(Node, node.args[0])
+        edges = []
+        if is_dequantize(data) and (flat or _pads_unequally(node)):
+            edges.append((node, data))
+        if flat:
+            # A clamp behind it becomes part of it.
+            clamps = [u for u in node.users if u.target in RELU.targets | CLAMP.targets]
+            edges += [(u, made) for made in (node, *clamps) for u in made.users if is_quantize(u)]
+        if one is None and edges:
+            one = add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
+        for reader, source in edges:
+            build = Builder(model, reader, origin_of(node) or node.name)
+            reader.replace_input_with(source, build.call(aten.mul.Tensor, source, one))
+            count += 1
+    return count
+
+
+def _shield_composites(model: GraphModule) -> int:
+    """Products with one, which change no bit, between integers and ops that stay outside.
+
+    An op that is made of ops may read its input twice once it is decomposed, inside the delegate
+    and outside. What leaves the delegate is copied to the order of the model, and where that is a
+    dequantize node ExecuTorch's ChannelsLastTaggedReshapePass (1.5.1) gives the copy to all who
+    read it: those inside take it for channels last. A pad in it would meet InsertPadQDQPass, as
+    above. And the partitioner takes the dequantize nodes before products of matrices for part of
+    an int8 product before it refuses that; they are then missing among the delegate's results.
+    """
+    count = 0
+    one: Node | None = None
+    for node in list(model.graph.nodes):
+        product = _is_dynamic_product(node)
+        if not product and not _is_composite(node):
+            continue
+        for source in [s for s in node.all_input_nodes if is_dequantize(s)]:
+            if is_constant(source.args[0]) or not (product or len(shape_of(source)) == 4):
+                continue
+            if one is None:
+                one = add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
+            build = Builder(model, node, origin_of(node) or node.name)
+            node.replace_input_with(source, build.call(aten.mul.Tensor, source, one))
+            count += 1
+    return count
+
+
+_SUMMED_PRODUCTS = frozenset({aten.addmm.default, aten.baddbmm.default, aten.mv.default})
+
+
+def _is_dynamic_product(node: Node) -> bool:
+    """Whether a call multiplies activations and has not become a batched product."""
+    if node.target in MATMUL.targets | _SUMMED_PRODUCTS:
+        return True
+    if node.target not in GEMMS:
+        return False
+    weight = cast(Node, node.args[1])
+    dequantized = is_dequantize(weight) or weight.target is DEQUANTIZE_GROUPED
+    return not is_constant(weight.args[0] if dequantized else weight)
+
+
+def _is_composite(node: Node) -> bool:
+    """Whether a call is unknown here and no core op, so that ExecuTorch decomposes it.
+
+    What passes have written, under names of its own, has a kernel; a view reads its input once.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    if any(result.alias_info is not None for result in target._schema.returns):
+        return False
+    known = torch.Tag.core in target.tags or rule_of(node) is not None
+    return not known and origin_of(node) == node.name
+
+
+def _pads_unequally(node: Node) -> bool:
+    if node.target not in CONV.targets:
+        return False
+    before, after = symmetric_padding(node)
+    return before != after
+
+
+def _quantize_scalars_as_rows(model: GraphModule) -> int:
+    """A tensor without dims is quantized as a row of one.
+
+    ExecuTorch's ChannelsLastTaggedReshapePass (1.5.1) looks for the memory format of the first
+    entry of what a delegate quantizes, which such a tensor does not have.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        if not is_quantize(node) or is_constant(node.args[0]) or not is_static(node):
+            continue
+        source = cast(Node, node.args[0])
+        if tuple(shape_of(source)) or source.target is aten.view_copy.default:
+            continue
+        build = Builder(model, node, origin_of(source) or source.name)
+        row = build.requantized(build.call(aten.view_copy.default, source, [1]), node)
+        node.replace_input_with(source, build.call(aten.view_copy.default, row, []))
+        count += 1
+    return count
+
+
+QUANTIZE_SCALARS_AS_ROWS = GraphPass(
+    "quantize_scalars_as_rows",
+    "quantized tensors without dims",
+    "the same integers by way of a row of one",
+    _quantize_scalars_as_rows,
+)
+
+KEEP_CONVS_FLOAT = GraphPass(
+    "keep_convs_float",
+    "float convolutions next to integers",
+    "products with one between them",
+    _keep_convs_float,
+)
+
+SHIELD_COMPOSITES = GraphPass(
+    "shield_composites",
+    "integers that products of activations and ops without a kernel of their own read",
+    "products with one between them",
+    _shield_composites,
+)
+
+QUANTIZE_PADS = GraphPass(
+    "quantize_pads", "pads between int8 and float", "pads of integers", _quantize_pads
+)
+
+TELL_COPIES_APART = GraphPass(
+    "tell_copies_apart",
+    "cats of one float tensor with itself",
+    "cats of the tensor and a view of it",
+    _tell_copies_apart,
+)
+
+DEDICATE_DEQUANTIZE = GraphPass(
+    "dedicate_dequantize",
+    "shared dequantize nodes",
+    "one dequantize node a use",
+    _dedicate_dequantize,
+)

@@ -1,0 +1,248 @@
+"""Functions of one tensor: what the delegate lacks, and tables that every kernel fills alike."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    FLOAT32_MAX,
+    Builder,
+    GraphPass,
+    calls,
+    is_wide,
+    quantized_neighbours,
+    replace,
+)
+from custom_quantizer.core.arithmetic import round_to_float32
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    QUANTIZE_PER_TENSOR,
+    add_constant,
+    constant_of,
+    is_constant,
+    qparams_of,
+    shape_of,
+)
+from custom_quantizer.ops.functions import (
+    ELU,
+    FUNCTIONS,
+    GELU,
+    HARDSIGMOID,
+    PRELU,
+    RECIPROCAL,
+    SILU,
+    elu_factors,
+    function_of,
+    is_tanh_gelu,
+    sigmoid_qparams,
+    steady_shift,
+)
+
+aten = torch.ops.aten
+
+
+def _int8_neighbours(node: Node) -> tuple[Node, Node] | None:
+    """``(dequantize before, quantize after)`` of a function between integers of up to 8 bits."""
+    around = quantized_neighbours(node)
+    return None if around is None or any(is_wide(border) for border in around) else around
+
+
+class _Numbers(Builder):
+    """A builder that gives ops their numbers as one-element tensors, as XNNPACK fuses them."""
+
+    def number(self, value: float) -> Node:
+        name = f"{self.origin}_constant"
+        return add_constant(self.model, name, torch.tensor([value]), self.anchor)
+
+
+def _steady_tables(model: GraphModule) -> int:
+    """A table with an entry next to the middle between two integers is shifted away from it.
+
+    See :func:`custom_quantizer.ops.functions.steady_shift`; the integer reference adds the same.
+    """
+    count = 0
+    for node in calls(model, frozenset(FUNCTIONS) - SILU.targets):
+        around, function = _int8_neighbours(node), function_of(node)
+        if around is None or function is None:
+            continue
+        before, after = around
+        shift = steady_shift(function, qparams_of(model, before), qparams_of(model, after))
+        if shift == 0.0:
+            continue
+        build = _Numbers(model, after, Builder(model, node).origin)
+        after.args = (build.call(aten.add.Tensor, node, build.number(shift)), *after.args[1:])
+        count += 1
+    return count
+
+
+def _silu_products(model: GraphModule) -> int:
+    """``silu`` between int8 borders becomes its input times an int8 sigmoid: a table again.
+
+    Left to itself, ExecuTorch multiplies in float by a sigmoid in float; the input is read twice,
+    and XNNPACK fuses no table of that.
+    """
+    count = 0
+    for node in calls(model, SILU.targets):
+        around = _int8_neighbours(node)
+        if around is None:
+            continue
+        before, after = around
+        q = sigmoid_qparams(qparams_of(model, before), qparams_of(model, after))
+        build = Builder(model, node)
+        params = (q.scale, q.zero_point, q.quant_min, q.quant_max, torch.int8)
+        sigmoid = build.call(aten.sigmoid.default, before)
+        stored = build.call(QUANTIZE_PER_TENSOR, sigmoid, *params)
+        factor = build.call(DEQUANTIZE_PER_TENSOR, stored, *params)
+        replace(node, build.call(aten.mul.Tensor, before, factor))
+        count += 1
+    return count
+
+
+def _written_out(model: GraphModule) -> int:
+    """Functions without a kernel become steps that have one.
+
+    - hardsigmoid: ``clamp(x + 3, 0, 6) / 6``;
+    - reciprocal: ``1 / x``;
+    - prelu: leaky_relu if it has one slope; ``relu(x) + slope * min(x, 0)`` unless its input has
+      four dimensions, for which there is a kernel.
+
+    All give the float32 numbers that PyTorch gives, bit for bit.
+    """
+    count = 0
+    for node in calls(model, _WRITTEN_OUT):
+        build, data = _Numbers(model, node), cast(Node, node.args[0])
+        new: Node | None = None
+        if node.target in HARDSIGMOID.targets:
+            raised = build.call(aten.add.Tensor, data, build.number(3.0))
+            clamped = build.call(aten.hardtanh.default, raised, 0.0, 6.0)
+            new = build.call(aten.div.Tensor, clamped, build.number(6.0))
+        elif node.target in RECIPROCAL.targets:
+            new = build.call(aten.div.Tensor, build.number(1.0), data)
+        elif node.target in PRELU.targets:
+            new = _prelu(model, build, node)
+        if new is not None:
+            replace(node, new)
+            count += 1
+    return count
+
+
+_WRITTEN_OUT = HARDSIGMOID.targets | RECIPROCAL.targets | PRELU.targets | ELU.targets | GELU.targets
+
+_ALMOST_ONE = 1.0 + 2.0**-40
+"""1 in float32. Export drops arguments that equal their default, which the serializer of
+ExecuTorch 1.5.1 then misses."""
+
+
+def _prelu(model: GraphModule, build: _Numbers, node: Node) -> Node | None:
+    data, slope = cast(Node, node.args[0]), cast(Node, node.args[1])
+    if not is_constant(slope):
+        return None
+    values: Tensor = constant_of(model, slope)
+    if values.numel() == 1:
+        return build.call(aten.leaky_relu.default, data, float(values))
+    rank = len(shape_of(node))
+    if rank == 4:
+        return None
+    shaped = values.reshape(-1, *[1] * (rank - 2))
+    slopes = add_constant(model, f"{build.origin}_slopes", shaped, node)
+    negative = build.call(aten.hardtanh.default, data, -FLOAT32_MAX, 0.0)
+    scaled = build.call(aten.mul.Tensor, negative, slopes)
+    return build.call(aten.add.Tensor, build.call(aten.relu.default, data), scaled)
+
+
+def _plain_elus(model: GraphModule) -> int:
+    """Elus with scales, selu and celu become products around an elu without: XNNPACK's has none.
+
+    ``elu(x, alpha, scale, inner) = scale / inner * elu(inner * x, alpha * inner)``.
+    """
+    count = 0
+    for node in calls(model, ELU.targets):
+        if node.target is aten.elu.default and tuple(node.args[1:]) == (_ALMOST_ONE,):
+            continue
+        build, value = _Numbers(model, node), cast(Node, node.args[0])
+        alpha, scale, inner = elu_factors(node)
+        if node.target is aten.elu.default and (scale, inner) == (1.0, 1.0) and alpha != 1.0:
+            continue
+        if inner != 1.0:
+            value = build.call(aten.mul.Tensor, value, build.number(inner))
+        factor = round_to_float32(alpha * inner)
+        value = build.call(aten.elu.default, value, _ALMOST_ONE if factor == 1.0 else factor)
+        if scale != inner:
+            value = build.call(aten.mul.Tensor, value, build.number(scale / inner))
+        replace(node, value)
+        count += 1
+    return count
+
+
+def _tanh_gelus(model: GraphModule) -> int:
+    """The tanh approximation of gelu becomes its formula, except between int8 borders.
+
+    XNNPACK's kernel is the gelu that it approximates, up to 4.8e-4 away. In a table that is less
+    than a step, and the integer reference knows it.
+    """
+    count = 0
+    for node in calls(model, GELU.targets):
+        if is_tanh_gelu(node) and _int8_neighbours(node) is None:
+            replace(node, _tanh_gelu(_Numbers(model, node), cast(Node, node.args[0])))
+            count += 1
+    return count
+
+
+def _tanh_gelu(build: _Numbers, x: Node) -> Node:
+    """``x * (0.5 * (1 + tanh(sqrt(2 / pi) * x * (1 + 0.044715 * x**2))))``."""
+
+    def times(value: Node, factor: float) -> Node:
+        return build.call(aten.mul.Tensor, value, build.number(factor))
+
+    def plus_one(value: Node) -> Node:
+        return build.call(aten.add.Tensor, value, build.number(1.0))
+
+    cubic = plus_one(times(build.call(aten.mul.Tensor, x, x), 0.044715))
+    inner = times(build.call(aten.mul.Tensor, x, cubic), math.sqrt(2 / math.pi))
+    half = times(plus_one(build.call(aten.tanh.default, inner)), 0.5)
+    return build.call(aten.mul.Tensor, x, half)
+
+
+STEADY_TABLES = GraphPass(
+    "steady_tables",
+    "functions with a result next to the middle between two integers",
+    "the same plus some ten-thousandths of a step, as the integer reference adds them",
+    _steady_tables,
+    exact=False,
+)
+
+SILU_PRODUCTS = GraphPass(
+    "silu_products",
+    "silu between int8 borders",
+    "products with an int8 sigmoid, as the integer reference computes them",
+    _silu_products,
+    exact=False,
+)
+
+WRITTEN_OUT = GraphPass(
+    "written_out",
+    "hardsigmoid, reciprocal, prelu",
+    "the steps that compute them",
+    _written_out,
+)
+
+TANH_GELUS = GraphPass(
+    "tanh_gelus",
+    "the tanh approximation of gelu in float",
+    "its formula, up to the last bits of float32",
+    _tanh_gelus,
+    exact=False,
+)
+
+PLAIN_ELUS = GraphPass(
+    "plain_elus",
+    "elu with scales or alpha 1, selu, celu",
+    "elu with nothing but an alpha, up to the last bits of float32",
+    _plain_elus,
+    exact=False,
+)

@@ -1,0 +1,208 @@
+"""Weights and biases of convolutions and linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.groups import join_factor, joined
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    GEMMS,
+    GraphPass,
+    calls,
+    dequantized_constant,
+    is_wide,
+    is_wide_gemm,
+    stored_bits,
+)
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_DYNAMIC,
+    DEQUANTIZE_GROUPED,
+    DEQUANTIZE_PER_CHANNEL,
+    DEQUANTIZE_PER_TENSOR,
+    add_constant,
+    argument,
+    constant_of,
+    describe,
+    is_constant,
+    is_dequantize,
+    qparams_of,
+)
+from custom_quantizer.errors import LoweringError
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, expand_channels
+
+aten = torch.ops.aten
+
+
+def _fold_bias(model: GraphModule) -> int:
+    """An integer bias becomes the float constant that the serializer turns into the same integers.
+
+    The constant is ``q * s_b`` rounded once; up to ``COMFORTABLE_BIAS`` the serializer's float32
+    quantization returns ``q``.
+    """
+    count = 0
+    for node in calls(model, GEMMS):
+        bias = argument(node, 2, "bias")
+        if not (is_dequantize(bias) and is_constant(bias.args[0])):
+            continue
+        integers = constant_of(model, bias.args[0]).to(torch.float64)
+        derived = torch.as_tensor(qparams_of(model, bias).scale)
+        if not is_wide_gemm(node):
+            # A narrow bias is shifted into place: its scale is the accumulator's times 2**k.
+            unit = _serializer_scale(model, node)
+            integers = integers * torch.round(derived.to(torch.float64) / unit)
+            derived = unit
+        value = (integers * derived.to(torch.float64)).to(torch.float32)
+        constant = add_constant(model, f"{bias.args[0].target}_folded", value, node)
+        node.replace_input_with(bias, constant)
+        count += 1
+    return count
+
+
+def _serializer_scale(model: GraphModule, node: Node) -> Tensor:
+    """The bias scale as ExecuTorch's serializer computes it, in float64."""
+    weight, data = cast(Node, node.args[1]), cast(Node, node.args[0])
+    if not is_dequantize(weight) or not is_dequantize(data):
+        raise LoweringError(f"{describe(node)} has an integer bias but a float weight or input")
+    input_scale = cast(float, qparams_of(model, data).scale)
+    weight_scale = qparams_of(model, weight).scale
+    if isinstance(weight_scale, float):
+        # Per tensor, upstream multiplies two Python floats.
+        return torch.tensor(weight_scale * input_scale, dtype=torch.float64)
+    rule = CONV_TRANSPOSE if node.target in CONV_TRANSPOSE.targets else CONV
+    bound = rule.bind(rule, node)
+    product = weight_scale.to(torch.float32) * torch.tensor(input_scale, dtype=torch.float32)
+    if not isinstance(bound, str):
+        product = expand_channels(product, bound)
+    return product.to(torch.float64)
+
+
+def _float_fallbacks(model: GraphModule) -> int:
+    """What XNNPACK would refuse halfway is withheld: its weight becomes a float constant."""
+    count = 0
+    for node in calls(model, GEMMS):
+        weight = cast(Node, node.args[1])
+        if not is_dequantize(weight) or not is_constant(weight.args[0]):
+            continue
+        grouped = False
+        if node.target in CONV_TRANSPOSE.targets:
+            bound = CONV_TRANSPOSE.bind(CONV_TRANSPOSE, node)
+            grouped = not isinstance(bound, str) and bound.groups > 1
+        per_channel = weight.target is DEQUANTIZE_PER_CHANNEL
+        bias = argument(node, 2, "bias")
+        computed = bias is not None and not is_constant(bias)
+        if is_wide_gemm(node) or (grouped and per_channel) or computed:
+            node.replace_input_with(weight, dequantized_constant(model, weight, node))
+            count += 1
+    return count
+
+
+def _weight_containers(model: GraphModule) -> int:
+    """Weights of 2 to 7 bits are declared int8, those of linear layers up to 4 bits packed int4.
+
+    To XNNPACK the range [-8, 7] per channel means "packed 4-bit"; it must not see it on anything
+    but a linear layer with an even number of input features.
+    """
+    count = 0
+    for node in calls(model, GEMMS):
+        weight = cast(Node, node.args[1])
+        if weight.target is DEQUANTIZE_GROUPED:
+            weight.args = (*weight.args[:5], -8, 7, *weight.args[7:])
+            count += 1
+            continue
+        if not is_dequantize(weight) or not is_constant(weight.args[0]) or is_wide(weight):
+            continue
+        bits = stored_bits(weight)
+        data = node.args[0]
+        dynamic = isinstance(data, Node) and data.target is DEQUANTIZE_DYNAMIC
+        spread = dynamic and weight.target is DEQUANTIZE_PER_TENSOR
+        if bits == 8 and not spread:
+            continue
+        integers = constant_of(model, cast(Node, weight.args[0]))
+        pack = node.target in LINEAR.targets and bits <= 4 and integers.shape[1] % 2 == 0
+        low, high = (-8, 7) if pack else (-128, 127)
+        args = (*weight.args[:-3], low, high, torch.int8)
+        target: Any = weight.target
+        if (pack or spread) and target is DEQUANTIZE_PER_TENSOR:
+            # These kernels want one scale a channel: the same one for all.
+            prefix = str(cast(Node, weight.args[0]).target)
+            scales = torch.full((integers.shape[0],), cast(float, weight.args[1]))
+            zeros = torch.zeros(integers.shape[0], dtype=torch.int64)
+            target = DEQUANTIZE_PER_CHANNEL
+            args = (
+                weight.args[0],
+                add_constant(model, f"{prefix}_scales", scales, node),
+                add_constant(model, f"{prefix}_zeros", zeros, node),
+                0,
+                low,
+                high,
+                torch.int8,
+            )
+        with model.graph.inserting_before(node):
+            declared = model.graph.call_function(target, args)
+        declared.meta.update(weight.meta)
+        node.replace_input_with(weight, declared)
+        count += 1
+    return count
+
+
+def _join_narrow_groups(model: GraphModule) -> int:
+    """Groups of few channels are joined where XNNPACK would compute mostly padding."""
+    count = 0
+    for node in calls(model, CONV.targets):
+        data, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
+        constant = is_dequantize(weight) and is_constant(weight.args[0])
+        bound = CONV.bind(CONV, node)
+        if not constant or not is_dequantize(data) or isinstance(bound, str) or is_wide_gemm(node):
+            continue
+        integers = constant_of(model, cast(Node, weight.args[0]))
+        factor = join_factor(bound.groups, tuple(integers.shape))
+        if factor == 1:
+            continue
+        name = f"{cast(Node, weight.args[0]).target}_joined"
+        wide = add_constant(model, name, joined(integers, bound.groups, factor), node)
+        with model.graph.inserting_before(node):
+            dequantize = model.graph.call_function(
+                cast("Callable[..., Any]", weight.target), (wide, *weight.args[1:])
+            )
+        dequantize.meta["val"] = wide.meta["val"].to(torch.float32) if "val" in wide.meta else None
+        node.update_arg(1, dequantize)
+        if len(node.args) > 6:
+            node.update_arg(6, bound.groups // factor)
+        else:
+            node.update_kwarg("groups", bound.groups // factor)
+        count += 1
+    return count
+
+
+FOLD_BIAS = GraphPass(
+    "fold_bias",
+    "integer biases",
+    "float constants that serialize to the same integers",
+    _fold_bias,
+)
+
+FLOAT_FALLBACKS = GraphPass(
+    "float_fallbacks",
+    "quantized ops without a kernel",
+    "the same ops with float constants",
+    _float_fallbacks,
+)
+
+WEIGHT_CONTAINERS = GraphPass(
+    "weight_containers",
+    "weights of 2 to 7 bits",
+    "packed int4 for linear layers, int8 elsewhere",
+    _weight_containers,
+)
+
+JOIN_NARROW_GROUPS = GraphPass(
+    "join_narrow_groups",
+    "convolutions with few channels a group",
+    "the same sums in wider groups, with zeros between channels that do not meet",
+    _join_narrow_groups,
+)

@@ -1,0 +1,192 @@
+"""Moves of the same tensor, one after the other, become one: each is a copy on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    Builder,
+    GraphPass,
+    calls,
+    origin_of,
+    quantized_neighbours,
+    replace,
+    set_origin,
+    then_move,
+)
+from custom_quantizer.core.graph import is_dequantize, is_quantize, shape_of, view_sizes
+from custom_quantizer.ops.movement import PERMUTE, SLICE, is_split_evenly, slice_of
+
+aten = torch.ops.aten
+
+_VIEW, _PERMUTE = aten.view_copy.default, aten.permute.default
+_MOVES = frozenset({_VIEW, _PERMUTE})
+
+
+def _merge_moves(model: GraphModule) -> int:
+    """A view of a view is one view, a permute of a permute one permute; what undoes itself goes."""
+    count = 0
+    for node in calls(model, PERMUTE.targets):
+        if _drop_single_sizes(model, node):
+            count += 1
+    for node in calls(model, _MOVES):
+        while (inner := _move_before(node)) is not None:
+            source = cast(Node, inner.args[0])
+            if node.target is _PERMUTE:
+                order = [permutation(inner)[d] for d in permutation(node)]
+                node.args = (source, order)
+            else:
+                node.replace_input_with(cast(Node, node.args[0]), source)
+            set_origin(node, f"{origin_of(inner) or inner.name},{origin_of(node) or node.name}")
+            count += 1
+        if _changes_nothing(node):
+            _drop(node)
+            count += 1
+    model.graph.eliminate_dead_code()
+    return count
+
+
+def permutation(node: Node) -> list[int]:
+    """Which dimension of the input each dimension of the result of a permute is."""
+    rank = len(shape_of(node))
+    order = list(range(rank))
+    if node.target is _PERMUTE:
+        return [int(d) % rank for d in cast("Sequence[int]", node.args[1])]
+    if node.target is aten.t.default:
+        return order[::-1]
+    if node.target is aten.transpose.int:
+        a, b = (int(cast(int, d)) % rank for d in node.args[1:3])
+        order[a], order[b] = order[b], order[a]
+        return order
+    # movedim: the moved dims go to their places, the others fill the rest in order.
+    source, target = ([int(d) % rank for d in cast("Sequence[int]", arg)] for arg in node.args[1:3])
+    places = dict(zip(target, source, strict=True))
+    rest = iter(d for d in order if d not in source)
+    return [places[d] if d in places else next(rest) for d in order]
+
+
+def _drop_single_sizes(model: GraphModule, node: Node) -> bool:
+    """Permute without dimensions of size 1: where only those move, it is a view."""
+    source = cast(Node, node.args[0])
+    shape, order = shape_of(source), permutation(node)
+    kept = [d for d in range(len(shape)) if not (isinstance(shape[d], int) and shape[d] == 1)]
+    moved = [d for d in order if d in kept]
+    build = Builder(model, node)
+    if moved == sorted(moved):
+        replace(node, build.call(_VIEW, source, view_sizes(shape_of(node))))
+        return True
+    if len(kept) < len(shape) and _is_viewed(node):
+        smaller = build.call(_VIEW, source, view_sizes([shape[d] for d in kept]))
+        permuted = then_move(build, source, smaller, _PERMUTE, [kept.index(d) for d in moved])
+        replace(node, then_move(build, source, permuted, _VIEW, view_sizes(shape_of(node))))
+        return True
+    if node.target is _PERMUTE:
+        return False
+    replace(node, build.call(_PERMUTE, source, order))
+    return True
+
+
+def _is_viewed(node: Node) -> bool:
+    """Whether there is a view before a permute and all that is behind it are views."""
+    before = _across_border(node)
+    if before is None or before.target is not _VIEW:
+        return False
+    users = list(node.users)
+    if len(users) == 1 and is_quantize(users[0]):
+        users = [user for dequantize in users[0].users for user in dequantize.users]
+    return bool(users) and all(user.target is _VIEW for user in users)
+
+
+def _across_border(node: Node) -> Node | None:
+    """What makes the input of a move, seen through a q/dq pair that changes nothing."""
+    source = node.args[0]
+    if not isinstance(source, Node):
+        return None
+    if not is_dequantize(source):
+        return source
+    stored = cast(Node, source.args[0])
+    same = is_quantize(stored) and stored.args[1:] == source.args[1:]
+    return cast(Node, stored.args[0]) if same else None
+
+
+def _move_before(node: Node) -> Node | None:
+    """A move of the same kind right before one, whose input has the same borders."""
+    inner = _across_border(node)
+    if inner is None or inner.op != "call_function" or inner.target is not node.target:
+        return None
+    outer_source, inner_source = cast(Node, node.args[0]), inner.args[0]
+    if is_dequantize(outer_source):
+        if not isinstance(inner_source, Node) or not is_dequantize(inner_source):
+            return None
+        return inner if inner_source.args[1:] == outer_source.args[1:] else None
+    return inner
+
+
+def _changes_nothing(node: Node) -> bool:
+    if node.target is _PERMUTE:
+        order = permutation(node)
+        return order == sorted(order)
+    return tuple(shape_of(node)) == tuple(shape_of(cast(Node, node.args[0])))
+
+
+def _drop(node: Node) -> None:
+    """Let the users of a move read its input; a q/dq pair that changes nothing goes as well."""
+    source = cast(Node, node.args[0])
+    users = list(node.users)
+    replace(node, source)
+    if not is_dequantize(source):
+        return
+    for user in users:
+        if is_quantize(user) and user.args[1:] == source.args[1:]:
+            replace(user, cast(Node, source.args[0]))
+
+
+def _strided_slices_to_views(model: GraphModule) -> int:
+    """Every ``k``-th entry of a dimension that ``k`` divides: a view splits it, a slice takes one.
+
+    Height and width of a quantized image with channels first are left to a strided convolution.
+    """
+    slices = calls(model, SLICE.targets)
+    slices = [node for node in slices if is_split_evenly(node) and not _is_of_image(node)]
+    for node in slices:
+        source = cast(Node, node.args[0])
+        shape, (dim, start, _, step) = shape_of(source), slice_of(node)
+        build = Builder(model, node)
+        split = view_sizes([*shape[:dim], shape[dim] // step, step, *shape[dim + 1 :]])
+        value = build.call(_VIEW, source, split)
+        value = then_move(build, source, value, aten.slice.Tensor, dim + 1, start, start + 1)
+        replace(node, then_move(build, source, value, _VIEW, view_sizes(shape_of(node))))
+    return len(slices)
+
+
+def _is_of_image(node: Node) -> bool:
+    """Whether a strided slice is one of height or width that a convolution will take."""
+    if quantized_neighbours(node) is None or len(shape_of(node)) != 4:
+        return False
+    chain = [node, *_slices_around(node)]
+    return all(slice_of(other)[0] in (2, 3) for other in chain)
+
+
+def _slices_around(node: Node) -> list[Node]:
+    """Strided slices right before and behind one."""
+    users = [dq for q in node.users if is_quantize(q) for dq in q.users]
+    near = [_across_border(node), *(user for dq in users for user in dq.users)]
+    return [n for n in near if n is not None and n.target in SLICE.targets and slice_of(n)[3] > 1]
+
+
+MERGE_MOVES = GraphPass(
+    "merge_moves",
+    "views of views, permutes of permutes, moves that change nothing",
+    "one view or permute, or none",
+    _merge_moves,
+)
+STRIDED_SLICES_TO_VIEWS = GraphPass(
+    "strided_slices_to_views",
+    "strided slices of dimensions that their step divides",
+    "views and slices",
+    _strided_slices_to_views,
+)

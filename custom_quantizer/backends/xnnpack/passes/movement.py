@@ -1,0 +1,319 @@
+"""Ops that move values, as the few that XNNPACK has on integers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    Builder,
+    GraphPass,
+    calls,
+    is_wide,
+    origin_of,
+    quantized_neighbours,
+    replace,
+    then_move,
+)
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    add_constant,
+    argument,
+    is_dequantize,
+    shape_of,
+)
+from custom_quantizer.ops.movement import EXPAND, RESHAPE, SELECT, SLICE, SPLIT, slice_of
+
+aten = torch.ops.aten
+
+
+_MAX_REPEATS = 64
+
+
+def _splits_to_slices(model: GraphModule) -> int:
+    """chunk, split and unbind become one slice a piece (and a reshape, for unbind)."""
+    count = 0
+    for node in calls(model, SPLIT.targets):
+        source = cast(Node, node.args[0])
+        pieces = node.meta["val"]
+        rank = len(shape_of(source))
+        unbind = node.target is aten.unbind.int
+        dim = int(argument(node, 1 if unbind else 2, "dim", 0)) % rank
+        starts, offset = [], 0
+        for piece in pieces:
+            starts.append(offset)
+            offset = offset + (1 if unbind else piece.shape[dim])
+        for user in list(node.users):
+            index = cast(int, user.args[1])
+            size = 1 if unbind else pieces[index].shape[dim]
+            build = Builder(model, user, origin_of(user))
+            start = starts[index]
+            taken = build.call(aten.slice.Tensor, source, dim, start, start + size)
+            if unbind:
+                taken = then_move(build, source, taken, aten.squeeze.dim, dim)
+            replace(user, taken)
+        model.graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _selects_to_slices(model: GraphModule) -> int:
+    """Select becomes slice and reshape."""
+    targets = calls(model, SELECT.targets)
+    for node in targets:
+        source = cast(Node, node.args[0])
+        shape = shape_of(source)
+        dim = int(cast(int, node.args[1])) % len(shape)
+        index = cast(int, node.args[2])
+        start = index + shape[dim] if index < 0 else index
+        build = Builder(model, node)
+        taken = build.call(aten.slice.Tensor, source, dim, start, start + 1)
+        replace(node, then_move(build, source, taken, aten.squeeze.dim, dim))
+    return len(targets)
+
+
+def _reshapes_to_views(model: GraphModule) -> int:
+    """All reshapes become view_copy, with at most one dynamic size.
+
+    Unlike a view, it takes any strides: the ``contiguous`` before a view may be gone by now.
+    """
+    count = 0
+    for node in calls(model, RESHAPE.targets):
+        shape = list(shape_of(node))
+        dynamic = [i for i, size in enumerate(shape) if not isinstance(size, int)]
+        if len(dynamic) > 1:
+            continue
+        sizes = [-1 if i in dynamic else int(size) for i, size in enumerate(shape)]
+        build = Builder(model, node)
+        replace(node, build.call(aten.view_copy.default, node.args[0], sizes))
+        count += 1
+    return count
+
+
+def _strided_slices_to_convs(model: GraphModule) -> int:
+    """A strided slice of an image is a depthwise 1x1 convolution with weights 1 and that stride.
+
+    With equal input and output scale the requantization multiplier is exactly 1, so every integer
+    arrives unchanged. Neighbouring slices of height and width become one convolution.
+    """
+    count = 0
+    taken: set[Node] = set()
+    for node in calls(model, SLICE.targets):
+        around = quantized_neighbours(node) if node not in taken else None
+        shape = shape_of(node) if around is not None else ()
+        if around is None or len(shape) != 4:
+            continue
+        dim, start, stop, step = slice_of(node)
+        channels = shape[1]
+        if step == 1 or dim not in (2, 3) or not isinstance(channels, int):
+            continue
+        before, after = around
+        build = Builder(model, node)
+        source = before
+        size = shape_of(before)[dim]
+        if start != 0 or (isinstance(size, int) and stop != size):
+            cut = build.call(aten.slice.Tensor, before, dim, start, stop)
+            source = build.requantized(cut, before)
+        stride = [1, 1]
+        stride[dim - 2] = step
+        # The next slice takes the other dim at once.
+        follower = _next_strided_slice(after, 5 - dim)
+        if follower is not None:
+            next_node, after, stride[3 - dim] = follower
+            taken.add(next_node)
+            build.origin = f"{build.origin},{next_node.name}"
+        conv = _identity_conv(build, source, channels, stride)
+        after.args = (conv, *after.args[1:])
+        count += 1
+    model.graph.eliminate_dead_code()
+    return count
+
+
+def _next_strided_slice(quantize: Node, dim: int) -> tuple[Node, Node, int] | None:
+    """The strided slice of ``dim`` that is the only use of a quantized tensor."""
+    users = list(quantize.users)
+    if len(users) != 1 or not is_dequantize(users[0]) or len(users[0].users) != 1:
+        return None
+    (node,) = users[0].users
+    if node.target not in SLICE.targets:
+        return None
+    around = quantized_neighbours(node)
+    if around is None:
+        return None
+    found, start, stop, step = slice_of(node)
+    size = shape_of(cast(Node, node.args[0]))[dim]
+    if found != dim or step == 1 or start != 0 or (isinstance(size, int) and stop != size):
+        return None
+    return node, around[1], step
+
+
+def _identity_conv(build: Builder, source: Node, channels: int, stride: Sequence[int]) -> Node:
+    """Depthwise 1x1 convolution whose weights are the integer 1 at scale 1."""
+    prefix = f"{build.origin}_identity"
+    if is_wide(source):
+        ones = torch.ones(channels, 1, 1, 1)
+        weight = add_constant(build.model, f"{prefix}_float", ones, build.anchor)
+        return build.call(
+            aten.conv2d.default, source, weight, None, list(stride), [0, 0], [1, 1], channels
+        )
+    dequantized = _unit_weight(build, torch.ones(channels, 1, 1, 1, dtype=torch.int8), prefix)
+    return build.call(
+        aten.conv2d.default, source, dequantized, None, list(stride), [0, 0], [1, 1], channels
+    )
+
+
+def _unit_weight(build: Builder, integers: Tensor, prefix: str) -> Node:
+    """A constant int8 weight of scale 1."""
+    weight = add_constant(build.model, f"{prefix}_integers", integers, build.anchor)
+    dequantized = build.call(DEQUANTIZE_PER_TENSOR, weight, 1.0, 0, -127, 127, torch.int8)
+    if (meta := weight.meta.get("val")) is not None:
+        dequantized.meta["val"] = meta.to(torch.float32)
+    return dequantized
+
+
+def _channel_slices_to_convs(model: GraphModule) -> int:
+    """A slice of the channels of a dynamic batch is a 1x1 convolution with weights 0 and 1.
+
+    XNNPACK slices tensors of static shape only. Equal scales make the multiplier exactly 1.
+    """
+    count = 0
+    for node in calls(model, SLICE.targets):
+        around = quantized_neighbours(node)
+        if around is None or is_wide(around[0]):
+            continue
+        shape: tuple[Any, ...] = shape_of(around[0])
+        dim, start, stop, step = slice_of(node)
+        if len(shape) != 4 or dim != 1 or isinstance(shape[0], int):
+            continue
+        if not isinstance(shape[1], int):
+            continue
+        build = Builder(model, node)
+        weight = torch.zeros(len(range(start, stop, step)), shape[1], 1, 1, dtype=torch.int8)
+        for row, column in enumerate(range(start, stop, step)):
+            weight[row, column] = 1
+        selected = _unit_weight(build, weight, f"{build.origin}_selection")
+        ones = [1, 1]
+        conv = build.call(aten.conv2d.default, around[0], selected, None, ones, [0, 0], ones, 1)
+        replace(node, conv)
+        count += 1
+    return count
+
+
+def _strided_slices_to_groups(model: GraphModule) -> int:
+    """A strided slice splits its dim into groups of its step and takes one of each group.
+
+    As ``strided_slices_to_views``, where the step does not divide the size. XNNPACK slices with
+    step 1 only.
+    """
+    count = 0
+    for node in calls(model, SLICE.targets):
+        around = quantized_neighbours(node)
+        dim, start, stop, step = slice_of(node)
+        if around is None or step == 1:
+            continue
+        shape = shape_of(around[0])
+        if not all(isinstance(size, int) for size in shape):
+            continue
+        build, number = Builder(model, node), len(range(start, stop, step))
+        beyond = start + number * step - shape[dim]
+        if beyond <= start:
+            # The last group may reach beyond the end: then all of them begin earlier.
+            shift = max(beyond, 0)
+            taken = _take(build, around[0], dim, (start - shift, number, step, shift))
+        else:
+            last = build.call(
+                aten.slice.Tensor, around[0], dim, start + (number - 1) * step, shape[dim]
+            )
+            if start + (number - 1) * step + 1 < shape[dim]:
+                last = build.call(aten.slice.Tensor, build.requantized(last, around[0]), dim, 0, 1)
+            if number == 1:
+                taken = last
+            else:
+                first = _take(build, around[0], dim, (start, number - 1, step, 0))
+                parts = [build.requantized(part, around[0]) for part in (first, last)]
+                taken = build.call(aten.cat.default, parts, dim)
+        replace(node, taken)
+        count += 1
+    return count
+
+
+def _take(build: Builder, source: Node, dim: int, groups: tuple[int, int, int, int]) -> Node:
+    """One entry of each group along ``dim``: ``(start, number of groups, size, which entry)``."""
+    start, number, step, entry = groups
+    shape = shape_of(source)
+    value = source
+    if (start, number * step) != (0, shape[dim]):
+        cut = build.call(aten.slice.Tensor, value, dim, start, start + number * step)
+        value = build.requantized(cut, source)
+    before, behind = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
+    grouped = build.call(aten.view_copy.default, value, [before, number, step, behind])
+    value = build.requantized(grouped, source)
+    picked = build.call(aten.slice.Tensor, value, 2, entry, entry + 1)
+    value = build.requantized(picked, source)
+    return build.call(aten.view_copy.default, value, [*shape[:dim], number, *shape[dim + 1 :]])
+
+
+def _expands_to_cats(model: GraphModule) -> int:
+    """Expanding an int8 tensor becomes repeated concatenation: XNNPACK has no expand."""
+    count = 0
+    for node in calls(model, EXPAND.targets):
+        source = node.args[0]
+        if not isinstance(source, Node) or not is_dequantize(source):
+            continue
+        old, new = shape_of(source), shape_of(node)
+        if not all(isinstance(s, int) for s in (*old, *new)) or len(old) > len(new):
+            continue
+        build = Builder(model, node)
+        value = source
+        if len(old) < len(new):
+            padded = [1] * (len(new) - len(old)) + list(old)
+            viewed = build.call(aten.view.default, value, padded)
+            old, value = tuple(padded), build.requantized(viewed, source)
+        dims = [d for d in range(len(new)) if old[d] != new[d]]
+        if not dims or any(new[d] > _MAX_REPEATS for d in dims):
+            continue
+        result = value
+        for position, dim in enumerate(dims):
+            result = build.call(aten.cat.default, [value] * int(new[dim]), dim)
+            if position + 1 < len(dims):
+                value = build.requantized(result, source)
+        replace(node, result)
+        count += 1
+    return count
+
+
+SPLITS_TO_SLICES = GraphPass("splits_to_slices", "splits", "slices", _splits_to_slices)
+
+SELECTS_TO_SLICES = GraphPass(
+    "selects_to_slices", "selects", "slices and reshapes", _selects_to_slices
+)
+
+STRIDED_SLICES_TO_CONVS = GraphPass(
+    "strided_slices_to_convs",
+    "strided slices of images",
+    "depthwise 1x1 convolutions",
+    _strided_slices_to_convs,
+)
+
+CHANNEL_SLICES_TO_CONVS = GraphPass(
+    "channel_slices_to_convs",
+    "slices of the channels of a dynamic batch",
+    "1x1 convolutions",
+    _channel_slices_to_convs,
+)
+
+STRIDED_SLICES_TO_GROUPS = GraphPass(
+    "strided_slices_to_groups",
+    "other strided slices",
+    "slices of groups",
+    _strided_slices_to_groups,
+)
+
+EXPANDS_TO_CATS = GraphPass("expands_to_cats", "expands", "concatenations", _expands_to_cats)
+
+RESHAPES_TO_VIEWS = GraphPass("reshapes_to_views", "reshapes", "view copies", _reshapes_to_views)

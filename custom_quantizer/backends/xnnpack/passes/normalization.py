@@ -1,0 +1,252 @@
+"""Norms, written out in float ops that the delegate has.
+
+The partitioner takes means over height and width only. A mean over the last dimension is a linear
+layer with one output whose weights are ``1 / n``; the variance another one, of the squares. A group
+norm is that of each group laid out in a row; a root-mean-square norm leaves the first mean out.
+
+    m = linear(x, 1/n)    d = x - m    v = linear(d * d, 1/n) + eps    y = d * rsqrt(v) * w + b
+
+How far from the real number can it be? With ``u = 2**-24``: ``1/n`` and each of the ``n`` fused
+multiply-adds round once, so ``m`` is off by at most ``e = (n + 1) u max|x|``, and so is each ``d``,
+which then rounds by ``u |d|``. ``v`` is off by at most ``(n + 3) u v + 2 e mean|d| + e**2``; half
+of its relative error goes into ``y``, along with 2 u of ``rsqrt`` and 2 u of the products. In units
+of the standard deviation ``s = sqrt(v)``, with ``r = max|x| / s`` and ``|y| = |d| / s``:
+
+    |error| <= (n + 1) u r (1 + |y|) + (n / 2 + 6) u |y|
+
+For 768 channels, values within 10 standard deviations and ``|y| <= 10`` that is 0.0056 at worst:
+a fifteenth of a unit of an int8 output in [-10, 10]; roundings of random sign give less by a factor
+of ``sqrt(n)``. PyTorch's kernel, which the integer reference calls, has an error of the same kind,
+so the integers behind a norm are those of the reference or their neighbours. A mean of more than
+4,096 values is one of ``a`` means of ``b``: ``n + 1`` becomes ``a + b + 2``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.passes._pass import Builder, GraphPass, calls, replace
+from custom_quantizer.core.graph import (
+    add_constant,
+    argument,
+    constant_of,
+    is_dequantize,
+    shape_of,
+    view_sizes,
+)
+from custom_quantizer.ops.movement import EXPAND
+from custom_quantizer.ops.normalization import (
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    RMS_NORM,
+    VECTOR_NORM,
+    normalized_size,
+    number_of_groups,
+)
+
+aten = torch.ops.aten
+
+
+class _Sums:
+    """Constants that average or sum the last dimension, one of each kind per graph."""
+
+    def __init__(self, model: GraphModule) -> None:
+        self._model = model
+        self._known: dict[tuple[str, float], Node] = {}
+
+    def row(self, size: int, value: float) -> Node:
+        """Weights ``(1, size)`` of a linear layer, all equal."""
+        return self._constant(f"row_{size}", value, torch.full((1, size), value))
+
+    def single(self, value: float) -> Node:
+        """One number, as the bias of a linear layer or a factor."""
+        return self._constant("single", value, torch.tensor([value]))
+
+    def _constant(self, name: str, value: float, tensor: Tensor) -> Node:
+        key = (name, value)
+        if key not in self._known:
+            first = next(iter(self._model.graph.nodes))
+            self._known[key] = add_constant(self._model, f"norm_{name}", tensor, first)
+        return self._known[key]
+
+
+def _layer_norms_to_linears(model: GraphModule) -> int:
+    """Layer norms, and root-mean-square norms, which do not center."""
+    sums = _Sums(model)
+    count = 0
+    for rule in (LAYER_NORM, RMS_NORM):
+        for node in calls(model, rule.targets):
+            if isinstance(rule.bind(rule, node), str):
+                continue
+            size, shape = normalized_size(node), shape_of(node)
+            dims = len(cast("Sequence[int]", node.args[1]))
+            build = Builder(model, node)
+            data = cast(Node, node.args[0])
+            if dims > 1:
+                data = _flattened(build, data, [*shape[:-dims], size])
+            weight, bias = argument(node, 2, "weight"), None
+            if rule is LAYER_NORM:
+                data = build.call(aten.sub.Tensor, data, _mean(build, sums, data))
+                bias, epsilon = argument(node, 3, "bias"), argument(node, 4, "eps", 1e-5)
+            else:
+                epsilon = argument(node, 3, "eps")
+                epsilon = torch.finfo(torch.float32).eps if epsilon is None else epsilon
+            result = _over_deviation(build, sums, data, float(epsilon))
+            result = _affine(build, node, result, (weight, bias), [size])
+            if dims > 1:
+                result = build.call(aten.view_copy.default, result, view_sizes(shape))
+            replace(node, result)
+            count += 1
+    return count
+
+
+def _group_norms_to_linears(model: GraphModule) -> int:
+    """Group and instance norms: each group in a row, then back to the shape of the image."""
+    sums = _Sums(model)
+    count = 0
+    for rule, affine_at, eps_at in ((GROUP_NORM, 2, 4), (INSTANCE_NORM, 1, 7)):
+        for node in calls(model, rule.targets):
+            if isinstance(rule.bind(rule, node), str):
+                continue
+            shape = shape_of(node)
+            groups = number_of_groups(node)
+            size = math.prod(int(n) for n in shape[1:]) // groups
+            build = Builder(model, node)
+            data = _flattened(build, cast(Node, node.args[0]), [shape[0], groups, size])
+            centered = build.call(aten.sub.Tensor, data, _mean(build, sums, data))
+            epsilon = float(argument(node, eps_at, "eps", 1e-5))
+            result = _over_deviation(build, sums, centered, epsilon)
+            result = build.call(aten.view_copy.default, result, view_sizes(shape))
+            affine = argument(node, affine_at, "weight"), argument(node, affine_at + 1, "bias")
+            result = _affine(build, node, result, affine, [-1, *[1] * (len(shape) - 2)])
+            replace(node, result)
+            count += 1
+    return count
+
+
+_LONGEST_ROW = 4096
+"""Means of more values are means of means: the constants are smaller, and so are the errors."""
+
+
+def _mean(build: Builder, sums: _Sums, data: Node, epsilon: float | None = None) -> Node:
+    """``mean(data, -1, keepdim=True) + epsilon``."""
+    *outer, size = shape_of(data)
+    last, rows = int(size), 1
+    if last > _LONGEST_ROW:
+        rows = next(n for n in range(math.isqrt(last), 0, -1) if last % n == 0)
+    if rows > 1:
+        last //= rows
+        parts = build.call(aten.view_copy.default, data, [*view_sizes(outer), rows, last])
+        means = build.call(aten.linear.default, parts, sums.row(last, 1.0 / last))
+        data = build.call(aten.view_copy.default, means, [*view_sizes(outer), rows])
+        last = rows
+    row = sums.row(last, 1.0 / last)
+    if epsilon is None:
+        return build.call(aten.linear.default, data, row)
+    return build.call(aten.linear.default, data, row, sums.single(epsilon))
+
+
+def _over_deviation(build: Builder, sums: _Sums, centered: Node, epsilon: float) -> Node:
+    """``centered * rsqrt(mean(centered**2) + epsilon)``."""
+    squares = build.call(aten.mul.Tensor, centered, centered)
+    inverse = build.call(aten.rsqrt.default, _mean(build, sums, squares, epsilon))
+    return build.call(aten.mul.Tensor, centered, inverse)
+
+
+def _affine(
+    build: Builder, node: Node, result: Node, given: tuple[Any, Any], shape: Sequence[int]
+) -> Node:
+    """``result * weight + bias``, without what would change nothing."""
+    steps = (("weight", aten.mul.Tensor, 1), ("bias", aten.add.Tensor, 0))
+    for constant_node, (name, target, neutral) in zip(given, steps, strict=True):
+        if constant_node is None:
+            continue
+        value = constant_of(build.model, constant_node)
+        if bool((value == neutral).all()):
+            continue
+        constant = add_constant(build.model, f"{node.name}_{name}", value.reshape(shape), node)
+        result = build.call(target, result, constant)
+    return result
+
+
+def _flattened(build: Builder, data: Node, shape: Sequence[int]) -> Node:
+    """``data`` in another shape, in integers if it is."""
+    viewed = build.call(aten.view_copy.default, data, view_sizes(shape))
+    return build.requantized(viewed, data) if is_dequantize(data) else viewed
+
+
+def _norms_to_linears(model: GraphModule) -> int:
+    """The Euclidean norm over the last dimension: squares, their sum, its root."""
+    sums = _Sums(model)
+    count = 0
+    for node in calls(model, VECTOR_NORM.targets):
+        if isinstance(VECTOR_NORM.bind(VECTOR_NORM, node), str):
+            continue
+        data = cast(Node, node.args[0])
+        build = Builder(model, node)
+        squares = build.call(aten.mul.Tensor, data, data)
+        ones = sums.row(int(shape_of(data)[-1]), 1.0)
+        result = build.call(aten.sqrt.default, build.call(aten.linear.default, squares, ones))
+        if not argument(node, 3, "keepdim", False):
+            result = build.call(aten.view_copy.default, result, view_sizes(shape_of(node)))
+        replace(node, result)
+        count += 1
+    return count
+
+
+_BROADCASTING = frozenset({aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor})
+
+
+def _drop_broadcasts(model: GraphModule) -> int:
+    """An expand in float that only ops read which broadcast by themselves."""
+    count = 0
+    for node in calls(model, EXPAND.targets):
+        source = cast(Node, node.args[0])
+        if is_dequantize(source) or not node.users:
+            continue
+        if all(_broadcasts(user, node, source) for user in node.users):
+            replace(node, source)
+            count += 1
+    return count
+
+
+def _broadcasts(user: Node, node: Node, source: Node) -> bool:
+    if user.target not in _BROADCASTING:
+        return False
+    others = [arg for arg in user.args[:2] if isinstance(arg, Node) and arg is not node]
+    shapes = [shape_of(source), *(shape_of(other) for other in others)]
+    broadcast = cast("Callable[..., torch.Size]", torch.broadcast_shapes)
+    return tuple(broadcast(*shapes)) == tuple(shape_of(user))
+
+
+GROUP_NORMS_TO_LINEARS = GraphPass(
+    "group_norms_to_linears",
+    "group and instance norms",
+    "means as linear layers of one output, and elementwise ops: other roundings in float",
+    _group_norms_to_linears,
+    exact=False,
+)
+LAYER_NORMS_TO_LINEARS = GraphPass(
+    "layer_norms_to_linears",
+    "layer norms and root-mean-square norms",
+    "means as linear layers of one output, and elementwise ops: other roundings in float",
+    _layer_norms_to_linears,
+    exact=False,
+)
+NORMS_TO_LINEARS = GraphPass(
+    "norms_to_linears",
+    "Euclidean norms",
+    "sums as linear layers of one output: other roundings in float",
+    _norms_to_linears,
+    exact=False,
+)
+DROP_BROADCASTS = GraphPass(
+    "drop_broadcasts", "expands in float before elementwise ops", "none", _drop_broadcasts
+)

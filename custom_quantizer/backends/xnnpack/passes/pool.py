@@ -1,0 +1,134 @@
+"""Pooling and means."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    Builder,
+    GraphPass,
+    calls,
+    quantized_neighbours,
+    replace,
+)
+from custom_quantizer.core.graph import argument, shape_of
+from custom_quantizer.ops.pool import (
+    ADAPTIVE_AVG_POOL,
+    AVG_POOL,
+    MAX_POOL,
+    adaptive_kernel,
+    counts_padding,
+    is_global_pool,
+    pool_window,
+    spatial_mean_dims,
+)
+
+aten = torch.ops.aten
+
+
+def _means_keep_dims(model: GraphModule) -> int:
+    """A spatial mean that drops its dims keeps them and is viewed without: XNNPACK wants so."""
+    count = 0
+    for node in calls(model, frozenset({aten.mean.dim})):
+        found = spatial_mean_dims(node)
+        around = quantized_neighbours(node)
+        if found is None or (found[1] and list(cast(Any, node.args[1])) == [2, 3]):
+            continue
+        build = Builder(model, node)
+        mean = build.call(aten.mean.dim, node.args[0], [2, 3], True)
+        if not found[1]:
+            if around is not None:
+                mean = build.requantized(mean, around[1])
+            shape = [s if isinstance(s, int) else -1 for s in shape_of(node)]
+            mean = build.call(aten.view.default, mean, shape)
+        replace(node, mean)
+        count += 1
+    return count
+
+
+def _simplify_pools(model: GraphModule) -> int:
+    """Adaptive pooling over equal windows is pooling; counted padding is an explicit pad.
+
+    Over one window it is a mean: its own decomposition restores the strides of images that are
+    channels last, with an op no delegate has.
+    """
+    count = 0
+    for node in calls(model, ADAPTIVE_AVG_POOL.targets):
+        kernel = adaptive_kernel(node)
+        if is_global_pool(node):
+            mean = Builder(model, node).call(aten.mean.dim, node.args[0], [2, 3], True)
+            replace(node, mean)
+            count += 1
+            continue
+        if kernel is None:
+            continue
+        if kernel == (1, 1):
+            replace(node, cast(Node, node.args[0]))
+        else:
+            build = Builder(model, node)
+            pooled = build.call(aten.avg_pool2d.default, node.args[0], list(kernel), list(kernel))
+            replace(node, pooled)
+        count += 1
+    for node in calls(model, AVG_POOL.targets):
+        # Windows of different sizes, or that the inputs tell: a float kernel knows them.
+        if isinstance(AVG_POOL.bind(AVG_POOL, node), str) or not counts_padding(node):
+            continue
+        kernel, stride, (vertical, horizontal) = pool_window(node)
+        build = Builder(model, node)
+        pads = [horizontal, horizontal, vertical, vertical]
+        padded = build.call(aten.constant_pad_nd.default, node.args[0], pads, 0.0)
+        pooled = build.call(aten.avg_pool2d.default, padded, list(kernel), list(stride))
+        replace(node, pooled)
+        count += 1
+    return count
+
+
+def _split_sparse_max_pools(model: GraphModule) -> int:
+    """A max pool that skips rows pools densely first, then takes a strided slice."""
+    count = 0
+    for node in calls(model, MAX_POOL.targets):
+        if isinstance(MAX_POOL.bind(MAX_POOL, node), str):
+            continue
+        kernel, stride, padding = pool_window(node)
+        around = quantized_neighbours(node)
+        if around is None or not any(s > k for s, k in zip(stride, kernel, strict=True)):
+            continue
+        if argument(node, 5, "ceil_mode", False):
+            continue
+        build = Builder(model, node)
+        dilation = argument(node, 4, "dilation", 1)
+        value = cast(Node, node.args[0])
+        if kernel != (1, 1):
+            value = build.call(
+                aten.max_pool2d.default, value, list(kernel), [1, 1], list(padding), dilation
+            )
+            value = build.requantized(value, around[0])
+        for dim in (2, 3):
+            step = stride[dim - 2]
+            if step > 1:
+                end = 9223372036854775807
+                value = build.call(aten.slice.Tensor, value, dim, 0, end, step)
+                value = build.requantized(value, around[0])
+        # The last dequantize goes back to where the op's quantize node expects a real tensor.
+        replace(node, value)
+        count += 1
+    return count
+
+
+SIMPLIFY_POOLS = GraphPass(
+    "simplify_pools", "adaptive and padded pools", "plain pools", _simplify_pools
+)
+
+SPLIT_SPARSE_MAX_POOLS = GraphPass(
+    "split_sparse_max_pools",
+    "max pools with stride > kernel",
+    "dense max pools and strided slices",
+    _split_sparse_max_pools,
+)
+
+MEANS_KEEP_DIMS = GraphPass(
+    "means_keep_dims", "means that drop dims", "means that keep them", _means_keep_dims
+)

@@ -1,0 +1,68 @@
+"""Ops whose integer kernel refuses their scales: they compute in float inside the delegate."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    FLOAT32_MAX,
+    GEMMS,
+    Builder,
+    GraphPass,
+    dequantized_constant,
+)
+from custom_quantizer.core.graph import (
+    argument,
+    effective_users,
+    is_constant,
+    is_dequantize,
+    is_quantize,
+)
+from custom_quantizer.ops import rule_of
+from custom_quantizer.reference.converted import read_converted
+
+aten = torch.ops.aten
+
+
+def _withhold_refused(model: GraphModule) -> int:
+    """Such an op must not look quantized: XNNPACK would fail at load.
+
+    Weights and biases become float constants. Where there are none, a clamp to all of float32
+    stands between the op and its quantize node; the op then is float to the partitioner.
+    """
+    count = 0
+    for op in read_converted(model).floating:
+        if not op.withheld:
+            continue
+        node = op.node
+        if node.target in GEMMS:
+            for source in (node.args[1], argument(node, 2, "bias")):
+                if not isinstance(source, Node) or not is_dequantize(source):
+                    continue
+                if is_constant(source.args[0]):
+                    node.replace_input_with(source, dequantized_constant(model, source, node))
+        else:
+            last = _with_activation(node)
+            for user in [user for user in last.users if is_quantize(user)]:
+                build = Builder(model, user, node.name)
+                clamped = build.call(aten.hardtanh.default, last, -FLOAT32_MAX, FLOAT32_MAX)
+                user.replace_input_with(last, clamped)
+        count += 1
+    return count
+
+
+def _with_activation(node: Node) -> Node:
+    """The op, or the activation that XNNPACK would fuse into it."""
+    rule, users = rule_of(node), effective_users(node)
+    follower = rule_of(users[0]) if len(users) == 1 else None
+    fused = rule is not None and follower is not None and follower.family in rule.fuses
+    return users[0] if fused else node
+
+
+WITHHOLD_REFUSED = GraphPass(
+    "withhold_refused",
+    "quantized ops whose scales XNNPACK refuses",
+    "the same ops in float",
+    _withhold_refused,
+)

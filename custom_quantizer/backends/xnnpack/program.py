@@ -1,0 +1,378 @@
+"""A lowered program: its bytes, what became of each op, and running it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from executorch.runtime import Runtime
+from torch import Tensor
+
+from custom_quantizer.backends.xnnpack.isolation import IsolatedMethod
+from custom_quantizer.backends.xnnpack.readback import (
+    DelegateContents,
+    DelegateOp,
+    ProgramContents,
+    read_file,
+    read_program,
+)
+from custom_quantizer.core.files import write_bytes_atomic
+from custom_quantizer.core.graph import check_input, flatten_inputs
+from custom_quantizer.errors import InputError, ProgramError
+from custom_quantizer.ops import Backend
+from custom_quantizer.reference.converted import ConvertedGraph
+
+__all__ = ["LoweredProgram", "LoweringReport", "OpBackend", "load_program"]
+
+WRONG_KERNELS = frozenset({"aten::nonzero.out"})
+"""Kernels of ExecuTorch (1.5.1) whose results are wrong.
+
+``nonzero`` writes pairs of indices into memory that is planned column by column.
+"""
+
+INTEGER_BACKENDS = frozenset({Backend.INT8, Backend.PACKED_INT4, Backend.INT8_CONTAINER})
+"""Backends whose results the integer reference gives exactly (unless inputs are dynamic)."""
+
+
+@dataclass(frozen=True)
+class OpBackend:
+    """Where and how one op of the converted graph runs.
+
+    Attributes:
+        node: its anchor in the converted graph.
+        path: module path.
+        family: of the registry, or the aten overload.
+        backend: where it runs.
+        reason: why it is not plain int8, empty if it is.
+        handles: debug handles of the delegate's nodes that stand for it.
+        outside: ops that it calls outside delegates, such as ``aten::sort``.
+    """
+
+    node: str
+    path: str
+    family: str
+    backend: Backend
+    reason: str
+    handles: frozenset[int] = field(default_factory=frozenset, repr=False)
+    outside: tuple[str, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class LoweringReport:
+    """What the backend did with each op.
+
+    Attributes:
+        ops: in graph order.
+        delegates: number of delegate calls.
+        outside: kernels called outside delegates, in execution order.
+        size_bytes: of the program.
+        passes: rewrite -> number of places it changed.
+    """
+
+    ops: tuple[OpBackend, ...]
+    delegates: int
+    outside: tuple[str, ...]
+    size_bytes: int
+    passes: Mapping[str, int]
+
+    @property
+    def fully_delegated(self) -> bool:
+        """One delegate call and nothing outside it."""
+        return self.delegates == 1 and not self.outside
+
+    def not_integer(self) -> tuple[OpBackend, ...]:
+        """Ops that do not run as plain integer kernels, each with its reason."""
+        kept = INTEGER_BACKENDS | {Backend.FOLDED}
+        return tuple(op for op in self.ops if op.backend not in kept)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(
+            {
+                "delegates": self.delegates,
+                "outside": list(self.outside),
+                "size_bytes": self.size_bytes,
+                "passes": dict(self.passes),
+                "ops": [
+                    {
+                        "node": op.node,
+                        "path": op.path,
+                        "family": op.family,
+                        "backend": op.backend.value,
+                        "reason": op.reason,
+                    }
+                    for op in self.ops
+                ],
+            },
+            indent=2,
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.delegates} delegate call{'s' if self.delegates != 1 else ''}, "
+            f"{len(self.outside)} kernels outside, {self.size_bytes:,} bytes"
+        ]
+        for op in self.ops:
+            where = f" ({op.path})" if op.path else ""
+            why = f": {op.reason}" if op.reason else ""
+            lines.append(f"  {op.node}{where} [{op.family}] {op.backend.value}{why}")
+        return "\n".join(lines)
+
+
+class LoweredProgram:
+    """An ExecuTorch program and all that is known about it.
+
+    Attributes:
+        report: what became of each op.
+        contents: the program, read back from its bytes.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        report: LoweringReport,
+        contents: ProgramContents,
+        graph: ConvertedGraph,
+        specs: tuple[Any, Any],
+        metas: tuple[Tensor | None, ...],
+    ) -> None:
+        self._data = data
+        self.report = report
+        self.contents = contents
+        self._graph = graph
+        self._in_spec, self._out_spec = specs
+        self._metas = metas
+        self._method: Any = None
+        self._isolated = False
+
+    @property
+    def buffer(self) -> bytes:
+        """The bytes of the ``.pte``."""
+        return self._data
+
+    @property
+    def batch_size(self) -> int | None:
+        """Size of the first dimension of the first input; ``None`` if it is dynamic."""
+        meta = self._metas[0] if self._metas else None
+        size = meta.shape[0] if meta is not None and meta.dim() else None
+        return size if isinstance(size, int) else None
+
+    def with_bytes(self, data: bytes, *, isolated: bool | None = None) -> LoweredProgram:
+        """The same report and graph paired with the bytes of another file, to verify those.
+
+        Args:
+            data: of the file.
+            isolated: as for :func:`load_program`.
+
+        Raises:
+            ProgramError: ``data`` is not a program.
+        """
+        twin = copy.copy(self)
+        twin._data, twin.contents, twin._method = data, read_program(data), None
+        twin._isolated = not twin.contents.has_checksum if isolated is None else isolated
+        if len(twin.contents.methods) > 1:
+            method = twin.contents.method(self.contents.methods[0].name)
+            twin.contents = replace(twin.contents, methods=(method,))
+        return twin
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the ``.pte``; either all of it or nothing.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        write_bytes_atomic(path, self._data)
+        return Path(path)
+
+    def run(self, *inputs: Any, **named: Any) -> Any:
+        """Run the program; returns what the model returns.
+
+        Inputs may have any memory layout; the runtime is given contiguous ones.
+
+        Raises:
+            InputError: number, dtype or shape of the inputs is wrong.
+            ProgramError: the runtime failed.
+        """
+        flat = flatten_inputs(self._in_spec, inputs, named)
+        if len(flat) != len(self._metas):
+            raise InputError(f"the program takes {len(self._metas)} inputs, got {len(flat)}")
+        for i, (value, meta) in enumerate(zip(flat, self._metas, strict=True)):
+            check_input(i, value, meta)
+        _check_shapes(flat, self.contents)
+        if self._method is None:
+            name = self.contents.methods[0].name
+            self._method = _load_method(self._data, "the program", name, isolated=self._isolated)
+        outputs = _execute(self._method, flat)
+        if self._out_spec is None:
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return pytree.tree_unflatten(outputs, self._out_spec)
+
+    __call__ = run
+
+    def reset(self) -> None:
+        """Load the program anew for the next run: buffers that it writes are as they were."""
+        self._method = None
+
+    def integer_biases(self) -> dict[str, np.ndarray[Any, np.dtype[np.int32]]]:
+        """Biases as the file holds them: converted node name -> int32 ``(out_channels,)``.
+
+        Ops above 8 bits are emulated in float, so the file has no integers for them; the report
+        lists them.
+
+        Raises:
+            ProgramError: another op with an integer bias has none in the file.
+        """
+        biases = {}
+        by_name = {op.node: op for op in self.report.ops}
+        for op in self._graph.with_bias():
+            if by_name[op.node.name].backend is Backend.EMULATED:
+                continue
+            found = find_weighted(self.contents, by_name[op.node.name])
+            bias = None if found is None else found[0].bias(found[1])
+            if bias is None:
+                raise ProgramError(
+                    f"{op.node.name}: the program holds no integer bias for it; "
+                    f"{by_name[op.node.name].reason or 'see the lowering report'}"
+                )
+            biases[op.node.name] = bias
+        return biases
+
+
+def find_weighted(
+    contents: ProgramContents, op: OpBackend
+) -> tuple[DelegateContents, DelegateOp] | None:
+    """The delegate's node with a weight that stands for ``op``, if there is one."""
+    for delegate in contents.delegates:
+        for node in delegate.ops:
+            if node.weight is not None and node.debug_handle in op.handles:
+                return delegate, node
+    return None
+
+
+def computes_in_integers(delegate: DelegateContents, op: DelegateOp) -> bool:
+    """Whether a delegate's node reads and writes integers only."""
+    tensors = [delegate.tensors[i] for i in (*op.inputs, *op.outputs)]
+    return all(tensor.dtype in ("int8", "uint8") for tensor in tensors)
+
+
+def quantizes_at_run_time(delegate: DelegateContents, op: DelegateOp) -> bool:
+    """Whether a delegate's node takes activations whose scale is chosen while it runs."""
+    return any(delegate.tensors[i].quantization == "per_token_dynamic" for i in op.inputs)
+
+
+def _check_shapes(inputs: list[Any], contents: ProgramContents) -> None:
+    """Raise ``InputError`` for a shape the runtime would refuse, with a number only."""
+    for i, (value, info) in enumerate(zip(inputs, contents.inputs, strict=True)):
+        if not isinstance(value, Tensor):
+            continue
+        given, most = tuple(value.shape), info.shape
+        fits = len(given) == len(most) and all(
+            size <= limit if info.dynamic else size == limit
+            for size, limit in zip(given, most, strict=True)
+        )
+        if not fits:
+            at_most = " at most" if info.dynamic else ""
+            raise InputError(f"input {i} must have shape{at_most} {most}, got {given}")
+
+
+def missing_kernels(contents: ProgramContents) -> list[str]:
+    """Kernels that a program calls outside delegates, and this process's runtime does not have.
+
+    A wrong one counts as none.
+    """
+    known = Runtime.get().operator_registry.operator_names - WRONG_KERNELS
+    return [kernel for kernel in dict.fromkeys(contents.kernels) if kernel not in known]
+
+
+def no_kernel(ops: Sequence[str], kernels: Sequence[str]) -> str:
+    """What to say of ops that need kernels which the runtime does not have."""
+    return (
+        f"{', '.join(dict.fromkeys(ops)) or 'the model'}: neither XNNPACK nor ExecuTorch's runtime "
+        f"has a kernel for it ({', '.join(kernels)}). Write it with other ops, or let the model "
+        "end before it; for a runtime that has the kernel, call lower with check=False"
+    )
+
+
+def _load_method(data: bytes, what: str, method: str = "forward", *, isolated: bool = False) -> Any:
+    if isolated:
+        return IsolatedMethod(data, what, method)
+    try:
+        return Runtime.get().load_program(data).load_method(method)
+    except Exception as error:
+        raise ProgramError(
+            f"{what} does not load in the ExecuTorch runtime ({error}): the delegate refused one "
+            "of its ops, or the runtime lacks a kernel; its log on stderr says which"
+        ) from error
+
+
+def _execute(method: Any, flat: list[Any]) -> list[Tensor]:
+    feed = [
+        value.detach().clone(memory_format=torch.contiguous_format)
+        if isinstance(value, Tensor)
+        else value
+        for value in flat
+    ]
+    try:
+        outputs = method.execute(feed)
+    except ProgramError:
+        raise
+    except Exception as error:
+        raise ProgramError(f"the runtime failed to run the program: {error}") from error
+    # Outputs live in the program's own memory, which the next call overwrites.
+    return [value.clone() if isinstance(value, Tensor) else value for value in outputs]
+
+
+class StoredProgram:
+    """A ``.pte`` from a file: what it holds, and running it.
+
+    Attributes:
+        contents: the program, read back.
+        isolated: whether it runs in a process of its own.
+    """
+
+    def __init__(self, data: bytes, what: str, isolated: bool | None = None) -> None:
+        self.contents = read_program(data, name=what)
+        self.isolated = not self.contents.has_checksum if isolated is None else isolated
+        self._method = _load_method(data, what, isolated=self.isolated)
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the program on a flat list of inputs; returns the flat list of outputs.
+
+        Raises:
+            InputError: number, dtype or shape of the inputs is wrong.
+            ProgramError: the runtime failed.
+        """
+        infos = self.contents.inputs
+        if len(inputs) != len(infos):
+            raise InputError(f"the program takes {len(infos)} inputs, got {len(inputs)}")
+        for i, (value, info) in enumerate(zip(inputs, infos, strict=True)):
+            if str(value.dtype) != f"torch.{info.dtype}":
+                raise InputError(f"input {i} must be {info.dtype}, got {value.dtype}")
+        _check_shapes(list(inputs), self.contents)
+        return tuple(_execute(self._method, list(inputs)))
+
+
+def load_program(path: str | os.PathLike[str], *, isolated: bool | None = None) -> StoredProgram:
+    """Load a ``.pte`` file.
+
+    Args:
+        path: of the file.
+        isolated: run it in a child process with limits of memory and time, so that a damaged
+            program cannot take this one down. ``None``: if it carries no checksum and none is in
+            the report beside it.
+
+    Raises:
+        ProgramError: it cannot be read or loaded, is damaged, or took its process down.
+    """
+    data, recorded = read_file(path)
+    if isolated is None and recorded:
+        isolated = False
+    return StoredProgram(data, os.fspath(path), isolated)

@@ -1,0 +1,1180 @@
+"""Reading a ``.pte`` back without running it: every op, every tensor, every stored integer.
+
+What a backend wrote into a file is the only evidence of what a device will compute with. This
+module turns the file into immutable values, so that weights, biases, scales and zero points can
+be compared with those of the graph, number by number.
+
+::
+
+    .pte   8 bytes | extended header | Program flatbuffer (ET12) | segments
+                                            |                        |
+                              methods, calls, delegates       delegate blobs, named data
+                                                                     |
+    XNNPACK blob   header (XH00) | XNNGraph flatbuffer (XN01) | inline constants
+
+Nothing of ExecuTorch is imported: its wheel ships both flatbuffer schemas as text, and the small
+reader below follows them. It is exact (``flatc`` prints floats rounded, this reads the 32 bits
+of a scale), checks every offset, and needs neither a subprocess nor generated code.
+
+References:
+    Flatbuffers internals: https://flatbuffers.dev/internals/
+    ``schema/program.fbs`` and ``backends/xnnpack/serialization/schema.fbs`` in ExecuTorch 1.5.1.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import math
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from custom_quantizer.backends.xnnpack.checksum import split_checksum
+from custom_quantizer.core.file_hashes import recorded_hash, sha256_of
+from custom_quantizer.errors import ProgramError
+
+__all__ = [
+    "XNNPACK_BACKEND",
+    "DelegateCall",
+    "DelegateContents",
+    "DelegateOp",
+    "DelegateTensor",
+    "KernelCall",
+    "MethodContents",
+    "ProgramContents",
+    "ValueInfo",
+    "describe",
+    "read_file",
+    "read_program",
+]
+
+XNNPACK_BACKEND = "XnnpackBackend"
+
+ParamValue: TypeAlias = int | float | tuple[int, ...]
+
+_T = TypeVar("_T")
+
+_INVALID_ID = 2**32 - 1  # XNN_INVALID_VALUE_ID: an operand that is not there
+_NAMED = 2**64 - 1  # a constant with this offset is found by its name
+_EXTERNAL_INPUT, _EXTERNAL_OUTPUT = 1, 2  # XNN_VALUE_FLAG_*
+_TRANSPOSE_WEIGHTS = 1  # XNN_FLAG_TRANSPOSE_WEIGHTS, on a fully connected node
+
+_XNN_DTYPES = {
+    "xnn_datatype_fp32": "float32",
+    "xnn_datatype_fp16": "float16",
+    "xnn_datatype_bf16": "bfloat16",
+    "xnn_datatype_pfp32": "float32",
+    "xnn_datatype_qint8": "int8",
+    "xnn_datatype_qcint8": "int8",
+    "xnn_datatype_qdint8": "int8",
+    "xnn_datatype_qpint8": "int8",
+    "xnn_datatype_quint8": "uint8",
+    "xnn_datatype_qcint4": "int4",
+    "xnn_datatype_qbint4": "int4",
+    "xnn_datatype_qint32": "int32",
+    "xnn_datatype_qcint32": "int32",
+    "xnn_datatype_int32": "int32",
+}
+_PROGRAM_DTYPES = {
+    "BYTE": "uint8",
+    "CHAR": "int8",
+    "SHORT": "int16",
+    "INT": "int32",
+    "LONG": "int64",
+    "HALF": "float16",
+    "FLOAT": "float32",
+    "DOUBLE": "float64",
+}
+_STORAGE: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),
+    "int32": np.dtype("<i4"),
+}
+
+
+# --------------------------------------------------------------------------------------------
+# Values
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """An argument of a method or kernel.
+
+    Attributes:
+        dtype: Of a tensor ("float32", "int8", ...); of anything else its kind ("int", "double",
+            "bool", "string", "int_list", "tensor_list", "null", ...).
+        shape: Of a tensor, in logical (NCHW) order; the upper bound where ``dynamic``.
+        dynamic: Whether the shape may change between calls.
+    """
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+    dynamic: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}{'?' if self.dynamic else ''}"
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A kernel called outside the delegates.
+
+    Attributes:
+        name: Operator and overload, "aten::slice_copy.Tensor_out".
+        arguments: In the order of the operator's schema, outputs last.
+    """
+
+    name: str
+    arguments: tuple[ValueInfo, ...]
+
+
+@dataclass(frozen=True)
+class DelegateCall:
+    """A call of ``MethodContents.delegates[delegate]``."""
+
+    delegate: int
+
+
+@dataclass(frozen=True, eq=False)
+class DelegateTensor:
+    """A value of an XNNPACK graph; instances compare by identity.
+
+    Attributes:
+        id: Position in ``DelegateContents.tensors``.
+        dtype: "float32", "float16", "bfloat16", "int8", "uint8", "int4" or "int32".
+        shape: As stored: an activation next to a convolution is NHWC, weights are as told in
+            ``DelegateContents.weight``.
+        quantization: None, "per_tensor", "per_channel", "per_channel_group" (blocks of
+            ``group_size`` along the input channels) or "per_token_dynamic" (chosen at run time).
+        scale: The stored float32, exactly: a float where per tensor, a read-only float32 array
+            of shape (channels,) or (channels, groups) where per channel (group), else None.
+        zero_point: None where there is no scale. Per-channel tensors have none in the file and
+            run with 0; the true integers of ``array`` of an int4 tensor have 0 as well.
+        channel_axis: Axis of ``shape`` that ``scale`` runs along, or None.
+        group_size: Input channels that share a scale, where per channel group.
+        is_constant: Whether the value is stored rather than computed.
+        is_input: Whether the delegate is handed this value.
+        is_output: Whether the delegate hands this value back.
+        external_id: Position among the delegate's arguments, inputs first, or None.
+        constant_key: Name of the stored bytes in the program's named data, or None.
+    """
+
+    id: int
+    dtype: str
+    shape: tuple[int, ...]
+    quantization: str | None
+    scale: npt.NDArray[np.float32] | float | None
+    zero_point: int | None
+    channel_axis: int | None
+    group_size: int | None
+    is_constant: bool
+    is_input: bool
+    is_output: bool
+    external_id: int | None
+    constant_key: str | None
+    _data: memoryview | None = field(repr=False)
+
+    def array(self) -> npt.NDArray[Any]:
+        """Return the stored constant in its stored layout, as a read-only array of ``shape``.
+
+        Integers are the true ones: int4 is unpacked (two to a byte, low nibble first, stored
+        with 8 added, rows padded to whole bytes) to int8 values in [-8, 7]. bfloat16 is widened
+        to float32, which is exact.
+
+        Raises:
+            ProgramError: the tensor is computed at run time, or its data is in another file.
+        """
+        if not self.is_constant:
+            raise ProgramError(
+                f"tensor {self.id} ({self.dtype}{list(self.shape)}) is computed when the program "
+                "runs, so the file holds no data for it; ask for tensors with is_constant"
+            )
+        if self._data is None:
+            raise ProgramError(
+                f"tensor {self.id}: its data {self.constant_key!r} is not in the .pte but in a "
+                "separate data file (.ptd); lower the model without external constants"
+            )
+        if self.dtype == "int4":
+            rows, columns = self.shape[0], math.prod(self.shape[1:])
+            packed = np.frombuffer(self._data, np.uint8, _stored_bytes(self.dtype, self.shape))
+            nibbles = np.stack((packed & 0xF, packed >> 4), axis=-1)
+            padded = nibbles.reshape(rows, columns + columns % 2).astype(np.int8)
+            values: npt.NDArray[Any] = padded[:, :columns] - np.int8(8)
+        else:
+            values = np.frombuffer(self._data, _STORAGE[self.dtype], math.prod(self.shape))
+            if self.dtype == "bfloat16":
+                values = _widen_bfloat16(values)
+        return _frozen(values.reshape(self.shape))
+
+
+@dataclass(frozen=True)
+class DelegateOp:
+    """A node of an XNNPACK graph.
+
+    Attributes:
+        kind: The schema's name in snake case: "conv2d", "depthwise_conv2d", "conv_transpose2d",
+            "fully_connected", "add", "convert", "static_transpose", "concatenate2", ...
+        inputs: Tensor ids of the operands, without weight and bias of a convolution or linear.
+        outputs: Tensor ids.
+        weight: Tensor id of a convolution's or fully connected node's weight, else None.
+        bias: Tensor id of the bias, or None.
+        params: The other fields of the schema, with these joined or renamed: ``stride``,
+            ``dilation``, ``kernel_size``, ``output_padding`` and ``size`` are (height, width);
+            ``padding`` is (top, right, bottom, left). A fused activation adds ``output_min`` and
+            ``output_max``, real numbers in units of the float output.
+        debug_handle: Links the node to the exported graph's ``debug_handle`` metadata.
+    """
+
+    kind: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    weight: int | None
+    bias: int | None
+    params: Mapping[str, ParamValue] = field(hash=False)
+    debug_handle: int
+
+
+@dataclass(frozen=True)
+class DelegateContents:
+    """What one delegate holds; for backends other than XNNPACK, only how large it is.
+
+    Attributes:
+        backend_id: "XnnpackBackend", ...
+        ops: In execution order.
+        tensors: ``tensors[i].id == i``.
+        inputs: Tensor ids in the order of the delegate's arguments.
+        outputs: Tensor ids, likewise.
+        size_bytes: Of the delegate's own blob, without named data.
+    """
+
+    backend_id: str
+    ops: tuple[DelegateOp, ...]
+    tensors: tuple[DelegateTensor, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    size_bytes: int
+
+    def weight(self, op: DelegateOp) -> npt.NDArray[Any]:
+        """Return the weight of ``op`` in PyTorch's layout, read-only.
+
+        ================== ========================= ============================
+        kind               stored                    returned
+        ================== ========================= ============================
+        conv2d             (O, kH, kW, I/groups)     (O, I/groups, kH, kW)
+        depthwise_conv2d   (1, kH, kW, O)            (O, 1, kH, kW)
+        conv_transpose2d   (O, kH, kW, I/groups)     (I, O/groups, kH, kW)
+        fully_connected    (O, I), or (I, O) where   (O, I)
+                           flags say transposed
+        ================== ========================= ============================
+
+        A 1-d convolution is stored, and returned, as a 2-d one with a kernel side of 1.
+
+        Raises:
+            ProgramError: ``op`` has no constant weight, or one of an impossible shape.
+        """
+        if op.weight is None:
+            raise ProgramError(f"a {op.kind} node has no weight; ask for ops whose weight is set")
+        stored = self.tensors[op.weight].array()
+        dims = 2 if op.kind == "fully_connected" else 4
+        groups = op.params.get("groups", 1)
+        if stored.ndim != dims or not isinstance(groups, int) or groups < 1:
+            raise ProgramError(
+                f"the weight of a {op.kind} node has shape {list(stored.shape)} and groups "
+                f"{groups}, not {dims} dimensions; the file was not written by a known version"
+            )
+        if op.kind == "fully_connected":
+            flags = op.params.get("flags", 0)
+            transposed = isinstance(flags, int) and bool(flags & _TRANSPOSE_WEIGHTS)
+            return _frozen(stored.T if transposed else stored)
+        if op.kind == "depthwise_conv2d":
+            return _frozen(stored.transpose(3, 0, 1, 2))
+        if op.kind == "conv_transpose2d":
+            outputs, height, width, inputs = stored.shape
+            if outputs % groups:
+                raise ProgramError(
+                    f"a conv_transpose2d node has {outputs} output channels in {groups} groups; "
+                    "the file was not written by a known version"
+                )
+            grouped = stored.reshape(groups, outputs // groups, height, width, inputs)
+            swapped = grouped.transpose(0, 4, 1, 2, 3)
+            return _frozen(swapped.reshape(groups * inputs, outputs // groups, height, width))
+        return _frozen(stored.transpose(0, 3, 1, 2))
+
+    def bias(self, op: DelegateOp) -> npt.NDArray[Any] | None:
+        """Return the bias of ``op``, shape (O,), int32 where the op is quantized, or None."""
+        return None if op.bias is None else self.tensors[op.bias].array()
+
+
+@dataclass(frozen=True)
+class MethodContents:
+    """One entry point of a program.
+
+    Attributes:
+        name: "forward", ...
+        inputs: What a caller passes.
+        outputs: What a caller gets.
+        calls: Kernels and delegates in execution order.
+        delegates: The delegates that ``calls`` refers to.
+    """
+
+    name: str
+    inputs: tuple[ValueInfo, ...]
+    outputs: tuple[ValueInfo, ...]
+    calls: tuple[KernelCall | DelegateCall, ...]
+    delegates: tuple[DelegateContents, ...]
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the operators called outside the delegates, in execution order."""
+        return tuple(call.name for call in self.calls if isinstance(call, KernelCall))
+
+
+@dataclass(frozen=True)
+class ProgramContents:
+    """What a ``.pte`` holds.
+
+    Attributes:
+        methods: In file order.
+        size_bytes: Of the whole file.
+        constant_bytes: Of the constants in it: those of kernels, named data (each blob counted
+            once) and those inside XNNPACK blobs; alignment padding excluded.
+        has_checksum: whether the file carries a SHA-256, which fits then. It says that the file is
+            what was written, not who wrote it.
+    """
+
+    methods: tuple[MethodContents, ...]
+    size_bytes: int
+    constant_bytes: int
+    has_checksum: bool = False
+
+    def method(self, name: str = "forward") -> MethodContents:
+        """Return the method called ``name``.
+
+        Raises:
+            ProgramError: there is none; the message lists those there are.
+        """
+        for method in self.methods:
+            if method.name == name:
+                return method
+        names = ", ".join(repr(method.name) for method in self.methods)
+        raise ProgramError(f"the program has no method {name!r}; it has {names or 'none'}")
+
+    @property
+    def delegates(self) -> tuple[DelegateContents, ...]:
+        """The delegates of all methods."""
+        return tuple(delegate for method in self.methods for delegate in method.delegates)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the operators called outside delegates, over all methods."""
+        return tuple(name for method in self.methods for name in method.kernels)
+
+    @property
+    def inputs(self) -> tuple[ValueInfo, ...]:
+        """The inputs of the only method, else of ``forward``."""
+        return self._main.inputs
+
+    @property
+    def outputs(self) -> tuple[ValueInfo, ...]:
+        """The outputs of the only method, else of ``forward``."""
+        return self._main.outputs
+
+    @property
+    def _main(self) -> MethodContents:
+        return self.methods[0] if len(self.methods) == 1 else self.method()
+
+
+# --------------------------------------------------------------------------------------------
+# Entry points
+# --------------------------------------------------------------------------------------------
+
+
+def read_program(
+    source: bytes | str | os.PathLike[str], *, name: str = "the program"
+) -> ProgramContents:
+    """Read a ``.pte``, given as its bytes or as a path.
+
+    Args:
+        source: bytes, or a path.
+        name: what messages call bytes; a file goes by its path.
+
+    The constants are not copied: the values returned keep the file's bytes alive. A constant
+    that XNNPACK's serializer named by its SHA-256 is checked against that name, and the file
+    against its own checksum and the one in the report beside it, where there are any.
+
+    Raises:
+        ProgramError: the file is missing or unreadable, is not a ``.pte``, is truncated, changed or
+            corrupt, or uses something that the installed schemas do not describe.
+    """
+    if isinstance(source, bytes):
+        data, where = source, name
+        recorded = False
+    else:
+        where = os.fspath(source)
+        data, recorded = read_file(source)
+    program, sealed = split_checksum(memoryview(data), where)
+    try:
+        contents = _read_container(program)
+    except _Unreadable as error:
+        raise ProgramError(f"{where}: {error}") from error
+    return replace(contents, size_bytes=len(data), has_checksum=sealed or recorded)
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[bytes, bool]:
+    """The bytes of a ``.pte``, and whether a report beside it confirms them.
+
+    Raises:
+        ProgramError: it cannot be read, or the report has another checksum.
+    """
+    where = os.fspath(path)
+    try:
+        if os.path.exists(where) and not os.path.isdir(where) and not os.path.isfile(where):
+            raise ProgramError(f"{where}: is no regular file; give the path of a .pte")
+        data = Path(where).read_bytes()
+    except OSError as error:
+        raise ProgramError(
+            f"{where}: cannot be read ({error.strerror or error}); give the path of a .pte"
+        ) from error
+    except ValueError as error:  # a path with a NUL character
+        raise ProgramError(f"{where!r} is not a path; give the path of a .pte") from error
+    recorded = recorded_hash(where, "program")
+    if recorded is None:
+        return data, False
+    report, digest = recorded
+    if sha256_of(data) != digest:
+        raise ProgramError(
+            f"{where}: the file is damaged or was changed: {report.name} beside it has another "
+            "SHA-256. Copy both again, quantize the model again, or remove the report if it is of "
+            "another program"
+        )
+    return data, True
+
+
+def describe(program: ProgramContents) -> str:
+    """Return one line per op and kernel call, with dtype, shape, scale and zero point of each.
+
+    Per-channel scales are shown as their range. The text is for people and has no fixed format.
+    """
+    lines = [f"{program.size_bytes} bytes, {program.constant_bytes} of them constants"]
+    for method in program.methods:
+        arguments = ", ".join(map(str, method.inputs))
+        results = ", ".join(map(str, method.outputs))
+        lines.append(f"method {method.name}({arguments}) -> {results}")
+        for call in method.calls:
+            if isinstance(call, KernelCall):
+                lines.append(f"  kernel {call.name}({', '.join(map(str, call.arguments))})")
+                continue
+            delegate = method.delegates[call.delegate]
+            lines.append(
+                f"  delegate {call.delegate}: {delegate.backend_id}, {len(delegate.ops)} ops, "
+                f"{delegate.size_bytes} bytes"
+            )
+            lines.extend(f"    {_op_line(delegate, op)}" for op in delegate.ops)
+    return "\n".join(lines)
+
+
+def _op_line(delegate: DelegateContents, op: DelegateOp) -> str:
+    operands = [_tensor_text(delegate.tensors[i]) for i in op.inputs]
+    if op.weight is not None:
+        operands.append(f"weight {_tensor_text(delegate.tensors[op.weight])}")
+    if op.bias is not None:
+        operands.append(f"bias {_tensor_text(delegate.tensors[op.bias])}")
+    results = ", ".join(_tensor_text(delegate.tensors[i]) for i in op.outputs)
+    params = " ".join(f"{name}={value}" for name, value in op.params.items())
+    return f"{op.kind}({', '.join(operands)}) -> {results}  {params}"
+
+
+def _tensor_text(tensor: DelegateTensor) -> str:
+    text = f"%{tensor.id} {tensor.dtype}{list(tensor.shape)}"
+    if tensor.quantization is None:
+        return text
+    if tensor.scale is None:
+        return f"{text} {tensor.quantization}"
+    if isinstance(tensor.scale, float):
+        return f"{text} scale={np.float32(tensor.scale)!s} zp={tensor.zero_point}"
+    span = f"{tensor.scale.min()!s}..{tensor.scale.max()!s}" if tensor.scale.size else "none"
+    return f"{text} scale={span} {tensor.quantization} zp={tensor.zero_point}"
+
+
+# --------------------------------------------------------------------------------------------
+# The program
+# --------------------------------------------------------------------------------------------
+
+_EXTENDED_HEADER = struct.Struct("<4sIQQ")  # magic, header size, program size, segment base
+_XNN_HEADER = struct.Struct("<4sHIIIQ")  # magic, size, graph offset, size, data offset, size
+
+
+class _Unreadable(Exception):
+    """Why a file cannot be read, without its name; ``read_program`` adds that."""
+
+
+def _corrupt(problem: str) -> _Unreadable:
+    return _Unreadable(
+        f"{problem}, so the file is truncated or corrupt; copy it again or lower the model again"
+    )
+
+
+def _read_container(data: memoryview) -> ProgramContents:
+    if not data:
+        raise _Unreadable("is empty; lower the model again")
+    schema = _program_schema()
+    if bytes(data[4:8]) != schema.identifier:
+        raise _Unreadable(
+            f"is not a .pte of this version: bytes 4 to 8 are {bytes(data[4:8])!r}, not "
+            f"{schema.identifier!r}; give a file written by to_executorch()"
+        )
+    graph_bytes, segment_bytes = _split_segments(data)
+    program = _Buffer(graph_bytes, schema, "the program").root()
+
+    segments = tuple(
+        _slice(segment_bytes, entry.integer("offset"), entry.integer("size"), f"segment {index}")
+        for index, entry in enumerate(program.children("segments"))
+    )
+    # Those of a sound file do not overlap, so that reading each once takes no longer than the file.
+    if sum(map(len, segments)) > len(data):
+        raise _corrupt("the segments are larger than the file")
+    named_segments: dict[str, int] = {}
+    for entry in program.children("named_data"):
+        index = entry.integer("segment_index")
+        _item(segments, index, "segment")
+        named_segments[entry.text("key")] = index
+    named = _Named(segments, named_segments)
+
+    constant_bytes = sum(len(segments[index]) for index in set(named_segments.values()))
+    kernel_constants = program.child("constant_segment")
+    if kernel_constants is not None and kernel_constants.vector("offsets").size:
+        segment = _item(segments, kernel_constants.integer("segment_index"), "segment")
+        constant_bytes += len(segment)
+
+    inline = program.children("backend_delegate_data")
+    known: dict[tuple[str, str, int], tuple[DelegateContents, int]] = {}
+    methods = []
+    for plan in program.children("execution_plan"):
+        delegates = []
+        for entry in plan.children("delegates"):
+            place = entry.required("processed")
+            index, location = place.integer("index"), place.enum("location")
+            key = (entry.text("id"), location, index)
+            if key not in known:
+                blob = (
+                    _item(segments, index, "segment")
+                    if location == "SEGMENT"
+                    else _item(inline, index, "inline delegate").raw("data")
+                )
+                known[key] = _read_delegate(key[0], blob, named)
+            contents, inline_constants = known[key]
+            delegates.append(contents)
+            constant_bytes += inline_constants
+        methods.append(_read_method(plan, tuple(delegates)))
+    return ProgramContents(tuple(methods), len(data), constant_bytes)
+
+
+def _split_segments(data: memoryview) -> tuple[memoryview, memoryview]:
+    """Return the program's flatbuffer and the bytes that segment offsets count from.
+
+    References:
+        ``_ExtendedHeader`` in ``executorch/exir/_serialize/_program.py``.
+    """
+    start = 8  # after the root offset and the identifier
+    if len(data) < start + _EXTENDED_HEADER.size or bytes(data[start : start + 4]) != b"eh00":
+        return data, memoryview(b"")
+    _, header_size, program_size, base = _EXTENDED_HEADER.unpack_from(data, start)
+    if header_size < _EXTENDED_HEADER.size:
+        raise _corrupt(f"the extended header claims {header_size} bytes")
+    if header_size >= _EXTENDED_HEADER.size + 8:
+        _slice(data, start + _EXTENDED_HEADER.size, 8, "the extended header")
+        (size,) = struct.unpack_from("<Q", data, start + _EXTENDED_HEADER.size)
+        end = base + size if size else program_size
+        if end != len(data):
+            raise _corrupt(f"the program ends at byte {end} of {len(data)}")
+    return _slice(data, 0, program_size, "the program"), data[min(base, len(data)) :]
+
+
+def _read_method(plan: _Table, delegates: tuple[DelegateContents, ...]) -> MethodContents:
+    values = tuple(_value_info(entry) for entry in plan.children("values"))
+    operators = []
+    for entry in plan.children("operators"):
+        name, overload = entry.text("name"), entry.text("overload")
+        operators.append(f"{name}.{overload}" if overload else name)
+
+    def infos(table: _Table, name: str) -> tuple[ValueInfo, ...]:
+        return tuple(_item(values, index, "value") for index in table.integers(name))
+
+    calls: list[KernelCall | DelegateCall] = []
+    for chain in plan.children("chains"):
+        for instruction in chain.children("instructions"):
+            kind, call = instruction.member("instr_args")
+            if kind == "KernelCall":
+                name = _item(operators, call.integer("op_index"), "operator")
+                calls.append(KernelCall(name, infos(call, "args")))
+            elif kind == "DelegateCall":
+                index = call.integer("delegate_index")
+                _item(delegates, index, "delegate")
+                calls.append(DelegateCall(index))
+    return MethodContents(
+        plan.text("name"),
+        infos(plan, "inputs"),
+        infos(plan, "outputs"),
+        tuple(calls),
+        delegates,
+    )
+
+
+def _value_info(entry: _Table) -> ValueInfo:
+    kind, value = entry.member("val")
+    if kind != "Tensor":
+        return ValueInfo(_snake_case(kind))
+    scalar_type = value.enum("scalar_type")
+    return ValueInfo(
+        _PROGRAM_DTYPES.get(scalar_type, scalar_type.lower()),
+        value.integers("sizes"),
+        value.enum("shape_dynamism") != "STATIC",
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# XNNPACK
+# --------------------------------------------------------------------------------------------
+
+
+def _read_delegate(
+    backend_id: str, blob: memoryview, named: _Named
+) -> tuple[DelegateContents, int]:
+    """Return the contents of a delegate's blob, and how many bytes of it are constants."""
+    if backend_id != XNNPACK_BACKEND:
+        return DelegateContents(backend_id, (), (), (), (), len(blob)), 0
+    if bytes(blob[4:8]) != b"XH00":
+        raise _Unreadable(
+            f"holds an XNNPACK delegate that starts with {bytes(blob[4:8])!r}, not b'XH00'; "
+            "the file is corrupt or its version is unknown: lower the model again"
+        )
+    if len(blob) < 4 + _XNN_HEADER.size:
+        raise _corrupt("the header of an XNNPACK delegate is incomplete")
+    _, _, offset, size, data_offset, data_size = _XNN_HEADER.unpack_from(blob, 4)
+    schema = _xnnpack_schema()
+    flatbuffer = _slice(blob, offset, size, "an XNNPACK graph")
+    if bytes(flatbuffer[4:8]) != schema.identifier:
+        raise _Unreadable(
+            f"holds an XNNPACK graph of schema {bytes(flatbuffer[4:8])!r}, and the installed "
+            f"ExecuTorch has {schema.identifier!r}; lower the model again"
+        )
+    graph = _Buffer(flatbuffer, schema, "an XNNPACK graph").root()
+    inline = _slice(blob, data_offset, data_size, "constants of an XNNPACK delegate")
+    constants = tuple(
+        _read_constant(entry, inline, named) for entry in graph.children("constant_data")
+    )
+    tensors = tuple(
+        _read_tensor(position, entry, constants)
+        for position, entry in enumerate(graph.children("xvalues"))
+    )
+    ops = tuple(_read_op(entry, tensors) for entry in graph.children("xnodes"))
+
+    def externals(name: str) -> tuple[int, ...]:
+        found = [_item(tensors, index, "tensor") for index in graph.integers(name)]
+        return tuple(t.id for t in sorted(found, key=lambda t: t.external_id or 0))
+
+    contents = DelegateContents(
+        backend_id, ops, tensors, externals("input_ids"), externals("output_ids"), len(blob)
+    )
+    return contents, data_size
+
+
+class _Named:
+    """Constants by name; whether one has the hash that it is named by is found out once."""
+
+    def __init__(self, segments: Sequence[memoryview], index: Mapping[str, int]) -> None:
+        self._segments = segments
+        self._index = index
+        self._digests: dict[int, str] = {}
+
+    def __getitem__(self, key: str) -> memoryview | None:
+        index = self._index.get(key)
+        if index is None:
+            return None
+        # The serializer names constants by their SHA-256, scales with a prefix before it.
+        digest = key.removeprefix("scale_")
+        if re.fullmatch("[0-9a-f]{64}", digest):
+            if index not in self._digests:
+                self._digests[index] = sha256_of(self._segments[index])
+            if self._digests[index] != digest:
+                raise _corrupt(
+                    f"the bytes of constant {key!r} do not have the SHA-256 they are named by"
+                )
+        return self._segments[index]
+
+
+@dataclass(frozen=True)
+class _Constant:
+    key: str | None
+    data: memoryview | None  # None: named, and not in this file
+
+
+def _read_constant(entry: _Table, inline: memoryview, named: _Named) -> _Constant:
+    key, offset, size = entry.text("named_key"), entry.integer("offset"), entry.integer("size")
+    if offset != _NAMED:
+        return _Constant(None, _slice(inline, offset, size, "a constant"))
+    return _Constant(key, named[key])
+
+
+def _read_tensor(position: int, entry: _Table, constants: tuple[_Constant, ...]) -> DelegateTensor:
+    kind, table = entry.member("xvalue_union")
+    quantization, params = "None", None
+    if kind == "XNNQuantizedTensorValue":
+        quantization, params = table.member("quant_params")
+        table = table.required("tensor_value")
+    if table.integer("id_out") != position:
+        raise _corrupt(f"tensor {position} has the id {table.integer('id_out')}")
+
+    datatype = table.enum("datatype")
+    dtype = _XNN_DTYPES.get(datatype)
+    if dtype is None:
+        raise _corrupt(f"tensor {position} has the type {datatype}")
+    shape = table.integers("dims")
+    if dtype == "int4" and len(shape) < 2:
+        raise _corrupt(f"tensor {position} is int4 and has the shape {list(shape)}")
+
+    scale: npt.NDArray[np.float32] | float | None = None
+    zero_point = channel_axis = group_size = None
+    if params is not None and quantization == "PerTensorQuant":
+        scale, zero_point = params.real("scale"), params.integer("zero_point")
+    elif params is not None and quantization in ("PerChannelQuant", "PerChannelGroupQuant"):
+        grouped = quantization == "PerChannelGroupQuant"
+        channel_axis = params.integer("channel_dim")
+        group_size = params.integer("group_size") if grouped else None
+        scale = _read_scales(params, shape, channel_axis, grouped, constants, position)
+        zero_point = 0
+
+    flags, external_id = table.integer("flags"), table.integer("external_id")
+    index = table.integer("constant_buffer_idx")
+    constant = _item(constants, index, "constant") if index else _Constant(None, None)
+    if constant.data is not None and len(constant.data) < _stored_bytes(dtype, shape):
+        raise _corrupt(
+            f"tensor {position} ({dtype}{list(shape)}) needs {_stored_bytes(dtype, shape)} bytes "
+            f"and has {len(constant.data)}"
+        )
+    return DelegateTensor(
+        id=position,
+        dtype=dtype,
+        shape=shape,
+        quantization=None if params is None else _snake_case(quantization.removesuffix("Quant")),
+        scale=scale,
+        zero_point=zero_point,
+        channel_axis=channel_axis,
+        group_size=group_size,
+        is_constant=index != 0,
+        is_input=bool(flags & _EXTERNAL_INPUT),
+        is_output=bool(flags & _EXTERNAL_OUTPUT),
+        external_id=None if external_id == _INVALID_ID else external_id,
+        constant_key=constant.key,
+        _data=constant.data,
+    )
+
+
+def _read_scales(
+    params: _Table,
+    shape: tuple[int, ...],
+    axis: int,
+    grouped: bool,
+    constants: tuple[_Constant, ...],
+    position: int,
+) -> npt.NDArray[np.float32] | None:
+    """Return the scales, shape (channels,) or (channels, groups); None where in a .ptd file."""
+    count = params.integer("num_scales")
+    channels = shape[axis] if 0 <= axis < len(shape) else 0
+    if not channels or count % channels or not (grouped or count == channels):
+        raise _corrupt(f"tensor {position} {list(shape)} has {count} scales along axis {axis}")
+    index = params.integer("scale_buffer_idx")
+    if index == 0:
+        raise _corrupt(f"tensor {position} has no scales")
+    data = _item(constants, index, "constant").data
+    if data is None:
+        return None
+    storage = _STORAGE["bfloat16" if grouped else "float32"]
+    if len(data) < count * storage.itemsize:
+        raise _corrupt(f"tensor {position} needs {count} scales and has {len(data)} bytes of them")
+    stored = np.frombuffer(data, storage, count)
+    return _frozen(_widen_bfloat16(stored).reshape(channels, -1)) if grouped else stored
+
+
+_PAIRS = {
+    "subsampling": "stride",
+    "stride": "stride",
+    "pooling": "kernel_size",
+    "kernel": "kernel_size",
+    "dilation": "dilation",
+    "adjustment": "output_padding",
+    "new": "size",
+}
+_SIDES = ("padding_top", "padding_right", "padding_bottom", "padding_left")
+
+
+def _read_op(entry: _Table, tensors: tuple[DelegateTensor, ...]) -> DelegateOp:
+    union_name, node = entry.member("xnode_union")
+    kind = _snake_case(union_name.removeprefix("XNN"))
+    ids: dict[str, int] = {}
+    raw: dict[str, ParamValue] = {}
+    for name, value in node.plain_fields():
+        if name.endswith("_id") and isinstance(value, int):
+            if value != _INVALID_ID:
+                ids[name.removesuffix("_id")] = value
+        else:
+            raw[name] = value
+
+    # All arities share one table, in which older files leave the later operands at 0.
+    if kind.startswith("concatenate"):
+        count = int(kind.removeprefix("concatenate"))
+        ids = {k: v for k, v in ids.items() if not k.startswith("input") or int(k[5:]) <= count}
+    for name, index in ids.items():
+        _item(tensors, index, f"{kind} {name} tensor")
+
+    params = _join_params(raw)
+    bounds = entry.child("output_min_max")
+    if bounds is not None:
+        params["output_min"] = bounds.real("output_min")
+        params["output_max"] = bounds.real("output_max")
+    return DelegateOp(
+        kind=kind,
+        inputs=tuple(
+            index
+            for name, index in ids.items()
+            if name not in ("filter", "bias") and not name.startswith("output")
+        ),
+        outputs=tuple(index for name, index in ids.items() if name.startswith("output")),
+        weight=ids.get("filter"),
+        bias=ids.get("bias"),
+        params=MappingProxyType(params),
+        debug_handle=entry.integer("debug_handle"),
+    )
+
+
+def _join_params(raw: Mapping[str, ParamValue]) -> dict[str, ParamValue]:
+    """Join heights with widths and the four sides of a padding; see ``DelegateOp.params``."""
+    params: dict[str, ParamValue] = {}
+    for name, value in raw.items():
+        stem, _, side = name.rpartition("_")
+        if stem in _PAIRS and side in ("height", "width"):
+            params[_PAIRS[stem]] = _integers(raw, f"{stem}_height", f"{stem}_width")
+        elif name in _SIDES:
+            params["padding"] = _integers(raw, *_SIDES)
+        else:
+            params[name] = value
+    return params
+
+
+def _integers(raw: Mapping[str, ParamValue], *names: str) -> tuple[int, ...]:
+    values = (raw[name] for name in names)
+    return tuple(value for value in values if isinstance(value, int))
+
+
+# --------------------------------------------------------------------------------------------
+# Flatbuffers
+# --------------------------------------------------------------------------------------------
+
+_MOST_TABLES = 1 << 21
+"""Bounds the memory that reading a file takes; the largest networks have tens of thousands."""
+
+_SCALARS: Mapping[str, np.dtype[Any]] = {
+    "bool": np.dtype("u1"),
+    "byte": np.dtype("i1"),
+    "ubyte": np.dtype("u1"),
+    "short": np.dtype("<i2"),
+    "ushort": np.dtype("<u2"),
+    "int": np.dtype("<i4"),
+    "uint": np.dtype("<u4"),
+    "uint32": np.dtype("<u4"),
+    "long": np.dtype("<i8"),
+    "int64": np.dtype("<i8"),
+    "uint64": np.dtype("<u8"),
+    "float": np.dtype("<f4"),
+    "double": np.dtype("<f8"),
+}
+
+
+@dataclass(frozen=True)
+class _Field:
+    slot: int
+    type: str
+    is_vector: bool
+
+
+@dataclass(frozen=True)
+class _Schema:
+    """A parsed ``.fbs``, as far as ExecuTorch's two use the language.
+
+    Tables, enums with explicit values and unions; no structs, no explicit field ids, no default
+    other than 0.
+    """
+
+    identifier: bytes
+    root: str
+    tables: Mapping[str, Mapping[str, _Field]]
+    enums: Mapping[str, tuple[str, Mapping[int, str]]]  # underlying type, names by value
+    unions: Mapping[str, tuple[tuple[str, str], ...]]  # (name, table), the first has tag 1
+
+
+@functools.cache
+def _program_schema() -> _Schema:
+    return _parse_schema("schema/scalar_type.fbs", "schema/program.fbs")
+
+
+@functools.cache
+def _xnnpack_schema() -> _Schema:
+    return _parse_schema("backends/xnnpack/serialization/schema.fbs")
+
+
+def _parse_schema(*paths: str) -> _Schema:
+    """Parse schema files of the installed ExecuTorch, included ones first.
+
+    Raises:
+        ProgramError: the installed ExecuTorch does not have the file.
+    """
+    package = importlib.resources.files("executorch")
+    try:
+        text = "\n".join(package.joinpath(path).read_text("utf-8") for path in paths)
+    except OSError as error:
+        raise ProgramError(
+            f"the installed ExecuTorch has no {' and '.join(paths)}; install executorch 1.5"
+        ) from error
+    text = re.sub(r"//[^\n]*", "", text)
+
+    enums = {}
+    for name, underlying, body in re.findall(r"\benum (\w+)\s*:\s*(\w+)\s*\{(.*?)\}", text, re.S):
+        members = re.findall(r"(\w+)\s*=\s*(\d+)", body)
+        enums[name] = (underlying, {int(value): member for member, value in members})
+    unions = {}
+    for name, body in re.findall(r"\bunion (\w+)\s*\{(.*?)\}", text, re.S):
+        members = re.findall(r"(\w+)(?:\s*:\s*(\w+))?", body)
+        unions[name] = tuple((alias, table or alias) for alias, table in members)
+    tables = {}
+    for name, body in re.findall(r"\btable (\w+)\s*\{(.*?)\}", text, re.S):
+        fields, slot = {}, 0
+        for field_name, bracket, type_name in re.findall(r"(\w+)\s*:\s*(\[?)\s*(\w+)", _bare(body)):
+            # A union takes two slots: its tag, then its table.
+            slot += type_name in unions
+            fields[field_name] = _Field(slot, type_name, bool(bracket))
+            slot += 1
+        tables[name] = fields
+    (identifier,) = re.findall(r'file_identifier "(\w{4})"', text)
+    (root,) = re.findall(r"root_type (\w+)", text)
+    return _Schema(identifier.encode(), root, tables, enums, unions)
+
+
+def _bare(body: str) -> str:
+    """Remove the attributes of a table's fields: ``(deprecated, force_align: 16)``."""
+    return re.sub(r"\([^)]*\)", "", body)
+
+
+class _Buffer:
+    """A flatbuffer whose every read is checked against its bounds."""
+
+    def __init__(self, data: memoryview, schema: _Schema, name: str) -> None:
+        self.data = data
+        self.schema = schema
+        self.name = name
+        # Offsets of a corrupt buffer may overlap, so that following all would take forever. Of a
+        # sound one, no vector is visited twice.
+        self._bytes_left = len(data)
+        self._tables_left = _MOST_TABLES
+
+    def visit(self, size: int) -> None:
+        self._bytes_left -= size
+        if self._bytes_left < 0:
+            raise _corrupt(f"{self.name} refers to more than fits in it")
+
+    def array(self, dtype: np.dtype[Any], position: int, count: int) -> npt.NDArray[Any]:
+        if position < 0 or position + count * dtype.itemsize > len(self.data):
+            raise _corrupt(f"{self.name} refers to bytes after its end ({len(self.data)})")
+        return np.frombuffer(self.data, dtype, count, position)
+
+    def scalar(self, type_name: str, position: int) -> int | float:
+        value: int | float = self.array(_SCALARS[type_name], position, 1)[0].item()
+        return value
+
+    def integer(self, type_name: str, position: int) -> int:
+        return int(self.scalar(type_name, position))
+
+    def follow(self, position: int) -> int:
+        return position + self.integer("uint", position)
+
+    def table(self, name: str, position: int) -> _Table:
+        # Nothing of a vector of offsets to one table is visited twice, and each takes memory here.
+        self._tables_left -= 1
+        if self._tables_left < 0:
+            raise _corrupt(f"{self.name} has more than {_MOST_TABLES:,} tables")
+        return _Table(self, name, position)
+
+    def root(self) -> _Table:
+        return self.table(self.schema.root, self.follow(0))
+
+
+class _Table:
+    """A table in a buffer; reads a field when it is asked for, by the schema's name."""
+
+    def __init__(self, buffer: _Buffer, name: str, position: int) -> None:
+        self._buffer = buffer
+        self._name = name
+        self._position = position
+        self._vtable = position - buffer.integer("int", position)
+        self._slots = buffer.integer("ushort", self._vtable) // 2 - 2
+
+    def _field(self, name: str) -> _Field:
+        found = self._buffer.schema.tables[self._name].get(name)
+        if found is None:
+            raise _Unreadable(
+                f"cannot be read: the installed ExecuTorch has no field {name!r} in its table "
+                f"{self._name!r}; install executorch 1.5"
+            )
+        return found
+
+    def _at(self, slot: int) -> int | None:
+        """Return the position of a field, or None where it is absent."""
+        if slot >= self._slots:
+            return None
+        offset = self._buffer.integer("ushort", self._vtable + 4 + 2 * slot)
+        return self._position + offset if offset else None
+
+    def _scalar(self, name: str) -> int | float:
+        found = self._field(name)
+        position = self._at(found.slot)
+        if position is None:
+            return 0
+        underlying, _ = self._buffer.schema.enums.get(found.type, (found.type, {}))
+        return self._buffer.scalar(underlying, position)
+
+    def integer(self, name: str) -> int:
+        return int(self._scalar(name))
+
+    def real(self, name: str) -> float:
+        return float(self._scalar(name))
+
+    def enum(self, name: str) -> str:
+        type_name = self._field(name).type
+        _, members = self._buffer.schema.enums[type_name]
+        value = self.integer(name)
+        if value not in members:
+            raise _corrupt(f"{self._name}.{name} is {value}, which is no {type_name}")
+        return members[value]
+
+    def vector(self, name: str) -> npt.NDArray[Any]:
+        found = self._field(name)
+        dtype = _SCALARS.get(found.type, _SCALARS["uint"])  # of anything else: offsets
+        position = self._at(found.slot)
+        if position is None:
+            return np.empty(0, dtype)
+        start = self._buffer.follow(position)
+        return self._buffer.array(dtype, start + 4, self._buffer.integer("uint", start))
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        values = self.vector(name)
+        self._buffer.visit(values.nbytes)
+        return tuple(values.tolist())
+
+    def raw(self, name: str) -> memoryview:
+        values = self.vector(name)
+        self._buffer.visit(values.nbytes)
+        return values.data
+
+    def text(self, name: str) -> str:
+        position = self._at(self._field(name).slot)
+        if position is None:
+            return ""
+        start = self._buffer.follow(position)
+        length = self._buffer.integer("uint", start)
+        self._buffer.visit(length)
+        encoded = self._buffer.array(_SCALARS["ubyte"], start + 4, length).tobytes()
+        try:
+            return encoded.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _corrupt(f"{self._name}.{name} is not text") from error
+
+    def child(self, name: str) -> _Table | None:
+        found = self._field(name)
+        position = self._at(found.slot)
+        if position is None:
+            return None
+        return self._buffer.table(found.type, self._buffer.follow(position))
+
+    def required(self, name: str) -> _Table:
+        table = self.child(name)
+        if table is None:
+            raise _corrupt(f"{self._name}.{name} is missing")
+        return table
+
+    def children(self, name: str) -> tuple[_Table, ...]:
+        found = self._field(name)
+        position = self._at(found.slot)
+        if position is None:
+            return ()
+        start = self._buffer.follow(position) + 4
+        return tuple(
+            self._buffer.table(found.type, start + 4 * index + offset)
+            for index, offset in enumerate(self.integers(name))
+        )
+
+    def member(self, name: str) -> tuple[str, _Table]:
+        """Return which member a union holds, by the schema's alias, and its table."""
+        found = self._field(name)
+        members = self._buffer.schema.unions[found.type]
+        tag_position, position = self._at(found.slot - 1), self._at(found.slot)
+        tag = 0 if tag_position is None else self._buffer.integer("ubyte", tag_position)
+        if position is None or not 1 <= tag <= len(members):
+            raise _corrupt(f"{self._name}.{name} holds member {tag} of {found.type}")
+        alias, table_name = members[tag - 1]
+        return alias, self._buffer.table(table_name, self._buffer.follow(position))
+
+    def plain_fields(self) -> Iterator[tuple[str, ParamValue]]:
+        """Yield all scalars and vectors of scalars, in the schema's order."""
+        for name, found in self._buffer.schema.tables[self._name].items():
+            if found.type not in _SCALARS:
+                continue
+            yield name, self.integers(name) if found.is_vector else self._scalar(name)
+
+
+# --------------------------------------------------------------------------------------------
+# Small things
+# --------------------------------------------------------------------------------------------
+
+
+def _slice(data: memoryview, offset: int, size: int, what: str) -> memoryview:
+    if offset + size > len(data):
+        raise _corrupt(f"{what} should end at byte {offset + size} of {len(data)}")
+    return data[offset : offset + size]
+
+
+def _item(items: Sequence[_T], index: int, what: str) -> _T:
+    if not 0 <= index < len(items):
+        raise _corrupt(f"{what} {index} is referred to, and there are {len(items)}")
+    return items[index]
+
+
+def _stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    if dtype == "int4":  # each row padded to whole bytes
+        return shape[0] * -(-math.prod(shape[1:]) // 2)
+    return math.prod(shape) * _STORAGE[dtype].itemsize
+
+
+def _widen_bfloat16(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def _frozen(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    values = np.ascontiguousarray(values)
+    values.setflags(write=False)
+    return values
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name.replace("ReLU", "Relu")).lower()

@@ -1,0 +1,1 @@
+"""From data to ranges: observers, statistics, running data through a prepared graph."""

@@ -1,0 +1,571 @@
+"""Calibration statistics of a whole model: save, load, merge, add up over ranks, solve again.
+
+Statistics belong to tensors, which are named by the nodes of the captured graph that produce
+them. A model prepared with other formats or another observer therefore takes the same file, and
+solves for its scales without new data::
+
+    save_statistics(prepared, "calibration.safetensors")
+    ...
+    prepared = prepare_pt2e(gm, IntegerQuantizer().set_global("a4w4-histogram"))
+    load_statistics(prepared, "calibration.safetensors")
+    converted = convert_pt2e(prepared)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, distributed
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.calibration.observers import ActivationObserver
+from custom_quantizer.calibration.ranges import BINS, Kind, Statistics
+from custom_quantizer.config.rules import nearest
+from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.rewriting import is_inner
+from custom_quantizer.core.tensor_file import read_tensors, write_tensors
+from custom_quantizer.errors import CalibrationError, InputError
+from custom_quantizer.ops.rewrites.training_graph import dropouts_behind, planned_tensor
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Entry",
+    "ModelStatistics",
+    "Observed",
+    "activation_observers",
+    "all_reduce_statistics",
+    "load_statistics",
+    "merge_statistics",
+    "read_statistics",
+    "record_counts",
+    "reset_statistics",
+    "save_statistics",
+    "solved_qparams",
+    "statistics_of",
+]
+
+FORMAT = "custom_quantizer.calibration.statistics"
+"""Key of the version in the metadata of a statistics file."""
+
+FORMAT_VERSION = 2
+"""Version of the file format that is written, and the newest that is read; 1 has no SHA-256."""
+
+MOST_COUNTED = 8192
+"""Entries with counts that a file may have: each takes half a megabyte in memory."""
+
+_MOST_VALUES = 2**46  # so that sums over all bins stay below 2**63
+
+_MOVES = frozenset(
+    {
+        torch.ops.aten.permute.default,
+        torch.ops.aten.reshape.default,
+        torch.ops.aten.squeeze.dim,
+        torch.ops.aten.unsqueeze.default,
+    }
+)
+"""Moves that rewrites put in; their values are those of their input, each once."""
+
+Source: TypeAlias = "str | os.PathLike[str] | ModelStatistics | GraphModule"
+"""Where statistics come from: a file, an object, or a prepared model."""
+
+
+# -- observers of a prepared model --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Observed:
+    """An observer of a prepared model and what it watches.
+
+    Attributes:
+        tensors: names of the nodes whose outputs it sees, sorted; several where tensors share
+            their quantization parameters.
+        observer: the module.
+    """
+
+    tensors: tuple[str, ...]
+    observer: ActivationObserver
+
+    @property
+    def name(self) -> str:
+        """The tensors' names, joined by ``+``."""
+        return "+".join(self.tensors)
+
+
+def activation_observers(prepared: GraphModule) -> tuple[Observed, ...]:
+    """The observers of activations, in graph order, without those that act at run time.
+
+    Raises:
+        CalibrationError: ``prepared`` is not what ``prepare_pt2e`` returns.
+    """
+    if not isinstance(prepared, GraphModule):
+        raise CalibrationError(
+            f"expected what prepare_pt2e returns, got {type(prepared).__name__}: call "
+            "prepare_pt2e(exported.module(), quantizer) first"
+        )
+    tensors: dict[ActivationObserver, set[str]] = {}
+    inner: set[str] = set()
+    for node in prepared.graph.nodes:
+        observer = _observer(prepared, node)
+        if observer is not None and not observer.is_dynamic:
+            source = node.args[0]
+            while _observer(prepared, source) is not None:  # requantized for one of its users
+                source = source.args[0]
+            names = tensors.setdefault(observer, set())
+            planned = _before_moves(prepared, planned_tensor(source))
+            names.add(planned.name)
+            if is_inner(planned):
+                inner.add(planned.name)
+            names.update(dropped.name for dropped in dropouts_behind(node))
+    if not tensors:
+        raise CalibrationError(
+            "the graph has no observers of activations: pass what prepare_pt2e returns, before "
+            "convert_pt2e, with at least one statically quantized op"
+        )
+    # A captured call goes by one name, however many it was rewritten to: that depends on shapes.
+    return tuple(
+        Observed(tuple(sorted(names - inner or names)), observer)
+        for observer, names in tensors.items()
+    )
+
+
+def _before_moves(prepared: GraphModule, node: Node) -> Node:
+    """The tensor of the captured graph whose values ``node`` holds, where a rewrite moved them."""
+    while is_inner(node) and node.target in _MOVES:
+        source = cast(Node, node.args[0])
+        while _observer(prepared, source) is not None:
+            source = cast(Node, source.args[0])
+        node = planned_tensor(source)
+    return node
+
+
+def _observer(model: GraphModule, node: Node) -> ActivationObserver | None:
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, ActivationObserver) else None
+
+
+def record_counts(prepared: GraphModule) -> None:
+    """Count values also where the observer of the scheme needs only the extremes.
+
+    Statistics with counts can be solved again by any observer but ``moving_average``. To be
+    called before calibrating; costs half a megabyte for each observer.
+
+    Raises:
+        CalibrationError: values were seen already, or an observer averages.
+    """
+    for observed in activation_observers(prepared):
+        observed.observer.record_counts()
+
+
+def reset_statistics(prepared: GraphModule) -> None:
+    """Forget all that was seen, for instance after calibration was stopped by bad data."""
+    for observed in activation_observers(prepared):
+        observer = observed.observer
+        counted = observer.counts is not None
+        counts = torch.zeros(BINS, dtype=torch.int64) if counted else None
+        observer.statistics = Statistics(observer.kind, counts=counts)
+
+
+def solved_qparams(prepared: GraphModule) -> dict[str, QParams]:
+    """Scale and zero point of every observer that saw data.
+
+    Returns:
+        By the names of the observed tensors, joined by ``+``; where several observers watch the
+        same tensors, with ``#2``, ``#3``, ... behind the name from the second on.
+    """
+    solved: dict[str, QParams] = {}
+    for observed in activation_observers(prepared):
+        name, number = observed.name, 1
+        while name in solved:
+            number += 1
+            name = f"{observed.name}#{number}"
+        if observed.observer.count > 0:
+            solved[name] = observed.observer.qparams()
+    return solved
+
+
+# -- statistics of a model ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Statistics recorded together.
+
+    Attributes:
+        tensors: names of the nodes, sorted.
+        statistics: of all their values together.
+    """
+
+    tensors: tuple[str, ...]
+    statistics: Statistics
+
+    @property
+    def key(self) -> tuple[tuple[str, ...], Kind]:
+        """What must agree for two entries to be added."""
+        return self.tensors, self.statistics.kind
+
+
+@dataclass(frozen=True)
+class ModelStatistics:
+    """Statistics of the activations of a model.
+
+    Attributes:
+        entries: sorted by :attr:`Entry.key`, each key once.
+    """
+
+    entries: tuple[Entry, ...]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(name for entry in self.entries for name in entry.tensors)
+
+    def for_tensors(self, tensors: tuple[str, ...], kind: Kind) -> Statistics:
+        """What is known of the values of several tensors together.
+
+        Entries are added where tensors were recorded apart.
+
+        Args:
+            tensors: names.
+            kind: the least that must be known.
+
+        Raises:
+            CalibrationError: tensors are missing, were recorded together with others, or too
+                little was recorded of them.
+        """
+        wanted = set(tensors)
+        missing = wanted - self.tensors
+        if missing:
+            hints = "".join(nearest(name, sorted(self.tensors)) for name in sorted(missing)[:1])
+            raise CalibrationError(f"no statistics of {_listed(missing)}{hints}")
+        chosen: list[Entry] = []
+        inside = [entry for entry in self.entries if wanted.issuperset(entry.tensors)]
+        # The largest first: what is part of one chosen already would be counted twice.
+        for entry in sorted(inside, key=lambda e: (-len(e.tensors), _preference(e, kind))):
+            if not any(set(entry.tensors) & set(other.tensors) for other in chosen):
+                chosen.append(entry)
+        left = wanted - {name for entry in chosen for name in entry.tensors}
+        if left:
+            others = {
+                name
+                for entry in self.entries
+                if left & set(entry.tensors)
+                for name in entry.tensors
+                if name not in wanted
+            }
+            raise CalibrationError(
+                f"statistics of {_listed(left)} were recorded together with {_listed(others)}, "
+                "which have a scale of their own here; calibrate again"
+            )
+        try:
+            return reduce(add, (e.statistics for e in chosen)).as_kind(kind)
+        except CalibrationError as error:
+            raise CalibrationError(f"{_listed(wanted)}: {error}") from error
+
+
+def _preference(entry: Entry, kind: Kind) -> int:
+    order: tuple[Kind, ...] = ("average",) if kind == "average" else ("counts", "range")
+    return order.index(entry.statistics.kind) if entry.statistics.kind in order else len(order)
+
+
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    ordered = sorted(names)
+    text = ", ".join(ordered[:most])
+    return f"{text} and {len(ordered) - most} more" if len(ordered) > most else text
+
+
+def statistics_of(prepared: GraphModule) -> ModelStatistics:
+    """A copy of what the observers of a prepared model recorded.
+
+    Raises:
+        CalibrationError: ``prepared`` is not what ``prepare_pt2e`` returns.
+    """
+    entries = {}
+    for observed in activation_observers(prepared):
+        entry = Entry(observed.tensors, observed.observer.statistics)
+        # Two formats of one tensor see the same values.
+        entries[entry.key] = entry
+    return _sorted(entries)
+
+
+def _sorted(entries: Mapping[Any, Entry]) -> ModelStatistics:
+    return ModelStatistics(tuple(entries[key] for key in sorted(entries)))
+
+
+def _resolve(source: Source) -> ModelStatistics:
+    if isinstance(source, ModelStatistics):
+        return source
+    return statistics_of(source) if isinstance(source, GraphModule) else read_statistics(source)
+
+
+def merge_statistics(sources: Iterable[Source]) -> ModelStatistics:
+    """Add up statistics of different data.
+
+    The sum is exact and does not depend on the order of the sources.
+
+    Args:
+        sources: files, objects or prepared models, which recorded the same tensors.
+
+    Raises:
+        CalibrationError: there are no sources, they recorded different tensors, or one of them
+            holds moving averages.
+        InputError: a file cannot be read.
+    """
+    resolved = [_resolve(source) for source in sources]
+    if not resolved:
+        raise CalibrationError("there are no statistics to merge: pass at least one source")
+    total = {entry.key: entry for entry in resolved[0]}
+    for index, model in enumerate(resolved[1:], start=1):
+        given = {entry.key: entry for entry in model}
+        if different := total.keys() ^ given.keys():
+            names = {f"{'+'.join(tensors)} ({kind})" for tensors, kind in different}
+            raise CalibrationError(
+                f"source {index} and source 0 recorded different things: only one of them has "
+                f"{_listed(names)}. Merge statistics of the same model, prepared with the same "
+                "schemes"
+            )
+        for key, entry in given.items():
+            total[key] = Entry(entry.tensors, total[key].statistics + entry.statistics)
+    return _sorted(total)
+
+
+def load_statistics(prepared: GraphModule, source: Source) -> None:
+    """Replace what the observers of a prepared model have seen.
+
+    The model may have been prepared with other formats or another observer than the one that
+    recorded the statistics, provided that they hold what the observer needs.
+
+    Args:
+        prepared: what ``prepare_pt2e`` returns.
+        source: a file, an object, or another prepared model.
+
+    Raises:
+        CalibrationError: statistics of a tensor are missing (the nearest names are given) or hold
+            too little; nothing was changed.
+        InputError: the file cannot be read.
+    """
+    given = _resolve(source)
+    observers = activation_observers(prepared)
+    needed = {name for observed in observers for name in observed.tensors}
+    if missing := needed - given.tensors:
+        examples = "".join(
+            f"; {name}{nearest(name, sorted(given.tensors)).removeprefix(';')}"
+            for name in sorted(missing)[:3]
+            if nearest(name, given.tensors)
+        )
+        raise CalibrationError(
+            f"the statistics do not fit the graph: {len(missing)} of its {len(needed)} observed "
+            f"tensors are missing: {_listed(missing)}{examples}. Load statistics of the same "
+            "model, or calibrate again"
+        )
+    found = [given.for_tensors(o.tensors, o.observer.kind) for o in observers]
+    for observed, statistics in zip(observers, found, strict=True):
+        observed.observer.statistics = statistics
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+def save_statistics(source: GraphModule | ModelStatistics, path: str | os.PathLike[str]) -> None:
+    """Write statistics to a ``.safetensors`` file, which holds numbers and names, no code.
+
+    For each entry there are, under its tensors' names and kind, ``count`` (int64), ``range``
+    (float32: low, high) and, with counts, ``bins`` (int32) and ``counts`` (int64) of the bins that
+    are not empty; and the SHA-256 of all. Equal statistics give equal files.
+
+    Raises:
+        CalibrationError: ``source`` is not what ``prepare_pt2e`` returns.
+        InputError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for entry in _resolve(source):
+        statistics = entry.statistics
+        prefix = f"{'+'.join(entry.tensors)}/{statistics.kind}"
+        tensors[f"{prefix}/count"] = torch.tensor(statistics.count, dtype=torch.int64)
+        tensors[f"{prefix}/range"] = torch.tensor(
+            [statistics.low, statistics.high], dtype=torch.float32
+        )
+        if statistics.counts is not None:
+            bins = statistics.counts.nonzero().flatten()
+            tensors[f"{prefix}/bins"] = bins.to(torch.int32)
+            tensors[f"{prefix}/counts"] = statistics.counts[bins]
+    # One key: the order of several would change from run to run.
+    write_tensors(path, tensors, {FORMAT: str(FORMAT_VERSION)})
+
+
+def read_statistics(path: str | os.PathLike[str]) -> ModelStatistics:
+    """Read what :func:`save_statistics` wrote.
+
+    Raises:
+        InputError: the file cannot be read, is no statistics file, is of a newer version, was
+            changed after it was written, or holds what no calibration can give.
+    """
+    tensors, metadata, sealed = read_tensors(path)
+    _check_format(path, metadata, sealed)
+    counted = sum(key.endswith("/counts/counts") for key in tensors)
+    if counted > MOST_COUNTED:
+        raise InputError(
+            f"{path} has {counted:,} entries with counts, and at most {MOST_COUNTED:,} are read. "
+            "Check that it is the right file"
+        )
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        prefix, _, field = key.rpartition("/")
+        groups.setdefault(prefix, {})[field] = value
+    entries = {}
+    for prefix, fields in groups.items():
+        try:
+            entry = _entry(prefix, fields)
+        except ValueError as error:
+            raise InputError(f"{path}: {prefix or 'a tensor without a name'}: {error}") from error
+        entries[entry.key] = entry
+    return _sorted(entries)
+
+
+def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str], sealed: bool) -> None:
+    version = metadata.get(FORMAT, "")
+    if not (version.isascii() and version.isdecimal() and len(version) < 9):
+        raise InputError(
+            f"{path} holds no calibration statistics: save_statistics did not write it"
+        )
+    if int(version) > FORMAT_VERSION:
+        raise InputError(
+            f"{path} has version {version} of the format; this installation reads up to "
+            f"{FORMAT_VERSION}. Update custom_quantizer"
+        )
+    if sealed != (int(version) > 1):
+        raise InputError(
+            f"{path} was changed after it was written: files have a SHA-256 from version 2 on"
+        )
+
+
+_DTYPES = {
+    "count": torch.int64,
+    "range": torch.float32,
+    "bins": torch.int32,
+    "counts": torch.int64,
+}
+
+
+def _entry(prefix: str, fields: Mapping[str, Tensor]) -> Entry:
+    """One entry of a file; ValueError says what is wrong with it."""
+    names, _, kind_text = prefix.rpartition("/")
+    kinds: dict[str, Kind] = {"range": "range", "counts": "counts", "average": "average"}
+    if not names or kind_text not in kinds:
+        raise ValueError("is not named as an entry of statistics")
+    kind = kinds[kind_text]
+    expected = {"count", "range"} | ({"bins", "counts"} if kind == "counts" else set())
+    if fields.keys() != expected:
+        raise ValueError(f"holds {_listed(fields)} instead of {_listed(expected)}")
+    for field, value in fields.items():
+        if value.dtype != _DTYPES[field]:
+            raise ValueError(f"{field} is {value.dtype}, not {_DTYPES[field]}")
+    if fields["count"].dim() or fields["range"].shape != (2,):
+        raise ValueError("count is no number, or range no pair")
+    count, (low, high) = int(fields["count"]), fields["range"].tolist()
+    empty = count == 0 and (low, high) == (float("inf"), float("-inf"))
+    if not empty and not (count > 0 and float("-inf") < low <= high < float("inf")):
+        raise ValueError(f"{count} values from {low} to {high} are impossible")
+    counts = None
+    if kind == "counts":
+        counts = _counts(fields["bins"], fields["counts"])
+        if int(counts.sum()) != count:
+            raise ValueError(f"the bins hold {int(counts.sum())} values instead of {count}")
+    return Entry(tuple(names.split("+")), Statistics(kind, count, low, high, counts))
+
+
+def _counts(bins: Tensor, values: Tensor) -> Tensor:
+    if bins.dim() != 1 or bins.shape != values.shape:
+        raise ValueError("bins and counts are no lists of the same length")
+    magnitude = bins & 0x7FFF
+    wrong = (bins < 0) | (bins >= BINS) | (magnitude >= 0x7F80) | (bins == 0x8000) | (values <= 0)
+    if bool(wrong.any()) or bool((bins.diff() <= 0).any()):
+        raise ValueError("bins are not those of finite values in ascending order, or counts of 0")
+    if bool((values > _MOST_VALUES).any()):
+        raise ValueError(f"a bin holds more than {_MOST_VALUES:,} values")
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    counts[bins.long()] = values
+    return counts
+
+
+# -- ranks --------------------------------------------------------------------------------------
+
+
+def all_reduce_statistics(
+    prepared: GraphModule, group: distributed.ProcessGroup | None = None
+) -> None:
+    """Add up the statistics of all ranks, so that every rank has those of all data.
+
+    Each rank calibrates an equal copy of the model on its share of the data (any sizes, also
+    none), then all call this once. The sums are exact: scales and zero points are bit-identical to
+    those of one process that saw all data.
+
+    Args:
+        prepared: what ``prepare_pt2e`` returns.
+        group: the default process group unless given.
+
+    Raises:
+        CalibrationError: ``torch.distributed`` was not started, the ranks prepared different
+            models, an observer averages, or the statistics were added up before. All ranks
+            raise, or none does.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise CalibrationError(
+            "no process group: start the script with torchrun and call "
+            "torch.distributed.init_process_group('gloo') first"
+        )
+    observers = activation_observers(prepared)
+    _check_ranks(observers, group)
+    nccl = distributed.get_backend(group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def reduced(values: Tensor, op: distributed.ReduceOp.RedOpType) -> Tensor:
+        values = values.to(device, copy=True)
+        distributed.all_reduce(values, op, group)
+        return values.cpu()
+
+    modules = [observed.observer for observed in observers]
+    ops = distributed.ReduceOp
+    lows = reduced(torch.stack([m.min_val for m in modules]), ops.MIN)
+    highs = reduced(torch.stack([m.max_val for m in modules]), ops.MAX)
+    sizes = reduced(torch.stack([m.count for m in modules]), ops.SUM)
+    for module, low, high, size in zip(modules, lows, highs, sizes, strict=True):
+        counts = None if module.counts is None else reduced(module.counts, ops.SUM)
+        module.statistics = Statistics(module.kind, int(size), float(low), float(high), counts)
+        module.reduced = True
+
+
+def _check_ranks(observers: tuple[Observed, ...], group: distributed.ProcessGroup | None) -> None:
+    """Refuse on all ranks what is wrong on one, since the others would wait for it."""
+    mine = [(o.name, o.observer.kind, o.observer.reduced) for o in observers]
+    every: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(every, mine, group)
+    for rank, theirs in enumerate(cast("list[list[tuple[str, Kind, bool]]]", every)):
+        if [entry[:2] for entry in theirs] != [entry[:2] for entry in every[0]]:
+            differing = {f"{n} ({k})" for n, k, _ in {*theirs} ^ {*every[0]}}
+            raise CalibrationError(
+                f"rank {rank} and rank 0 observe different tensors: {_listed(differing)}. Prepare "
+                "the same model with the same schemes on all ranks"
+            )
+        for name, kind, was_reduced in theirs:
+            if kind == "average":
+                raise CalibrationError(
+                    f"{name}: moving averages depend on the order of the batches and cannot be "
+                    "added up; use another observer"
+                )
+            if was_reduced:
+                raise CalibrationError(
+                    f"{name}: its statistics on rank {rank} are already those of all ranks, which "
+                    "would be counted again; call all_reduce_statistics once, after calibrating"
+                )

@@ -1,0 +1,1 @@
+"""What users ask for: rules by scope, their precedence, and the files that hold them."""

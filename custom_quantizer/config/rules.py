@@ -1,0 +1,291 @@
+"""Which scheme goes to which op: rules, their precedence, and why a rule won."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import module_stack
+from custom_quantizer.core.rewriting import ORIGINAL_NAME
+from custom_quantizer.core.schemes import OpScheme, TensorScheme
+from custom_quantizer.errors import ConfigError
+from custom_quantizer.ops import known_targets
+from custom_quantizer.ops.rewrites import decompositions, forms
+
+__all__ = ["Config", "Decision", "Rule", "Scope", "nearest", "operator_names"]
+
+
+class Scope(IntEnum):
+    """What a rule selects by; a higher scope wins over a lower one."""
+
+    GLOBAL = 0
+    OPERATOR_TYPE = 1
+    MODULE_TYPE = 2
+    MODULE_NAME = 3
+    NODE_NAME = 4
+
+    @property
+    def setter(self) -> str:
+        """The setter that makes rules of this scope."""
+        return f"set_{self.name.lower()}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Ops selected by ``scope`` and ``key`` take ``scheme`` (``None``: stay in float).
+
+    Attributes:
+        scope: what the key names.
+        key: a node name, a module path (globs allowed), a module type, an aten overload.
+        scheme: what the ops become.
+        source: where a file says so (``mixed.yaml:7``); equal rules may differ in it.
+    """
+
+    scope: Scope
+    key: str
+    scheme: OpScheme | None
+    source: str | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        scheme = "None" if self.scheme is None else f'"{self.scheme.name}"'
+        key = "" if self.scope is Scope.GLOBAL else f'"{self.key}", '
+        return f"{self.scope.setter}({key}{scheme})"
+
+    @property
+    def place(self) -> str:
+        """The rule with the file and line it stands in, for messages."""
+        return str(self) if self.source is None else f"{self.source}: {self}"
+
+    @property
+    def is_glob(self) -> bool:
+        """Whether the key stands for any number of names."""
+        names = self.scope in (Scope.NODE_NAME, Scope.MODULE_NAME)
+        return names and any(sign in self.key for sign in "*?[")
+
+    def matches(self, node: Node) -> bool:
+        """Whether the rule selects ``node``."""
+        return self.selects(_names(node, self.scope))
+
+    def selects(self, names: Iterable[str]) -> bool:
+        """Whether one of ``names`` is what the rule selects by."""
+        if self.is_glob:
+            return any(fnmatchcase(name, self.key) for name in names)
+        return self.key in names
+
+
+def _names(node: Node, scope: Scope) -> Iterable[str]:
+    """What a rule of ``scope`` may call ``node``."""
+    if scope is Scope.GLOBAL:
+        return ("",)
+    if scope is Scope.NODE_NAME:
+        # What a captured call was rewritten to answers to its name.
+        original = node.meta.get(ORIGINAL_NAME)
+        return (node.name,) if original is None else (node.name, original)
+    if scope is Scope.OPERATOR_TYPE:
+        captured = node.meta.get("original_target", node.target)
+        return (target_name(captured), target_name(node.target))
+    stack = module_stack(node)
+    if scope is Scope.MODULE_TYPE:
+        return [kind for _, kind in stack]
+    return [path for path, _ in stack if path]
+
+
+class _Index:
+    """Rules by what they name, so that a node is not compared with every one of thousands.
+
+    Args:
+        rules: in the order they were set.
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self.rules = list(rules)
+        self._named: dict[tuple[Scope, str], int] = {}
+        self._globs: dict[Scope, list[int]] = {}
+        for position, rule in enumerate(self.rules):
+            if rule.is_glob:
+                self._globs.setdefault(rule.scope, []).append(position)
+            else:
+                self._named[rule.scope, rule.key] = position
+
+    def best(self, node: Node) -> Rule | None:
+        """The last matching rule of the highest scope that has one."""
+        for scope in reversed(Scope):
+            names = _names(node, scope)
+            found = max((self._named.get((scope, name), -1) for name in names), default=-1)
+            for position in reversed(self._globs.get(scope, ())):
+                if position < found or self.rules[position].selects(names):
+                    found = max(found, position)
+                    break
+            if found >= 0:
+                return self.rules[found]
+        return None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The scheme of a node and the sentence that says why.
+
+    Attributes:
+        scheme: what the node becomes; ``None``: float.
+        explicit: some rule or filter decided, rather than the absence of one.
+        reason: for the report.
+        aimed: the rule names the node or its operator type.
+    """
+
+    scheme: OpScheme | None
+    explicit: bool
+    reason: str
+    aimed: bool = False
+
+
+_MOST_HINTS = 20
+_LONGEST_WORD = 200
+
+
+def target_name(target: Any) -> str:
+    """``aten.conv2d.default`` for an overload."""
+    return str(target)
+
+
+def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
+    """``; did you mean a, b or c?``, or nothing when nothing is near."""
+    if len(word) > _LONGEST_WORD:  # difflib takes the square of the length
+        return ""
+    near = difflib.get_close_matches(word, list(candidates), n=count, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def operator_names(operator_type: Any) -> list[str]:
+    """The overloads that ``operator_type`` (an overload, a packet, or an overload's name) means.
+
+    Raises:
+        ConfigError: no op family knows it; the nearest names are given.
+    """
+    # Families also claim Python functions (getitem), which have no name to write in a file.
+    targets = {*known_targets(), *decompositions.REWRITTEN, *forms.REWRITTEN}
+    known = {target_name(t) for t in targets if isinstance(t, torch._ops.OpOverload)}
+    overloads = getattr(operator_type, "overloads", None)
+    if overloads is not None:  # an OpOverloadPacket: all its overloads that are known
+        names = [target_name(getattr(operator_type, o)) for o in overloads()]
+    else:
+        names = [target_name(operator_type)]
+    names = [name for name in names if _functional_name(name) in known]
+    if not names:
+        raise ConfigError(
+            f"{operator_type} is not an operator this quantizer knows"
+            f"{nearest(str(operator_type), known)}"
+        )
+    return names
+
+
+def _functional_name(name: str) -> str:
+    """``aten.relu.default`` for ``aten.relu_.default``."""
+    namespace, _, rest = name.partition(".")
+    packet, _, overload = rest.partition(".")
+    return f"{namespace}.{packet.removesuffix('_')}.{overload}"
+
+
+@dataclass
+class Config:
+    """The rules of a quantizer, in the order they were set.
+
+    Attributes:
+        rules: later ones win within a scope.
+        filter_function: if given, nodes for which it is false stay in float.
+        inputs: formats of the model's inputs by name, ``"*"`` for all others; an input that is
+            not named takes what the ops that read it want.
+        outputs: formats of the model's outputs by position (``"0"``), ``"*"`` for all others; an
+            output that is not named keeps what the op that makes it gives.
+        io_sources: where a file says so, by ``("inputs", name)`` or ``("outputs", position)``.
+    """
+
+    rules: list[Rule] = field(default_factory=list)
+    filter_function: Callable[[Node], bool] | None = None
+    inputs: dict[str, TensorScheme] = field(default_factory=dict)
+    outputs: dict[str, TensorScheme] = field(default_factory=dict)
+    io_sources: dict[tuple[str, str], str] = field(default_factory=dict, compare=False, repr=False)
+    _index: _Index | None = field(default=None, init=False, compare=False, repr=False)
+
+    def resolve(self, node: Node) -> Decision:
+        """Decide the scheme of ``node``."""
+        if self.filter_function is not None and not self.filter_function(node):
+            return Decision(None, True, "the filter function left it out")
+        if self._index is None or self._index.rules != self.rules:
+            self._index = _Index(self.rules)
+        best = self._index.best(node)
+        if best is None:
+            return Decision(None, False, "no rule selects it")
+        aimed = best.scope in (Scope.OPERATOR_TYPE, Scope.NODE_NAME)
+        return Decision(best.scheme, best.scope is not Scope.GLOBAL, str(best), aimed)
+
+    def check(self, model: GraphModule) -> list[str]:
+        """Find rules that select nothing in ``model``.
+
+        Returns:
+            Warnings for operator and module types that do not occur, with the nearest that do.
+
+        Raises:
+            ConfigError: a node or module name that does not exist, with the nearest ones.
+        """
+        self._check_io(model)
+        calls = [node for node in model.graph.nodes if node.op == "call_function"]
+        present = {s: {name for node in calls for name in _names(node, s)} for s in Scope}
+        warnings: list[str] = []
+        for rule in self.rules:
+            if rule.scope is Scope.GLOBAL or rule.selects(present[rule.scope]):
+                continue
+            if rule.scope is Scope.NODE_NAME:
+                hint = nearest(rule.key, (node.name for node in calls))
+                if rule.key.startswith("batch_norm"):
+                    hint += (
+                        "; prepare_pt2e folds a batch norm into the convolution before it: name "
+                        "that one"
+                    )
+                raise ConfigError(f"{rule.place}: the graph has no node named {rule.key!r}{hint}")
+            if rule.scope is Scope.MODULE_NAME:
+                names = {path for node in calls for path, _ in module_stack(node) if path}
+                # Modules that prepare_pt2e fused away (batch norms) still own their parameters.
+                names |= {name for name, _ in model.named_modules() if name}
+                if any(fnmatchcase(name, rule.key) for name in names):
+                    continue
+                hint = nearest(rule.key, names)
+                raise ConfigError(f"{rule.place}: the model has no module {rule.key!r}{hint}")
+            kind = "operator" if rule.scope is Scope.OPERATOR_TYPE else "module type"
+            there = present[rule.scope]
+            # ``torch.nn.Conv2d`` means ``torch.nn.modules.conv.Conv2d``: the class name counts.
+            last = rule.key.rpartition(".")[2]
+            same = sorted(name for name in there if name.rpartition(".")[2] == last)
+            if same:
+                hint = f"; did you mean {' or '.join(same)}?"
+            else:  # to look for the nearest takes a millisecond
+                hint = nearest(rule.key, there) if len(warnings) < _MOST_HINTS else ""
+            warnings.append(f"{rule.place} selects nothing: the graph has no such {kind}{hint}")
+        return warnings
+
+    def _check_io(self, model: GraphModule) -> None:
+        inputs = [node.name for node in model.graph.nodes if node.op == "placeholder"]
+        outputs = [str(i) for i in range(len(returned_nodes(model)))]
+        for kind, given, known in (
+            ("input", self.inputs, inputs),
+            ("output", self.outputs, outputs),
+        ):
+            for name in given:
+                if name != "*" and name not in known:
+                    place = self.io_sources.get((f"{kind}s", name), "set_io")
+                    raise ConfigError(
+                        f"{place}: the model has no {kind} {name!r}; it has {', '.join(known)}"
+                    )
+
+
+def returned_nodes(model: GraphModule) -> list[Node]:
+    """The nodes that a graph returns, in order."""
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    return [value for value in pytree.tree_leaves(output.args[0]) if isinstance(value, Node)]

@@ -1,0 +1,1 @@
+"""What all else stands on: formats, quantization parameters, exact arithmetic, graphs, files."""

@@ -1,0 +1,412 @@
+"""Reading fx graphs: where a node comes from, which constant it is, which integers surround it.
+
+Nothing here knows an op family and nothing here changes a graph, except :func:`add_constant`.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+import torchao.quantization.quant_primitives  # noqa: F401  registers torchao::dequantize_affine
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed.*
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.errors import ConversionError, InputError
+
+__all__ = [
+    "add_constant",
+    "check_input",
+    "constant_of",
+    "describe",
+    "detached_copy",
+    "effective_users",
+    "expression_bounds",
+    "flatten_inputs",
+    "is_constant",
+    "is_dequantize",
+    "is_quantize",
+    "is_run_time_quantization",
+    "is_static",
+    "module_path",
+    "module_stack",
+    "qparams_of",
+    "reads_sizes",
+    "set_state",
+    "shape_of",
+    "size_bounds",
+    "source_of",
+    "state_buffers",
+    "state_kept",
+    "state_of",
+    "tensor_meta",
+    "view_sizes",
+    "written_inputs",
+]
+
+_q = torch.ops.quantized_decomposed
+
+FOLDED_KEY = "custom_quantizer_folded"
+"""Marks, in ``meta``, a call that only reads parameters and becomes a constant at conversion."""
+
+STATE_KEY = "custom_quantizer_state"
+"""In the ``meta`` of a prepared or converted graph: what buffers it writes held at capture."""
+
+DEQUANTIZE_PER_TENSOR = _q.dequantize_per_tensor.default
+DEQUANTIZE_PER_CHANNEL = _q.dequantize_per_channel.default
+QUANTIZE_PER_TENSOR = _q.quantize_per_tensor.default
+QUANTIZE_PER_CHANNEL = _q.quantize_per_channel.default
+
+CHOOSE_QPARAMS = _q.choose_qparams.tensor
+DEQUANTIZE_DYNAMIC = _q.dequantize_per_tensor.tensor
+DEQUANTIZE_GROUPED = torch.ops.torchao.dequantize_affine.default
+
+_QUANTIZE = (QUANTIZE_PER_TENSOR, QUANTIZE_PER_CHANNEL, _q.quantize_per_tensor.tensor)
+_DEQUANTIZE = (DEQUANTIZE_PER_TENSOR, DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_DYNAMIC)
+
+_ASSERTIONS = (
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_size.int,
+)
+
+
+def is_quantize(node: object) -> bool:
+    """Whether ``node`` turns a float tensor into integers."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in _QUANTIZE
+
+
+def is_dequantize(node: object) -> bool:
+    """Whether ``node`` turns integers into a float tensor."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in _DEQUANTIZE
+
+
+def is_static(node: Node) -> bool:
+    """Whether a quantize or dequantize node has parameters that are known before it runs."""
+    return node.target in (QUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_CHANNEL) or isinstance(
+        node.args[1], float
+    )
+
+
+def is_run_time_quantization(node: Node) -> bool:
+    """Whether a node helps to choose scales at run time, or dequantizes weights in groups."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, Node) and is_run_time_quantization(source)
+    return node.target in (CHOOSE_QPARAMS, DEQUANTIZE_GROUPED)
+
+
+def module_stack(node: Node) -> list[tuple[str, str]]:
+    """``(module path, fully qualified type)`` of the modules around ``node``, outermost first."""
+    stack = []
+    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+        name = f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
+        # Export numbers the second and later calls of one module: "conv@1".
+        plain = re.sub(r"@\d+", "", str(path))
+        stack.append((plain.removeprefix("L['self'].").removeprefix("L['self']"), name))
+    return stack
+
+
+def module_path(node: Node) -> str:
+    """Path of the innermost module that ``node`` was captured from; ``""`` for the model itself."""
+    stack = module_stack(node)
+    return stack[-1][0] if stack else ""
+
+
+def describe(node: Node) -> str:
+    """``node name (module path)``, as every message names a node."""
+    path = module_path(node)
+    return f"{node.name} ({path})" if path else node.name
+
+
+def tensor_meta(node: Node) -> torch.Tensor | None:
+    """The fake tensor that capture recorded for ``node``, if its value is one tensor.
+
+    ``convert_pt2e`` records none for the dequantize nodes it makes: they have the shape of what
+    was quantized.
+    """
+    value = node.meta.get("val")
+    while value is None and (is_dequantize(node) or is_quantize(node)):
+        node = cast(Node, node.args[0])
+        value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:
+    """Raise ``InputError`` unless ``value`` has the recorded dtype and shape."""
+    if meta is None:
+        return
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"input {index} must be a tensor, got {type(value).__name__}")
+    if value.dtype != meta.dtype:
+        raise InputError(
+            f"input {index} must be {meta.dtype}, got {value.dtype}; convert it with "
+            f".to({meta.dtype})"
+        )
+    wanted, given = tuple(meta.shape), tuple(value.shape)
+    fits = len(wanted) == len(given) and all(
+        not isinstance(w, int) or w == g for w, g in zip(wanted, given, strict=True)
+    )
+    if not fits:
+        shown = ", ".join(str(w) if isinstance(w, int) else "*" for w in wanted)
+        raise InputError(f"input {index} must have shape ({shown}), got {given}")
+
+
+def flatten_inputs(in_spec: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
+    """Inputs of a captured graph in the order of its placeholders.
+
+    Args:
+        in_spec: structure of ``(args, kwargs)`` that was recorded at capture, if any.
+        inputs: positional inputs; those captured by keyword may stand here too, in their order.
+        named: inputs by keyword.
+
+    Raises:
+        InputError: the keywords are not those of capture.
+    """
+    if not named:
+        return pytree.tree_leaves(inputs)
+    known = [] if in_spec is None else list(in_spec.child(1).context)
+    if set(named) != set(known):
+        raise InputError(
+            f"the model takes {', '.join(known) or 'no inputs'} by keyword, got "
+            f"{', '.join(named)}: give each input the way torch.export.export got it"
+        )
+    return pytree.tree_leaves((inputs, {name: named[name] for name in known}))
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """Shape recorded at capture; symbolic sizes stay symbolic.
+
+    Raises:
+        ConversionError: nothing was recorded.
+    """
+    value = tensor_meta(node)
+    if value is None:
+        raise ConversionError(
+            f"{describe(node)} carries no shape; hand in the graph as torch.export made it"
+        )
+    return tuple(value.shape)
+
+
+def view_sizes(shape: Sequence[Any]) -> list[int]:
+    """Sizes for a reshape to ``shape``: -1 in the place of a symbolic one."""
+    return [size if isinstance(size, int) else -1 for size in shape]
+
+
+def size_bounds(size: Any) -> tuple[int, int | None]:
+    """Smallest and largest value of an int or SymInt; ``None``: capture recorded no upper bound.
+
+    Export never traces a dynamic size below 2, so a recorded lower bound of 2 means 1.
+    """
+    if isinstance(size, int):
+        return size, size
+    return expression_bounds(size, size.node.expr)
+
+
+def expression_bounds(size: torch.SymInt, expression: Any) -> tuple[int, int | None]:
+    """As :func:`size_bounds`, of an expression over the symbols of ``size``."""
+    env = size.node.shape_env
+    if env is None:
+        return 1, None
+    bounds = env.bound_sympy(expression)
+    # The infinities of sympy and of torch are no Integer.
+    low = int(bounds.lower) if bounds.lower.is_Integer else 1
+    high = int(bounds.upper) if bounds.upper.is_Integer else None
+    if high is not None and high > 1 << 24:  # sys.maxsize and its like
+        high = None
+    return (1 if low <= 2 else low), high
+
+
+def reads_sizes(node: Node) -> bool:
+    """Whether an argument is a number that the graph computes: a dynamic size, or made of one."""
+    numbers = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return any(isinstance(source.meta.get("val"), numbers) for source in node.all_input_nodes)
+
+
+def effective_users(node: Node) -> list[Node]:
+    """Users of the value; checks and size queries do not count."""
+    return [user for user in node.users if user.target not in _ASSERTIONS]
+
+
+def written_inputs(node: Node) -> list[Node]:
+    """The tensors a call writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    values = [
+        node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
+        for i, parameter in enumerate(node.target._schema.arguments)
+        if parameter.alias_info is not None and parameter.alias_info.is_write
+    ]
+    return [value for value in values if isinstance(value, Node)]
+
+
+def state_of(graph: torch.fx.Graph) -> list[Node]:
+    """The inputs and constants that some call of the graph writes into, views of them included."""
+    found: dict[Node, None] = {}
+    for node in graph.nodes:
+        for written in written_inputs(node):
+            # Through views, and observers of a prepared graph, which hand on what they see.
+            while written.op in ("call_function", "call_module") and written.args:
+                source = written.args[0]
+                if not isinstance(source, Node):
+                    break
+                written = source
+            if written.op in ("get_attr", "placeholder"):
+                found[written] = None
+    return list(found)
+
+
+def state_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a call of ``model`` may change, by name.
+
+    Of a captured graph those that its calls write; of any other module, all.
+    """
+    if not isinstance(model, GraphModule):
+        return dict(model.named_buffers())
+    written = dict.fromkeys(str(n.target) for n in state_of(model.graph) if n.op == "get_attr")
+    return {name: operator.attrgetter(name)(model) for name in written}
+
+
+@contextmanager
+def state_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Run ``model`` in this block, and its buffers hold afterwards what they held before."""
+    before = {name: value.detach().clone() for name, value in state_buffers(model).items()}
+    try:
+        yield
+    finally:
+        set_state(model, before)
+
+
+def set_state(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Write ``values``, by name, into those buffers that a call of ``model`` may change."""
+    buffers = state_buffers(model)
+    with torch.no_grad():
+        for name, value in values.items():
+            if name in buffers:
+                if not buffers[name].is_leaf:  # gradients were recorded; nobody needs them now
+                    buffers[name].detach_()
+                buffers[name].copy_(value)
+
+
+def detached_copy(model: GraphModule) -> GraphModule:
+    """A deep copy; buffers that were written while gradients were recorded lose their history."""
+    history = {
+        id(buffer): buffer.detach().clone() for buffer in model.buffers() if not buffer.is_leaf
+    }
+    return copy.deepcopy(model, cast("dict[int, Any]", history))
+
+
+def is_constant(node: object) -> bool:
+    """Whether ``node`` reads a parameter, buffer or attribute of the module.
+
+    So does a call that is folded into one at conversion (batch norms in training).
+    """
+    return isinstance(node, Node) and (node.op == "get_attr" or FOLDED_KEY in node.meta)
+
+
+def constant_of(model: torch.nn.Module, node: Node) -> torch.Tensor:
+    """The tensor a ``get_attr`` node reads.
+
+    Raises:
+        ConversionError: the node reads no tensor.
+    """
+    try:
+        value = operator.attrgetter(str(node.target))(model)
+    except AttributeError:
+        value = None
+    if node.op != "get_attr" or not isinstance(value, torch.Tensor):
+        raise ConversionError(f"{describe(node)} is not a constant tensor of the module")
+    return value.detach()
+
+
+def qparams_of(model: torch.nn.Module, node: Node) -> QParams:
+    """Quantization parameters of a static quantize or dequantize node.
+
+    Raises:
+        ConversionError: the node is neither, or its scale is only known at run time.
+    """
+    args = node.args
+    if node.target in (QUANTIZE_PER_TENSOR, DEQUANTIZE_PER_TENSOR):
+        _, scale, zero_point, quant_min, quant_max = args[:5]
+        return QParams(
+            scale=float(cast(float, scale)),
+            zero_point=int(cast(int, zero_point)),
+            quant_min=int(cast(int, quant_min)),
+            quant_max=int(cast(int, quant_max)),
+        )
+    if node.target in (QUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_CHANNEL):
+        _, scale, _, axis, quant_min, quant_max = args[:6]
+        return QParams(
+            scale=constant_of(model, cast(Node, scale)).to(torch.float32),
+            zero_point=0,
+            quant_min=int(cast(int, quant_min)),
+            quant_max=int(cast(int, quant_max)),
+            axis=int(cast(int, axis)),
+        )
+    raise ConversionError(f"{describe(node)} has no static quantization parameters")
+
+
+def source_of(node: Node) -> Node:
+    """The node behind a chain of quantize and dequantize nodes."""
+    while is_quantize(node) or is_dequantize(node):
+        node = cast(Node, node.args[0])
+    return node
+
+
+def tensor_args(node: Node) -> Iterator[Node]:
+    """The node's inputs that are tensors, in argument order, each once."""
+    # Control flow also reads the graphs it runs.
+    runs = isinstance(node.target, torch._ops.HigherOrderOperator)
+    for arg in node.all_input_nodes:
+        if tensor_meta(arg) is not None or (is_constant(arg) and not runs):
+            yield arg
+
+
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """A positional-or-keyword argument of an aten call, with the schema's default.
+
+    Args:
+        node: the call.
+        index: position in the aten schema.
+        name: name in the aten schema.
+        default: value when the call leaves it out.
+    """
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def add_constant(model: GraphModule, name: str, value: torch.Tensor, before: Node) -> Node:
+    """Register ``value`` as a buffer under a free name and read it just before ``before``."""
+    name = name.replace(".", "_")
+    free, count = name, 0
+    while hasattr(model, free):
+        count += 1
+        free = f"{name}_{count}"
+    model.register_buffer(free, value.detach().clone(memory_format=torch.contiguous_format))
+    with model.graph.inserting_before(before):
+        node = model.graph.get_attr(free)
+    fake_mode = _fake_mode_of(before)
+    if fake_mode is not None:
+        with fake_mode:
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return node
+
+
+def _fake_mode_of(node: Node) -> Any:
+    """The mode of the fake tensors in a graph, from the nearest node at or before ``node``."""
+    before, first = node, next(iter(node.graph.nodes))
+    while (mode := _own_fake_mode(before)) is None and before is not first:
+        before = before.prev
+    return mode or next(filter(None, map(_own_fake_mode, node.graph.nodes)), None)
+
+
+def _own_fake_mode(node: Node) -> Any:
+    return getattr(tensor_meta(node), "fake_mode", None)

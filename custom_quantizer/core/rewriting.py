@@ -1,0 +1,120 @@
+"""Replacing calls of a captured graph by other calls, before anything is annotated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import add_constant, reads_sizes, shape_of, view_sizes
+
+__all__ = ["ORIGINAL_NAME", "Insertion", "Rewrite", "is_inner", "replace", "rewrite_calls"]
+
+aten = torch.ops.aten
+
+
+ORIGINAL_NAME = "original_name"
+"""Key in ``node.meta``: name of the captured call that the node is a part of."""
+
+
+class Insertion:
+    """Inserts calls in place of ``node``, with fake values and the module path of ``node``.
+
+    They are named after it (``mean_permute``, ``mean_linear``), so that names do not depend on
+    what else is rewritten; the last one takes over its name.
+
+    Attributes:
+        model: the graph.
+        node: the call that is replaced.
+    """
+
+    def __init__(self, model: GraphModule, node: Node) -> None:
+        self.model = model
+        self.node = node
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Insert a call of ``target`` before the node."""
+        name = f"{self.node.name}_{getattr(target, 'overloadpacket', target).__name__}"
+        with self.model.graph.inserting_before(self.node):
+            new = self.model.graph.create_node("call_function", target, args, kwargs, name)
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in self.node.meta:
+                new.meta[key] = self.node.meta[key]
+        new.meta["original_target"] = self.node.meta.get("original_target", self.node.target)
+        new.meta[ORIGINAL_NAME] = self.node.meta.get(ORIGINAL_NAME, self.node.name)
+        # An op of several results has a list of fake values.
+        values = pytree.tree_leaves([source.meta.get("val") for source in new.all_input_nodes])
+        mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
+        if mode is not None:
+            mapped = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta.get("val"))
+            with mode:
+                new.meta["val"] = target(*mapped[0], **mapped[1])
+        return new
+
+    def constant(self, name: str, value: Tensor) -> Node:
+        """A new constant before the node."""
+        constant = add_constant(self.model, f"{self.node.name}_{name}", value, self.node)
+        constant.meta["nn_module_stack"] = self.node.meta.get("nn_module_stack", {})
+        return constant
+
+    def reshape(self, value: Node, shape: Sequence[Any]) -> Node:
+        """Reshape unless the shape is that already; at most one size is symbolic."""
+        if tuple(shape) == tuple(shape_of(value)):
+            return value
+        sizes = view_sizes(shape)
+        return self.call(aten.reshape.default, value, sizes)
+
+    def permute(self, value: Node, order: Sequence[int]) -> Node:
+        """Permute unless the order is that already."""
+        if list(order) == sorted(order):
+            return value
+        return self.call(aten.permute.default, value, list(order))
+
+    def slice(self, value: Node, dim: int, start: int, stop: int) -> Node:
+        """``value[start:stop]`` along a dim of static size, unless that is all of it."""
+        if start == 0 and stop == shape_of(value)[dim]:
+            return value
+        return self.call(aten.slice.Tensor, value, dim, start, stop)
+
+
+Rewrite = Callable[[Insertion], "Node | None"]
+"""Makes what a call is replaced by; ``None``: the call stays."""
+
+
+def rewrite_calls(model: GraphModule, rewrites: Mapping[Any, Rewrite]) -> int:
+    """Replace calls by what the rewrite of their target makes, in place.
+
+    Returns:
+        The number of calls that were replaced.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        rewrite = rewrites.get(node.target) if node.op == "call_function" else None
+        if rewrite is not None and reads_sizes(node):
+            continue  # no form has a window or a shift that only the inputs tell
+        # What an earlier rewrite took along has no users any more.
+        alive = rewrite is not None and bool(node.users)
+        result = cast(Rewrite, rewrite)(Insertion(model, node)) if alive else None
+        if result is not None:
+            replace(model, node, result)
+            count += 1
+    if count:
+        model.graph.eliminate_dead_code()
+    return count
+
+
+def is_inner(node: Node) -> bool:
+    """Whether a node is a part of what a captured call was rewritten to, but not its result."""
+    return bool(node.meta.get(ORIGINAL_NAME, node.name) != node.name)
+
+
+def replace(model: GraphModule, node: Node, result: Node) -> None:
+    """Put ``result`` in the place of ``node``, under its name if it was made for it."""
+    node.replace_all_uses_with(result)
+    model.graph.erase_node(node)
+    if result.meta.get(ORIGINAL_NAME) == node.meta.get(ORIGINAL_NAME, node.name):
+        result.name = node.name

@@ -1,0 +1,1 @@
+"""Spellings: ops that are written in other ops, with the same values."""

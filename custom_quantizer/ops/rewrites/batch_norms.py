@@ -1,0 +1,266 @@
+"""Batch norms: part of the layer before them, or the depthwise 1x1 convolutions they are.
+
+``prepare_pt2e`` folds a batch norm into the weight of the layer before it, where it stands. That is
+wrong if somebody else reads the weight (one convolution with a batch norm for each level of a
+pyramid, tied weights) or the layer's result (``bn(z) + z``), and
+:mod:`custom_quantizer.planning.torchao_folding` keeps it from doing so. Here the layer gets a
+weight and a bias of its own, and a batch norm whose layer has other users stays apart.
+
+What cannot be folded (DenseNet's come before their convolutions) would stay in float and tear the
+model apart; ``convert_pt2e`` (torchao 0.18) searches such a graph for training patterns besides,
+for 20 seconds. In eval mode it computes ``x * factor + shift`` per channel, which is a convolution
+with one weight a channel.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import (
+    add_constant,
+    argument,
+    constant_of,
+    effective_users,
+    is_constant,
+    tensor_meta,
+)
+from custom_quantizer.core.rewriting import ORIGINAL_NAME, Insertion, replace, rewrite_calls
+from custom_quantizer.ops import Binding, rule_of
+from custom_quantizer.ops.gemm import CONV_TRANSPOSE, LINEAR
+
+__all__ = [
+    "batch_norms_to_convs",
+    "fold_into_layers",
+    "has_constants",
+    "is_foldable_in_place",
+    "keep_own_statistics",
+    "layer_before",
+    "norm_constants",
+    "scale_channels",
+    "uses_own_statistics",
+]
+
+aten = torch.ops.aten
+
+_CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default}
+"""By the rank of the input."""
+
+
+def layer_before(norm: Node) -> Binding | None:
+    """The layer that a batch norm can be folded into: it makes the norm's input for it alone.
+
+    Weight and bias of the layer are constants, or computed from parameters in training, and the
+    channels of its result are those of the norm.
+    """
+    layer = norm.args[0]
+    if not isinstance(layer, Node) or effective_users(layer) != [norm]:
+        return None
+    rule = rule_of(layer)
+    binding = rule.bind(rule, layer) if rule is not None else None
+    if not isinstance(binding, Binding) or not is_constant(binding.weight):
+        return None
+    if binding.bias is not None and not is_constant(binding.bias):
+        return None
+    result, weight = tensor_meta(layer), tensor_meta(cast(Node, binding.weight))
+    if result is None or weight is None or result.dtype != torch.float32:
+        return None
+    # A norm has its channels on axis 1: a linear layer only in a matrix, a convolution not
+    # where there is no batch.
+    rank = 2 if rule is LINEAR else weight.dim()
+    return binding if result.dim() == rank else None
+
+
+def is_foldable_in_place(model: GraphModule, norm: Node) -> bool:
+    """Whether a norm may be multiplied into the weight of its layer where that weight is stored.
+
+    As torchao 0.18 does it: nobody else may read weight or bias, the name it gives to a bias that
+    was not there must be free, and the groups of a transposed convolution have to be one.
+    """
+    binding = layer_before(norm)
+    if binding is None or not has_constants(norm):
+        return False
+    if binding.rule is CONV_TRANSPOSE and binding.groups > 1:
+        return False
+    weight = cast(Node, binding.weight)
+    if binding.bias is None and _has_attribute(model, f"{weight.target}_bias"):
+        return False
+    targets = {str(read.target) for read in (weight, binding.bias) if read is not None}
+    readers = [
+        user
+        for node in model.graph.nodes
+        if node.op == "get_attr" and str(node.target) in targets
+        for user in node.users
+    ]
+    return all(user is binding.node for user in readers)
+
+
+def _has_attribute(model: GraphModule, target: str) -> bool:
+    path, _, name = target.rpartition(".")
+    return hasattr(model.get_submodule(path), name)
+
+
+def fold_into_layers(model: GraphModule) -> int:
+    """Fold batch norms into the layers before them, each with a weight and a bias of its own.
+
+    In place. The same real numbers; each weight is computed in float64 and rounded once.
+
+    Returns:
+        How many were folded.
+    """
+    count = 0
+    for norm in list(model.graph.nodes):
+        if norm.op != "call_function" or norm.target is not aten.batch_norm.default:
+            continue
+        binding = layer_before(norm) if has_constants(norm) else None
+        if binding is not None:
+            _fold(model, binding, norm)
+            count += 1
+    return count
+
+
+def _fold(model: GraphModule, binding: Binding, norm: Node) -> None:
+    layer, weight = binding.node, cast(Node, binding.weight)
+    factor, shift = _factor_and_shift(model, norm)
+    values = constant_of(model, weight).double()
+    folded = scale_channels(values, factor, binding.weight_axis, binding.groups)
+    if binding.bias is not None:
+        shift = shift + constant_of(model, binding.bias).double() * factor
+    stack = weight.meta.get("nn_module_stack", {})
+    constants = [
+        add_constant(model, f"{weight.target}_folded", folded.float(), layer),
+        add_constant(model, f"{weight.target}_folded_bias", shift.float(), layer),
+    ]
+    for constant in constants:
+        constant.meta["nn_module_stack"] = stack
+    layer.args = (layer.args[0], *constants, *layer.args[3:])
+    layer.kwargs = {k: v for k, v in layer.kwargs.items() if k not in ("weight", "bias")}
+    norm.replace_all_uses_with(layer)
+    model.graph.erase_node(norm)
+
+
+def scale_channels(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
+    """The weight of a layer, each output channel times its factor.
+
+    Args:
+        weight: with output channels on ``axis``; on axis 1 (transposed convolutions) they are
+            ``channels / groups`` for each group of input channels.
+        factor: ``(channels,)``.
+        axis: 0 or 1.
+        groups: channel groups.
+    """
+    if axis == 0:
+        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    grouped = weight.reshape(groups, -1, *weight.shape[1:])
+    factor = factor.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+    return (grouped * factor).reshape(weight.shape)
+
+
+def batch_norms_to_convs(model: GraphModule) -> int:
+    """Rewrite eval-mode batch norms of ``(N, C, L)`` and ``(N, C, H, W)`` in place.
+
+    The same real numbers; factor and shift are computed in float64 and rounded once, so last bits
+    of float32 differ from the batch norm's.
+
+    Returns:
+        How many were rewritten.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        if node.op == "call_function" and node.target in _NORMS:
+            count += _rewrite(model, node)
+    return count
+
+
+_NORMS = frozenset({aten.batch_norm.default, aten.instance_norm.default})
+"""With stored statistics both compute the same; so they take them, their arguments are the same."""
+
+_OWN_STATISTICS = aten._native_batch_norm_legit.no_stats
+
+
+def uses_own_statistics(node: Node) -> bool:
+    """Whether a call normalizes with the statistics of its input always, as it keeps no others.
+
+    ``BatchNorm2d(track_running_stats=False)`` does, and weights that are standardized.
+    """
+    if node.target is _OWN_STATISTICS:
+        return True
+    return node.target is aten.batch_norm.default and node.args[3] is None and node.args[4] is None
+
+
+def keep_own_statistics(model: GraphModule) -> int:
+    """Write batch norms that keep no statistics as what they are in training and evaluation alike.
+
+    torchao (0.18) takes every ``aten.batch_norm`` for one that has running statistics: it folds
+    them into layers, and switches training off in evaluation.
+
+    Returns:
+        How many were rewritten.
+    """
+    return rewrite_calls(model, {aten.batch_norm.default: _with_own_statistics})
+
+
+def _with_own_statistics(insert: Insertion) -> Node | None:
+    norm = insert.node
+    if not uses_own_statistics(norm):
+        return None
+    data, gamma, beta = norm.args[:3]
+    momentum, eps = argument(norm, 6, "momentum"), argument(norm, 7, "eps")
+    normalized = insert.call(_OWN_STATISTICS, data, gamma, beta, True, momentum, eps)
+    return insert.call(operator.getitem, normalized, 0)
+
+
+def _rewrite(model: GraphModule, node: Node) -> bool:
+    meta = tensor_meta(node)
+    if meta is None or meta.dtype != torch.float32 or meta.dim() not in _CONVS:
+        return False
+    if not has_constants(node):
+        return False
+    factor, shift = norm_constants(model, node)
+    spatial = meta.dim() - 2
+    weight = factor.reshape(-1, *[1] * (spatial + 1))
+    args = (
+        node.args[0],
+        add_constant(model, f"{node.name}_factor", weight, node),
+        add_constant(model, f"{node.name}_shift", shift, node),
+        *([1] * spatial, [0] * spatial, [1] * spatial),
+        factor.numel(),
+    )
+    with model.graph.inserting_before(node):
+        conv = model.graph.call_function(_CONVS[meta.dim()], args)
+    conv.meta = {**node.meta, "original_target": node.target, ORIGINAL_NAME: node.name}
+    replace(model, node, conv)
+    return True
+
+
+def has_constants(norm: Node) -> bool:
+    """Whether a ``batch_norm`` call uses stored statistics, and all it reads but its input is."""
+    gamma, beta, mean, var = norm.args[1:5]
+    if argument(norm, 5, "training", False) or not (is_constant(mean) and is_constant(var)):
+        return False
+    return all(arg is None or is_constant(arg) for arg in (gamma, beta))
+
+
+def norm_constants(model: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
+    """Factor and shift of each channel, float32, of a norm that :func:`has_constants`."""
+    factor, shift = _factor_and_shift(model, norm)
+    return factor.float(), shift.float()
+
+
+def _factor_and_shift(model: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
+    gamma, beta, mean, var = (
+        None if arg is None else constant_of(model, cast(Node, arg)).double()
+        for arg in norm.args[1:5]
+    )
+    eps = float(cast(float, argument(norm, 7, "eps")))
+    factor = torch.rsqrt(cast(Tensor, var) + eps)
+    if gamma is not None:
+        factor = factor * gamma
+    shift = -cast(Tensor, mean) * factor
+    if beta is not None:
+        shift = shift + beta
+    return factor, shift

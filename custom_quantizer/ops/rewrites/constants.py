@@ -1,0 +1,232 @@
+"""Folding of what does not depend on the inputs: position biases, masks, computed weights.
+
+Transformers compute tables of relative positions, attention masks (written piece by piece into
+fresh memory) and scaled parameters anew in every call. Their values are always the same; as one
+constant they are quantized like any other, and the ops that made them need no kernel.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import add_constant, tensor_meta, written_inputs
+
+__all__ = ["fold_constants"]
+
+aten = torch.ops.aten
+
+MAX_GROWTH = 1 << 20
+"""How many more values a folded constant may have than all it is computed from."""
+
+# They only say again what a constant is: folding them would make copies.
+_RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
+# Their first argument gives a dtype, or a shape too, but no values.
+_SHAPE_ONLY = frozenset(
+    {
+        aten.full_like.default,
+        aten.new_full.default,
+        aten.new_ones.default,
+        aten.new_zeros.default,
+        aten.ones_like.default,
+        aten.zeros_like.default,
+    }
+)
+# Memory that nobody has written yet.
+_UNINITIALIZED = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
+
+
+def fold_constants(model: GraphModule, *, parameters: bool = True) -> int:
+    """Replace every tensor that is the same in all calls by a constant, in place.
+
+    Values are those PyTorch computes, bit for bit: the ops are run in graph order, writes into
+    fresh memory included. Buffers that the graph writes, random numbers, and whatever depends on
+    an input or on a symbolic size are left alone.
+
+    Args:
+        model: a captured graph.
+        parameters: fold what is computed from parameters too. Not while they are trained.
+
+    Returns:
+        The number of constants made.
+    """
+    excluded: set[Node] = set()
+    while True:
+        run = _Run(model, parameters, excluded)
+        found = run.evaluate()
+        if not found - excluded:
+            break
+        excluded |= found
+    made = _replace_uses(model, run)
+    if made:
+        for node in reversed(list(model.graph.nodes)):
+            if node in run.values and node.op == "call_function" and not node.users:
+                model.graph.erase_node(node)
+        model.graph.eliminate_dead_code()
+    return made
+
+
+class _Run:
+    """One attempt to evaluate all constant nodes, in graph order.
+
+    Args:
+        model: the graph.
+        parameters: whether parameters count as constants.
+        excluded: nodes known not to be constant.
+
+    Attributes:
+        values: of each constant node, as they are at the end.
+        seen: of each computed constant, what its users that are not constant see: a copy, made
+            when it is their turn.
+    """
+
+    def __init__(self, model: GraphModule, parameters: bool, excluded: set[Node]) -> None:
+        self._model = model
+        self._parameters = parameters
+        self._excluded = excluded
+        self._owner: dict[int, Node] = {}  # storage -> the attribute or op whose memory it is
+        self.values: dict[Node, Any] = {}
+        self.seen: dict[Node, dict[Node, Tensor]] = {}
+
+    def evaluate(self) -> set[Node]:
+        """Run the graph; returns nodes that turned out not to be constant."""
+        not_constant: set[Node] = set()
+        for node in self._model.graph.nodes:
+            if node in self._excluded:
+                pass
+            elif _is_attribute(node):
+                self._read(node)
+            elif node.op == "call_function":
+                not_constant |= self._call(node)
+            if node not in self.values:
+                for source in node.all_input_nodes:
+                    value = self.values.get(source)
+                    if isinstance(value, Tensor) and source.op == "call_function":
+                        self.seen.setdefault(source, {})[node] = value.clone()
+        return not_constant
+
+    def _read(self, node: Node) -> None:
+        value = _attribute(self._model, node)
+        if value is None or (isinstance(value, nn.Parameter) and not self._parameters):
+            return
+        self.values[node] = value
+        self._owner.setdefault(_storage(value), node)
+
+    def _call(self, node: Node) -> set[Node]:
+        written = [self.values[source] for source in written_inputs(node) if source in self.values]
+        memory = {_storage(value) for value in written if isinstance(value, Tensor)}
+        arguments = self._arguments(node)
+        stateful = any(_is_attribute(self._owner[storage]) for storage in memory)
+        if memory and (stateful or arguments is None):
+            # Memory that changes from call to call, or with the inputs: nothing in it is constant.
+            return self._in(memory)
+        if arguments is None:
+            return set()
+        args, kwargs = arguments
+        with torch.no_grad():
+            value = cast("Callable[..., Any]", node.target)(*args, **kwargs)
+        self.values[node] = value
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(tensor, Tensor):
+                self._owner.setdefault(_storage(tensor), node)
+        return set()
+
+    def _arguments(self, node: Node) -> tuple[Any, dict[str, Any]] | None:
+        """Arguments of a call, all constant; ``None`` where the call is not constant."""
+        if not _is_deterministic(node):
+            return None
+        values = dict(self.values)
+        if (
+            node.target in _SHAPE_ONLY
+            and (meta := tensor_meta(cast(Node, node.args[0]))) is not None
+        ):
+            shape = [size for size in meta.shape if isinstance(size, int)]
+            if len(shape) == meta.dim():
+                values[cast(Node, node.args[0])] = torch.empty(shape, dtype=meta.dtype)
+        if not all(source in values for source in node.all_input_nodes):
+            return None
+        mapped = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        return cast("tuple[Any, dict[str, Any]]", mapped)
+
+    def _in(self, memory: set[int]) -> set[Node]:
+        """All nodes that read some memory, wherever in the graph they stand."""
+        found = {
+            node
+            for node, value in self.values.items()
+            if isinstance(value, Tensor) and _storage(value) in memory
+        }
+        for node in self._model.graph.nodes:
+            attribute = _attribute(self._model, node) if _is_attribute(node) else None
+            if attribute is not None and _storage(attribute) in memory:
+                found.add(node)
+        return found
+
+
+def _is_attribute(node: Node) -> bool:
+    """Whether ``node`` reads a parameter or buffer; not what is computed from one in training."""
+    return node.op == "get_attr"
+
+
+def _attribute(model: GraphModule, node: Node) -> Tensor | None:
+    value = operator.attrgetter(str(node.target))(model)
+    return value if isinstance(value, Tensor) else None
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())
+
+
+def _is_deterministic(node: Node) -> bool:
+    """Whether a call gives the same tensors each time, if its inputs are the same."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    return (
+        target.namespace == "aten"
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and target._schema.name.removeprefix("aten::") not in _UNINITIALIZED
+    )
+
+
+def _replace_uses(model: GraphModule, run: _Run) -> int:
+    """Let every op that is not constant read a stored constant."""
+    count = 0
+    for node, seen in run.seen.items():
+        stored: list[tuple[Tensor, Node]] = []
+        for user, value in seen.items():
+            if _restates(run, node, value) or not _worth(node, value):
+                continue
+            constant = next((n for other, n in stored if torch.equal(other, value)), None)
+            if constant is None:
+                constant = add_constant(model, f"{node.name}_folded", value, user)
+                constant.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+                stored.append((value, constant))
+                count += 1
+            user.replace_input_with(node, constant)
+    return count
+
+
+def _restates(run: _Run, node: Node, value: Tensor) -> bool:
+    """Whether a node only hands on a stored constant."""
+    if node.target not in _RESTATEMENTS:
+        return False
+    (source,) = node.all_input_nodes
+    return _is_attribute(source) and torch.equal(run.values[source], value)
+
+
+def _worth(node: Node, value: Tensor) -> bool:
+    """Whether a constant is not much larger than what it is computed from."""
+    sources: set[Node] = set()
+    stack = [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in sources:
+                sources.add(source)
+                stack.append(source)
+    metas = [tensor_meta(source) for source in sources if _is_attribute(source)]
+    return value.numel() <= MAX_GROWTH + sum(m.numel() for m in metas if m is not None)

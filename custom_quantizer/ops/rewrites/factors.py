@@ -1,0 +1,94 @@
+"""Factors of each channel right behind a layer become part of its weights.
+
+ConvNeXt scales the result of each block by a learned factor of each channel (layer scale). As an op
+of its own that is one more tensor to round, with one scale for factors that may differ by orders of
+magnitude. In the weights, which have a scale of their own for each channel, it costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import (
+    add_constant,
+    argument,
+    constant_of,
+    effective_users,
+    is_constant,
+    shape_of,
+    tensor_meta,
+)
+
+__all__ = ["fold_factors"]
+
+aten = torch.ops.aten
+
+_LAYERS = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1}
+"""Layers, and the dimension of their result that holds the channels."""
+
+
+def fold_factors(model: GraphModule) -> int:
+    """Multiply weights and biases by the factors behind their layer, in place.
+
+    The real numbers stay the same; each weight is rounded once more to float32, as when a batch
+    norm is folded.
+
+    Returns:
+        The number of factors that became part of weights.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        if node.op != "call_function" or node.target is not aten.mul.Tensor:
+            continue
+        for factor, data in (node.args[:2], node.args[1::-1]):
+            if isinstance(factor, Node) and isinstance(data, Node) and is_constant(factor):
+                values = _scaled_layer(model, factor, data)
+                if values is not None:
+                    layer, per_channel = values
+                    _scale(model, layer, per_channel)
+                    node.replace_all_uses_with(data)
+                    model.graph.erase_node(node)
+                    count += 1
+                    break
+    return count
+
+
+def _scaled_layer(model: GraphModule, factor: Node, data: Node) -> tuple[Node, Tensor] | None:
+    """The layer that made ``data``, if permutes at most stand between, and a factor a channel."""
+    value = constant_of(model, factor)
+    rank = len(shape_of(data))
+    if not value.is_floating_point() or value.numel() < 2 or value.dim() > rank:
+        return None
+    varying = [d + rank - value.dim() for d, size in enumerate(value.shape) if size > 1]
+    if len(varying) != 1:
+        return None
+    (channel,) = varying
+    node = data
+    while node.target not in _LAYERS:
+        if len(effective_users(node)) != 1 or node.target is not aten.permute.default:
+            return None
+        channel = int(cast("list[int]", node.args[1])[channel]) % rank
+        node = cast(Node, node.args[0])
+    weight, bias = node.args[1], argument(node, 2, "bias")
+    constant = is_constant(weight) and (bias is None or is_constant(bias))
+    if len(effective_users(node)) != 1 or not constant or channel != _LAYERS[node.target] % rank:
+        return None
+    meta = tensor_meta(node)
+    same = meta is not None and meta.shape[channel] == value.numel()
+    return (node, value.reshape(-1)) if same else None
+
+
+def _scale(model: GraphModule, layer: Node, factors: Tensor) -> None:
+    weight, bias = cast(Node, layer.args[1]), cast("Node | None", argument(layer, 2, "bias"))
+    value = constant_of(model, weight)
+    scaled = value * factors.reshape(-1, *[1] * (value.dim() - 1))
+    layer.update_arg(1, add_constant(model, f"{weight.target}_scaled", scaled, layer))
+    if bias is not None:
+        constant = add_constant(
+            model, f"{bias.target}_scaled", constant_of(model, bias) * factors, layer
+        )
+        layer.replace_input_with(bias, constant)

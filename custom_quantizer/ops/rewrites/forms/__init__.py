@@ -1,0 +1,96 @@
+"""Ops in the forms that have integer kernels, before annotation.
+
+XNNPACK computes on the integers of images: convolutions, linear layers, pooling in two dims, and
+moves. What is the same numbers in another form is rewritten to these, so that it is planned,
+quantized, simulated and lowered like any other:
+
+- a mean, a sum or an adaptive pooling is a linear layer (or a 1x1 convolution over channels) whose
+  weights are constant;
+- average pooling that counts its padding is a depthwise convolution;
+- pooling, norms and convolutions over one or three dims become those over two;
+- maxima over dims are max pools, and powers are products or roots;
+- layers and pools of one sample are those of a batch of one;
+- shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves;
+- patches of images are depthwise convolutions that pick values, and their sums transposed ones.
+
+Moves and max pools are the same values bit for bit. Sums are added in another order: last bits of
+float32 differ.
+"""
+
+from __future__ import annotations
+
+from operator import getitem
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from custom_quantizer.core.rewriting import Rewrite, rewrite_calls
+from custom_quantizer.ops.rewrites.forms import layers, maxima, moves, patches, powers, sums
+from custom_quantizer.ops.rewrites.forms.batches import batched
+
+__all__ = ["REWRITTEN", "use_integer_forms"]
+
+aten = torch.ops.aten
+
+_REWRITES: dict[Any, Rewrite] = {
+    aten.conv1d.default: batched(1),
+    aten.conv1d.padding: batched(1),
+    aten.conv2d.default: batched(2),
+    aten.conv2d.padding: batched(2),
+    aten.conv_transpose1d.default: batched(1),
+    aten.conv_transpose2d.input: batched(2),
+    aten.mean.dim: sums.mean,
+    aten.sum.dim_IntList: sums.total,
+    aten.adaptive_avg_pool1d.default: batched(1, sums.adaptive_avg_pool),
+    aten.adaptive_avg_pool2d.default: batched(2, sums.adaptive_avg_pool),
+    aten.adaptive_avg_pool3d.default: batched(3, sums.adaptive_avg_pool),
+    aten.avg_pool1d.default: batched(1, sums.avg_pool1d),
+    aten.avg_pool2d.default: batched(2, sums.avg_pool2d),
+    aten.avg_pool3d.default: batched(3, sums.avg_pool3d),
+    aten.max_pool1d.default: batched(1, maxima.max_pool1d),
+    aten.max_pool2d.default: batched(2, maxima.max_pool2d),
+    aten.max_pool3d.default: batched(3, maxima.max_pool3d),
+    aten.amax.default: maxima.largest,
+    getitem: maxima.without_indices,
+    aten.pow.Tensor_Scalar: powers.power,
+    aten.square.default: powers.square,
+    aten.cat.default: moves.cat,
+    aten.stack.default: moves.stack,
+    aten.roll.default: moves.roll,
+    aten.flip.default: moves.flip,
+    aten.channel_shuffle.default: moves.channel_shuffle,
+    aten.pixel_shuffle.default: moves.pixel_shuffle,
+    aten.pixel_unshuffle.default: moves.pixel_unshuffle,
+    aten.upsample_nearest1d.vec: moves.upsample_nearest,
+    aten.upsample_nearest2d.vec: moves.upsample_nearest,
+    aten.upsample_nearest1d.default: moves.upsample_nearest,
+    aten.upsample_nearest2d.default: moves.upsample_nearest,
+    aten.repeat.default: moves.repeat,
+    aten.im2col.default: batched(2, patches.unfold),
+    aten.col2im.default: patches.fold,
+}
+
+_OF_PARAMETERS: dict[Any, Rewrite] = {
+    aten.batch_norm.default: layers.batch_norm,
+    aten.conv3d.default: batched(3, layers.conv3d),
+}
+
+
+REWRITTEN = frozenset(_REWRITES | _OF_PARAMETERS)
+"""Ops that may be replaced; what replaces them answers to rules for them."""
+
+
+def use_integer_forms(model: GraphModule, *, training: bool = False) -> int:
+    """Apply the rewrites of this module in place.
+
+    Args:
+        model: a captured graph.
+        training: parameters change: no weight may be computed from them.
+
+    Returns:
+        How many calls were rewritten.
+    """
+    if not training:
+        return rewrite_calls(model, _REWRITES | _OF_PARAMETERS)
+    return rewrite_calls(model, _REWRITES)

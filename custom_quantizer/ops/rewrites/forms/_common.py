@@ -1,0 +1,43 @@
+"""What the forms have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch.fx import Node
+
+from custom_quantizer.core.graph import tensor_meta
+from custom_quantizer.core.rewriting import Insertion
+
+MAX_PIECES = 64
+"""Most slices that one op is cut into."""
+
+
+def float_input(insert: Insertion) -> Node | None:
+    """The float32 tensor a call works on."""
+    source = insert.node.args[0]
+    meta = tensor_meta(source) if isinstance(source, Node) else None
+    return cast(Node, source) if meta is not None and meta.dtype == torch.float32 else None
+
+
+def is_static(sizes: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) for size in sizes)
+
+
+def per_dim(value: Any, count: int) -> list[int]:
+    """An argument with one number for all dims, or one each."""
+    values = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+    return values * count if len(values) == 1 else values
+
+
+def window_bounds(size: int, steps: int) -> list[tuple[int, int]]:
+    """``(start, stop)`` of the windows of adaptive pooling along one dim."""
+    return [(i * size // steps, -(-(i + 1) * size // steps)) for i in range(steps)]
+
+
+def adds_window(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether rounding the output size up adds a window; the last one must begin inside."""
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    return room % stride != 0 and (room // stride + 1) * stride < size + padding

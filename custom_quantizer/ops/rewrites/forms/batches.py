@@ -1,0 +1,38 @@
+"""Layers and pools of one image, signal or volume without a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from custom_quantizer.core.graph import shape_of
+from custom_quantizer.core.rewriting import Insertion, Rewrite, replace
+from custom_quantizer.ops.rewrites.forms._common import float_input
+
+aten = torch.ops.aten
+
+
+def batched(dims: int, form: Rewrite | None = None) -> Rewrite:
+    """A call on one sample becomes that on a batch of one, which may have another form in turn.
+
+    XNNPACK computes on batches of images; ExecuTorch's partitioner (1.5.1) takes pools of single
+    images and then fails on them.
+
+    Args:
+        dims: spatial dims of the call.
+        form: of calls on batches.
+    """
+
+    def rewrite(insert: Insertion) -> Node | None:
+        node, data = insert.node, float_input(insert)
+        if data is None or len(shape_of(data)) != dims + 1:
+            return None if form is None else form(insert)
+        samples = insert.call(aten.unsqueeze.default, data, 0)
+        result = insert.call(node.target, samples, *node.args[1:], **node.kwargs)
+        other = None if form is None else form(Insertion(insert.model, result))
+        if other is not None:
+            replace(insert.model, result, other)
+            result = other
+        return insert.call(aten.squeeze.dim, result, 0)
+
+    return rewrite

@@ -1,0 +1,122 @@
+"""Convolutions over three dims, and batch norms."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch.fx import Node
+
+from custom_quantizer.core.graph import (
+    argument,
+    constant_of,
+    effective_users,
+    is_constant,
+    shape_of,
+)
+from custom_quantizer.core.rewriting import Insertion
+from custom_quantizer.ops.rewrites.batch_norms import has_constants, norm_constants
+from custom_quantizer.ops.rewrites.forms._common import float_input, is_static, per_dim
+
+aten = torch.ops.aten
+
+
+def batch_norm(insert: Insertion) -> Node | None:
+    """Norms of rows and of volumes are norms of images (``ops/rewrites/batch_norms.py``)."""
+    node, data = insert.node, float_input(insert)
+    if data is None:
+        return None
+    shape = shape_of(data)
+    if len(shape) not in (2, 5) or not is_static(shape[1:]) or not has_constants(node):
+        return None
+    image = [1, 1] if len(shape) == 2 else [math.prod(shape[2:-1]), shape[-1]]
+    images = insert.reshape(data, [*shape[:2], *image])
+    normed = insert.call(aten.batch_norm.default, images, *node.args[1:], **node.kwargs)
+    return insert.reshape(normed, shape)
+
+
+def conv3d(insert: Insertion) -> Node | None:
+    """A convolution over depth, height and width as one over height and width.
+
+    Neighbouring frames become channels: output frame ``d`` is a convolution of the frames
+    ``d * stride + k * dilation`` for all ``k``, one behind the other. All products of one output
+    meet in one accumulator, so in integers it is the same convolution. A batch norm and a clamp
+    behind it come along, so that they can be fused.
+    """
+    node, data = insert.node, float_input(insert)
+    weight, bias = node.args[1], argument(node, 2, "bias")
+    if data is None or len(shape_of(data)) != 5 or not is_constant(weight):
+        return None
+    if bias is not None and not is_constant(bias):
+        return None
+    batch, channels, depth, height, width = shape_of(data)
+    stored = constant_of(insert.model, cast(Node, weight))
+    stride = per_dim(argument(node, 3, "stride", 1), 3)
+    dilation = per_dim(argument(node, 5, "dilation", 1), 3)
+    groups = int(argument(node, 6, "groups", 1))
+    padding = argument(node, 4, "padding", 0)
+    if not is_static((channels, depth)) or isinstance(padding, str):
+        return None
+    pads = per_dim(padding, 3)
+    taps = stored.shape[2]
+    frames = insert.permute(data, [0, 2, 1, 3, 4])
+    if pads[0]:
+        frames = insert.call(
+            aten.constant_pad_nd.default, frames, [0, 0, 0, 0, 0, 0, pads[0], pads[0]]
+        )
+    padded = depth + 2 * pads[0]
+    count = (padded - dilation[0] * (taps - 1) - 1) // stride[0] + 1
+    pieces = [_frames(insert, frames, k * dilation[0], count, stride[0]) for k in range(taps)]
+    stacked = pieces[0]
+    if taps > 1:
+        stacked = insert.call(aten.cat.default, _by_group(insert, pieces, groups), 2)
+    images = insert.reshape(stacked, [-1, taps * channels, height, width])
+    # (out, in / groups, depth, ...) -> (out, depth * in / groups, ...), tap by tap.
+    flat = stored.transpose(1, 2).reshape(stored.shape[0], -1, *stored.shape[3:])
+    offset = None if bias is None else constant_of(insert.model, cast(Node, bias))
+    last, users = node, effective_users(node)
+    norm = users[0] if len(users) == 1 and users[0].target is aten.batch_norm.default else None
+    if norm is not None and has_constants(norm):
+        factor, shift = norm_constants(insert.model, norm)
+        flat = flat * factor.reshape(-1, 1, 1, 1)
+        offset = shift if offset is None else offset * factor + shift
+        last, users = norm, effective_users(norm)
+    result = insert.call(
+        aten.conv2d.default,
+        images,
+        insert.constant("weight", flat.contiguous()),
+        None if offset is None else insert.constant("bias", offset),
+        stride[1:],
+        pads[1:],
+        dilation[1:],
+        groups,
+    )
+    if len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default):
+        last = users[0]
+        result = insert.call(last.target, result, *last.args[1:], **last.kwargs)
+    out = shape_of(result)
+    result = insert.reshape(result, [batch, count, *out[1:]])
+    result = insert.permute(result, [0, 2, 1, 3, 4])
+    if last is not node:
+        last.replace_all_uses_with(result)
+    return result
+
+
+def _frames(insert: Insertion, frames: Node, start: int, count: int, step: int) -> Node:
+    """``count`` frames along dim 1, from ``start``, ``step`` apart."""
+    if step == 1:
+        return insert.slice(frames, 1, start, start + count)
+    return insert.call(aten.slice.Tensor, frames, 1, start, start + (count - 1) * step + 1, step)
+
+
+def _by_group(insert: Insertion, pieces: list[Node], groups: int) -> list[Node]:
+    """Channels of all taps, group by group."""
+    if groups == 1:
+        return pieces
+    width = int(shape_of(pieces[0])[2]) // groups
+    return [
+        insert.slice(piece, 2, g * width, (g + 1) * width)
+        for g in range(groups)
+        for piece in pieces
+    ]

@@ -1,0 +1,236 @@
+"""Maxima: max pools over height and width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch.fx import Node
+
+from custom_quantizer.core.graph import argument, shape_of, tensor_meta
+from custom_quantizer.core.rewriting import Insertion
+from custom_quantizer.ops.rewrites.forms._common import (
+    MAX_PIECES,
+    adds_window,
+    float_input,
+    is_static,
+    per_dim,
+    window_bounds,
+)
+
+aten = torch.ops.aten
+
+
+def max_pool2d(insert: Insertion) -> Node | None:
+    """``ceil_mode`` that adds no window is dropped: XNNPACK pools without.
+
+    A pool that rounds up in one dim and skips in the other becomes one for each.
+    """
+    node, data = insert.node, float_input(insert)
+    if data is None or not argument(node, 5, "ceil_mode", False):
+        return None
+    kernel = per_dim(node.args[1], 2)
+    stride = per_dim(argument(node, 2, "stride") or kernel, 2)
+    padding = per_dim(argument(node, 3, "padding", 0), 2)
+    dilation = per_dim(argument(node, 4, "dilation", 1), 2)
+    if not is_static(shape_of(data)[-2:]) or len(shape_of(data)) != 4:
+        return None
+    return _max_pool(insert, data, kernel, stride, padding, dilation, True)
+
+
+def max_pool1d(insert: Insertion) -> Node | None:
+    """Max pooling of images of height 1."""
+    data = float_input(insert)
+    if data is None or len(shape_of(data)) != 3:
+        return None
+    image = insert.call(aten.unsqueeze.default, data, 2)
+    return insert.call(aten.squeeze.dim, _pool_rows(insert, image, insert.node, 0, 1), 2)
+
+
+def max_pool3d(insert: Insertion) -> Node | None:
+    """The largest of a box is the largest, over depth, of the largest of each of its images."""
+    data = float_input(insert)
+    if data is None or len(shape_of(data)) != 5:
+        return None
+    batch, channels, depth, height, width = shape_of(data)
+    if not is_static((channels, depth, height, width)):
+        return None
+    node = insert.node
+    images = insert.reshape(data, [batch, channels * depth, height, width])
+    images = _pool_images(insert, images, node)
+    height, width = shape_of(images)[-2:]
+    columns = insert.reshape(images, [batch, channels, depth, height * width])
+    columns = _pool_rows(insert, columns, node, 0, 3, along=0)
+    return insert.reshape(columns, [batch, channels, shape_of(columns)[2], height, width])
+
+
+def _pool_images(insert: Insertion, images: Node, node: Node) -> Node:
+    """The part of a three-dimensional max pool that works on height and width."""
+    kernel = per_dim(node.args[1], 3)
+    stride = per_dim(argument(node, 2, "stride") or kernel, 3)
+    padding = per_dim(argument(node, 3, "padding", 0), 3)
+    dilation = per_dim(argument(node, 4, "dilation", 1), 3)
+    return _max_pool(
+        insert, images, kernel[1:], stride[1:], padding[1:], dilation[1:], _rounds_up(node)
+    )
+
+
+def _pool_rows(
+    insert: Insertion, image: Node, node: Node, position: int, dims: int, along: int = 1
+) -> Node:
+    """The part of a max pool that works on one of its dims, along height (0) or width (1)."""
+    kernel = per_dim(node.args[1], dims)
+    stride = per_dim(argument(node, 2, "stride") or kernel, dims)
+    numbers = [
+        kernel[position],
+        stride[position],
+        per_dim(argument(node, 3, "padding", 0), dims)[position],
+        per_dim(argument(node, 4, "dilation", 1), dims)[position],
+    ]
+    rest = [1, 1, 0, 1]
+    pairs = [[n, r] if along == 0 else [r, n] for n, r in zip(numbers, rest, strict=True)]
+    return _max_pool(insert, image, pairs[0], pairs[1], pairs[2], pairs[3], _rounds_up(node))
+
+
+def _rounds_up(node: Node) -> bool:
+    return bool(argument(node, 5, "ceil_mode", False))
+
+
+def _max_pool(
+    insert: Insertion,
+    data: Node,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> Node:
+    if kernel == stride == [1, 1] and padding == [0, 0]:
+        return data
+    sizes = shape_of(data)[-2:]
+    if ceil_mode and is_static(sizes):
+        rounds = list(map(adds_window, sizes, kernel, stride, padding, dilation))
+        skips = [s > k for s, k in zip(stride, kernel, strict=True)]
+        if any(rounds) and any(skips) and rounds != skips:
+            # XNNPACK neither rounds up nor skips rows; the passes make up for one of them at once.
+            for i in (0, 1):
+                window = (_only(i, kernel, 1), _only(i, stride, 1), _only(i, padding, 0))
+                data = _max_pool(insert, data, *window, _only(i, dilation, 1), rounds[i])
+            return data
+        ceil_mode = any(rounds)
+    options = (ceil_mode,) if ceil_mode else ()
+    return insert.call(aten.max_pool2d.default, data, kernel, stride, padding, dilation, *options)
+
+
+def _only(along: int, numbers: list[int], rest: int) -> list[int]:
+    """The number of one dim; the other stays as it is."""
+    return [n if i == along else rest for i, n in enumerate(numbers)]
+
+
+def without_indices(insert: Insertion) -> Node | None:
+    """Maxima of adaptive max pooling, or over a dim, if their indices are not used."""
+    node = insert.node
+    source, index = cast(Node, node.args[0]), node.args[1]
+    if not isinstance(source, Node) or index != 0:
+        return None
+    if any(other.users for other in source.users if other is not node):
+        return None
+    if source.target is aten.adaptive_max_pool2d.default:
+        return _adaptive_max_pool(insert, source)
+    if source.target is aten.adaptive_max_pool1d.default:
+        return _adaptive_max_pool1d(insert, source)
+    if source.target is aten.adaptive_max_pool3d.default:
+        return _adaptive_max_pool3d(insert, source)
+    if source.target is aten.max.dim:
+        return _largest(insert, source, [cast(int, source.args[1])])
+    return None
+
+
+def largest(insert: Insertion) -> Node | None:
+    """The maximum over some dims, but not over all."""
+    given = argument(insert.node, 1, "dim", ())
+    return _largest(insert, insert.node, [given] if isinstance(given, int) else list(given))
+
+
+def _largest(insert: Insertion, node: Node, given: Sequence[int]) -> Node | None:
+    """The maximum over dims is a max pool with a window as large as they are."""
+    data = cast(Node, node.args[0])
+    meta, shape = tensor_meta(data), shape_of(data)
+    dims = sorted({d % len(shape) for d in given if shape})
+    outer = [d for d in range(len(shape)) if d not in dims]
+    if meta is None or meta.dtype != torch.float32 or not dims or not outer:
+        return None
+    first, *rest = outer
+    if not is_static([shape[d] for d in (*rest, *dims)]):
+        return None
+    kept = [1 if d in dims else shape[d] for d in range(len(shape))]
+    if len(shape) != 4 or dims != [2, 3]:
+        # All that is kept but the first as channels, all that is not as one row.
+        data = insert.permute(data, [*outer, *dims])
+        channels = math.prod(int(shape[d]) for d in rest)
+        row = math.prod(int(shape[d]) for d in dims)
+        data = insert.reshape(data, [shape[first], channels, 1, row])
+    window = [int(size) for size in shape_of(data)[2:]]
+    pooled = _max_pool(insert, data, window, window, [0, 0], [1, 1], False)
+    keepdim = bool(argument(node, 2, "keepdim", False))
+    return insert.reshape(pooled, kept if keepdim else [shape[d] for d in outer])
+
+
+def _adaptive_max_pool(insert: Insertion, source: Node) -> Node | None:
+    """Maxima of adaptive max pooling: row by row, column by column."""
+    value, wanted = cast(Node, source.args[0]), per_dim(source.args[1], 2)
+    return _adaptive_maxima(insert, value, wanted) if _is_batch(value, 2, wanted) else None
+
+
+def _adaptive_max_pool1d(insert: Insertion, source: Node) -> Node | None:
+    """Adaptive max pooling of images of height 1."""
+    value, wanted = cast(Node, source.args[0]), per_dim(source.args[1], 1)
+    if not _is_batch(value, 1, wanted):
+        return None
+    image = insert.call(aten.unsqueeze.default, value, 2)
+    return insert.call(aten.squeeze.dim, _adaptive_maxima(insert, image, [1, *wanted]), 2)
+
+
+def _adaptive_max_pool3d(insert: Insertion, source: Node) -> Node | None:
+    """Adaptive max pooling of each image, then over depth."""
+    value, wanted = cast(Node, source.args[0]), per_dim(source.args[1], 3)
+    if not _is_batch(value, 3, wanted) or not is_static(shape_of(value)[1:]):
+        return None
+    batch, channels, depth, height, width = shape_of(value)
+    images = insert.reshape(value, [batch, channels * depth, height, width])
+    images = _adaptive_maxima(insert, images, wanted[1:])
+    columns = insert.reshape(images, [batch, channels, depth, wanted[1] * wanted[2]])
+    columns = _adaptive_maxima(insert, columns, [wanted[0], wanted[1] * wanted[2]])
+    return insert.reshape(columns, [batch, channels, *wanted])
+
+
+def _is_batch(value: Node, dims: int, wanted: Sequence[int]) -> bool:
+    """Whether adaptive pooling of ``value`` is a few max pools over dims of static size."""
+    meta, shape = tensor_meta(value), shape_of(value)
+    floating = meta is not None and meta.dtype == torch.float32
+    static = len(shape) == dims + 2 and is_static(shape[2:])
+    return floating and static and sum(wanted) <= MAX_PIECES
+
+
+def _adaptive_maxima(insert: Insertion, value: Node, wanted: Sequence[int]) -> Node:
+    """Maxima of the windows of adaptive pooling over the last two dims.
+
+    Windows that are all equal are one max pool; others one for each row and each column.
+    """
+    for along, size in enumerate(shape_of(value)[-2:]):
+        steps = int(wanted[along])
+        if size % steps == 0:
+            window = [1, 1]
+            window[along] = size // steps
+            value = _max_pool(insert, value, window, window, [0, 0], [1, 1], False)
+            continue
+        pieces = []
+        for start, stop in window_bounds(int(size), steps):
+            window = [1, 1]
+            window[along] = stop - start
+            piece = insert.slice(value, 2 + along, start, stop)
+            pieces.append(_max_pool(insert, piece, window, window, [0, 0], [1, 1], False))
+        value = insert.call(aten.cat.default, pieces, 2 + along)
+    return value

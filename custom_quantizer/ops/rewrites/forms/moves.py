@@ -1,0 +1,171 @@
+"""Ops that move values: slices, concatenations, reshapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from custom_quantizer.core.graph import argument, shape_of
+from custom_quantizer.core.rewriting import Insertion
+from custom_quantizer.ops.rewrites.forms._common import MAX_PIECES, float_input, is_static, per_dim
+
+aten = torch.ops.aten
+
+
+def cat(insert: Insertion) -> Node | None:
+    """A concatenation of one tensor is that tensor."""
+    tensors = cast("Sequence[Node]", insert.node.args[0])
+    return tensors[0] if len(tensors) == 1 else None
+
+
+def stack(insert: Insertion) -> Node | None:
+    """Stacking is concatenation along a new dim."""
+    tensors = cast("Sequence[Node]", insert.node.args[0])
+    dim = int(argument(insert.node, 1, "dim", 0)) % len(shape_of(insert.node))
+    pieces = [insert.call(aten.unsqueeze.default, tensor, dim) for tensor in tensors]
+    return pieces[0] if len(pieces) == 1 else insert.call(aten.cat.default, pieces, dim)
+
+
+def roll(insert: Insertion) -> Node | None:
+    """Rolling exchanges the two parts of a tensor, dim by dim."""
+    data = float_input(insert)
+    if data is None:
+        return None
+    shifts = per_dim(insert.node.args[1], 1)
+    dims = list(cast("Sequence[int]", argument(insert.node, 2, "dims", [])))
+    shape = shape_of(data)
+    if not dims or not is_static([shape[d] for d in dims]):
+        return None
+    for shift, dim in zip(shifts, dims, strict=True):
+        dim %= len(shape)
+        size = int(shape[dim])
+        cut = (-shift) % size
+        if cut:
+            parts = [insert.slice(data, dim, cut, size), insert.slice(data, dim, 0, cut)]
+            data = insert.call(aten.cat.default, parts, dim)
+    return data
+
+
+def flip(insert: Insertion) -> Node | None:
+    """Flipping concatenates the slices of a dim in reverse."""
+    data = float_input(insert)
+    if data is None:
+        return None
+    shape = shape_of(data)
+    dims = [int(d) % len(shape) for d in cast("Sequence[int]", insert.node.args[1])]
+    if not is_static([shape[d] for d in dims]) or sum(shape[d] for d in dims) > MAX_PIECES:
+        return None
+    for dim in dims:
+        size = int(shape[dim])
+        pieces = [insert.slice(data, dim, i, i + 1) for i in reversed(range(size))]
+        data = insert.call(aten.cat.default, pieces, dim) if size > 1 else data
+    return data
+
+
+def channel_shuffle(insert: Insertion) -> Node | None:
+    """Groups of channels are a dim of their own, which is transposed with the channels."""
+    data = float_input(insert)
+    groups = int(cast(int, insert.node.args[1]))
+    if data is None or not is_static(shape_of(data)[1:]):
+        return None
+    batch, channels, *image = shape_of(data)
+    split = insert.reshape(data, [batch, groups, channels // groups, *image])
+    swapped = insert.call(aten.transpose.int, split, 1, 2)
+    return insert.reshape(swapped, [batch, channels, *image])
+
+
+def pixel_shuffle(insert: Insertion) -> Node | None:
+    """Channels become rows and columns."""
+    data = float_input(insert)
+    if data is None or len(shape_of(data)) != 4 or not is_static(shape_of(data)[1:]):
+        return None
+    factor = int(cast(int, insert.node.args[1]))
+    batch, channels, height, width = shape_of(data)
+    out = channels // factor**2
+    split = insert.reshape(data, [batch, out, factor, factor, height, width])
+    order = insert.permute(split, [0, 1, 4, 2, 5, 3])
+    return insert.reshape(order, [batch, out, height * factor, width * factor])
+
+
+def pixel_unshuffle(insert: Insertion) -> Node | None:
+    """Rows and columns become channels."""
+    data = float_input(insert)
+    if data is None or len(shape_of(data)) != 4 or not is_static(shape_of(data)[1:]):
+        return None
+    factor = int(cast(int, insert.node.args[1]))
+    batch, channels, height, width = shape_of(data)
+    small = [height // factor, width // factor]
+    split = insert.reshape(data, [batch, channels, small[0], factor, small[1], factor])
+    order = insert.permute(split, [0, 1, 3, 5, 2, 4])
+    return insert.reshape(order, [batch, channels * factor**2, *small])
+
+
+def upsample_nearest(insert: Insertion) -> Node | None:
+    """Nearest-neighbour upsampling repeats values: by a whole factor, or each as often as it is.
+
+    Whole factors repeat in a dim of their own; others concatenate slices.
+    """
+    node, data = insert.node, float_input(insert)
+    if data is None:
+        return None
+    shape, out = shape_of(data), shape_of(node)
+    if not is_static(shape[1:]) or not is_static(out[1:]):
+        return None
+    value = data
+    for dim in range(2, len(shape)):
+        size, wanted = int(shape[dim]), int(out[dim])
+        if wanted % size == 0:
+            value = _spread(insert, value, dim, wanted // size)
+        elif wanted > MAX_PIECES:
+            return None
+        else:
+            pieces = [insert.slice(value, dim, i, i + 1) for i in _nearest(node, dim)]
+            value = insert.call(aten.cat.default, pieces, dim)
+    return value
+
+
+def _spread(insert: Insertion, value: Node, dim: int, factor: int) -> Node:
+    """Repeat every entry of a dim."""
+    if factor == 1:
+        return value
+    shape = list(shape_of(value))
+    # As few dims as can be: XNNPACK has six.
+    rest = math.prod(shape[dim + 1 :])
+    lines = insert.reshape(value, [*shape[: dim + 1], 1, rest])
+    spread = insert.call(aten.expand.default, lines, [*[-1] * (dim + 1), factor, rest])
+    shape[dim] *= factor
+    return insert.reshape(spread, shape)
+
+
+def _nearest(node: Node, dim: int) -> list[int]:
+    """Which entry of a dim each entry of the result repeats, as the op itself says."""
+    sizes = [1] * len(shape_of(node))
+    sizes[dim] = shape_of(cast(Node, node.args[0]))[dim]
+    numbers = torch.arange(float(sizes[dim])).reshape(sizes)
+    # The other dims as they are: factors may be given instead of sizes.
+    numbers = numbers.expand([1, 1, *shape_of(cast(Node, node.args[0]))[2:]])
+    target = cast("Callable[..., Tensor]", node.target)
+    repeated = target(numbers, *node.args[1:], **node.kwargs)
+    return [int(i) for i in repeated.movedim(dim, 0).flatten(1)[:, 0]]
+
+
+def repeat(insert: Insertion) -> Node | None:
+    """Repeating a dim concatenates it with itself."""
+    data = float_input(insert)
+    repeats = list(cast("Sequence[Any]", insert.node.args[1]))
+    if data is None or not is_static(repeats) or max(repeats, default=1) > MAX_PIECES:
+        return None
+    shape = shape_of(data)
+    missing = len(repeats) - len(shape)
+    value = insert.reshape(data, [*[1] * missing, *shape])
+    for dim, count in enumerate(repeats):
+        if count < 1:
+            return None
+        if count > 1:
+            value = insert.call(aten.cat.default, [value] * count, dim)
+    return value

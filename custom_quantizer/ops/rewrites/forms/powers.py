@@ -1,0 +1,51 @@
+"""Powers with exponents that PyTorch computes as other ops, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from custom_quantizer.core.rewriting import Insertion
+from custom_quantizer.ops.rewrites.forms._common import float_input
+
+__all__ = ["power", "square"]
+
+aten = torch.ops.aten
+
+
+def square(insert: Insertion) -> Node | None:
+    """``x * x``."""
+    data = float_input(insert)
+    return None if data is None else insert.call(aten.mul.Tensor, data, data)
+
+
+def _cube(insert: Insertion) -> Node | None:
+    data, squared = float_input(insert), square(insert)
+    return None if squared is None else insert.call(aten.mul.Tensor, squared, data)
+
+
+def _function(target: Any) -> Callable[[Insertion], Node | None]:
+    def apply(insert: Insertion) -> Node | None:
+        data = float_input(insert)
+        return None if data is None else insert.call(target, data)
+
+    return apply
+
+
+_EXPONENTS = {
+    2.0: square,
+    3.0: _cube,
+    0.5: _function(aten.sqrt.default),
+    -0.5: _function(aten.rsqrt.default),
+    -1.0: _function(aten.reciprocal.default),
+}
+
+
+def power(insert: Insertion) -> Node | None:
+    """What ``pow`` calls for an exponent (ATen, ``native/cpu/PowKernel.cpp``)."""
+    exponent = insert.node.args[1]
+    form = _EXPONENTS.get(float(exponent)) if isinstance(exponent, (int, float)) else None
+    return None if form is None else form(insert)

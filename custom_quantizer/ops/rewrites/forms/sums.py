@@ -1,0 +1,207 @@
+"""Averages and sums: linear layers and convolutions with constant weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from custom_quantizer.core.graph import argument, shape_of
+from custom_quantizer.core.rewriting import Insertion, replace
+from custom_quantizer.ops.rewrites.forms._common import (
+    adds_window,
+    float_input,
+    is_static,
+    per_dim,
+    window_bounds,
+)
+
+aten = torch.ops.aten
+
+MAX_WEIGHTS = 1 << 22
+"""Most weights that a linear layer standing for an average may have: 4 MB as int8."""
+
+CONVOLVED_TAPS = 9
+"""Largest window for which a depthwise convolution is faster than padding and pooling in float."""
+
+
+def mean(insert: Insertion) -> Node | None:
+    """A mean that XNNPACK's integer kernel does not compute is a linear layer.
+
+    That kernel averages the last two dims of images. Where the batch grows between two calls it
+    writes beyond its memory (its accumulators are not allocated again: ``reshape_reduce_operator``
+    in XNNPACK 92a7ad50), so it is not used when the batch is dynamic.
+    """
+    return _reduce(insert, average=True)
+
+
+def total(insert: Insertion) -> Node | None:
+    """A sum is a linear layer with weights 1."""
+    return _reduce(insert, average=False)
+
+
+def _reduce(insert: Insertion, *, average: bool) -> Node | None:
+    node, data = insert.node, float_input(insert)
+    if data is None or argument(node, 3, "dtype") is not None:
+        return None
+    shape = shape_of(data)
+    given = argument(node, 1, "dim")
+    listed = [given] if isinstance(given, int) else list(given or range(len(shape)))
+    dims = sorted({int(d) % len(shape) for d in listed})
+    keepdim = bool(argument(node, 2, "keepdim", False))
+    outer = [d for d in range(len(shape)) if d not in dims]
+    spatial = len(shape) == 4 and dims == [2, 3]
+    if not outer or not is_static([shape[d] for d in dims]):
+        return None
+    if average and spatial and is_static([shape[d] for d in outer]):
+        return None
+    count = math.prod(shape[d] for d in dims)
+    value = 1.0 / count if average else 1.0
+    if len(shape) == 4 and dims == [1]:
+        weight = insert.constant("weight", torch.full((1, count, 1, 1), value))
+        total = insert.call(aten.conv2d.default, data, weight)
+        return total if keepdim else insert.call(aten.squeeze.dim, total, 1)
+    if sum(not isinstance(shape[d], int) for d in outer) > 1:
+        return None
+    averaged = _weighted(insert, data, dims, torch.full((1, count), value))
+    if averaged is None:
+        return None
+    kept = [1 if d in dims else shape[d] for d in range(len(shape))]
+    return insert.reshape(averaged, kept if keepdim else [shape[d] for d in outer])
+
+
+def _weighted(insert: Insertion, data: Node, dims: list[int], matrix: Tensor) -> Node | None:
+    """``matrix @ data`` over some dims, flattened: ``(*outer dims, rows of the matrix)``."""
+    if matrix.numel() > MAX_WEIGHTS:
+        return None
+    shape = shape_of(data)
+    outer = [d for d in range(len(shape)) if d not in dims]
+    data = insert.permute(data, [*outer, *dims])
+    data = insert.reshape(data, [*(shape[d] for d in outer), matrix.shape[1]])
+    return insert.call(aten.linear.default, data, insert.constant("weight", matrix))
+
+
+def adaptive_avg_pool(insert: Insertion) -> Node | None:
+    """Windows of different sizes are the rows of a linear layer over the image.
+
+    Equal windows are pooled as usual, and one window of a static batch is a mean.
+    """
+    data = float_input(insert)
+    if data is None:
+        return None
+    shape = shape_of(data)
+    wanted = cast("Sequence[int | None]", insert.node.args[1])
+    rank = len(wanted)
+    sizes = shape[-rank:]
+    if not is_static(sizes) or len(shape) != rank + 2:
+        return None
+    out = [int(size) if w is None else int(w) for size, w in zip(sizes, wanted, strict=True)]
+    # What pools in two dims is left to the entry of the registry.
+    equal = all(size % w == 0 for size, w in zip(sizes, out, strict=True))
+    if rank == 2 and equal and (math.prod(out) > 1 or is_static(shape)):
+        return None
+    if out == list(sizes):
+        return data
+    matrix = torch.ones(1, 1)
+    for size, steps in zip(sizes, out, strict=True):
+        matrix = torch.kron(matrix, _windows(int(size), steps))
+    if math.prod(out) * math.prod(sizes) > MAX_WEIGHTS:
+        return None
+    total = _weighted(insert, data, list(range(2, rank + 2)), matrix)
+    return None if total is None else insert.reshape(total, [*shape[:2], *out])
+
+
+def _windows(size: int, steps: int) -> Tensor:
+    """Averages along one dim as a matrix, float32 ``(steps, size)``."""
+    matrix = torch.zeros(steps, size)
+    for i, (start, stop) in enumerate(window_bounds(size, steps)):
+        matrix[i, start:stop] = 1.0 / (stop - start)
+    return matrix
+
+
+def avg_pool2d(insert: Insertion) -> Node | None:
+    """Counted padding and a divisor of one's own: a depthwise convolution.
+
+    XNNPACK has average pooling in float only, and pads in float before it where padding counts.
+    """
+    node, data = insert.node, float_input(insert)
+    if data is None or len(shape_of(data)) != 4:
+        return None
+    kernel = per_dim(node.args[1], 2)
+    stride = per_dim(argument(node, 2, "stride") or kernel, 2)
+    padding = per_dim(argument(node, 3, "padding", 0), 2)
+    ceil_mode = bool(argument(node, 4, "ceil_mode", False))
+    counted = bool(argument(node, 5, "count_include_pad", True))
+    divisor = argument(node, 6, "divisor_override")
+    shape: tuple[Any, ...] = shape_of(data)
+    channels, sizes = shape[1], shape[2:]
+    if ceil_mode and not is_static(sizes):
+        return None
+    if ceil_mode and any(map(adds_window, sizes, kernel, stride, padding, [1, 1])):
+        return None
+    taps = math.prod(kernel)
+    if divisor is None and not (counted and any(padding) and taps <= CONVOLVED_TAPS):
+        if not ceil_mode:
+            return None
+        return insert.call(aten.avg_pool2d.default, data, kernel, stride, padding, False, counted)
+    if not isinstance(channels, int):
+        return None
+    value = 1.0 / (taps if divisor is None else int(divisor))
+    weight = insert.constant("weight", torch.full((channels, 1, *kernel), value))
+    return insert.call(aten.conv2d.default, data, weight, None, stride, padding, [1, 1], channels)
+
+
+def avg_pool3d(insert: Insertion) -> Node | None:
+    """The average of a box is the average, over depth, of those of each of its images.
+
+    That holds for padding and for windows that are cut off, too: how many values count in a box is
+    the product of how many count along each dim.
+    """
+    node, data = insert.node, float_input(insert)
+    if data is None or len(shape_of(data)) != 5 or not is_static(shape_of(data)[1:]):
+        return None
+    batch, channels, depth, height, width = shape_of(data)
+    kernel = per_dim(node.args[1], 3)
+    stride = per_dim(argument(node, 2, "stride") or kernel, 3)
+    padding = per_dim(argument(node, 3, "padding", 0), 3)
+    rest = (argument(node, 4, "ceil_mode", False), argument(node, 5, "count_include_pad", True))
+    divisor = argument(node, 6, "divisor_override")
+    # Sums of images, if the divisor is one of its own.
+    divisors = ((), ()) if divisor is None else ((1,), (divisor,))
+
+    def pool(images: Node, window: list[list[int]], own: tuple[Any, ...]) -> Node:
+        pooled = insert.call(aten.avg_pool2d.default, images, *window, *rest, *own)
+        form = avg_pool2d(Insertion(insert.model, pooled))
+        if form is not None:
+            replace(insert.model, pooled, form)
+        return pooled if form is None else form
+
+    images = insert.reshape(data, [batch, channels * depth, height, width])
+    images = pool(images, [kernel[1:], stride[1:], padding[1:]], divisors[0])
+    height, width = shape_of(images)[-2:]
+    columns = insert.reshape(images, [batch, channels, depth, height * width])
+    columns = pool(columns, [[kernel[0], 1], [stride[0], 1], [padding[0], 0]], divisors[1])
+    return insert.reshape(columns, [batch, channels, shape_of(columns)[2], height, width])
+
+
+def avg_pool1d(insert: Insertion) -> Node | None:
+    """Average pooling of images of height 1."""
+    node, data = insert.node, float_input(insert)
+    if data is None or len(shape_of(data)) != 3:
+        return None
+    (kernel,) = per_dim(node.args[1], 1)
+    (stride,) = per_dim(argument(node, 2, "stride") or kernel, 1)
+    (padding,) = per_dim(argument(node, 3, "padding", 0), 1)
+    rest = (argument(node, 4, "ceil_mode", False), argument(node, 5, "count_include_pad", True))
+    image = insert.call(aten.unsqueeze.default, data, 2)
+    pooled = insert.call(
+        aten.avg_pool2d.default, image, [1, kernel], [1, stride], [0, padding], *rest
+    )
+    form = avg_pool2d(Insertion(insert.model, pooled))
+    if form is not None:
+        replace(insert.model, pooled, form)
+    return insert.call(aten.squeeze.dim, pooled if form is None else form, 2)

@@ -1,0 +1,531 @@
+"""The form a graph has while it is trained, and how it gets rid of it at conversion.
+
+``prepare_qat_pt2e`` fuses some batch norms itself, after annotation: with ``eps=1e-5`` whatever the
+model says, with a zero bias where the folded one will be, and not after linear layers. Here the
+convolution or linear layer before a batch norm gets the weight and the bias it will ship with, as
+functions of the trained parameters and the running statistics::
+
+    factor = gamma / sqrt(running_var + eps)
+    y = conv(x, weight * factor, beta + (bias - running_mean) * factor)
+
+so that the fake quantizers stand where the integers will be. In eval mode that is all. In training
+mode :func:`normalize` behind the layer undoes the folding and normalizes with the statistics of
+the batch, as Krishnamoorthi (2018, section 3.2.2) describes and ``nniqat.ConvBn2d`` does; what the
+bias lost by rounding is added back, so that the network is trained with the bias of that step.
+
+A dropout is the identity once the network ships, so nothing is rounded behind it.
+
+At conversion :func:`fold_for_good` puts constants in the place of the functions, and removes the
+dropouts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import (
+    FOLDED_KEY,
+    add_constant,
+    argument,
+    constant_of,
+    describe,
+    is_constant,
+    tensor_meta,
+)
+from custom_quantizer.errors import CaptureError, ConversionError
+from custom_quantizer.ops import Binding, rule_of
+from custom_quantizer.ops.rewrites.batch_norms import (
+    layer_before,
+    scale_channels,
+    uses_own_statistics,
+)
+from custom_quantizer.ops.rewrites.constants import fold_constants
+
+__all__ = [
+    "DROPOUTS",
+    "MODE_NAME",
+    "TrainingMode",
+    "as_evaluated",
+    "dropouts_behind",
+    "fold_batch_norms",
+    "fold_for_good",
+    "insert_normalization",
+    "is_training_call",
+    "origin_of",
+    "planned_tensor",
+    "training_mode_of",
+]
+
+aten = torch.ops.aten
+
+# Calls that are the identity in evaluation.
+DROPOUTS = frozenset(
+    {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+)
+
+MODE_NAME = "batch_norm_mode"
+"""Name of the module that says whether batch norms use statistics of the batch."""
+
+# In ``meta`` of a graph that has this form.
+_TRAINED_KEY = "custom_quantizer_trained"
+
+_BATCH_NORM_KEY = "custom_quantizer_batch_norm"
+
+_SMALLEST_FACTOR = 1e-8
+"""A batch norm that multiplies by less cannot be undone, so it multiplies by this."""
+
+
+class TrainingMode(nn.Module):
+    """Whether the batch norms of a prepared graph use the statistics of the batch.
+
+    torchao moves an exported model between training and evaluation by rewriting calls of batch
+    norm and dropout. A dropout of the constant 1 is therefore 1 in evaluation only.
+
+    Attributes:
+        frozen: use the running statistics in training, too, and leave them as they are.
+    """
+
+    frozen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frozen", torch.tensor([0], dtype=torch.uint8))
+
+    def forward(self, probe: Tensor) -> bool:
+        """Whether statistics of the batch are used; ``probe`` is the dropout of a 1."""
+        return float(probe) != 1.0 and not bool(self.frozen)
+
+
+# ---------------------------------------------------------------------------------------------
+# The functions that stand in a prepared graph
+# ---------------------------------------------------------------------------------------------
+
+
+def fold_factor(
+    gamma: Tensor | None, running_var: Tensor, eps: float, use_batch: bool | None = None
+) -> Tensor:
+    """``gamma / sqrt(running_var + eps)``, ``(channels,)``.
+
+    With statistics of the batch the factor only scales what is undone later, so no gradient flows.
+    """
+    factor = torch.rsqrt(running_var + eps)
+    if gamma is not None:
+        factor = gamma * factor
+    smallest = torch.full_like(factor, _SMALLEST_FACTOR)
+    factor = torch.where(factor.abs() < smallest, torch.copysign(smallest, factor), factor)
+    return factor.detach() if use_batch else factor
+
+
+def fold_bias(
+    bias: Tensor | None, factor: Tensor, beta: Tensor | None, running_mean: Tensor
+) -> Tensor:
+    """``beta + (bias - running_mean) * factor``, ``(channels,)``."""
+    folded = (-running_mean if bias is None else bias - running_mean) * factor
+    return folded if beta is None else beta + folded
+
+
+def normalize(
+    y: Tensor,
+    quantized_bias: Tensor,
+    folded_bias: Tensor,
+    bias: Tensor | None,
+    factor: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    use_batch: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """What the batch norm makes of the folded layer's output ``y``.
+
+    With running statistics, ``y`` itself. Otherwise ``y`` is divided by the factor it was folded
+    with and normalized with the statistics of the batch, which also move the running ones; the
+    rounding error of the bias is added, since a batch norm would subtract it again.
+
+    Args:
+        y: ``(N, channels, ...)``.
+        quantized_bias: ``(channels,)``, what the layer added.
+        folded_bias: ``(channels,)``, before it was quantized.
+        bias: of the layer before folding.
+        factor: ``(channels,)``.
+        gamma: weight of the batch norm.
+        beta: bias of the batch norm.
+        running_mean: ``(channels,)``, updated in place.
+        running_var: ``(channels,)``, updated in place.
+        use_batch: statistics of the batch.
+        momentum: of the running statistics.
+        eps: of the batch norm.
+    """
+    if not use_batch:
+        return y
+    error = (quantized_bias - folded_bias).detach()
+    raw = y / factor.reshape(-1, *[1] * (y.dim() - 2))
+    # A batch norm does not see a constant, so only the running mean needs to know the biases.
+    with torch.no_grad():
+        offset = quantized_bias / factor
+        offset = offset if bias is None else offset - bias
+        mean = running_mean + offset
+    shifted = error if beta is None else beta + error
+    scale = torch.ones_like(factor) if gamma is None else gamma
+    result = F.batch_norm(raw, mean, running_var, scale, shifted, True, momentum, eps)
+    with torch.no_grad():
+        running_mean.copy_(mean - offset)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# Before annotation
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _BatchNorm:
+    """A batch norm behind a layer, its arguments by name; kept on the layer's node."""
+
+    bias: Node | None
+    gamma: Node | None
+    beta: Node | None
+    running_mean: Node
+    running_var: Node
+    momentum: float
+    eps: float
+    factor: Node
+    folded_bias: Node
+
+
+def fold_batch_norms(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
+    """Fold the batch norms behind the layers that ``wanted`` selects, in place.
+
+    The layer's weight and bias become functions of parameters (``FOLDED_KEY`` in their node's
+    ``meta``), and its result that of the batch norm. :func:`insert_normalization` completes it.
+    """
+    _mark_computed_parameters(model)
+    found = [(_foldable(node), node) for node in model.graph.nodes]
+    folded = [(b, node) for b, node in found if b is not None and wanted(b.node)]
+    training = any(is_training_call(node) for node in model.graph.nodes)
+    model.meta[_TRAINED_KEY] = True
+    if folded:
+        mode = _insert_mode(model, training)
+        for binding, norm in folded:
+            _fold(model, binding, norm, mode)
+    _forget_counters(model)
+    model.graph.eliminate_dead_code()
+    read_constants_late(model)
+    model.recompile()
+
+
+def _foldable(node: Node) -> Binding | None:
+    """The layer that a batch norm can be folded into, if ``node`` is such a batch norm."""
+    if node.target is not aten.batch_norm.default:
+        return None
+    # Statistics that are trained: the graph may say that the batch's are used.
+    statistics = (node.args[3], node.args[4])
+    return layer_before(node) if all(map(is_constant, statistics)) else None
+
+
+def _insert_mode(model: GraphModule, training: bool) -> Node:
+    """A node whose value says whether batch norms use statistics of the batch."""
+    setattr(model, MODE_NAME, TrainingMode())
+    first = next(node for node in model.graph.nodes if node.op != "placeholder")
+    with model.graph.inserting_before(first):
+        one = model.graph.call_function(
+            aten.ones.default, ([1],), {"dtype": torch.float32, "device": torch.device("cpu")}
+        )
+        probe = model.graph.call_function(aten.dropout.default, (one, 0.5, training))
+        return model.graph.call_module(MODE_NAME, (probe,))
+
+
+def _fold(model: GraphModule, binding: Binding, norm: Node, mode: Node) -> None:
+    layer, weight, bias = binding.node, cast(Node, binding.weight), binding.bias
+    gamma, beta, mean, var = (cast("Node | None", norm.args[i]) for i in (1, 2, 3, 4))
+    momentum, eps = float(cast(float, norm.args[6])), float(cast(float, norm.args[7]))
+    meta, channels = tensor_meta(weight), tensor_meta(cast(Node, var))
+    # Parameters of the batch norm are read behind the layer.
+    reads = [node for node in (gamma, beta, mean, var) if node is not None]
+    with model.graph.inserting_before(layer):
+        read = {node: model.graph.node_copy(node) for node in reads}
+        gamma, beta, mean, var = (None if n is None else read[n] for n in (gamma, beta, mean, var))
+        factor = model.graph.call_function(fold_factor, (gamma, var, eps, mode))
+        folded_weight = model.graph.call_function(
+            scale_channels, (weight, factor, binding.weight_axis, binding.groups)
+        )
+        folded_bias = model.graph.call_function(fold_bias, (bias, factor, beta, mean))
+    folded_weight.meta = {**weight.meta, FOLDED_KEY: True, "val": meta}
+    folded_bias.meta = {**folded_weight.meta, "val": channels}
+    args = list(layer.args) + [None] * (3 - len(layer.args))
+    args[1], args[2] = folded_weight, folded_bias
+    layer.kwargs = {k: v for k, v in layer.kwargs.items() if k not in ("weight", "bias")}
+    layer.args = tuple(args)
+    layer.meta[_BATCH_NORM_KEY] = _BatchNorm(
+        bias, gamma, beta, cast(Node, mean), cast(Node, var), momentum, eps, factor, folded_bias
+    )  # fmt: skip
+    norm.replace_all_uses_with(layer)
+    model.graph.erase_node(norm)
+
+
+def _mark_computed_parameters(model: GraphModule) -> None:
+    """Mark what is computed from parameters alone, which training changes and shipping does not.
+
+    A scaled weight or an expanded class token is planned like a constant.
+    """
+    written = {
+        str(source.target)
+        for node in model.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for source in node.all_input_nodes
+    }
+    for node in model.graph.nodes:
+        target, sources = node.target, node.all_input_nodes
+        if not sources or not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
+            continue
+        constant = all(is_constant(s) and str(s.target) not in written for s in sources)
+        if constant and (target is operator.getitem or _repeats(target)):
+            node.meta[FOLDED_KEY] = True
+
+
+def _repeats(target: Any) -> bool:
+    """Whether a call gives the same for the same inputs, and leaves them as they are."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not (target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags)
+
+
+def _forget_counters(model: GraphModule) -> None:
+    """Remove what counts the batches of batch norms: nothing reads it."""
+    for node in list(model.graph.nodes):
+        counted = node.args[0] if node.target is aten.add_.Tensor else None
+        if not isinstance(counted, Node) or not is_constant(counted) or node.users:
+            continue
+        if str(counted.target).endswith("num_batches_tracked"):
+            model.graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def as_evaluated(model: GraphModule) -> Iterator[None]:
+    """Give ``model`` the form in which it ships, to plan it: no training, no dropouts.
+
+    Nor :func:`normalize`, which an earlier quantizer may have inserted.
+    """
+    trained = [node for node in model.graph.nodes if is_training_call(node)]
+    transparent = [
+        (node, cast(Node, node.args[0]), list(node.users))
+        for node in model.graph.nodes
+        if (node.target in DROPOUTS and not _is_probe(node)) or node.target is normalize
+    ]
+    for node in trained:
+        _set_training(node, training=False)
+    for node, source, users in transparent:
+        for user in users:
+            user.replace_input_with(node, origin_of(source))
+        if node.target is normalize:
+            node.update_arg(0, node.args[1])  # the layer has no user but those behind the norm
+            node.meta[FOLDED_KEY] = True
+    try:
+        yield
+    finally:
+        for node, source, users in transparent:
+            if node.target is normalize:
+                node.update_arg(0, source)
+                del node.meta[FOLDED_KEY]
+            for user in users:
+                user.replace_input_with(origin_of(source), node)
+        for node in trained:
+            _set_training(node, training=True)
+
+
+def _is_probe(node: Node) -> bool:
+    return any(user.target == MODE_NAME for user in node.users)
+
+
+def origin_of(node: Node) -> Node:
+    """The tensor that ``node`` is once dropouts are gone."""
+    while node.target in DROPOUTS:
+        node = cast(Node, node.args[0])
+    return node
+
+
+def planned_tensor(node: Node) -> Node:
+    """The node by whose name plans and statistics know a tensor: the layer of a folded norm."""
+    return cast(Node, node.args[0]) if node.target is normalize else node
+
+
+def dropouts_behind(rounded: Node) -> Iterator[Node]:
+    """Dropouts of a tensor that is not rounded again behind them: there, too, it is the plan's."""
+    for user in rounded.users:
+        again = any(after.op == "call_module" for after in user.users)
+        if user.target in DROPOUTS and not again:
+            yield user
+            yield from dropouts_behind(user)
+
+
+def _set_training(node: Node, *, training: bool) -> None:
+    for i, parameter in enumerate(cast(Any, node.target)._schema.arguments):
+        if parameter.name in ("train", "training"):
+            if i < len(node.args):
+                node.update_arg(i, training)
+            else:
+                node.update_kwarg(parameter.name, training)
+
+
+def read_constants_late(model: GraphModule) -> None:
+    """Let every op read its parameters right before it runs.
+
+    torchao observes a parameter where it is read; a bias is rounded with the scales of its op's
+    input and weight, so it has to come after both.
+    """
+    for node in list(model.graph.nodes):
+        if node.op != "call_function" or FOLDED_KEY in node.meta or rule_of(node) is None:
+            continue
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                with model.graph.inserting_before(node):
+                    late = model.graph.node_copy(source)
+                node.replace_input_with(source, late)
+    for node in reversed(list(model.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            model.graph.erase_node(node)
+
+
+# ---------------------------------------------------------------------------------------------
+# After annotation
+# ---------------------------------------------------------------------------------------------
+
+
+def insert_normalization(model: GraphModule) -> dict[Node, tuple[Node, Node]]:
+    """Put :func:`normalize` behind every folded layer.
+
+    Returns:
+        ``(layer, folded bias)`` of every such call, also of earlier ones; whoever annotates the
+        graph has to move the annotation of the layer's output to the call.
+    """
+    modes = [node for node in model.graph.nodes if node.target == MODE_NAME]
+    for layer in list(model.graph.nodes):
+        norm = layer.meta.pop(_BATCH_NORM_KEY, None)
+        if norm is None:
+            continue
+        users = list(layer.users)
+        # Annotations belong to pairs of nodes: what is not to be rounded is a node of its own.
+        with model.graph.inserting_before(layer):
+            exact = model.graph.node_copy(norm.folded_bias)
+        with model.graph.inserting_after(layer):
+            call = model.graph.call_function(
+                normalize,
+                (layer, norm.folded_bias, exact, norm.bias, norm.factor, norm.gamma,
+                 norm.beta, norm.running_mean, norm.running_var, modes[0], norm.momentum, norm.eps),
+            )  # fmt: skip
+        call.meta = {
+            key: layer.meta[key] for key in ("val", "nn_module_stack") if key in layer.meta
+        }
+        for user in users:
+            user.replace_input_with(layer, call)
+    return {
+        call: (cast(Node, call.args[0]), cast(Node, call.args[1]))
+        for call in model.graph.nodes
+        if call.target is normalize
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# At conversion
+# ---------------------------------------------------------------------------------------------
+
+
+def fold_for_good(model: GraphModule) -> None:
+    """Replace folded weights and biases by constants, as the running statistics make them.
+
+    Raises:
+        ConversionError: the graph is in training mode.
+    """
+    if not model.meta.pop(_TRAINED_KEY, False):
+        return
+    for node in list(model.graph.nodes):
+        if node.target not in DROPOUTS or _is_probe(node):
+            continue
+        if is_training_call(node):
+            raise ConversionError(
+                f"{describe(node)} is in training mode; call "
+                "torchao.quantization.pt2e.move_exported_model_to_eval(prepared) before "
+                "convert_pt2e"
+            )
+        node.replace_all_uses_with(cast(Node, node.args[0]))
+        model.graph.erase_node(node)
+    for node in model.graph.nodes:
+        node.meta.pop(FOLDED_KEY, None)
+    stale: list[Node] = []
+    for node in list(model.graph.nodes):
+        if node.target is normalize:
+            node.replace_all_uses_with(cast(Node, node.args[0]))
+            model.graph.erase_node(node)
+    for node in list(model.graph.nodes):
+        if node.target in (scale_channels, fold_bias):
+            reads = node.all_input_nodes
+            source = next(filter(is_constant, reads), reads[0])
+            constant = add_constant(model, f"{source.target}_folded", _evaluate(model, node), node)
+            constant.meta.update(
+                {key: value for key, value in node.meta.items() if key not in ("val", FOLDED_KEY)}
+            )
+            node.replace_all_uses_with(constant)
+            stale.append(node)
+    for node in model.graph.nodes:
+        if node.target is fold_factor or node.target == MODE_NAME:
+            stale.append(node)
+        if node.target == MODE_NAME:
+            stale.extend(
+                itertools.chain(node.all_input_nodes, node.all_input_nodes[0].all_input_nodes)
+            )
+    # Users come after what they use.
+    order = {node: i for i, node in enumerate(model.graph.nodes)}
+    for node in sorted(dict.fromkeys(stale), key=order.__getitem__, reverse=True):
+        if not node.users:
+            model.graph.erase_node(node)
+    fold_constants(model)
+
+
+def _evaluate(model: GraphModule, node: Node) -> Tensor:
+    """The value of a function of parameters, with the running statistics."""
+
+    def value(arg: Node) -> Any:
+        if arg.target == MODE_NAME:
+            return False
+        return constant_of(model, arg) if is_constant(arg) else _evaluate(model, arg)
+
+    args, kwargs = cast(Any, torch.fx.node.map_arg((node.args, node.kwargs), value))
+    with torch.no_grad():
+        return cast(Tensor, cast(Callable[..., Any], node.target)(*args, **kwargs))
+
+
+def is_training_call(node: Node) -> bool:
+    """Whether an aten call behaves as it does in training: batch norms, dropouts of all kinds.
+
+    A batch norm that keeps no statistics does the same in both modes.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload) or uses_own_statistics(node):
+        return False
+    return any(
+        parameter.name in ("train", "training") and argument(node, i, parameter.name) is True
+        for i, parameter in enumerate(node.target._schema.arguments)
+    )
+
+
+def training_mode_of(prepared: GraphModule) -> TrainingMode | None:
+    """The module that decides which statistics folded batch norms use; ``None``: there are none.
+
+    Raises:
+        CaptureError: ``prepared`` is no graph.
+    """
+    if not isinstance(prepared, GraphModule):
+        raise CaptureError(f"expected what prepare_qat_pt2e returns, got {type(prepared).__name__}")
+    found = getattr(prepared, MODE_NAME, None)
+    return found if isinstance(found, TrainingMode) else None

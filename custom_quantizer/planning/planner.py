@@ -1,0 +1,890 @@
+"""Graph and config in, plan out: every decision, and its reason.
+
+The planner reads the graph and writes nothing. Tensors that must share quantization parameters
+are found as groups over the whole graph (a union-find), so that the result does not depend on the
+order of the nodes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.config.rules import Config, Decision, returned_nodes, target_name
+from custom_quantizer.core.formats import IntFormat
+from custom_quantizer.core.graph import (
+    FOLDED_KEY,
+    describe,
+    effective_users,
+    is_constant,
+    module_path,
+    tensor_meta,
+)
+from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
+from custom_quantizer.ops import (
+    Backend,
+    Binding,
+    Delegation,
+    Formats,
+    OpRule,
+    QParamSharing,
+    predict_backend,
+    rule_of,
+)
+from custom_quantizer.ops.rewrites.canonical import overwritten_by
+from custom_quantizer.planning.insertion import ANNOTATION_KEY
+from custom_quantizer.planning.profitability import Kind, Step, weigh
+
+__all__ = ["Derivation", "Edge", "NodeAnnotation", "OpPlan", "Plan", "TensorPlan", "make_plan"]
+
+Role = Literal["input", "weight", "bias", "output"]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What one tensor of an op becomes.
+
+    Attributes:
+        role: of the tensor in the op.
+        tensor: name of the node that produces it.
+        dtype: such as ``int8``; ``float32`` when it is not quantized.
+        group: tensors of one group share scale and zero point.
+        reason: why.
+    """
+
+    role: Role
+    tensor: str
+    dtype: str
+    group: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class OpPlan:
+    """What one op becomes.
+
+    Attributes:
+        node: the anchor.
+        fused: activation that is part of the op, if any.
+        path: module path.
+        family: of the registry; ``None`` for unknown ops.
+        target: the aten overload.
+        scheme: name; ``None`` when the op stays in float.
+        reason: the rule that decided, or why it could not be followed.
+        tensors: inputs, weight, bias, output.
+        backend: where and how it is expected to run; ``None`` for ops in float.
+        note: what the backend does with it, where that is not a plain int8 kernel.
+        size_bytes: estimated bytes of its constants in the program.
+    """
+
+    node: str
+    fused: str | None
+    path: str
+    family: str | None
+    target: str
+    scheme: str | None
+    reason: str
+    tensors: tuple[TensorPlan, ...] = ()
+    backend: str | None = None
+    note: str = ""
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """What the scale of a derived bias follows from.
+
+    Attributes:
+        input_group: of the op's input.
+        weight_group: of its weight.
+        repeats: how often the channels of the weight's axis repeat in the op's output.
+        input_bits: width of the input.
+    """
+
+    input_group: int
+    weight_group: int
+    repeats: int
+    input_bits: int
+
+
+@dataclass(frozen=True)
+class Edge:
+    """How one tensor is observed where one op uses or makes it.
+
+    Attributes:
+        kind: which observer.
+        group: edges of one group share one observer.
+        scheme: of an activation or weight.
+        bias: format of a derived bias.
+        axis: output-channel axis of a weight.
+        name: for messages.
+        dynamic: quantized at run time.
+        derivation: of a bias.
+    """
+
+    kind: Literal["activation", "weight", "bias"]
+    group: int
+    name: str
+    scheme: TensorScheme | None = None
+    bias: IntFormat | None = None
+    axis: int = 0
+    dynamic: bool = False
+    derivation: Derivation | None = None
+
+
+@dataclass(frozen=True)
+class NodeAnnotation:
+    """The edges of one node: by name of the producing node, and the output."""
+
+    inputs: dict[str, Edge]
+    output: Edge | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every op of a captured graph: what it becomes and why.
+
+    Attributes:
+        ops: in graph order.
+        warnings: rules that select nothing, and the like.
+        annotations: by node name, what the quantizer writes into the graph.
+    """
+
+    ops: tuple[OpPlan, ...]
+    warnings: tuple[str, ...] = ()
+    annotations: dict[str, NodeAnnotation] = field(default_factory=dict, repr=False)
+
+    @property
+    def quantized(self) -> tuple[OpPlan, ...]:
+        """Ops that become integer."""
+        return tuple(op for op in self.ops if op.scheme is not None)
+
+    @property
+    def floating(self) -> tuple[OpPlan, ...]:
+        """Ops that stay in float."""
+        return tuple(op for op in self.ops if op.scheme is None)
+
+    @property
+    def size_bytes(self) -> int:
+        """Estimated bytes of all constants in the program."""
+        return sum(op.size_bytes for op in self.ops)
+
+    def op(self, node: str) -> OpPlan:
+        """The plan of the op whose anchor or fused activation is ``node``.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        from custom_quantizer.config.rules import nearest
+        from custom_quantizer.errors import ConfigError
+
+        for op in self.ops:
+            if node in (op.node, op.fused):
+                return op
+        raise ConfigError(f"the plan has no op {node!r}{nearest(node, (o.node for o in self.ops))}")
+
+    def to_json(self) -> str:
+        """The ops and warnings as JSON."""
+        return json.dumps(
+            {"ops": [asdict(op) for op in self.ops], "warnings": list(self.warnings)}, indent=2
+        )
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                op.node,
+                op.path,
+                op.family or op.target,
+                op.scheme or "float32",
+                op.backend or "float",
+                f"{op.size_bytes:,}" if op.size_bytes else "",
+                "; ".join(filter(None, (op.reason, op.note))),
+            )
+            for op in self.ops
+        ]
+        header = ("node", "module", "family", "scheme", "backend", "bytes", "why")
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
+            for row in [header, *rows]
+        ]
+        lines.append(f"{self.size_bytes:,} bytes of constants (estimated)")
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+# Keys of values in the union-find: a node's own output, or a tensor requantized for consumers.
+_Key = tuple[Any, ...]
+
+
+class _Groups:
+    """Union-find over values; the smallest-numbered member names the group."""
+
+    def __init__(self) -> None:
+        self._parent: dict[_Key, _Key] = {}
+
+    def find(self, key: _Key) -> _Key:
+        root = key
+        while (parent := self._parent.setdefault(root, root)) != root:
+            root = parent
+        while self._parent[key] != root:
+            self._parent[key], key = root, self._parent[key]
+        return root
+
+    def union(self, a: _Key, b: _Key) -> None:
+        self._parent[self.find(b)] = self.find(a)
+
+
+@dataclass
+class _Op:
+    """Working state of one op while the plan is made."""
+
+    node: Node
+    decision: Decision
+    rule: OpRule | None = None
+    binding: Binding | None = None
+    fused: Node | None = None
+    scheme: OpScheme | None = None
+    follows: TensorScheme | None = None  # movers: the format they pass on
+    centered: bool = False  # its output has zero point 0, for a consumer that needs it so
+    reason: str = ""
+
+    @property
+    def output(self) -> Node:
+        return self.fused or self.node
+
+    @property
+    def mover(self) -> bool:
+        return self.rule is not None and self.rule.sharing is QParamSharing.SAME
+
+    @property
+    def activation(self) -> TensorScheme | None:
+        """Format of inputs and output; ``None`` when the op stays in float."""
+        if self.mover:
+            return self.follows
+        return None if self.scheme is None else self.scheme.activation
+
+    @property
+    def made(self) -> TensorScheme | None:
+        """Format of the output; ``None`` when the op stays in float."""
+        given = self.activation
+        return replace(given, symmetric=True) if self.centered and given is not None else given
+
+    def wanted(self, position: int) -> TensorScheme:
+        """Format of an input."""
+        given = cast(TensorScheme, self.activation)
+        centered = self.rule is not None and position in self.rule.zero_centered
+        return replace(given, symmetric=True) if centered else given
+
+
+ANNOTATED_BEFORE = "another quantizer annotated it before"
+
+
+def is_annotated(node: Node) -> bool:
+    """Whether a quantizer has annotated ``node``: in a ``ComposableQuantizer``, an earlier one."""
+    return bool(getattr(node.meta.get(ANNOTATION_KEY), "_annotated", False))
+
+
+def make_plan(model: GraphModule, config: Config) -> Plan:
+    """Decide what every op and tensor of ``model`` becomes.
+
+    Args:
+        model: what ``torch.export.export(...).module()`` returns, made functional.
+        config: the rules.
+
+    Raises:
+        ConfigError: a rule names a node or module that does not exist.
+    """
+    warnings = config.check(model)
+    ops = _collect(model, config)
+    producer = {op.output: op for op in ops}
+    anchors = {op.node: op for op in ops}
+    for op in ops:
+        if not op.mover:
+            _settle(op)
+    _leave_sums_in_float(ops, anchors)
+    _leave_divisors_in_float(ops, producer)
+    io = _model_io(model, config)
+    _weigh(ops, io)
+    _center(ops, producer)
+    _follow_producers(ops, producer, io.inputs)
+    _follow_consumers(ops, anchors)
+    return _Annotator(ops, producer, io).plan(tuple(warnings))
+
+
+@dataclass(frozen=True)
+class _ModelIO:
+    """Formats that the config asks of the model's own inputs and outputs."""
+
+    inputs: dict[Node, TensorScheme]
+    outputs: list[tuple[Node, TensorScheme]]
+    node: Node
+
+
+def _model_io(model: GraphModule, config: Config) -> _ModelIO:
+    def wanted(formats: dict[str, TensorScheme], name: str) -> TensorScheme | None:
+        return formats.get(name, formats.get("*"))
+
+    inputs, outputs = {}, []
+    for node in model.graph.nodes:
+        fmt = wanted(config.inputs, node.name) if node.op == "placeholder" else None
+        if fmt is not None and _is_float32(node):
+            inputs[node] = fmt
+    for i, node in enumerate(returned_nodes(model)):
+        fmt = wanted(config.outputs, str(i))
+        if fmt is not None and _is_float32(node):
+            outputs.append((node, fmt))
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    return _ModelIO(inputs, outputs, output)
+
+
+def _is_float32(node: Node) -> bool:
+    meta = tensor_meta(node)
+    return meta is not None and meta.dtype == torch.float32
+
+
+def _collect(model: GraphModule, config: Config) -> list[_Op]:
+    """One entry per op; an activation that is fused belongs to the op before it."""
+    ops: list[_Op] = []
+    fused: set[Node] = set()
+    for node in model.graph.nodes:
+        if node.op != "call_function" or node in fused:
+            continue
+        if FOLDED_KEY in node.meta:
+            continue  # computed from parameters: a constant once training is over
+        if tensor_meta(node) is None and not isinstance(node.meta.get("val"), (list, tuple)):
+            continue  # sizes, assertions: no tensor comes out
+        op = _Op(node, config.resolve(node), rule_of(node))
+        if is_annotated(node):
+            op.reason = ANNOTATED_BEFORE
+        elif op.rule is not None:
+            bound = op.rule.bind(op.rule, node)
+            if isinstance(bound, str):
+                op.reason = bound
+            elif (reason := _overwritten(node, bound)) is not None:
+                op.reason = reason
+            else:
+                op.binding = bound
+                op.fused = _fusable(op, config)
+                if op.fused is not None:
+                    fused.add(op.fused)
+        ops.append(op)
+    return ops
+
+
+def _overwritten(node: Node, binding: Binding) -> str | None:
+    """Why no quantize node may stand before or behind ``node``, if none may."""
+    for tensor in (node, *binding.inputs):
+        writer = overwritten_by(tensor)
+        if writer is not None:
+            return f"{writer} writes into the memory of {describe(tensor)} in place"
+    return None
+
+
+def _fusable(op: _Op, config: Config) -> Node | None:
+    rule = cast(OpRule, op.rule)
+    users = effective_users(op.node)
+    if len(users) != 1 or op.decision.scheme is None or op.decision.scheme.dynamic:
+        return None
+    follower = rule_of(users[0])
+    if follower is None or follower.family not in rule.fuses:
+        return None
+    if isinstance(follower.bind(follower, users[0]), str) or overwritten_by(users[0]):
+        return None
+    if is_annotated(users[0]):
+        return None
+    decision = config.resolve(users[0])
+    # A rule aimed at the activation itself says it is an op of its own.
+    if decision.explicit and decision.scheme != op.decision.scheme:
+        return None
+    return users[0]
+
+
+def _settle(op: _Op) -> None:
+    """Decide an op that is quantized for its own sake."""
+    scheme = op.decision.scheme
+    if op.reason:
+        return
+    if op.rule is None:
+        op.reason = f"no integer form of {target_name(op.node.target)} is known"
+        if isinstance(op.node.target, torch._ops.HigherOrderOperator):
+            op.reason = f"{op.node.target} is control flow: the graphs it runs stay in float"
+        return
+    if op.binding is None:
+        return
+    if op.rule.float_reason:
+        op.reason = op.rule.float_reason
+        return
+    if scheme is None:
+        op.reason = op.decision.reason
+        return
+    if scheme.dynamic and op.binding.weight is None:
+        op.reason = f"{scheme.name} quantizes linear layers; everything else stays in float"
+        return
+    for tensor in (*op.binding.inputs, op.output):
+        meta = tensor_meta(tensor)
+        if meta is None or meta.dtype != torch.float32:
+            kind = "not a single tensor" if meta is None else str(meta.dtype)
+            op.reason = f"{describe(tensor)} is {kind}; only float32 tensors are quantized"
+            op.reason += _to_float(meta)
+            return
+        if _is_empty(tensor) or (meta.dim() == 0 and not is_constant(tensor)):
+            what = "elements" if meta.dim() else "dimensions"
+            op.reason = f"{describe(tensor)} has no {what}, and XNNPACK takes no such tensor"
+            return
+    verdict = op.rule.accepts(op.binding, scheme)
+    if not verdict.ok:
+        op.reason = verdict.reason
+        return
+    op.scheme, op.reason = scheme, op.decision.reason
+
+
+_SUMS = frozenset({"add", "sub", "mul"})
+_VIEWS = frozenset({"identity", "reshape", "permute"})
+
+
+def _leave_sums_in_float(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
+    """Sums and products that only float ops read are computed in float.
+
+    On the way into a softmax these are scales, biases and masks: a mask (a large negative number)
+    would take the whole range of an int8 sum for itself. Between layer norms it is the residual
+    stream of a transformer, whose parts differ by orders of magnitude. Either way the reader
+    dequantizes what an int8 kernel has just rounded.
+    """
+    floats: set[Node] = set()
+    for op in reversed(ops):
+        users = effective_users(op.output)
+        into = [user in floats or _computes_in_float(anchors.get(user)) for user in users]
+        family = op.rule.family if op.rule is not None else ""
+        if not users or not all(into) or family not in _SUMS | _VIEWS:
+            continue
+        if family in _SUMS and op.scheme is not None:
+            if op.decision.explicit:
+                continue
+            op.scheme = None
+            op.reason = "only float ops read its result: quantizing it would just round once more"
+        floats.add(op.node)
+
+
+def _leave_divisors_in_float(ops: list[_Op], producer: dict[Node, _Op]) -> None:
+    """A bound that keeps a divisor away from zero is kept: rounded to a grid it would be zero.
+
+    ``F.normalize`` of a row of zeros is zero, and not 0 / 0.
+    """
+    for op in ops:
+        if op.rule is None or op.rule.family != "div" or op.binding is None:
+            continue
+        source = producer.get(op.binding.inputs[-1])
+        while source is not None and source.mover and source.binding is not None:
+            source = producer.get(source.binding.inputs[0])
+        if source is None or source.scheme is None or source.decision.explicit:
+            continue
+        last = rule_of(source.output)  # a clamp of its own, or one that is fused
+        low = None if last is None or last.bounds is None else last.bounds(source.output)[0]
+        if low is not None and low > 0:
+            source.scheme = None
+            source.reason = "it keeps a divisor away from zero, to which integers would round it"
+
+
+def _computes_in_float(op: _Op | None) -> bool:
+    return op is not None and op.rule is not None and bool(op.rule.float_reason)
+
+
+def _center(ops: list[_Op], producer: dict[Node, _Op]) -> None:
+    """Who makes an operand that needs zero point 0 makes it so, if its range has both signs."""
+    for op in ops:
+        if op.rule is None or op.scheme is None or op.binding is None:
+            continue
+        for position in op.rule.zero_centered:
+            source = producer.get(op.binding.inputs[position])
+            while source is not None and source.mover and source.binding is not None:
+                source = producer.get(source.binding.inputs[0])
+            if source is None or source.scheme is None or _is_dynamic(source) or source.fused:
+                continue
+            if source.binding is not None and source.binding.weight is None:
+                signed = source.rule is not None and source.rule.family in _SUMS
+            else:
+                signed = True
+            source.centered = signed
+
+
+def _weigh(ops: list[_Op], io: _ModelIO) -> None:
+    """Ops without an int8 kernel stay in float where quantizing them would only cost."""
+    kinds = {op.node: _kind(op) for op in ops}
+    steps = [
+        Step(
+            kinds[op.node],
+            () if op.binding is None else tuple(t for t in op.binding.inputs if not is_constant(t)),
+            op.output,
+            tuple(effective_users(op.output)),
+            op.node,
+        )
+        for op in ops
+    ]
+    refused = weigh(steps, io.inputs, [node for node, _ in io.outputs])
+    for op in ops:
+        if op.node in refused:
+            op.scheme = None
+            op.reason = (
+                f"XNNPACK has no int8 kernel for it, and {refused[op.node]}: quantizing it would "
+                "only cost"
+            )
+
+
+def _kind(op: _Op) -> Kind:
+    """What an op does with integers, now that it is settled."""
+    if op.mover:
+        return Kind.FLOAT if _left_in_float(op) else Kind.MOVER
+    if op.scheme is None or op.binding is None or op.scheme.dynamic:
+        return Kind.FLOAT
+    # A rule that names the op or its type is an order.
+    if op.decision.aimed:
+        return Kind.INTEGER
+    found = op.binding.rule.delegation(op.binding, Formats(8))
+    return Kind.WEIGHED if found.backend in (Backend.FLOAT, Backend.PORTABLE) else Kind.INTEGER
+
+
+def _to_float(meta: torch.Tensor | None) -> str:
+    """What to do about a tensor of another floating-point type."""
+    if meta is None or not meta.dtype.is_floating_point:
+        return ""
+    return "; call model.float() and hand in float32 inputs before torch.export.export"
+
+
+def _left_in_float(op: _Op) -> bool:
+    """Movers: whether something forbids passing integers on."""
+    if op.binding is None:
+        return True
+    if op.decision.explicit and op.decision.scheme is None:
+        op.reason = op.decision.reason
+        return True
+    for tensor in (op.node, *op.binding.inputs):
+        meta = tensor_meta(tensor)
+        if meta is not None and meta.dtype != torch.float32:
+            op.reason = f"{describe(tensor)} is {meta.dtype}; only float32 tensors are quantized"
+            op.reason += _to_float(meta)
+            return True
+    if _is_empty(op.node):
+        op.reason = "its result has no elements, and XNNPACK takes no such tensor"
+        return True
+    return False
+
+
+def _is_empty(node: Node) -> bool:
+    meta = tensor_meta(node)
+    return meta is not None and any(isinstance(size, int) and size == 0 for size in meta.shape)
+
+
+def _follow_producers(
+    ops: list[_Op], producer: dict[Node, _Op], inputs: dict[Node, TensorScheme]
+) -> None:
+    """A mover passes on the integers it is given."""
+    for op in ops:
+        if not op.mover or _left_in_float(op):
+            continue
+        sources = [
+            source
+            for tensor in cast(Binding, op.binding).inputs
+            if (source := producer.get(tensor)) is not None and not _is_dynamic(source)
+        ]
+        op.centered = any(source.centered for source in sources)
+        given = [source.made for source in sources]
+        given += [inputs.get(tensor) for tensor in cast(Binding, op.binding).inputs]
+        formats = [fmt for fmt in given if fmt is not None]
+        if formats:
+            # Tensors that are joined must agree: on the widest format among them.
+            op.follows = max(formats, key=lambda fmt: fmt.format.bits)
+            op.reason = "moves values: keeps the integers it is given"
+
+
+def _is_dynamic(op: _Op) -> bool:
+    return op.scheme is not None and op.scheme.dynamic
+
+
+def _follow_consumers(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
+    """A mover of a float tensor moves integers instead if all who use the result want the same."""
+    for op in reversed(ops):
+        if not op.mover or op.follows is not None or op.binding is None or op.reason:
+            continue
+        wanted: list[TensorScheme | None] = []
+        for user in effective_users(op.node):
+            consumer = anchors.get(user)
+            takes = (
+                consumer is not None
+                and consumer.binding is not None
+                and op.node in consumer.binding.inputs
+                and not _is_dynamic(consumer)
+            )
+            wanted.append(_wanted_by(consumer, op.node) if takes else None)
+        first = wanted[0] if wanted else None
+        if first is not None and all(_same_format(first, other) for other in wanted):
+            op.follows = first
+            op.reason = "moves values: quantized before it, as its consumers want integers"
+        else:
+            op.reason = "moves values of a float tensor"
+
+
+def _wanted_by(consumer: _Op | None, tensor: Node) -> TensorScheme | None:
+    """Format in which an op takes ``tensor``."""
+    if consumer is None or consumer.activation is None:
+        return None
+    return consumer.wanted(cast(Binding, consumer.binding).inputs.index(tensor))
+
+
+def _same_format(a: TensorScheme | None, b: TensorScheme | None) -> bool:
+    """Whether two activations can be the same integers; the observer is the producer's choice."""
+    return a is not None and b is not None and (a.format, a.symmetric) == (b.format, b.symmetric)
+
+
+class _Annotator:
+    """Turns settled ops into groups, edges and the plan that is shown."""
+
+    def __init__(self, ops: list[_Op], producer: dict[Node, _Op], io: _ModelIO) -> None:
+        self._ops = ops
+        self._producer = producer
+        self._io = io
+        self._groups = _Groups()
+        self._numbers: dict[_Key, int] = {}
+        self._schemes: dict[_Key, TensorScheme] = {}
+
+    def plan(self, warnings: tuple[str, ...]) -> Plan:
+        for op in self._ops:
+            if op.activation is None or op.binding is None or _is_dynamic(op):
+                continue
+            keys = self._input_keys(op)
+            if op.mover:
+                for key in keys:
+                    self._groups.union(key, ("out", op.output))
+        self._choose_schemes()
+        annotations: dict[str, NodeAnnotation] = {}
+        for node in self._io.inputs:
+            annotations[node.name] = NodeAnnotation({}, self._activation(("out", node), node))
+        plans = tuple(self._op_plan(op, annotations) for op in self._ops)
+        outputs = {
+            node.name: self._activation(self._key(node, fmt), node)
+            for node, fmt in self._io.outputs
+        }
+        if outputs:
+            annotations[self._io.node.name] = NodeAnnotation(outputs, None)
+        return Plan(plans, warnings, annotations)
+
+    def _input_keys(self, op: _Op) -> list[_Key]:
+        inputs = cast(Binding, op.binding).inputs
+        return [self._key(tensor, op.wanted(i)) for i, tensor in enumerate(inputs)]
+
+    def _key(self, tensor: Node, wanted: TensorScheme) -> _Key:
+        """The producer's own output where the formats agree, else a requantized copy of it."""
+        source = self._producer.get(tensor)
+        given = self._io.inputs.get(tensor)
+        if source is not None and not _is_dynamic(source):
+            given = source.made
+        centered = source is not None and source.centered
+        if centered and given is not None and given.format == wanted.format:
+            return ("out", tensor)  # zero point 0 is one that affine consumers read as well
+        if _same_format(given, wanted):
+            return ("out", tensor)
+        return ("requantized", tensor, wanted.format, wanted.symmetric)
+
+    def _choose_schemes(self) -> None:
+        """Who makes the tensors of a group decides on its observer; of several, the widest range.
+
+        That of ``OBSERVERS`` which comes first clips least.
+        """
+        members: dict[_Key, list[tuple[bool, int, str, TensorScheme]]] = defaultdict(list)
+
+        def add(key: _Key, made: bool, scheme: TensorScheme) -> None:
+            name = scheme.observer
+            rank = next(i for i, kind in enumerate(OBSERVERS) if name.startswith(kind))
+            members[self._groups.find(key)].append((not made, rank, name, scheme))
+
+        for node, fmt in self._io.inputs.items():
+            add(("out", node), True, fmt)
+        for node, fmt in self._io.outputs:
+            add(self._key(node, fmt), False, fmt)
+        for op in self._ops:
+            if op.activation is None or op.binding is None or _is_dynamic(op):
+                continue
+            for i, key in enumerate(self._input_keys(op)):
+                add(key, False, op.wanted(i))
+            add(("out", op.output), not op.mover, cast(TensorScheme, op.made))
+        for root, found in members.items():
+            self._schemes[root] = min(found, key=lambda member: member[:3])[3]
+
+    def _number(self, key: _Key) -> int:
+        return self._numbers.setdefault(self._groups.find(key), len(self._numbers))
+
+    def _activation(self, key: _Key, tensor: Node) -> Edge:
+        scheme = self._schemes[self._groups.find(key)]
+        return Edge("activation", self._number(key), describe(tensor), scheme)
+
+    def _op_plan(self, op: _Op, annotations: dict[str, NodeAnnotation]) -> OpPlan:
+        tensors: list[TensorPlan] = []
+        if op.activation is not None and op.binding is not None:
+            tensors = self._annotate(op, op.binding, annotations)
+        scheme = op.scheme.name if op.scheme is not None else None
+        if op.mover and op.follows is not None:
+            scheme = f"a{op.follows.format.bits}"
+        delegation = _predict(op) if op.activation is not None else None
+        return OpPlan(
+            node=op.node.name,
+            fused=op.fused.name if op.fused is not None else None,
+            path=module_path(op.node),
+            family=op.rule.family if op.rule is not None else None,
+            target=target_name(op.node.target),
+            scheme=scheme,
+            reason=op.reason,
+            tensors=tuple(tensors),
+            backend=delegation.backend.value if delegation is not None else None,
+            note=delegation.reason if delegation is not None else "",
+            size_bytes=_estimate_bytes(op, delegation),
+        )
+
+    def _annotate(
+        self, op: _Op, binding: Binding, annotations: dict[str, NodeAnnotation]
+    ) -> list[TensorPlan]:
+        inputs: dict[str, Edge] = {}
+        tensors: list[TensorPlan] = []
+        dynamic = _is_dynamic(op)
+
+        def record(role: Role, tensor: Node, edge: Edge, fmt: IntFormat, why: str) -> None:
+            tensors.append(TensorPlan(role, tensor.name, str(fmt), edge.group, why))
+
+        for i, tensor in enumerate(binding.inputs):
+            if tensor.name in inputs:
+                continue
+            if isinstance(tensor.meta.get("val"), (list, tuple)):
+                continue  # the list a split returns: observed before it and after each getitem
+            if dynamic:
+                scheme = cast(TensorScheme, op.activation)
+                key: _Key = ("dynamic", tensor, scheme)
+                edge = Edge("activation", self._number(key), describe(tensor), scheme, dynamic=True)
+            else:
+                edge = self._activation(self._key(tensor, op.wanted(i)), tensor)
+            inputs[tensor.name] = edge
+            record("input", tensor, edge, cast(TensorScheme, edge.scheme).format, op.reason)
+        if op.scheme is not None and binding.weight is not None:
+            tensors += self._weight_and_bias(op.scheme, binding, inputs)
+        output = None
+        if isinstance(op.output.meta.get("val"), torch.Tensor) and not dynamic:
+            output = self._activation(("out", op.output), op.output)
+            record("output", op.output, output, cast(TensorScheme, output.scheme).format, op.reason)
+        if op.fused is None:
+            annotations[op.node.name] = NodeAnnotation(inputs, output)
+        else:
+            annotations[op.node.name] = NodeAnnotation(inputs, None)
+            annotations[op.fused.name] = NodeAnnotation({}, output)
+        return tensors
+
+    def _weight_and_bias(
+        self, scheme: OpScheme, binding: Binding, inputs: dict[str, Edge]
+    ) -> list[TensorPlan]:
+        tensors: list[TensorPlan] = []
+        weight = cast(Node, binding.weight)
+        weight_scheme = weight_scheme_of(scheme, binding)
+        why = "constant weight"
+        if weight_scheme != scheme.weight:
+            why += "; one scale for all channels, since XNNPACK has no per-channel kernel for "
+            why += "grouped transposed convolutions"
+        key: _Key = ("weight", weight, weight_scheme, binding.weight_axis)
+        edge = Edge(
+            "weight",
+            self._number(key),
+            describe(binding.node),
+            weight_scheme,
+            axis=binding.weight_axis,
+        )
+        inputs[weight.name] = edge
+        tensors.append(
+            TensorPlan("weight", weight.name, str(weight_scheme.format), edge.group, why)
+        )
+        bias = binding.bias
+        if bias is None:
+            return tensors
+        dtype, group = "float32", None
+        if not is_constant(bias):
+            why = f"computed by {describe(bias)}, so it cannot be folded into the accumulator"
+        elif scheme.bias is None:
+            why = (
+                "the input scale is only known at run time"
+                if scheme.dynamic
+                else f"{scheme.name} leaves it in float"
+            )
+        else:
+            group = self._number(("bias", binding.node))
+            source = inputs[binding.inputs[0].name]
+            derivation = Derivation(
+                input_group=source.group,
+                weight_group=edge.group,
+                repeats=binding.groups if binding.weight_axis == 1 else 1,
+                input_bits=cast(TensorScheme, source.scheme).format.bits,
+            )
+            inputs[bias.name] = Edge(
+                "bias", group, describe(binding.node), bias=scheme.bias, derivation=derivation
+            )
+            dtype, why = str(scheme.bias), "derived: input scale x weight scale"
+        tensors.append(TensorPlan("bias", bias.name, dtype, group, why))
+        return tensors
+
+
+def weight_scheme_of(scheme: OpScheme, binding: Binding) -> TensorScheme:
+    """The weight's scheme, per tensor where XNNPACK has no per-channel kernel."""
+    weight = scheme.weight
+    if weight.granularity == "per_channel" and binding.weight_axis == 1 and binding.groups > 1:
+        return replace(weight, granularity="per_tensor")
+    return weight
+
+
+def _predict(op: _Op) -> Delegation:
+    """Where a quantized op will run."""
+    binding, activation = cast(Binding, op.binding), cast(TensorScheme, op.activation)
+    weight = None
+    if op.scheme is not None and binding.weight is not None:
+        weight = weight_scheme_of(op.scheme, binding)
+    return predict_backend(
+        binding,
+        Formats(
+            activation.format.bits,
+            None if weight is None else weight.format.bits,
+            "per_tensor" if weight is None else weight.granularity,
+            _is_dynamic(op),
+        ),
+    )
+
+
+# Bytes of one weight in the program, where it is not 4 (float).
+_WEIGHT_BYTES = {
+    Backend.INT8: 1.0,
+    Backend.INT8_CONTAINER: 1.0,
+    Backend.DYNAMIC_INT8: 1.0,
+    Backend.PACKED_INT4: 0.5,
+}
+
+
+def _estimate_bytes(op: _Op, delegation: Delegation | None) -> int:
+    """Weights, biases and per-channel scales of an op, as the program stores them."""
+    if op.binding is None or op.binding.weight is None:
+        return 0
+    meta = tensor_meta(op.binding.weight)
+    if meta is None:
+        return 0
+    each = 4.0 if delegation is None else _WEIGHT_BYTES.get(delegation.backend, 4.0)
+    channels = int(meta.shape[op.binding.weight_axis]) * (
+        op.binding.groups if op.binding.weight_axis == 1 else 1
+    )
+    per_channel = op.scheme is not None and op.scheme.weight.granularity != "per_tensor"
+    extra = 4 * channels * ((op.binding.bias is not None) + (per_channel and each != 4.0))
+    return int(meta.numel() * each) + extra
+
+
+def group_members(plan: Plan) -> dict[int, list[str]]:
+    """Tensors of each group, in graph order."""
+    members: dict[int, list[str]] = defaultdict(list)
+    for op in plan.ops:
+        for tensor in op.tensors:
+            if tensor.group is not None and tensor.tensor not in members[tensor.group]:
+                members[tensor.group].append(tensor.tensor)
+    return dict(members)

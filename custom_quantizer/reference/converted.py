@@ -1,0 +1,235 @@
+"""Reading a converted graph: its integer ops, and the float ops that are left.
+
+What ``convert_pt2e`` returns is a float graph with quantize and dequantize nodes. An op is an
+integer op when each of its inputs comes out of a dequantize node and its result (after a fused
+activation) goes into exactly one quantize node; this module finds them, with their integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.bias import derived_scale
+from custom_quantizer.core.graph import (
+    constant_of,
+    describe,
+    effective_users,
+    is_constant,
+    is_dequantize,
+    is_quantize,
+    is_run_time_quantization,
+    is_static,
+    qparams_of,
+)
+from custom_quantizer.errors import ConversionError
+from custom_quantizer.ops import Binding, OpRule, QParamSharing, QuantizedOp, rule_of
+from custom_quantizer.ops._rule import ACCEPTED
+from custom_quantizer.ops.gemm import expand_channels
+from custom_quantizer.ops.movement import GETITEM, SPLIT
+
+__all__ = ["ConvertedGraph", "FloatOp", "read_converted"]
+
+_CHECKS = frozenset(
+    {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten.sym_size.int,
+    }
+)
+
+
+@dataclass(frozen=True)
+class FloatOp:
+    """An op that stays in float, and why.
+
+    Attributes:
+        node: the call.
+        reason: for the report.
+        withheld: its scales are known, and the integer kernel refuses them.
+    """
+
+    node: Node
+    reason: str
+    withheld: bool = False
+
+
+@dataclass(frozen=True)
+class ConvertedGraph:
+    """The ops of a converted graph, in graph order.
+
+    Attributes:
+        model: the graph.
+        integer: ops that compute on integers.
+        floating: all others.
+    """
+
+    model: GraphModule
+    integer: tuple[QuantizedOp, ...]
+    floating: tuple[FloatOp, ...]
+
+    def __iter__(self) -> Iterator[QuantizedOp | FloatOp]:
+        """All ops in graph order."""
+        by_node: dict[Node, QuantizedOp | FloatOp] = {op.node: op for op in self.integer}
+        by_node.update({op.node: op for op in self.floating})
+        return (by_node[node] for node in self.model.graph.nodes if node in by_node)
+
+    def with_bias(self) -> tuple[QuantizedOp, ...]:
+        """Integer ops that carry an integer bias."""
+        return tuple(op for op in self.integer if op.bias is not None)
+
+
+def read_converted(model: GraphModule) -> ConvertedGraph:
+    """Find the integer ops of a converted graph.
+
+    Args:
+        model: what ``convert_pt2e`` returns.
+
+    Raises:
+        ConversionError: the graph has observers, so it was prepared but not converted; or it
+            quantizes nothing.
+    """
+    _check_converted(model)
+    integer: dict[Node, QuantizedOp] = {}
+    floating: list[FloatOp] = []
+    consumed: set[Node] = set()
+    for node in model.graph.nodes:
+        if node.op != "call_function" or node.target in _CHECKS or node in consumed:
+            continue
+        if is_quantize(node) or is_dequantize(node) or is_run_time_quantization(node):
+            continue
+        if isinstance(node.meta.get("val"), (torch.SymInt, int)):
+            continue  # arithmetic on sizes
+        found = _integer_op(model, node, integer)
+        if isinstance(found, str):
+            floating.append(FloatOp(node, found))
+            continue
+        runs = ACCEPTED if found.is_wide else found.binding.rule.runs(found)
+        if not runs.ok:
+            floating.append(FloatOp(node, runs.reason, withheld=True))
+            continue
+        integer[node] = found
+        if found.output_node is not node:
+            consumed.add(found.output_node)
+    return ConvertedGraph(model, tuple(integer.values()), tuple(floating))
+
+
+def _check_converted(model: GraphModule) -> None:
+    if not isinstance(model, GraphModule):
+        raise ConversionError(
+            f"expected what convert_pt2e returns, got {type(model).__name__}: a converted graph "
+            "is a torch.fx.GraphModule"
+        )
+    for node in model.graph.nodes:
+        if node.op == "call_module" and str(node.target).startswith("activation_post_process"):
+            raise ConversionError(
+                "the graph still has observers: call convert_pt2e(prepared) after calibration"
+            )
+    if not any(is_dequantize(node) for node in model.graph.nodes):
+        raise ConversionError(
+            "the graph has no quantized tensor: convert a graph that was prepared with a quantizer"
+        )
+
+
+def _integer_op(
+    model: GraphModule, node: Node, integer: dict[Node, QuantizedOp]
+) -> QuantizedOp | str:
+    """The op that ``node`` anchors, or why it is float."""
+    rule = rule_of(node)
+    if rule is None:
+        return f"no integer form of {node.target} is known"
+    binding = rule.bind(rule, node)
+    if isinstance(binding, str):
+        return binding
+    if rule.float_reason:
+        return rule.float_reason
+    if rule is GETITEM:
+        split = integer.get(binding.inputs[0])
+        if split is None:
+            return "the split before it is in float"
+        inputs: tuple[QParams, ...] = (split.output,)
+    else:
+        for source in binding.inputs:
+            if not is_dequantize(source):
+                return f"its input {describe(source)} is in float"
+            if not is_static(source):
+                return "its input is quantized at run time"
+        inputs = tuple(qparams_of(model, source) for source in binding.inputs)
+    if any(inputs[i].zero_point != 0 for i in rule.zero_centered):
+        return "the zero point of its second operand is not 0"
+    return _with_output(model, rule, binding, inputs)
+
+
+def _with_output(
+    model: GraphModule, rule: OpRule, binding: Binding, inputs: tuple[QParams, ...]
+) -> QuantizedOp | str:
+    node, bounds, output_node = binding.node, None, binding.node
+    if rule is SPLIT:
+        return QuantizedOp(binding, inputs, inputs[0], node)
+    users = effective_users(node)
+    clamp = rule_of(users[0]) if len(users) == 1 else None
+    fuses = clamp is not None and clamp.family in rule.fuses
+    if clamp is not None and clamp.bounds is not None and fuses and _binds(clamp, users[0]):
+        output_node = users[0]
+        bounds = clamp.bounds(output_node)
+        users = effective_users(output_node)
+    if len(users) != 1 or not is_quantize(users[0]):
+        return "its result is used in float"
+    output = qparams_of(model, users[0])
+    if rule.sharing is QParamSharing.SAME and any(not output.same_grid(q) for q in inputs):
+        return "it moves values between different scales"
+    if binding.weight is None:
+        constants = {
+            arg: constant_of(model, arg)
+            for arg in node.args
+            if isinstance(arg, Node) and is_constant(arg)
+        }
+        return QuantizedOp(binding, inputs, output, output_node, bounds=bounds, constants=constants)
+    if not is_dequantize(binding.weight) or not is_constant(binding.weight.args[0]):
+        return "its weight is in float"
+    bias = _bias_integers(model, binding)
+    if isinstance(bias, str):
+        return bias
+    return QuantizedOp(
+        binding,
+        inputs,
+        output,
+        output_node,
+        weight=constant_of(model, cast(Node, binding.weight.args[0])),
+        weight_qparams=qparams_of(model, binding.weight),
+        bias=bias,
+        bounds=bounds,
+    )
+
+
+def _binds(rule: OpRule, node: Node) -> bool:
+    return not isinstance(rule.bind(rule, node), str)
+
+
+def _bias_integers(model: GraphModule, binding: Binding) -> Tensor | str | None:
+    """The bias in units of the accumulator: integers of a narrow bias are shifted left."""
+    bias = binding.bias
+    if bias is None:
+        return None
+    if not (is_dequantize(bias) and is_constant(bias.args[0])):
+        return "its bias is in float"
+    integers = constant_of(model, cast(Node, bias.args[0]))
+    weight_scale = torch.as_tensor(qparams_of(model, cast(Node, binding.weight)).scale)
+    unit = derived_scale(
+        cast(float, qparams_of(model, binding.inputs[0]).scale),
+        expand_channels(weight_scale, binding),
+    )
+    ratio = torch.as_tensor(qparams_of(model, bias).scale) / unit
+    fraction, exponent = torch.frexp(ratio)
+    if not bool(((fraction == 0.5) & (exponent >= 1)).all()):
+        raise ConversionError(
+            f"{describe(binding.node)}: the scale of its bias is not input scale x weight scale; "
+            "convert a graph that was prepared with IntegerQuantizer"
+        )
+    return integers << (exponent - 1).to(torch.int32)

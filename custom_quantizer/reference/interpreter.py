@@ -1,0 +1,258 @@
+"""Runs a converted graph on integers, as the device does.
+
+Between a quantize node and the dequantize nodes behind it only integer tensors exist. Ops that
+are float in the graph run in float, with exact borders, and are listed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.arithmetic import Arithmetic, get_arithmetic
+from custom_quantizer.core.graph import (
+    check_input,
+    constant_of,
+    describe,
+    flatten_inputs,
+    is_dequantize,
+    is_quantize,
+    is_static,
+    qparams_of,
+    state_of,
+    tensor_meta,
+)
+from custom_quantizer.errors import ConversionError, CustomQuantizerError, InputError
+from custom_quantizer.ops import QuantizedOp
+from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
+
+__all__ = ["IntegerReference", "integer_reference"]
+
+
+def integer_reference(converted: GraphModule, mode: str = "xnnpack") -> IntegerReference:
+    """Make a callable that computes ``converted`` on integers.
+
+    Args:
+        converted: what ``convert_pt2e`` returns.
+        mode: the arithmetic: ``xnnpack`` (what the delegate computes), ``fixed_point`` (integer
+            multiplier and shift) or ``exact`` (rational numbers).
+
+    Raises:
+        ConversionError: the graph is not a converted one.
+    """
+    return IntegerReference(read_converted(converted), get_arithmetic(mode))
+
+
+class IntegerReference:
+    """A converted graph, evaluated on integers.
+
+    Buffers that the model writes are the reference's own: the graph keeps what it holds.
+
+    Attributes:
+        graph: its ops.
+        arithmetic: how integers are rounded.
+    """
+
+    def __init__(self, graph: ConvertedGraph, arithmetic: Arithmetic) -> None:
+        self.graph = graph
+        self.arithmetic = arithmetic
+        self._state: dict[Node, Tensor] = {}
+        self.reset()
+        self._ops = {op.node: op for op in graph.integer}
+        self._outputs = {op.output_node: op for op in graph.integer}
+        self._qparams = {
+            node: qparams_of(graph.model, node)
+            for node in graph.model.graph.nodes
+            if (is_quantize(node) or is_dequantize(node)) and is_static(node)
+        }
+
+    @property
+    def float_ops(self) -> tuple[FloatOp, ...]:
+        """Ops that are float in the graph and run in float here."""
+        return self.graph.floating
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Outputs as the device returns them: float32, dequantized."""
+        return self._run(inputs, named, None)
+
+    def reset(self) -> None:
+        """Give buffers that the model writes what the graph holds now, as a program just loaded."""
+        model = self.graph.model
+        state = {
+            node.target: constant_of(model, node).clone()
+            for node in state_of(model.graph)
+            if node.op == "get_attr"
+        }
+        self._state = {
+            node: state[node.target]
+            for node in model.graph.nodes
+            if node.op == "get_attr" and node.target in state
+        }
+
+    def with_integers(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Outputs, and the integers of every quantized tensor by the name of its producer."""
+        record: dict[str, Tensor] = {}
+        return self._run(inputs, named, record), record
+
+    def _run(
+        self, inputs: tuple[Any, ...], named: dict[str, Any], record: dict[str, Tensor] | None
+    ) -> Any:
+        model = self.graph.model
+        flat = _flatten_inputs(model, inputs, named)
+        values: dict[Node, Any] = {}
+        last_use = self._last_uses()
+        feed = iter(flat)
+        result: Any = None
+        with torch.no_grad():
+            for node in model.graph.nodes:
+                if node.op == "placeholder":
+                    values[node] = next(feed)
+                elif node in self._state:
+                    values[node] = self._state[node]
+                elif node.op == "get_attr":
+                    values[node] = operator.attrgetter(str(node.target))(model)
+                elif node.op == "call_function":
+                    values[node] = self._evaluate(node, values, record)
+                elif node.op == "output":
+                    result = torch.fx.node.map_arg(node.args[0], lambda n: values[n])
+                for done in last_use.get(node, ()):
+                    values.pop(done, None)
+        if self._state:  # what is returned does not change with the next call
+            result = pytree.tree_map_only(Tensor, torch.clone, pytree.tree_map(_real, result))
+        return _unflatten_outputs(model, result)
+
+    def _evaluate(
+        self, node: Node, values: dict[Node, Any], record: dict[str, Tensor] | None
+    ) -> Any:
+        if is_quantize(node) and node in self._qparams:
+            source = cast(Node, node.args[0])
+            if source in self._outputs:
+                return values[source]  # already integers in this scale
+            value = values[source]
+            if isinstance(value, _Border):
+                stored = self.arithmetic.requantize(
+                    value.stored, value.qparams, self._qparams[node]
+                )
+            else:
+                stored = self.arithmetic.quantize(value, self._qparams[node])
+            if record is not None:
+                record[source.name] = stored
+            return stored
+        if is_dequantize(node) and node in self._qparams:
+            users = [user for user in node.users if user not in self._ops]
+            # Integer ops read the integers; only float ops and outputs need real numbers.
+            if not users:
+                return values[cast(Node, node.args[0])]
+            stored = values[cast(Node, node.args[0])]
+            return _Border(stored, self._qparams[node], self.arithmetic)
+        op = self._ops.get(node)
+        if op is not None:
+            stored = self._compute(op, values)
+            if op.output_node is not node:
+                values[op.output_node] = stored
+            if record is not None and isinstance(stored, Tensor):
+                record[op.output_node.name] = stored
+            return stored
+        if node in self._outputs:
+            return values[node]  # a fused activation: computed with its anchor
+        kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: _real(values[n]))
+        return cast(Callable[..., Any], node.target)(*_bind(node.args, values), **kwargs)
+
+    def _compute(self, op: QuantizedOp, values: dict[Node, Any]) -> Any:
+        inputs = [_integers(values[source]) for source in op.binding.inputs]
+        try:
+            return op.binding.rule.integers(op, inputs, self.arithmetic)
+        except CustomQuantizerError as error:
+            where = describe(op.node)
+            if where in str(error):
+                raise
+            raise type(error)(f"{where}: {error}") from error
+
+    def _last_uses(self) -> dict[Node, list[Node]]:
+        last: dict[Node, Node] = {}
+        for node in self.graph.model.graph.nodes:
+            for source in node.all_input_nodes:
+                last[source] = node
+        uses: dict[Node, list[Node]] = {}
+        for source, user in last.items():
+            uses.setdefault(user, []).append(source)
+        return uses
+
+
+class _Border:
+    """Integers that somebody may want as real numbers."""
+
+    def __init__(self, stored: Tensor, qparams: Any, arithmetic: Arithmetic) -> None:
+        self.stored = stored
+        self.qparams = qparams
+        self._arithmetic = arithmetic
+        self._real: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        if self._real is None:
+            self._real = self._arithmetic.dequantize(self.stored, self.qparams)
+        return self._real
+
+
+def _real(value: Any) -> Any:
+    return value.real if isinstance(value, _Border) else value
+
+
+def _integers(value: Any) -> Any:
+    return value.stored if isinstance(value, _Border) else value
+
+
+def _bind(args: Any, values: dict[Node, Any]) -> Any:
+    return torch.fx.node.map_arg(args, lambda n: _real(values[n]))
+
+
+def _flatten_inputs(
+    model: GraphModule, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> list[Any]:
+    """Inputs as the placeholders take them.
+
+    Raises:
+        InputError: number, dtype or shape of the inputs is wrong.
+    """
+    info = getattr(model.graph._codegen, "pytree_info", None)
+    flat = flatten_inputs(None if info is None else info.in_spec, inputs, named)
+    wanted = [node for node in model.graph.nodes if node.op == "placeholder"]
+    if len(flat) != len(wanted):
+        raise InputError(
+            f"the model takes {len(wanted)} input tensors ({', '.join(n.name for n in wanted)}), "
+            f"got {len(flat)}"
+        )
+    for i, (value, node) in enumerate(zip(flat, wanted, strict=True)):
+        check_input(i, value, tensor_meta(node))
+    return flat
+
+
+def _unflatten_outputs(model: GraphModule, result: Any) -> Any:
+    flat = pytree.tree_map(_real, result)
+    codegen = model.graph._codegen
+    info = getattr(codegen, "pytree_info", None)
+    if info is None or info.out_spec is None:
+        return flat
+    return pytree.tree_unflatten(list(flat), info.out_spec)
+
+
+def describe_float_ops(reference: IntegerReference) -> list[str]:
+    """One line per float op."""
+    return [f"{describe(op.node)}: {op.reason}" for op in reference.float_ops]
+
+
+def require_integer(reference: IntegerReference) -> None:
+    """Raise unless every op is integer.
+
+    Raises:
+        ConversionError: names the float ops.
+    """
+    if reference.float_ops:
+        raise ConversionError("float ops: " + "; ".join(describe_float_ops(reference)))

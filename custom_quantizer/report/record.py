@@ -1,0 +1,1008 @@
+"""What became of every op: records, their versioned JSON, and two views of that JSON.
+
+:func:`inspect` reads a converted graph, :func:`inspect_program` a ``.pte`` and nothing else. Both
+make frozen records; :meth:`Report.to_json` writes them down, and the terminal and HTML views
+render that document without looking at anything else, so a saved report shows the same page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.calibration.observers import META_KEY
+from custom_quantizer.config.rules import nearest, returned_nodes
+from custom_quantizer.core.arithmetic import QParams, accumulator_bits
+from custom_quantizer.core.bias import COMFORTABLE_BIAS, WIDE_BIAS, derived_scale
+from custom_quantizer.core.files import write_text_atomic
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_GROUPED,
+    constant_of,
+    describe,
+    effective_users,
+    is_constant,
+    is_dequantize,
+    is_quantize,
+    is_static,
+    module_path,
+    qparams_of,
+    source_of,
+    tensor_args,
+    tensor_meta,
+)
+from custom_quantizer.core.schemes import scheme
+from custom_quantizer.errors import InputError
+from custom_quantizer.ops import Binding, QuantizedOp, rule_of
+from custom_quantizer.ops.gemm import CONV_TRANSPOSE, expand_channels
+from custom_quantizer.reference.converted import FloatOp, read_converted
+from custom_quantizer.report import html as _html
+from custom_quantizer.report import views as _views
+
+if TYPE_CHECKING:
+    from custom_quantizer.backends.xnnpack import LoweredProgram
+    from custom_quantizer.backends.xnnpack.readback import (
+        DelegateContents,
+        DelegateOp,
+        DelegateTensor,
+        KernelCall,
+    )
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "BiasRecord",
+    "LoweringRecord",
+    "OpRow",
+    "ProgramReport",
+    "ProgramRow",
+    "Report",
+    "TensorRecord",
+    "inspect",
+    "inspect_program",
+]
+
+SCHEMA_VERSION = 1
+"""Of the JSON; a reader refuses every other."""
+
+Compute = Literal["integer", "dynamic", "float", "convert"]
+Granularity = Literal["per_tensor", "per_channel", "per_group"]
+
+_DocumentT = TypeVar("_DocumentT", bound="_Document")
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor as an op takes it or hands it on.
+
+    Attributes:
+        source: node that computes or holds it; of a ``.pte``, the tensor's number.
+        shape: symbolic sizes as text.
+        dtype: in which it is stored.
+        bits: of its integers, from their range: 4 for ``[-7, 7]`` in int8; ``None``: float.
+        granularity: what one scale is for; ``None``: float, or known at run time only.
+        scales: float32 values, one, or one per channel; empty with ``per_group``.
+        scale_min: smallest scale.
+        scale_max: largest scale.
+        zero_point: of all channels.
+        quant_min: smallest integer it may hold.
+        quant_max: largest.
+        real_min: the real number ``quant_min`` stands for, at the largest scale.
+        real_max: likewise.
+        axis: channel axis of a scale per channel.
+        channels: number of scales along it.
+        group_size: input channels that share a scale, with ``per_group``.
+        dynamic: scale and zero point are chosen while the program runs.
+        raised: of a weight, ``(channel, factor)`` where its scale was raised so that a bias fits.
+    """
+
+    source: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    bits: int | None = None
+    granularity: Granularity | None = None
+    scales: tuple[float, ...] = ()
+    scale_min: float | None = None
+    scale_max: float | None = None
+    zero_point: int | None = None
+    quant_min: int | None = None
+    quant_max: int | None = None
+    real_min: float | None = None
+    real_max: float | None = None
+    axis: int | None = None
+    channels: int | None = None
+    group_size: int | None = None
+    dynamic: bool = False
+    raised: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class BiasRecord:
+    """The bias of a convolution or linear layer.
+
+    Attributes:
+        source: constant that holds it; of a ``.pte``, the tensor's number and constant.
+        dtype: in which it is stored.
+        channels: output channels.
+        bits: of the format, 32 unless the scheme asks for fewer; ``None``: float.
+        integers: as stored; empty for a float bias.
+        scales: float32, one, or one per channel.
+        minimum: smallest integer.
+        maximum: largest.
+        bits_used: signed bits the largest of them needs.
+        limit: largest absolute integer a derived bias may have; beyond it the weight scale is
+            raised. ``None`` where nothing is known of it, as in a ``.pte``.
+        shift: largest left shift that joins a bias of fewer than 32 bits to the accumulator.
+        derived: its scale is ``s_x * s_w`` (times ``2**shift``), compared bit for bit as float32;
+            ``None``: there is no such scale.
+        reason: why it stays float.
+    """
+
+    source: str
+    dtype: str
+    channels: int
+    bits: int | None = None
+    integers: tuple[int, ...] = ()
+    scales: tuple[float, ...] = ()
+    minimum: int | None = None
+    maximum: int | None = None
+    bits_used: int | None = None
+    limit: int | None = None
+    shift: int = 0
+    derived: bool | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """One op of a converted graph.
+
+    Attributes:
+        node: its anchor.
+        path: module path.
+        family: of the registry, ``"requantize"``, or the aten overload of an unknown op.
+        target: the aten overload.
+        fused: node of the activation that is part of the op.
+        fused_family: what that activation is.
+        low: bound of the fused activation, a real number; ``None``: unbounded.
+        high: likewise.
+        scheme: name, where the quantizer recorded one.
+        compute: ``"integer"``; ``"dynamic"``: integer, with scales chosen at run time; ``"float"``.
+        reason: the rule that decided, or why the op is float.
+        inputs: activations, in argument order.
+        weight: of convolutions and linear layers.
+        bias: likewise; ``None``: the op has none.
+        output: what it hands on.
+        accumulator_bits: signed bits its accumulator needs in the worst case.
+        backend: where it runs, if the graph was lowered.
+        backend_reason: why it is not a plain int8 kernel.
+    """
+
+    node: str
+    path: str
+    family: str
+    target: str
+    fused: str | None
+    fused_family: str | None
+    low: float | None
+    high: float | None
+    scheme: str | None
+    compute: Compute
+    reason: str
+    inputs: tuple[TensorRecord, ...]
+    weight: TensorRecord | None
+    bias: BiasRecord | None
+    output: TensorRecord
+    accumulator_bits: int | None
+    backend: str | None = None
+    backend_reason: str | None = None
+
+    @property
+    def integer(self) -> bool:
+        """Whether it computes on integers whose scales are known before it runs."""
+        return self.compute == "integer"
+
+
+@dataclass(frozen=True)
+class ProgramRow:
+    """One call of a ``.pte``: a node inside a delegate, or a kernel outside.
+
+    Attributes:
+        name: kind and a number, unique in the program.
+        method: entry point it belongs to.
+        delegate: position among the delegates of the method; ``None``: outside.
+        kind: of the delegate's node, or operator and overload of the kernel.
+        compute: as of :class:`OpRow`; ``"convert"``: between float and integers.
+        reason: why it is float.
+        inputs: activations, in argument order.
+        weight: of convolutions and linear layers.
+        bias: likewise.
+        outputs: what it computes.
+        low: bound of a fused activation, a real number; ``None``: unbounded.
+        high: likewise.
+        accumulator_bits: signed bits its accumulator needs in the worst case.
+    """
+
+    name: str
+    method: str
+    delegate: int | None
+    kind: str
+    compute: Compute
+    reason: str
+    inputs: tuple[TensorRecord, ...]
+    weight: TensorRecord | None
+    bias: BiasRecord | None
+    outputs: tuple[TensorRecord, ...]
+    low: float | None
+    high: float | None
+    accumulator_bits: int | None
+
+    @property
+    def integer(self) -> bool:
+        """Whether it computes on integers whose scales are in the file."""
+        return self.compute == "integer"
+
+
+@dataclass(frozen=True)
+class LoweringRecord:
+    """The program that a graph was lowered to.
+
+    Attributes:
+        delegates: delegate calls.
+        outside: kernels called outside them.
+        size_bytes: of the file.
+    """
+
+    delegates: int
+    outside: tuple[str, ...]
+    size_bytes: int
+
+
+class _Document:
+    """What both reports can do: JSON there and back, and views of it."""
+
+    kind: ClassVar[str]
+
+    def to_json(self) -> str:
+        """The report as JSON: keys sorted, no NaN, the same text for equal reports."""
+        return json.dumps(self._document(), indent=1, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls: type[_DocumentT], text: str) -> _DocumentT:
+        """Read what :meth:`to_json` wrote; the result equals the report it came from.
+
+        Raises:
+            InputError: it is not JSON, not this kind of report, or of another schema version.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"the report is not JSON: {error}") from error
+        header = document if isinstance(document, dict) else {}
+        if header.get("kind") != cls.kind:
+            raise InputError(
+                f"the JSON is not a {cls.kind!r} report (its kind is {header.get('kind')!r}); give "
+                f"what {cls.__name__}.to_json wrote"
+            )
+        if header.get("schema_version") != SCHEMA_VERSION:
+            raise InputError(
+                f"the report has schema version {header.get('schema_version')!r}, this package "
+                f"reads {SCHEMA_VERSION}; inspect the model again"
+            )
+        try:
+            return TypeAdapter(cls).validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise InputError(
+                f"the report is damaged at {place}: {first['msg']}; inspect the model again"
+            ) from error
+
+    def save_json(self, path: str | os.PathLike[str]) -> Path:
+        """Write the JSON; either all of it or nothing.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        write_text_atomic(path, self.to_json() + "\n")
+        return Path(path)
+
+    def to_html(self) -> str:
+        """One page without external resources: the table, sortable and searchable, with details."""
+        return _html.render(_views.view_of(self._document()))
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page; either all of it or nothing.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        write_text_atomic(path, self.to_html())
+        return Path(path)
+
+    def detail(self, name: str) -> str:
+        """All that is known of one op, with the integers of its bias channel by channel.
+
+        Args:
+            name: of a row.
+
+        Raises:
+            InputError: no row has that name; the nearest are given.
+        """
+        view = _views.view_of(self._document())
+        for row in view.rows:
+            if name in row.names:
+                return _views.detail_text(row)
+        known = [known for row in view.rows for known in row.names]
+        raise InputError(f"the report has no op {name!r}{nearest(str(name), known)}")
+
+    def __str__(self) -> str:
+        return _views.text(_views.view_of(self._document()))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(cast(Any, self).rows)} rows>"
+
+    def _document(self) -> dict[str, Any]:
+        header = {"kind": self.kind, "schema_version": SCHEMA_VERSION}
+        return {**header, **asdict(cast(Any, self))}
+
+
+@dataclass(frozen=True, repr=False)
+class Report(_Document):
+    """Every op of a converted graph; ``print(report)`` shows the table.
+
+    Attributes:
+        rows: in graph order.
+        inputs: of the model.
+        outputs: of the model.
+        lowering: the program, if there is one.
+    """
+
+    kind: ClassVar[str] = "graph"
+
+    rows: tuple[OpRow, ...]
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    lowering: LoweringRecord | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class ProgramReport(_Document):
+    """Every call of a ``.pte``; ``print(report)`` shows the table.
+
+    Attributes:
+        rows: in execution order, method by method.
+        kernels: operators called outside the delegates, in execution order.
+        backends: of the delegates, in file order.
+        size_bytes: of the file.
+        constant_bytes: of the constants in it.
+    """
+
+    kind: ClassVar[str] = "program"
+
+    rows: tuple[ProgramRow, ...]
+    kernels: tuple[str, ...]
+    backends: tuple[str, ...]
+    size_bytes: int
+    constant_bytes: int
+
+
+# ---------------------------------------------------------------------------------------------
+# Of a converted graph
+# ---------------------------------------------------------------------------------------------
+
+
+def inspect(converted: GraphModule, lowered: LoweredProgram | None = None) -> Report:
+    """Say of every op of a converted graph what it computes on, and why.
+
+    Ops in float have a row with the reason, like all others; so have the places where a tensor is
+    requantized. The graph may come from another quantizer: then there are no schemes to show.
+
+    Args:
+        converted: what ``convert_pt2e`` returns.
+        lowered: the program made of it; adds where each op runs.
+
+    Raises:
+        ConversionError: the graph was prepared but not converted, or quantizes nothing.
+        InputError: ``lowered`` was made of another graph.
+    """
+    graph = read_converted(converted)
+    ops: dict[Node, QuantizedOp | FloatOp] = {op.node: op for op in graph}
+    rows = []
+    for node in converted.graph.nodes:
+        found = ops.get(node)
+        if isinstance(found, QuantizedOp):
+            rows.append(_integer_row(converted, found))
+        elif found is not None:
+            rows.append(_float_row(converted, found))
+        elif is_quantize(node) and is_dequantize(node.args[0]) and is_static(node):
+            rows.append(_requantize_row(converted, node))
+    report = Report(
+        tuple(rows),
+        tuple(
+            _model_input(converted, node)
+            for node in converted.graph.nodes
+            if node.op == "placeholder" and tensor_meta(node) is not None
+        ),
+        tuple(_tensor(converted, node) for node in returned_nodes(converted)),
+    )
+    return report if lowered is None else _with_lowering(report, lowered)
+
+
+def _integer_row(model: GraphModule, op: QuantizedOp) -> OpRow:
+    node, binding = op.node, op.binding
+    chosen, reason = _recorded(node)
+    sources = zip(binding.inputs, op.inputs, strict=True)
+    weight = None if binding.weight is None else _tensor(model, binding.weight)
+    low, high = op.bounds or (None, None)
+    fused = None if op.output_node is node else op.output_node
+    return OpRow(
+        node=node.name,
+        path=module_path(node),
+        family=binding.rule.family,
+        target=str(node.target),
+        fused=None if fused is None else fused.name,
+        fused_family=None if fused is None else _family(fused),
+        low=low,
+        high=high,
+        scheme=chosen,
+        compute="integer",
+        reason=reason,
+        inputs=tuple(
+            _quantized(model, source, qparams, _dtype(source)) for source, qparams in sources
+        ),
+        weight=weight,
+        bias=_integer_bias(model, binding),
+        output=_quantized(model, op.output_node, op.output, _dtype(*op.output_node.users)),
+        accumulator_bits=_accumulator_bits(op),
+    )
+
+
+def _float_row(model: GraphModule, op: FloatOp) -> OpRow:
+    node = op.node
+    rule = rule_of(node)
+    binding = rule.bind(rule, node) if rule is not None else "unknown"
+    chosen, reason = _recorded(node)
+    if isinstance(binding, Binding):
+        inputs = tuple(_tensor(model, source) for source in binding.inputs)
+        weight = None if binding.weight is None else _tensor(model, binding.weight)
+    else:
+        inputs, weight = tuple(_tensor(model, source) for source in tensor_args(node)), None
+    dynamic = any(record.dynamic for record in inputs)
+    if chosen is not None and not dynamic:
+        asked = weight is not None and scheme(chosen).bias is None
+        reason = f"{op.reason}, {'as' if asked else 'although'} {reason} asks for {chosen}"
+    users = effective_users(node)
+    return OpRow(
+        node=node.name,
+        path=module_path(node),
+        family=_family(node),
+        target=str(node.target),
+        fused=None,
+        fused_family=None,
+        low=None,
+        high=None,
+        scheme=chosen,
+        compute="dynamic" if dynamic else "float",
+        reason=reason or op.reason,
+        inputs=inputs,
+        weight=weight,
+        bias=_any_bias(model, binding, inputs, weight) if isinstance(binding, Binding) else None,
+        output=_tensor(model, users[0] if len(users) == 1 and is_quantize(users[0]) else node),
+        accumulator_bits=None,
+    )
+
+
+def _requantize_row(model: GraphModule, node: Node) -> OpRow:
+    return OpRow(
+        node=node.name,
+        path="",
+        family="requantize",
+        target=str(node.target),
+        fused=None,
+        fused_family=None,
+        low=None,
+        high=None,
+        scheme=None,
+        compute="integer",
+        reason="the tensor is wanted with another scale, zero point or width",
+        inputs=(_tensor(model, cast(Node, node.args[0])),),
+        weight=None,
+        bias=None,
+        output=_tensor(model, node),
+        accumulator_bits=None,
+    )
+
+
+def _recorded(node: Node) -> tuple[str | None, str]:
+    """Scheme and reason that the quantizer left at the node."""
+    record = cast("Mapping[str, Any]", node.meta.get(META_KEY) or {})
+    return record.get("scheme"), str(record.get("reason") or "")
+
+
+def _family(node: Node) -> str:
+    rule = rule_of(node)
+    return str(node.target) if rule is None else rule.family
+
+
+def _model_input(model: GraphModule, node: Node) -> TensorRecord:
+    """An input of the model, quantized if all who use it agree on how."""
+    records = [_tensor(model, user) for user in effective_users(node) if user.op == "call_function"]
+    same = len(set(records)) == 1 and records[0].bits is not None
+    return replace(records[0] if same else _tensor(model, node), source=node.name)
+
+
+def _tensor(model: GraphModule, node: Node) -> TensorRecord:
+    """The record of what ``node`` computes, reading through quantize and dequantize nodes."""
+    if node.target is DEQUANTIZE_GROUPED:
+        return _grouped(model, node)
+    if not (is_quantize(node) or is_dequantize(node)):
+        meta = tensor_meta(node)
+        dtype = torch.float32 if meta is None else meta.dtype
+        return TensorRecord(node.name, _shape(model, node), _dtype_name(dtype))
+    if is_static(node):
+        return _quantized(model, node, qparams_of(model, node), _dtype(node))
+    low, high = (int(cast(int, bound)) for bound in node.args[3:5])
+    return TensorRecord(
+        source_of(node).name,
+        _shape(model, node),
+        _dtype_name(_dtype(node) or torch.int8),
+        bits=_bits(low, high),
+        quant_min=low,
+        quant_max=high,
+        dynamic=True,
+    )
+
+
+def _quantized(
+    model: GraphModule, node: Node, qparams: QParams, dtype: torch.dtype | None
+) -> TensorRecord:
+    """The record of integers; a weight carries where its scale was raised."""
+    scale = qparams.scale
+    scales = tuple(scale.tolist()) if isinstance(scale, Tensor) else (scale,)
+    bits = _bits(qparams.quant_min, qparams.quant_max)
+    raised = cast("dict[int, float]", (node.meta.get(META_KEY) or {}).get("raised") or {})
+    record = TensorRecord(
+        source_of(node).name,
+        _shape(model, node),
+        _dtype_name(dtype) if dtype is not None else f"int{8 if bits <= 8 else 16}",
+        raised=tuple(sorted(raised.items())),
+    )
+    return _with_scales(
+        record, scales, qparams.zero_point, qparams.quant_min, qparams.quant_max, qparams.axis
+    )
+
+
+def _with_scales(
+    record: TensorRecord,
+    scales: tuple[float, ...],
+    zero_point: int,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+) -> TensorRecord:
+    largest = max(scales)
+    return replace(
+        record,
+        bits=_bits(quant_min, quant_max),
+        granularity="per_tensor" if axis is None else "per_channel",
+        scales=scales,
+        scale_min=min(scales),
+        scale_max=largest,
+        zero_point=zero_point,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        real_min=(quant_min - zero_point) * largest,
+        real_max=(quant_max - zero_point) * largest,
+        axis=axis,
+        channels=None if axis is None else len(scales),
+    )
+
+
+def _grouped(model: GraphModule, node: Node) -> TensorRecord:
+    """A weight with one scale for each group of input channels."""
+    values, block, scale = node.args[:3]
+    scales = constant_of(model, cast(Node, scale))
+    low, high = (int(cast(int, bound)) for bound in node.args[5:7])
+    largest = float(scales.max())
+    return TensorRecord(
+        cast(Node, values).name,
+        _shape(model, node),
+        _dtype_name(_dtype(node) or torch.int8),
+        bits=_bits(low, high),
+        granularity="per_group",
+        scale_min=float(scales.min()),
+        scale_max=largest,
+        zero_point=0,
+        quant_min=low,
+        quant_max=high,
+        real_min=low * largest,
+        real_max=high * largest,
+        axis=0,
+        channels=int(scales.shape[0]),
+        group_size=int(cast("list[int]", block)[-1]),
+    )
+
+
+def _integer_bias(model: GraphModule, binding: Binding) -> BiasRecord | None:
+    """The derived bias, its scale compared with the product that it has to be."""
+    node = binding.bias
+    if node is None:
+        return None
+    constant = cast(Node, node.args[0])
+    qparams = qparams_of(model, node)
+    weight = qparams_of(model, cast(Node, binding.weight))
+    data = qparams_of(model, binding.inputs[0])
+    unit = derived_scale(
+        cast(float, data.scale), expand_channels(torch.as_tensor(weight.scale), binding)
+    )
+    stored = torch.as_tensor(qparams.scale)
+    _, exponent = torch.frexp(stored / unit)
+    shift = exponent - 1
+    wide = max(_bits(q.quant_min, q.quant_max) for q in (weight, data)) > 8
+    return replace(
+        _bias_integers(
+            constant.name,
+            constant_of(model, constant).numpy(),
+            stored.reshape(-1).numpy(),
+            _bits(qparams.quant_min, qparams.quant_max),
+        ),
+        limit=min(WIDE_BIAS if wide else COMFORTABLE_BIAS, qparams.quant_max),
+        shift=int(shift.max()),
+        # Doubling is exact, so equal floats here are equal bits.
+        derived=bool((shift >= 0).all()) and torch.equal(torch.ldexp(unit, shift), stored),
+    )
+
+
+def _any_bias(
+    model: GraphModule,
+    binding: Binding,
+    inputs: tuple[TensorRecord, ...],
+    weight: TensorRecord | None,
+) -> BiasRecord | None:
+    """The bias of an op that is not an integer op, and why it is float if it is."""
+    node = binding.bias
+    if node is None or weight is None:
+        return None
+    if is_dequantize(node) and is_constant(node.args[0]) and all(t.scales for t in inputs):
+        return _integer_bias(model, binding)
+    channels = _shape(model, node)[-1:]
+    chosen, _ = _recorded(binding.node)
+    if any(record.dynamic for record in inputs):
+        reason = "the input scale is only known at run time, so no bias scale follows from it"
+    elif weight.bits is None or any(record.bits is None for record in inputs):
+        reason = "the op is in float"
+    elif not is_constant(node):
+        reason = f"it is computed by {describe(node)}, so it cannot be folded into the accumulator"
+    else:
+        asked = chosen is not None and scheme(chosen).bias is None
+        reason = (
+            f"{f'{chosen} leaves it so' if asked else 'the quantizer left it so'}; XNNPACK's "
+            "serializer quantizes it again when the graph is lowered"
+        )
+    return BiasRecord(
+        node.name,
+        _tensor(model, node).dtype,
+        int(channels[0]) if channels and isinstance(channels[0], int) else 1,
+        reason=reason,
+    )
+
+
+def _bias_integers(
+    source: str, values: np.ndarray[Any, Any], scales: np.ndarray[Any, Any], bits: int
+) -> BiasRecord:
+    integers = tuple(int(value) for value in values.reshape(-1))
+    largest = max((abs(value) for value in integers), default=0)
+    return BiasRecord(
+        source,
+        str(values.dtype),
+        len(integers),
+        bits=bits,
+        integers=integers,
+        scales=tuple(float(scale) for scale in scales.reshape(-1)),
+        minimum=min(integers, default=0),
+        maximum=max(integers, default=0),
+        bits_used=largest.bit_length() + 1,
+    )
+
+
+def _accumulator_bits(op: QuantizedOp) -> int | None:
+    if op.weight is None:
+        return None
+    (data,) = op.inputs
+    transposed = op.binding.rule is CONV_TRANSPOSE
+    return accumulator_bits(
+        _by_output_channel(op.weight, op.binding.groups if transposed else None),
+        quant_min=data.quant_min,
+        quant_max=data.quant_max,
+        zero_point=data.zero_point,
+        bias=op.bias,
+    )
+
+
+def _by_output_channel(weight: Tensor, transposed_groups: int | None) -> Tensor:
+    """The weight with output channels first: ``(O, ...)`` from ``(I, O / groups, ...)``."""
+    if transposed_groups is None:
+        return weight
+    grouped = weight.reshape(transposed_groups, -1, *weight.shape[1:])
+    return grouped.transpose(1, 2).flatten(0, 1)
+
+
+def _bits(low: int, high: int) -> int:
+    """Width of the integers of a range; unsigned if it has no negative one."""
+    if low >= 0:
+        return high.bit_length()
+    return max(high.bit_length(), (-low - 1).bit_length()) + 1
+
+
+def _dtype(*nodes: Node) -> torch.dtype | None:
+    """The dtype in which the first quantize or dequantize node of ``nodes`` stores."""
+    for node in nodes:
+        if is_quantize(node) or is_dequantize(node) or node.target is DEQUANTIZE_GROUPED:
+            for arg in node.args:
+                if isinstance(arg, torch.dtype):
+                    return arg
+    return None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(model: GraphModule, node: Node) -> tuple[int | str, ...]:
+    source = source_of(node)
+    meta = constant_of(model, source) if is_constant(source) else tensor_meta(node)
+    if meta is None:
+        return ()
+    return tuple(size if isinstance(size, int) else str(size) for size in meta.shape)
+
+
+def _with_lowering(report: Report, lowered: LoweredProgram) -> Report:
+    found = {op.node: op for op in lowered.report.ops}
+    expected = {row.node for row in report.rows if row.family != "requantize"}
+    if set(found) != expected:
+        (first, *_) = sorted(set(found) ^ expected)
+        raise InputError(
+            f"the program was lowered from another graph: only one of them has {first!r}; give "
+            "what lower(converted, example) returned for this one"
+        )
+    rows = tuple(
+        replace(row, backend=found[row.node].backend.value, backend_reason=found[row.node].reason)
+        if row.node in found
+        else row
+        for row in report.rows
+    )
+    program = lowered.report
+    summary = LoweringRecord(program.delegates, tuple(program.outside), program.size_bytes)
+    return replace(report, rows=rows, lowering=summary)
+
+
+# ---------------------------------------------------------------------------------------------
+# Of a .pte
+# ---------------------------------------------------------------------------------------------
+
+
+def inspect_program(source: str | os.PathLike[str] | bytes) -> ProgramReport:
+    """Say of every call in a ``.pte`` what it computes on, from the file alone.
+
+    Args:
+        source: path of the file, or its bytes.
+
+    Raises:
+        ProgramError: it cannot be read.
+    """
+    # Reading a file needs the package that knows executorch; inspecting a graph does not.
+    from custom_quantizer.backends.xnnpack.readback import DelegateCall, read_program
+
+    contents = read_program(source)
+    names = _Names()
+    rows: list[ProgramRow] = []
+    for method in contents.methods:
+        for call in method.calls:
+            if isinstance(call, DelegateCall):
+                delegate = method.delegates[call.delegate]
+                rows += (
+                    _delegate_row(names, method.name, call.delegate, delegate, op)
+                    for op in delegate.ops
+                )
+            else:
+                rows.append(_kernel_row(names(call.name), method.name, call))
+    return ProgramReport(
+        tuple(rows),
+        contents.kernels,
+        tuple(delegate.backend_id for delegate in contents.delegates),
+        contents.size_bytes,
+        contents.constant_bytes,
+    )
+
+
+class _Names:
+    """Unique names of rows: ``conv2d``, ``conv2d_1``, as fx numbers its nodes."""
+
+    def __init__(self) -> None:
+        self._count: dict[str, int] = {}
+
+    def __call__(self, kind: str) -> str:
+        count = self._count.get(kind, 0)
+        self._count[kind] = count + 1
+        return f"{kind}_{count}" if count else kind
+
+
+_NO_TENSORS = frozenset({"int", "double", "bool", "string", "null"})
+
+
+def _kernel_row(name: str, method: str, call: KernelCall) -> ProgramRow:
+    tensors = tuple(
+        TensorRecord("", argument.shape, argument.dtype)
+        for argument in call.arguments
+        if argument.dtype not in _NO_TENSORS
+        and (argument.dtype == "tensor_list" or not argument.dtype.endswith("_list"))
+    )
+    # What an out variant returns are its out arguments, named once more.
+    outputs = 1
+    for count in range(1, len(tensors) // 2 + 1):
+        if tensors[-count:] == tensors[-2 * count : -count]:
+            outputs, tensors = count, tensors[:-count]
+            break
+    return ProgramRow(
+        name=name,
+        method=method,
+        delegate=None,
+        kind=call.name,
+        compute="float",
+        reason="a portable kernel outside the delegates",
+        inputs=tensors[:-outputs],
+        weight=None,
+        bias=None,
+        outputs=tensors[-outputs:],
+        low=None,
+        high=None,
+        accumulator_bits=None,
+    )
+
+
+def _delegate_row(
+    names: Callable[[str], str],
+    method: str,
+    index: int,
+    delegate: DelegateContents,
+    op: DelegateOp,
+) -> ProgramRow:
+    inputs = tuple(_stored(delegate.tensors[i]) for i in op.inputs)
+    outputs = tuple(_stored(delegate.tensors[i]) for i in op.outputs)
+    weight = None if op.weight is None else _stored(delegate.tensors[op.weight])
+    compute = _compute(inputs, outputs, weight)
+    bias = None
+    if op.bias is not None:
+        bias = _stored_bias(delegate, op, inputs, weight, compute)
+    return ProgramRow(
+        name=names(op.kind),
+        method=method,
+        delegate=index,
+        kind=op.kind,
+        compute=compute,
+        reason="its tensors are float in the file" if compute == "float" else "",
+        inputs=inputs,
+        weight=weight,
+        bias=bias,
+        outputs=outputs,
+        low=_bound(op.params.get("output_min")),
+        high=_bound(op.params.get("output_max")),
+        accumulator_bits=_stored_accumulator_bits(delegate, op, inputs, weight, bias),
+    )
+
+
+def _compute(
+    inputs: tuple[TensorRecord, ...],
+    outputs: tuple[TensorRecord, ...],
+    weight: TensorRecord | None,
+) -> Compute:
+    data = (*inputs, *outputs)
+    if any(record.dynamic for record in data):
+        return "dynamic"
+    if all(record.bits is None for record in data):
+        return "float"
+    if any(record.bits is None for record in (*data, *([] if weight is None else [weight]))):
+        return "convert"
+    return "integer"
+
+
+def _bound(value: object) -> float | None:
+    """A finite bound; JSON knows no infinity, and an infinite bound bounds nothing."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+_PROGRAM_BITS = {"int4": 4, "int8": 8, "uint8": 8, "int32": 32}
+
+
+def _stored(tensor: DelegateTensor) -> TensorRecord:
+    record = TensorRecord(f"tensor {tensor.id}", tensor.shape, tensor.dtype)
+    bits = _PROGRAM_BITS.get(tensor.dtype)
+    if bits is None or tensor.quantization is None:
+        return record
+    low = 0 if tensor.dtype.startswith("u") else -(1 << (bits - 1))
+    high = low + (1 << bits) - 1
+    dynamic = tensor.quantization == "per_token_dynamic"
+    if dynamic or tensor.scale is None:
+        return replace(record, bits=bits, quant_min=low, quant_max=high, dynamic=dynamic)
+    scales = np.asarray(tensor.scale, dtype=np.float32)
+    if tensor.quantization != "per_channel_group":
+        values = tuple(float(scale) for scale in scales.reshape(-1))
+        return _with_scales(record, values, tensor.zero_point or 0, low, high, tensor.channel_axis)
+    largest = float(scales.max())
+    return replace(
+        record,
+        bits=bits,
+        granularity="per_group",
+        scale_min=float(scales.min()),
+        scale_max=largest,
+        zero_point=tensor.zero_point,
+        quant_min=low,
+        quant_max=high,
+        real_min=low * largest,
+        real_max=high * largest,
+        axis=tensor.channel_axis,
+        channels=int(scales.shape[0]),
+        group_size=tensor.group_size,
+    )
+
+
+def _stored_bias(
+    delegate: DelegateContents,
+    op: DelegateOp,
+    inputs: tuple[TensorRecord, ...],
+    weight: TensorRecord | None,
+    compute: Compute,
+) -> BiasRecord:
+    tensor = delegate.tensors[cast(int, op.bias)]
+    where = f"tensor {tensor.id}"
+    if tensor.constant_key is not None:
+        where += f", constant {tensor.constant_key[:12]}"
+    if tensor.dtype != "int32" or tensor.scale is None:
+        reason = (
+            "the input scale is only known at run time, so no bias scale follows from it"
+            if compute == "dynamic"
+            else "the op is in float"
+        )
+        return BiasRecord(where, tensor.dtype, math.prod(tensor.shape), reason=reason)
+    scales = np.asarray(tensor.scale, dtype=np.float32).reshape(-1)
+    derived = None
+    if weight is not None and weight.scales and inputs[0].scales:
+        unit = np.float32(inputs[0].scales[0]) * np.array(weight.scales, dtype=np.float32)
+        derived = bool(np.array_equal(np.broadcast_to(unit, scales.shape), scales))
+    return replace(_bias_integers(where, tensor.array(), scales, 32), derived=derived)
+
+
+def _stored_accumulator_bits(
+    delegate: DelegateContents,
+    op: DelegateOp,
+    inputs: tuple[TensorRecord, ...],
+    weight: TensorRecord | None,
+    bias: BiasRecord | None,
+) -> int | None:
+    data = inputs[0] if inputs else None
+    if weight is None or not weight.scales or data is None or not data.scales:
+        return None
+    groups = op.params.get("groups", 1) if op.kind == "conv_transpose2d" else None
+    return accumulator_bits(
+        _by_output_channel(torch.tensor(delegate.weight(op)), cast("int | None", groups)),
+        quant_min=cast(int, data.quant_min),
+        quant_max=cast(int, data.quant_max),
+        zero_point=cast(int, data.zero_point),
+        bias=None if bias is None or bias.bits is None else torch.tensor(bias.integers),
+    )

@@ -1,0 +1,131 @@
+"""Tables for people: the same records that JSON holds, drawn with ``rich``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import IO, TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from custom_quantizer.analysis.evaluation import Evaluation
+    from custom_quantizer.planning.planner import Plan
+    from custom_quantizer.report.record import BiasRecord, Report, TensorRecord
+
+__all__ = ["accuracy_table", "make_console", "make_table", "op_table", "plan_table", "size_text"]
+
+_FILE_WIDTH = 110
+"""Columns where there is no terminal to ask: in files and pipes nothing should be cut at 80."""
+
+
+def make_console(file: IO[str] | None = None) -> Console:
+    """A console on ``file``, or on standard output."""
+    file = file or sys.stdout
+    return Console(
+        file=file,
+        width=None if file.isatty() else _FILE_WIDTH,
+        highlight=False,
+        soft_wrap=False,
+    )
+
+
+def make_table(title: str, columns: Iterable[str], right: Iterable[str] = ()) -> Table:
+    """An empty table.
+
+    Args:
+        title: shown above it.
+        columns: headers.
+        right: those whose cells are aligned right.
+    """
+    from rich import box
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """Op, scheme, where it will run, bytes of its constants, why: one row per op."""
+    columns = ("op", "module", "family", "scheme", "backend", "bytes", "why")
+    table = make_table("", columns, right=("bytes",))
+    for op in plan.ops:
+        why = "; ".join(text for text in (op.reason, op.note) if text)
+        cells = (
+            op.node,
+            op.path,
+            op.family or op.target,
+            op.scheme or "float",
+            (op.backend or "").removeprefix("xnnpack "),
+            f"{op.size_bytes:,}" if op.size_bytes else "",
+            why,
+        )
+        table.add_row(*map(escape, cells), style=None if op.scheme else "yellow")
+    return table
+
+
+def op_table(report: Report, title: str = "") -> Table:
+    """Dtype of input, weight, bias and output, and where the op runs: one row per op.
+
+    A weight with one scale per channel shows their number; the table fits 80 columns.
+    """
+    columns = ("op", "family", "input", "weight", "bias", "output", "runs on")
+    table = make_table(title, columns)
+    for row in report.rows:
+        family = f"{row.family} + {row.fused_family}" if row.fused_family else row.family
+        cells = (
+            row.path or row.node,
+            family,
+            ", ".join(dict.fromkeys(map(_dtype, row.inputs))),
+            "-" if row.weight is None else _weight(row.weight),
+            "-" if row.bias is None else _bias(row.bias),
+            _dtype(row.output),
+            (row.backend or "").removeprefix("xnnpack "),
+        )
+        style = None if row.compute != "float" else "yellow"
+        table.add_row(*map(escape, cells), style=style)
+    return table
+
+
+def accuracy_table(evaluation: Evaluation, title: str = "") -> Table:
+    """Accuracy, agreement with the first model and difference to it: one row per model."""
+    columns, *rows = evaluation.rows()
+    table = make_table(title, columns, right=columns[1:])
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def size_text(size: int) -> str:
+    """``25,896 bytes``."""
+    return f"{size:,} bytes"
+
+
+def _dtype(record: TensorRecord) -> str:
+    if record.bits is None:
+        return record.dtype
+    text = f"int{record.bits}"
+    return text if text == record.dtype else f"{text} in {record.dtype}"
+
+
+def _weight(record: TensorRecord) -> str:
+    if record.channels is None:
+        return _dtype(record)
+    group = "" if record.group_size is None else f", groups of {record.group_size}"
+    return f"{_dtype(record)} x{record.channels}{group}"
+
+
+def _bias(record: BiasRecord) -> str:
+    if record.bits is None:
+        return record.dtype
+    return record.dtype if record.bits == 32 else f"int{record.bits} in {record.dtype}"

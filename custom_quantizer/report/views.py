@@ -1,0 +1,531 @@
+"""From the JSON of a report to what a reader sees: cells, notes, details, plain text.
+
+Everything here takes the parsed document, so a report that was saved a year ago renders as the
+day it was made. :mod:`custom_quantizer.report.html` renders the same :class:`View` as a page.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["WIDTH", "Column", "Row", "View", "detail_text", "text", "view_of"]
+
+WIDTH = 120
+"""Columns of a terminal that the text fits in."""
+
+_NARROW_NAME, _NARROWEST = 16, 7
+_GAP = "  "
+_LEGEND = (
+    "input, output: type, scale, zero point (z). weight: number of scales (ch). bias: bits its "
+    "largest integer needs (b). acc: bits the accumulator needs in the worst case."
+)
+_BREAK = re.compile(r" |(?<=[^\W_])[._](?=[^\W\d])")
+"""Where a cell may be folded: at a space, or behind a separator, but never inside a number."""
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        title: heading.
+        numeric: stands to the right.
+        name: holds identifiers, which are folded before anything else.
+        extra: left out of a terminal where the table would not fit; details tell it too.
+    """
+
+    title: str
+    numeric: bool = False
+    name: bool = False
+    extra: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op, ready to show.
+
+    Attributes:
+        names: under which a reader may ask for it; the first is its own.
+        kind: what it computes on, to filter by.
+        cells: of each column, the lines.
+        headline: one line that says which op this is.
+        details: label and text.
+        table: header and rows of its channels; empty without a bias.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    cells: tuple[tuple[str, ...], ...]
+    headline: str
+    details: tuple[tuple[str, str], ...]
+    table: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """A whole report, ready to show.
+
+    Attributes:
+        title: what it is a report of.
+        summary: lines above the table.
+        columns: of the table.
+        rows: of the table.
+        notes: heading and lines below the table.
+    """
+
+    title: str
+    summary: tuple[str, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[tuple[str, tuple[str, ...]], ...] = field(default=())
+
+
+def view_of(document: Json) -> View:
+    """The view of a parsed report of either kind."""
+    return _program_view(document) if document["kind"] == "program" else _graph_view(document)
+
+
+# ---------------------------------------------------------------------------------------------
+# A converted graph
+# ---------------------------------------------------------------------------------------------
+
+
+def _graph_view(document: Json) -> View:
+    rows: Sequence[Json] = document["rows"]
+    lowering = document["lowering"]
+    columns = [Column("node", name=True), Column("module", name=True)]
+    columns += [Column("op", name=True, extra=True), Column("scheme", extra=True)]
+    columns += [*_TENSOR_COLUMNS, Column("computes")]
+    if lowering is not None:
+        columns.append(Column("runs as", name=True))
+    summary = [_counts(rows), *_bias_summary(rows)]
+    if lowering is not None:
+        summary.append(
+            f"{_plural(lowering['delegates'], 'delegate call')}, "
+            f"{_plural(len(lowering['outside']), 'kernel')} outside, "
+            f"{lowering['size_bytes']:,} bytes"
+        )
+    for role in ("inputs", "outputs"):
+        summary += [f"{role[:-1]} {_tensor(record)}" for record in document[role]]
+    return View(
+        "Converted graph",
+        tuple(summary),
+        tuple(columns),
+        tuple(_graph_row(row, lowering is not None) for row in rows),
+        _graph_notes(rows),
+    )
+
+
+def _graph_row(row: Json, lowered: bool) -> Row:
+    op = row["family"] + (f" + {row['fused_family']}" if row["fused_family"] else "")
+    node = row["node"] + (f" + {row['fused']}" if row["fused"] else "")
+    cells: list[tuple[str, ...]] = [(node,), (row["path"],), (op,), (row["scheme"] or "",)]
+    cells += _tensor_cells(row, (row["output"],))
+    cells.append((row["compute"],))
+    if lowered:
+        cells.append(((row["backend"] or "").removeprefix("xnnpack "),))
+    details = [("op", f"{op} ({row['target']})" if op != row["target"] else op)]
+    if row["fused"]:
+        details.append(("fused", f"{row['fused']}, {_interval(row['low'], row['high'])}"))
+    why = f": {row['reason']}" if row["reason"] else ""
+    scheme = f", scheme {row['scheme']}" if row["scheme"] else ""
+    details.append(("computes on", f"{_COMPUTES[row['compute']]}{scheme}{why}"))
+    if row["backend"]:
+        reason = f": {row['backend_reason']}" if row["backend_reason"] else ""
+        details.append(("runs as", f"{row['backend']}{reason}"))
+    details += _tensor_details(row, (row["output"],))
+    names = (row["node"], row["fused"]) if row["fused"] else (row["node"],)
+    headline = f"{row['node']} ({row['path']})" if row["path"] else row["node"]
+    return Row(names, row["compute"], tuple(cells), headline, tuple(details), _channels(row))
+
+
+def _graph_notes(rows: Sequence[Json]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    raised = [
+        f"{row['node']}: {_raised(row['weight'])}"
+        for row in rows
+        if row["weight"] is not None and row["weight"]["raised"]
+    ]
+    backend = [
+        f"{row['node']}: {row['backend']}: {row['backend_reason']}"
+        for row in rows
+        if row["backend_reason"] and row["compute"] != "float"
+    ]
+    return _notes(
+        ("In float, and why", _reasons(rows, "float", "node")),
+        ("Quantized at run time", _reasons(rows, "dynamic", "node")),
+        ("Biases left in float, and why", _float_biases(rows, "node")),
+        ("Weight scales raised so that the bias fits", raised),
+        ("What the backend does", backend),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# A .pte
+# ---------------------------------------------------------------------------------------------
+
+
+def _program_view(document: Json) -> View:
+    rows: Sequence[Json] = document["rows"]
+    columns = [Column("op", name=True), Column("where"), *_TENSOR_COLUMNS, Column("computes")]
+    backends: Sequence[str] = document["backends"]
+    others = sorted(set(backends) - {"XnnpackBackend"})
+    summary = [
+        f"{document['size_bytes']:,} bytes, {document['constant_bytes']:,} of them constants",
+        f"{_plural(len(backends), 'delegate')}, "
+        f"{_plural(len(document['kernels']), 'kernel call')} outside",
+        _counts(rows),
+        *_bias_summary(rows),
+    ]
+    if others:
+        summary.append(f"not shown: what is inside the delegates of {', '.join(others)}")
+    return View(
+        "ExecuTorch program",
+        tuple(summary),
+        tuple(columns),
+        tuple(_program_row(row) for row in rows),
+        _notes(
+            ("In float, and why", _reasons(rows, "float", "name")),
+            ("Biases that are float in the file", _float_biases(rows, "name")),
+        ),
+    )
+
+
+def _program_row(row: Json) -> Row:
+    where = "outside" if row["delegate"] is None else f"delegate {row['delegate']}"
+    if row["method"] != "forward":
+        where = f"{row['method']}, {where}"
+    cells = [(row["name"],), (where,), *_tensor_cells(row, row["outputs"]), (row["compute"],)]
+    why = f": {row['reason']}" if row["reason"] else ""
+    details = [("kind", row["kind"]), ("where", f"method {row['method']}, {where}")]
+    details.append(("computes on", f"{_COMPUTES[row['compute']]}{why}"))
+    if row["low"] is not None or row["high"] is not None:
+        details.append(("clamped to", _interval(row["low"], row["high"])))
+    details += _tensor_details(row, row["outputs"])
+    return Row(
+        (row["name"],), row["compute"], tuple(cells), row["name"], tuple(details), _channels(row)
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# What both have
+# ---------------------------------------------------------------------------------------------
+
+_COMPUTES = {
+    "integer": "integers",
+    "dynamic": "integers with scales chosen at run time",
+    "float": "float",
+    "convert": "float on one side and integers on the other",
+}
+_TENSOR_COLUMNS = (
+    Column("input"),
+    Column("weight"),
+    Column("bias"),
+    Column("output"),
+    Column("acc", numeric=True),
+)
+_MOST_LINES = 3
+
+
+def _counts(rows: Sequence[Json]) -> str:
+    """``14 ops: 12 integer, 2 float``."""
+    counts = [(kind, sum(row["compute"] == kind for row in rows)) for kind in _COMPUTES]
+    shown = ", ".join(f"{count} {kind}" for kind, count in counts if count)
+    return f"{_plural(len(rows), 'op')}: {shown}" if rows else "no ops"
+
+
+def _bias_summary(rows: Sequence[Json]) -> list[str]:
+    biases = [row["bias"] for row in rows if row["bias"] is not None]
+    integer = [bias for bias in biases if bias["bits"] is not None]
+    if not biases:
+        return ["no biases"]
+    lines = [f"{_plural(len(integer), 'integer bias', 'integer biases')}"]
+    if integer:
+        proven = sum(bias["derived"] is True for bias in integer)
+        used = max(bias["bits_used"] for bias in integer)
+        which = "with" if proven == len(integer) else f"{proven} with"
+        lines[0] += f", {which} scale = input scale x weight scale bit for bit"
+        lines[0] += f"; the largest needs {_plural(used, 'bit')}"
+    left = len(biases) - len(integer)
+    return [*lines, f"{_plural(left, 'bias', 'biases')} in float"] if left else lines
+
+
+def _tensor_cells(row: Json, outputs: Sequence[Json]) -> list[tuple[str, ...]]:
+    weight, bias, acc = row["weight"], row["bias"], row["accumulator_bits"]
+    return [
+        _activation_cell(row["inputs"]),
+        () if weight is None else (_weight_cell(weight),),
+        () if bias is None else (_bias_cell(bias),),
+        _activation_cell(outputs),
+        () if acc is None else (str(acc),),
+    ]
+
+
+def _activation_cell(records: Sequence[Json]) -> tuple[str, ...]:
+    lines = [_brief(record) for record in records]
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES - 1 :] = [f"and {len(lines) - _MOST_LINES + 1} more"]
+    return tuple(lines)
+
+
+def _brief(record: Json) -> str:
+    if record["dynamic"]:
+        return f"{_integers(record)} run time"
+    if record["scale_max"] is None:
+        return str(record["dtype"])
+    return f"{_integers(record)} {record['scale_max']:.4g} z{record['zero_point']}"
+
+
+def _weight_cell(record: Json) -> str:
+    if record["granularity"] in (None, "per_tensor"):
+        return _integers(record)
+    group = f" g{record['group_size']}" if record["group_size"] else ""
+    return f"{_integers(record)} {record['channels']}ch{group}"
+
+
+def _bias_cell(record: Json) -> str:
+    if record["bits"] is None:
+        return str(record["dtype"])
+    return f"int{record['bits']} {record['bits_used']}b"
+
+
+def _integers(record: Json) -> str:
+    """``int4`` for integers of 4 bits, wherever they are stored."""
+    if record["bits"] is None:
+        return str(record["dtype"])
+    sign = "u" if str(record["dtype"]).startswith("u") else ""
+    return f"{sign}int{record['bits']}"
+
+
+def _tensor_details(row: Json, outputs: Sequence[Json]) -> list[tuple[str, str]]:
+    details = [("input", _tensor(record)) for record in row["inputs"]]
+    if row["weight"] is not None:
+        details.append(("weight", _tensor(row["weight"])))
+        if row["weight"]["raised"]:
+            details.append(("raised", _raised(row["weight"])))
+    if row["bias"] is not None:
+        details.append(("bias", _bias(row["bias"])))
+    details += [("output", _tensor(record)) for record in outputs]
+    if row["accumulator_bits"] is not None:
+        details.append(("accumulator", f"{row['accumulator_bits']} bits in the worst case"))
+    return details
+
+
+def _tensor(record: Json) -> str:
+    """All of a tensor in one sentence."""
+    shape = f"[{', '.join(str(size) for size in record['shape'])}]"
+    name = f"{record['source']} " if record["source"] else ""
+    if record["bits"] is None:
+        return f"{name}{record['dtype']}{shape}"
+    stored = _integers(record)
+    if stored != record["dtype"]:
+        stored += f" stored as {record['dtype']}"
+    limits = f"integers in [{record['quant_min']}, {record['quant_max']}]"
+    if record["dynamic"]:
+        return f"{name}{stored}{shape}, scale and zero point chosen at run time, {limits}"
+    if record["scale_max"] is None:
+        return f"{name}{stored}{shape}"
+    low, high = record["scale_min"], record["scale_max"]
+    if record["granularity"] == "per_tensor":
+        scale = f"scale {_float(high)}"
+    else:
+        each = "channel" if record["granularity"] == "per_channel" else "group"
+        size = f" of {record['group_size']}" if record["group_size"] else ""
+        axis = "" if record["axis"] is None else f" of axis {record['axis']}"
+        scale = (
+            f"one scale per {each}{size} ({_plural(record['channels'], 'channel')}{axis}), "
+            f"{_float(low)} to {_float(high)}"
+        )
+    reals = f"[{record['real_min']:.6g}, {record['real_max']:.6g}]"
+    return f"{name}{stored}{shape}, {scale}, zero point {record['zero_point']}, {limits} = {reals}"
+
+
+def _bias(record: Json) -> str:
+    where = f"{record['source']} {record['dtype']}[{record['channels']}]"
+    if record["bits"] is None:
+        return f"{where}: {record['reason']}" if record["reason"] else where
+    stored = f" of {record['bits']} bits" if record["bits"] != 32 else ""
+    shift = f" x 2**{record['shift']} at most" if record["shift"] else ""
+    product = f"input scale x weight scale{shift}"
+    scale = {
+        True: f"scale = {product}, bit for bit",
+        False: f"scale is NOT {product}",
+        None: "no product of scales to compare with",
+    }[record["derived"]]
+    limit = f", limit {record['limit']:,}" if record["limit"] is not None else ""
+    return (
+        f"{where}{stored}, {scale}; integers from {record['minimum']:,} to "
+        f"{record['maximum']:,}, {record['bits_used']} of {record['bits']} bits used{limit}"
+    )
+
+
+def _raised(weight: Json) -> str:
+    raised = weight["raised"]
+    shown = ", ".join(f"channel {channel} x {factor:.4g}" for channel, factor in raised[:4])
+    more = f" and {len(raised) - 4} more" if len(raised) > 4 else ""
+    total = weight["channels"] or 1
+    return f"{len(raised)} of {_plural(total, 'weight scale')} raised: {shown}{more}"
+
+
+def _channels(row: Json) -> tuple[tuple[str, ...], ...]:
+    """The bias channel by channel: ``real = integer x scale``."""
+    bias = row["bias"]
+    if bias is None or bias["bits"] is None:
+        return ()
+    integers, scales = bias["integers"], bias["scales"]
+    weight = () if row["weight"] is None else row["weight"]["scales"]
+    factors = {} if row["weight"] is None else dict(row["weight"]["raised"])
+    header = ["channel", "weight scale", "bias scale", f"int{bias['bits']}", "as float"]
+    lines = [tuple([*header, "scale raised"] if factors else header)]
+    for channel, integer in enumerate(integers):
+        scale = scales[channel % len(scales)]
+        # A grouped transposed convolution uses each weight scale once a group.
+        of_weight = _float(weight[channel % len(weight)]) if weight else ""
+        cells = [str(channel), of_weight, _float(scale), str(integer), f"{integer * scale:.6g}"]
+        if factors:
+            factor = factors.get(channel % len(weight))
+            cells.append("" if factor is None else f"x {factor:.4g}")
+        lines.append(tuple(cells))
+    return tuple(lines)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    left = "(-inf" if low is None else f"[{low:.6g}"
+    right = "inf)" if high is None else f"{high:.6g}]"
+    return f"real values in {left}, {right}"
+
+
+def _reasons(rows: Iterable[Json], compute: str, name: str) -> list[str]:
+    return [f"{row[name]}: {row['reason']}" for row in rows if row["compute"] == compute]
+
+
+def _float_biases(rows: Iterable[Json], name: str) -> list[str]:
+    return [
+        f"{row[name]}: {row['bias']['reason']}"
+        for row in rows
+        if row["bias"] is not None and row["bias"]["bits"] is None
+    ]
+
+
+def _notes(*notes: tuple[str, Sequence[str]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tuple((heading, tuple(lines)) for heading, lines in notes if lines)
+
+
+def _plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _float(value: float) -> str:
+    """Nine digits: enough to tell any two float32 apart."""
+    return f"{value:.9g}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Plain text
+# ---------------------------------------------------------------------------------------------
+
+
+def text(view: View) -> str:
+    """The view as plain text, no line longer than ``WIDTH``."""
+    lines = [line for entry in view.summary for line in _wrapped(entry)]
+    lines += ["", *_table(view), "", *_wrapped(_LEGEND)]
+    for heading, entries in view.notes:
+        lines += ["", f"{heading}:"]
+        for entry in entries:
+            lines += _wrapped(entry, "  ")
+    return "\n".join(lines)
+
+
+def detail_text(row: Row) -> str:
+    """One op as plain text, channel by channel."""
+    lines = _wrapped(row.headline)
+    label_width = max(len(label) for label, _ in row.details)
+    for label, value in row.details:
+        lines += _wrapped(value, f"  {label.ljust(label_width)}  ")
+    if row.table:
+        widths = [max(len(cells[i]) for cells in row.table) for i in range(len(row.table[0]))]
+        lines.append("")
+        for cells in row.table:
+            padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+            lines.append(f"  {_GAP.join(padded)}".rstrip())
+    return "\n".join(lines)
+
+
+def _wrapped(entry: str, prefix: str = "") -> list[str]:
+    """The entry behind a prefix, further lines indented below it."""
+    return textwrap.wrap(
+        entry, WIDTH, initial_indent=prefix, subsequent_indent=" " * (len(prefix) or 2)
+    ) or [prefix.rstrip()]
+
+
+def _table(view: View) -> list[str]:
+    # Columns that nothing stands in are left out.
+    kept = [i for i in range(len(view.columns)) if any(any(row.cells[i]) for row in view.rows)]
+    width = {i: _natural_width(view, i) for i in kept}
+    for i in list(kept):
+        if view.columns[i].extra and _total(width[k] for k in kept) > WIDTH:
+            kept.remove(i)
+    columns = [view.columns[i] for i in kept]
+    widths = [width[i] for i in kept]
+    _narrow(widths, [i for i, column in enumerate(columns) if column.name], _NARROW_NAME)
+    _narrow(widths, list(range(len(widths))), _NARROWEST)
+    lines = _table_row([(column.title,) for column in columns], columns, widths)
+    lines.append(_GAP.join("-" * width for width in widths))
+    for row in view.rows:
+        lines += _table_row([row.cells[i] for i in kept], columns, widths)
+    return lines
+
+
+def _natural_width(view: View, column: int) -> int:
+    lines = (line for row in view.rows for line in row.cells[column])
+    return max([len(view.columns[column].title), *map(len, lines)])
+
+
+def _total(widths: Iterable[int]) -> int:
+    each = list(widths)
+    return sum(each) + len(_GAP) * (len(each) - 1)
+
+
+def _narrow(widths: list[int], columns: Sequence[int], least: int) -> None:
+    """Take from the widest of ``columns`` until the table fits or all are down to ``least``."""
+    while columns and _total(widths) > WIDTH:
+        widest = max(columns, key=lambda i: widths[i])
+        if widths[widest] <= least:
+            return
+        widths[widest] -= 1
+
+
+def _table_row(
+    cells: Sequence[tuple[str, ...]], columns: Sequence[Column], widths: Sequence[int]
+) -> list[str]:
+    folded = [
+        [part for line in cell for part in _fold(line, width)]
+        for cell, width in zip(cells, widths, strict=True)
+    ]
+    lines = []
+    for i in range(max((len(cell) for cell in folded), default=1) or 1):
+        parts = [cell[i] if i < len(cell) else "" for cell in folded]
+        lines.append(
+            _GAP.join(
+                part.rjust(width) if column.numeric else part.ljust(width)
+                for part, column, width in zip(parts, columns, widths, strict=True)
+            ).rstrip()
+        )
+    return lines
+
+
+def _fold(line: str, width: int) -> list[str]:
+    """Cut a line into parts of at most ``width``, where a word or part of a name ends."""
+    parts = []
+    while len(line) > width:
+        ends = [match.end() for match in _BREAK.finditer(line) if match.start() <= width]
+        fitting = [end for end in ends if len(line[:end].rstrip()) <= width]
+        at = fitting[-1] if fitting else width
+        parts.append(line[:at].rstrip())
+        line = line[at:]
+    return [*parts, line]

@@ -1,0 +1,1 @@
+"""Quantization-aware training: fake quantizers and the loop that fine-tunes with them."""
