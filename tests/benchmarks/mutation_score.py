@@ -55,17 +55,25 @@ MODULES = (
 """What is mutated, below the package."""
 
 TESTS = [
-    f"test_{name}.py"
+    f"test_{name}"
     for name in (
         *("arithmetic", "bias", "constants", "planner", "contracts", "functions", "attention"),
         *("reference", "bundle", "passes", "lowering", "observers_activation", "statistics"),
-        *("bit_widths", "forms", "factors", "canonical", "quantizer", "weighing", "xnnpack_ops"),
+        *(
+            "bit_widths",
+            "forms",
+            "factors",
+            "canonical",
+            "quantizer",
+            "profitability",
+            "xnnpack_ops",
+        ),
         *("networks", "fuzz", "batch_norms", "export_features", "verification", "composable"),
         *("drop_in", "config", "calibration", "diagnosis", "readback", "report", "qat"),
         *("checks", "fidelity"),
     )
 ]
-"""The test files that may notice."""
+"""The test files that may notice; each is found by its name, in whatever folder it is."""
 
 AT_IMPORT = ""
 """The context in which ``coverage`` puts what runs before the first test."""
@@ -101,11 +109,11 @@ class CoverageMap:
     def collect(self) -> None:
         """Measure the test files that are not known yet or newer than what is known."""
         for name in self.names:
-            file = ROOT / "tests" / name
+            (file,) = (ROOT / "tests").rglob(f"{name}.py")
             known = self.work / f"{file.stem}.coverage"
             if not known.exists() or known.stat().st_mtime < file.stat().st_mtime:
                 start = time.monotonic()
-                done = server.record_coverage(self.work, f"tests/{name}", 3600)
+                done = server.record_coverage(self.work, str(file.relative_to(ROOT)), 3600)
                 word = "done" if done else "STOPPED"
                 print(f"{name}: {word} after {time.monotonic() - start:.0f} s", flush=True)
 
@@ -114,7 +122,7 @@ class CoverageMap:
         from coverage import CoverageData
 
         for name in self.names:
-            file = self.work / f"{Path(name).stem}.coverage"
+            file = self.work / f"{name}.coverage"
             if not file.exists():
                 continue  # its tests were stopped, or could not be collected
             self.seconds.update(json.loads(file.with_suffix(".json").read_text()))
@@ -375,7 +383,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--module", nargs="+", default=list(MODULES), help="files below the package, or globs"
     )
-    parser.add_argument("--tests", nargs="+", default=TESTS, help="files below tests/")
+    parser.add_argument(
+        "--tests", nargs="+", default=TESTS, help="files below tests/, by their names"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument(
         "--first", type=float, default=20.0, help="CPU seconds for the tests of a line"

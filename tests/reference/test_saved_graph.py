@@ -273,7 +273,7 @@ def test_containers_of_other_kinds_come_back_as_tuples(tmp_path: Path) -> None:
 
 
 def test_an_older_file_is_converted_by_the_two_lines_of_the_docs(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "files.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
     code = text.rpartition("```python\n")[2].partition("```")[0].replace("net.", f"{tmp_path}/net.")
     graph, inputs = converted("a16w8")
     torch.export.save(torch.export.export(graph, inputs), tmp_path / "net.pt2")

@@ -20,8 +20,8 @@ from custom_quantizer.calibration.statistics import (
 )
 from custom_quantizer.errors import CalibrationError
 
-SCRIPT = Path(__file__).parent / "support" / "ranks.py"
-REPOSITORY = Path(__file__).parents[1]
+SCRIPT = Path(__file__).parents[1] / "support" / "ranks.py"
+REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_it_says_nothing_but_its_results(process: Run) -> None:
 
 
 def test_the_readme_shows_what_it_prints(process: Run) -> None:
-    readme = Path(__file__).parents[1] / "README.md"
+    readme = Path(__file__).parents[2] / "README.md"
     output = process.stdout.replace(str(process.folder), "custom-quantizer-demo")
     assert without_numbers(shown(readme, "text")[-1]) == without_numbers(output)
 

@@ -1104,7 +1104,7 @@ def test_the_worked_example_of_the_documentation(tmp_path: Path) -> None:
     assert op["accumulator"] == {"bits": 17, "width": 32}
     assert bundle.constants[op["weight"]][0].tolist() == [[[64, -32], [16, 127]]]
     assert bundle.constants[op["bias"]].tolist() == [3886, -3238]
-    page = Path(__file__).parents[1] / "docs" / "integer_bundle.md"
+    page = Path(__file__).parents[2] / "docs" / "integer_bundle.md"
     assert json.dumps(op["requantization"]["multiplier"]) in page.read_text()
     real, integers = bundle.with_integers(x.numpy())
     first, output = integers[op["inputs"][0]], integers[op["output"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -922,7 +923,8 @@ def test_another_process_resumes(tmp_path: Path) -> None:
     )
     path = tmp_path / "training.safetensors"
     arguments = [sys.executable, "-c", script, str(Path(__file__).parent), str(path)]
-    subprocess.run(arguments, check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    subprocess.run(arguments, check=True, capture_output=True, env=environment)
     before = path.read_bytes()
     summary = qat.finetune(prepared_for("a4w4-lsq"), loader(), checkpoint=path)
     assert summary.resumed == summary.steps == 6
