@@ -1,8 +1,8 @@
 """What torchao 0.18 has no seam for, each in one function.
 
 Two facts about ``prepare_pt2e`` and ``prepare_qat_pt2e`` that a quantizer cannot learn or change
-through the ``Quantizer`` interface. ``tests/planning/test_torchao_folding.py`` pins the version and the behaviour
-that each of them is for.
+through the ``Quantizer`` interface. ``tests/planning/test_torchao_folding.py`` pins the version and
+the behaviour that each of them is for.
 """
 
 from __future__ import annotations

@@ -383,9 +383,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--module", nargs="+", default=list(MODULES), help="files below the package, or globs"
     )
-    parser.add_argument(
-        "--tests", nargs="+", default=TESTS, help="files below tests/, by their names"
-    )
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="test files, by name")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument(
         "--first", type=float, default=20.0, help="CPU seconds for the tests of a line"
