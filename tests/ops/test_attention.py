@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from support.fuzz import check_each_tensor
-from support.graphs import Function, calls, capture, differences, quantized
+from support.graphs import Function, calls, canonicalize, capture, differences, quantized
 from support.models import Converted, convert
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.backends.xnnpack.passes import PASSES, run_passes
 from custom_quantizer.core.graph import is_constant, is_dequantize, is_quantize
-from custom_quantizer.ops import REGISTRY, Backend, OpRule
-from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.ops import REGISTRY, OpRule
 from custom_quantizer.ops.rewrites.decompositions import MASKED
 
 aten = torch.ops.aten
@@ -428,7 +428,7 @@ def test_norms_stay_in_the_delegate(name: str) -> None:
     lowered = cq.lower(done.graph, done.example)
     assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)
     (row,) = (row for row in lowered.report.ops if row.node == name)
-    assert row.backend is Backend.FLOAT
+    assert row.backend is kernels.FLOAT
     assert row.reason.startswith("XNNPACK has no integer ")
     check_each_tensor(done)
 
@@ -538,7 +538,7 @@ def test_moves_are_merged(
 # The runtime
 # ---------------------------------------------------------------------------------------------
 
-FLOAT_RULES = [rule for rule in REGISTRY if rule.float_reason]
+FLOAT_RULES = [rule for rule in REGISTRY if rule.integers is None]
 
 
 class FloatOps(nn.Module):
@@ -566,19 +566,20 @@ def float_ops() -> tuple[FloatOps, Converted, cq.LoweredProgram]:
 def test_float_families_run_where_predicted() -> None:
     _, _, program = float_ops()
     backends = {
-        rule.family: rule.delegation(cast(Any, None), cast(Any, None)) for rule in FLOAT_RULES
+        rule.family: BACKEND.support(rule).delegation(cast(Any, None), cast(Any, None))
+        for rule in FLOAT_RULES
     }
     rows = [
-        row for row in program.report.ops if "cases." in row.path or row.backend is Backend.PORTABLE
+        row for row in program.report.ops if "cases." in row.path or row.backend is kernels.PORTABLE
     ]
     assert rows
     assert {row.backend for row in rows} <= {
-        Backend.FLOAT,
-        Backend.PORTABLE,
-        Backend.INT8,
-        Backend.FOLDED,
+        kernels.FLOAT,
+        kernels.PORTABLE,
+        kernels.INT8,
+        kernels.FOLDED,
     }
-    assert backends["softmax"].backend is backends["layer_norm"].backend is Backend.FLOAT
+    assert backends["softmax"].kernel is backends["layer_norm"].kernel is kernels.FLOAT
     floats = [name for name in program.report.outside if "norm" in name or "softmax" in name]
     assert floats == []
 
@@ -622,7 +623,7 @@ def test_a_text_model_is_a_table_of_integers_and_one_delegate() -> None:
     # One byte a weight, and what a program of this many ops takes anyway.
     assert program.report.size_bytes < sum(p.numel() for p in model.parameters()) + 25_000
     linears = [op for op in program.report.ops if op.family == "linear"]
-    assert {op.backend for op in linears} == {Backend.INT8}
+    assert {op.backend for op in linears} == {kernels.INT8}
     assert len(program.integer_biases()) == len(linears) == 5
     reference = cq.integer_reference(converted.graph)
     for given in tokens:
@@ -695,7 +696,7 @@ def test_a_transformer_is_one_delegate_near_the_reference(name: str) -> None:
     program = cq.lower(converted.graph, batches[0])
     assert program.report.fully_delegated, str(program.report)
     linears = [op for op in program.report.ops if op.family in ("linear", "matmul")]
-    assert {op.backend for op in linears} == {Backend.INT8}
+    assert {op.backend for op in linears} == {kernels.INT8}
     reference = cq.integer_reference(converted.graph)
     for given in batches:
         got, want = pytree.tree_leaves(program.run(*given)), pytree.tree_leaves(reference(*given))
