@@ -58,7 +58,7 @@ class Kernel:
     """One way in which a backend runs ops.
 
     Attributes:
-        label: as plans and reports show it, such as ``xnnpack packed int4``.
+        label: as plans and reports show it, such as ``packed int4``.
         placement: where and on what it computes.
         weight_bytes: bytes of one weight in the program.
         needs_integers: computes in float whatever the plan says, so that quantizing an op pays
@@ -190,7 +190,7 @@ class Backend:
         kernel, what = self.missing, rule.noun
         return Support(
             lambda _binding, _formats: Delegation(kernel),
-            float_reason=f"{self.title} has no integer {what}: it stays in float",
+            float_reason=f"{self.title} has no integer {what}",
         )
 
     def in_float(self, node: Node) -> Kernel:

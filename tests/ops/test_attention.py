@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import pytest
@@ -14,15 +13,14 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from support.fuzz import check_each_tensor
 from support.graphs import Function, calls, canonicalize, capture, differences, quantized
-from support.models import Converted, convert
+from support.models import convert
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import BACKEND, kernels
+from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.passes import PASSES, run_passes
 from custom_quantizer.core.graph import is_constant, is_dequantize, is_quantize
-from custom_quantizer.ops import REGISTRY, OpRule
 from custom_quantizer.ops.rewrites.decompositions import MASKED
 
 aten = torch.ops.aten
@@ -537,64 +535,6 @@ def test_moves_are_merged(
 # ---------------------------------------------------------------------------------------------
 # The runtime
 # ---------------------------------------------------------------------------------------------
-
-FLOAT_RULES = [rule for rule in REGISTRY if rule.integers is None]
-
-
-class FloatOps(nn.Module):
-    """The cases of all float families on integers, side by side."""
-
-    def __init__(self, rules: list[OpRule]) -> None:
-        super().__init__()
-        self.cases = nn.ModuleList(case.build() for rule in rules for case in rule.cases)
-        self.shapes = [case.shapes[0] for rule in rules for case in rule.cases]
-        self.families = [rule.family for rule in rules for _ in rule.cases]
-
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
-        return [case(x + x) for case, x in zip(self.cases, inputs, strict=True)]
-
-
-@cache
-def float_ops() -> tuple[FloatOps, Converted, cq.LoweredProgram]:
-    torch.manual_seed(0)
-    model = FloatOps(FLOAT_RULES)
-    example = tuple(torch.randn(shape) for shape in model.shapes)
-    converted = convert(model, example)
-    return model, converted, cq.lower(converted.graph, example)
-
-
-def test_float_families_run_where_predicted() -> None:
-    _, _, program = float_ops()
-    backends = {
-        rule.family: BACKEND.support(rule).delegation(cast(Any, None), cast(Any, None))
-        for rule in FLOAT_RULES
-    }
-    rows = [
-        row for row in program.report.ops if "cases." in row.path or row.backend is kernels.PORTABLE
-    ]
-    assert rows
-    assert {row.backend for row in rows} <= {
-        kernels.FLOAT,
-        kernels.PORTABLE,
-        kernels.INT8,
-        kernels.FOLDED,
-    }
-    assert backends["softmax"].kernel is backends["layer_norm"].kernel is kernels.FLOAT
-    floats = [name for name in program.report.outside if "norm" in name or "softmax" in name]
-    assert floats == []
-
-
-def test_float_families_are_near_the_reference() -> None:
-    model, converted, program = float_ops()
-    reference = cq.integer_reference(converted.graph)
-    generator = torch.Generator().manual_seed(1)
-    for scale in (1.0, 0.1):
-        given = tuple(torch.randn(s, generator=generator) * scale for s in model.shapes)
-        for family, got, want in zip(
-            model.families, program.run(*given), reference(*given), strict=True
-        ):
-            error = float((got - want).abs().max())
-            assert error <= 4e-6 * max(1.0, float(want.abs().max())), family
 
 
 class Words(nn.Module):

@@ -379,7 +379,7 @@ def _in_float(rule: OpRule) -> Support:
     """A family that XNNPACK computes in float only."""
     return Support(
         _always(FLOAT),
-        float_reason=f"XNNPACK has no integer {rule.noun}: it runs in float inside the delegate",
+        float_reason=f"XNNPACK has no integer {rule.noun}",
     )
 
 
