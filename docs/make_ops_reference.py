@@ -41,13 +41,17 @@ WIDTHS = ((8, 8), (8, 4), (16, 8))
 
 def backends(rule: OpRule, bits: tuple[int, int]) -> str:
     """Where the calls of all examples of a family run, the most frequent place first."""
-    if BACKEND.support(rule).float_reason:
-        return "float" if bits == WIDTHS[0] else ""
+    in_float = bool(BACKEND.support(rule).float_reason)
+    if in_float and bits != WIDTHS[0]:
+        return ""
     found: list[str] = []
     for graph in graphs(rule):
         for node in graph.graph.nodes:
             bound = rule.bind(rule, node) if rule_of(node) is rule else "another family"
             if isinstance(bound, str):
+                continue
+            if in_float:
+                found.append(BACKEND.in_float(node).placement.value)
                 continue
             if bound.weight is None and bits == WIDTHS[1]:
                 continue  # as with a8w8

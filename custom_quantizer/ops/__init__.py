@@ -46,38 +46,16 @@ __all__ = [
 ]
 
 REGISTRY: tuple[OpRule, ...] = (
-    gemm.CONV,
-    gemm.CONV_TRANSPOSE,
-    gemm.LINEAR,
-    attention.MATMUL,
-    elementwise.ADD,
-    elementwise.SUB,
-    elementwise.MUL,
-    elementwise.RELU,
-    elementwise.CLAMP,
-    pool.MAX_POOL,
-    pool.AVG_POOL,
-    pool.ADAPTIVE_AVG_POOL,
-    pool.MEAN,
-    movement.CAT,
-    movement.IDENTITY,
-    movement.RESHAPE,
-    movement.PERMUTE,
-    movement.SLICE,
-    movement.SELECT,
-    movement.EXPAND,
-    movement.SPLIT,
-    movement.GETITEM,
-    movement.PAD,
+    *gemm.RULES,
+    *elementwise.RULES,
+    *pool.RULES,
+    *movement.RULES,
     *functions.RULES,
-    attention.SOFTMAX,
-    normalization.LAYER_NORM,
-    normalization.RMS_NORM,
-    normalization.GROUP_NORM,
-    normalization.INSTANCE_NORM,
-    normalization.VECTOR_NORM,
-    embedding.EMBEDDING,
+    *attention.RULES,
+    *normalization.RULES,
+    *embedding.RULES,
 )
+"""All families; tables show them in this order."""
 
 
 def _index(rules: tuple[OpRule, ...]) -> dict[Any, OpRule]:

@@ -19,7 +19,7 @@ from custom_quantizer.ops._rule import (
 )
 from custom_quantizer.ops.elementwise import _bind_single, _case
 
-__all__ = ["MATMUL", "SOFTMAX", "softmax_dim"]
+__all__ = ["LOG_SOFTMAX", "MATMUL", "RULES", "SOFTMAX", "softmax_dim"]
 
 aten = torch.ops.aten
 
@@ -95,3 +95,16 @@ SOFTMAX = OpRule(
         _case("channels", lambda x: F.softmax(x, 1), (2, 6, 4, 5)),
     ),
 )
+
+LOG_SOFTMAX = OpRule(
+    family="log_softmax",
+    title="log softmax",
+    targets=frozenset({aten.log_softmax.int}),
+    bind=_bind_softmax,
+    cases=(
+        _case("last", lambda x: F.log_softmax(x, -1), (2, 3, 5, 7)),
+        _case("channels", lambda x: F.log_softmax(x, 1), (2, 6, 4, 5)),
+    ),
+)
+
+RULES = (MATMUL, SOFTMAX, LOG_SOFTMAX)

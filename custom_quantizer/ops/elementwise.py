@@ -22,7 +22,7 @@ from custom_quantizer.ops._rule import (
     Trait,
 )
 
-__all__ = ["ADD", "CLAMP", "MUL", "RELU", "SUB"]
+__all__ = ["ADD", "CLAMP", "MUL", "RELU", "RULES", "SUB", "WHERE"]
 
 aten = torch.ops.aten
 
@@ -207,3 +207,24 @@ CLAMP = OpRule(
         _case("in_place", lambda x: (x * 2).clamp_(0, 1), _IMAGE),
     ),
 )
+
+
+def _bind_where(rule: OpRule, node: Node) -> Binding | str:
+    condition, left, right = node.args
+    if not all(isinstance(arg, Node) for arg in (condition, left, right)):
+        return "one operand is a number that was not made a tensor"
+    return Binding(rule, node, (cast(Node, left), cast(Node, right)))
+
+
+WHERE = OpRule(
+    family="where",
+    targets=frozenset({aten.where.self}),
+    bind=_bind_where,
+    cases=(
+        _case("compared", lambda x, y: torch.where(x > y, x, y), _IMAGE, _IMAGE),
+        _case("number", lambda x: torch.where(x > 0.25, x, x * x), _IMAGE),
+        _case("broadcast", lambda x, y: torch.where(y > 0, x, y), _IMAGE, (1, 8, 1, 1)),
+    ),
+)
+
+RULES = (ADD, SUB, MUL, RELU, CLAMP, WHERE)

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from custom_quantizer.ops._rule import Binding, Case, OpRule
 
-__all__ = ["EMBEDDING"]
+__all__ = ["EMBEDDING", "RULES"]
 
 aten = torch.ops.aten
 
@@ -39,3 +39,5 @@ EMBEDDING = OpRule(
     bind=_bind_embedding,
     cases=(Case("rows", _Rows, ((3, 4),)),),
 )
+
+RULES = (EMBEDDING,)

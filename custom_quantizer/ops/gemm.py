@@ -25,7 +25,7 @@ from custom_quantizer.ops._rule import (
     refused,
 )
 
-__all__ = ["CONV", "CONV_TRANSPOSE", "LINEAR", "expand_channels", "symmetric_padding"]
+__all__ = ["CONV", "CONV_TRANSPOSE", "LINEAR", "RULES", "expand_channels", "symmetric_padding"]
 
 aten = torch.ops.aten
 
@@ -324,4 +324,10 @@ LINEAR = OpRule(
         Case("relu6", _then(lambda: nn.Linear(16, 10), nn.ReLU6), ((5, 16),)),
         Case("bn", _then(lambda: nn.Linear(16, 10), lambda: nn.BatchNorm1d(10)), ((5, 16),)),
     ),
+)
+
+RULES = (
+    CONV,
+    CONV_TRANSPOSE,
+    LINEAR,
 )

@@ -31,7 +31,7 @@ from custom_quantizer.ops._rule import (
 )
 from custom_quantizer.ops.elementwise import _bind_single, _case
 
-__all__ = ["CAT", "GETITEM", "PAD", "RESHAPE", "SELECT", "SLICE", "SPLIT", "is_identity"]
+__all__ = ["CAT", "GETITEM", "PAD", "RESHAPE", "RULES", "SELECT", "SLICE", "SPLIT", "is_identity"]
 
 aten = torch.ops.aten
 
@@ -329,4 +329,17 @@ PAD = OpRule(
         _case("spatial", lambda x: F.pad(x, (1, 2, 0, 1)), _IMAGE),
         _case("channels", lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), _IMAGE),
     ),
+)
+
+RULES = (
+    CAT,
+    IDENTITY,
+    RESHAPE,
+    PERMUTE,
+    SLICE,
+    SELECT,
+    EXPAND,
+    SPLIT,
+    GETITEM,
+    PAD,
 )

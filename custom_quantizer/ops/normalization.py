@@ -20,6 +20,7 @@ __all__ = [
     "INSTANCE_NORM",
     "LAYER_NORM",
     "RMS_NORM",
+    "RULES",
     "VECTOR_NORM",
     "normalized_size",
     "number_of_groups",
@@ -172,4 +173,12 @@ VECTOR_NORM = OpRule(
         _case("flat", lambda x: torch.linalg.vector_norm(x, dim=-1), (2, 5, 16)),
         _case("normalize", lambda x: F.normalize(x, dim=-1), (2, 3, 5, 16)),
     ),
+)
+
+RULES = (
+    LAYER_NORM,
+    RMS_NORM,
+    GROUP_NORM,
+    INSTANCE_NORM,
+    VECTOR_NORM,
 )

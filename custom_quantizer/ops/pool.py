@@ -23,7 +23,7 @@ from custom_quantizer.ops._rule import (
 )
 from custom_quantizer.ops.elementwise import _bind_single, _case
 
-__all__ = ["ADAPTIVE_AVG_POOL", "AVG_POOL", "MAX_POOL", "MEAN"]
+__all__ = ["ADAPTIVE_AVG_POOL", "AVG_POOL", "MAX_POOL", "MEAN", "RULES"]
 
 aten = torch.ops.aten
 
@@ -245,4 +245,11 @@ AVG_POOL = OpRule(
         ),
         Case("module_4x4", lambda: nn.AvgPool2d(4), ((2, 8, 12, 8),)),
     ),
+)
+
+RULES = (
+    MAX_POOL,
+    AVG_POOL,
+    ADAPTIVE_AVG_POOL,
+    MEAN,
 )

@@ -23,6 +23,7 @@ from custom_quantizer.reference.converted import FloatOp, read_converted
 
 RULES = {rule.family: rule for rule in REGISTRY if rule.integers is None}
 CASES = [(rule, case) for rule in RULES.values() for case in rule.cases]
+SHAPES = [shape for _, case in CASES for shape in case.shapes]
 IDS = [f"{rule.family}-{case.name}" for rule, case in CASES]
 
 
@@ -34,7 +35,11 @@ class SideBySide(nn.Module):
         self.cases = nn.ModuleList(case.build() for _, case in CASES)
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        return [case(x + x) * 1.25 for case, x in zip(self.cases, inputs, strict=True)]
+        given = iter([x + x for x in inputs])
+        return [
+            built(*[next(given) for _ in case.shapes]) * 1.25
+            for built, (_, case) in zip(self.cases, CASES, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,7 @@ class Lowered:
 def lowered() -> Lowered:
     torch.manual_seed(0)
     model = SideBySide()
-    # No size of 1, which broadcasts: each case has one tensor.
-    example = tuple(torch.randn(case.shapes[0]) for _, case in CASES)
+    example = tuple(torch.randn(shape) for shape in SHAPES)
     done = convert(model, example)
     ops: dict[int, list[FloatOp]] = {index: [] for index in range(len(CASES))}
     for op in read_converted(done.graph).floating:
@@ -111,7 +115,7 @@ def test_it_computes_what_the_reference_does(scale: float) -> None:
     done = lowered()
     reference = cq.integer_reference(done.converted.graph)
     generator = torch.Generator().manual_seed(1)
-    given = tuple(torch.randn(case.shapes[0], generator=generator) * scale for _, case in CASES)
+    given = tuple(torch.randn(shape, generator=generator) * scale for shape in SHAPES)
     steps = [float(op.output.scale) for op in reference.graph.integer if op.node.name[:3] == "mul"]
     assert len(steps) == len(CASES)
     for name, got, want, step in zip(

@@ -22,9 +22,9 @@ from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import SchemeError
 from custom_quantizer.ops import Binding, Formats, OpRule, QuantizedOp, Verdict, functions
 from custom_quantizer.ops._rule import ACCEPTED, refused
-from custom_quantizer.ops.attention import MATMUL, SOFTMAX
+from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
 from custom_quantizer.ops.backend import Delegation, Kernel, Support
-from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
+from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
 from custom_quantizer.ops.embedding import EMBEDDING
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.movement import (
@@ -439,6 +439,12 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
                 INSTANCE_NORM,
                 VECTOR_NORM,
             )
+        },
+        **{
+            rule.family: Support(
+                _always(PORTABLE), float_reason=f"XNNPACK has no {rule.noun} at all"
+            )
+            for rule in (LOG_SOFTMAX, WHERE)
         },
         EMBEDDING.family: Support(
             _always(PORTABLE),
