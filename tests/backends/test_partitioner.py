@@ -26,7 +26,7 @@ from custom_quantizer.reference.converted import read_converted
 
 
 class Net(nn.Module):
-    """A residual, a strided slice, an elu, a product of activations, two heads, one of them float."""
+    """A residual, a strided slice, an elu, a product of activations, and a head in float."""
 
     def __init__(self) -> None:
         super().__init__()
