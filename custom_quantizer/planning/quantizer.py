@@ -39,6 +39,7 @@ from custom_quantizer.core.graph import (
     state_buffers,
     tensor_meta,
 )
+from custom_quantizer.core.names import record_names
 from custom_quantizer.core.schemes import OpScheme, TensorScheme, activation_scheme, coerce_scheme
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, ConfigError
@@ -449,6 +450,7 @@ def _apply(plan: Plan, model: GraphModule, training: bool, limits: BiasLimits) -
 
     ``prepare_pt2e`` creates observers in this same order, so what is shared always exists.
     """
+    record_names(model.graph)
     norms = insert_normalization(model)
     layers = {layer for layer, _ in norms.values()}
     specs = _Specs(training, limits)

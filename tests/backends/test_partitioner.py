@@ -22,6 +22,8 @@ from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack.program import StoredProgram
+from custom_quantizer.core.names import restore_names
+from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.reference.converted import read_converted
 
 
@@ -83,6 +85,28 @@ def test_the_standard_call_gives_the_program_that_lower_gives(scheme: str) -> No
         assert (lowered.report.delegates, lowered.report.outside) == (1, ())
     for seed in (0, 1):
         assert differences(run(data, images(seed)), lowered.run(*images(seed))) == []
+
+
+def test_exporting_again_changes_no_name() -> None:
+    """The mean over rows is a linear layer here; export numbers it before the head."""
+    graph = converted()
+    exported = torch.export.export(graph, images()).module()
+    renumbered = {node.name for node in exported.graph.nodes if "linear" in node.name}
+    restore_names(exported)
+    for first, second in zip(ops(graph), ops(exported), strict=True):
+        assert (first.name, first.target) == (second.name, second.target)
+        assert first.meta.get(ORIGINAL_NAME) == second.meta.get(ORIGINAL_NAME)
+    assert renumbered - {node.name for node in exported.graph.nodes}
+    assert differences(exported(*images()), graph(*images())) == []
+
+
+def ops(graph: GraphModule) -> list[Node]:
+    """Calls that are no quantize or dequantize node."""
+    return [
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_function" and "quantize" not in str(node.target)
+    ]
 
 
 def test_a_dynamic_batch() -> None:
@@ -207,15 +231,6 @@ def test_a_float_graph_is_lowered_in_float_with_a_warning() -> None:
         edge = to_edge_transform_and_lower(exported, partitioner=[cq.XnnpackPartitioner()])
     (got,) = run(bytes(edge.to_executorch().buffer), images())
     torch.testing.assert_close(got, model(*images()), rtol=1e-5, atol=1e-5)
-
-
-def test_a_graph_that_was_not_converted() -> None:
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-
-    captured = torch.export.export(Net().eval(), images()).module()
-    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
-    with pytest.warns(UserWarning, match="export what convert_pt2e returns"):
-        standard_call(prepared)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 2.5, "8"])

@@ -34,6 +34,7 @@ from custom_quantizer.backends.xnnpack.partition import configurations
 from custom_quantizer.backends.xnnpack.readback import read_file
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
 from custom_quantizer.core.graph import STATE_KEY, is_dequantize, set_state
+from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import InputError
 from custom_quantizer.reference.converted import read_converted
@@ -87,6 +88,7 @@ def _rewritten(model: GraphModule, exported: ExportedProgram, dynamic_max: int) 
             "the exported program has no example inputs; export it with "
             "torch.export.export(converted, example_inputs)"
         )
+    restore_names(model)
     if (held := model.meta.get(STATE_KEY)) is not None:
         set_state(model, held)
     args, kwargs = exported.example_inputs

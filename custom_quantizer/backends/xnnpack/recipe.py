@@ -50,6 +50,7 @@ from custom_quantizer.backends.xnnpack.partition import partitioner
 from custom_quantizer.backends.xnnpack.program import LoweredProgram
 from custom_quantizer.config.rules import nearest
 from custom_quantizer.core.graph import STATE_KEY, set_state
+from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import (
@@ -269,6 +270,7 @@ class _Lowering:
             LoweringError: it could not be rewritten.
         """
         model = exported.module()
+        restore_names(model)
         if (held := model.meta.get(STATE_KEY)) is not None:
             # ExecuTorch calibrates and converts in loops of its own. The buffers are those of the
             # converted graph, too.
