@@ -138,6 +138,27 @@ def convert_captured(graph: GraphModule) -> GraphModule:
     return cast(GraphModule, convert_pt2e(prepared))
 
 
+@pytest.mark.parametrize("route", ["lower", "standard call", "exported"])
+def test_every_route_gives_a_program_of_contiguous_inputs(route: str) -> None:
+    """An image whose pixels hold all their channels together is no other example."""
+    graph = converted()
+    last = tuple(x.contiguous(memory_format=torch.channels_last) for x in images())
+    if route == "lower":
+        data = cq.lower(graph, last).buffer
+    elif route == "exported":
+        exported = cq.export_converted(graph, last)
+        edge = to_edge_transform_and_lower(exported, partitioner=[cq.XnnpackPartitioner()])
+        data = bytes(edge.to_executorch().buffer)
+    else:
+        edge = to_edge_transform_and_lower(
+            torch.export.export(graph, last), partitioner=[cq.XnnpackPartitioner()]
+        )
+        cq.check(edge, graph, last)
+        data = bytes(edge.to_executorch().buffer)
+    want = cq.integer_reference(graph)(*images())
+    assert torch.equal(run(data, images())[0], want[0])
+
+
 def test_several_methods_in_one_program() -> None:
     graphs = {"forward": converted("a8w8"), "small": converted("a8w4", seed=1)}
     edge = to_edge_transform_and_lower(

@@ -71,6 +71,16 @@ def export(model: Any, made: ExportRecipe, **options: Any) -> ExportSession:
     return executorch.export.export(model, [EXAMPLE], made, **options)
 
 
+def test_an_example_in_another_memory_layout() -> None:
+    (x,) = EXAMPLE
+    last = (x.contiguous(memory_format=torch.channels_last),)
+    session = executorch.export.export(net(), [last], recipe(calibration=[last]))
+    program = cq.session_program(session)
+    graph = converted(cq.IntegerQuantizer().set_global("a8w8"))
+    assert torch.equal(program.run(x), cq.lower(graph, EXAMPLE).run(x))
+    assert torch.equal(program.run(*last), program.run(x))
+
+
 def converted(
     quantizer: cq.IntegerQuantizer, calibration: list[tuple[Tensor, ...]] | None = None
 ) -> GraphModule:

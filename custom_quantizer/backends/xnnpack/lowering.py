@@ -41,11 +41,13 @@ from custom_quantizer.core.graph import (
     describe,
     detached_copy,
     module_path,
+    set_state,
     size_bounds,
     state_buffers,
     state_of,
     tensor_meta,
 )
+from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
 from custom_quantizer.ops import QuantizedOp, rule_of
@@ -171,6 +173,38 @@ def rewrite(
             # Without this ExecuTorch does not write what a buffer that changes holds at first.
             node.meta["et_init_buffer"] = True
     return Rewritten(graph, example, exported, applied)
+
+
+def rewrite_exported(exported: torch.export.ExportedProgram, dynamic_max: int) -> Rewritten:
+    """Rewrite a converted graph that ``torch.export`` was given, in somebody else's lowering call.
+
+    Calls get the names back that they had in the converted graph, buffers what they held when the
+    model was captured, and the program takes contiguous inputs, as that of ``lower`` does, whatever
+    the layout of the example.
+
+    Args:
+        exported: the converted graph.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+
+    Raises:
+        ConversionError: the graph is not a converted one.
+        InputError: it was exported without example inputs.
+        LoweringError: it could not be rewritten.
+    """
+    if exported.example_inputs is None:
+        raise InputError(
+            "the exported program has no example inputs; export it with "
+            "torch.export.export(converted, example_inputs)"
+        )
+    model = exported.module()
+    restore_names(model)
+    if (held := model.meta.get(STATE_KEY)) is not None:
+        # ExecuTorch calibrates and converts in loops of its own. The buffers are those of the
+        # converted graph, too.
+        set_state(model, held)
+    args, kwargs = exported.example_inputs
+    example = check_example(model, (*args, *kwargs.values()))
+    return rewrite(read_converted(model, BACKEND), example, dynamic_max, widest=True)
 
 
 def _check_writable(model: GraphModule) -> None:

@@ -28,13 +28,13 @@ from custom_quantizer.backends.xnnpack.lowering import (
     describe_program,
     lower,
     rewrite,
+    rewrite_exported,
     to_bytes,
 )
 from custom_quantizer.backends.xnnpack.partition import configurations
 from custom_quantizer.backends.xnnpack.readback import read_file
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
-from custom_quantizer.core.graph import STATE_KEY, is_dequantize, set_state
-from custom_quantizer.core.names import restore_names
+from custom_quantizer.core.graph import is_dequantize
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import InputError
 from custom_quantizer.reference.converted import read_converted
@@ -71,29 +71,15 @@ class XnnpackPartitioner(QuickPartitioner):
             InputError: it was exported without example inputs.
             LoweringError: it could not be rewritten.
         """
-        model = exported_program.module()
-        if not any(is_dequantize(node) for node in model.graph.nodes):
+        nodes = exported_program.graph.nodes
+        if not any(is_dequantize(node) for node in nodes):
             warnings.warn(
                 "XnnpackPartitioner was given a graph without a quantized tensor: it is lowered in "
                 "float; to quantize it, export what convert_pt2e returns",
                 stacklevel=2,
             )
             return exported_program
-        return _rewritten(model, exported_program, self._dynamic_max)
-
-
-def _rewritten(model: GraphModule, exported: ExportedProgram, dynamic_max: int) -> ExportedProgram:
-    if exported.example_inputs is None:
-        raise InputError(
-            "the exported program has no example inputs; export it with "
-            "torch.export.export(converted, example_inputs)"
-        )
-    restore_names(model)
-    if (held := model.meta.get(STATE_KEY)) is not None:
-        set_state(model, held)
-    args, kwargs = exported.example_inputs
-    example = check_example(model, (*args, *kwargs.values()))
-    return rewrite(read_converted(model, BACKEND), example, dynamic_max, widest=True).exported
+        return rewrite_exported(exported_program, self._dynamic_max).exported
 
 
 @tools()

@@ -43,14 +43,12 @@ from custom_quantizer.backends.xnnpack.lowering import (
     Rewritten,
     backend_config,
     describe_program,
-    rewrite,
+    rewrite_exported,
     to_bytes,
 )
 from custom_quantizer.backends.xnnpack.partition import partitioner
 from custom_quantizer.backends.xnnpack.program import LoweredProgram
 from custom_quantizer.config.rules import nearest
-from custom_quantizer.core.graph import STATE_KEY, set_state
-from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import (
@@ -60,7 +58,6 @@ from custom_quantizer.errors import (
     LoweringError,
 )
 from custom_quantizer.planning.quantizer import IntegerQuantizer
-from custom_quantizer.reference.converted import read_converted
 
 __all__ = ["IntegerRecipe", "IntegerRecipeProvider", "session_program"]
 
@@ -269,15 +266,7 @@ class _Lowering:
             ConversionError: the graph is not a converted one.
             LoweringError: it could not be rewritten.
         """
-        model = exported.module()
-        restore_names(model)
-        if (held := model.meta.get(STATE_KEY)) is not None:
-            # ExecuTorch calibrates and converts in loops of its own. The buffers are those of the
-            # converted graph, too.
-            set_state(model, held)
-        graph = read_converted(model)
-        (args, _kwargs) = exported.example_inputs or ((), {})
-        self._methods[method] = rewrite(graph, tuple(args), self._dynamic_max, widest=True)
+        self._methods[method] = rewrite_exported(exported, self._dynamic_max)
         return self._methods[method].exported
 
     @tools()
