@@ -35,7 +35,7 @@ from custom_quantizer.analysis.fidelity import Noise, ratio_db
 from custom_quantizer.analysis.rerun import capture_like
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
-from custom_quantizer.core.arithmetic import QParams, accumulator_bits
+from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import (
     DEQUANTIZE_GROUPED,
     constant_of,
@@ -56,6 +56,7 @@ from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import ConversionError, InputError
 from custom_quantizer.ops import Binding, QParamSharing, QuantizedOp, rule_of
 from custom_quantizer.planning.quantizer import IntegerQuantizer
+from custom_quantizer.reference.accumulators import accumulator_of
 from custom_quantizer.reference.converted import read_converted
 
 __all__ = [
@@ -97,8 +98,8 @@ class TensorDiagnosis:
         unused_high: integers above the largest that occurred.
         levels: integers that the format has.
         bias_headroom: bits between the largest bias and the end of int32; ``None`` without bias.
-        accumulator_bits: signed bits that the op's sums need in the worst case; ``None`` where the
-            op has no weight.
+        accumulator_bits: signed bits that the op needs in the worst case, as
+            :func:`custom_quantizer.accumulators` says; ``None`` where it has none.
         raised_channels: output channels whose weight scale was raised for the bias to fit.
     """
 
@@ -466,6 +467,7 @@ class _Walk:
     def _row(self, node: Node, tensor: _Tensor, ratios: dict[Node, float]) -> TensorDiagnosis:
         source = source_of(node)
         q, op = tensor.qparams, tensor.op
+        accumulator = None if op is None else accumulator_of(op)
         used = None if tensor.used is None else torch.nonzero(tensor.used).flatten()
         levels = q.quant_max - q.quant_min + 1
         inputs = None
@@ -490,7 +492,7 @@ class _Walk:
             unused_high=None if used is None else (levels - 1 - int(used[-1]) if len(used) else 0),
             levels=levels,
             bias_headroom=_bias_headroom(op),
-            accumulator_bits=_accumulator_bits(op),
+            accumulator_bits=None if accumulator is None else accumulator.bits,
             raised_channels=_raised_channels(op),
         )
 
@@ -630,20 +632,6 @@ def _bias_headroom(op: QuantizedOp | None) -> int | None:
     if op is None or op.bias is None:
         return None
     return 31 - int(op.bias.to(torch.int64).abs().max()).bit_length()
-
-
-def _accumulator_bits(op: QuantizedOp | None) -> int | None:
-    # The weight of a transposed convolution has another layout.
-    if op is None or op.weight is None or op.binding.weight_axis != 0:
-        return None
-    q = op.inputs[0]
-    return accumulator_bits(
-        op.weight,
-        quant_min=q.quant_min,
-        quant_max=q.quant_max,
-        zero_point=q.zero_point,
-        bias=op.bias,
-    )
 
 
 def _raised_channels(op: QuantizedOp | None) -> int:
