@@ -28,10 +28,11 @@ from custom_quantizer.backends.xnnpack.checks import (
     is_exact,
     output_scales,
 )
+from custom_quantizer.core.arithmetic import get_arithmetic
 from custom_quantizer.core.graph import module_path, state_kept, tensor_meta
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import CustomQuantizerError, InputError
-from custom_quantizer.reference import integer_reference
+from custom_quantizer.reference import IntegerReference, integer_reference
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
 __all__ = ["FirstDifference", "OutputCheck", "Verification", "random_like", "verify"]
@@ -161,7 +162,7 @@ def verify(
     batches = list(_batches(inputs))
     if not batches:
         raise InputError("there are no inputs to verify on; pass at least one tuple of inputs")
-    reference = integer_reference(converted)
+    reference = IntegerReference(graph, get_arithmetic("xnnpack"))
     checks = [_Accumulator(i, scale) for i, scale in enumerate(output_scales(converted))]
     lowered.reset()
     with exclusive(), torch.no_grad(), state_kept(converted), _state_kept(float_model):
@@ -180,7 +181,7 @@ def verify(
     if found is not None:
         first = FirstDifference(found.node, _path(graph, found.node), found.what, found.detail)
     elif exact and any(output.mismatches for output in outputs):
-        first = _first_wrong_tensor(converted, batches)
+        first = _first_wrong_tensor(graph, batches)
     return Verification(outputs, found is None, exact, first, _inexact(graph, lowered))
 
 
@@ -229,10 +230,10 @@ def _inexact(graph: ConvertedGraph, lowered: LoweredProgram) -> tuple[str, ...]:
 
 
 def _first_wrong_tensor(
-    converted: GraphModule, batches: Sequence[tuple[Any, ...]]
+    graph: ConvertedGraph, batches: Sequence[tuple[Any, ...]]
 ) -> FirstDifference:
     """Lower the graph with every quantized tensor as an output and compare them in order."""
-    tapped, taps = instrumented(converted)
+    tapped, taps = instrumented(graph.model)
     flat = tuple(pytree.tree_leaves(batches[0]))
     try:
         program = lower(tapped, flat, check=False)
@@ -240,7 +241,6 @@ def _first_wrong_tensor(
     except CustomQuantizerError as error:
         return FirstDifference("", "", "unknown", f"the graph cannot be taken apart: {error}")
     want = pytree.tree_leaves(integer_reference(tapped)(*flat))
-    graph = read_converted(converted)
     for (name, scale), mine, theirs in zip(taps, want, got, strict=True):
         wrong = int((mine != theirs).sum())
         if wrong:

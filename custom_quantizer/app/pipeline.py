@@ -28,7 +28,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationConfig
 from custom_quantizer.analysis.fidelity import Fidelity, FirstCalls, check_calls
 from custom_quantizer.app.saved_graph import serialize_graph
 from custom_quantizer.backends.xnnpack import LoweredProgram
-from custom_quantizer.backends.xnnpack import lower as lower_to_xnnpack
+from custom_quantizer.backends.xnnpack.lowering import lower_graph
 from custom_quantizer.calibration.run import CalibrationSummary, calibrate
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, sha256_of
 from custom_quantizer.core.files import json_bytes, new_directory, write_files_atomic
@@ -39,7 +39,8 @@ from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, ConfigError, ConversionError, InputError
 from custom_quantizer.planning.planner import Plan
 from custom_quantizer.planning.quantizer import IntegerQuantizer
-from custom_quantizer.report.record import Report, inspect
+from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.report.record import Report, report_of
 
 __all__ = [
     "RESULT_VERSION",
@@ -253,9 +254,10 @@ def quantize(
         fidelity = checked.compare(converted)
         for warning in fidelity.warnings:
             logger.warning("%s", warning)
-        lowered = lower_to_xnnpack(converted, example, progress=stage) if lower else None
+        graph = read_converted(converted)
+        lowered = lower_graph(graph, example, progress=stage) if lower else None
         stage("reporting")
-        report = inspect(converted, lowered)
+        report = report_of(graph, lowered)
     return QuantizationResult(
         exported, plan, summary, fidelity, converted, report, lowered, tuple(example_inputs)
     )

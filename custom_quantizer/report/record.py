@@ -49,7 +49,7 @@ from custom_quantizer.reference.accumulators import (
     phases_of,
     weight_accumulator_bits,
 )
-from custom_quantizer.reference.converted import FloatOp, read_converted
+from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.report import html as _html
 from custom_quantizer.report import views as _views
 
@@ -426,7 +426,12 @@ def inspect(converted: GraphModule, lowered: LoweredProgram | None = None) -> Re
         ConversionError: the graph was prepared but not converted, or quantizes nothing.
         InputError: ``lowered`` was made of another graph.
     """
-    graph = read_converted(converted)
+    return report_of(read_converted(converted), lowered)
+
+
+def report_of(graph: ConvertedGraph, lowered: LoweredProgram | None = None) -> Report:
+    """:func:`inspect`, for whom the graph was read already."""
+    converted = graph.model
     ops: dict[Node, QuantizedOp | FloatOp] = {op.node: op for op in graph}
     rows = []
     for node in converted.graph.nodes:
@@ -1000,7 +1005,7 @@ def _pair(op: DelegateOp, name: str) -> tuple[int, int]:
     """Height and width of a parameter that divides positions, as no damaged file may give it."""
     value = op.params.get(name)
     if isinstance(value, tuple) and len(value) == 2 and min(value) >= 1:
-        return cast("tuple[int, int]", value)
+        return value
     raise ProgramError(
         f"the {name} of a {op.kind} node is {value}, not two positive numbers; the file was not "
         "written by a known version"

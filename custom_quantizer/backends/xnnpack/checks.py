@@ -36,7 +36,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.errors import LoweringError, ProgramError, VerificationError
 from custom_quantizer.ops import Backend, QParamSharing, QuantizedOp
 from custom_quantizer.ops.gemm import CONV, expand_channels
-from custom_quantizer.reference import integer_reference
+from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph
 
 __all__ = [
@@ -340,7 +340,7 @@ def _stored_bounds(node: DelegateOp, output: QParams) -> tuple[int, int]:
 def _check_outputs(
     program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
 ) -> None:
-    reference = pytree.tree_leaves(integer_reference(graph.model)(*example))
+    reference = pytree.tree_leaves(IntegerReference(graph, XNNPACK)(*example))
     outputs = _run(program, graph, example)
     program.reset()
     if len(reference) != len(outputs):

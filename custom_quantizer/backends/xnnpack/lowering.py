@@ -87,10 +87,28 @@ def lower(
         LoweringError: the backend refused the graph.
         VerificationError: the program is not what the graph says.
     """
+    return lower_graph(
+        read_converted(converted),
+        example_inputs,
+        dynamic_max=dynamic_max,
+        check=check,
+        progress=progress,
+    )
+
+
+@tools()
+def lower_graph(
+    graph: ConvertedGraph,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_max: int = DEFAULT_DYNAMIC_MAX,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> LoweredProgram:
+    """:func:`lower`, for whom the graph was read already."""
     say = progress or (lambda _stage: None)
-    graph = read_converted(converted)
-    _warn_of_state(converted)
-    example = check_example(converted, example_inputs)
+    _warn_of_state(graph.model)
+    example = check_example(graph.model, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, say)
     say("partitioning for XNNPACK")
     edge = _to_edge(rewritten.exported, validate=not check)
@@ -161,7 +179,7 @@ def rewrite(
     say("rewriting the graph")
     _check_writable(graph.model)
     model = detached_copy(graph.model)
-    applied = run_passes(model)
+    applied = run_passes(model, graph)
     say("exporting")
     exported = export_again(model, example, dynamic_max, widest=widest)
     for node in state_of(exported.graph):

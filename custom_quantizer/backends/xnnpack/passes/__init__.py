@@ -34,6 +34,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
 from custom_quantizer.core.graph import is_dequantize, is_quantize
 from custom_quantizer.errors import CustomQuantizerError, LoweringError
 from custom_quantizer.ops.rewrites.canonical import mark_overwritten
+from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
 __all__ = ["GEMMS", "ORIGIN", "PASSES", "GraphPass", "origin_of", "run_passes"]
 
@@ -85,8 +86,12 @@ PASSES: tuple[GraphPass, ...] = (
 )
 
 
-def run_passes(model: GraphModule) -> dict[str, int]:
+def run_passes(model: GraphModule, graph: ConvertedGraph | None = None) -> dict[str, int]:
     """Apply all passes to ``model`` in place.
+
+    Args:
+        model: a copy of a converted graph.
+        graph: what was read from the converted graph, if somebody did; else it is read here.
 
     Returns:
         Pass name -> number of places changed, for the passes that changed any.
@@ -98,6 +103,7 @@ def run_passes(model: GraphModule) -> dict[str, int]:
         if node.op == "call_function" and not (is_quantize(node) or is_dequantize(node)):
             set_origin(node, node.name)
     mark_overwritten(model)
+    withheld.mark_withheld(model, graph or read_converted(model))
     applied: dict[str, int] = {}
     for graph_pass in PASSES:
         try:

@@ -20,9 +20,25 @@ from custom_quantizer.core.graph import (
     is_quantize,
 )
 from custom_quantizer.ops import rule_of
-from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.converted import ConvertedGraph
 
 aten = torch.ops.aten
+
+
+_WITHHELD = "custom_quantizer_withheld"
+
+
+def mark_withheld(model: GraphModule, graph: ConvertedGraph) -> None:
+    """Mark the ops that the pass is for.
+
+    Args:
+        model: a copy of the graph's model; its nodes have the same names.
+        graph: what was read from that.
+    """
+    names = {op.node.name for op in graph.floating if op.withheld}
+    for node in model.graph.nodes:
+        if node.name in names:
+            node.meta[_WITHHELD] = True
 
 
 def _withhold_refused(model: GraphModule) -> int:
@@ -32,10 +48,7 @@ def _withhold_refused(model: GraphModule) -> int:
     stands between the op and its quantize node; the op then is float to the partitioner.
     """
     count = 0
-    for op in read_converted(model).floating:
-        if not op.withheld:
-            continue
-        node = op.node
+    for node in [node for node in model.graph.nodes if node.meta.get(_WITHHELD)]:
         if node.target in GEMMS:
             for source in (node.args[1], argument(node, 2, "bias")):
                 if not isinstance(source, Node) or not is_dequantize(source):
