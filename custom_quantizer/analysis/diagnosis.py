@@ -52,6 +52,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.plot import new_figure, save_figure
 from custom_quantizer.core.progress import track
+from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import ConversionError, InputError
 from custom_quantizer.ops import Binding, QParamSharing, QuantizedOp, rule_of
@@ -233,9 +234,9 @@ class Diagnosis:
     def __str__(self) -> str:
         tensors = [_TENSOR_HEADER, *(_tensor_cells(tensor) for tensor in self.tensors)]
         weights = [_WEIGHT_HEADER, *(_weight_cells(weight) for weight in self.weights)]
-        lines = [f"{self.samples:,} samples; SQNR in dB", "", *_aligned(tensors)]
+        lines = [f"{self.samples:,} samples; SQNR in dB", "", *table_lines(tensors)]
         if self.weights:
-            lines += ["", *_aligned(weights)]
+            lines += ["", *table_lines(weights)]
         lines += [""]
         lines += [f"output {output.index}: {_db(output.sqnr)} dB" for output in self.outputs]
         if self.worst is not None:
@@ -703,12 +704,3 @@ def _db(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1f}" if math.isfinite(value) else ("exact" if value > 0 else "lost")
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join((name.ljust(widths[0]), *aligned)).rstrip())
-    return lines

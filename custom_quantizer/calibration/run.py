@@ -32,6 +32,7 @@ from custom_quantizer.calibration.convergence import (
 from custom_quantizer.core.batch import Batch
 from custom_quantizer.core.graph import STATE_KEY, set_state, size_bounds, state_kept, tensor_meta
 from custom_quantizer.core.progress import track
+from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import CalibrationError, CustomQuantizerError
 
@@ -93,11 +94,7 @@ class CalibrationSummary:
         for tensor in sorted(self.tensors, key=lambda tensor: -tensor.last_change):
             last = f"{tensor.last_change:,} of {self.batches:,}"
             rows.append((tensor.name, f"{tensor.low:.5g}", f"{tensor.high:.5g}", last))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join(
-            "  ".join((row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 4))))
-            for row in rows
-        )
+        return "\n".join(table_lines(rows))
 
     def plot_watch(self, path: str | os.PathLike[str]) -> None:
         """Draw range and scale of the watched tensors over the batches; needs matplotlib.

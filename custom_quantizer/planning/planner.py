@@ -26,6 +26,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
+from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.ops import (
     Backend,
     Binding,
@@ -208,11 +209,7 @@ class Plan:
             for op in self.ops
         ]
         header = ("node", "module", "family", "scheme", "backend", "bytes", "why")
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
-            for row in [header, *rows]
-        ]
+        lines = table_lines([header, *rows], left=range(len(header)))
         lines.append(f"{self.size_bytes:,} bytes of constants (estimated)")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
