@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from custom_quantizer.calibration.convergence import Settling
+from custom_quantizer.core.checkpoint import CheckpointFile, part_of
 from custom_quantizer.core.graph import set_state, state_buffers
-from custom_quantizer.core.tensor_file import DamagedFileError, read_tensors, write_tensors
 from custom_quantizer.errors import CalibrationError
 
 __all__ = ["Checkpoint", "Position"]
 
-_FORMAT = "custom_quantizer.calibration.run"
-_VERSION = "2"
+_FORMAT = "custom_quantizer.calibration"
 _LAST_CHANGE = "last_change"
 _STATE = "state."
 _OBSERVER = "activation_post_process"
@@ -58,6 +57,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], prepared: GraphModule) -> None:
         self.path = path
+        self._file = CheckpointFile(path, _FORMAT, "a calibration", "calibrate", CalibrationError)
         self._observers = {
             name: module for name, module in prepared.named_children() if name.startswith(_OBSERVER)
         }
@@ -72,37 +72,13 @@ class Checkpoint:
             CalibrationError: it is of another model, of another version, or no checkpoint.
             InputError: it cannot be read.
         """
-        if not os.path.exists(self.path):
+        found = self._file.read(
+            {"model": (self._model, "another model, of other weights or of other schemes")}
+        )
+        if found is None:
             return Position()
-        try:
-            tensors, metadata, sealed = read_tensors(self.path)
-        except DamagedFileError as error:
-            raise CalibrationError(
-                f"{self.path} is no checkpoint of a calibration, or is damaged ({error}). Remove "
-                "it to calibrate from the beginning"
-            ) from error
-        if metadata.get("format") != _FORMAT:
-            raise CalibrationError(f"{self.path} is no checkpoint of a calibration; name another")
-        if metadata.get("version") not in ("1", _VERSION) or sealed != (
-            metadata["version"] == _VERSION
-        ):
-            raise CalibrationError(
-                f"{self.path} is a checkpoint of version {metadata.get('version')}; this package "
-                f"reads version {_VERSION}. Remove it to calibrate from the beginning"
-            )
-        if metadata.get("model") != self._model:
-            raise CalibrationError(
-                f"{self.path} is a checkpoint of another model, of other weights or of other "
-                "schemes. Remove it to calibrate from the beginning, or name another file"
-            )
-        try:
-            return self._load(tensors, metadata, settling)
-        # A file of version 1 may hold anything; one of version 2 is what save() wrote.
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CalibrationError(
-                f"{self.path} is a damaged checkpoint ({error}). Remove it to calibrate from the "
-                "beginning"
-            ) from error
+        with self._file.loading():
+            return self._load(*found, settling)
 
     def _load(
         self, tensors: dict[str, Tensor], metadata: dict[str, str], settling: Settling
@@ -110,20 +86,14 @@ class Checkpoint:
         position = Position(**json.loads(metadata["position"]))
         states: list[tuple[nn.Module, dict[str, Tensor]]] = []
         for key, observer in self._observers.items():
-            prefix = f"{key}."
-            state = {
-                name.removeprefix(prefix): value
-                for name, value in tensors.items()
-                if name.startswith(prefix)
-            }
+            state = part_of(tensors, f"{key}.")
             for name, value in observer.state_dict().items():
                 if name in state and state[name].dtype != value.dtype:
                     raise ValueError(f"{key}.{name} is {state[name].dtype}, not {value.dtype}")
             states.append((observer, state))
         for observer, state in states:
             observer.load_state_dict(state)
-        state = {n.removeprefix(_STATE): v for n, v in tensors.items() if n.startswith(_STATE)}
-        set_state(self._prepared, state)
+        set_state(self._prepared, part_of(tensors, _STATE))
         settling.restart(tensors[_LAST_CHANGE])
         self._data = metadata["data"]
         return position
@@ -156,13 +126,11 @@ class Checkpoint:
         for name, value in state_buffers(self._prepared).items():
             tensors[_STATE + name] = value
         metadata = {
-            "format": _FORMAT,
-            "version": _VERSION,
             "model": self._model,
             "data": self._data or "",
             "position": json.dumps(asdict(position)),
         }
-        write_tensors(self.path, tensors, metadata)
+        self._file.write(tensors, metadata)
 
 
 def _fingerprint_of_model(prepared: GraphModule, observers: dict[str, nn.Module]) -> str:

@@ -50,7 +50,7 @@ __all__ = [
     "statistics_of",
 ]
 
-FORMAT = "custom_quantizer.calibration.statistics"
+FORMAT = "custom_quantizer.statistics"
 """Key of the version in the metadata of a statistics file."""
 
 FORMAT_VERSION = 2
