@@ -22,7 +22,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -31,11 +31,12 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from custom_quantizer.analysis.fidelity import Noise, ratio_db
+from custom_quantizer.analysis.fidelity import Noise, finite, ratio_db
 from custom_quantizer.analysis.rerun import capture_like
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
 from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.formats import range_bits
 from custom_quantizer.core.graph import (
     DEQUANTIZE_GROUPED,
     constant_of,
@@ -369,7 +370,7 @@ class _Tensor:
         self.op = op
         self.noise, self.alone = Noise(), Noise()
         self.total = self.low = self.high = 0
-        levels = qparams.quant_max - qparams.quant_min + 1
+        levels = qparams.levels
         self.used = torch.zeros(levels, dtype=torch.bool) if levels <= _MAX_LEVELS else None
 
     def add(self, value: Tensor, integers: Tensor) -> None:
@@ -470,7 +471,7 @@ class _Walk:
         q, op = tensor.qparams, tensor.op
         accumulator = None if op is None else accumulator_of(op)
         used = None if tensor.used is None else torch.nonzero(tensor.used).flatten()
-        levels = q.quant_max - q.quant_min + 1
+        levels = q.levels
         inputs = None
         if op is not None:
             known = [ratios.get(cast(Node, dq.args[0])) for dq in op.binding.inputs]
@@ -480,7 +481,7 @@ class _Walk:
             name=source.name,
             path=module_path(source),
             family=None if op is None else op.binding.rule.family,
-            bits=max(levels - 1, 1).bit_length(),
+            bits=range_bits(q.quant_min, q.quant_max),
             scale=float(q.scale),
             zero_point=q.zero_point,
             sqnr=tensor.noise.ratio,
@@ -528,7 +529,7 @@ class _Walk:
         return WeightDiagnosis(
             binding.node.name,
             module_path(binding.node),
-            max(levels - 1, 1).bit_length(),
+            range_bits(low, high),
             granularity,
             ratio_db(math.fsum(signals), math.fsum(errors)),
             worst,
@@ -661,12 +662,7 @@ _WEIGHT_HEADER = ("weight", "format", "SQNR", "worst channel", "its SQNR", "leve
 
 
 def _record(row: TensorDiagnosis | WeightDiagnosis | OutputDiagnosis) -> dict[str, Any]:
-    record = asdict(row)
-    for entry in fields(row):
-        value = record[entry.name]
-        if isinstance(value, float) and not math.isfinite(value):
-            record[entry.name] = None
-    return record
+    return cast("dict[str, Any]", finite(asdict(row)))
 
 
 def _tensor_cells(tensor: TensorDiagnosis) -> tuple[str, ...]:

@@ -55,6 +55,8 @@ __all__ = [
     "OutputFidelity",
     "check_calls",
     "check_prepared",
+    "db_text",
+    "finite",
     "ratio_db",
 ]
 
@@ -137,9 +139,11 @@ class OutputFidelity:
     rounding_sqnr: float | None
 
     def __str__(self) -> str:
-        text = f"output {self.index} ({self.name}): SQNR {_db(self.sqnr)} against the float model"
+        text = (
+            f"output {self.index} ({self.name}): SQNR {db_text(self.sqnr)} against the float model"
+        )
         if self.rounding_sqnr is not None:
-            text += f", {_db(self.rounding_sqnr)} by rounding alone"
+            text += f", {db_text(self.rounding_sqnr)} by rounding alone"
         return text
 
 
@@ -182,9 +186,7 @@ class Fidelity:
         return {
             "samples": self.samples,
             "bits": self.bits,
-            "outputs": [
-                {k: _finite(v) for k, v in asdict(output).items()} for output in self.outputs
-            ],
+            "outputs": [finite(asdict(output)) for output in self.outputs],
             "warnings": list(self.warnings),
         }
 
@@ -196,11 +198,17 @@ class Fidelity:
         return "\n".join(map(str, self.outputs))
 
 
-def _db(value: float) -> str:
+def db_text(value: float) -> str:
+    """``42.0 dB``; ``without limit`` where there is no error."""
     return "without limit" if value == math.inf else f"{value:.1f} dB"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data with null for numbers that JSON does not have, such as an infinite SQNR."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

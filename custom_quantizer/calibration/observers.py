@@ -510,7 +510,7 @@ def _input_bits(model: GraphModule, binding: Binding) -> int:
     """Width of the op's activation, whether already converted or not."""
     (source,) = binding.inputs
     if is_dequantize(source):
-        return qparams_of(model, source).quant_max.bit_length() + 1
+        return qparams_of(model, source).bits
     observer = _observer_of(model, source)
     return int(getattr(observer, "quant_max", 127)).bit_length() + 1
 

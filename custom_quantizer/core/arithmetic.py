@@ -47,6 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from custom_quantizer.core.formats import signed_bits
 from custom_quantizer.errors import InputError, SchemeError
 
 __all__ = [
@@ -162,6 +163,11 @@ class QParams:
     def levels(self) -> int:
         """The number of stored integers."""
         return self.quant_max - self.quant_min + 1
+
+    @property
+    def bits(self) -> int:
+        """Width of the stored integers, as signed ones."""
+        return signed_bits(self.quant_min, self.quant_max)
 
     def same_grid(self, other: QParams) -> bool:
         """Whether equal integers stand for equal reals: same scale and zero point, any range."""
@@ -396,11 +402,7 @@ def accumulator_bits(
     channels = list(zip(positive, negative, biases, strict=True))
     largest = max(b + p * high + n * low for p, n, b in channels)
     smallest = min(b + p * low + n * high for p, n, b in channels)
-    return max(_signed_bits(largest), _signed_bits(smallest))
-
-
-def _signed_bits(value: int) -> int:
-    return (value if value >= 0 else ~value).bit_length() + 1
+    return signed_bits(smallest, largest)
 
 
 # The interface -----------------------------------------------------------------------------------

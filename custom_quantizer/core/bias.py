@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from custom_quantizer.core.formats import signed_bits
+
 __all__ = [
     "COMFORTABLE_BIAS",
     "WIDE_BIAS",
@@ -60,7 +62,7 @@ class BiasHeadroom:
     @property
     def bits(self) -> int:
         """Signed bits the bias needs."""
-        return self.largest.bit_length() + 1
+        return signed_bits(-self.largest, self.largest)
 
 
 def derived_scale(input_scale: float, weight_scale: Tensor) -> Tensor:

@@ -418,9 +418,3 @@ def _observer_kind(spec: QuantizationSpec) -> str:
             f"{', '.join(OBSERVERS)}"
         )
     return _OBSERVER_KINDS[cls]
-
-
-def with_per_tensor_weight(op_scheme: OpScheme) -> OpScheme:
-    """The same scheme with one weight scale for the whole tensor."""
-    weight = replace(op_scheme.weight, granularity="per_tensor", group_size=None)
-    return replace(op_scheme, weight=weight)

@@ -875,13 +875,3 @@ def _estimate_bytes(op: _Op, delegation: Delegation | None) -> int:
     per_channel = op.scheme is not None and op.scheme.weight.granularity != "per_tensor"
     extra = 4 * channels * ((op.binding.bias is not None) + (per_channel and each != 4.0))
     return int(meta.numel() * each) + extra
-
-
-def group_members(plan: Plan) -> dict[int, list[str]]:
-    """Tensors of each group, in graph order."""
-    members: dict[int, list[str]] = defaultdict(list)
-    for op in plan.ops:
-        for tensor in op.tensors:
-            if tensor.group is not None and tensor.tensor not in members[tensor.group]:
-                members[tensor.group].append(tensor.tensor)
-    return dict(members)

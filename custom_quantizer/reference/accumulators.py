@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from custom_quantizer.core.arithmetic import QParams, accumulator_bits
+from custom_quantizer.core.formats import signed_bits
 from custom_quantizer.core.graph import argument, module_path, shape_of
 from custom_quantizer.ops import QuantizedOp
 from custom_quantizer.ops.gemm import _per_dim
 from custom_quantizer.ops.pool import adaptive_kernel, is_global_pool, pool_window
 from custom_quantizer.reference.converted import read_converted
 
-__all__ = ["Accumulator", "accumulator_of", "accumulators", "signed_bits"]
+__all__ = ["Accumulator", "accumulator_of", "accumulators"]
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,6 @@ def mul_width(op: QuantizedOp) -> int:
     """Bits of the accumulator of a product: 64 where 32 could overflow."""
     reach = math.prod(max(-low, high) for low, high in map(_offsets, op.inputs))
     return 32 if reach < 1 << 31 else 64
-
-
-def signed_bits(low: int, high: int) -> int:
-    """Bits of the smallest two's-complement integer that holds all of ``[low, high]``."""
-    return max((value if value >= 0 else ~value).bit_length() for value in (low, high)) + 1
 
 
 def _offsets(q: QParams) -> tuple[int, int]:

@@ -60,7 +60,6 @@ from custom_quantizer.reference.accumulators import (
     image_size,
     left_shift,
     mul_width,
-    signed_bits,
 )
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.numpy_runner import (
@@ -336,7 +335,7 @@ class _Writer:
         self.tensors[free] = {
             "kind": kind,
             "dtype": dtype,
-            "bits": _bits(qparams),
+            "bits": qparams.bits,
             "shape": shape,
             "scale": {"bits": _hexadecimal(scale), "decimal": scale.tolist()},
             "axis": qparams.axis,
@@ -413,13 +412,9 @@ def _sizes(shape: Sequence[Any]) -> list[int | None]:
     return [size if isinstance(size, int) else None for size in shape]
 
 
-def _bits(qparams: QParams) -> int:
-    return signed_bits(qparams.quant_min, qparams.quant_max)
-
-
 def _storage(qparams: QParams) -> str:
     """Name of the smallest dtype that holds an activation."""
-    return str(IntFormat(_bits(qparams)).storage_dtype).removeprefix("torch.")
+    return str(IntFormat(qparams.bits).storage_dtype).removeprefix("torch.")
 
 
 def _hexadecimal(scale: npt.NDArray[np.float32]) -> Any:

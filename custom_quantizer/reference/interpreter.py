@@ -28,7 +28,7 @@ from custom_quantizer.core.graph import (
     state_of,
     tensor_meta,
 )
-from custom_quantizer.errors import ConversionError, CustomQuantizerError, InputError
+from custom_quantizer.errors import CustomQuantizerError, InputError
 from custom_quantizer.ops import QuantizedOp
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 
@@ -241,18 +241,3 @@ def _unflatten_outputs(model: GraphModule, result: Any) -> Any:
     if info is None or info.out_spec is None:
         return flat
     return pytree.tree_unflatten(list(flat), info.out_spec)
-
-
-def describe_float_ops(reference: IntegerReference) -> list[str]:
-    """One line per float op."""
-    return [f"{describe(op.node)}: {op.reason}" for op in reference.float_ops]
-
-
-def require_integer(reference: IntegerReference) -> None:
-    """Raise unless every op is integer.
-
-    Raises:
-        ConversionError: names the float ops.
-    """
-    if reference.float_ops:
-        raise ConversionError("float ops: " + "; ".join(describe_float_ops(reference)))

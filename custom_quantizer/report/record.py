@@ -25,6 +25,7 @@ from custom_quantizer.config.rules import nearest, returned_nodes
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import COMFORTABLE_BIAS, WIDE_BIAS, derived_scale
 from custom_quantizer.core.files import write_text_atomic
+from custom_quantizer.core.formats import range_bits
 from custom_quantizer.core.graph import (
     DEQUANTIZE_GROUPED,
     constant_of,
@@ -573,7 +574,7 @@ def _tensor(model: GraphModule, node: Node) -> TensorRecord:
         source_of(node).name,
         _shape(model, node),
         _dtype_name(_dtype(node) or torch.int8),
-        bits=_bits(low, high),
+        bits=range_bits(low, high),
         quant_min=low,
         quant_max=high,
         dynamic=True,
@@ -586,7 +587,7 @@ def _quantized(
     """The record of integers; a weight carries where its scale was raised."""
     scale = qparams.scale
     scales = tuple(scale.tolist()) if isinstance(scale, Tensor) else (scale,)
-    bits = _bits(qparams.quant_min, qparams.quant_max)
+    bits = range_bits(qparams.quant_min, qparams.quant_max)
     raised = cast("dict[int, float]", (node.meta.get(META_KEY) or {}).get("raised") or {})
     record = TensorRecord(
         source_of(node).name,
@@ -610,7 +611,7 @@ def _with_scales(
     largest = max(scales)
     return replace(
         record,
-        bits=_bits(quant_min, quant_max),
+        bits=range_bits(quant_min, quant_max),
         granularity="per_tensor" if axis is None else "per_channel",
         scales=scales,
         scale_min=min(scales),
@@ -635,7 +636,7 @@ def _grouped(model: GraphModule, node: Node) -> TensorRecord:
         cast(Node, values).name,
         _shape(model, node),
         _dtype_name(_dtype(node) or torch.int8),
-        bits=_bits(low, high),
+        bits=range_bits(low, high),
         granularity="per_group",
         scale_min=float(scales.min()),
         scale_max=largest,
@@ -665,13 +666,13 @@ def _integer_bias(model: GraphModule, binding: Binding) -> BiasRecord | None:
     stored = torch.as_tensor(qparams.scale)
     _, exponent = torch.frexp(stored / unit)
     shift = exponent - 1
-    wide = max(_bits(q.quant_min, q.quant_max) for q in (weight, data)) > 8
+    wide = max(q.bits for q in (weight, data)) > 8
     return replace(
         _bias_integers(
             constant.name,
             constant_of(model, constant).numpy(),
             stored.reshape(-1).numpy(),
-            _bits(qparams.quant_min, qparams.quant_max),
+            range_bits(qparams.quant_min, qparams.quant_max),
         ),
         limit=min(WIDE_BIAS if wide else COMFORTABLE_BIAS, qparams.quant_max),
         shift=int(shift.max()),
@@ -730,13 +731,6 @@ def _bias_integers(
         maximum=max(integers, default=0),
         bits_used=largest.bit_length() + 1,
     )
-
-
-def _bits(low: int, high: int) -> int:
-    """Width of the integers of a range; unsigned if it has no negative one."""
-    if low >= 0:
-        return high.bit_length()
-    return max(high.bit_length(), (-low - 1).bit_length()) + 1
 
 
 def _dtype(*nodes: Node) -> torch.dtype | None:

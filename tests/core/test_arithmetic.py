@@ -43,6 +43,7 @@ from custom_quantizer.core.arithmetic import (
     xnnpack_add_parameters,
     xnnpack_multiplier,
 )
+from custom_quantizer.core.formats import range_bits, signed_bits
 from custom_quantizer.errors import InputError, SchemeError
 
 MODES = list(ARITHMETICS.values())
@@ -274,6 +275,15 @@ def test_qparams_is_a_value() -> None:
     assert qparams(0.5).fits_int8
     assert not qparams(0.5, 0, 0, 255).fits_int8
     assert qparams(0.5, 0, -8, 7).levels == 16
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "signed", "own"),
+    [(-8, 7, 4, 4), (-9, 7, 5, 5), (-8, 8, 5, 5), (-7, 7, 4, 4), (0, 255, 9, 8), (0, 0, 1, 0)],
+)
+def test_width_of_a_range(low: int, high: int, signed: int, own: int) -> None:
+    assert qparams(0.5, 0, low, high).bits == signed_bits(low, high) == signed
+    assert range_bits(low, high) == own
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
