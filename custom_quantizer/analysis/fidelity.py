@@ -170,13 +170,13 @@ class Fidelity:
             if rounding is not None and output.sqnr < rounding - MARGIN_DB:
                 found.append(
                     f"{output}: {rounding - output.sqnr:.0f} dB are lost to something other than "
-                    "rounding. If values are cut off at the ends of their ranges, calibrate with "
+                    "rounding; if values are cut off at the ends of their ranges, calibrate with "
                     "data like that; custom_quantizer.diagnose names the op"
                 )
             elif output.sqnr < DB_PER_BIT * self.bits:
                 found.append(
                     f"{output}: little is left of the signal, even for {self.bits} bits; "
-                    "custom_quantizer.diagnose names the ops that lose it. Give them more bits, or "
+                    "custom_quantizer.diagnose names the ops that lose it; give them more bits, or "
                     "leave them in float"
                 )
         return tuple(found)
@@ -311,7 +311,7 @@ def check_prepared(
             )
     if isinstance(model, GraphModule) and _observers(model):
         raise InputError(
-            "the float graph has observers: prepare_pt2e changes the graph it is given. Pass the "
+            "the float graph has observers: prepare_pt2e changes the graph it is given; pass the "
             "ExportedProgram, or a copy that was made before"
         )
     calls = _first_calls(GraphInputs.of(prepared), data, samples)
@@ -342,7 +342,7 @@ def check_calls(
                 where = _first_wrong(prepared, captured, values) or f"output {index} ({name})"
                 raise VerificationError(
                     f"{where}: before any rounding the prepared graph does not compute what the "
-                    f"float model does ({difference} at output {index}). Pass the model that was "
+                    f"float model does ({difference} at output {index}); pass the model that was "
                     "prepared, in eval mode; if it is that, leave the op in float with "
                     "set_node_name, and please report the model"
                 )

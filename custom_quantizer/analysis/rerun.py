@@ -210,7 +210,7 @@ def capture_like(
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}: {text}. Pass the captured graph "
+            f"torch.export cannot capture {type(model).__name__}: {text}; pass the captured graph "
             "that was quantized"
         ) from error
     return program.module()

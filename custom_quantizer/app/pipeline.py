@@ -157,7 +157,7 @@ def save_result(
         if result.lowered is None:
             raise InputError(
                 f"{target}: there is no program to write, since quantize was called with "
-                "lower=False. Name a directory for the report alone, or lower the model"
+                "lower=False; name a directory for the report alone, or lower the model"
             )
         folder: AbstractContextManager[None] = nullcontext()
     else:
@@ -365,7 +365,7 @@ def _eval_copy(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({_first_line(error)}), and the flow does "
-            "not change the module it is given. Pass torch.export.export(model.eval(), example)"
+            "not change the module it is given; pass torch.export.export(model.eval(), example)"
         ) from error
     training = sum(module.training for module in model.modules())
     if training:
@@ -422,22 +422,22 @@ def _refused(
             eager(*example)
     except Exception as own:
         return InputError(
-            f"{name} does not run on the example inputs ({_shapes(example)}): {_first_line(own)}. "
-            "Pass what its forward takes, batch first"
+            f"{name} does not run on the example inputs ({_shapes(example)}): {_first_line(own)}; "
+            "pass what its forward takes, batch first"
         )
-    text = f"torch.export cannot capture {name}: {_first_line(error)}. "
+    text = f"torch.export cannot capture {name}: {_first_line(error)}; "
     if dynamic and ("specialized" in str(error) or "Constraints violated" in str(error)):
         return CaptureError(
-            text + "Its code fixes the size of the batch, as x.view(8, -1) does; write "
+            text + "its code fixes the size of the batch, as x.view(8, -1) does; write "
             "x.flatten(1), or leave dynamic_batch off"
         )
     if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
         return CaptureError(
-            text + "It branches on the value of a tensor; use torch.where or torch.cond, or "
+            text + "it branches on the value of a tensor; use torch.where or torch.cond, or "
             "capture the part that does not"
         )
     return CaptureError(
-        text + "Make torch.export.export(model.eval(), example_inputs) work first; "
+        text + "make torch.export.export(model.eval(), example_inputs) work first; "
         "torch.export.draft_export lists everything in the way"
     )
 

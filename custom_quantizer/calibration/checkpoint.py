@@ -107,7 +107,7 @@ class Checkpoint:
         fingerprint = _fingerprint(value for value in values if isinstance(value, Tensor))
         if self._data is not None and self._data != fingerprint:
             raise CalibrationError(
-                f"{self.path} was begun with other data: the first batch is not the same. Give the "
+                f"{self.path} was begun with other data: the first batch is not the same; give the "
                 "same data in the same batches and order (a DataLoader must not shuffle, or "
                 "shuffle with a seed), or remove the file to calibrate from the beginning"
             )

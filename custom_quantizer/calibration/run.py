@@ -238,13 +238,13 @@ def _calibrate(
         )
     if not seen:
         raise CalibrationError(
-            "the calibration data holds no sample, so no range can be measured. Pass at least one "
+            "the calibration data holds no sample, so no range can be measured; pass at least one "
             "batch; a generator that was used up before is empty"
         )
     if not calls:
         raise CalibrationError(
             f"the calibration data holds {seen} samples, but the graph takes batches of "
-            f"{queue.smallest}. Pass more data, or capture the model with a smaller or dynamic "
+            f"{queue.smallest}; pass more data, or capture the model with a smaller or dynamic "
             "batch"
         )
     if file is not None and calls != done.batches:
@@ -303,7 +303,7 @@ def _run(prepared: GraphModule, graph: GraphInputs, values: list[Any], where: st
     except Exception as error:
         text = str(error).strip().splitlines() or [""]
         raise CalibrationError(
-            f"{where}: the prepared graph failed with {type(error).__name__}: {text[0]}. The graph "
+            f"{where}: the prepared graph failed with {type(error).__name__}: {text[0]}; the graph "
             f"takes {graph}"
         ) from error
 
@@ -424,13 +424,13 @@ class GraphInputs:
         """
         values = self._sorted(batch)
         if isinstance(values, str):
-            raise CalibrationError(f"{where} {values}. The graph takes {self}")
+            raise CalibrationError(f"{where} {values}; the graph takes {self}")
         sizes = set()
         for entry, value in zip(self.inputs, values, strict=True):
             problem = entry.problem(value, first=int(self.batch is not None))
             if problem is not None:
                 raise CalibrationError(
-                    f"{where}: input {entry.name} {problem}. The graph takes {self}"
+                    f"{where}: input {entry.name} {problem}; the graph takes {self}"
                 )
             if entry.is_batched:
                 sizes.add(len(value))

@@ -129,19 +129,19 @@ class QParams:
         for name in ("zero_point", "quant_min", "quant_max"):
             value: object = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise SchemeError(f"QParams.{name} must be an int, got {value!r}.")
+                raise SchemeError(f"QParams.{name} must be an int, got {value!r}")
         if not _INT32[0] <= self.quant_min <= self.zero_point <= self.quant_max <= _INT32[1]:
             raise SchemeError(
                 "QParams needs -2**31 <= quant_min <= zero_point <= quant_max < 2**31, got "
-                f"[{self.quant_min}, {self.quant_max}] with zero point {self.zero_point}."
+                f"[{self.quant_min}, {self.quant_max}] with zero point {self.zero_point}"
             )
         if isinstance(self.scale, Tensor):
             if self.axis is None:
-                raise SchemeError("QParams with a scale per channel needs an axis.")
+                raise SchemeError("QParams with a scale per channel needs an axis")
             object.__setattr__(self, "scale", _checked_scales(self.scale))
         else:
             if self.axis is not None:
-                raise SchemeError(f"QParams.axis is {self.axis}, but the scale is one number.")
+                raise SchemeError(f"QParams.axis is {self.axis}, but the scale is one number")
             object.__setattr__(self, "scale", _checked_scale(self.scale, "QParams.scale"))
 
     def __eq__(self, other: object) -> bool:
@@ -177,11 +177,11 @@ class QParams:
 
 def _checked_scale(scale: object, what: str) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise SchemeError(f"{what} must be a float or a float32 tensor, got {scale!r}.")
+        raise SchemeError(f"{what} must be a float or a float32 tensor, got {scale!r}")
     if not (_SMALLEST_NORMAL <= scale < math.inf) or round_to_float32(scale) != scale:
         raise SchemeError(
             f"{what} is {scale!r}: it must be positive, finite, normal and representable in "
-            "float32; round it with round_to_float32 first."
+            "float32; round it with round_to_float32 first"
         )
     return float(scale)
 
@@ -190,7 +190,7 @@ def _checked_scales(scale: Tensor) -> Tensor:
     if scale.dtype != torch.float32 or scale.ndim != 1 or scale.numel() == 0:
         raise SchemeError(
             "A scale per channel must be a 1-D float32 tensor with at least one entry, got "
-            f"{scale.dtype} of shape {tuple(scale.shape)}."
+            f"{scale.dtype} of shape {tuple(scale.shape)}"
         )
     copy = scale.detach().clone().cpu()
     normal = torch.isfinite(copy) & (copy >= _SMALLEST_NORMAL)
@@ -198,7 +198,7 @@ def _checked_scales(scale: Tensor) -> Tensor:
         channel = int((~normal).nonzero()[0])
         raise SchemeError(
             f"The scale of channel {channel} is {float(copy[channel])!r}: scales must be "
-            "positive, finite and normal in float32."
+            "positive, finite and normal in float32"
         )
     return copy
 
@@ -213,14 +213,14 @@ def _f32(value: float) -> Tensor:
 
 def _integers(x: Tensor, what: str) -> Tensor:
     if x.dtype not in _INTEGER_DTYPES:
-        raise InputError(f"{what} must hold integers, got {x.dtype}: quantize it first.")
+        raise InputError(f"{what} must hold integers, got {x.dtype}: quantize it first")
     return x.to(torch.int64)
 
 
 def _reals(x: Tensor, what: str) -> Tensor:
     if x.dtype != torch.float32:
         raise InputError(
-            f"{what} must be float32, got {x.dtype}: the rounding of another width differs."
+            f"{what} must be float32, got {x.dtype}: the rounding of another width differs"
         )
     return x
 
@@ -253,7 +253,7 @@ def _store(x: Tensor, q: QParams, bounds: Bounds | None = None) -> Tensor:
         return stored
     low, high = bounds
     if low > high:
-        raise SchemeError(f"The activation bounds [{low}, {high}] are empty.")
+        raise SchemeError(f"The activation bounds [{low}, {high}] are empty")
     return stored.clamp(low, high)
 
 
@@ -264,7 +264,7 @@ def _along(values: Tensor, axis: int, like: Tensor) -> Tensor:
     if not -like.ndim <= axis < like.ndim or like.shape[axis] != values.numel():
         raise InputError(
             f"{values.numel()} per-channel values do not fit dimension {axis} of a tensor of "
-            f"shape {tuple(like.shape)}."
+            f"shape {tuple(like.shape)}"
         )
     shape = [1] * like.ndim
     shape[axis] = -1
@@ -279,7 +279,7 @@ def _scale_along(q: QParams, like: Tensor) -> Tensor:
 
 def _scale_of(q: QParams) -> float:
     if isinstance(q.scale, Tensor):
-        raise SchemeError("This operator takes one scale per tensor, not one per channel.")
+        raise SchemeError("This operator takes one scale per tensor, not one per channel")
     return q.scale
 
 
@@ -291,20 +291,20 @@ def _checked_weight_scale(weight_scale: float | Tensor) -> Tensor:
 
 def _check_width(accumulator_width: int) -> None:
     if accumulator_width not in (32, 64):
-        raise SchemeError(f"Accumulators have 32 or 64 bits, asked for {accumulator_width}.")
+        raise SchemeError(f"Accumulators have 32 or 64 bits, asked for {accumulator_width}")
 
 
 def _checked_limits(low: float, high: float) -> tuple[float, float]:
     """Round the limits of a clamp to float32, as an operator on float32 tensors does."""
     limits = round_to_float32(low), round_to_float32(high)
     if not limits[0] <= limits[1]:
-        raise SchemeError(f"A clamp needs low <= high, got [{low}, {high}].")
+        raise SchemeError(f"A clamp needs low <= high, got [{low}, {high}]")
     return limits
 
 
 def _checked_count(count: int) -> int:
     if count < 1:
-        raise SchemeError(f"A mean needs at least one element, got {count}.")
+        raise SchemeError(f"A mean needs at least one element, got {count}")
     return count
 
 
@@ -331,12 +331,12 @@ def _windows(
     if not (0 <= 2 * pad_h <= kernel_h and 0 <= 2 * pad_w <= kernel_w and min(stride) >= 1):
         raise SchemeError(
             f"avg_pool2d needs strides of at least 1 and padding of at most half the kernel, got "
-            f"kernel {tuple(kernel_size)}, stride {tuple(stride)}, padding {tuple(padding)}."
+            f"kernel {tuple(kernel_size)}, stride {tuple(stride)}, padding {tuple(padding)}"
         )
     if x.ndim < 2 or x.shape[-2] + 2 * pad_h < kernel_h or x.shape[-1] + 2 * pad_w < kernel_w:
         raise InputError(
             f"avg_pool2d with kernel {tuple(kernel_size)} and padding {tuple(padding)} does not "
-            f"fit an input of shape {tuple(x.shape)}."
+            f"fit an input of shape {tuple(x.shape)}"
         )
 
     def taps_of(image: Tensor) -> list[Tensor]:
@@ -384,9 +384,9 @@ def accumulator_bits(
         SchemeError: The zero point lies outside the range.
     """
     if not quant_min <= zero_point <= quant_max:
-        raise SchemeError(f"Zero point {zero_point} lies outside [{quant_min}, {quant_max}].")
+        raise SchemeError(f"Zero point {zero_point} lies outside [{quant_min}, {quant_max}]")
     if weight.ndim < 1 or weight.numel() == 0:
-        raise InputError(f"The weight has no output channel: shape {tuple(weight.shape)}.")
+        raise InputError(f"The weight has no output channel: shape {tuple(weight.shape)}")
     rows = _integers(weight, "The weight").reshape(weight.shape[0], -1)
     positive: list[int] = rows.clamp(min=0).sum(1).tolist()
     negative: list[int] = rows.clamp(max=0).sum(1).tolist()
@@ -394,7 +394,7 @@ def accumulator_bits(
     if bias is not None:
         if bias.shape != rows.shape[:1]:
             raise InputError(
-                f"A bias of shape {tuple(bias.shape)} does not fit {len(positive)} output channels."
+                f"A bias of shape {tuple(bias.shape)} does not fit {len(positive)} output channels"
             )
         biases = _integers(bias, "The bias").tolist()
     # Python integers from here: the products may exceed 64 bits.
@@ -569,7 +569,7 @@ def quantize_emulated_int16(x: Tensor, q: QParams) -> Tensor:
     if q.zero_point != 0 or q.quant_min < _INT16[0] or q.quant_max > _INT16[1]:
         raise SchemeError(
             "The delegate stores more than 8 bits only as symmetric integers within int16, got "
-            f"[{q.quant_min}, {q.quant_max}] with zero point {q.zero_point}."
+            f"[{q.quant_min}, {q.quant_max}] with zero point {q.zero_point}"
         )
     _refuse_nan(_reals(x, "The tensor to quantize"))
     floored = torch.floor(x * _inverse(q, x) + _f32(0.5))
@@ -578,7 +578,7 @@ def quantize_emulated_int16(x: Tensor, q: QParams) -> Tensor:
 
 def _refuse_nan(x: Tensor) -> None:
     if bool(torch.isnan(x).any()):
-        raise InputError("The tensor to quantize holds NaN, which no integer stands for.")
+        raise InputError("The tensor to quantize holds NaN, which no integer stands for")
 
 
 def xnnpack_multiplier(
@@ -602,7 +602,7 @@ def xnnpack_multiplier(
         worst = float(multiplier.reshape(-1)[~legal.reshape(-1)][0])
         raise SchemeError(
             f"A requantization multiplier is {worst!r}: the delegate needs a normal number below "
-            "256. Widen the output's range."
+            "256; widen the output's range"
         )
     return multiplier
 
@@ -699,7 +699,7 @@ def xnnpack_add_parameters(
     if not 2.0**-10 <= largest < 2.0**8:
         raise SchemeError(
             f"The larger of the scale ratios of an add is {largest!r}: the delegate needs it in "
-            "[2**-10, 2**8). Change the output's scale."
+            "[2**-10, 2**8); change the output's scale"
         )
     shift = 20 - (math.frexp(largest)[1] - 1)
     # Exact in double; Python's round() is half to even.
@@ -718,7 +718,7 @@ def _require_int8(q: QParams) -> None:
     if not q.fits_int8:
         raise SchemeError(
             f"The delegate has no integer kernel for the range [{q.quant_min}, {q.quant_max}]: "
-            "only for ranges within int8."
+            "only for ranges within int8"
         )
 
 
@@ -863,8 +863,8 @@ class XnnpackArithmetic:
             offset = np.float32(dst.zero_point) - (number * np.float32(src.zero_point)) * scale
         if not scale < 256.0:
             raise SchemeError(
-                f"The multiplier of a mean is {float(scale)!r}, 256 or more. Widen the output's "
-                "range."
+                f"The multiplier of a mean is {float(scale)!r}, 256 or more; widen the output's "
+                "range"
             )
         scaled = wrap_int32(total).to(torch.float32) * _f32(float(scale))
         rounded = _to_integers(torch.round(scaled + _f32(float(offset))))
@@ -952,7 +952,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
         ``QuantizeMultiplier`` in ``quantization_util.cc``.
     """
     if not 0.0 <= real < math.inf:
-        raise SchemeError(f"A requantization multiplier must be finite and >= 0, got {real!r}.")
+        raise SchemeError(f"A requantization multiplier must be finite and >= 0, got {real!r}")
     fraction, shift = math.frexp(real)
     # The 53-bit fraction to 31 bits, in integers: adding half before the shift rounds half up.
     multiplier = (int(fraction * 2.0**53) + (1 << 21)) >> 22
@@ -961,7 +961,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
     if shift < -31:
         return 0, 0
     if shift > 30:
-        raise SchemeError(f"The requantization multiplier {real!r} is too large: 2**30 or more.")
+        raise SchemeError(f"The requantization multiplier {real!r} is too large: 2**30 or more")
     return multiplier, shift
 
 
@@ -971,11 +971,11 @@ def _as_int64(value: int | Tensor) -> Tensor:
 
 def _check_shift(multiplier: Tensor, shift: Tensor, largest: int) -> None:
     if bool((multiplier < 0).any()) or bool((multiplier > _INT32[1]).any()):
-        raise SchemeError("A fixed-point multiplier must lie in [0, 2**31).")
+        raise SchemeError("A fixed-point multiplier must lie in [0, 2**31)")
     if bool((shift < -31).any()) or bool((shift > largest).any()):
         raise SchemeError(
             f"A fixed-point shift must lie in [-31, {largest}], got [{int(shift.min())}, "
-            f"{int(shift.max())}]: the ratio of the scales is out of reach of this arithmetic."
+            f"{int(shift.max())}]: the ratio of the scales is out of reach of this arithmetic"
         )
 
 
@@ -1072,7 +1072,7 @@ def multiply_by_quantized_multiplier_int64(
     value, factor, power = _integers(x, "The accumulator"), _as_int64(multiplier), _as_int64(shift)
     _check_shift(factor, power, largest=7)
     if bool(((value < -(1 << 47)) | (value >= 1 << 47)).any()):
-        raise InputError("An accumulator exceeds the 48 bits of the 16x8 path.")
+        raise InputError("An accumulator exceeds the 48 bits of the 16x8 path")
     reduced = ((factor + (1 << 15)) >> 16).clamp(max=0x7FFF)
     total_shift = 15 - power
     half = torch.ones_like(total_shift) << (total_shift - 1)
@@ -1180,7 +1180,7 @@ class FixedPointArithmetic:
         scale_a, scale_b = _scale_of(qa), _scale_of(qb)
         levels = max(qa.levels, qb.levels, out.levels)
         if levels > 1 << 16:
-            raise SchemeError(f"A fixed-point add takes at most 16 bits, got {levels} levels.")
+            raise SchemeError(f"A fixed-point add takes at most 16 bits, got {levels} levels")
         left_shift = 20 if levels <= 256 else 15
         twice_max = 2.0 * max(scale_a, scale_b)
         output = twice_max / (2.0**left_shift * _scale_of(out))
@@ -1373,7 +1373,7 @@ class ExactArithmetic:
         mantissa, shift = split_multiplier(_scale_along(q, x))
         offset = _integers(x, "The tensor to dequantize") - q.zero_point
         if bool((offset.abs() > 2 * -_INT32[0]).any()):
-            raise InputError("The tensor to dequantize exceeds 32 bits.")
+            raise InputError("The tensor to dequantize exceeds 32 bits")
         # Rounded to 24 bits here, so that double holds the result and float32 rounds no more.
         rounded = _round_to_24_bits(offset * mantissa)
         units = torch.from_numpy(np.asarray(np.ldexp(1.0, -shift.numpy())))
@@ -1513,4 +1513,4 @@ def get_arithmetic(name: str) -> Arithmetic:
         return ARITHMETICS[name]
     except KeyError:
         legal = ", ".join(ARITHMETICS)
-        raise SchemeError(f"Unknown arithmetic {name!r}: choose one of {legal}.") from None
+        raise SchemeError(f"Unknown arithmetic {name!r}: choose one of {legal}") from None

@@ -561,7 +561,7 @@ class _Trainer:
             raise TrainingError(f"{where}: the loss is not one number: {loss!r}")
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"{where}: the loss is {float(loss)}. Choose a smaller learning rate (now "
+                f"{where}: the loss is {float(loss)}; choose a smaller learning rate (now "
                 f"{self.rate:g}) or a smaller clip_norm, and look for such values in the data"
             )
         self.optimizer.zero_grad(set_to_none=True)

@@ -320,13 +320,13 @@ def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path: Path) -> None
 
 
 def test_a_missing_directory_is_named_and_not_made(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a\.pte.*directory .*missing does not exist. Create it"):
+    with pytest.raises(InputError, match=r"a\.pte.*directory .*missing does not exist; create it"):
         write_bytes_atomic(tmp_path / "missing" / "a.pte", b"")
     assert names(tmp_path) == []
 
 
 def test_a_directory_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"it is a directory\. Name a file inside it"):
+    with pytest.raises(InputError, match=r"it is a directory; name a file inside it"):
         write_bytes_atomic(tmp_path, b"")
     with pytest.raises(InputError, match="null"):
         write_bytes_atomic("a\0b", b"")

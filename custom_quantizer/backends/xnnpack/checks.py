@@ -91,7 +91,7 @@ def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple
     found = next(differences(program, graph), None)
     if found is not None:
         raise VerificationError(
-            f"{found}. The program is not the graph; leave the op in float with "
+            f"{found}; the program is not the graph; leave the op in float with "
             f"set_node_name({found.node!r}, None), and please report the model"
         )
     _check_outputs(program, graph, example)
@@ -124,7 +124,7 @@ def _run(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...
                     f"{MOST_DIMS}; reshape it to fewer ({error})"
                 ) from error
         raise LoweringError(
-            f"{error}. Leave the op in float, or write it with other ops"
+            f"{error}; leave the op in float, or write it with other ops"
             + (f" (outside the delegate run {outside})" if outside else "")
         ) from error
 

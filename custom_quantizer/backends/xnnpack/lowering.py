@@ -200,13 +200,13 @@ def _check_writable(model: GraphModule) -> None:
         if node.op == "call_function" and meta is not None and meta.is_complex() and node.users:
             raise LoweringError(
                 f"{describe(node)} is {meta.dtype}, and ExecuTorch's programs hold no complex "
-                "numbers. Compute with real and imaginary parts as two tensors"
+                "numbers; compute with real and imaginary parts as two tensors"
             )
     (output,) = (node for node in model.graph.nodes if node.op == "output")
     for i, value in enumerate(pytree.tree_leaves(output.args[0])):
         if not isinstance(value, (Node, int, float, type(None))):
             raise LoweringError(
-                f"output {i} is {value!r}; a program returns tensors and numbers. Return it from a "
+                f"output {i} is {value!r}; a program returns tensors and numbers; return it from a "
                 "wrapper around the program instead"
             )
 
@@ -257,8 +257,8 @@ def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tu
     for i, (value, meta) in enumerate(zip(flat, metas, strict=False)):
         if meta is None and not isinstance(value, (int, float, type(None))):
             raise InputError(
-                f"input {i} is a {type(value).__name__}; a program takes tensors and numbers. "
-                "Capture a module whose forward sets it"
+                f"input {i} is a {type(value).__name__}; a program takes tensors and numbers; "
+                "capture a module whose forward sets it"
             )
     if len(flat) != len(metas):
         raise InputError(f"the graph takes {len(metas)} inputs, the example has {len(flat)}")
@@ -339,7 +339,7 @@ def export_again(
         raise
     except Exception as error:
         raise LoweringError(
-            f"torch.export refused the rewritten graph: {_first_line(error)}. Check that the "
+            f"torch.export refused the rewritten graph: {_first_line(error)}; check that the "
             "example inputs fit the dynamic sizes the model was captured with"
         ) from error
 
@@ -413,7 +413,7 @@ def _control_flow(exported: torch.export.ExportedProgram) -> str:
     if not kinds:
         return ""
     return (
-        f". The graph has control flow ({', '.join(kinds)}), which ExecuTorch may not know how to "
+        f"; the graph has control flow ({', '.join(kinds)}), which ExecuTorch may not know how to "
         "lower: unroll it, or lower what is before and behind it on its own"
     )
 
@@ -443,7 +443,7 @@ def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> b
         names = ", ".join(origin_of(node) or node.name for node in leftover[:5])
         raise LoweringError(
             f"{len(leftover)} quantize or dequantize ops stayed outside the delegate ({names}): "
-            "the bare runtime has no kernel for them. Leave the ops around them in float with "
+            "the bare runtime has no kernel for them; leave the ops around them in float with "
             "set_node_name(name, None)"
         )
     try:
@@ -457,7 +457,7 @@ def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> b
         if "finite upper bound" in str(error):
             raise LoweringError(
                 f"{_of_unknown_size(edge) or 'a tensor'}: the size of its result depends on values "
-                "and has no bound, and memory is planned ahead. Keep a fixed size (a mask, topk), "
+                "and has no bound, and memory is planned ahead; keep a fixed size (a mask, topk), "
                 "or let the model end before it"
             ) from error
         raise LoweringError(
@@ -469,7 +469,7 @@ def _unknown(graph: ConvertedGraph | None) -> str:
     """A hint: ops that nothing here knows may be the reason."""
     ops = () if graph is None else graph.floating
     names = [describe(op.node) for op in ops if rule_of(op.node) is None]
-    return f". Of its ops, these are not known here: {', '.join(names[:5])}" if names else ""
+    return f"; of its ops, these are not known here: {', '.join(names[:5])}" if names else ""
 
 
 def _callers(edge: EdgeProgramManager, kernels: Sequence[str]) -> list[str]:

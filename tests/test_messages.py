@@ -1,0 +1,63 @@
+"""Messages are one sentence without a period, so that they can be put into another message."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import custom_quantizer
+from custom_quantizer import errors
+
+ROOT = Path(custom_quantizer.__file__).parent
+
+TELLS = {
+    *(name for name, kind in vars(errors).items() if isinstance(kind, type)),
+    *("BundleError", "error", "fail", "warn", "warning", "FloatOp", "Verdict", "Mistake"),
+    *("BadParameter", "ClickException", "UsageError"),
+}
+"""What is given messages: our exceptions, warnings, errors of click, reasons."""
+
+SENTENCE = re.compile(r"(?<!\.)\.( [A-Z`]|\s*$)")
+
+
+def literals(expression: ast.expr) -> Iterator[str]:
+    """The literal texts of a message; a field of an f-string stands as ``x``."""
+    if isinstance(expression, ast.Constant) and isinstance(expression.value, str):
+        yield expression.value
+    elif isinstance(expression, ast.JoinedStr):
+        yield "".join(
+            str(part.value) if isinstance(part, ast.Constant) else "x" for part in expression.values
+        )
+    elif isinstance(expression, ast.BinOp):
+        yield from literals(expression.left)
+        yield from literals(expression.right)
+    elif isinstance(expression, ast.IfExp):
+        yield from literals(expression.body)
+        yield from literals(expression.orelse)
+
+
+def with_periods(source: str) -> list[str]:
+    """Messages of several sentences, and those that end with a period."""
+    return [
+        text
+        for call in ast.walk(ast.parse(source))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in TELLS
+        for argument in (*call.args, *(keyword.value for keyword in call.keywords))
+        for text in literals(argument)
+        if SENTENCE.search(text)
+    ]
+
+
+def test_no_message_has_a_period() -> None:
+    assert with_periods('raise InputError(f"{x} is none.")') == ["x is none."]
+    assert with_periods('warnings.warn("a " + ("b." if c else "d"))') == ["b."]
+    assert with_periods('raise self.error(f"{x}. Remove it")') == ["x. Remove it"]
+    assert with_periods('raise InputError("a.pte has no file.py: 0.5, ...")') == []
+    found = {
+        f"{path.relative_to(ROOT)}: {text}"
+        for path in ROOT.rglob("*.py")
+        for text in with_periods(path.read_text(encoding="utf-8"))
+    }
+    assert found == set()
