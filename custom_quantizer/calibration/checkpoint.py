@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from custom_quantizer.calibration.convergence import Settling
+from custom_quantizer.calibration.convergence import RangeConvergence
 from custom_quantizer.core.checkpoint import CheckpointFile, part_of
 from custom_quantizer.core.graph import set_state, state_buffers
 from custom_quantizer.errors import CalibrationError
@@ -65,7 +65,7 @@ class Checkpoint:
         self._prepared = prepared
         self._data: str | None = None
 
-    def resume(self, settling: Settling) -> Position:
+    def resume(self, convergence: RangeConvergence) -> Position:
         """Load what the file holds into the graph; nothing where there is no file.
 
         Raises:
@@ -78,10 +78,10 @@ class Checkpoint:
         if found is None:
             return Position()
         with self._file.loading():
-            return self._load(*found, settling)
+            return self._load(*found, convergence)
 
     def _load(
-        self, tensors: dict[str, Tensor], metadata: dict[str, str], settling: Settling
+        self, tensors: dict[str, Tensor], metadata: dict[str, str], convergence: RangeConvergence
     ) -> Position:
         position = Position(**json.loads(metadata["position"]))
         states: list[tuple[nn.Module, dict[str, Tensor]]] = []
@@ -94,7 +94,7 @@ class Checkpoint:
         for observer, state in states:
             observer.load_state_dict(state)
         set_state(self._prepared, part_of(tensors, _STATE))
-        settling.restart(tensors[_LAST_CHANGE])
+        convergence.restart(tensors[_LAST_CHANGE])
         self._data = metadata["data"]
         return position
 
@@ -113,13 +113,13 @@ class Checkpoint:
             )
         self._data = fingerprint
 
-    def save(self, position: Position, settling: Settling) -> None:
+    def save(self, position: Position, convergence: RangeConvergence) -> None:
         """Write the state of all observers in one step.
 
         Raises:
             InputError: the file cannot be written.
         """
-        tensors = {_LAST_CHANGE: settling.last_change}
+        tensors = {_LAST_CHANGE: convergence.last_change}
         for key, observer in self._observers.items():
             for name, value in observer.state_dict().items():
                 tensors[f"{key}.{name}"] = value

@@ -29,7 +29,7 @@ from custom_quantizer.calibration.ranges import (
 )
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import (
-    COMFORTABLE_BIAS,
+    MAX_EXACT_BIAS,
     WIDE_BIAS,
     bias_shift,
     derived_scale,
@@ -361,7 +361,7 @@ class WeightObserver(_ConstantObserver):
             if bias is None:
                 continue
             wide = self.scheme.format.bits > 8 or _input_bits(model, binding) > 8
-            limit = WIDE_BIAS if wide else COMFORTABLE_BIAS
+            limit = WIDE_BIAS if wide else MAX_EXACT_BIAS
             if binding.weight_axis == 1 and binding.groups > 1 and scale.dim():
                 # Each weight scale serves one channel of every group: the largest bias decides.
                 bias = bias.abs().reshape(binding.groups, -1).amax(dim=0)

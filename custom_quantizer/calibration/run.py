@@ -23,8 +23,8 @@ from torch.fx import GraphModule
 
 from custom_quantizer.calibration.checkpoint import Checkpoint, Position
 from custom_quantizer.calibration.convergence import (
-    Settling,
-    TensorSettled,
+    RangeConvergence,
+    TensorConvergence,
     WatchPoint,
     observed_tensors,
     plot_watched,
@@ -40,7 +40,7 @@ __all__ = [
     "CalibrationSummary",
     "GraphInput",
     "GraphInputs",
-    "TensorSettled",
+    "TensorConvergence",
     "WatchPoint",
     "calibrate",
     "restore_state",
@@ -68,7 +68,7 @@ class CalibrationSummary:
     batches: int
     rebatched: bool = False
     unused: int = 0
-    tensors: tuple[TensorSettled, ...] = field(default=(), compare=False)
+    tensors: tuple[TensorConvergence, ...] = field(default=(), compare=False)
     watched: tuple[WatchPoint, ...] = field(default=(), compare=False)
     resumed: int = field(default=0, compare=False)
 
@@ -88,8 +88,8 @@ class CalibrationSummary:
                 text += f" ({moving} of {len(self.tensors)} still moved: more data may help)"
         return text
 
-    def settling(self) -> str:
-        """A table: tensor, range, last batch that moved it; those that settled last come first."""
+    def convergence(self) -> str:
+        """A table of tensor, range and last batch that moved it, the last to converge first."""
         rows = [("tensor", "minimum", "maximum", "last moved in batch")]
         for tensor in sorted(self.tensors, key=lambda tensor: -tensor.last_change):
             last = f"{tensor.last_change:,} of {self.batches:,}"
@@ -135,7 +135,7 @@ def calibrate(
             batch is a tensor; a tuple or list of what the graph takes; a dictionary by argument
             name; or a pair of any of these and labels.
         limit: use at most that many samples, the first ones.
-        watch: print range, scale and zero point of a tensor after each batch, to see it settle:
+        watch: print range, scale and zero point of a tensor after each batch, to see it converge:
             the name of its node in the graph, or the path of the module it comes from; globs
             select several.
         checkpoint: a file that keeps what was measured. If it exists, calibration goes on where
@@ -197,9 +197,9 @@ def _calibrate(
     graph = GraphInputs.of(prepared)
     queue = SampleQueue(graph)
     observed = observed_tensors(prepared)
-    settling = Settling(observed, watch)
+    convergence = RangeConvergence(observed, watch)
     file = None if checkpoint is None else Checkpoint(checkpoint, prepared)
-    done = Position() if file is None else file.resume(settling)
+    done = Position() if file is None else file.resume(convergence)
     seen = done.seen
     calls, samples, rebatched, skip = done.batches, done.samples, done.rebatched, done.samples
     passed = 0
@@ -226,9 +226,9 @@ def _calibrate(
             _run(prepared, graph, call, where)
             calls += 1
             samples += taken
-            settling.note(calls, samples)
+            convergence.note(calls, samples)
             if file is not None and calls % checkpoint_every == 0:
-                file.save(Position(samples, calls, rebatched, seen), settling)
+                file.save(Position(samples, calls, rebatched, seen), convergence)
         if limit is not None and passed >= limit:
             break
     if skip:
@@ -248,14 +248,14 @@ def _calibrate(
             "batch"
         )
     if file is not None and calls != done.batches:
-        file.save(Position(samples, calls, rebatched, seen), settling)
+        file.save(Position(samples, calls, rebatched, seen), convergence)
     summary = CalibrationSummary(
         samples,
         calls,
         rebatched,
         seen - samples,
-        settling.tensors(),
-        tuple(settling.points),
+        convergence.tensors(),
+        tuple(convergence.points),
         done.samples,
     )
     if summary.unused:

@@ -21,7 +21,7 @@ from torch import Tensor
 from custom_quantizer.core.formats import signed_bits
 
 __all__ = [
-    "COMFORTABLE_BIAS",
+    "MAX_EXACT_BIAS",
     "WIDE_BIAS",
     "BiasHeadroom",
     "bias_shift",
@@ -30,7 +30,7 @@ __all__ = [
     "raise_scale",
 ]
 
-COMFORTABLE_BIAS = 1 << 21
+MAX_EXACT_BIAS = 1 << 21
 """Largest absolute integer a derived bias may have.
 
 XNNPACK's serializer takes the bias as float32 and quantizes it again: the constant, the
@@ -123,7 +123,7 @@ def bias_shift(bias: Tensor, input_scale: float, weight_scale: Tensor, quant_max
 
 
 def raise_scale(
-    weight_scale: Tensor, constraints: list[tuple[float, Tensor]], limit: int = COMFORTABLE_BIAS
+    weight_scale: Tensor, constraints: list[tuple[float, Tensor]], limit: int = MAX_EXACT_BIAS
 ) -> Tensor:
     """Smallest scales, not below ``weight_scale``, with which every bias fits.
 

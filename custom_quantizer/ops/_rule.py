@@ -252,9 +252,9 @@ class OpRule:
             not, the op runs in float. Not asked above 8 bits, where everything is emulated.
         integers: integer semantics: the op, its input integers (int32), the arithmetic; returns
             int32.
-        zero_centered: positions of inputs that need the zero point 0.
+        requires_symmetric: positions of inputs that need the zero point 0.
         float_reason: why the family has no integer form; it then runs in float between exact
-            borders, and ``integers`` is :func:`no_integers`.
+            Q/DQ boundaries, and ``integers`` is :func:`no_integers`.
         delegation: what XNNPACK does with the op at widths up to 8 bits; wider ones are emulated
             (:func:`custom_quantizer.ops.predict_backend` knows both).
         cases: examples, for contract tests.
@@ -269,7 +269,7 @@ class OpRule:
     bounds: Callable[[Node], tuple[float | None, float | None]] | None = None
     accepts: Callable[[Binding, OpScheme], Verdict] = _always
     runs: Callable[[QuantizedOp], Verdict] = _any_scales
-    zero_centered: frozenset[int] = frozenset()
+    requires_symmetric: frozenset[int] = frozenset()
     float_reason: str = ""
     delegation: Callable[[Binding, Formats], Delegation] = _int8
     cases: tuple[Case, ...] = field(default=(), repr=False)

@@ -90,7 +90,7 @@ MATMUL = OpRule(
     bind=_bind_matmul,
     runs=_runs_product,
     integers=_matmul_integers,
-    zero_centered=frozenset({1}),
+    requires_symmetric=frozenset({1}),
     cases=(
         _case("bmm", torch.bmm, (3, 5, 8), (3, 8, 7)),
         _case("matmul", torch.matmul, (2, 3, 5, 8), (2, 3, 8, 7)),

@@ -1,16 +1,16 @@
 """Functions of one tensor, element by element, that XNNPACK has float kernels for.
 
-Between int8 borders such a function is a table with one entry for each stored integer: the device
-dequantizes, computes in float32 and quantizes, and XNNPACK fuses those steps, when it loads a
-program, into a table of 256 bytes that it fills by running them once. So a function costs one pass
-over bytes, whatever it computes; and between float ops, where there are no borders, quantizing it
-would only cost (:mod:`custom_quantizer.planning.profitability`).
+Between int8 Q/DQ boundaries such a function is a table with one entry for each stored integer: the
+device dequantizes, computes in float32 and quantizes, and XNNPACK fuses those steps, when it loads
+a program, into a table of 256 bytes that it fills by running them once. So a function costs one
+pass over bytes, whatever it computes; and between float ops, where there are no such boundaries,
+quantizing it would only cost (:mod:`custom_quantizer.planning.profitability`).
 
 **Bit exactness.** A float32 kernel is a few units in the last place off the true value, by other
 amounts on other CPUs. That matters only where the true value lies next to the middle between two
-integers. :func:`steady_shift` finds those tables, and a shift of some ten-thousandths of an output
-step that takes every entry away from the middle; the program adds it before it quantizes, the
-integer reference does too, and then all kernels give the same integers.
+integers. :func:`tie_break_offset` finds those tables, and an offset of some ten-thousandths of an
+output step that takes every entry away from the middle; the program adds it before it quantizes,
+the integer reference does too, and then all kernels give the same integers.
 
 References:
     XNNPACK at commit 92a7ad50, ``src/subgraph.c``: ``xnn_subgraph_fuse_unary_quantized_into_lut``.
@@ -62,8 +62,8 @@ __all__ = [
     "levels",
     "product_table",
     "sigmoid_qparams",
-    "steady_shift",
     "table",
+    "tie_break_offset",
 ]
 
 aten = torch.ops.aten
@@ -101,12 +101,12 @@ def _real(function: Function, stored: Tensor, src: QParams, arithmetic: Arithmet
     return torch.where(torch.isnan(value), torch.inf, value).to(torch.float32)
 
 
-def steady_shift(function: Function, src: QParams, dst: QParams) -> float:
+def tie_break_offset(function: Function, src: QParams, dst: QParams) -> float:
     """What the delegate adds to a function's value before it quantizes it to 8 bits or less.
 
     Let ``t`` be the value of an entry in output steps. Kernels agree on its integer unless ``t`` is
     within ``w = (ulps + 4) * 2**-24 * max |t|`` of the middle between two integers; the 4 are the
-    roundings of the sum, of the reciprocal scale and of the product with it. The shift is 0 if no
+    roundings of the sum, of the reciprocal scale and of the product with it. The offset is 0 if no
     entry is that close, otherwise the smallest multiple of ``4 * w`` that leaves none.
 
     Returns:
@@ -114,11 +114,11 @@ def steady_shift(function: Function, src: QParams, dst: QParams) -> float:
     """
     if function.ulps == 0.0:
         return 0.0
-    return _steady_shift(_real(function, levels(src), src, XNNPACK), function.ulps, dst)
+    return _tie_break_offset(_real(function, levels(src), src, XNNPACK), function.ulps, dst)
 
 
-def _steady_shift(values: Tensor, ulps: float, dst: QParams) -> float:
-    """:func:`steady_shift` of the values of a table, float32."""
+def _tie_break_offset(values: Tensor, ulps: float, dst: QParams) -> float:
+    """:func:`tie_break_offset` of the values of a table, float32."""
     scale = cast(float, dst.scale)
     steps = values.to(torch.float64) / scale
     # Far outside of what is stored the nearest integer does not matter.
@@ -126,23 +126,23 @@ def _steady_shift(values: Tensor, ulps: float, dst: QParams) -> float:
     if not steps.numel():
         return 0.0
     window = (ulps + 4) * _ULP * float(steps.abs().max().clamp(min=1.0))
-    for multiple in range(_MOST_SHIFTS):
+    for multiple in range(_MOST_OFFSETS):
         for sign in (1, -1):
-            shift = sign * multiple * 4 * window
-            moved = steps + shift
+            offset = sign * multiple * 4 * window
+            moved = steps + offset
             if bool(((moved - torch.floor(moved) - 0.5).abs() > window).all()):
-                return round_to_float32(shift * scale)
+                return round_to_float32(offset * scale)
     return 0.0
 
 
-_MOST_SHIFTS = 64
+_MOST_OFFSETS = 64
 
 
 def table(function: Function, src: QParams, dst: QParams, arithmetic: Arithmetic) -> Tensor:
     """The stored results of a function for all stored integers of ``src``, int32, in order."""
     values = _real(function, levels(src), src, arithmetic)
     if arithmetic.name == XNNPACK.name and dst.fits_int8:
-        values = values + torch.tensor(steady_shift(function, src, dst), dtype=torch.float32)
+        values = values + torch.tensor(tie_break_offset(function, src, dst), dtype=torch.float32)
     return _saturated(values, dst, arithmetic)
 
 
@@ -387,7 +387,7 @@ def sigmoid_qparams(src: QParams, dst: QParams) -> QParams:
     as the integer product of its input with a quantized sigmoid: a table in all, filled through
     two roundings. The scale is that of the largest value, ``sigmoid(x_max) / 255``, or up to 2 %
     above it: the one for which most entries are those of silu rounded once (the first of several).
-    With it the sigmoid's own table is steady, so that silu needs no shift.
+    With it the sigmoid's own table needs no tie-break offset, and so silu needs none.
 
     Args:
         src: of the input; an int8 range.
@@ -401,7 +401,7 @@ def sigmoid_qparams(src: QParams, dst: QParams) -> QParams:
     for step in range(_SIGMOID_SCALES):
         scale = round_to_float32(largest / 255 * (1 + 0.02 * step / _SIGMOID_SCALES))
         qparams = QParams(scale, -128, -128, 127)
-        if _steady_shift(sigmoid, _SIGMOID.ulps, qparams) != 0.0:
+        if _tie_break_offset(sigmoid, _SIGMOID.ulps, qparams) != 0.0:
             continue
         entries = _saturated(sigmoid, qparams, XNNPACK)
         wrong = int((XNNPACK.mul(stored, entries, src, qparams, dst) != ideal).sum())

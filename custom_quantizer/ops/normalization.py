@@ -1,4 +1,4 @@
-"""Normalization: float ops between exact borders."""
+"""Normalization: float ops between exact Q/DQ boundaries."""
 
 from __future__ import annotations
 

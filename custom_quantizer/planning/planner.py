@@ -246,7 +246,7 @@ class _Op:
     binding: Binding | None = None
     fused: Node | None = None
     scheme: OpScheme | None = None
-    follows: TensorScheme | None = None  # movers: the format they pass on
+    follows: TensorScheme | None = None  # data-movement ops: the format they pass on
     centered: bool = False  # its output has zero point 0, for a consumer that needs it so
     reason: str = ""
 
@@ -274,7 +274,7 @@ class _Op:
     def wanted(self, position: int) -> TensorScheme:
         """Format of an input."""
         given = cast(TensorScheme, self.activation)
-        centered = self.rule is not None and position in self.rule.zero_centered
+        centered = self.rule is not None and position in self.rule.requires_symmetric
         return replace(given, symmetric=True) if centered else given
 
 
@@ -492,11 +492,14 @@ def _computes_in_float(op: _Op | None) -> bool:
 
 
 def _center(ops: list[_Op], producer: dict[Node, _Op]) -> None:
-    """Who makes an operand that needs zero point 0 makes it so, if its range has both signs."""
+    """Where an op needs zero point 0, make the producer of that operand quantize symmetrically.
+
+    Only if its range has both signs: of one sign, half of a symmetric range would be unused.
+    """
     for op in ops:
         if op.rule is None or op.scheme is None or op.binding is None:
             continue
-        for position in op.rule.zero_centered:
+        for position in op.rule.requires_symmetric:
             source = producer.get(op.binding.inputs[position])
             while source is not None and source.mover and source.binding is not None:
                 source = producer.get(source.binding.inputs[0])
@@ -535,7 +538,7 @@ def _weigh(ops: list[_Op], io: _ModelIO) -> None:
 def _kind(op: _Op) -> Kind:
     """What an op does with integers, now that it is settled."""
     if op.mover:
-        return Kind.FLOAT if _left_in_float(op) else Kind.MOVER
+        return Kind.FLOAT if _left_in_float(op) else Kind.MOVEMENT
     if op.scheme is None or op.binding is None or op.scheme.dynamic:
         return Kind.FLOAT
     # A rule that names the op or its type is an order.
@@ -553,7 +556,7 @@ def _to_float(meta: torch.Tensor | None) -> str:
 
 
 def _left_in_float(op: _Op) -> bool:
-    """Movers: whether something forbids passing integers on."""
+    """Of a data-movement op: whether something forbids passing integers on."""
     if op.binding is None:
         return True
     if op.decision.explicit and op.decision.scheme is None:
@@ -579,7 +582,7 @@ def _is_empty(node: Node) -> bool:
 def _follow_producers(
     ops: list[_Op], producer: dict[Node, _Op], inputs: dict[Node, TensorScheme]
 ) -> None:
-    """A mover passes on the integers it is given."""
+    """A data-movement op passes on the integers it is given."""
     for op in ops:
         if not op.mover or _left_in_float(op):
             continue
@@ -603,7 +606,7 @@ def _is_dynamic(op: _Op) -> bool:
 
 
 def _follow_consumers(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
-    """A mover of a float tensor moves integers instead if all who use the result want the same."""
+    """Data movement of a float tensor moves integers if all users of the result want the same."""
     for op in reversed(ops):
         if not op.mover or op.follows is not None or op.binding is None or op.reason:
             continue
@@ -687,9 +690,9 @@ class _Annotator:
         return ("requantized", tensor, wanted.format, wanted.symmetric)
 
     def _choose_schemes(self) -> None:
-        """Who makes the tensors of a group decides on its observer; of several, the widest range.
+        """The ops that produce the tensors of a group choose its observer.
 
-        That of ``OBSERVERS`` which comes first clips least.
+        Where they name several, the one wins that comes first in ``OBSERVERS``: it clips least.
         """
         members: dict[_Key, list[tuple[bool, int, str, TensorScheme]]] = defaultdict(list)
 

@@ -255,7 +255,7 @@ class _Writer:
         elif node in self._by_node:
             self._op(self._by_node[node])
 
-    # -- borders ------------------------------------------------------------------------------
+    # -- inputs and outputs --------------------------------------------------------------------
 
     def _quantize(self, node: Node) -> None:
         source = cast(Node, node.args[0])

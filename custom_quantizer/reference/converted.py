@@ -52,12 +52,12 @@ class FloatOp:
     Attributes:
         node: the call.
         reason: for the report.
-        withheld: its scales are known, and the integer kernel refuses them.
+        float_fallback: its scales are known, and the integer kernel refuses them.
     """
 
     node: Node
     reason: str
-    withheld: bool = False
+    float_fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def read_converted(model: GraphModule) -> ConvertedGraph:
             continue
         runs = ACCEPTED if found.is_wide else found.binding.rule.runs(found)
         if not runs.ok:
-            floating.append(FloatOp(node, runs.reason, withheld=True))
+            floating.append(FloatOp(node, runs.reason, float_fallback=True))
             continue
         integer[node] = found
         if found.output_node is not node:
@@ -161,7 +161,7 @@ def _integer_op(
             if not is_static(source):
                 return "its input is quantized at run time"
         inputs = tuple(qparams_of(model, source) for source in binding.inputs)
-    if any(inputs[i].zero_point != 0 for i in rule.zero_centered):
+    if any(inputs[i].zero_point != 0 for i in rule.requires_symmetric):
         return "the zero point of its second operand is not 0"
     return _with_output(model, rule, binding, inputs)
 

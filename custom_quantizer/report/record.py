@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.config.rules import nearest, returned_nodes
 from custom_quantizer.core.arithmetic import QParams
-from custom_quantizer.core.bias import COMFORTABLE_BIAS, WIDE_BIAS, derived_scale
+from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, derived_scale
 from custom_quantizer.core.files import write_text_atomic
 from custom_quantizer.core.formats import range_bits
 from custom_quantizer.core.graph import (
@@ -674,7 +674,7 @@ def _integer_bias(model: GraphModule, binding: Binding) -> BiasRecord | None:
             stored.reshape(-1).numpy(),
             range_bits(qparams.quant_min, qparams.quant_max),
         ),
-        limit=min(WIDE_BIAS if wide else COMFORTABLE_BIAS, qparams.quant_max),
+        limit=min(WIDE_BIAS if wide else MAX_EXACT_BIAS, qparams.quant_max),
         shift=int(shift.max()),
         # Doubling is exact, so equal floats here are equal bits.
         derived=bool((shift >= 0).all()) and torch.equal(torch.ldexp(unit, shift), stored),

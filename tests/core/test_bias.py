@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 import custom_quantizer as cq
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.core.bias import (
-    COMFORTABLE_BIAS,
+    MAX_EXACT_BIAS,
     BiasHeadroom,
     derived_scale,
     quantize_bias,
@@ -103,7 +103,7 @@ def test_the_derived_scale_is_the_product_rounded_once(
 # Raising the weight scale
 # ---------------------------------------------------------------------------------------------
 
-LIMITS = st.sampled_from([1, 7, 127, 32767, COMFORTABLE_BIAS, 1 << 30])
+LIMITS = st.sampled_from([1, 7, 127, 32767, MAX_EXACT_BIAS, 1 << 30])
 
 
 @st.composite
@@ -206,7 +206,7 @@ def test_the_order_of_the_ops_does_not_matter(problem: Problem) -> None:
 
 
 def test_headroom_counts_bits_with_the_sign() -> None:
-    assert [BiasHeadroom({}, n).bits for n in (0, 1, 127, 128, COMFORTABLE_BIAS)] == [
+    assert [BiasHeadroom({}, n).bits for n in (0, 1, 127, 128, MAX_EXACT_BIAS)] == [
         1,
         2,
         8,
@@ -243,7 +243,7 @@ def check_biases(graph: GraphModule, floats: dict[str, Tensor]) -> None:
         integers = _bias_of(graph, node)
         assert integers.dtype is torch.int32
         assert np.array_equal(integers.numpy(), wanted), name
-        assert int(integers.abs().max()) <= COMFORTABLE_BIAS, name
+        assert int(integers.abs().max()) <= MAX_EXACT_BIAS, name
 
 
 def image(*channels: int) -> Tensor:
@@ -308,8 +308,8 @@ def test_a_weight_raised_for_one_call_is_raised_for_all() -> None:
     graph = quantized(model, (x,))
     check_biases(graph, dict.fromkeys(("conv2d", "conv2d_1"), model.conv.bias))
     biases = [int(_bias_of(graph, n).abs().max()) for n in calls(graph, aten.conv2d.default)]
-    assert biases[1] in (COMFORTABLE_BIAS - 1, COMFORTABLE_BIAS)
-    assert biases[0] < COMFORTABLE_BIAS // 900
+    assert biases[1] in (MAX_EXACT_BIAS - 1, MAX_EXACT_BIAS)
+    assert biases[0] < MAX_EXACT_BIAS // 900
     lowered_exactly(graph, (x,))
 
 

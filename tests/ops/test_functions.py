@@ -102,7 +102,7 @@ def test_entries_of_a_table_are_the_functions_values_rounded(
         entries = functions.table(function, src, dst, arithmetic).tolist()
         for i, value in zip(legal, values, strict=True):
             steps = min(max(value / float(dst.scale) + dst.zero_point, -128), 127)
-            # The shift of a steady table is a few ten-thousandths of a step.
+            # The tie-break offset is a few ten-thousandths of a step.
             assert abs(entries[i] - steps) <= 0.5 + 5e-3, (arithmetic.name, i)
 
 
@@ -114,7 +114,7 @@ def test_a_value_that_is_no_number_is_stored_as_the_largest() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Steady tables
+# Tie-break offsets
 # ---------------------------------------------------------------------------------------------
 
 INEXACT = sorted(
@@ -144,7 +144,7 @@ def test_no_kernel_within_its_bound_changes_an_entry(
     values = function.compute(real).nan_to_num(posinf=100.0, neginf=-100.0).clamp(-1e6, 1e6)
     dst = qparams(float(values.min()) * stretch, min(float(values.max()), 100.0) * stretch)
     expected = functions.table(function, src, dst, XNNPACK)
-    shift = functions.steady_shift(function, src, dst)
+    shift = functions.tie_break_offset(function, src, dst)
     assert abs(shift) < 0.02 * float(dst.scale)
 
     seen = values[values.abs() < 2 * dst.levels * float(dst.scale)]
@@ -172,7 +172,7 @@ def test_the_window_of_ties_counts_four_roundings_besides_the_kernel(ulps: float
         apart = part * (ulps + 4) * 2.0**-24 * 100.0
         for half in (0.5 + apart, 0.5 - apart):
             values = torch.tensor([0.0, half, 100.0], dtype=torch.float64)
-            assert (functions._steady_shift(values, ulps, dst) != 0.0) is moved, part
+            assert (functions._tie_break_offset(values, ulps, dst) != 0.0) is moved, part
 
 
 def test_tables_with_an_entry_next_to_the_middle_are_shifted() -> None:
@@ -181,12 +181,14 @@ def test_tables_with_an_entry_next_to_the_middle_are_shifted() -> None:
     found = 0
     for k in range(200):
         src = qparams(-2 - k / 100, 2 + k / 77)
-        if functions.steady_shift(function, src, dst) != 0.0:
+        if functions.tie_break_offset(function, src, dst) != 0.0:
             found += 1
     # 256 entries, each within about 1e-4 of a half with a probability of 2e-4.
     assert 1 <= found <= 60
     # Kernels that all agree need no shift.
-    assert functions.steady_shift(named(aten.neg.default), qparams(-1, 1), qparams(-2, 2)) == 0.0
+    assert (
+        functions.tie_break_offset(named(aten.neg.default), qparams(-1, 1), qparams(-2, 2)) == 0.0
+    )
 
 
 @pytest.mark.slow
@@ -245,8 +247,8 @@ def test_silu_with_an_int8_sigmoid_is_next_to_silu_rounded_once(low: float, high
     once = functions.table(named(aten.silu.default), src, dst, EXACT)
     assert int((got - once).abs().max()) <= 1
     assert int((got != once).sum()) <= 96
-    # Its sigmoid is steady, and the product is one of integers: no kernel decides anything.
-    assert functions.steady_shift(named(aten.sigmoid.default), src, sigmoid) == 0.0
+    # Its sigmoid needs no offset, and the product is one of integers: no kernel decides anything.
+    assert functions.tie_break_offset(named(aten.sigmoid.default), src, sigmoid) == 0.0
     largest = 1 / (1 + math.exp(-(127 - src.zero_point) * float(src.scale)))
     assert largest / 255 <= float(sigmoid.scale) * (1 + 1e-6) <= largest / 255 * 1.03
 

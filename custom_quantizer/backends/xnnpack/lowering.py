@@ -566,7 +566,7 @@ def _delegated_backend(
         (delegate, node)
         for delegate in contents.delegates
         for node in delegate.ops
-        # Borders between float and int8 carry the handle of the op next to them.
+        # Boundaries between float and int8 carry the handle of the op next to them.
         if node.debug_handle in handles and node.kind != "convert"
     ]
     if not nodes:

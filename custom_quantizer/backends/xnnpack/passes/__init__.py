@@ -15,6 +15,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     attention,
     borders,
     cleanup,
+    float_fallback,
     functions,
     gemm,
     merging,
@@ -22,7 +23,6 @@ from custom_quantizer.backends.xnnpack.passes import (
     normalization,
     pool,
     widths,
-    withheld,
 )
 from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
@@ -40,7 +40,7 @@ __all__ = ["GEMMS", "ORIGIN", "PASSES", "GraphPass", "origin_of", "run_passes"]
 
 PASSES: tuple[GraphPass, ...] = (
     cleanup.DROP_CHECKS,
-    withheld.WITHHOLD_REFUSED,
+    float_fallback.REFUSED_TO_FLOAT,
     gemm.FOLD_BIAS,
     gemm.FLOAT_FALLBACKS,
     gemm.WEIGHT_CONTAINERS,
@@ -66,7 +66,7 @@ PASSES: tuple[GraphPass, ...] = (
     pool.MEANS_KEEP_DIMS,
     movement.RESHAPES_TO_VIEWS,
     merging.MERGE_MOVES,
-    functions.STEADY_TABLES,
+    functions.TIE_BREAK_OFFSETS,
     functions.SILU_PRODUCTS,
     functions.WRITTEN_OUT,
     functions.PLAIN_ELUS,
@@ -103,7 +103,7 @@ def run_passes(model: GraphModule, graph: ConvertedGraph | None = None) -> dict[
         if node.op == "call_function" and not (is_quantize(node) or is_dequantize(node)):
             set_origin(node, node.name)
     mark_overwritten(model)
-    withheld.mark_withheld(model, graph or read_converted(model))
+    float_fallback.mark_fallbacks(model, graph or read_converted(model))
     applied: dict[str, int] = {}
     for graph_pass in PASSES:
         try:

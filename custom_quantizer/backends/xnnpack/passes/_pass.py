@@ -135,7 +135,7 @@ def quantized_neighbours(node: Node) -> tuple[Node, Node] | None:
 
 
 def then_move(build: Builder, source: Node, value: Node, target: Any, *args: Any) -> Node:
-    """Apply a second mover to ``value``; between two movers of integers stands a q/dq pair."""
+    """Move ``value`` once more; between two data-movement ops on integers stands a Q/DQ pair."""
     if is_dequantize(source):
         value = build.requantized(value, source)
     return build.call(target, value, *args)
