@@ -179,6 +179,7 @@ def slice_of(node: Node) -> tuple[int, int, int, int]:
     start, stop = argument(node, 2, "start"), argument(node, 3, "end")
     step = int(argument(node, 4, "step", 1))
     if not isinstance(size, int):
+        # Of a dynamic size only the ends that are missing are known.
         return dim, 0 if start is None else start, size if stop is None else stop, step
     first, last, _ = slice(start, stop, step).indices(size)
     return dim, first, last, step
@@ -197,6 +198,8 @@ def is_split_evenly(node: Node) -> bool:
 def _slice_delegation(binding: Binding, _formats: Formats) -> Delegation:
     source = shape_of(binding.inputs[0])
     dim, start, _, step = slice_of(binding.node)
+    # Of dynamic shape, channels of an image can still be chosen by a 1x1 convolution, and every
+    # k-th row or column by a depthwise one of stride k (passes/movement.py).
     if all(isinstance(size, int) for size in source) or (len(source) == 4 and dim == 1):
         return Delegation(Backend.INT8)
     if len(source) == 4 and dim in (2, 3) and step > 1 and start == 0:
@@ -336,6 +339,7 @@ def _bind_pad(rule: OpRule, node: Node) -> Binding | str:
         return "it pads with reflected or repeated values"
     if reads_sizes(node):
         return "how much it pads depends on a dynamic size"
+    # pad(x, amounts, mode, value), but constant_pad_nd(x, amounts, value)
     value = argument(node, 3 if node.target is aten.pad.default else 2, "value", 0)
     if value not in (None, 0, 0.0):
         return f"it pads with {value}; only zero is the same number at every scale"

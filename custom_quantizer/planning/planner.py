@@ -300,6 +300,7 @@ def make_plan(model: GraphModule, config: Config) -> Plan:
     ops = _collect(model, config)
     producer = {op.output: op for op in ops}
     anchors = {op.node: op for op in ops}
+    # Data movement has no format of its own: it follows once its neighbours are decided.
     for op in ops:
         if not op.mover:
             _settle(op)
@@ -308,6 +309,7 @@ def make_plan(model: GraphModule, config: Config) -> Plan:
     io = _model_io(model, config)
     _weigh(ops, io)
     _center(ops, producer)
+    # What integers it is given comes first; what its consumers want only where it is given none.
     _follow_producers(ops, producer, io.inputs)
     _follow_consumers(ops, anchors)
     return _Annotator(ops, producer, io).plan(tuple(warnings))
@@ -385,6 +387,7 @@ def _overwritten(node: Node, binding: Binding) -> str | None:
 def _fusable(op: _Op, config: Config) -> Node | None:
     rule = cast(OpRule, op.rule)
     users = effective_users(op.node)
+    # A dynamic op gives float32, so there is nothing to clamp on integers.
     if len(users) != 1 or op.decision.scheme is None or op.decision.scheme.dynamic:
         return None
     follower = rule_of(users[0])

@@ -19,7 +19,6 @@ import custom_quantizer as cq
 from custom_quantizer.core.arithmetic import QParams, XnnpackArithmetic
 from custom_quantizer.core.graph import is_dequantize, is_quantize
 from custom_quantizer.ops import REGISTRY, Case, OpRule, gemm
-from custom_quantizer.ops._rule import _bits
 from custom_quantizer.ops.gemm import _accumulate
 from custom_quantizer.reference.accumulators import mul_width
 from custom_quantizer.reference.converted import read_converted
@@ -275,5 +274,5 @@ def test_the_width_of_a_product(
 @pytest.mark.parametrize("bits", range(2, 17))
 def test_the_bits_of_a_format(bits: int) -> None:
     half = 1 << (bits - 1)
-    assert _bits(QParams(0.5, 0, -half, half - 1)) == bits
-    assert _bits(QParams(0.5, 0, 1 - half, half - 1)) == bits
+    assert QParams(0.5, 0, -half, half - 1).bits == bits
+    assert QParams(0.5, 0, 1 - half, half - 1).bits == bits
