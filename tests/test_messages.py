@@ -7,8 +7,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import custom_quantizer
 from custom_quantizer import errors
+from custom_quantizer.errors import first_line
 
 ROOT = Path(custom_quantizer.__file__).parent
 
@@ -61,3 +64,15 @@ def test_no_message_has_a_period() -> None:
         for text in with_periods(path.read_text(encoding="utf-8"))
     }
     assert found == set()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("No.\nReally."), "ValueError: No"),
+        (OSError(), "OSError: "),
+        (RuntimeError("  a.b "), "RuntimeError: a.b"),
+    ],
+)
+def test_errors_of_others_lose_their_period(error: Exception, line: str) -> None:
+    assert first_line(error) == line

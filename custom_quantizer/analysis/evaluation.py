@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from custom_quantizer.analysis.fidelity import finite
 from custom_quantizer.analysis.paired import (
     CONFIDENCE,
     PairedCounts,
@@ -511,10 +512,7 @@ def _record(score: ModelScore) -> dict[str, Any]:
 def _difference_record(difference: PairedDifference | None) -> dict[str, Any] | None:
     if difference is None:
         return None
-    record = {**asdict(difference), "is_noise": difference.is_noise}
-    for end in ("low", "high"):
-        record[end] = record[end] if math.isfinite(cast(float, record[end])) else None
-    return record
+    return {**finite(asdict(difference)), "is_noise": difference.is_noise}
 
 
 _TEST = ("95 % interval", "p")

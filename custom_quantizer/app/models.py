@@ -25,7 +25,7 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor, nn
 
 from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file, some
-from custom_quantizer.errors import InputError
+from custom_quantizer.errors import InputError, first_line
 
 __all__ = ["load_model", "load_weights"]
 
@@ -171,13 +171,14 @@ def _torchvision_model(name: str, weights: str | None, kwargs: Mapping[str, obje
         return builder(**arguments)
     except OSError as exc:  # URLError, timeouts and a cache that cannot be written
         if chosen is None:
-            raise InputError(f"Cannot build {name}: {exc}") from exc
+            raise InputError(f"Cannot build {name}: {first_line(exc)}") from exc
         raise InputError(
-            f"Cannot download the weights {weights} of {name} from {chosen.url}: {exc}; without a "
+            f"Cannot download the weights {weights} of {name} from {chosen.url}: "
+            f"{first_line(exc)}; without a "
             "network, get that file elsewhere and pass its path as weights"
         ) from exc
     except (RuntimeError, TypeError, ValueError) as exc:
-        raise InputError(f"Cannot build {name} with {arguments}: {exc}") from exc
+        raise InputError(f"Cannot build {name} with {arguments}: {first_line(exc)}") from exc
 
 
 def _user_model(spec: str, left: str, name: str, kwargs: Mapping[str, object]) -> nn.Module:

@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from inspect import signature
@@ -36,7 +36,13 @@ from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.core.threads import tools
-from custom_quantizer.errors import CaptureError, ConfigError, ConversionError, InputError
+from custom_quantizer.errors import (
+    CaptureError,
+    ConfigError,
+    ConversionError,
+    InputError,
+    first_line,
+)
 from custom_quantizer.planning.planner import Plan
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference.converted import read_converted
@@ -364,7 +370,7 @@ def _eval_copy(model: nn.Module) -> nn.Module:
         eager = copy.deepcopy(model, cast("dict[int, Any]", history)).eval()
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({_first_line(error)}), and the flow does "
+            f"{type(model).__name__} cannot be copied ({first_line(error)}), and the flow does "
             "not change the module it is given; pass torch.export.export(model.eval(), example)"
         ) from error
     training = sum(module.training for module in model.modules())
@@ -422,10 +428,10 @@ def _refused(
             eager(*example)
     except Exception as own:
         return InputError(
-            f"{name} does not run on the example inputs ({_shapes(example)}): {_first_line(own)}; "
+            f"{name} does not run on the example inputs ({_shapes(example)}): {first_line(own)}; "
             "pass what its forward takes, batch first"
         )
-    text = f"torch.export cannot capture {name}: {_first_line(error)}; "
+    text = f"torch.export cannot capture {name}: {first_line(error)}; "
     if dynamic and ("specialized" in str(error) or "Constraints violated" in str(error)):
         return CaptureError(
             text + "its code fixes the size of the batch, as x.view(8, -1) does; write "
@@ -440,11 +446,6 @@ def _refused(
         text + "make torch.export.export(model.eval(), example_inputs) work first; "
         "torch.export.draft_export lists everything in the way"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines: Callable[[], list[str]] = str(error).strip().splitlines
-    return f"{type(error).__name__}: {(lines() or [''])[0].rstrip('.')}"
 
 
 def _shapes(example: tuple[Any, ...]) -> str:

@@ -34,7 +34,7 @@ from custom_quantizer.core.graph import STATE_KEY, set_state, size_bounds, state
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
-from custom_quantizer.errors import CalibrationError, CustomQuantizerError
+from custom_quantizer.errors import CalibrationError, CustomQuantizerError, first_line
 
 __all__ = [
     "CalibrationSummary",
@@ -301,10 +301,8 @@ def _run(prepared: GraphModule, graph: GraphInputs, values: list[Any], where: st
     except CustomQuantizerError as error:
         raise CalibrationError(f"{where}: {error}") from error
     except Exception as error:
-        text = str(error).strip().splitlines() or [""]
         raise CalibrationError(
-            f"{where}: the prepared graph failed with {type(error).__name__}: {text[0]}; the graph "
-            f"takes {graph}"
+            f"{where}: the prepared graph failed with {first_line(error)}; the graph takes {graph}"
         ) from error
 
 

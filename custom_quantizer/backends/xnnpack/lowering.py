@@ -46,7 +46,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.threads import exclusive, tools
-from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
+from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError, first_line
 from custom_quantizer.ops import Backend, QuantizedOp, predict_backend, rule_of
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 
@@ -339,7 +339,7 @@ def export_again(
         raise
     except Exception as error:
         raise LoweringError(
-            f"torch.export refused the rewritten graph: {_first_line(error)}; check that the "
+            f"torch.export refused the rewritten graph: {first_line(error)}; check that the "
             "example inputs fit the dynamic sizes the model was captured with"
         ) from error
 
@@ -398,7 +398,7 @@ def _to_edge(exported: torch.export.ExportedProgram, *, validate: bool) -> EdgeP
             )
     except Exception as error:
         raise LoweringError(
-            f"ExecuTorch could not partition the graph: {_first_line(error)}"
+            f"ExecuTorch could not partition the graph: {first_line(error)}"
             f"{_control_flow(exported)}"
         ) from error
 
@@ -461,7 +461,7 @@ def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> b
                 "or let the model end before it"
             ) from error
         raise LoweringError(
-            f"ExecuTorch could not write the program: {_first_line(error)}{_unknown(graph)}"
+            f"ExecuTorch could not write the program: {first_line(error)}{_unknown(graph)}"
         ) from error
 
 
@@ -492,11 +492,6 @@ def _of_unknown_size(edge: EdgeProgramManager) -> str:
 def called(node: Node) -> str:
     """Name of the op a node calls, without its overload: ``aten::sort``."""
     return str(getattr(getattr(node.target, "_schema", None), "name", node.target))
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     set_origin,
 )
 from custom_quantizer.core.graph import is_dequantize, is_quantize
-from custom_quantizer.errors import CustomQuantizerError, LoweringError
+from custom_quantizer.errors import CustomQuantizerError, LoweringError, first_line
 from custom_quantizer.ops.rewrites.canonical import mark_overwritten
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
@@ -112,7 +112,7 @@ def run_passes(model: GraphModule, graph: ConvertedGraph | None = None) -> dict[
             raise
         except Exception as error:
             raise LoweringError(
-                f"pass {graph_pass.name} ({graph_pass.before}) failed: {error}"
+                f"pass {graph_pass.name} ({graph_pass.before}) failed: {first_line(error)}"
             ) from error
         if changed:
             applied[graph_pass.name] = changed
