@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch.fx import GraphModule
 
+from custom_quantizer.backends.xnnpack import BACKEND
 from custom_quantizer.core.files import write_text_atomic
-from custom_quantizer.ops import REGISTRY, Formats, OpRule, predict_backend, rule_of
+from custom_quantizer.ops import REGISTRY, Formats, OpRule, rule_of
 from custom_quantizer.ops.rewrites.canonical import canonicalize
 
 REFERENCE_FILE = Path(__file__).resolve().parent / "ops.md"
@@ -40,18 +41,22 @@ WIDTHS = ((8, 8), (8, 4), (16, 8))
 
 def backends(rule: OpRule, bits: tuple[int, int]) -> str:
     """Where the calls of all examples of a family run, the most frequent place first."""
-    if rule.float_reason:
-        return "float" if bits == WIDTHS[0] else ""
+    in_float = bool(BACKEND.support(rule).float_reason)
+    if in_float and bits != WIDTHS[0]:
+        return ""
     found: list[str] = []
     for graph in graphs(rule):
         for node in graph.graph.nodes:
             bound = rule.bind(rule, node) if rule_of(node) is rule else "another family"
             if isinstance(bound, str):
                 continue
+            if in_float:
+                found.append(BACKEND.in_float(node).placement.value)
+                continue
             if bound.weight is None and bits == WIDTHS[1]:
                 continue  # as with a8w8
             formats = Formats(bits[0], bits[1] if bound.weight is not None else None)
-            found.append(predict_backend(bound, formats).backend.value.removeprefix("xnnpack "))
+            found.append(BACKEND.predict(bound, formats).kernel.label.removeprefix("xnnpack "))
     return "; ".join(sorted(dict.fromkeys(found), key=lambda place: -found.count(place)))
 
 
@@ -61,7 +66,8 @@ def graphs(rule: OpRule) -> list[GraphModule]:
     for case in rule.cases:
         torch.manual_seed(0)
         example = tuple(torch.randn(shape) for shape in case.shapes)
-        captured.append(canonicalize(torch.export.export(case.build().eval(), example).module()))
+        graph = torch.export.export(case.build().eval(), example).module()
+        captured.append(canonicalize(graph, BACKEND.legalize))
     return captured
 
 

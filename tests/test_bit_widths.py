@@ -99,7 +99,7 @@ def test_plan_predicts_the_backend(name: str) -> None:
     example = weighted_inputs(0)
     converted = convert(WeightedOps(), example, name)
     lowered = cq.lower(converted.graph, example, check=False)
-    actual = {op.node: op.backend.value for op in lowered.report.ops}
+    actual = {op.node: op.backend.label for op in lowered.report.ops}
     assert {op.node: op.backend for op in converted.plan.quantized} == actual
 
 
@@ -108,7 +108,7 @@ PREDICTED = [
     for rule in REGISTRY
     for case in rule.cases
     for name in ("a8w8", "a8w4", "a4w8", "a16w8")
-    if not rule.float_reason
+    if rule.integers is not None
 ]
 
 
@@ -119,7 +119,7 @@ def test_every_op_and_scheme_runs_where_the_plan_said(rule, case, name) -> None:
     example = tuple(torch.randn(shape) for shape in case.shapes)
     converted = convert(model, example, name)
     lowered = cq.lower(converted.graph, example)
-    actual = {op.node: op.backend.value for op in lowered.report.ops}
+    actual = {op.node: op.backend.label for op in lowered.report.ops}
     assert {op.node: op.backend for op in converted.plan.quantized} == actual
     assert lowered.report.fully_delegated, str(lowered.report)
 
@@ -164,7 +164,7 @@ def test_mixed_widths_from_a_file_are_one_delegate(name: str, tmp_path: Path) ->
     lowered = cq.lower(converted.graph, example)
 
     assert lowered.report.fully_delegated, str(lowered.report)
-    actual = {op.node: op.backend.value for op in lowered.report.ops}
+    actual = {op.node: op.backend.label for op in lowered.report.ops}
     assert {op.node: op.backend for op in converted.plan.quantized} == actual
     assert {"xnnpack int8", "xnnpack int8 container", "xnnpack float, int16 emulated"} <= set(
         actual.values()
@@ -195,7 +195,7 @@ def test_dynamic_linear(name: str) -> None:
     assert lowered.report.fully_delegated, str(lowered.report)
     linear = [op for op in lowered.report.ops if op.node.startswith("linear")]
     wanted = "xnnpack dynamic int8" if name == "dyn8w8" else "xnnpack packed int4"
-    assert [op.backend.value for op in linear] == [wanted, wanted]
+    assert [op.backend.label for op in linear] == [wanted, wanted]
     for op in converted.plan.quantized:
         bias = next(tensor for tensor in op.tensors if tensor.role == "bias")
         assert bias.dtype == "float32"

@@ -28,7 +28,6 @@ from custom_quantizer.backends.xnnpack.checks import (
     is_exact,
     output_scales,
 )
-from custom_quantizer.core.arithmetic import get_arithmetic
 from custom_quantizer.core.graph import module_path, state_kept, tensor_meta
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import CustomQuantizerError, InputError
@@ -163,7 +162,7 @@ def verify(
     batches = list(_batches(inputs))
     if not batches:
         raise InputError("there are no inputs to verify on; pass at least one tuple of inputs")
-    reference = IntegerReference(graph, get_arithmetic("xnnpack"))
+    reference = IntegerReference(graph)
     checks = [_OutputStatistics(i, scale) for i, scale in enumerate(output_scales(converted))]
     lowered.reset()
     with exclusive(), torch.no_grad(), state_kept(converted), _state_kept(float_model):

@@ -332,10 +332,7 @@ def plan_command(
         click.echo(plan.to_json())
         return
     make_console().print(plan_table(plan))
-    click.echo(
-        f"{len(plan.quantized)} ops become integer, {len(plan.floating)} stay in float; about "
-        f"{size_text(plan.size_bytes)} of constants"
-    )
+    click.echo(f"{plan.tally}; about {size_text(plan.size_bytes)} of constants")
     for warning in plan.warnings:
         _say("warning", warning)
 
@@ -727,7 +724,7 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
     click.echo(f"{model}: {integer} of {len(report.ops)} ops run on integer kernels")
     for op in other[:_SHOWN]:
         where = f" ({op.path})" if op.path else ""
-        click.echo(f"  {op.node}{where}: {op.backend.value}; {op.reason}")
+        click.echo(f"  {op.node}{where}: {op.backend.label}; {op.reason}")
     if len(other) > _SHOWN:
         click.echo(f"  and {len(other) - _SHOWN} more, all in the report")
     click.echo(f"calibration: {result.calibration}")

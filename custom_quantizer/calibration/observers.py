@@ -29,8 +29,7 @@ from custom_quantizer.calibration.ranges import (
 )
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import (
-    MAX_EXACT_BIAS,
-    WIDE_BIAS,
+    BiasLimits,
     bias_shift,
     derived_scale,
     quantize_bias,
@@ -279,12 +278,21 @@ class WeightObserver(_ConstantObserver):
         scheme: format and granularity; weights are symmetric.
         axis: output-channel axis.
         name: of the op, for messages.
+        limits: of the biases that are derived from it.
     """
 
-    def __init__(self, scheme: TensorScheme, axis: int = 0, name: str = "", **spec: Any) -> None:
+    def __init__(
+        self,
+        scheme: TensorScheme,
+        axis: int = 0,
+        name: str = "",
+        limits: BiasLimits | None = None,
+        **spec: Any,
+    ) -> None:
         super().__init__(name, **spec)
         self.scheme = scheme
         self.ch_axis = axis
+        self.limits = limits or BiasLimits()
 
     def scale(self, weight: Tensor) -> Tensor:
         """Scales by the largest absolute value: float32, scalar or ``(out_channels,)``.
@@ -360,8 +368,7 @@ class WeightObserver(_ConstantObserver):
             bias = _bias_constant(model, binding)
             if bias is None:
                 continue
-            wide = self.scheme.format.bits > 8 or _input_bits(model, binding) > 8
-            limit = WIDE_BIAS if wide else MAX_EXACT_BIAS
+            limit = self.limits.of(max(self.scheme.format.bits, _input_bits(model, binding)))
             if binding.weight_axis == 1 and binding.groups > 1 and scale.dim():
                 # Each weight scale serves one channel of every group: the largest bias decides.
                 bias = bias.abs().reshape(binding.groups, -1).amax(dim=0)

@@ -24,6 +24,7 @@ __all__ = [
     "MAX_EXACT_BIAS",
     "WIDE_BIAS",
     "BiasHeadroom",
+    "BiasLimits",
     "bias_shift",
     "derived_scale",
     "quantize_bias",
@@ -43,6 +44,24 @@ the sign bit.
 
 WIDE_BIAS = 1 << 30
 """The same limit for ops above 8 bits, whose bias never passes through the serializer."""
+
+
+@dataclass(frozen=True)
+class BiasLimits:
+    """Largest absolute integers of biases that a backend passes on unchanged.
+
+    Attributes:
+        narrow: of ops whose integers have at most 8 bits.
+        wide: of all others.
+    """
+
+    narrow: int = MAX_EXACT_BIAS
+    wide: int = WIDE_BIAS
+
+    def of(self, bits: int) -> int:
+        """The limit of an op whose widest integer, input or weight, has ``bits`` bits."""
+        return self.wide if bits > 8 else self.narrow
+
 
 _SMALLEST_NORMAL = float(torch.finfo(torch.float32).tiny)
 

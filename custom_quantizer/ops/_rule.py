@@ -1,8 +1,8 @@
-"""What is known of an op family, in one frozen entry.
+"""What an op family means, in one frozen entry.
 
-To add a family: write a module here with an :class:`OpRule` (or several), list it in
-``ops/__init__.py``, and the planner, the quantizer, the integer reference, the lowering, the
-report and the contract tests pick it up.
+To add a family: write a module here with an :class:`OpRule` (or several) and list it in
+``ops/__init__.py``; then say in each backend's ``kernels.py`` what becomes of it there. Planner,
+quantizer, integer reference, lowering, report and contract tests pick it up.
 """
 
 from __future__ import annotations
@@ -18,24 +18,18 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.core.arithmetic import Arithmetic, QParams
-from custom_quantizer.core.graph import describe
 from custom_quantizer.core.schemes import OpScheme
-from custom_quantizer.errors import ConversionError, SchemeError
 
 __all__ = [
     "ACCEPTED",
-    "Backend",
     "Binding",
     "Case",
-    "Delegation",
     "Formats",
     "OpRule",
     "QParamSharing",
     "QuantizedOp",
+    "Trait",
     "Verdict",
-    "float_rule",
-    "legal",
-    "no_integers",
     "refused",
 ]
 
@@ -63,27 +57,6 @@ class QParamSharing(Enum):
     """The output has a range of its own."""
     SAME = "same"
     """Inputs and output are the same integers: they must share scale and zero point."""
-
-
-class Backend(Enum):
-    """Where and how an op runs after lowering."""
-
-    INT8 = "xnnpack int8"
-    PACKED_INT4 = "xnnpack packed int4"
-    INT8_CONTAINER = "xnnpack int8 container"
-    DYNAMIC_INT8 = "xnnpack dynamic int8"
-    EMULATED = "xnnpack float, int16 emulated"
-    FLOAT = "xnnpack float"
-    PORTABLE = "portable kernel, outside the delegate"
-    FOLDED = "folded away"
-
-
-@dataclass(frozen=True)
-class Delegation:
-    """What the backend does with an op, and why it is not plain int8 where it is not."""
-
-    backend: Backend
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,8 +127,7 @@ class QuantizedOp:
     @property
     def is_wide(self) -> bool:
         """Whether an integer of it has more than 8 bits, so that no int8 kernel takes it."""
-        formats = self.formats
-        return formats.activation_bits > 8 or (formats.weight_bits or 0) > 8
+        return self.formats.is_wide
 
     def stored_bounds(self, arithmetic: Arithmetic) -> tuple[int, int] | None:
         """Limits of the fused activation as stored integers of the output."""
@@ -183,6 +155,16 @@ class Formats:
     granularity: str = "per_tensor"
     dynamic: bool = False
 
+    @property
+    def bits(self) -> int:
+        """The widest of all."""
+        return max(self.activation_bits, self.weight_bits or 0)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether an integer has more than 8 bits."""
+        return self.bits > 8
+
 
 @dataclass(frozen=True)
 class Case:
@@ -205,99 +187,63 @@ Target = Any
 Integers = Sequence[Tensor]
 
 
-def no_integers(op: QuantizedOp, _inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
-    """The integer semantics of a family that has none.
-
-    Raises:
-        ConversionError: always.
-    """
-    raise ConversionError(f"{describe(op.node)}: {op.binding.rule.float_reason}")
-
-
 def _always(_binding: Binding, _scheme: OpScheme) -> Verdict:
     return ACCEPTED
 
 
-def _any_scales(_op: QuantizedOp) -> Verdict:
-    return ACCEPTED
+class Trait(Enum):
+    """What planning has to know of a family beyond its integers."""
 
-
-def legal(parameters: Callable[[], object]) -> Verdict:
-    """Whether the parameters of a kernel can be computed; if not, why not."""
-    try:
-        parameters()
-    except SchemeError as error:
-        return refused(f"XNNPACK has no integer kernel for its scales: {error}")
-    return ACCEPTED
-
-
-def _int8(_binding: Binding, _formats: Formats) -> Delegation:
-    return Delegation(Backend.INT8)
+    SUM = "sum"
+    """Adds or scales: between float ops it stays in float."""
+    VIEW = "view"
+    """Shows the same values in another shape or order."""
+    DIVISION = "division"
+    """Divides by its last input, which must not be rounded to zero."""
+    TABLE = "table"
+    """A function of one tensor, element by element: on integers, a table."""
 
 
 @dataclass(frozen=True)
 class OpRule:
-    """All that is known of one op family.
+    """What one op family means.
+
+    What a runtime does with it is said by :class:`~custom_quantizer.ops.backend.Support`.
 
     Attributes:
         family: name, as reports show it.
         targets: the aten overloads ``torch.export`` makes, in-place variants excluded (the
             quantizer makes those functional first).
         bind: sorts a node's arguments by role; returns the reason when it cannot.
+        integers: integer semantics: the op, its input integers (int32), the arithmetic; returns
+            int32. ``None``: the family has a meaning on real numbers only.
         sharing: whether input and output must have the same quantization parameters.
         fuses: families of activations that may follow as part of the op.
         bounds: for activations, the real ``(low, high)`` they clamp to.
-        accepts: can the op take the scheme; if not, why not.
-        runs: whether the integer kernel takes the scales that calibration found. Where it does
-            not, the op runs in float. Not asked above 8 bits, where everything is emulated.
-        integers: integer semantics: the op, its input integers (int32), the arithmetic; returns
-            int32.
-        requires_symmetric: positions of inputs that need the zero point 0.
-        float_reason: why the family has no integer form; it then runs in float between exact
-            Q/DQ boundaries, and ``integers`` is :func:`no_integers`.
-        delegation: what XNNPACK does with the op at widths up to 8 bits; wider ones are emulated
-            (:func:`custom_quantizer.ops.predict_backend` knows both).
+        accepts: can the op take the scheme on any runtime; if not, why not.
+        traits: what planning has to know.
+        title: its name in a sentence, if not ``family``.
         cases: examples, for contract tests.
     """
 
     family: str
     targets: frozenset[Target]
     bind: Callable[[OpRule, Node], Binding | str]
-    integers: Callable[[QuantizedOp, Integers, Arithmetic], Tensor]
+    integers: Callable[[QuantizedOp, Integers, Arithmetic], Tensor] | None = None
     sharing: QParamSharing = QParamSharing.OWN
     fuses: frozenset[str] = frozenset()
     bounds: Callable[[Node], tuple[float | None, float | None]] | None = None
     accepts: Callable[[Binding, OpScheme], Verdict] = _always
-    runs: Callable[[QuantizedOp], Verdict] = _any_scales
-    requires_symmetric: frozenset[int] = frozenset()
-    float_reason: str = ""
-    delegation: Callable[[Binding, Formats], Delegation] = _int8
+    traits: frozenset[Trait] = frozenset()
+    title: str = ""
     cases: tuple[Case, ...] = field(default=(), repr=False)
 
+    @property
+    def noun(self) -> str:
+        """Its name in a sentence."""
+        return self.title or self.family
 
-def float_rule(
-    family: str,
-    targets: frozenset[Target],
-    bind: Callable[[OpRule, Node], Binding | str],
-    cases: tuple[Case, ...],
-    what: str | None = None,
-) -> OpRule:
-    """A family that XNNPACK runs in float only.
-
-    Args:
-        family: its name.
-        targets: its aten overloads.
-        bind: as in :class:`OpRule`.
-        cases: examples, for contract tests.
-        what: its name in a sentence, if not ``family``.
-    """
-    kernel = what or family
-    return OpRule(
-        family=family,
-        targets=targets,
-        bind=bind,
-        integers=no_integers,
-        float_reason=f"XNNPACK has no integer {kernel}: it runs in float inside the delegate",
-        delegation=lambda _binding, _formats: Delegation(Backend.FLOAT),
-        cases=cases,
-    )
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a function of one tensor, element by element."""
+        return Trait.TABLE in self.traits

@@ -10,17 +10,16 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.core.arithmetic import Arithmetic
-from custom_quantizer.core.graph import argument, is_constant, shape_of, tensor_meta
+from custom_quantizer.core.graph import argument, shape_of
 from custom_quantizer.ops._rule import (
     Binding,
     Integers,
     OpRule,
     QuantizedOp,
-    float_rule,
 )
-from custom_quantizer.ops.elementwise import _bind_single, _case, _runs_product
+from custom_quantizer.ops.elementwise import _bind_single, _case
 
-__all__ = ["MATMUL", "SOFTMAX", "softmax_dim"]
+__all__ = ["LOG_SOFTMAX", "MATMUL", "RULES", "SOFTMAX", "softmax_dim"]
 
 aten = torch.ops.aten
 
@@ -34,38 +33,7 @@ def _bind_matmul(rule: OpRule, node: Node) -> Binding | str:
     left, right = node.args[:2]
     if not isinstance(left, Node) or not isinstance(right, Node):
         return "one operand is not a tensor of the graph"
-    metas = (tensor_meta(left), tensor_meta(right))
-    if any(meta is None or meta.dim() < 2 for meta in metas):
-        return "one operand is a vector, which XNNPACK's batch matmul does not take"
-    if left is right:
-        return "both operands are the same tensor, which needs two different zero points"
-    if is_constant(left):
-        return "its first operand is a constant"
-    if matmul_batch(node) is None:
-        return "the batch dimensions of its operands differ"
-    if not can_be_batched(node):
-        return "more than one of its sizes is dynamic, and XNNPACK's views take one such size"
     return Binding(rule, node, (left, right))
-
-
-def matmul_batch(node: Node) -> tuple[int, ...] | None:
-    """Batch dimensions that both operands of a product have; ``None``: broadcast, or a vector.
-
-    At most one may be symbolic.
-    """
-    left, right = (shape_of(cast(Node, arg)) for arg in node.args[:2])
-    batch = left[:-2]
-    if min(len(left), len(right)) < 2 or tuple(batch) != tuple(right[:-2]):
-        return None
-    return batch if sum(not isinstance(size, int) for size in batch) <= 1 else None
-
-
-def can_be_batched(node: Node) -> bool:
-    """Whether views make a product of one batch dimension of it, which has at most one -1 each."""
-    if len(cast("tuple[int, ...]", matmul_batch(node))) == 1:
-        return True
-    shapes = [shape_of(tensor) for tensor in (*cast("tuple[Node, Node]", node.args[:2]), node)]
-    return all(sum(not isinstance(size, int) for size in shape) <= 1 for shape in shapes)
 
 
 def _matmul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -88,9 +56,7 @@ MATMUL = OpRule(
     family="matmul",
     targets=frozenset({aten.matmul.default}),
     bind=_bind_matmul,
-    runs=_runs_product,
     integers=_matmul_integers,
-    requires_symmetric=frozenset({1}),
     cases=(
         _case("bmm", torch.bmm, (3, 5, 8), (3, 8, 7)),
         _case("matmul", torch.matmul, (2, 3, 5, 8), (2, 3, 8, 7)),
@@ -120,12 +86,25 @@ def _bind_softmax(rule: OpRule, node: Node) -> Binding | str:
     return _bind_single(rule, node)
 
 
-SOFTMAX = float_rule(
-    "softmax",
-    frozenset({aten.softmax.int}),
-    _bind_softmax,
-    (
+SOFTMAX = OpRule(
+    family="softmax",
+    targets=frozenset({aten.softmax.int}),
+    bind=_bind_softmax,
+    cases=(
         _case("last", lambda x: F.softmax(x, -1), (2, 3, 5, 7)),
         _case("channels", lambda x: F.softmax(x, 1), (2, 6, 4, 5)),
     ),
 )
+
+LOG_SOFTMAX = OpRule(
+    family="log_softmax",
+    title="log softmax",
+    targets=frozenset({aten.log_softmax.int}),
+    bind=_bind_softmax,
+    cases=(
+        _case("last", lambda x: F.log_softmax(x, -1), (2, 3, 5, 7)),
+        _case("channels", lambda x: F.log_softmax(x, 1), (2, 6, 4, 5)),
+    ),
+)
+
+RULES = (MATMUL, SOFTMAX, LOG_SOFTMAX)

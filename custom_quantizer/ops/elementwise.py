@@ -11,24 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.core.arithmetic import (
-    Arithmetic,
-    xnnpack_add_parameters,
-    xnnpack_multiplier,
-)
+from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.graph import argument, reads_sizes, tensor_meta
 from custom_quantizer.ops._rule import (
-    ACCEPTED,
     Binding,
     Case,
     Integers,
     OpRule,
     QuantizedOp,
-    Verdict,
-    legal,
+    Trait,
 )
 
-__all__ = ["ADD", "CLAMP", "MUL", "RELU", "SUB"]
+__all__ = ["ADD", "CLAMP", "MUL", "RELU", "RULES", "SUB", "WHERE"]
 
 aten = torch.ops.aten
 
@@ -82,21 +76,6 @@ def _mul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> 
     return arithmetic.mul(
         a, b, op.inputs[0], op.inputs[1], op.output, bounds=op.stored_bounds(arithmetic)
     )
-
-
-def _runs_add(op: QuantizedOp) -> Verdict:
-    a, b = op.inputs
-    return legal(lambda: xnnpack_add_parameters(a, b, op.output))
-
-
-def _runs_product(op: QuantizedOp) -> Verdict:
-    a, b, out = (cast(float, qparams.scale) for qparams in (*op.inputs, op.output))
-    return legal(lambda: xnnpack_multiplier(a, b, out))
-
-
-def _runs_mul(op: QuantizedOp) -> Verdict:
-    squared = op.binding.inputs[0] is op.binding.inputs[1]  # in float, at any scale
-    return ACCEPTED if squared else _runs_product(op)
 
 
 def _clamp_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -163,10 +142,10 @@ def _pair_cases(function: Callable[[Tensor, Tensor | float], Tensor]) -> tuple[C
 
 ADD = OpRule(
     family="add",
+    traits=frozenset({Trait.SUM}),
     targets=frozenset({aten.add.Tensor}),
     bind=_bind_pair,
     fuses=_ACTIVATIONS,
-    runs=_runs_add,
     integers=_add_integers,
     cases=(
         *_pair_cases(lambda x, y: x + y),
@@ -176,10 +155,10 @@ ADD = OpRule(
 
 SUB = OpRule(
     family="sub",
+    traits=frozenset({Trait.SUM}),
     targets=frozenset({aten.sub.Tensor}),
     bind=_bind_pair,
     fuses=_ACTIVATIONS,
-    runs=_runs_add,
     integers=_sub_integers,
     cases=(
         *_pair_cases(lambda x, y: x - y),
@@ -189,10 +168,10 @@ SUB = OpRule(
 
 MUL = OpRule(
     family="mul",
+    traits=frozenset({Trait.SUM}),
     targets=frozenset({aten.mul.Tensor}),
     bind=_bind_pair,
     fuses=_ACTIVATIONS,
-    runs=_runs_mul,
     integers=_mul_integers,
     cases=_pair_cases(lambda x, y: x * y),
 )
@@ -229,3 +208,24 @@ CLAMP = OpRule(
         _case("in_place", lambda x: (x * 2).clamp_(0, 1), _IMAGE),
     ),
 )
+
+
+def _bind_where(rule: OpRule, node: Node) -> Binding | str:
+    condition, left, right = node.args
+    if not all(isinstance(arg, Node) for arg in (condition, left, right)):
+        return "one operand is a number that was not made a tensor"
+    return Binding(rule, node, (cast(Node, left), cast(Node, right)))
+
+
+WHERE = OpRule(
+    family="where",
+    targets=frozenset({aten.where.self}),
+    bind=_bind_where,
+    cases=(
+        _case("compared", lambda x, y: torch.where(x > y, x, y), _IMAGE, _IMAGE),
+        _case("number", lambda x: torch.where(x > 0.25, x, x * x), _IMAGE),
+        _case("broadcast", lambda x, y: torch.where(y > 0, x, y), _IMAGE, (1, 8, 1, 1)),
+    ),
+)
+
+RULES = (ADD, SUB, MUL, RELU, CLAMP, WHERE)

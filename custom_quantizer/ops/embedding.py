@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.ops._rule import Backend, Binding, Case, Delegation, OpRule, no_integers
+from custom_quantizer.ops._rule import Binding, Case, OpRule
 
-__all__ = ["EMBEDDING"]
+__all__ = ["EMBEDDING", "RULES"]
 
 aten = torch.ops.aten
 
@@ -37,9 +37,7 @@ EMBEDDING = OpRule(
     family="embedding",
     targets=frozenset({aten.embedding.default}),
     bind=_bind_embedding,
-    integers=no_integers,
-    float_reason="it reads rows of a table, which XNNPACK does not do; where what follows wants "
-    "integers, the table is stored as those integers",
     cases=(Case("rows", _Rows, ((3, 4),)),),
-    delegation=lambda _binding, _formats: Delegation(Backend.PORTABLE),
 )
+
+RULES = (EMBEDDING,)

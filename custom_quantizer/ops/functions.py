@@ -1,26 +1,18 @@
-"""Functions of one tensor, element by element, that XNNPACK has float kernels for.
+"""Functions of one tensor, element by element.
 
-Between int8 Q/DQ boundaries such a function is a table with one entry for each stored integer: the
-device dequantizes, computes in float32 and quantizes, and XNNPACK fuses those steps, when it loads
-a program, into a table of 256 bytes that it fills by running them once. So a function costs one
-pass over bytes, whatever it computes; and between float ops, where there are no such boundaries,
-quantizing it would only cost (:mod:`custom_quantizer.planning.profitability`).
+On integers such a function is a table with one entry for each stored integer, whatever it computes.
 
 **Bit exactness.** A float32 kernel is a few units in the last place off the true value, by other
 amounts on other CPUs. That matters only where the true value lies next to the middle between two
-integers. :func:`tie_break_offset` finds those tables, and an offset of some ten-thousandths of an
-output step that takes every entry away from the middle; the program adds it before it quantizes,
-the integer reference does too, and then all kernels give the same integers.
-
-References:
-    XNNPACK at commit 92a7ad50, ``src/subgraph.c``: ``xnn_subgraph_fuse_unary_quantized_into_lut``.
+integers. How far kernels may be off is part of what a function means here
+(:attr:`Function.ulps`); an arithmetic that fills tables at run time moves entries out of the way of
+that (:meth:`~custom_quantizer.core.arithmetic.Arithmetic.quantize_table`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -28,24 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.core.arithmetic import XNNPACK, Arithmetic, QParams, round_to_float32
+from custom_quantizer.core.arithmetic import Arithmetic, QParams, round_to_float32
 from custom_quantizer.core.graph import argument, describe, is_constant
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops._rule import (
-    Backend,
     Binding,
     Case,
-    Delegation,
-    Formats,
     Integers,
     OpRule,
     QuantizedOp,
+    Trait,
 )
 from custom_quantizer.ops.elementwise import _bind_pair, _bind_single, _case
 
 __all__ = [
     "DIV",
     "ELU",
+    "EXACT_GELU",
     "FUNCTIONS",
     "GELU",
     "HARDSIGMOID",
@@ -54,22 +45,22 @@ __all__ = [
     "PRELU",
     "RECIPROCAL",
     "RULES",
+    "SIGMOID_FUNCTION",
     "SILU",
+    "SILU_FUNCTION",
     "Function",
     "elu_factors",
     "function_of",
     "is_tanh_gelu",
     "levels",
-    "product_table",
-    "sigmoid_qparams",
+    "look_up",
+    "real",
+    "saturated",
     "table",
-    "tie_break_offset",
+    "table_of",
 ]
 
 aten = torch.ops.aten
-
-_ULP = 2.0**-24
-"""Half a unit in the last place, relative: one rounding to float32."""
 
 
 @dataclass(frozen=True)
@@ -95,63 +86,30 @@ def levels(q: QParams) -> Tensor:
     return torch.arange(q.quant_min, q.quant_max + 1)
 
 
-def _real(function: Function, stored: Tensor, src: QParams, arithmetic: Arithmetic) -> Tensor:
+def real(function: Function, stored: Tensor, src: QParams, arithmetic: Arithmetic) -> Tensor:
     """The function of what stored integers stand for, float32; NaN is stored as infinity is."""
     value = function.compute(arithmetic.dequantize(stored, src).to(torch.float64))
     return torch.where(torch.isnan(value), torch.inf, value).to(torch.float32)
 
 
-def tie_break_offset(function: Function, src: QParams, dst: QParams) -> float:
-    """What the delegate adds to a function's value before it quantizes it to 8 bits or less.
-
-    Let ``t`` be the value of an entry in output steps. Kernels agree on its integer unless ``t`` is
-    within ``w = (ulps + 4) * 2**-24 * max |t|`` of the middle between two integers; the 4 are the
-    roundings of the sum, of the reciprocal scale and of the product with it. The offset is 0 if no
-    entry is that close, otherwise the smallest multiple of ``4 * w`` that leaves none.
-
-    Returns:
-        A float32 number, in units of the function's value.
-    """
-    if function.ulps == 0.0:
-        return 0.0
-    return _tie_break_offset(_real(function, levels(src), src, XNNPACK), function.ulps, dst)
-
-
-def _tie_break_offset(values: Tensor, ulps: float, dst: QParams) -> float:
-    """:func:`tie_break_offset` of the values of a table, float32."""
-    scale = cast(float, dst.scale)
-    steps = values.to(torch.float64) / scale
-    # Far outside of what is stored the nearest integer does not matter.
-    steps = steps[steps.abs() < 2 * dst.levels]
-    if not steps.numel():
-        return 0.0
-    window = (ulps + 4) * _ULP * float(steps.abs().max().clamp(min=1.0))
-    for multiple in range(_MOST_OFFSETS):
-        for sign in (1, -1):
-            offset = sign * multiple * 4 * window
-            moved = steps + offset
-            if bool(((moved - torch.floor(moved) - 0.5).abs() > window).all()):
-                return round_to_float32(offset * scale)
-    return 0.0
-
-
-_MOST_OFFSETS = 64
-
-
 def table(function: Function, src: QParams, dst: QParams, arithmetic: Arithmetic) -> Tensor:
     """The stored results of a function for all stored integers of ``src``, int32, in order."""
-    values = _real(function, levels(src), src, arithmetic)
-    if arithmetic.name == XNNPACK.name and dst.fits_int8:
-        values = values + torch.tensor(tie_break_offset(function, src, dst), dtype=torch.float32)
-    return _saturated(values, dst, arithmetic)
+    values = real(function, levels(src), src, arithmetic)
+    return arithmetic.quantize_table(_finite(values), dst, function.ulps)
 
 
-def _saturated(values: Tensor, dst: QParams, arithmetic: Arithmetic) -> Tensor:
+def _finite(values: Tensor) -> Tensor:
     limit = torch.finfo(torch.float32).max
-    return arithmetic.quantize(values.clamp(-limit, limit), dst)
+    return values.clamp(-limit, limit)
 
 
-def _look_up(op: QuantizedOp, stored: Tensor, entries: Tensor) -> Tensor:
+def saturated(values: Tensor, dst: QParams, arithmetic: Arithmetic) -> Tensor:
+    """Real numbers stored as integers; infinite ones as the largest."""
+    return arithmetic.quantize(_finite(values), dst)
+
+
+def look_up(op: QuantizedOp, stored: Tensor, entries: Tensor) -> Tensor:
+    """The entries of a table for stored integers of the op's input."""
     return entries[stored.to(torch.int64) - op.inputs[0].quant_min]
 
 
@@ -165,18 +123,10 @@ def _table_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -
     function = function_of(op.node)
     if function is None:
         raise ConversionError(f"{describe(op.node)} is no function of one tensor")
-    if is_tanh_gelu(op.node) and (arithmetic.name != XNNPACK.name or op.is_wide):
-        function = _TANH_GELU
     src, dst = op.inputs[0], op.output
     if src.levels > _LARGEST_TABLE:
-        return _saturated(_real(function, inputs[0], src, arithmetic), dst, arithmetic)
-    return _look_up(op, inputs[0], table(function, src, dst, arithmetic))
-
-
-def _as_table(_binding: Binding, _formats: Formats) -> Delegation:
-    return Delegation(
-        Backend.FLOAT, "a table, which XNNPACK fills in float when it loads the program"
-    )
+        return saturated(real(function, inputs[0], src, arithmetic), dst, arithmetic)
+    return look_up(op, inputs[0], table(function, src, dst, arithmetic))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,7 +144,7 @@ def _float32(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _number(node: Node, index: int, name: str, default: float) -> float:
-    """An argument as XNNPACK gets it: in float32."""
+    """An argument in float32, as kernels of float32 get it."""
     return round_to_float32(float(argument(node, index, name, default)))
 
 
@@ -241,10 +191,16 @@ def _hardsigmoid(x: Tensor) -> Tensor:
     return (x + 3).clamp(0, 6) / torch.full_like(x, 6.0)
 
 
-_GELU = Function(F.gelu, 8)
+EXACT_GELU = Function(F.gelu, 8)
+SIGMOID_FUNCTION = Function(torch.sigmoid, 8)
+SILU_FUNCTION = Function(F.silu, 8)
+
 _TANH_GELU = Function(lambda x: F.gelu(x, approximate="tanh"), 8)
-_SIGMOID = Function(torch.sigmoid, 8)
-_SILU = Function(F.silu, 8)
+
+
+def _gelu(node: Node) -> Function:
+    return _TANH_GELU if is_tanh_gelu(node) else EXACT_GELU
+
 
 FUNCTIONS: dict[Any, Callable[[Node], Function | None]] = {
     aten.abs.default: _always(Function(torch.abs)),
@@ -254,7 +210,7 @@ FUNCTIONS: dict[Any, Callable[[Node], Function | None]] = {
     aten.elu.default: _elu,
     aten.exp.default: _always(Function(torch.exp, 32)),
     aten.floor.default: _always(Function(torch.floor)),
-    aten.gelu.default: _always(_GELU),
+    aten.gelu.default: _gelu,
     aten.hardsigmoid.default: _always(Function(_float32(_hardsigmoid))),
     aten.hardswish.default: _always(Function(F.hardswish, 4)),
     aten.leaky_relu.default: _leaky_relu,
@@ -263,8 +219,8 @@ FUNCTIONS: dict[Any, Callable[[Node], Function | None]] = {
     aten.reciprocal.default: _always(Function(_float32(lambda x: torch.ones_like(x) / x))),
     aten.rsqrt.default: _always(Function(torch.rsqrt, 4)),
     aten.selu.default: _elu,
-    aten.sigmoid.default: _always(_SIGMOID),
-    aten.silu.default: _always(_SILU),
+    aten.sigmoid.default: _always(SIGMOID_FUNCTION),
+    aten.silu.default: _always(SILU_FUNCTION),
     aten.sqrt.default: _always(Function(torch.sqrt, 6)),
     aten.tanh.default: _always(Function(torch.tanh, 8)),
 }
@@ -275,17 +231,23 @@ floor, ceil, leaky_relu, division and hardsigmoid are sequences of single IEEE o
 """
 
 
+def table_of(binding: Binding) -> bool:
+    """Whether an op is a function of one tensor, and so a table on integers."""
+    return Trait.TABLE in binding.rule.traits and len(binding.inputs) == 1
+
+
 def _function_rule(family: str, target: Any, *cases: Case) -> OpRule:
     return OpRule(
         family=family,
         targets=frozenset({target}),
         bind=_bind_single,
+        traits=_TABLE,
         integers=_table_integers,
-        delegation=_as_table,
         cases=cases,
     )
 
 
+_TABLE = frozenset({Trait.TABLE})
 _IMAGE = (2, 8, 5, 7)
 
 
@@ -332,8 +294,8 @@ ELU = OpRule(
     family="elu",
     targets=frozenset({aten.celu.default, aten.elu.default, aten.selu.default}),
     bind=_bind_single,
+    traits=_TABLE,
     integers=_table_integers,
-    delegation=_as_table,
     cases=(
         *_cases(F.elu),
         _case("alpha", lambda x: F.elu(x, 1.3), _IMAGE),
@@ -353,21 +315,12 @@ def is_tanh_gelu(node: Node) -> bool:
     return node.target is aten.gelu.default and argument(node, 1, "approximate", "none") == "tanh"
 
 
-def _gelu_delegation(binding: Binding, formats: Formats) -> Delegation:
-    if not is_tanh_gelu(binding.node):
-        return _as_table(binding, formats)
-    return Delegation(
-        Backend.FLOAT,
-        "a table, which XNNPACK fills with the gelu that is approximated (up to 4.8e-4 away)",
-    )
-
-
 GELU = OpRule(
     family="gelu",
     targets=frozenset({aten.gelu.default}),
     bind=_bind_single,
+    traits=_TABLE,
     integers=_table_integers,
-    delegation=_gelu_delegation,
     cases=(
         *_cases(F.gelu),
         _case("tanh", lambda x: F.gelu(x, approximate="tanh"), _IMAGE),
@@ -379,68 +332,12 @@ GELU = OpRule(
 # ---------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4096)
-def sigmoid_qparams(src: QParams, dst: QParams) -> QParams:
-    """Quantization of the sigmoid in ``x * sigmoid(x)``, int8.
-
-    XNNPACK fuses steps into a table only if no float tensor among them is read twice. So silu runs
-    as the integer product of its input with a quantized sigmoid: a table in all, filled through
-    two roundings. The scale is that of the largest value, ``sigmoid(x_max) / 255``, or up to 2 %
-    above it: the one for which most entries are those of silu rounded once (the first of several).
-    With it the sigmoid's own table needs no tie-break offset, and so silu needs none.
-
-    Args:
-        src: of the input; an int8 range.
-        dst: of the result.
-    """
-    largest = float(torch.sigmoid(torch.tensor(_largest(src), dtype=torch.float64)))
-    stored = levels(src)
-    ideal = _saturated(_real(_SILU, stored, src, XNNPACK), dst, XNNPACK)
-    sigmoid = _real(_SIGMOID, stored, src, XNNPACK)
-    best: tuple[int, QParams] | None = None
-    for step in range(_SIGMOID_SCALES):
-        scale = round_to_float32(largest / 255 * (1 + 0.02 * step / _SIGMOID_SCALES))
-        qparams = QParams(scale, -128, -128, 127)
-        if _tie_break_offset(sigmoid, _SIGMOID.ulps, qparams) != 0.0:
-            continue
-        entries = _saturated(sigmoid, qparams, XNNPACK)
-        wrong = int((XNNPACK.mul(stored, entries, src, qparams, dst) != ideal).sum())
-        if best is None or wrong < best[0]:
-            best = (wrong, qparams)
-    if best is None:
-        return QParams(round_to_float32(largest / 255), -128, -128, 127)
-    return best[1]
-
-
-_SIGMOID_SCALES = 32
-
-
-def _largest(q: QParams) -> float:
-    return (q.quant_max - q.zero_point) * cast(float, q.scale)
-
-
-def product_table(src: QParams, sigmoid: QParams, dst: QParams) -> Tensor:
-    """The entries of ``x * sigmoid(x)`` with an int8 sigmoid, as the delegate multiplies."""
-    stored = levels(src)
-    return XNNPACK.mul(stored, table(_SIGMOID, src, sigmoid, XNNPACK), src, sigmoid, dst)
-
-
-def _silu_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
-    if arithmetic.name != XNNPACK.name or op.is_wide:
-        return _table_integers(op, inputs, arithmetic)
-    src = op.inputs[0]
-    return _look_up(op, inputs[0], product_table(src, sigmoid_qparams(src, op.output), op.output))
-
-
 SILU = OpRule(
     family="silu",
     targets=frozenset({aten.silu.default}),
     bind=_bind_single,
-    integers=_silu_integers,
-    delegation=lambda _binding, _formats: Delegation(
-        Backend.FLOAT,
-        "a table, which XNNPACK fills in float when it loads the program; its sigmoid in 8 bits",
-    ),
+    traits=_TABLE,
+    integers=_table_integers,
     cases=(
         *_cases(lambda x: F.silu(x * 3)),
         _case("in_place", lambda x: F.silu(x * 2, inplace=True), _IMAGE),
@@ -474,9 +371,6 @@ PRELU = OpRule(
     targets=frozenset({aten.prelu.default}),
     bind=_bind_prelu,
     integers=_prelu_integers,
-    delegation=lambda _binding, _formats: Delegation(
-        Backend.FLOAT, "XNNPACK multiplies by the slopes in float"
-    ),
     cases=(
         Case("channels", lambda: _slopes(nn.PReLU(8)), (_IMAGE,)),
         Case("single", lambda: nn.PReLU(), (_IMAGE,)),
@@ -509,24 +403,15 @@ def _div_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> 
     left, right = (arithmetic.dequantize(x, q) for x, q in zip(inputs, op.inputs, strict=True))
     # A tensor over a tensor of its shape: dividing by one number may be computed as a product.
     value = torch.div(left + torch.zeros_like(right), right + torch.zeros_like(left))
-    return _saturated(torch.where(torch.isnan(value), torch.inf, value), op.output, arithmetic)
-
-
-def _in_float(what: str) -> Callable[[Binding, Formats], Delegation]:
-    def delegation(binding: Binding, formats: Formats) -> Delegation:
-        if len(binding.inputs) == 1:
-            return _as_table(binding, formats)
-        return Delegation(Backend.FLOAT, f"XNNPACK {what} in float")
-
-    return delegation
+    return saturated(torch.where(torch.isnan(value), torch.inf, value), op.output, arithmetic)
 
 
 DIV = OpRule(
     family="div",
     targets=frozenset({aten.div.Tensor}),
     bind=_bind_div,
+    traits=frozenset({Trait.TABLE, Trait.DIVISION}),
     integers=_div_integers,
-    delegation=_in_float("divides"),
     cases=(
         _case("number", lambda x: x / 3.7, _IMAGE),
         _case("tensors", lambda x, y: x / (F.relu(y) + 0.5), _IMAGE, _IMAGE),
@@ -555,7 +440,6 @@ def _extremum_rule(family: str, target: Any, compute: Callable[..., Tensor]) -> 
         targets=frozenset({target}),
         bind=_bind_pair,
         integers=_extremum_integers(compute),
-        delegation=_in_float("compares"),
         cases=(
             _case("same_shape", compute, _IMAGE, _IMAGE),
             _case("broadcast", compute, _IMAGE, (1, 8, 1, 1)),

@@ -10,26 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.core.arithmetic import XNNPACK, Arithmetic, QParams, xnnpack_multiplier
+from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.graph import argument, describe, is_constant, tensor_meta
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops._rule import (
     ACCEPTED,
-    Backend,
     Binding,
     Case,
-    Delegation,
-    Formats,
     Integers,
     OpRule,
     QuantizedOp,
     Verdict,
-    legal,
     refused,
 )
 
-__all__ = ["CONV", "CONV_TRANSPOSE", "LINEAR", "expand_channels", "symmetric_padding"]
+__all__ = ["CONV", "CONV_TRANSPOSE", "LINEAR", "RULES", "expand_channels", "symmetric_padding"]
 
 aten = torch.ops.aten
 
@@ -98,31 +94,13 @@ def _per_dim(value: Any, dims: int) -> list[int]:
     return values * dims if len(values) == 1 else values
 
 
-def _accepts_gemm(binding: Binding, scheme: OpScheme) -> Verdict:
+def _accepts_gemm(binding: Binding, _scheme: OpScheme) -> Verdict:
     weight = cast(Node, binding.weight)
     if not is_constant(weight):
         return refused(f"its weight is computed by {describe(weight)}, not a constant")
     meta = tensor_meta(weight)
     if meta is not None and meta.dtype != torch.float32:
         return refused(f"its weight is {meta.dtype}; only float32 weights are quantized")
-    data = tensor_meta(binding.inputs[0])
-    unbatched = data is not None and meta is not None and data.dim() < meta.dim()
-    if unbatched and binding.rule is not LINEAR:
-        return refused("its input has no batch dimension, which XNNPACK needs")
-    if scheme.dynamic and binding.rule is not LINEAR:
-        return refused("activations are quantized at run time for linear layers only")
-    group = scheme.weight.group_size
-    if group is not None:
-        features = int(meta.shape[1]) if meta is not None else group
-        if binding.rule is not LINEAR:
-            return refused("weights are quantized per group in linear layers only")
-        if not scheme.dynamic or scheme.weight.format.bits > 4 or group % 32:
-            return refused(
-                "XNNPACK runs grouped weights of up to 4 bits, in groups of a multiple of 32, with "
-                "activations quantized at run time only (dyn8w4g32)"
-            )
-        if features % group:
-            return refused(f"its {features} input features do not divide into groups of {group}")
     return ACCEPTED
 
 
@@ -195,15 +173,9 @@ def _requantize(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> Tensor:
     )
 
 
-def _runs(op: QuantizedOp) -> Verdict:
-    scale = cast(QParams, op.weight_qparams).scale
-    given, out = cast(float, op.inputs[0].scale), cast(float, op.output.scale)
-    return legal(lambda: xnnpack_multiplier(given, scale, out))
-
-
 def _continues_in_float32(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> bool:
-    """The delegate's own arithmetic goes on in float32; all others are defined on integers."""
-    return acc.dtype == torch.float32 and arithmetic is XNNPACK and not op.is_wide
+    """Some arithmetics go on in float32; all others are defined on integers."""
+    return acc.dtype == torch.float32 and arithmetic.continues_in_float32 and not op.is_wide
 
 
 def _conv_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -252,43 +224,6 @@ def _linear_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) 
 
 
 # ---------------------------------------------------------------------------------------------
-# Delegation
-# ---------------------------------------------------------------------------------------------
-
-
-def _delegation(binding: Binding, formats: Formats) -> Delegation:
-    bits = formats.weight_bits or 8
-    if formats.dynamic:
-        packed = bits <= 4 and packable_features(binding) is not None
-        backend = Backend.PACKED_INT4 if packed else Backend.DYNAMIC_INT8
-        return Delegation(backend, "activations are quantized at run time, row by row")
-    per_channel = formats.granularity == "per_channel"
-    if binding.rule is CONV_TRANSPOSE and per_channel and binding.groups > 1:
-        return Delegation(
-            Backend.FLOAT, "XNNPACK has no per-channel kernel for grouped transposed convolutions"
-        )
-    if bits == 8:
-        return Delegation(Backend.INT8)
-    if binding.rule is LINEAR and bits <= 4:
-        features = packable_features(binding)
-        if features is not None:
-            return Delegation(Backend.PACKED_INT4, f"int{bits} weights, two to a byte")
-        return Delegation(
-            Backend.INT8_CONTAINER,
-            f"int{bits} weights stored as int8: packed 4-bit kernels are wrong on some CPUs for an "
-            "odd number of input features",
-        )
-    return Delegation(Backend.INT8_CONTAINER, f"int{bits} weights stored as int8")
-
-
-def packable_features(binding: Binding) -> int | None:
-    """Input features of a linear layer if its 4-bit weights can be packed: an even number."""
-    meta = tensor_meta(cast(Node, binding.weight))
-    features = None if meta is None else int(meta.shape[1])
-    return features if features is not None and features % 2 == 0 else None
-
-
-# ---------------------------------------------------------------------------------------------
 # Entries
 # ---------------------------------------------------------------------------------------------
 
@@ -314,9 +249,7 @@ CONV = OpRule(
     bind=_bind_conv,
     fuses=_ACTIVATIONS,
     accepts=_accepts_gemm,
-    runs=_runs,
     integers=_conv_integers,
-    delegation=_delegation,
     cases=(
         Case("2d", _conv(8, 12, 3), _IMAGE),
         Case("2d_padded", _conv(8, 12, 3, padding=1), _IMAGE),
@@ -353,9 +286,7 @@ CONV_TRANSPOSE = OpRule(
     bind=_bind_conv_transpose,
     fuses=_ACTIVATIONS,
     accepts=_accepts_gemm,
-    runs=_runs,
     integers=_conv_transpose_integers,
-    delegation=_delegation,
     cases=(
         Case("2d", lambda: nn.ConvTranspose2d(8, 12, 3), _IMAGE),
         Case(
@@ -384,9 +315,7 @@ LINEAR = OpRule(
     bind=_bind_linear,
     fuses=_ACTIVATIONS,
     accepts=_accepts_gemm,
-    runs=_runs,
     integers=_linear_integers,
-    delegation=_delegation,
     cases=(
         Case("plain", lambda: nn.Linear(16, 10), ((5, 16),)),
         Case("no_bias", lambda: nn.Linear(16, 10, bias=False), ((5, 16),)),
@@ -395,4 +324,10 @@ LINEAR = OpRule(
         Case("relu6", _then(lambda: nn.Linear(16, 10), nn.ReLU6), ((5, 16),)),
         Case("bn", _then(lambda: nn.Linear(16, 10), lambda: nn.BatchNorm1d(10)), ((5, 16),)),
     ),
+)
+
+RULES = (
+    CONV,
+    CONV_TRANSPOSE,
+    LINEAR,
 )

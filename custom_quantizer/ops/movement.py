@@ -22,18 +22,16 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops._rule import (
-    Backend,
     Binding,
-    Delegation,
-    Formats,
     Integers,
     OpRule,
     QParamSharing,
     QuantizedOp,
+    Trait,
 )
 from custom_quantizer.ops.elementwise import _bind_single, _case
 
-__all__ = ["CAT", "GETITEM", "PAD", "RESHAPE", "SELECT", "SLICE", "SPLIT", "is_identity"]
+__all__ = ["CAT", "GETITEM", "PAD", "RESHAPE", "RULES", "SELECT", "SLICE", "SPLIT", "is_identity"]
 
 aten = torch.ops.aten
 
@@ -102,29 +100,15 @@ def _reshape_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic
     return inputs[0].reshape(view_sizes(shape))
 
 
-def _moved(_binding: Binding, _formats: Formats) -> Delegation:
-    return Delegation(Backend.INT8)
-
-
-def _reshaped(binding: Binding, _formats: Formats) -> Delegation:
-    if shape_of(binding.node) == shape_of(binding.inputs[0]):
-        return Delegation(Backend.FOLDED, "it does not change the tensor")
-    return Delegation(Backend.INT8)
-
-
-def _unmoved(_binding: Binding, _formats: Formats) -> Delegation:
-    return Delegation(Backend.FOLDED, "it does not change the tensor")
-
-
 _IMAGE = (2, 8, 6, 4)
 
 IDENTITY = OpRule(
     family="identity",
+    traits=frozenset({Trait.VIEW}),
     targets=_IDENTITIES,
     bind=_bind_move,
     sharing=QParamSharing.SAME,
     integers=lambda _op, inputs, _arithmetic: inputs[0],
-    delegation=_unmoved,
     cases=(
         _case("clone", lambda x: x.clone(), _IMAGE),
         _case("contiguous", lambda x: x.transpose(1, 2).contiguous(), _IMAGE),
@@ -134,11 +118,11 @@ IDENTITY = OpRule(
 
 RESHAPE = OpRule(
     family="reshape",
+    traits=frozenset({Trait.VIEW}),
     targets=_RESHAPES,
     bind=_bind_move,
     sharing=QParamSharing.SAME,
     integers=_reshape_integers,
-    delegation=_reshaped,
     cases=(
         _case("view", lambda x: x.view(2, 8, 24), _IMAGE),
         _case("reshape", lambda x: x.reshape(2, -1), _IMAGE),
@@ -158,11 +142,11 @@ RESHAPE = OpRule(
 
 PERMUTE = OpRule(
     family="permute",
+    traits=frozenset({Trait.VIEW}),
     targets=_PERMUTES,
     bind=_bind_move,
     sharing=QParamSharing.SAME,
     integers=_apply,
-    delegation=_moved,
     cases=(
         _case("permute", lambda x: x.permute(0, 2, 3, 1), _IMAGE),
         _case("transpose", lambda x: x.transpose(1, 2), _IMAGE),
@@ -195,25 +179,12 @@ def is_split_evenly(node: Node) -> bool:
     return size % step == 0 and start < step and len(range(start, stop, step)) == size // step
 
 
-def _slice_delegation(binding: Binding, _formats: Formats) -> Delegation:
-    source = shape_of(binding.inputs[0])
-    dim, start, _, step = slice_of(binding.node)
-    # Of dynamic shape, channels of an image can still be chosen by a 1x1 convolution, and every
-    # k-th row or column by a depthwise one of stride k (passes/movement.py).
-    if all(isinstance(size, int) for size in source) or (len(source) == 4 and dim == 1):
-        return Delegation(Backend.INT8)
-    if len(source) == 4 and dim in (2, 3) and step > 1 and start == 0:
-        return Delegation(Backend.INT8)
-    return Delegation(Backend.PORTABLE, "XNNPACK slices tensors of static shape only")
-
-
 SLICE = OpRule(
     family="slice",
     targets=frozenset({aten.slice.Tensor, aten.narrow.default}),
     bind=_bind_move,
     sharing=QParamSharing.SAME,
     integers=_apply,
-    delegation=_slice_delegation,
     cases=(
         _case("range", lambda x: x[:, 2:5], _IMAGE),
         _case("negative", lambda x: x[:, :, -3:-1], _IMAGE),
@@ -233,7 +204,6 @@ SELECT = OpRule(
     bind=_bind_move,
     sharing=QParamSharing.SAME,
     integers=_apply,
-    delegation=_moved,
     cases=(
         _case("middle", lambda x: x[:, 3], _IMAGE),
         _case("last", lambda x: x[:, :, -1], _IMAGE),
@@ -247,7 +217,6 @@ EXPAND = OpRule(
     bind=_bind_move,
     sharing=QParamSharing.SAME,
     integers=_apply,
-    delegation=_reshaped,
     cases=(
         _case("spatial", lambda x: x.expand(2, 8, 3, 3), (2, 8, 1, 1)),
         _case("leading", lambda x: x.expand(3, -1, -1), (1, 8, 5)),
@@ -277,9 +246,6 @@ SPLIT = OpRule(
     bind=_bind_single,
     sharing=QParamSharing.SAME,
     integers=_split_integers,
-    delegation=lambda _binding, _formats: Delegation(
-        Backend.FOLDED, "each of its pieces is a slice"
-    ),
     cases=(
         _case("chunk", lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), _IMAGE),
         _case("split", lambda x: torch.cat(x.split([2, 6], 1)[::-1], 1), _IMAGE),
@@ -361,11 +327,21 @@ PAD = OpRule(
     bind=_bind_pad,
     sharing=QParamSharing.SAME,
     integers=_pad_integers,
-    delegation=lambda _binding, _formats: Delegation(
-        Backend.FLOAT, "XNNPACK pads in float; zeros stay exact"
-    ),
     cases=(
         _case("spatial", lambda x: F.pad(x, (1, 2, 0, 1)), _IMAGE),
         _case("channels", lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), _IMAGE),
     ),
+)
+
+RULES = (
+    CAT,
+    IDENTITY,
+    RESHAPE,
+    PERMUTE,
+    SLICE,
+    SELECT,
+    EXPAND,
+    SPLIT,
+    GETITEM,
+    PAD,
 )

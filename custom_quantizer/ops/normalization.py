@@ -1,4 +1,4 @@
-"""Normalization: float ops between exact Q/DQ boundaries."""
+"""Normalization: no integers give its means and deviations, so it has a meaning in float only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, is_constant, shape_of
-from custom_quantizer.ops._rule import Binding, Case, OpRule, float_rule
+from custom_quantizer.ops._rule import Binding, Case, OpRule
 from custom_quantizer.ops.elementwise import _bind_single, _case
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "INSTANCE_NORM",
     "LAYER_NORM",
     "RMS_NORM",
+    "RULES",
     "VECTOR_NORM",
     "normalized_size",
     "number_of_groups",
@@ -63,17 +64,17 @@ def _bind_layer_norm(rule: OpRule, node: Node) -> Binding | str:
     return _computed(node, 2, 3) or _bind_single(rule, node)
 
 
-LAYER_NORM = float_rule(
-    "layer_norm",
-    frozenset({aten.layer_norm.default}),
-    _bind_layer_norm,
-    (
+LAYER_NORM = OpRule(
+    family="layer_norm",
+    title="layer norm",
+    targets=frozenset({aten.layer_norm.default}),
+    bind=_bind_layer_norm,
+    cases=(
         _norm_case("last", lambda: nn.LayerNorm(16), 2, 5, 16),
         _norm_case("image", lambda: nn.LayerNorm(16), 2, 3, 4, 16),
         _norm_case("two_dims", lambda: nn.LayerNorm([4, 6]), 2, 3, 4, 6),
         _norm_case("plain", lambda: nn.LayerNorm(16, elementwise_affine=False), 5, 16),
     ),
-    "layer norm",
 )
 
 
@@ -81,16 +82,16 @@ def _bind_rms_norm(rule: OpRule, node: Node) -> Binding | str:
     return _computed(node, 2) or _bind_single(rule, node)
 
 
-RMS_NORM = float_rule(
-    "rms_norm",
-    frozenset({aten.rms_norm.default}),
-    _bind_rms_norm,
-    (
+RMS_NORM = OpRule(
+    family="rms_norm",
+    title="root-mean-square norm",
+    targets=frozenset({aten.rms_norm.default}),
+    bind=_bind_rms_norm,
+    cases=(
         _norm_case("last", lambda: nn.RMSNorm(16), 2, 5, 16),
         _norm_case("two_dims", lambda: nn.RMSNorm([4, 6], eps=1e-3), 2, 3, 4, 6),
         _norm_case("plain", lambda: nn.RMSNorm(16, elementwise_affine=False), 5, 16),
     ),
-    "root-mean-square norm",
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -114,17 +115,17 @@ def _bind_group_norm(rule: OpRule, node: Node) -> Binding | str:
     return _computed(node, 2, 3) or _static_behind_batch(node) or _bind_single(rule, node)
 
 
-GROUP_NORM = float_rule(
-    "group_norm",
-    frozenset({aten.group_norm.default}),
-    _bind_group_norm,
-    (
+GROUP_NORM = OpRule(
+    family="group_norm",
+    title="group norm",
+    targets=frozenset({aten.group_norm.default}),
+    bind=_bind_group_norm,
+    cases=(
         _norm_case("image", lambda: nn.GroupNorm(2, 8), 2, 8, 5, 6),
         _norm_case("signal", lambda: nn.GroupNorm(4, 8), 2, 8, 21),
         _norm_case("one_group", lambda: nn.GroupNorm(1, 8, affine=False), 2, 8, 5, 6),
         _norm_case("large", lambda: nn.GroupNorm(2, 8, eps=1e-3), 1, 8, 24, 32),
     ),
-    "group norm",
 )
 
 
@@ -134,15 +135,15 @@ def _bind_instance_norm(rule: OpRule, node: Node) -> Binding | str:
     return _computed(node, 1, 2) or _static_behind_batch(node) or _bind_single(rule, node)
 
 
-INSTANCE_NORM = float_rule(
-    "instance_norm",
-    frozenset({aten.instance_norm.default}),
-    _bind_instance_norm,
-    (
+INSTANCE_NORM = OpRule(
+    family="instance_norm",
+    title="instance norm",
+    targets=frozenset({aten.instance_norm.default}),
+    bind=_bind_instance_norm,
+    cases=(
         _norm_case("image", lambda: nn.InstanceNorm2d(8, affine=True), 2, 8, 5, 6),
         _norm_case("signal", lambda: nn.InstanceNorm1d(8), 2, 8, 21),
     ),
-    "instance norm",
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -162,14 +163,22 @@ def _bind_vector_norm(rule: OpRule, node: Node) -> Binding | str:
     return _bind_single(rule, node)
 
 
-VECTOR_NORM = float_rule(
-    "vector_norm",
-    frozenset({aten.linalg_vector_norm.default}),
-    _bind_vector_norm,
-    (
+VECTOR_NORM = OpRule(
+    family="vector_norm",
+    title="norm",
+    targets=frozenset({aten.linalg_vector_norm.default}),
+    bind=_bind_vector_norm,
+    cases=(
         _case("keepdim", lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True), (2, 5, 16)),
         _case("flat", lambda x: torch.linalg.vector_norm(x, dim=-1), (2, 5, 16)),
         _case("normalize", lambda x: F.normalize(x, dim=-1), (2, 3, 5, 16)),
     ),
-    "norm",
+)
+
+RULES = (
+    LAYER_NORM,
+    RMS_NORM,
+    GROUP_NORM,
+    INSTANCE_NORM,
+    VECTOR_NORM,
 )

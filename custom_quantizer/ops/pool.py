@@ -12,25 +12,18 @@ from torch.fx import Node
 
 from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.graph import argument, describe, reads_sizes, tensor_meta
-from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops._rule import (
-    ACCEPTED,
-    Backend,
     Binding,
     Case,
-    Delegation,
-    Formats,
     Integers,
     OpRule,
     QParamSharing,
     QuantizedOp,
-    Verdict,
-    refused,
 )
 from custom_quantizer.ops.elementwise import _bind_single, _case
 
-__all__ = ["ADAPTIVE_AVG_POOL", "AVG_POOL", "MAX_POOL", "MEAN"]
+__all__ = ["ADAPTIVE_AVG_POOL", "AVG_POOL", "MAX_POOL", "MEAN", "RULES"]
 
 aten = torch.ops.aten
 
@@ -68,23 +61,12 @@ def _max_pool_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmeti
     return pooled.to(torch.int32)
 
 
-def _max_pool_delegation(binding: Binding, _formats: Formats) -> Delegation:
-    kernel, stride, _ = pool_window(binding.node)
-    skips = any(s > k for s, k in zip(stride, kernel, strict=True))
-    if skips and argument(binding.node, 5, "ceil_mode", False):
-        return Delegation(
-            Backend.PORTABLE, "XNNPACK's max_pool2d needs stride <= kernel size or ceil_mode off"
-        )
-    return Delegation(Backend.INT8)
-
-
 MAX_POOL = OpRule(
     family="max_pool2d",
     targets=frozenset({aten.max_pool2d.default}),
     bind=_bind_single,
     sharing=QParamSharing.SAME,
     integers=_max_pool_integers,
-    delegation=_max_pool_delegation,
     cases=(
         _case("2x2", lambda x: F.max_pool2d(x, 2), (2, 8, 10, 9)),
         _case("3x3_padded", lambda x: F.max_pool2d(x, 3, 2, 1), (2, 8, 10, 9)),
@@ -112,24 +94,8 @@ def _bind_mean(rule: OpRule, node: Node) -> Binding | str:
     if argument(node, 3, "dtype") is not None:
         return "it changes the dtype"
     if spatial_mean_dims(node) is None:
-        return "XNNPACK averages integers over the two spatial dims of a 4-d tensor only"
+        return "only a mean over the two spatial dims of a 4-d tensor has an integer form"
     return _bind_single(rule, node)
-
-
-def _accepts_mean(binding: Binding, _scheme: OpScheme) -> Verdict:
-    """XNNPACK (92a7ad50) does not allocate a mean's accumulators again when the batch grows.
-
-    With images of static size, a mean of a dynamic batch is a linear layer by now.
-    """
-    data = tensor_meta(binding.inputs[0])
-    if data is None or all(isinstance(size, int) for size in data.shape[:2]):
-        return ACCEPTED
-    if binding.rule is ADAPTIVE_AVG_POOL and not is_global_pool(binding.node):
-        return ACCEPTED
-    return refused(
-        "XNNPACK's integer mean is wrong when the batch grows from one call to the next, and the "
-        "image size is dynamic too; capture the model with a fixed image size"
-    )
 
 
 def _mean_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -146,7 +112,6 @@ MEAN = OpRule(
     family="mean",
     targets=frozenset({aten.mean.dim}),
     bind=_bind_mean,
-    accepts=_accepts_mean,
     integers=_mean_integers,
     cases=(
         _case("keepdim", lambda x: x.mean((2, 3), keepdim=True), (2, 8, 5, 7)),
@@ -214,21 +179,11 @@ def _adaptive_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic
     return arithmetic.avg_pool2d(data, op.inputs[0], op.output, kernel_size=kernel, stride=kernel)
 
 
-def _adaptive_delegation(binding: Binding, _formats: Formats) -> Delegation:
-    if is_global_pool(binding.node):
-        return Delegation(Backend.INT8)
-    if adaptive_kernel(binding.node) == (1, 1):
-        return Delegation(Backend.FOLDED, "an identity: only the scale changes")
-    return Delegation(Backend.FLOAT, "XNNPACK averages windows in float")
-
-
 ADAPTIVE_AVG_POOL = OpRule(
     family="adaptive_avg_pool2d",
     targets=frozenset({aten.adaptive_avg_pool2d.default}),
     bind=_bind_adaptive,
-    accepts=_accepts_mean,
     integers=_adaptive_integers,
-    delegation=_adaptive_delegation,
     cases=(
         _case("global", lambda x: F.adaptive_avg_pool2d(x, 1), (2, 8, 5, 7)),
         _case("identity", lambda x: F.adaptive_avg_pool2d(x, (5, 7)), (2, 8, 5, 7)),
@@ -259,7 +214,7 @@ def _avg_pool_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic
     kernel, stride, padding = pool_window(op.node)
     data = inputs[0]
     if counts_padding(op.node):
-        # Lowered as a pad by zero and a pool without padding.
+        # A pad by zero and a pool without padding.
         vertical, horizontal = padding
         pads = (horizontal, horizontal, vertical, vertical)
         data, padding = F.pad(data, pads, value=op.inputs[0].zero_point), (0, 0)
@@ -274,22 +229,11 @@ def _avg_pool_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic
     )
 
 
-def _accepts_avg_pool(binding: Binding, _scheme: OpScheme) -> Verdict:
-    data = tensor_meta(binding.inputs[0])
-    if data is not None and data.dim() != 4:
-        return refused("XNNPACK pools 4-d tensors only")
-    return ACCEPTED
-
-
 AVG_POOL = OpRule(
     family="avg_pool2d",
     targets=frozenset({aten.avg_pool2d.default}),
     bind=_bind_avg_pool,
-    accepts=_accepts_avg_pool,
     integers=_avg_pool_integers,
-    delegation=lambda _binding, _formats: Delegation(
-        Backend.FLOAT, "XNNPACK averages windows in float"
-    ),
     cases=(
         _case("2x2", lambda x: F.avg_pool2d(x, 2), (2, 8, 10, 9)),
         _case("3x3_stride1", lambda x: F.avg_pool2d(x, 3, 1), (2, 8, 10, 9)),
@@ -301,4 +245,11 @@ AVG_POOL = OpRule(
         ),
         Case("module_4x4", lambda: nn.AvgPool2d(4), ((2, 8, 12, 8),)),
     ),
+)
+
+RULES = (
+    MAX_POOL,
+    AVG_POOL,
+    ADAPTIVE_AVG_POOL,
+    MEAN,
 )

@@ -25,18 +25,20 @@ from custom_quantizer.core.graph import (
     module_path,
     tensor_meta,
 )
+from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.ops import (
-    Backend,
+    OF_TARGET,
     Binding,
-    Delegation,
     Formats,
     OpRule,
     QParamSharing,
-    predict_backend,
+    Trait,
     rule_of,
 )
+from custom_quantizer.ops.backend import Backend, Delegation, Support
+from custom_quantizer.ops.placement import Placement, Tally, tally
 from custom_quantizer.ops.rewrites.canonical import overwritten_by
 from custom_quantizer.planning.insertion import ANNOTATION_KEY
 from custom_quantizer.planning.profitability import Kind, Step, weigh
@@ -77,10 +79,14 @@ class OpPlan:
         target: the aten overload.
         scheme: name; ``None`` when the op stays in float.
         reason: the rule that decided, or why it could not be followed.
+        placement: where it is expected to compute, a value of
+            :class:`~custom_quantizer.ops.placement.Placement`.
         tensors: inputs, weight, bias, output.
-        backend: where and how it is expected to run; ``None`` for ops in float.
+        backend: the kernel it is expected to run on; ``None`` for ops in float.
         note: what the backend does with it, where that is not a plain int8 kernel.
         size_bytes: estimated bytes of its constants in the program.
+        written: name of the captured call that it is a part of; its own, if it is all of it.
+        parts: what a call becomes that runs as other ops than the one that was written.
     """
 
     node: str
@@ -90,10 +96,13 @@ class OpPlan:
     target: str
     scheme: str | None
     reason: str
+    placement: str
     tensors: tuple[TensorPlan, ...] = ()
     backend: str | None = None
     note: str = ""
     size_bytes: int = 0
+    written: str = ""
+    parts: tuple[OpPlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ class Plan:
     """Every op of a captured graph: what it becomes and why.
 
     Attributes:
-        ops: in graph order.
+        ops: as they were written, each once, in graph order; one that runs as several has parts.
         warnings: rules that select nothing, and the like.
         annotations: by node name, what the quantizer writes into the graph.
     """
@@ -159,6 +168,16 @@ class Plan:
     ops: tuple[OpPlan, ...]
     warnings: tuple[str, ...] = ()
     annotations: dict[str, NodeAnnotation] = field(default_factory=dict, repr=False)
+
+    @property
+    def parts(self) -> tuple[OpPlan, ...]:
+        """The ops that run, in graph order."""
+        return tuple(part for op in self.ops for part in op.parts or (op,))
+
+    @property
+    def tally(self) -> Tally:
+        """How many ops are expected to compute where."""
+        return tally((op.node, Placement(op.placement)) for op in self.ops)
 
     @property
     def quantized(self) -> tuple[OpPlan, ...]:
@@ -178,16 +197,20 @@ class Plan:
     def op(self, node: str) -> OpPlan:
         """The plan of the op whose anchor or fused activation is ``node``.
 
+        The name of a call that runs as several ops stands for the one that gives its result.
+
         Raises:
             ConfigError: there is none.
         """
         from custom_quantizer.config.rules import nearest
         from custom_quantizer.errors import ConfigError
 
-        for op in self.ops:
+        for op in self.parts:
             if node in (op.node, op.fused):
                 return op
-        raise ConfigError(f"the plan has no op {node!r}{nearest(node, (o.node for o in self.ops))}")
+        raise ConfigError(
+            f"the plan has no op {node!r}{nearest(node, (part.node for part in self.parts))}"
+        )
 
     def to_json(self) -> str:
         """The ops and warnings as JSON."""
@@ -202,15 +225,15 @@ class Plan:
                 op.path,
                 op.family or op.target,
                 op.scheme or "float32",
-                op.backend or "float",
+                op.backend or op.placement,
                 f"{op.size_bytes:,}" if op.size_bytes else "",
                 "; ".join(filter(None, (op.reason, op.note))),
             )
             for op in self.ops
         ]
-        header = ("node", "module", "family", "scheme", "backend", "bytes", "why")
+        header = ("node", "module", "op", "scheme", "runs as", "bytes", "why")
         lines = table_lines([header, *rows], left=range(len(header)))
-        lines.append(f"{self.size_bytes:,} bytes of constants (estimated)")
+        lines.append(f"{self.tally}; {self.size_bytes:,} bytes of constants (estimated)")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
@@ -243,6 +266,7 @@ class _Op:
     node: Node
     decision: Decision
     rule: OpRule | None = None
+    support: Support | None = None  # what the backend does with its family
     binding: Binding | None = None
     fused: Node | None = None
     scheme: OpScheme | None = None
@@ -257,6 +281,10 @@ class _Op:
     @property
     def mover(self) -> bool:
         return self.rule is not None and self.rule.sharing is QParamSharing.SAME
+
+    def has(self, trait: Trait) -> bool:
+        """Whether the family has a trait."""
+        return self.rule is not None and trait in self.rule.traits
 
     @property
     def activation(self) -> TensorScheme | None:
@@ -274,7 +302,7 @@ class _Op:
     def wanted(self, position: int) -> TensorScheme:
         """Format of an input."""
         given = cast(TensorScheme, self.activation)
-        centered = self.rule is not None and position in self.rule.requires_symmetric
+        centered = self.support is not None and position in self.support.requires_symmetric
         return replace(given, symmetric=True) if centered else given
 
 
@@ -286,33 +314,34 @@ def is_annotated(node: Node) -> bool:
     return bool(getattr(node.meta.get(ANNOTATION_KEY), "_annotated", False))
 
 
-def make_plan(model: GraphModule, config: Config) -> Plan:
+def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     """Decide what every op and tensor of ``model`` becomes.
 
     Args:
         model: what ``torch.export.export(...).module()`` returns, made functional.
         config: the rules.
+        backend: what the program will run on.
 
     Raises:
         ConfigError: a rule names a node or module that does not exist.
     """
     warnings = config.check(model)
-    ops = _collect(model, config)
+    ops = _collect(model, config, backend)
     producer = {op.output: op for op in ops}
     anchors = {op.node: op for op in ops}
     # Data movement has no format of its own: it follows once its neighbours are decided.
     for op in ops:
         if not op.mover:
-            _settle(op)
+            _settle(op, backend)
     _leave_sums_in_float(ops, anchors)
     _leave_divisors_in_float(ops, producer)
     io = _model_io(model, config)
-    _weigh(ops, io)
+    _weigh(ops, io, backend)
     _center(ops, producer)
     # What integers it is given comes first; what its consumers want only where it is given none.
-    _follow_producers(ops, producer, io.inputs)
+    _follow_producers(ops, producer, io.inputs, backend)
     _follow_consumers(ops, anchors)
-    return _Annotator(ops, producer, io).plan(tuple(warnings))
+    return _Annotator(ops, producer, io, backend).plan(tuple(warnings))
 
 
 @dataclass(frozen=True)
@@ -346,7 +375,7 @@ def _is_float32(node: Node) -> bool:
     return meta is not None and meta.dtype == torch.float32
 
 
-def _collect(model: GraphModule, config: Config) -> list[_Op]:
+def _collect(model: GraphModule, config: Config, backend: Backend) -> list[_Op]:
     """One entry per op; an activation that is fused belongs to the op before it."""
     ops: list[_Op] = []
     fused: set[Node] = set()
@@ -361,9 +390,12 @@ def _collect(model: GraphModule, config: Config) -> list[_Op]:
         if is_annotated(node):
             op.reason = ANNOTATED_BEFORE
         elif op.rule is not None:
+            op.support = backend.support(op.rule)
             bound = op.rule.bind(op.rule, node)
             if isinstance(bound, str):
                 op.reason = bound
+            elif (refusal := op.support.refuses(bound)) != "":
+                op.reason = refusal
             elif (reason := _overwritten(node, bound)) is not None:
                 op.reason = reason
             else:
@@ -391,7 +423,8 @@ def _fusable(op: _Op, config: Config) -> Node | None:
     if len(users) != 1 or op.decision.scheme is None or op.decision.scheme.dynamic:
         return None
     follower = rule_of(users[0])
-    if follower is None or follower.family not in rule.fuses:
+    fuses = op.support is not None and op.support.fuses
+    if not fuses or follower is None or follower.family not in rule.fuses:
         return None
     if isinstance(follower.bind(follower, users[0]), str) or overwritten_by(users[0]):
         return None
@@ -404,7 +437,7 @@ def _fusable(op: _Op, config: Config) -> Node | None:
     return users[0]
 
 
-def _settle(op: _Op) -> None:
+def _settle(op: _Op, backend: Backend) -> None:
     """Decide an op that is quantized for its own sake."""
     scheme = op.decision.scheme
     if op.reason:
@@ -414,10 +447,10 @@ def _settle(op: _Op) -> None:
         if isinstance(op.node.target, torch._ops.HigherOrderOperator):
             op.reason = f"{op.node.target} is control flow: the graphs it runs stay in float"
         return
-    if op.binding is None:
+    if op.binding is None or op.support is None:
         return
-    if op.rule.float_reason:
-        op.reason = op.rule.float_reason
+    if op.support.float_reason:
+        op.reason = op.support.float_reason
         return
     if scheme is None:
         op.reason = op.decision.reason
@@ -432,19 +465,16 @@ def _settle(op: _Op) -> None:
             op.reason = f"{describe(tensor)} is {kind}; only float32 tensors are quantized"
             op.reason += _to_float(meta)
             return
-        if _is_empty(tensor) or (meta.dim() == 0 and not is_constant(tensor)):
-            what = "elements" if meta.dim() else "dimensions"
-            op.reason = f"{describe(tensor)} has no {what}, and XNNPACK takes no such tensor"
+        refusal = backend.refuses_tensor(tensor)
+        if refusal:
+            op.reason = f"{describe(tensor)} {refusal}"
             return
-    verdict = op.rule.accepts(op.binding, scheme)
-    if not verdict.ok:
-        op.reason = verdict.reason
-        return
+    for accepts in (op.rule.accepts, op.support.accepts):
+        verdict = accepts(op.binding, scheme)
+        if not verdict.ok:
+            op.reason = verdict.reason
+            return
     op.scheme, op.reason = scheme, op.decision.reason
-
-
-_SUMS = frozenset({"add", "sub", "mul"})
-_VIEWS = frozenset({"identity", "reshape", "permute"})
 
 
 def _leave_sums_in_float(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
@@ -459,10 +489,9 @@ def _leave_sums_in_float(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
     for op in reversed(ops):
         users = effective_users(op.output)
         into = [user in floats or _computes_in_float(anchors.get(user)) for user in users]
-        family = op.rule.family if op.rule is not None else ""
-        if not users or not all(into) or family not in _SUMS | _VIEWS:
+        if not users or not all(into) or not (op.has(Trait.SUM) or op.has(Trait.VIEW)):
             continue
-        if family in _SUMS and op.scheme is not None:
+        if op.has(Trait.SUM) and op.scheme is not None:
             if op.decision.explicit:
                 continue
             op.scheme = None
@@ -476,7 +505,7 @@ def _leave_divisors_in_float(ops: list[_Op], producer: dict[Node, _Op]) -> None:
     ``F.normalize`` of a row of zeros is zero, and not 0 / 0.
     """
     for op in ops:
-        if op.rule is None or op.rule.family != "div" or op.binding is None:
+        if not op.has(Trait.DIVISION) or op.binding is None:
             continue
         source = producer.get(op.binding.inputs[-1])
         while source is not None and source.mover and source.binding is not None:
@@ -491,7 +520,7 @@ def _leave_divisors_in_float(ops: list[_Op], producer: dict[Node, _Op]) -> None:
 
 
 def _computes_in_float(op: _Op | None) -> bool:
-    return op is not None and op.rule is not None and bool(op.rule.float_reason)
+    return op is not None and op.support is not None and bool(op.support.float_reason)
 
 
 def _center(ops: list[_Op], producer: dict[Node, _Op]) -> None:
@@ -500,24 +529,24 @@ def _center(ops: list[_Op], producer: dict[Node, _Op]) -> None:
     Only if its range has both signs: of one sign, half of a symmetric range would be unused.
     """
     for op in ops:
-        if op.rule is None or op.scheme is None or op.binding is None:
+        if op.support is None or op.scheme is None or op.binding is None:
             continue
-        for position in op.rule.requires_symmetric:
+        for position in op.support.requires_symmetric:
             source = producer.get(op.binding.inputs[position])
             while source is not None and source.mover and source.binding is not None:
                 source = producer.get(source.binding.inputs[0])
             if source is None or source.scheme is None or _is_dynamic(source) or source.fused:
                 continue
             if source.binding is not None and source.binding.weight is None:
-                signed = source.rule is not None and source.rule.family in _SUMS
+                signed = source.has(Trait.SUM)
             else:
                 signed = True
             source.centered = signed
 
 
-def _weigh(ops: list[_Op], io: _ModelIO) -> None:
-    """Ops without an int8 kernel stay in float where quantizing them would only cost."""
-    kinds = {op.node: _kind(op) for op in ops}
+def _weigh(ops: list[_Op], io: _ModelIO, backend: Backend) -> None:
+    """Ops without an integer kernel stay in float where quantizing them would only cost."""
+    kinds = {op.node: _kind(op, backend) for op in ops}
     steps = [
         Step(
             kinds[op.node],
@@ -533,22 +562,22 @@ def _weigh(ops: list[_Op], io: _ModelIO) -> None:
         if op.node in refused:
             op.scheme = None
             op.reason = (
-                f"XNNPACK has no int8 kernel for it, and {refused[op.node]}: quantizing it would "
-                "only cost"
+                f"{backend.title} has no integer kernel for it, and {refused[op.node]}: quantizing "
+                "it would only cost"
             )
 
 
-def _kind(op: _Op) -> Kind:
+def _kind(op: _Op, backend: Backend) -> Kind:
     """What an op does with integers, now that it is settled."""
     if op.mover:
-        return Kind.FLOAT if _left_in_float(op) else Kind.MOVEMENT
+        return Kind.FLOAT if _left_in_float(op, backend) else Kind.MOVEMENT
     if op.scheme is None or op.binding is None or op.scheme.dynamic:
         return Kind.FLOAT
     # A rule that names the op or its type is an order.
     if op.decision.aimed:
         return Kind.INTEGER
-    found = op.binding.rule.delegation(op.binding, Formats(8))
-    return Kind.WEIGHED if found.backend in (Backend.FLOAT, Backend.PORTABLE) else Kind.INTEGER
+    kernel = backend.predict(op.binding, Formats(8)).kernel
+    return Kind.WEIGHED if kernel.needs_integers else Kind.INTEGER
 
 
 def _to_float(meta: torch.Tensor | None) -> str:
@@ -558,7 +587,7 @@ def _to_float(meta: torch.Tensor | None) -> str:
     return "; call model.float() and hand in float32 inputs before torch.export.export"
 
 
-def _left_in_float(op: _Op) -> bool:
+def _left_in_float(op: _Op, backend: Backend) -> bool:
     """Of a data-movement op: whether something forbids passing integers on."""
     if op.binding is None:
         return True
@@ -571,8 +600,9 @@ def _left_in_float(op: _Op) -> bool:
             op.reason = f"{describe(tensor)} is {meta.dtype}; only float32 tensors are quantized"
             op.reason += _to_float(meta)
             return True
-    if _is_empty(op.node):
-        op.reason = "its result has no elements, and XNNPACK takes no such tensor"
+    refusal = backend.refuses_tensor(op.node) if _is_empty(op.node) else ""
+    if refusal:
+        op.reason = f"its result {refusal}"
         return True
     return False
 
@@ -583,11 +613,14 @@ def _is_empty(node: Node) -> bool:
 
 
 def _follow_producers(
-    ops: list[_Op], producer: dict[Node, _Op], inputs: dict[Node, TensorScheme]
+    ops: list[_Op],
+    producer: dict[Node, _Op],
+    inputs: dict[Node, TensorScheme],
+    backend: Backend,
 ) -> None:
     """A data-movement op passes on the integers it is given."""
     for op in ops:
-        if not op.mover or _left_in_float(op):
+        if not op.mover or _left_in_float(op, backend):
             continue
         sources = [
             source
@@ -646,10 +679,13 @@ def _same_format(a: TensorScheme | None, b: TensorScheme | None) -> bool:
 class _Annotator:
     """Turns settled ops into groups, edges and the plan that is shown."""
 
-    def __init__(self, ops: list[_Op], producer: dict[Node, _Op], io: _ModelIO) -> None:
+    def __init__(
+        self, ops: list[_Op], producer: dict[Node, _Op], io: _ModelIO, backend: Backend
+    ) -> None:
         self._ops = ops
         self._producer = producer
         self._io = io
+        self._backend = backend
         self._groups = _Groups()
         self._numbers: dict[_Key, int] = {}
         self._schemes: dict[_Key, TensorScheme] = {}
@@ -666,7 +702,7 @@ class _Annotator:
         annotations: dict[str, NodeAnnotation] = {}
         for node in self._io.inputs:
             annotations[node.name] = NodeAnnotation({}, self._activation(("out", node), node))
-        plans = tuple(self._op_plan(op, annotations) for op in self._ops)
+        plans = _as_written([(op.node, self._op_plan(op, annotations)) for op in self._ops])
         outputs = {
             node.name: self._activation(self._key(node, fmt), node)
             for node, fmt in self._io.outputs
@@ -731,7 +767,8 @@ class _Annotator:
         scheme = op.scheme.name if op.scheme is not None else None
         if op.mover and op.follows is not None:
             scheme = f"a{op.follows.format.bits}"
-        delegation = _predict(op) if op.activation is not None else None
+        delegation = _predict(op, self._backend) if op.activation is not None else None
+        kernel = self._backend.in_float(op.node) if delegation is None else delegation.kernel
         return OpPlan(
             node=op.node.name,
             fused=op.fused.name if op.fused is not None else None,
@@ -740,10 +777,12 @@ class _Annotator:
             target=target_name(op.node.target),
             scheme=scheme,
             reason=op.reason,
+            placement=kernel.placement.value,
             tensors=tuple(tensors),
-            backend=delegation.backend.value if delegation is not None else None,
+            backend=delegation.kernel.label if delegation is not None else None,
             note=delegation.reason if delegation is not None else "",
             size_bytes=_estimate_bytes(op, delegation),
+            written=op.node.meta.get(ORIGINAL_NAME, op.node.name),
         )
 
     def _annotate(
@@ -770,7 +809,8 @@ class _Annotator:
             inputs[tensor.name] = edge
             record("input", tensor, edge, cast(TensorScheme, edge.scheme).format, op.reason)
         if op.scheme is not None and binding.weight is not None:
-            tensors += self._weight_and_bias(op.scheme, binding, inputs)
+            support = cast(Support, op.support)
+            tensors += self._weight_and_bias(op.scheme, binding, support, inputs)
         output = None
         if isinstance(op.output.meta.get("val"), torch.Tensor) and not dynamic:
             output = self._activation(("out", op.output), op.output)
@@ -783,15 +823,14 @@ class _Annotator:
         return tensors
 
     def _weight_and_bias(
-        self, scheme: OpScheme, binding: Binding, inputs: dict[str, Edge]
+        self, scheme: OpScheme, binding: Binding, support: Support, inputs: dict[str, Edge]
     ) -> list[TensorPlan]:
         tensors: list[TensorPlan] = []
         weight = cast(Node, binding.weight)
-        weight_scheme = weight_scheme_of(scheme, binding)
+        weight_scheme = support.weight(scheme, binding)
         why = "constant weight"
         if weight_scheme != scheme.weight:
-            why += "; one scale for all channels, since XNNPACK has no per-channel kernel for "
-            why += "grouped transposed convolutions"
+            why += f"; {support.weight_reason}"
         key: _Key = ("weight", weight, weight_scheme, binding.weight_axis)
         edge = Edge(
             "weight",
@@ -833,21 +872,53 @@ class _Annotator:
         return tensors
 
 
-def weight_scheme_of(scheme: OpScheme, binding: Binding) -> TensorScheme:
-    """The weight's scheme, per tensor where XNNPACK has no per-channel kernel."""
-    weight = scheme.weight
-    if weight.granularity == "per_channel" and binding.weight_axis == 1 and binding.groups > 1:
-        return replace(weight, granularity="per_tensor")
-    return weight
+def _as_written(plans: list[tuple[Node, OpPlan]]) -> tuple[OpPlan, ...]:
+    """Calls that were rewritten to others, each as one op again."""
+    parts: dict[str, list[tuple[Node, OpPlan]]] = {}
+    for node, plan in plans:
+        parts.setdefault(plan.written, []).append((node, plan))
+    return tuple(_joined(found) for found in parts.values())
 
 
-def _predict(op: _Op) -> Delegation:
+def _joined(found: list[tuple[Node, OpPlan]]) -> OpPlan:
+    (node, first), plans = found[0], tuple(plan for _, plan in found)
+    target = node.meta.get("original_target", node.target)
+    if len(plans) == 1 and (ORIGINAL_NAME not in node.meta or target is node.target):
+        return first
+    rule = OF_TARGET.get(target)
+    placed = tally((first.written, Placement(plan.placement)) for plan in plans)
+    placement = placed.placements[first.written].value
+    schemes = [plan.scheme for plan in plans if plan.scheme is not None]
+    with_weight = [p.scheme for p in plans if any(t.role == "weight" for t in p.tensors)]
+    scheme = next(filter(None, (*with_weight, *schemes)), None)
+    # Of the ops that it becomes, one that keeps it furthest from integers says how it runs.
+    decisive = min(plans, key=lambda plan: (plan.placement != placement, plan.scheme != scheme))
+    names = ", ".join(dict.fromkeys(plan.family or plan.target for plan in plans))
+    return OpPlan(
+        node=first.written,
+        fused=plans[-1].fused,
+        path=first.path,
+        family=None if rule is None else rule.family,
+        target=target_name(target),
+        scheme=scheme,
+        reason=decisive.reason,
+        placement=placement,
+        tensors=tuple(tensor for plan in plans for tensor in plan.tensors),
+        backend=decisive.backend,
+        note="; ".join(filter(None, (f"becomes {names}", decisive.note))),
+        size_bytes=sum(plan.size_bytes for plan in plans),
+        written=first.written,
+        parts=plans,
+    )
+
+
+def _predict(op: _Op, backend: Backend) -> Delegation:
     """Where a quantized op will run."""
     binding, activation = cast(Binding, op.binding), cast(TensorScheme, op.activation)
     weight = None
     if op.scheme is not None and binding.weight is not None:
-        weight = weight_scheme_of(op.scheme, binding)
-    return predict_backend(
+        weight = cast(Support, op.support).weight(op.scheme, binding)
+    return backend.predict(
         binding,
         Formats(
             activation.format.bits,
@@ -858,15 +929,6 @@ def _predict(op: _Op) -> Delegation:
     )
 
 
-# Bytes of one weight in the program, where it is not 4 (float).
-_WEIGHT_BYTES = {
-    Backend.INT8: 1.0,
-    Backend.INT8_CONTAINER: 1.0,
-    Backend.DYNAMIC_INT8: 1.0,
-    Backend.PACKED_INT4: 0.5,
-}
-
-
 def _estimate_bytes(op: _Op, delegation: Delegation | None) -> int:
     """Weights, biases and per-channel scales of an op, as the program stores them."""
     if op.binding is None or op.binding.weight is None:
@@ -874,7 +936,7 @@ def _estimate_bytes(op: _Op, delegation: Delegation | None) -> int:
     meta = tensor_meta(op.binding.weight)
     if meta is None:
         return 0
-    each = 4.0 if delegation is None else _WEIGHT_BYTES.get(delegation.backend, 4.0)
+    each = 4.0 if delegation is None else delegation.kernel.weight_bytes
     channels = int(meta.shape[op.binding.weight_axis]) * (
         op.binding.groups if op.binding.weight_axis == 1 else 1
     )

@@ -30,6 +30,7 @@ from custom_quantizer.calibration.observers import (
 )
 from custom_quantizer.config.file import dump_config, load_config
 from custom_quantizer.config.rules import Config, Rule, Scope, operator_names
+from custom_quantizer.core.bias import BiasLimits
 from custom_quantizer.core.graph import (
     STATE_KEY,
     describe,
@@ -41,6 +42,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.schemes import OpScheme, TensorScheme, activation_scheme, coerce_scheme
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, ConfigError
+from custom_quantizer.ops.backend import BackendLike, get_backend
 from custom_quantizer.ops.rewrites.canonical import canonicalize
 from custom_quantizer.ops.rewrites.training_graph import (
     DROPOUTS,
@@ -74,6 +76,14 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
     for "leave it in float". A more specific scope wins (node name, module name, module type,
     operator type, global); within a scope, the later call.
 
+    Args:
+        backend: what the program will run on, by name or value. ``None`` plans for pure integers,
+            which no runtime's kernels limit: for :func:`~custom_quantizer.save_integers` and
+            ``integer_reference(..., mode="fixed_point")``.
+
+    Raises:
+        ConfigError: there is no such backend.
+
     Example::
 
         quantizer = cq.IntegerQuantizer().set_global("a8w8").set_module_name("head", None)
@@ -82,20 +92,29 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         converted = convert_pt2e(prepared)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: BackendLike = "xnnpack") -> None:
         super().__init__()
+        self._backend = get_backend(backend)
         self._config = Config()
         self._plan: Plan | None = None
 
     @classmethod
-    def from_config(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> IntegerQuantizer:
+    def from_config(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        backend: BackendLike = "xnnpack",
+    ) -> IntegerQuantizer:
         """Make a quantizer from a YAML or JSON file, or from what :meth:`to_config` returns.
+
+        Args:
+            source: the file, or plain data.
+            backend: as of the class; a file has rules only.
 
         Raises:
             ConfigError: the file says something that is not legal; file, line and column are named.
             InputError: the file cannot be read.
         """
-        quantizer = cls()
+        quantizer = cls(backend)
         quantizer._config = load_config(source)
         return quantizer
 
@@ -218,7 +237,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         if not training:  # what training leaves in buffers is trained
             held = {name: value.detach().clone() for name, value in state_buffers(model).items()}
             model.meta[STATE_KEY] = held
-        model = canonicalize(model, training=training)
+        model = canonicalize(model, self._backend.legalize, training=training)
         if training:
             fold_batch_norms(model, self._is_ours)
         return model
@@ -239,11 +258,11 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         """
         training = prepares_for_training()
         with as_evaluated(model) if training else contextlib.nullcontext():
-            plan = make_plan(model, self._config)
+            plan = make_plan(model, self._config, self._backend)
         self._plan = plan
         if not plan.quantized:
             raise ConfigError(_nothing_to_quantize(plan, self._config))
-        _apply(plan, model, training)
+        _apply(plan, model, training, self._backend.limits)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -329,10 +348,12 @@ class _Specs:
 
     Args:
         training: with fake quantizers in the place of observers.
+        limits: of biases.
     """
 
-    def __init__(self, training: bool) -> None:
+    def __init__(self, training: bool, limits: BiasLimits) -> None:
         self._training = training
+        self._limits = limits
         self._first: dict[int, EdgeOrNode] = {}
         self._slots: dict[int, Slot] = defaultdict(Slot)
 
@@ -397,13 +418,16 @@ class _Specs:
 
     def _weight(self, edge: Edge, scheme: TensorScheme, where: EdgeOrNode) -> Any:
         if not self._training:
-            return WeightObserver.with_args(scheme=scheme, axis=edge.axis, name=edge.name)
+            return WeightObserver.with_args(
+                scheme=scheme, axis=edge.axis, name=edge.name, limits=self._limits
+            )
         weight = tensor_meta(where[0] if isinstance(where, tuple) else where)
         return WeightFakeQuantize.with_args(
             scheme=scheme,
             axis=edge.axis,
             name=edge.name,
             slot=self._slots[edge.group],
+            limits=self._limits,
             channels=1 if weight is None else int(weight.shape[edge.axis]),
         )
 
@@ -420,15 +444,15 @@ class _Specs:
         )
 
 
-def _apply(plan: Plan, model: GraphModule, training: bool) -> None:
+def _apply(plan: Plan, model: GraphModule, training: bool, limits: BiasLimits) -> None:
     """Annotate every node, in graph order: the first edge of a group carries the spec.
 
     ``prepare_pt2e`` creates observers in this same order, so what is shared always exists.
     """
     norms = insert_normalization(model)
     layers = {layer for layer, _ in norms.values()}
-    specs = _Specs(training)
-    by_anchor = {op.node: op for op in plan.ops}
+    specs = _Specs(training, limits)
+    by_anchor = {op.node: op for op in plan.parts}
     for node in model.graph.nodes:
         if node.name in by_anchor:
             op = by_anchor[node.name]

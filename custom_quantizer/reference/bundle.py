@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.arithmetic import FIXED_POINT, QParams, quantize_multiplier
+from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import derived_scale
 from custom_quantizer.core.files import write_files_atomic
+from custom_quantizer.core.fixed_point import FIXED_POINT, quantize_multiplier
 from custom_quantizer.core.formats import IntFormat
 from custom_quantizer.core.graph import (
     argument,
@@ -44,6 +45,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.errors import ConversionError, InputError, SchemeError
 from custom_quantizer.ops import QuantizedOp, functions
+from custom_quantizer.ops.backend import INTEGERS
 from custom_quantizer.ops.functions import levels
 from custom_quantizer.ops.gemm import _per_dim, expand_channels, symmetric_padding
 from custom_quantizer.ops.movement import padding_of
@@ -105,7 +107,7 @@ def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
             exceeds a limit of the format.
         InputError: the files cannot be written.
     """
-    description, arrays = _described(read_converted(converted))
+    description, arrays = _described(read_converted(converted, None))
     json_file, weights_file = bundle_files(path)
     data = safetensors.numpy.save(arrays)
     description["weights"] = {
@@ -601,9 +603,9 @@ def _table(op: QuantizedOp) -> Entry:
     stored = levels(src)
     channels = max((constant.numel() for constant in op.constants.values()), default=1)
     if channels == 1:
-        entries = op.binding.rule.integers(op, [stored], FIXED_POINT)
+        entries = INTEGERS.compute(op, [stored])
         return {"op": "table", "axis": None, "table": entries.tolist()}
-    entries = op.binding.rule.integers(op, [stored.expand(1, channels, -1)], FIXED_POINT)
+    entries = INTEGERS.compute(op, [stored.expand(1, channels, -1)])
     return {"op": "table", "axis": 1, "table": entries[0].tolist()}
 
 

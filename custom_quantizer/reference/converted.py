@@ -30,7 +30,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops import Binding, OpRule, QParamSharing, QuantizedOp, rule_of
-from custom_quantizer.ops._rule import ACCEPTED
+from custom_quantizer.ops.backend import Backend, BackendLike, get_backend
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.movement import GETITEM, SPLIT
 
@@ -66,11 +66,13 @@ class ConvertedGraph:
 
     Attributes:
         model: the graph.
+        backend: whose kernels decide what can be integer.
         integer: ops that compute on integers.
         floating: all others.
     """
 
     model: GraphModule
+    backend: Backend
     integer: tuple[QuantizedOp, ...]
     floating: tuple[FloatOp, ...]
 
@@ -85,17 +87,19 @@ class ConvertedGraph:
         return tuple(op for op in self.integer if op.bias is not None)
 
 
-def read_converted(model: GraphModule) -> ConvertedGraph:
+def read_converted(model: GraphModule, backend: BackendLike = "xnnpack") -> ConvertedGraph:
     """Find the integer ops of a converted graph.
 
     Args:
         model: what ``convert_pt2e`` returns.
+        backend: whose kernels they run on; ``None``: pure integers, which take any scales.
 
     Raises:
         ConversionError: the graph has observers, so it was prepared but not converted; or it
             quantizes nothing.
     """
     _check_converted(model)
+    backend = get_backend(backend)
     integer: dict[Node, QuantizedOp] = {}
     floating: list[FloatOp] = []
     consumed: set[Node] = set()
@@ -106,18 +110,20 @@ def read_converted(model: GraphModule) -> ConvertedGraph:
             continue
         if isinstance(node.meta.get("val"), (torch.SymInt, int)):
             continue  # arithmetic on sizes
-        found = _integer_op(model, node, integer)
+        found = _integer_op(model, node, integer, backend)
         if isinstance(found, str):
             floating.append(FloatOp(node, found))
             continue
-        runs = ACCEPTED if found.is_wide else found.binding.rule.runs(found)
-        if not runs.ok:
-            floating.append(FloatOp(node, runs.reason, float_fallback=True))
-            continue
+        # What is wider than the kernels is emulated, at any scales.
+        if backend.wide is None or not found.is_wide:
+            runs = backend.support(found.binding.rule).runs(found)
+            if not runs.ok:
+                floating.append(FloatOp(node, runs.reason, float_fallback=True))
+                continue
         integer[node] = found
         if found.output_node is not node:
             consumed.add(found.output_node)
-    return ConvertedGraph(model, tuple(integer.values()), tuple(floating))
+    return ConvertedGraph(model, backend, tuple(integer.values()), tuple(floating))
 
 
 def _check_converted(model: GraphModule) -> None:
@@ -138,7 +144,7 @@ def _check_converted(model: GraphModule) -> None:
 
 
 def _integer_op(
-    model: GraphModule, node: Node, integer: dict[Node, QuantizedOp]
+    model: GraphModule, node: Node, integer: dict[Node, QuantizedOp], backend: Backend
 ) -> QuantizedOp | str:
     """The op that ``node`` anchors, or why it is float."""
     rule = rule_of(node)
@@ -147,8 +153,10 @@ def _integer_op(
     binding = rule.bind(rule, node)
     if isinstance(binding, str):
         return binding
-    if rule.float_reason:
-        return rule.float_reason
+    support = backend.support(rule)
+    reason = support.float_reason or support.refuses(binding)
+    if reason:
+        return reason
     if rule is GETITEM:
         split = integer.get(binding.inputs[0])
         if split is None:
@@ -161,20 +169,24 @@ def _integer_op(
             if not is_static(source):
                 return "its input is quantized at run time"
         inputs = tuple(qparams_of(model, source) for source in binding.inputs)
-    if any(inputs[i].zero_point != 0 for i in rule.requires_symmetric):
+    if any(inputs[i].zero_point != 0 for i in support.requires_symmetric):
         return "the zero point of its second operand is not 0"
-    return _with_output(model, rule, binding, inputs)
+    return _with_output(model, rule, binding, inputs, support.fuses)
 
 
 def _with_output(
-    model: GraphModule, rule: OpRule, binding: Binding, inputs: tuple[QParams, ...]
+    model: GraphModule,
+    rule: OpRule,
+    binding: Binding,
+    inputs: tuple[QParams, ...],
+    may_fuse: bool,
 ) -> QuantizedOp | str:
     node, bounds, output_node = binding.node, None, binding.node
     if rule is SPLIT:
         return QuantizedOp(binding, inputs, inputs[0], node)
     users = effective_users(node)
     clamp = rule_of(users[0]) if len(users) == 1 else None
-    fuses = clamp is not None and clamp.family in rule.fuses
+    fuses = may_fuse and clamp is not None and clamp.family in rule.fuses
     if clamp is not None and clamp.bounds is not None and fuses and _binds(clamp, users[0]):
         output_node = users[0]
         bounds = clamp.bounds(output_node)

@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.arithmetic import Arithmetic, get_arithmetic
+from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.graph import (
     check_input,
     constant_of,
@@ -30,6 +30,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.errors import CustomQuantizerError, InputError
 from custom_quantizer.ops import QuantizedOp
+from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 
 __all__ = ["IntegerReference", "integer_reference"]
@@ -40,13 +41,15 @@ def integer_reference(converted: GraphModule, mode: str = "xnnpack") -> IntegerR
 
     Args:
         converted: what ``convert_pt2e`` returns.
-        mode: the arithmetic: ``xnnpack`` (what the delegate computes), ``fixed_point`` (integer
-            multiplier and shift) or ``exact`` (rational numbers).
+        mode: the arithmetic: the name of a backend (``xnnpack``: what its delegate computes),
+            ``fixed_point`` (integer multiplier and shift) or ``exact`` (rational numbers). The last
+            two are pure integers: no backend's limits apply.
 
     Raises:
         ConversionError: the graph is not a converted one.
+        SchemeError: there is no such mode.
     """
-    return IntegerReference(read_converted(converted), get_arithmetic(mode))
+    return IntegerReference(read_converted(converted, get_mode(mode)))
 
 
 class IntegerReference:
@@ -55,13 +58,11 @@ class IntegerReference:
     Buffers that the model writes are the reference's own: the graph keeps what it holds.
 
     Attributes:
-        graph: its ops.
-        arithmetic: how integers are rounded.
+        graph: its ops, and the backend they are read for.
     """
 
-    def __init__(self, graph: ConvertedGraph, arithmetic: Arithmetic) -> None:
+    def __init__(self, graph: ConvertedGraph) -> None:
         self.graph = graph
-        self.arithmetic = arithmetic
         self._state: dict[Node, Tensor] = {}
         self.reset()
         self._ops = {op.node: op for op in graph.integer}
@@ -71,6 +72,11 @@ class IntegerReference:
             for node in graph.model.graph.nodes
             if (is_quantize(node) or is_dequantize(node)) and is_static(node)
         }
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How integers are rounded."""
+        return self.graph.backend.arithmetic
 
     @property
     def float_ops(self) -> tuple[FloatOp, ...]:
@@ -167,7 +173,7 @@ class IntegerReference:
     def _compute(self, op: QuantizedOp, values: dict[Node, Any]) -> Any:
         inputs = [_integers(values[source]) for source in op.binding.inputs]
         try:
-            return op.binding.rule.integers(op, inputs, self.arithmetic)
+            return self.graph.backend.compute(op, inputs)
         except CustomQuantizerError as error:
             where = describe(op.node)
             if where in str(error):

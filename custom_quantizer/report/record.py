@@ -765,7 +765,7 @@ def _with_lowering(report: Report, lowered: LoweredProgram) -> Report:
             "what lower(converted, example) returned for this one"
         )
     rows = tuple(
-        replace(row, backend=found[row.node].backend.value, backend_reason=found[row.node].reason)
+        replace(row, backend=found[row.node].backend.label, backend_reason=found[row.node].reason)
         if row.node in found
         else row
         for row in report.rows

@@ -57,7 +57,7 @@ def make_table(title: str, columns: Iterable[str], right: Iterable[str] = ()) ->
 
 def plan_table(plan: Plan) -> Table:
     """Op, scheme, where it will run, bytes of its constants, why: one row per op."""
-    columns = ("op", "module", "family", "scheme", "backend", "bytes", "why")
+    columns = ("node", "module", "op", "scheme", "runs as", "bytes", "why")
     table = make_table("", columns, right=("bytes",))
     for op in plan.ops:
         why = "; ".join(text for text in (op.reason, op.note) if text)
@@ -66,7 +66,7 @@ def plan_table(plan: Plan) -> Table:
             op.path,
             op.family or op.target,
             op.scheme or "float",
-            (op.backend or "").removeprefix("xnnpack "),
+            (op.backend or op.placement).removeprefix("xnnpack "),
             f"{op.size_bytes:,}" if op.size_bytes else "",
             why,
         )

@@ -23,7 +23,7 @@ from torchao.quantization.pt2e import FakeQuantizeBase
 from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver, WeightObserver
 from custom_quantizer.calibration.ranges import Statistics, solve
 from custom_quantizer.core.arithmetic import QParams
-from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, raise_scale
+from custom_quantizer.core.bias import raise_scale
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.errors import CalibrationError, ConfigError
 
@@ -421,8 +421,7 @@ class BiasFakeQuantize(BiasObserver, FakeQuantizeBase):  # type: ignore[misc]
         return cast(Tensor, _StraightThrough.apply(bias, value, None))
 
     def _make_room(self, bias: Tensor, input_scale: float, weight: WeightFakeQuantize) -> None:
-        wide = weight.scheme.format.bits > 8 or self.input_bits > 8
-        limit = WIDE_BIAS if wide else MAX_EXACT_BIAS
+        limit = weight.limits.of(max(weight.scheme.format.bits, self.input_bits))
         scale = weight.step_scale
         if self.repeats > 1 and scale.dim():
             bias = bias.abs().reshape(self.repeats, -1).amax(dim=0)

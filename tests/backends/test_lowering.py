@@ -445,8 +445,8 @@ def test_float_ops_are_reported_with_their_reason_and_place() -> None:
     lowered = cq.lower(quantized(model, (x,)), (x,))
     rows = {row.node: row for row in lowered.report.not_integer()}
     assert rows.keys() == {"gt", "sin", "where"}
-    assert rows["sin"].backend.value == "xnnpack float"
-    assert rows["where"].backend.value == "portable kernel, outside the delegate"
+    assert rows["sin"].backend.label == "xnnpack float"
+    assert rows["where"].backend.label == "portable kernel, outside the delegate"
     overloads = {"gt": "Scalar", "sin": "default", "where": "self"}
     for name, row in rows.items():
         assert row.reason == f"no integer form of aten.{name}.{overloads[name]} is known"
@@ -462,7 +462,7 @@ def test_an_op_left_in_float_runs_in_float_between_integer_ones() -> None:
     )
     lowered = cq.lower(graph, (x,))
     (row,) = lowered.report.not_integer()
-    assert (row.node, row.backend.value) == ("conv2d", "xnnpack float")
+    assert (row.node, row.backend.label) == ("conv2d", "xnnpack float")
     assert lowered.report.fully_delegated
     assert list(lowered.integer_biases()) == ["conv2d_1"]
 
@@ -535,7 +535,7 @@ def test_an_op_whose_scales_no_kernel_takes_runs_in_float(
     assert lowered.report.fully_delegated
     rows = [row for row in lowered.report.not_integer() if "no integer kernel" in row.reason]
     assert {row.node for row in rows} >= refused
-    assert all(row.backend.value == "xnnpack float" for row in rows)
+    assert all(row.backend.label == "xnnpack float" for row in rows)
     assert {op.node.name for op in cq.integer_reference(graph).float_ops} >= refused
 
 

@@ -22,12 +22,12 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import passes
+from custom_quantizer.backends.xnnpack import kernels, passes
 from custom_quantizer.backends.xnnpack.groups import join_factor, joined
 from custom_quantizer.backends.xnnpack.passes import PASSES, origin_of, run_passes
 from custom_quantizer.core.graph import is_constant, is_dequantize, is_quantize
 from custom_quantizer.errors import LoweringError
-from custom_quantizer.ops import REGISTRY, Backend
+from custom_quantizer.ops import REGISTRY
 from custom_quantizer.reference.converted import read_converted
 
 aten = torch.ops.aten
@@ -55,7 +55,7 @@ class Cases(nn.Module):
         return outputs
 
 
-FAMILIES = [rule.family for rule in REGISTRY if rule.cases and not rule.float_reason]
+FAMILIES = [rule.family for rule in REGISTRY if rule.cases and rule.integers is not None]
 SCHEMES = ("a8w8", "a8w8-per_tensor", "a4w4", "a6w3-per_tensor")
 CORPUS = [
     (f, s) for f in FAMILIES for s in SCHEMES if s == "a8w8" or f in ("conv", "linear", "add")
@@ -408,7 +408,7 @@ def test_a_clamp_to_another_scale_is_not_fused() -> None:
     lowered = lowered_exactly(quantized(model, inputs, quantizer), inputs)
     assert lowered.report.passes["keep_apart"] == 4
     assert lowered.report.fully_delegated
-    assert {op.backend for op in lowered.report.ops} == {Backend.INT8}
+    assert {op.backend for op in lowered.report.ops} == {kernels.INT8}
 
 
 def test_memory_that_is_written_stays_a_view() -> None:
@@ -540,9 +540,9 @@ def test_wide_depthwise_convolutions_are_exact(scheme: str) -> None:
     assert lowered.report.passes["join_narrow_groups"] == 4
     assert lowered.report.fully_delegated
     assert {row.backend for row in lowered.report.ops} <= {
-        Backend.INT8,
-        Backend.INT8_CONTAINER,
-        Backend.FOLDED,
+        kernels.INT8,
+        kernels.INT8_CONTAINER,
+        kernels.FOLDED,
     }
 
 

@@ -26,8 +26,8 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.checks import relative_error
-from custom_quantizer.ops import Backend
 
 Shape = tuple[int, ...]
 
@@ -383,10 +383,10 @@ def test_ops_are_delegated(group: str, name: str, scheme: str) -> None:
     found = made(group, scheme)
     rows = [op for op in found.lowered.report.ops if f"case_{name}" in op.path.split(".")]
     assert rows
-    outside = [f"{op.node}: {op.reason}" for op in rows if op.backend is Backend.PORTABLE]
+    outside = [f"{op.node}: {op.reason}" for op in rows if op.backend is kernels.PORTABLE]
     assert outside == []
     if group not in ("functions", "pool", "movers", "cat"):
-        assert {op.backend for op in rows} <= {Backend.INT8, Backend.FOLDED}
+        assert {op.backend for op in rows} <= {kernels.INT8, kernels.FOLDED}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -451,9 +451,9 @@ def test_linear_layers_quantized_while_they_run(scheme: str) -> None:
         packed = scheme == "dyn8w4" and not odd & set(op.path.split("."))
         # Layers with an odd number of inputs are stored in int8: see the facts about packing.
         if packed and "last" not in op.path and not op.path.endswith("sequence.b"):
-            assert op.backend is Backend.PACKED_INT4, op
+            assert op.backend is kernels.PACKED_INT4, op
         else:
-            assert op.backend is Backend.DYNAMIC_INT8, op
+            assert op.backend is kernels.DYNAMIC_INT8, op
     for wanted, got in zip(model(*example), lowered.run(*example), strict=True):
         assert relative_error(wanted, got) < (0.02 if scheme == "dyn8w8" else 0.2)
 

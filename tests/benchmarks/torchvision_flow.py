@@ -238,7 +238,7 @@ def run_flow(name: str, flow: str, size: int, clock: Clock, record: Record) -> b
         data, run = lowered.buffer, lowered.run
         record["passes"] = dict(lowered.report.passes)
         record["outside_reasons"] = [
-            [op.family, op.reason] for op in lowered.report.ops if "portable" in op.backend.value
+            [op.family, op.reason] for op in lowered.report.ops if "portable" in op.backend.label
         ]
         record["exact_expected"] = is_exact(lowered, graph)
         reference = cq.integer_reference(converted)

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,34 +20,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from custom_quantizer.core import arithmetic
-from custom_quantizer.core.arithmetic import (
-    ARITHMETICS,
-    EXACT,
-    FIXED_POINT,
+from custom_quantizer.backends.xnnpack import arithmetic as xnnpack_arithmetic
+from custom_quantizer.backends.xnnpack.arithmetic import (
     XNNPACK,
-    Arithmetic,
-    QParams,
-    accumulator_bits,
-    get_arithmetic,
-    multiply_by_quantized_multiplier,
-    multiply_by_quantized_multiplier_int64,
     quantize_emulated_int16,
-    quantize_multiplier,
     requantize_integer_only,
-    round_to_float32,
-    rounding_divide_by_pot,
-    saturate,
-    saturating_rounding_doubling_high_mul,
-    split_multiplier,
-    wrap_int32,
     xnnpack_add_parameters,
     xnnpack_multiplier,
 )
+from custom_quantizer.core import arithmetic, fixed_point
+from custom_quantizer.core import exact as exact_module
+from custom_quantizer.core.arithmetic import (
+    Arithmetic,
+    QParams,
+    accumulator_bits,
+    round_to_float32,
+    saturate,
+    split_multiplier,
+    wrap_int32,
+)
+from custom_quantizer.core.exact import EXACT
+from custom_quantizer.core.fixed_point import (
+    FIXED_POINT,
+    multiply_by_quantized_multiplier,
+    multiply_by_quantized_multiplier_int64,
+    quantize_multiplier,
+    rounding_divide_by_pot,
+    saturating_rounding_doubling_high_mul,
+)
 from custom_quantizer.core.formats import range_bits, signed_bits
 from custom_quantizer.errors import InputError, SchemeError
+from custom_quantizer.ops.backend import get_mode
 
-MODES = list(ARITHMETICS.values())
+MODES: list[Arithmetic] = [XNNPACK, FIXED_POINT, EXACT]
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 
@@ -288,17 +294,17 @@ def test_width_of_a_range(low: int, high: int, signed: int, own: int) -> None:
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_modes_are_found_by_name(mode: Arithmetic) -> None:
-    assert get_arithmetic(mode.name) is mode
+    assert get_mode(mode.name).arithmetic is mode
 
 
 def test_unknown_mode() -> None:
     with pytest.raises(SchemeError, match=r"'cmsis': choose one of xnnpack, fixed_point, exact"):
-        get_arithmetic("cmsis")
+        get_mode("cmsis")
 
 
-def test_public_names_exist() -> None:
-    assert all(hasattr(arithmetic, name) for name in arithmetic.__all__)
-    assert arithmetic.__all__ == sorted(arithmetic.__all__, key=lambda n: (not n.isupper(), n))
+@pytest.mark.parametrize("module", [arithmetic, fixed_point, exact_module, xnnpack_arithmetic])
+def test_public_names_exist(module: ModuleType) -> None:
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 # Primitives --------------------------------------------------------------------------------------

@@ -424,7 +424,7 @@ def test_a_bias_that_is_not_a_constant_stays_in_float_and_is_reported(
     # It lowers, in float where it must, and says so.
     lowered = cq.lower(graph, inputs)
     row = next(op for op in lowered.report.ops if op.node == "conv2d")
-    assert row.backend.value != "xnnpack int8"
+    assert row.backend.label != "xnnpack int8"
     assert row.reason == "its bias is in float"
     worst = (lowered.run(*inputs) - graph(*inputs)).abs().max()
     scale = float(graph.graph.find_nodes(op="output")[0].args[0][0].args[1])

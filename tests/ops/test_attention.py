@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import pytest
@@ -13,16 +12,15 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from support.fuzz import check_each_tensor
-from support.graphs import Function, calls, capture, differences, quantized
-from support.models import Converted, convert
+from support.graphs import Function, calls, canonicalize, capture, differences, quantized
+from support.models import convert
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.passes import PASSES, run_passes
 from custom_quantizer.core.graph import is_constant, is_dequantize, is_quantize
-from custom_quantizer.ops import REGISTRY, Backend, OpRule
-from custom_quantizer.ops.rewrites.canonical import canonicalize
 from custom_quantizer.ops.rewrites.decompositions import MASKED
 
 aten = torch.ops.aten
@@ -428,7 +426,7 @@ def test_norms_stay_in_the_delegate(name: str) -> None:
     lowered = cq.lower(done.graph, done.example)
     assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)
     (row,) = (row for row in lowered.report.ops if row.node == name)
-    assert row.backend is Backend.FLOAT
+    assert row.backend is kernels.FLOAT
     assert row.reason.startswith("XNNPACK has no integer ")
     check_each_tensor(done)
 
@@ -538,63 +536,6 @@ def test_moves_are_merged(
 # The runtime
 # ---------------------------------------------------------------------------------------------
 
-FLOAT_RULES = [rule for rule in REGISTRY if rule.float_reason]
-
-
-class FloatOps(nn.Module):
-    """The cases of all float families on integers, side by side."""
-
-    def __init__(self, rules: list[OpRule]) -> None:
-        super().__init__()
-        self.cases = nn.ModuleList(case.build() for rule in rules for case in rule.cases)
-        self.shapes = [case.shapes[0] for rule in rules for case in rule.cases]
-        self.families = [rule.family for rule in rules for _ in rule.cases]
-
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
-        return [case(x + x) for case, x in zip(self.cases, inputs, strict=True)]
-
-
-@cache
-def float_ops() -> tuple[FloatOps, Converted, cq.LoweredProgram]:
-    torch.manual_seed(0)
-    model = FloatOps(FLOAT_RULES)
-    example = tuple(torch.randn(shape) for shape in model.shapes)
-    converted = convert(model, example)
-    return model, converted, cq.lower(converted.graph, example)
-
-
-def test_float_families_run_where_predicted() -> None:
-    _, _, program = float_ops()
-    backends = {
-        rule.family: rule.delegation(cast(Any, None), cast(Any, None)) for rule in FLOAT_RULES
-    }
-    rows = [
-        row for row in program.report.ops if "cases." in row.path or row.backend is Backend.PORTABLE
-    ]
-    assert rows
-    assert {row.backend for row in rows} <= {
-        Backend.FLOAT,
-        Backend.PORTABLE,
-        Backend.INT8,
-        Backend.FOLDED,
-    }
-    assert backends["softmax"].backend is backends["layer_norm"].backend is Backend.FLOAT
-    floats = [name for name in program.report.outside if "norm" in name or "softmax" in name]
-    assert floats == []
-
-
-def test_float_families_are_near_the_reference() -> None:
-    model, converted, program = float_ops()
-    reference = cq.integer_reference(converted.graph)
-    generator = torch.Generator().manual_seed(1)
-    for scale in (1.0, 0.1):
-        given = tuple(torch.randn(s, generator=generator) * scale for s in model.shapes)
-        for family, got, want in zip(
-            model.families, program.run(*given), reference(*given), strict=True
-        ):
-            error = float((got - want).abs().max())
-            assert error <= 4e-6 * max(1.0, float(want.abs().max())), family
-
 
 class Words(nn.Module):
     """A table, positions, one encoder layer."""
@@ -622,7 +563,7 @@ def test_a_text_model_is_a_table_of_integers_and_one_delegate() -> None:
     # One byte a weight, and what a program of this many ops takes anyway.
     assert program.report.size_bytes < sum(p.numel() for p in model.parameters()) + 25_000
     linears = [op for op in program.report.ops if op.family == "linear"]
-    assert {op.backend for op in linears} == {Backend.INT8}
+    assert {op.backend for op in linears} == {kernels.INT8}
     assert len(program.integer_biases()) == len(linears) == 5
     reference = cq.integer_reference(converted.graph)
     for given in tokens:
@@ -695,7 +636,7 @@ def test_a_transformer_is_one_delegate_near_the_reference(name: str) -> None:
     program = cq.lower(converted.graph, batches[0])
     assert program.report.fully_delegated, str(program.report)
     linears = [op for op in program.report.ops if op.family in ("linear", "matmul")]
-    assert {op.backend for op in linears} == {Backend.INT8}
+    assert {op.backend for op in linears} == {kernels.INT8}
     reference = cq.integer_reference(converted.graph)
     for given in batches:
         got, want = pytree.tree_leaves(program.run(*given)), pytree.tree_leaves(reference(*given))

@@ -52,7 +52,7 @@ def test_a_batch_norm_of_its_own_runs_in_integers() -> None:
     assert lowered.report.fully_delegated, str(lowered.report)
     assert not calls(converted, BATCH_NORM)
     first = lowered.report.ops[0]
-    assert (first.family, first.path, first.backend.value) == ("conv", "0", "xnnpack int8")
+    assert (first.family, first.path, first.backend.label) == ("conv", "0", "xnnpack int8")
 
 
 def test_channels_that_are_switched_off() -> None:
@@ -165,7 +165,7 @@ def test_a_norm_of_the_batch_stays_apart_and_runs(captured: bool) -> None:
     result = cq.quantize(exported if captured else model, (x,), [(x,)], progress=False)
     assert result.lowered is not None
     (row,) = result.lowered.report.not_integer()
-    assert (row.path, row.backend.value) == ("1", "portable kernel, outside the delegate")
+    assert (row.path, row.backend.label) == ("1", "portable kernel, outside the delegate")
     for given in (x, -0.5 * x.flip(3)):
         want = model(given).detach()
         assert float((result.lowered.run(given) - want).norm() / want.norm()) < 0.1

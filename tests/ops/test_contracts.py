@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import Function, Inputs, differences, stress
+from support.graphs import Function, Inputs, canonicalize, differences, stress
 from support.models import randomize_batch_norms
 from support.registry import Surrounded
 from torch import Tensor, nn
@@ -22,20 +22,18 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.core.arithmetic import get_arithmetic
+from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.errors import CustomQuantizerError
 from custom_quantizer.ops import (
     REGISTRY,
-    Backend,
     Case,
     OpRule,
     QParamSharing,
     _index,
     functions,
     known_targets,
-    predict_backend,
 )
-from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.planning.planner import Plan
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
@@ -82,7 +80,7 @@ def cases_of(rule: OpRule) -> tuple[Case, ...]:
     return rule.cases + EXTRA.get(rule.family, ())
 
 
-FAMILIES = [rule.family for rule in REGISTRY if rule.cases and not rule.float_reason]
+FAMILIES = [rule.family for rule in REGISTRY if rule.cases and rule.integers is not None]
 # Per-tensor or per-channel is a question of weights.
 PROGRAMS = [(f, s) for f in FAMILIES for s in SCHEMES if f in GEMMS or s == "a8w8"]
 CASES = [(f, c.name, s) for f, s in PROGRAMS for c in cases_of(RULES[f])]
@@ -254,10 +252,10 @@ def test_every_op_of_a_case_is_integer_and_runs_where_predicted(
     assert ops
     assert [op.node.name for op in ops if op not in done.graph.integer] == []
     for op in ops:
-        predicted = predict_backend(op.binding, op.formats)
+        predicted = BACKEND.predict(op.binding, op.formats).kernel
         row = rows[op.node.name]
-        assert (op.node.name, row.backend) == (op.node.name, predicted.backend)
-        if predicted.backend not in (Backend.INT8, Backend.FOLDED):
+        assert (op.node.name, row.backend) == (op.node.name, predicted)
+        if predicted not in (kernels.INT8, kernels.FOLDED):
             assert row.reason, "an op that is not plain int8 says why"
 
 
@@ -430,7 +428,7 @@ def test_arithmetics_differ_by_at_most_one_unit_on_the_same_integers(name: str) 
             continue
         given = [_recorded(done.graph.model, record, node) for node in op.binding.inputs]
         for mode in ("exact", "fixed_point"):
-            integers = op.binding.rule.integers(op, given, get_arithmetic(mode))
+            integers = get_mode(mode).compute(op, given)
             apart = (integers.long() - record[op.output_node.name].long()).abs().max()
             assert int(apart) <= 1, (mode, op.node.name)
 

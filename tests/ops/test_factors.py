@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import Function, calls, capture
+from support.graphs import Function, calls, canonicalize, capture
 from torch import nn
-
-from custom_quantizer.ops.rewrites.canonical import canonicalize
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 5, 6)

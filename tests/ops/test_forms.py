@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import Function, calls, capture, differences, quantized, stress
+from support.graphs import Function, calls, canonicalize, capture, differences, quantized, stress
 from support.models import randomize_batch_norms
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import custom_quantizer as cq
-from custom_quantizer.ops import Backend
-from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.backends.xnnpack import kernels
+from custom_quantizer.ops.backend import Kernel
 from custom_quantizer.ops.rewrites.forms import sums
 
 aten = torch.ops.aten
@@ -358,20 +358,20 @@ def test_integers_are_close_to_the_float_model(name: str, mode: str) -> None:
 @pytest.mark.parametrize(
     ("build", "shape", "backend"),
     [
-        (module(lambda: nn.AvgPool2d(2, ceil_mode=True)), (2, 4, 7, 7), Backend.PORTABLE),
-        (module(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True)), (1, 4, 8, 8), Backend.PORTABLE),
+        (module(lambda: nn.AvgPool2d(2, ceil_mode=True)), (2, 4, 7, 7), kernels.PORTABLE),
+        (module(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True)), (1, 4, 8, 8), kernels.PORTABLE),
         (
             module(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=2)),
             (1, 4, 8, 8),
-            Backend.PORTABLE,
+            kernels.PORTABLE,
         ),
-        (module(lambda: nn.Upsample(scale_factor=2, mode="bilinear")), IMAGE, Backend.FLOAT),
-        (module(lambda: nn.InstanceNorm2d(4)), IMAGE, Backend.FLOAT),
-        (module(lambda: nn.GroupNorm(2, 4)), IMAGE, Backend.FLOAT),
+        (module(lambda: nn.Upsample(scale_factor=2, mode="bilinear")), IMAGE, kernels.FLOAT),
+        (module(lambda: nn.InstanceNorm2d(4)), IMAGE, kernels.FLOAT),
+        (module(lambda: nn.GroupNorm(2, 4)), IMAGE, kernels.FLOAT),
     ],
 )
 def test_what_has_no_integer_form_runs_in_float_and_is_reported(
-    build: Build, shape: tuple[int, ...], backend: Backend
+    build: Build, shape: tuple[int, ...], backend: Kernel
 ) -> None:
     model = Function(
         lambda s, x: s.tail(s.m(s.head(x))), m=build(), head=pointwise(), tail=pointwise()

@@ -17,9 +17,13 @@ from support.graphs import Function, capture, differences, lowered_exactly, quan
 from torch import Tensor, fx, nn
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import tables
+from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, tie_break_offset
 from custom_quantizer.backends.xnnpack.partition import partitioner
 from custom_quantizer.config.rules import returned_nodes
-from custom_quantizer.core.arithmetic import EXACT, FIXED_POINT, XNNPACK, QParams, round_to_float32
+from custom_quantizer.core.arithmetic import QParams, round_to_float32
+from custom_quantizer.core.exact import EXACT
+from custom_quantizer.core.fixed_point import FIXED_POINT
 from custom_quantizer.ops import functions
 from custom_quantizer.ops.functions import FUNCTIONS
 
@@ -144,7 +148,7 @@ def test_no_kernel_within_its_bound_changes_an_entry(
     values = function.compute(real).nan_to_num(posinf=100.0, neginf=-100.0).clamp(-1e6, 1e6)
     dst = qparams(float(values.min()) * stretch, min(float(values.max()), 100.0) * stretch)
     expected = functions.table(function, src, dst, XNNPACK)
-    shift = functions.tie_break_offset(function, src, dst)
+    shift = tables.function_offset(function, src, dst)
     assert abs(shift) < 0.02 * float(dst.scale)
 
     seen = values[values.abs() < 2 * dst.levels * float(dst.scale)]
@@ -172,7 +176,7 @@ def test_the_window_of_ties_counts_four_roundings_besides_the_kernel(ulps: float
         apart = part * (ulps + 4) * 2.0**-24 * 100.0
         for half in (0.5 + apart, 0.5 - apart):
             values = torch.tensor([0.0, half, 100.0], dtype=torch.float64)
-            assert (functions._tie_break_offset(values, ulps, dst) != 0.0) is moved, part
+            assert (tie_break_offset(values, ulps, dst) != 0.0) is moved, part
 
 
 def test_tables_with_an_entry_next_to_the_middle_are_shifted() -> None:
@@ -181,14 +185,12 @@ def test_tables_with_an_entry_next_to_the_middle_are_shifted() -> None:
     found = 0
     for k in range(200):
         src = qparams(-2 - k / 100, 2 + k / 77)
-        if functions.tie_break_offset(function, src, dst) != 0.0:
+        if tables.function_offset(function, src, dst) != 0.0:
             found += 1
     # 256 entries, each within about 1e-4 of a half with a probability of 2e-4.
     assert 1 <= found <= 60
     # Kernels that all agree need no shift.
-    assert (
-        functions.tie_break_offset(named(aten.neg.default), qparams(-1, 1), qparams(-2, 2)) == 0.0
-    )
+    assert tables.function_offset(named(aten.neg.default), qparams(-1, 1), qparams(-2, 2)) == 0.0
 
 
 @pytest.mark.slow
@@ -242,13 +244,13 @@ def test_silu_with_an_int8_sigmoid_is_next_to_silu_rounded_once(low: float, high
     src = qparams(low, high)
     values = F.silu(XNNPACK.dequantize(functions.levels(src), src).double())
     dst = qparams(float(values.min()), float(values.max()))
-    sigmoid = functions.sigmoid_qparams(src, dst)
-    got = functions.product_table(src, sigmoid, dst)
+    sigmoid = tables.sigmoid_qparams(src, dst)
+    got = tables.product_table(src, sigmoid, dst)
     once = functions.table(named(aten.silu.default), src, dst, EXACT)
     assert int((got - once).abs().max()) <= 1
     assert int((got != once).sum()) <= 96
     # Its sigmoid needs no offset, and the product is one of integers: no kernel decides anything.
-    assert functions.tie_break_offset(named(aten.sigmoid.default), src, sigmoid) == 0.0
+    assert tables.function_offset(named(aten.sigmoid.default), src, sigmoid) == 0.0
     largest = 1 / (1 + math.exp(-(127 - src.zero_point) * float(src.scale)))
     assert largest / 255 <= float(sigmoid.scale) * (1 + 1e-6) <= largest / 255 * 1.03
 

@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.graphs import Function, capture
+from support.graphs import Function, canonicalize, capture
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.config.rules import Config, Rule, Scope
 from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import ConfigError
-from custom_quantizer.ops import Backend, Binding, Formats, OpRule, predict_backend, rule_of
-from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.ops import Binding, Formats, OpRule, rule_of
+from custom_quantizer.ops.backend import Kernel
 from custom_quantizer.planning.planner import Edge, Plan, make_plan
 
 IMAGE = (2, 4, 6, 6)
@@ -42,7 +43,7 @@ def plan_of(
 ) -> Plan:
     inputs = tuple(torch.randn(shape) for shape in shapes)
     graph = canonicalize(capture(Function(function, **children), inputs))
-    return make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8), *rules]))
+    return make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8), *rules]), BACKEND)
 
 
 def group(plan: Plan, op: str, role: str = "output", tensor: str | None = None) -> int:
@@ -65,7 +66,7 @@ def test_means_of_what_may_grow(dims: tuple[int, ...], ok: bool) -> None:
     sizes = {dim: torch.export.Dim(f"size{dim}", min=2, max=9) for dim in dims}
     model = Function(lambda s, x: (x + x).mean((2, 3)) * 2.0)
     graph = capture(model, (torch.randn(IMAGE),), dynamic_shapes=((sizes,),))
-    plan = make_plan(canonicalize(graph), Config([Rule(Scope.GLOBAL, "", A8W8)]))
+    plan = make_plan(canonicalize(graph), Config([Rule(Scope.GLOBAL, "", A8W8)]), BACKEND)
     op = next(op for op in plan.ops if op.family in ("mean", "linear"))
     assert (op.scheme == "a8w8") is ok, op
     if not ok:
@@ -75,19 +76,19 @@ def test_means_of_what_may_grow(dims: tuple[int, ...], ok: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "backend"),
     [
-        ({"kernel_size": 2}, Backend.INT8),
-        ({"kernel_size": 2, "ceil_mode": True}, Backend.INT8),
-        ({"kernel_size": 2, "stride": 3}, Backend.INT8),
-        ({"kernel_size": 2, "stride": 3, "ceil_mode": True}, Backend.PORTABLE),
-        ({"kernel_size": 2, "stride": (2, 3), "ceil_mode": True}, Backend.PORTABLE),
-        ({"kernel_size": (3, 2), "stride": (3, 2), "ceil_mode": True}, Backend.INT8),
+        ({"kernel_size": 2}, kernels.INT8),
+        ({"kernel_size": 2, "ceil_mode": True}, kernels.INT8),
+        ({"kernel_size": 2, "stride": 3}, kernels.INT8),
+        ({"kernel_size": 2, "stride": 3, "ceil_mode": True}, kernels.PORTABLE),
+        ({"kernel_size": 2, "stride": (2, 3), "ceil_mode": True}, kernels.PORTABLE),
+        ({"kernel_size": (3, 2), "stride": (3, 2), "ceil_mode": True}, kernels.INT8),
     ],
 )
-def test_where_max_pools_run(options: dict[str, Any], backend: Backend) -> None:
+def test_where_max_pools_run(options: dict[str, Any], backend: Kernel) -> None:
     graph = capture(nn.MaxPool2d(**options), (torch.randn(IMAGE),))
     (node,) = (node for node in graph.graph.nodes if rule_of(node) is not None)
     bound = cast(OpRule, rule_of(node)).bind(cast(OpRule, rule_of(node)), node)
-    assert predict_backend(cast(Binding, bound), Formats(8)).backend is backend
+    assert BACKEND.predict(cast(Binding, bound), Formats(8)).kernel is backend
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_where_max_pools_run(options: dict[str, Any], backend: Backend) -> None:
 def test_sizes_of_weight_groups(group_size: int, features: int, reason: str | None) -> None:
     rule = Rule(Scope.GLOBAL, "", scheme(f"dyn8w4g{group_size}"))
     graph = canonicalize(capture(nn.Linear(features, 4), (torch.randn(2, features),)))
-    (op,) = make_plan(graph, Config([rule])).ops
+    (op,) = make_plan(graph, Config([rule]), BACKEND).ops
     assert (op.scheme is not None) is (reason is None)
     assert reason is None or reason in op.reason
 
@@ -235,7 +236,10 @@ def test_the_order_of_the_nodes_does_not_matter(
 ) -> None:
     graph = random_graph(steps)
     config = Config(list(RULES if mixed else RULES[:1]))
-    plan, again = make_plan(graph, config), make_plan(shuffled(graph, seed), config)
+    plan, again = (
+        make_plan(graph, config, BACKEND),
+        make_plan(shuffled(graph, seed), config, BACKEND),
+    )
     assert partition(plan) == partition(again)
     for key, edge in edges(plan).items():
         other = edges(again)[key]
@@ -281,7 +285,7 @@ def test_observers_are_shared_exactly_as_planned(
 def test_every_op_and_tensor_has_a_reason(steps: list[tuple[str, int, int]], mixed: bool) -> None:
     graph = random_graph(steps)
     code, metas = graph.code, {n.name: set(n.meta) for n in graph.graph.nodes}
-    plan = make_plan(graph, Config(list(RULES if mixed else RULES[:1])))
+    plan = make_plan(graph, Config(list(RULES if mixed else RULES[:1])), BACKEND)
     assert [op.node for op in plan.ops if not op.reason] == []
     assert [t for op in plan.ops for t in op.tensors if not t.reason] == []
     for op in plan.ops:
@@ -507,7 +511,7 @@ def test_asking_for_a_size_is_not_using_the_tensor() -> None:
     batch = torch.export.Dim("batch", max=8)
     model = Function(forward, conv=conv())
     graph = capture(model, (torch.randn(IMAGE),), dynamic_shapes=(({0: batch},),))
-    plan = make_plan(canonicalize(graph), Config([Rule(Scope.GLOBAL, "", A8W8)]))
+    plan = make_plan(canonicalize(graph), Config([Rule(Scope.GLOBAL, "", A8W8)]), BACKEND)
     assert plan.op("conv2d").fused == "relu"
 
 
@@ -603,7 +607,7 @@ def test_a_filter_leaves_out_what_it_refuses_whatever_the_rules_say() -> None:
     )
     config = Config([Rule(Scope.GLOBAL, "", A8W8), Rule(Scope.NODE_NAME, "conv2d", A8W8)])
     config.filter_function = lambda node: node.name != "conv2d"
-    plan = make_plan(graph, config)
+    plan = make_plan(graph, config, BACKEND)
     assert plan.op("conv2d").scheme is None
     assert plan.op("conv2d").reason == "the filter function left it out"
     assert plan.op("conv2d_1").scheme == "a8w8"
@@ -761,6 +765,6 @@ def test_the_width_in_a_prediction(formats: Formats, text: str) -> None:
     graph = capture(nn.Linear(6, 4), (torch.randn(2, 6),))
     (node,) = (n for n in graph.graph.nodes if n.target is torch.ops.aten.linear.default)
     rule = cast(OpRule, rule_of(node))
-    found = predict_backend(cast(Binding, rule.bind(rule, node)), formats)
+    found = BACKEND.predict(cast(Binding, rule.bind(rule, node)), formats)
     assert found.reason.startswith(text)
     assert bool(found.reason) is bool(text)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import Function, capture, lowered_exactly, quantized
+from support.graphs import Function, canonicalize, capture, lowered_exactly, quantized
 from torch import Tensor, fx, nn
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import BACKEND
 from custom_quantizer.config.rules import Config, Rule, Scope
 from custom_quantizer.core.schemes import activation_scheme, scheme
-from custom_quantizer.ops.rewrites.canonical import canonicalize
 from custom_quantizer.planning.planner import Plan, make_plan
 from custom_quantizer.planning.profitability import Kind, Step, weigh
 
@@ -34,7 +34,7 @@ def plan_of(
     config = Config([Rule(Scope.GLOBAL, "", scheme("a8w8")), *rules])
     if outputs is not None:
         config.outputs["*"] = activation_scheme(outputs)
-    return make_plan(graph, config)
+    return make_plan(graph, config, BACKEND)
 
 
 # ---------------------------------------------------------------------------------------------

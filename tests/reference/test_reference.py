@@ -16,7 +16,8 @@ from support.registry import Surrounded
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.core.arithmetic import QParams, XnnpackArithmetic
+from custom_quantizer.backends.xnnpack.arithmetic import XnnpackArithmetic
+from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import is_dequantize, is_quantize
 from custom_quantizer.ops import REGISTRY, Case, OpRule, gemm
 from custom_quantizer.ops.gemm import _accumulate
@@ -28,7 +29,7 @@ CASES = [
     pytest.param(rule, case, id=f"{rule.family}-{case.name}")
     for rule in REGISTRY
     for case in rule.cases
-    if not rule.float_reason
+    if rule.integers is not None
 ]
 
 

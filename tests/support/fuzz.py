@@ -23,8 +23,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.backends.xnnpack.checks import instrumented, is_exact
-from custom_quantizer.core.arithmetic import QParams, get_arithmetic
+from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import derived_scale
 from custom_quantizer.core.graph import (
     is_constant,
@@ -33,21 +34,13 @@ from custom_quantizer.core.graph import (
     is_static,
     qparams_of,
 )
-from custom_quantizer.ops import (
-    REGISTRY,
-    Backend,
-    Case,
-    QParamSharing,
-    QuantizedOp,
-    known_targets,
-    predict_backend,
-)
+from custom_quantizer.ops import REGISTRY, Case, QParamSharing, QuantizedOp, known_targets
+from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.ops.functions import is_tanh_gelu
 from custom_quantizer.ops.gemm import expand_channels
-from custom_quantizer.ops.rewrites.canonical import canonicalize
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.interpreter import IntegerReference
-from support.graphs import Inputs, differences, stress
+from support.graphs import Inputs, canonicalize, differences, stress
 from support.models import Converted, randomize_batch_norms
 
 aten = torch.ops.aten
@@ -404,7 +397,7 @@ def check_plan(done: Converted) -> ConvertedGraph:
     reasons = {op.node.name: op.reason for op in graph.floating}
     fallbacks = {op.node.name for op in graph.floating if op.float_fallback}
     assert [name for name, reason in reasons.items() if not reason] == []
-    for op in done.plan.ops:
+    for op in done.plan.parts:
         if op.scheme is None:
             assert op.reason, op.node
             # What stands between the borders of its neighbours computes on integers all the same.
@@ -420,9 +413,9 @@ def check_plan(done: Converted) -> ConvertedGraph:
             assert op.node in integer, f"{op.node} is float: {reasons.get(op.node)}"
             found = integer[op.node]
             assert (found.output_node.name != op.node) == (op.fused is not None), op
-            predicted = predict_backend(found.binding, found.formats)
-            assert predicted.backend.value == op.backend, op
-    planned = {name for op in done.plan.ops for name in (op.node, op.fused)}
+            predicted = BACKEND.predict(found.binding, found.formats)
+            assert predicted.kernel.label == op.backend, op
+    planned = {name for op in done.plan.parts for name in (op.node, op.fused)}
     assert sorted({*integer, *reasons} - planned) == [], "ops that the plan does not have"
     for op in graph.integer:
         _check_integers(graph.model, op)
@@ -453,8 +446,8 @@ def _check_integers(model: GraphModule, op: QuantizedOp) -> None:
 class Recorded(IntegerReference):
     """A reference that remembers what every quantize node gave."""
 
-    def __init__(self, graph: ConvertedGraph, mode: str) -> None:
-        super().__init__(graph, get_arithmetic(mode))
+    def __init__(self, graph: ConvertedGraph) -> None:
+        super().__init__(graph)
         self.stored: dict[Node, Tensor] = {}
 
     def _evaluate(self, node: Node, values: Any, record: Any) -> Any:
@@ -530,7 +523,7 @@ def _largest(q: QParams) -> float:
 def check_reference(done: Converted, graph: ConvertedGraph, mode: str = "xnnpack") -> None:
     """The reference runs, and each of its ops gives what the converted graph gives."""
     for inputs in batches(done.example):
-        reference = Recorded(graph, mode)
+        reference = Recorded(read_converted(graph.model, get_mode(mode)))
         try:
             want = pytree.tree_leaves(reference(*inputs))
         except cq.SchemeError as error:
@@ -538,7 +531,7 @@ def check_reference(done: Converted, graph: ConvertedGraph, mode: str = "xnnpack
             if mode == "fixed_point" and "out of reach of this arithmetic" in str(error):
                 return
             raise
-        compared = Compared(graph, reference.stored)
+        compared = Compared(reference.graph, reference.stored)
         got = pytree.tree_leaves(compared.run(*inputs))
         assert compared.wrong == [], compared.wrong
         for node, stored in reference.stored.items():
@@ -577,11 +570,11 @@ def check_lowered(sample: Sample) -> cq.LoweredProgram:
     for op in done.plan.quantized:
         row = rows[op.node]
         if op.node in fallbacks:
-            assert row.backend is Backend.FLOAT, row
+            assert row.backend is kernels.FLOAT, row
             continue
         # Moves in a row become one, in the place of any of them.
-        folded = row.backend is Backend.FOLDED and op.family in _MOVERS
-        assert folded or row.backend.value == op.backend, (op.node, row, op.note)
+        folded = row.backend is kernels.FOLDED and op.family in _MOVERS
+        assert folded or row.backend.label == op.backend, (op.node, row, op.note)
     for row in program.report.not_integer():
         assert row.reason, row
     if is_exact(program, graph):

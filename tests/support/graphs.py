@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import BACKEND
+from custom_quantizer.ops.rewrites import canonical
 from support.models import convert
 
 Inputs = tuple[Tensor, ...]
@@ -31,6 +33,11 @@ class Function(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.function(self, *inputs)
+
+
+def canonicalize(graph: GraphModule, *, training: bool = False) -> GraphModule:
+    """The form in which XNNPACK's graphs are planned, in place."""
+    return canonical.canonicalize(graph, BACKEND.legalize, training=training)
 
 
 def capture(model: nn.Module, inputs: Inputs, **options: Any) -> GraphModule:

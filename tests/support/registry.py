@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from custom_quantizer.ops import REGISTRY, Backend, Case, Formats, OpRule, QParamSharing, rule_of
-from custom_quantizer.ops.rewrites.canonical import canonicalize
+from custom_quantizer.backends.xnnpack import BACKEND
+from custom_quantizer.ops import REGISTRY, Case, Formats, OpRule, QParamSharing, rule_of
+from support.graphs import canonicalize
 
 
 @cache
@@ -19,17 +20,17 @@ def weighed(family: str) -> bool:
     Such an op is quantized between ops that give and take integers only.
     """
     (rule,) = (rule for rule in REGISTRY if rule.family == family)
-    return any(_backend(rule, case) in (Backend.FLOAT, Backend.PORTABLE) for case in rule.cases)
+    return any(_needs_integers(rule, case) for case in rule.cases)
 
 
-def _backend(rule: OpRule, case: Case) -> Backend | None:
+def _needs_integers(rule: OpRule, case: Case) -> bool:
     example = tuple(torch.randn(shape) for shape in case.shapes)
     graph = canonicalize(torch.export.export(case.build().eval(), example).module())
     for node in graph.graph.nodes:
         bound = rule.bind(rule, node) if rule_of(node) is rule else "another op"
         if not isinstance(bound, str):
-            return rule.delegation(bound, Formats(8)).backend
-    return None
+            return BACKEND.predict(bound, Formats(8)).kernel.needs_integers
+    return False
 
 
 class Surrounded(nn.Module):

@@ -1,19 +1,29 @@
-"""Lowering to XNNPACK through ExecuTorch, reading a ``.pte`` back, running it.
+"""XNNPACK: what becomes of ops there, lowering through ExecuTorch, reading a ``.pte`` back.
 
-The only package that imports executorch.
+What plans need (:data:`BACKEND`) is here without executorch, which is imported by the names that
+lower, load and read programs.
 """
 
-from custom_quantizer.backends.xnnpack.lowering import lower
-from custom_quantizer.backends.xnnpack.program import (
-    LoweredProgram,
-    LoweringReport,
-    OpBackend,
-    StoredProgram,
-    load_program,
-)
-from custom_quantizer.backends.xnnpack.readback import ProgramContents, read_program
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from custom_quantizer.backends.xnnpack.backend import BACKEND
+
+if TYPE_CHECKING:
+    from custom_quantizer.backends.xnnpack.lowering import lower
+    from custom_quantizer.backends.xnnpack.program import (
+        LoweredProgram,
+        LoweringReport,
+        OpBackend,
+        StoredProgram,
+        load_program,
+    )
+    from custom_quantizer.backends.xnnpack.readback import ProgramContents, read_program
 
 __all__ = [
+    "BACKEND",
     "LoweredProgram",
     "LoweringReport",
     "OpBackend",
@@ -23,3 +33,23 @@ __all__ = [
     "lower",
     "read_program",
 ]
+
+_MODULE_OF = {
+    "lower": "lowering",
+    "LoweredProgram": "program",
+    "LoweringReport": "program",
+    "OpBackend": "program",
+    "StoredProgram": "program",
+    "load_program": "program",
+    "ProgramContents": "readback",
+    "read_program": "readback",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from custom_quantizer.backends.xnnpack import kernels
+from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
 from custom_quantizer.backends.xnnpack.groups import joined
 from custom_quantizer.backends.xnnpack.program import (
     INTEGER_BACKENDS,
@@ -24,7 +26,7 @@ from custom_quantizer.backends.xnnpack.program import (
     no_kernel,
 )
 from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp, ProgramContents
-from custom_quantizer.core.arithmetic import XNNPACK, QParams
+from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
@@ -34,7 +36,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.errors import LoweringError, ProgramError, VerificationError
-from custom_quantizer.ops import Backend, QParamSharing, QuantizedOp
+from custom_quantizer.ops import QParamSharing, QuantizedOp
 from custom_quantizer.ops.gemm import CONV, expand_channels
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph
@@ -340,7 +342,7 @@ def _stored_bounds(node: DelegateOp, output: QParams) -> tuple[int, int]:
 def _check_outputs(
     program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
 ) -> None:
-    reference = pytree.tree_leaves(IntegerReference(graph, XNNPACK)(*example))
+    reference = pytree.tree_leaves(IntegerReference(graph)(*example))
     outputs = _run(program, graph, example)
     program.reset()
     if len(reference) != len(outputs):
@@ -369,7 +371,7 @@ def is_exact(program: LoweredProgram, graph: ConvertedGraph) -> bool:
 
     Average pooling and padding run in float in a way that the reference knows exactly.
     """
-    known = INTEGER_BACKENDS | {Backend.FOLDED, Backend.FLOAT}
+    known = INTEGER_BACKENDS | {kernels.FOLDED, kernels.TABLE, kernels.FLOAT}
     return not graph.floating and all(op.backend in known for op in program.report.ops)
 
 

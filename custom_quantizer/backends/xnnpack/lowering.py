@@ -22,6 +22,7 @@ from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEv
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.backends.xnnpack.checksum import seal
 from custom_quantizer.backends.xnnpack.partition import partitioner
 from custom_quantizer.backends.xnnpack.passes import origin_of, run_passes
@@ -47,7 +48,8 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError, first_line
-from custom_quantizer.ops import Backend, QuantizedOp, predict_backend, rule_of
+from custom_quantizer.ops import QuantizedOp, rule_of
+from custom_quantizer.ops.backend import Backend, Kernel
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 
 __all__ = ["lower"]
@@ -88,7 +90,7 @@ def lower(
         VerificationError: the program is not what the graph says.
     """
     return lower_graph(
-        read_converted(converted),
+        read_converted(converted, BACKEND),
         example_inputs,
         dynamic_max=dynamic_max,
         check=check,
@@ -516,7 +518,7 @@ def _report(
     traced, empty = _trace(edge, contents.methods[0].name)
     if empty:
         raise LoweringError("the partitioner made a delegate without ops; the program is not safe")
-    rows = tuple(_row(op, traced, contents) for op in graph)
+    rows = tuple(_row(op, graph.backend, traced, contents) for op in graph)
     outside = tuple(str(k) for k in contents.kernels)
     return LoweringReport(rows, len(contents.delegates), outside, contents.size_bytes, applied)
 
@@ -555,7 +557,7 @@ def _reads_delegate(node: Node) -> bool:
 
 def _delegated_backend(
     op: QuantizedOp | FloatOp, handles: set[int], contents: ProgramContents
-) -> Backend:
+) -> Kernel:
     """How the delegate runs the nodes with these handles, as the program's tensors say."""
     nodes = [
         (delegate, node)
@@ -565,25 +567,28 @@ def _delegated_backend(
         if node.debug_handle in handles and node.kind != "convert"
     ]
     if not nodes:
-        return Backend.FOLDED  # an activation fused into the op before it
+        return kernels.FOLDED  # an activation fused into the op before it
     weighted = [(delegate, node) for delegate, node in nodes if node.weight is not None]
     for delegate, node in weighted:
         if quantizes_at_run_time(delegate, node):
             packed = delegate.tensors[cast(int, node.weight)].dtype == "int4"
-            return Backend.PACKED_INT4 if packed else Backend.DYNAMIC_INT8
+            return kernels.PACKED_INT4 if packed else kernels.DYNAMIC_INT8
     # One step in float makes the op float, whatever clamps its result in int8 afterwards.
     if not all(computes_in_integers(delegate, node) for delegate, node in nodes):
-        return Backend.FLOAT
+        return kernels.FLOAT
     if isinstance(op, QuantizedOp) and op.weight is not None and weighted:
         ((delegate, node),) = weighted
         if delegate.tensors[cast(int, node.weight)].dtype == "int4":
-            return Backend.PACKED_INT4
-        return Backend.INT8 if op.formats.weight_bits == 8 else Backend.INT8_CONTAINER
-    return Backend.INT8
+            return kernels.PACKED_INT4
+        return kernels.INT8 if op.formats.weight_bits == 8 else kernels.INT8_CONTAINER
+    return kernels.INT8
 
 
 def _row(
-    op: QuantizedOp | FloatOp, traced: dict[str, _Traced], contents: ProgramContents
+    op: QuantizedOp | FloatOp,
+    planned: Backend,
+    traced: dict[str, _Traced],
+    contents: ProgramContents,
 ) -> OpBackend:
     names = [op.node.name]
     if isinstance(op, QuantizedOp) and op.output_node is not op.node:
@@ -594,22 +599,24 @@ def _row(
     handles = {cast(int, node.meta.get("debug_handle", -1)) for node in delegated}
     reason = op.reason if isinstance(op, FloatOp) else ""
     if outside:
-        backend = Backend.PORTABLE
+        backend = kernels.PORTABLE
         reason = reason or "XNNPACK has no kernel for it as it stands here"
     elif not delegated:
-        backend, reason = Backend.FOLDED, reason or "nothing is left of it after lowering"
+        backend, reason = kernels.FOLDED, reason or "nothing is left of it after lowering"
     elif isinstance(op, QuantizedOp) and op.is_wide:
-        backend = Backend.EMULATED
+        backend = kernels.EMULATED
     else:
         backend = _delegated_backend(op, handles, contents)
-        if isinstance(op, FloatOp) and backend is Backend.FOLDED:
+        if isinstance(op, FloatOp) and backend is kernels.FOLDED:
             reason = "fused into the op before it"
-        elif isinstance(op, FloatOp) and backend is Backend.INT8:
+        elif isinstance(op, FloatOp) and backend is kernels.INT8:
             reason += "; the backend quantizes what is float here when it writes the program"
     if isinstance(op, QuantizedOp):
-        predicted = predict_backend(op.binding, op.formats)
+        predicted = planned.predict(op.binding, op.formats)
         reason = reason or predicted.reason
-        if backend is Backend.FLOAT and not reason:
+        if (backend, predicted.kernel) == (kernels.FLOAT, kernels.TABLE):
+            backend = kernels.TABLE  # its three steps become one when the program is loaded
+        if backend is kernels.FLOAT and not reason:
             reason = "XNNPACK runs it in float between quantize steps"
     return OpBackend(
         node=op.node.name,

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from executorch.runtime import Runtime
 from torch import Tensor
 
+from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.isolation import IsolatedMethod
 from custom_quantizer.backends.xnnpack.readback import (
     DelegateContents,
@@ -27,7 +28,7 @@ from custom_quantizer.backends.xnnpack.readback import (
 from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.core.graph import check_input, flatten_inputs
 from custom_quantizer.errors import InputError, ProgramError
-from custom_quantizer.ops import Backend
+from custom_quantizer.ops.backend import Kernel
 from custom_quantizer.reference.converted import ConvertedGraph
 
 __all__ = ["LoweredProgram", "LoweringReport", "OpBackend", "load_program"]
@@ -38,7 +39,7 @@ WRONG_KERNELS = frozenset({"aten::nonzero.out"})
 ``nonzero`` writes pairs of indices into memory that is planned column by column.
 """
 
-INTEGER_BACKENDS = frozenset({Backend.INT8, Backend.PACKED_INT4, Backend.INT8_CONTAINER})
+INTEGER_BACKENDS = frozenset({kernels.INT8, kernels.PACKED_INT4, kernels.INT8_CONTAINER})
 """Backends whose results the integer reference gives exactly (unless inputs are dynamic)."""
 
 
@@ -59,7 +60,7 @@ class OpBackend:
     node: str
     path: str
     family: str
-    backend: Backend
+    backend: Kernel
     reason: str
     handles: frozenset[int] = field(default_factory=frozenset, repr=False)
     outside: tuple[str, ...] = field(default=(), repr=False)
@@ -90,7 +91,7 @@ class LoweringReport:
 
     def not_integer(self) -> tuple[OpBackend, ...]:
         """Ops that do not run as plain integer kernels, each with its reason."""
-        kept = INTEGER_BACKENDS | {Backend.FOLDED}
+        kept = INTEGER_BACKENDS | {kernels.FOLDED}
         return tuple(op for op in self.ops if op.backend not in kept)
 
     def to_json(self) -> str:
@@ -106,7 +107,7 @@ class LoweringReport:
                         "node": op.node,
                         "path": op.path,
                         "family": op.family,
-                        "backend": op.backend.value,
+                        "backend": op.backend.label,
                         "reason": op.reason,
                     }
                     for op in self.ops
@@ -123,7 +124,7 @@ class LoweringReport:
         for op in self.ops:
             where = f" ({op.path})" if op.path else ""
             why = f": {op.reason}" if op.reason else ""
-            lines.append(f"  {op.node}{where} [{op.family}] {op.backend.value}{why}")
+            lines.append(f"  {op.node}{where} [{op.family}] {op.backend.label}{why}")
         return "\n".join(lines)
 
 
@@ -233,7 +234,7 @@ class LoweredProgram:
         biases = {}
         by_name = {op.node: op for op in self.report.ops}
         for op in self._graph.with_bias():
-            if by_name[op.node.name].backend is Backend.EMULATED:
+            if by_name[op.node.name].backend is kernels.EMULATED:
                 continue
             found = find_weighted(self.contents, by_name[op.node.name])
             bias = None if found is None else found[0].bias(found[1])

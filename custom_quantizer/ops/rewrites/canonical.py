@@ -8,8 +8,7 @@ Rewrites, applied in ``transform_for_annotation``:
   Where memory is written that is later read under another name (a write through a view), the op
   stays, and every tensor in that memory is marked: see :func:`overwritten_by`;
 - composite ops become the ops they stand for (:mod:`custom_quantizer.ops.rewrites.decompositions`);
-- ops that XNNPACK computes in another form take that form
-  (:mod:`custom_quantizer.ops.rewrites.forms`);
+- ops that the backend computes in another form take that form (``Backend.legalize``);
 - batch norms and factors of each channel become part of the weights before them
   (:mod:`custom_quantizer.ops.rewrites.batch_norms`, :mod:`custom_quantizer.ops.rewrites.factors`),
   and batch norms with no layer before them convolutions;
@@ -19,6 +18,7 @@ Rewrites, applied in ``transform_for_annotation``:
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -39,18 +39,22 @@ from custom_quantizer.ops.rewrites.batch_norms import (
 from custom_quantizer.ops.rewrites.constants import fold_constants
 from custom_quantizer.ops.rewrites.decompositions import decompose
 from custom_quantizer.ops.rewrites.factors import fold_factors
-from custom_quantizer.ops.rewrites.forms import use_integer_forms
 
 __all__ = ["OVERWRITTEN", "canonicalize", "mark_overwritten", "overwritten_by"]
 
 aten = torch.ops.aten
 
 
-def canonicalize(model: GraphModule, *, training: bool = False) -> GraphModule:
+Legalize = Callable[[GraphModule, bool], object]
+"""Rewrites of one backend, in place; told whether parameters are trained."""
+
+
+def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = False) -> GraphModule:
     """Apply all rewrites to ``model`` in place and return it.
 
     Args:
         model: a captured graph.
+        legalize: what the backend rewrites.
         training: parameters change, so nothing that is computed from them is a constant.
     """
     fold_constants(model, parameters=not training)
@@ -59,7 +63,7 @@ def canonicalize(model: GraphModule, *, training: bool = False) -> GraphModule:
     decompose(model)
     if not training:
         fold_into_layers(model)
-    use_integer_forms(model, training=training)
+    legalize(model, training)
     if not training:
         fold_factors(model)
         batch_norms_to_convs(model)

@@ -34,7 +34,7 @@ MASKED = -1e9
 """Added to scores that a mask leaves out, in place of minus infinity.
 
 ``exp`` of it is 0 in float32, as that of minus infinity is, but ``-inf - (-inf)`` is no number: the
-softmax kernels of XNNPACK subtract the largest score first. A row that is masked out completely
+softmax kernels subtract the largest score first. A row that is masked out completely
 becomes uniform instead of NaN.
 """
 

@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
+from custom_quantizer.backends.xnnpack.kernels import can_be_batched, matmul_batch
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
     GraphPass,
@@ -15,7 +17,6 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     is_wide,
     replace,
 )
-from custom_quantizer.core.arithmetic import get_arithmetic
 from custom_quantizer.core.graph import (
     QUANTIZE_PER_TENSOR,
     add_constant,
@@ -32,8 +33,6 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.ops.attention import (
     MATMUL,
     SOFTMAX,
-    can_be_batched,
-    matmul_batch,
     softmax_dim,
 )
 from custom_quantizer.ops.elementwise import ADD, MUL, SUB
@@ -152,7 +151,6 @@ def _quantize_tables(model: GraphModule) -> int:
     quarter of the space.
     """
     count = 0
-    xnnpack = get_arithmetic("xnnpack")
     for node in calls(model, EMBEDDING.targets):
         table = cast(Node, node.args[0])
         users = effective_users(node)
@@ -164,7 +162,7 @@ def _quantize_tables(model: GraphModule) -> int:
             for user in users
         ):
             continue
-        integers = xnnpack.quantize(constant_of(model, table), qparams_of(model, first))
+        integers = XNNPACK.quantize(constant_of(model, table), qparams_of(model, first))
         constant = add_constant(model, f"{table.target}_rows", integers.to(torch.int8), node)
         build = Builder(model, node)
         rows = build.call(node.target, constant, *node.args[1:])

@@ -18,6 +18,11 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     quantized_neighbours,
     replace,
 )
+from custom_quantizer.backends.xnnpack.tables import (
+    delegated_function,
+    function_offset,
+    sigmoid_qparams,
+)
 from custom_quantizer.core.arithmetic import round_to_float32
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
@@ -37,10 +42,7 @@ from custom_quantizer.ops.functions import (
     RECIPROCAL,
     SILU,
     elu_factors,
-    function_of,
     is_tanh_gelu,
-    sigmoid_qparams,
-    tie_break_offset,
 )
 
 aten = torch.ops.aten
@@ -63,15 +65,15 @@ class _Numbers(Builder):
 def _tie_break_offsets(model: GraphModule) -> int:
     """An offset moves entries of a table away from the middle between two integers.
 
-    The integer reference adds the same: :func:`custom_quantizer.ops.functions.tie_break_offset`.
+    See ``tie_break_offset`` in ``arithmetic.py``; the integer reference adds the same.
     """
     count = 0
     for node in calls(model, frozenset(FUNCTIONS) - SILU.targets):
-        around, function = _int8_neighbours(node), function_of(node)
+        around, function = _int8_neighbours(node), delegated_function(node)
         if around is None or function is None:
             continue
         before, after = around
-        offset = tie_break_offset(function, qparams_of(model, before), qparams_of(model, after))
+        offset = function_offset(function, qparams_of(model, before), qparams_of(model, after))
         if offset == 0.0:
             continue
         build = _Numbers(model, after, Builder(model, node).origin)

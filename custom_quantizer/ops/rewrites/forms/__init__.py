@@ -1,7 +1,7 @@
-"""Ops in the forms that have integer kernels, before annotation.
+"""Ops in the forms that have a meaning on integers, before annotation.
 
-XNNPACK computes on the integers of images: convolutions, linear layers, pooling in two dims, and
-moves. What is the same numbers in another form is rewritten to these, so that it is planned,
+Integers are computed by convolutions, linear layers, pooling in two dims, and moves. What is the
+same numbers in another form is rewritten to these, so that it is planned,
 quantized, simulated and lowered like any other:
 
 - a mean, a sum or an adaptive pooling is a linear layer (or a 1x1 convolution over channels) whose
@@ -15,11 +15,15 @@ quantized, simulated and lowered like any other:
 
 Moves and max pools are the same values bit for bit. Sums are added in another order: last bits of
 float32 differ.
+
+Which of them a backend wants is its own choice (``Backend.legalize``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import getitem
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,11 +33,11 @@ from custom_quantizer.core.rewriting import Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.forms import layers, maxima, moves, patches, powers, sums
 from custom_quantizer.ops.rewrites.forms.batches import batched
 
-__all__ = ["REWRITTEN", "use_integer_forms"]
+__all__ = ["INTEGER_FORMS", "use_integer_forms"]
 
 aten = torch.ops.aten
 
-_REWRITES: dict[Any, Rewrite] = {
+_FORMS: dict[Any, Rewrite] = {
     aten.conv1d.default: batched(1),
     aten.conv1d.padding: batched(1),
     aten.conv2d.default: batched(2),
@@ -77,20 +81,23 @@ _OF_PARAMETERS: dict[Any, Rewrite] = {
 }
 
 
-REWRITTEN = frozenset(_REWRITES | _OF_PARAMETERS)
-"""Ops that may be replaced; what replaces them answers to rules for them."""
+INTEGER_FORMS: Mapping[Any, Rewrite] = MappingProxyType(_FORMS | _OF_PARAMETERS)
+"""By overload, what makes its form; what replaces a call answers to rules for it."""
 
 
-def use_integer_forms(model: GraphModule, *, training: bool = False) -> int:
-    """Apply the rewrites of this module in place.
+def use_integer_forms(
+    model: GraphModule, forms: Mapping[Any, Rewrite], *, training: bool = False
+) -> int:
+    """Apply rewrites in place.
 
     Args:
         model: a captured graph.
+        forms: :data:`INTEGER_FORMS`, or some of them.
         training: parameters change: no weight may be computed from them.
 
     Returns:
         How many calls were rewritten.
     """
-    if not training:
-        return rewrite_calls(model, _REWRITES | _OF_PARAMETERS)
-    return rewrite_calls(model, _REWRITES)
+    if training:
+        forms = {target: form for target, form in forms.items() if target not in _OF_PARAMETERS}
+    return rewrite_calls(model, forms)

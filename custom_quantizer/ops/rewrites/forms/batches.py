@@ -15,8 +15,7 @@ aten = torch.ops.aten
 def batched(dims: int, form: Rewrite | None = None) -> Rewrite:
     """A call on one sample becomes that on a batch of one, which may have another form in turn.
 
-    XNNPACK computes on batches of images; ExecuTorch's partitioner (1.5.1) takes pools of single
-    images and then fails on them.
+    Kernels compute on batches of images.
 
     Args:
         dims: spatial dims of the call.

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 def max_pool2d(insert: Insertion) -> Node | None:
-    """``ceil_mode`` that adds no window is dropped: XNNPACK pools without.
+    """``ceil_mode`` that adds no window is dropped: pools without have kernels.
 
     A pool that rounds up in one dim and skips in the other becomes one for each.
     """
@@ -114,7 +114,7 @@ def _max_pool(
         rounds = list(map(adds_window, sizes, kernel, stride, padding, dilation))
         skips = [s > k for s, k in zip(stride, kernel, strict=True)]
         if any(rounds) and any(skips) and rounds != skips:
-            # XNNPACK neither rounds up nor skips rows; the passes make up for one of them at once.
+            # Kernels neither round up nor skip rows; one of them at once can be made up for.
             for i in (0, 1):
                 window = (_only(i, kernel, 1), _only(i, stride, 1), _only(i, padding, 0))
                 data = _max_pool(insert, data, *window, _only(i, dilation, 1), rounds[i])

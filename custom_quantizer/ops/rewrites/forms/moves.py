@@ -134,7 +134,7 @@ def _spread(insert: Insertion, value: Node, dim: int, factor: int) -> Node:
     if factor == 1:
         return value
     shape = list(shape_of(value))
-    # As few dims as can be: XNNPACK has six.
+    # As few dims as can be: runtimes take six or so.
     rest = math.prod(shape[dim + 1 :])
     lines = insert.reshape(value, [*shape[: dim + 1], 1, rest])
     spread = insert.call(aten.expand.default, lines, [*[-1] * (dim + 1), factor, rest])

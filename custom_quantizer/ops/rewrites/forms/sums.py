@@ -30,11 +30,10 @@ CONVOLVED_TAPS = 9
 
 
 def mean(insert: Insertion) -> Node | None:
-    """A mean that XNNPACK's integer kernel does not compute is a linear layer.
+    """A mean is a linear layer, unless it averages images of a fixed batch, which has integers.
 
-    That kernel averages the last two dims of images. Where the batch grows between two calls it
-    writes beyond its memory (its accumulators are not allocated again: ``reshape_reduce_operator``
-    in XNNPACK 92a7ad50), so it is not used when the batch is dynamic.
+    A mean of a dynamic batch of images is a layer too: the kernel of a backend may be wrong where
+    the batch grows; the layer is right for all of them.
     """
     return _reduce(insert, average=True)
 
@@ -126,7 +125,7 @@ def _windows(size: int, steps: int) -> Tensor:
 def avg_pool2d(insert: Insertion) -> Node | None:
     """Counted padding and a divisor of one's own: a depthwise convolution.
 
-    XNNPACK has average pooling in float only, and pads in float before it where padding counts.
+    Pooling averages what is inside of the image only, and with the size of the window.
     """
     node, data = insert.node, float_input(insert)
     if data is None or len(shape_of(data)) != 4:

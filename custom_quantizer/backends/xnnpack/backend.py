@@ -1,0 +1,70 @@
+"""XNNPACK as a :class:`~custom_quantizer.ops.backend.Backend`; executorch is imported on use.
+
+XNNPACK computes on the integers of batches of images: convolutions, linear layers, pooling and
+means in two dims, and moves. So all of :data:`~custom_quantizer.ops.rewrites.forms.INTEGER_FORMS`
+are taken; of those that are not for want of a kernel:
+
+- a mean of a dynamic batch of images is a linear layer, because XNNPACK's own writes beyond its
+  memory where the batch grows between two calls (its accumulators are not allocated again:
+  ``reshape_reduce_operator`` in XNNPACK 92a7ad50);
+- average pooling exists in float only, with a pad in float before it where padding counts, so a
+  depthwise convolution takes its place;
+- ExecuTorch's partitioner (1.5.1) takes pools of single images and then fails on them, so that they
+  become batches of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
+from custom_quantizer.backends.xnnpack.kernels import (
+    EMULATED,
+    FLOAT,
+    FLOAT_TARGETS,
+    PORTABLE,
+    SUPPORT,
+    refuses_tensor,
+)
+from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, BiasLimits
+from custom_quantizer.ops.backend import Backend
+from custom_quantizer.ops.rewrites.forms import INTEGER_FORMS, use_integer_forms
+
+__all__ = ["BACKEND"]
+
+
+def _lower(*args: Any, **kwargs: Any) -> Any:
+    from custom_quantizer.backends.xnnpack.lowering import lower
+
+    return lower(*args, **kwargs)
+
+
+def _load(*args: Any, **kwargs: Any) -> Any:
+    from custom_quantizer.backends.xnnpack.program import load_program
+
+    return load_program(*args, **kwargs)
+
+
+def _read_back(*args: Any, **kwargs: Any) -> Any:
+    from custom_quantizer.backends.xnnpack.readback import read_program
+
+    return read_program(*args, **kwargs)
+
+
+BACKEND = Backend(
+    name="xnnpack",
+    title="XNNPACK",
+    arithmetic=XNNPACK,
+    kernels=SUPPORT,
+    missing=FLOAT,
+    float_targets=FLOAT_TARGETS,
+    outside=PORTABLE,
+    wide=EMULATED,
+    limits=BiasLimits(MAX_EXACT_BIAS, WIDE_BIAS),
+    legalize=lambda model, training: use_integer_forms(model, INTEGER_FORMS, training=training),
+    legalized=frozenset(INTEGER_FORMS),
+    refuses_tensor=refuses_tensor,
+    lower=_lower,
+    load=_load,
+    read_back=_read_back,
+)

@@ -1,0 +1,456 @@
+"""What XNNPACK does with each op family: its kernels, and the constraints they put on a plan.
+
+To let XNNPACK run a family: add an entry to :data:`SUPPORT`. A family without one stays in float.
+Nothing here imports executorch: plans are made without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import cast
+
+import torch
+from torch.fx import Node
+
+from custom_quantizer.backends.xnnpack.arithmetic import xnnpack_add_parameters, xnnpack_multiplier
+from custom_quantizer.backends.xnnpack.tables import gelu_integers, silu_integers
+from custom_quantizer.core.arithmetic import QParams, scale_of
+from custom_quantizer.core.graph import argument, is_constant, shape_of, tensor_meta
+from custom_quantizer.core.schemes import OpScheme, TensorScheme
+from custom_quantizer.errors import SchemeError
+from custom_quantizer.ops import Binding, Formats, OpRule, QuantizedOp, Verdict, functions
+from custom_quantizer.ops._rule import ACCEPTED, refused
+from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
+from custom_quantizer.ops.backend import Delegation, Kernel, Support
+from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
+from custom_quantizer.ops.embedding import EMBEDDING
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
+from custom_quantizer.ops.movement import (
+    CAT,
+    EXPAND,
+    GETITEM,
+    IDENTITY,
+    PAD,
+    PERMUTE,
+    RESHAPE,
+    SELECT,
+    SLICE,
+    SPLIT,
+    slice_of,
+)
+from custom_quantizer.ops.normalization import (
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    RMS_NORM,
+    VECTOR_NORM,
+)
+from custom_quantizer.ops.placement import Placement
+from custom_quantizer.ops.pool import (
+    ADAPTIVE_AVG_POOL,
+    AVG_POOL,
+    MAX_POOL,
+    MEAN,
+    adaptive_kernel,
+    is_global_pool,
+    pool_window,
+)
+
+__all__ = [
+    "DYNAMIC_INT8",
+    "EMULATED",
+    "FLOAT",
+    "FLOAT_TARGETS",
+    "FOLDED",
+    "INT8",
+    "INT8_CONTAINER",
+    "PACKED_INT4",
+    "PORTABLE",
+    "SUPPORT",
+    "TABLE",
+    "can_be_batched",
+    "matmul_batch",
+    "packable_features",
+    "refuses_tensor",
+]
+
+aten = torch.ops.aten
+
+INT8 = Kernel("xnnpack int8", Placement.INTEGER)
+PACKED_INT4 = Kernel("xnnpack packed int4", Placement.INTEGER, 0.5)
+INT8_CONTAINER = Kernel("xnnpack int8 container", Placement.INTEGER)
+DYNAMIC_INT8 = Kernel("xnnpack dynamic int8", Placement.INTEGER)
+TABLE = Kernel("xnnpack table", Placement.TABLE, 4.0, needs_integers=True)
+EMULATED = Kernel("xnnpack float, int16 emulated", Placement.EMULATED, 4.0)
+FLOAT = Kernel("xnnpack float", Placement.FLOAT, 4.0, needs_integers=True)
+PORTABLE = Kernel(
+    "portable kernel, outside the delegate", Placement.OUTSIDE, 4.0, needs_integers=True
+)
+FOLDED = Kernel("folded away", Placement.FOLDED, 4.0)
+
+
+def _int8(_binding: Binding, _formats: Formats) -> Delegation:
+    return Delegation(INT8)
+
+
+def _always(kernel: Kernel, reason: str = "") -> Callable[[Binding, Formats], Delegation]:
+    return lambda _binding, _formats: Delegation(kernel, reason)
+
+
+def _legal(parameters: Callable[[], object]) -> Verdict:
+    """Whether the parameters of a kernel can be computed; if not, why not."""
+    try:
+        parameters()
+    except SchemeError as error:
+        return refused(f"XNNPACK has no integer kernel for its scales: {error}")
+    return ACCEPTED
+
+
+def _is_empty(node: Node) -> bool:
+    meta = tensor_meta(node)
+    return meta is not None and any(isinstance(size, int) and size == 0 for size in meta.shape)
+
+
+def refuses_tensor(node: Node) -> str:
+    """Why no kernel takes a tensor."""
+    meta = tensor_meta(node)
+    what = ""
+    if _is_empty(node):
+        what = "elements"
+    elif meta is not None and meta.dim() == 0 and not is_constant(node):
+        what = "dimensions"
+    return f"has no {what}, and XNNPACK takes no such tensor" if what else ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Convolutions and linear layers
+# ---------------------------------------------------------------------------------------------
+
+
+def _accepts_gemm(binding: Binding, scheme: OpScheme) -> Verdict:
+    meta = tensor_meta(cast(Node, binding.weight))
+    data = tensor_meta(binding.inputs[0])
+    unbatched = data is not None and meta is not None and data.dim() < meta.dim()
+    if unbatched and binding.rule is not LINEAR:
+        return refused("its input has no batch dimension, which XNNPACK needs")
+    if scheme.dynamic and binding.rule is not LINEAR:
+        return refused("activations are quantized at run time for linear layers only")
+    group = scheme.weight.group_size
+    if group is not None:
+        features = int(meta.shape[1]) if meta is not None else group
+        if binding.rule is not LINEAR:
+            return refused("weights are quantized per group in linear layers only")
+        if not scheme.dynamic or scheme.weight.format.bits > 4 or group % 32:
+            return refused(
+                "XNNPACK runs grouped weights of up to 4 bits, in groups of a multiple of 32, with "
+                "activations quantized at run time only (dyn8w4g32)"
+            )
+        if features % group:
+            return refused(f"its {features} input features do not divide into groups of {group}")
+    return ACCEPTED
+
+
+def _runs_gemm(op: QuantizedOp) -> Verdict:
+    scale = cast(QParams, op.weight_qparams).scale
+    given, out = scale_of(op.inputs[0]), scale_of(op.output)
+    return _legal(lambda: xnnpack_multiplier(given, scale, out))
+
+
+def _gemm(binding: Binding, formats: Formats) -> Delegation:
+    bits = formats.weight_bits or 8
+    if formats.dynamic:
+        packed = bits <= 4 and packable_features(binding) is not None
+        kernel = PACKED_INT4 if packed else DYNAMIC_INT8
+        return Delegation(kernel, "activations are quantized at run time, row by row")
+    per_channel = formats.granularity == "per_channel"
+    if binding.rule is CONV_TRANSPOSE and per_channel and binding.groups > 1:
+        return Delegation(
+            FLOAT, "XNNPACK has no per-channel kernel for grouped transposed convolutions"
+        )
+    if bits == 8:
+        return Delegation(INT8)
+    if binding.rule is LINEAR and bits <= 4:
+        if packable_features(binding) is not None:
+            return Delegation(PACKED_INT4, f"int{bits} weights, two to a byte")
+        return Delegation(
+            INT8_CONTAINER,
+            f"int{bits} weights stored as int8: packed 4-bit kernels are wrong on some CPUs for an "
+            "odd number of input features",
+        )
+    return Delegation(INT8_CONTAINER, f"int{bits} weights stored as int8")
+
+
+def packable_features(binding: Binding) -> int | None:
+    """Input features of a linear layer if its 4-bit weights can be packed: an even number."""
+    meta = tensor_meta(cast(Node, binding.weight))
+    features = None if meta is None else int(meta.shape[1])
+    return features if features is not None and features % 2 == 0 else None
+
+
+def _weight(scheme: OpScheme, binding: Binding) -> TensorScheme:
+    """Per tensor where there is no per-channel kernel: grouped transposed convolutions."""
+    weight = scheme.weight
+    if weight.granularity == "per_channel" and binding.weight_axis == 1 and binding.groups > 1:
+        return replace(weight, granularity="per_tensor")
+    return weight
+
+
+_GEMM = Support(
+    _gemm,
+    accepts=_accepts_gemm,
+    runs=_runs_gemm,
+    weight=_weight,
+    weight_reason="one scale for all channels, since XNNPACK has no per-channel kernel for grouped "
+    "transposed convolutions",
+)
+
+# ---------------------------------------------------------------------------------------------
+# Sums and products of two tensors
+# ---------------------------------------------------------------------------------------------
+
+
+def _runs_add(op: QuantizedOp) -> Verdict:
+    a, b = op.inputs
+    return _legal(lambda: xnnpack_add_parameters(a, b, op.output))
+
+
+def _runs_product(op: QuantizedOp) -> Verdict:
+    a, b, out = (scale_of(qparams) for qparams in (*op.inputs, op.output))
+    return _legal(lambda: xnnpack_multiplier(a, b, out))
+
+
+def _runs_mul(op: QuantizedOp) -> Verdict:
+    squared = op.binding.inputs[0] is op.binding.inputs[1]  # in float, at any scale
+    return ACCEPTED if squared else _runs_product(op)
+
+
+def _refuses_matmul(binding: Binding) -> str:
+    left, right = binding.inputs
+    metas = (tensor_meta(left), tensor_meta(right))
+    if any(meta is None or meta.dim() < 2 for meta in metas):
+        return "one operand is a vector, which XNNPACK's batch matmul does not take"
+    if left is right:
+        return "both operands are the same tensor, which needs two different zero points"
+    if is_constant(left):
+        return "its first operand is a constant"
+    if matmul_batch(binding.node) is None:
+        return "the batch dimensions of its operands differ"
+    if not can_be_batched(binding.node):
+        return "more than one of its sizes is dynamic, and XNNPACK's views take one such size"
+    return ""
+
+
+def matmul_batch(node: Node) -> tuple[int, ...] | None:
+    """Batch dimensions that both operands of a product have; ``None``: broadcast, or a vector.
+
+    At most one may be symbolic.
+    """
+    left, right = (shape_of(cast(Node, arg)) for arg in node.args[:2])
+    batch = left[:-2]
+    if min(len(left), len(right)) < 2 or tuple(batch) != tuple(right[:-2]):
+        return None
+    return batch if sum(not isinstance(size, int) for size in batch) <= 1 else None
+
+
+def can_be_batched(node: Node) -> bool:
+    """Whether views make a product of one batch dimension of it, which has at most one -1 each."""
+    if len(cast("tuple[int, ...]", matmul_batch(node))) == 1:
+        return True
+    shapes = [shape_of(tensor) for tensor in (*cast("tuple[Node, Node]", node.args[:2]), node)]
+    return all(sum(not isinstance(size, int) for size in shape) <= 1 for shape in shapes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pooling
+# ---------------------------------------------------------------------------------------------
+
+
+def _max_pool(binding: Binding, _formats: Formats) -> Delegation:
+    kernel, stride, _ = pool_window(binding.node)
+    skips = any(s > k for s, k in zip(stride, kernel, strict=True))
+    if skips and argument(binding.node, 5, "ceil_mode", False):
+        return Delegation(
+            PORTABLE, "XNNPACK's max_pool2d needs stride <= kernel size or ceil_mode off"
+        )
+    return Delegation(INT8)
+
+
+def _accepts_mean(binding: Binding, _scheme: OpScheme) -> Verdict:
+    """XNNPACK (92a7ad50) does not allocate a mean's accumulators again when the batch grows.
+
+    With images of static size, a mean of a dynamic batch is a linear layer by now.
+    """
+    data = tensor_meta(binding.inputs[0])
+    if data is None or all(isinstance(size, int) for size in data.shape[:2]):
+        return ACCEPTED
+    if binding.rule is ADAPTIVE_AVG_POOL and not is_global_pool(binding.node):
+        return ACCEPTED
+    return refused(
+        "XNNPACK's integer mean is wrong when the batch grows from one call to the next, and the "
+        "image size is dynamic too; capture the model with a fixed image size"
+    )
+
+
+def _adaptive(binding: Binding, _formats: Formats) -> Delegation:
+    if is_global_pool(binding.node):
+        return Delegation(INT8)
+    if adaptive_kernel(binding.node) == (1, 1):
+        return Delegation(FOLDED, "an identity: only the scale changes")
+    return Delegation(FLOAT, "XNNPACK averages windows in float")
+
+
+def _accepts_avg_pool(binding: Binding, _scheme: OpScheme) -> Verdict:
+    data = tensor_meta(binding.inputs[0])
+    if data is not None and data.dim() != 4:
+        return refused("XNNPACK pools 4-d tensors only")
+    return ACCEPTED
+
+
+# ---------------------------------------------------------------------------------------------
+# Data movement
+# ---------------------------------------------------------------------------------------------
+
+
+def _reshape(binding: Binding, _formats: Formats) -> Delegation:
+    if shape_of(binding.node) == shape_of(binding.inputs[0]):
+        return Delegation(FOLDED, "it does not change the tensor")
+    return Delegation(INT8)
+
+
+def _slice(binding: Binding, _formats: Formats) -> Delegation:
+    source = shape_of(binding.inputs[0])
+    dim, start, _, step = slice_of(binding.node)
+    if all(isinstance(size, int) for size in source) or (len(source) == 4 and dim == 1):
+        return Delegation(INT8)
+    if len(source) == 4 and dim in (2, 3) and step > 1 and start == 0:
+        return Delegation(INT8)
+    return Delegation(PORTABLE, "XNNPACK slices tensors of static shape only")
+
+
+# ---------------------------------------------------------------------------------------------
+# Functions
+# ---------------------------------------------------------------------------------------------
+
+_FILLED = "a table, which XNNPACK fills in float when it loads the program"
+
+
+def _table(binding: Binding, _formats: Formats) -> Delegation:
+    if functions.is_tanh_gelu(binding.node):
+        return Delegation(
+            TABLE,
+            "a table, which XNNPACK fills with the gelu that is approximated (up to 4.8e-4 away)",
+        )
+    return Delegation(TABLE, _FILLED)
+
+
+def _of_two(what: str) -> Support:
+    """A function of two tensors is computed in float; of a tensor and a number it is a table."""
+
+    def delegation(binding: Binding, formats: Formats) -> Delegation:
+        if len(binding.inputs) == 1:
+            return _table(binding, formats)
+        return Delegation(FLOAT, f"XNNPACK {what} in float")
+
+    return Support(delegation)
+
+
+def _functions() -> dict[str, Support]:
+    special = {
+        functions.GELU: Support(_table, integers=gelu_integers),
+        functions.SILU: Support(
+            _always(TABLE, f"{_FILLED}; its sigmoid in 8 bits"), integers=silu_integers
+        ),
+        functions.PRELU: Support(_always(FLOAT, "XNNPACK multiplies by the slopes in float")),
+        functions.DIV: _of_two("divides"),
+        functions.MAXIMUM: _of_two("compares"),
+        functions.MINIMUM: _of_two("compares"),
+    }
+    return {rule.family: special.get(rule, Support(_table)) for rule in functions.RULES}
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------
+
+
+def _in_float(rule: OpRule) -> Support:
+    """A family that XNNPACK computes in float only."""
+    return Support(
+        _always(FLOAT),
+        float_reason=f"XNNPACK has no integer {rule.noun}",
+    )
+
+
+FLOAT_TARGETS = frozenset(
+    {
+        aten.sin.default,
+        aten.cos.default,
+        aten.pow.Tensor_Scalar,
+        aten.max.dim,
+        aten.upsample_bilinear2d.vec,
+        aten.batch_norm.default,
+    }
+)
+"""Ops of no family that XNNPACK computes in float, by the partitioner's list."""
+
+
+SUPPORT: Mapping[str, Support] = MappingProxyType(
+    {
+        CONV.family: _GEMM,
+        CONV_TRANSPOSE.family: _GEMM,
+        LINEAR.family: _GEMM,
+        MATMUL.family: Support(
+            _int8,
+            refuses=_refuses_matmul,
+            runs=_runs_product,
+            requires_symmetric=frozenset({1}),
+        ),
+        ADD.family: Support(_int8, runs=_runs_add),
+        SUB.family: Support(_int8, runs=_runs_add),
+        MUL.family: Support(_int8, runs=_runs_mul),
+        RELU.family: Support(_int8),
+        CLAMP.family: Support(_int8),
+        MAX_POOL.family: Support(_max_pool),
+        AVG_POOL.family: Support(
+            _always(FLOAT, "XNNPACK averages windows in float"), accepts=_accepts_avg_pool
+        ),
+        ADAPTIVE_AVG_POOL.family: Support(_adaptive, accepts=_accepts_mean),
+        MEAN.family: Support(_int8, accepts=_accepts_mean),
+        CAT.family: Support(_int8),
+        IDENTITY.family: Support(_always(FOLDED, "it does not change the tensor")),
+        RESHAPE.family: Support(_reshape),
+        PERMUTE.family: Support(_int8),
+        SLICE.family: Support(_slice),
+        SELECT.family: Support(_int8),
+        EXPAND.family: Support(_reshape),
+        SPLIT.family: Support(_always(FOLDED, "each of its pieces is a slice")),
+        GETITEM.family: Support(_int8),
+        PAD.family: Support(_always(FLOAT, "XNNPACK pads in float; zeros stay exact")),
+        **_functions(),
+        **{
+            rule.family: _in_float(rule)
+            for rule in (
+                SOFTMAX,
+                LAYER_NORM,
+                RMS_NORM,
+                GROUP_NORM,
+                INSTANCE_NORM,
+                VECTOR_NORM,
+            )
+        },
+        **{
+            rule.family: Support(
+                _always(PORTABLE), float_reason=f"XNNPACK has no {rule.noun} at all"
+            )
+            for rule in (LOG_SOFTMAX, WHERE)
+        },
+        EMBEDDING.family: Support(
+            _always(PORTABLE),
+            float_reason="it reads rows of a table, which XNNPACK does not do; where what follows "
+            "wants integers, the table is stored as those integers",
+        ),
+    }
+)
+"""By op family, what XNNPACK does with it."""
