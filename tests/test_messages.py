@@ -17,10 +17,14 @@ ROOT = Path(custom_quantizer.__file__).parent
 
 TELLS = {
     *(name for name, kind in vars(errors).items() if isinstance(kind, type)),
-    *("BundleError", "error", "fail", "warn", "warning", "FloatOp", "Verdict", "Mistake"),
+    *("BundleError", "error", "fail", "warn", "warning", "Mistake"),
+    *("Delegation", "FloatOp", "Verdict", "refused"),
     *("BadParameter", "ClickException", "UsageError"),
 }
 """What is given messages: our exceptions, warnings, errors of click, reasons."""
+
+REASONS = ("ops", "planning", "reference", "backends")
+"""Rooms whose functions return reasons as text."""
 
 SENTENCE = re.compile(r"(?<!\.)\.( [A-Z`]|\s*$)")
 
@@ -53,6 +57,17 @@ def with_periods(source: str) -> list[str]:
     ]
 
 
+def reasons_with_periods(source: str) -> list[str]:
+    """Texts that a function returns, likewise."""
+    return [
+        text
+        for statement in ast.walk(ast.parse(source))
+        if isinstance(statement, ast.Return) and statement.value is not None
+        for text in literals(statement.value)
+        if SENTENCE.search(text)
+    ]
+
+
 def test_no_message_has_a_period() -> None:
     assert with_periods('raise InputError(f"{x} is none.")') == ["x is none."]
     assert with_periods('warnings.warn("a " + ("b." if c else "d"))') == ["b."]
@@ -62,6 +77,17 @@ def test_no_message_has_a_period() -> None:
         f"{path.relative_to(ROOT)}: {text}"
         for path in ROOT.rglob("*.py")
         for text in with_periods(path.read_text(encoding="utf-8"))
+    }
+    assert found == set()
+
+
+def test_no_reason_has_a_period() -> None:
+    assert reasons_with_periods('def f():\n    return f"{x} is none."') == ["x is none."]
+    found = {
+        f"{path.relative_to(ROOT)}: {text}"
+        for room in REASONS
+        for path in (ROOT / room).rglob("*.py")
+        for text in reasons_with_periods(path.read_text(encoding="utf-8"))
     }
     assert found == set()
 
