@@ -45,6 +45,11 @@ if TYPE_CHECKING:
         lower,
         read_program,
     )
+    from custom_quantizer.backends.xnnpack.partitioner import (
+        XnnpackPartitioner,
+        check,
+        export_converted,
+    )
     from custom_quantizer.backends.xnnpack.recipe import IntegerRecipe, session_program
     from custom_quantizer.calibration.run import CalibrationSummary, calibrate
     from custom_quantizer.calibration.statistics import (
@@ -103,12 +108,15 @@ __all__ = [
     "TrainingError",
     "Verification",
     "VerificationError",
+    "XnnpackPartitioner",
     "accumulators",
     "all_reduce_statistics",
     "calibrate",
+    "check",
     "check_prepared",
     "diagnose",
     "evaluate",
+    "export_converted",
     "inspect",
     "inspect_program",
     "integer_reference",
@@ -167,6 +175,7 @@ _NAMES = {
         "lower",
         "read_program",
     ),
+    "backends.xnnpack.partitioner": ("XnnpackPartitioner", "check", "export_converted"),
     "backends.xnnpack.recipe": ("IntegerRecipe", "session_program"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

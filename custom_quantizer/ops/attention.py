@@ -30,9 +30,7 @@ aten = torch.ops.aten
 
 
 def _bind_matmul(rule: OpRule, node: Node) -> Binding | str:
-    left, right = node.args[:2]
-    if not isinstance(left, Node) or not isinstance(right, Node):
-        return "one operand is not a tensor of the graph"
+    left, right = cast("tuple[Node, Node]", node.args[:2])
     return Binding(rule, node, (left, right))
 
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from custom_quantizer.core.arithmetic import Arithmetic, QParams, round_to_float32
-from custom_quantizer.core.graph import argument, describe, is_constant
-from custom_quantizer.errors import ConversionError
+from custom_quantizer.core.graph import argument, is_constant
 from custom_quantizer.ops._rule import (
     Binding,
     Case,
@@ -120,9 +119,7 @@ def function_of(node: Node) -> Function | None:
 
 
 def _table_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
-    function = function_of(op.node)
-    if function is None:
-        raise ConversionError(f"{describe(op.node)} is no function of one tensor")
+    function = cast(Function, function_of(op.node))
     src, dst = op.inputs[0], op.output
     if src.levels > _LARGEST_TABLE:
         return saturated(real(function, inputs[0], src, arithmetic), dst, arithmetic)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from custom_quantizer.core.arithmetic import Arithmetic
-from custom_quantizer.core.graph import argument, describe, reads_sizes, tensor_meta
-from custom_quantizer.errors import ConversionError
+from custom_quantizer.core.graph import argument, reads_sizes, tensor_meta
 from custom_quantizer.ops._rule import (
     Binding,
     Case,
@@ -99,12 +98,10 @@ def _bind_mean(rule: OpRule, node: Node) -> Binding | str:
 
 
 def _mean_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
-    dims = spatial_mean_dims(op.node)
-    if dims is None:
-        raise ConversionError(f"{describe(op.node)} is not a spatial mean")
+    _, keepdim = cast("tuple[tuple[int, ...], bool]", spatial_mean_dims(op.node))
     data = inputs[0]
     count = data.shape[2] * data.shape[3]
-    total = data.to(torch.int64).sum(dim=(2, 3), keepdim=dims[1])
+    total = data.to(torch.int64).sum(dim=(2, 3), keepdim=keepdim)
     return arithmetic.mean(total, count, op.inputs[0], op.output)
 
 
@@ -171,9 +168,7 @@ def _adaptive_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic
     if is_global_pool(op.node):
         total = data.to(torch.int64).sum(dim=(2, 3), keepdim=True)
         return arithmetic.mean(total, data.shape[2] * data.shape[3], op.inputs[0], op.output)
-    kernel = adaptive_kernel(op.node)
-    if kernel is None:
-        raise ConversionError(f"{describe(op.node)}: its windows overlap")
+    kernel = cast("tuple[int, int]", adaptive_kernel(op.node))  # or it would be no op of this rule
     if kernel == (1, 1):
         return arithmetic.requantize(data, op.inputs[0], op.output)
     return arithmetic.avg_pool2d(data, op.inputs[0], op.output, kernel_size=kernel, stride=kernel)

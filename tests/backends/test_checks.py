@@ -199,6 +199,11 @@ def _one_operand_twice(delegate: DelegateContents) -> DelegateContents:
     return with_op(delegate, op, inputs=(op.inputs[1], op.inputs[1]))
 
 
+def _operand_lost(delegate: DelegateContents) -> DelegateContents:
+    op = op_of("sub")
+    return with_op(delegate, op, inputs=op.inputs[:1])
+
+
 def _missing(name: str) -> Callable[[DelegateContents], DelegateContents]:
     def change(delegate: DelegateContents) -> DelegateContents:
         op = op_of(name)
@@ -240,6 +245,7 @@ ONE_UNIT: dict[str, tuple[Callable[[DelegateContents], DelegateContents], str, s
     ),
     "operands swapped": (_swapped_operands, "sub", "input scale", "input 0: "),
     "one operand twice": (_one_operand_twice, "sub", "input scale", "input 0: "),
+    "an operand lost": (_operand_lost, "sub", "input scale", "the graph has .*, the program "),
     "lower end, wider": (_params("conv2d", output_min=-1), "conv2d", "clamp", r"to \(-0.25, 0.5\)"),
     "lower end, tighter": (_params("conv2d", output_min=1), "conv2d", "clamp", r"\(-127, "),
     "upper end, wider": (_params("conv2d", output_max=1), "conv2d", "clamp", "no node"),
@@ -269,6 +275,19 @@ ONE_UNIT: dict[str, tuple[Callable[[DelegateContents], DelegateContents], str, s
 
 def test_an_honest_program_has_no_differences() -> None:
     assert differences(lambda delegate: delegate) == []
+
+
+def test_one_scale_of_a_layer_may_be_stored_once_a_channel() -> None:
+    """XNNPACK's packed kernels take one a channel."""
+    x = torch.randn(2, 6)
+    graph = quantized(nn.Linear(6, 3), (x,), "a8w4-per_tensor")
+    lowered = cq.lower(graph, (x,))
+    (delegate,) = lowered.contents.delegates
+    (scale,) = (
+        delegate.tensors[cast(int, op.weight)].scale for op in delegate.ops if op.weight is not None
+    )
+    assert np.asarray(scale).shape == (3,)
+    assert list(checks.differences(lowered, read_converted(graph))) == []
 
 
 @pytest.mark.parametrize("name", ONE_UNIT)

@@ -25,7 +25,14 @@ import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels, passes
 from custom_quantizer.backends.xnnpack.groups import join_factor, joined
 from custom_quantizer.backends.xnnpack.passes import PASSES, origin_of, run_passes
-from custom_quantizer.core.graph import is_constant, is_dequantize, is_quantize
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    QUANTIZE_PER_TENSOR,
+    is_constant,
+    is_dequantize,
+    is_quantize,
+    tensor_meta,
+)
 from custom_quantizer.errors import LoweringError
 from custom_quantizer.ops import REGISTRY
 from custom_quantizer.reference.converted import read_converted
@@ -255,8 +262,16 @@ def test_after_all_passes(family: str, scheme: str) -> None:
                 assert origin in ops, f"{node.name} stands for no op"
     for target in passes.GEMMS:
         for node in calls(rewritten, target):
+            weight = tensor_meta(cast(Node, node.args[1]))
+            assert weight is not None
+            assert weight.dtype is torch.float32, "what dequantizing gives"
             for bias in node.args[2:3]:
                 assert bias is None or is_constant(bias)
+    for node in filter(is_dequantize, rewritten.graph.nodes):
+        if is_constant(node.args[0]):
+            integers = rewritten.get_buffer(str(node.args[0].target))
+            low, high = node.args[-3:-1]
+            assert low <= int(integers.min()) <= int(integers.max()) <= high, node.name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -446,6 +461,143 @@ def test_dynamic_sizes_survive() -> None:
     for size in (2, 5, 8):
         given = torch.randn(size, *IMAGE[1:])
         assert units(graph, [rewritten(given)], [graph(given)]) <= 1
+
+
+# ---------------------------------------------------------------------------------------------
+# One pass on a graph with quantize and dequantize nodes written by hand
+# ---------------------------------------------------------------------------------------------
+
+Grid = tuple[float, int, int, int, torch.dtype]
+INT8: Grid = (0.0625, 3, -128, 127, torch.int8)
+COARSE: Grid = (0.15, -7, -128, 127, torch.int8)
+INT16: Grid = (0.001, 0, -32768, 32767, torch.int16)
+
+
+def on(x: Tensor, grid: Grid = INT8) -> Tensor:
+    """What is left of ``x`` on a grid of integers."""
+    return cast(Tensor, DEQUANTIZE_PER_TENSOR(QUANTIZE_PER_TENSOR(x, *grid), *grid))
+
+
+def after(name: str, graph: GraphModule) -> tuple[GraphModule, int]:
+    """A copy of the graph after one pass, and how many places that changed."""
+    rewritten = copy.deepcopy(graph)
+    count = BY_NAME[name].run(rewritten)
+    rewritten.graph.lint()
+    rewritten.recompile()
+    return rewritten, count
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "shape", "count"),
+    [
+        ("drop_identities", lambda s, x: on(on(x)), IMAGE, 1),
+        ("drop_identities", lambda s, x: on(on(x), COARSE), IMAGE, 0),
+        # No convolution takes a slice of a float tensor, nor one of five dimensions.
+        ("strided_slices_to_views", lambda s, x: torch.sin(x)[:, :, ::2, ::3], IMAGE, 2),
+        ("strided_slices_to_views", lambda s, x: on(on(x)[:, :, ::2]), IMAGE, 0),
+        ("strided_slices_to_views", lambda s, x: on(on(x)[:, :, ::2]), (*IMAGE, 2), 1),
+        # A float op that reads a softmax sees no rounding that another one asks for.
+        (
+            "softmaxes_of_rows",
+            lambda s, x: (lambda y: (on(y), y + 1.0))(torch.sin(x).softmax(-1)),
+            IMAGE,
+            1,
+        ),
+        ("silu_products", lambda s, x: on(F.silu(on(x)), INT16), IMAGE, 0),
+        ("silu_products", lambda s, x: on(F.silu(on(x, INT16))), IMAGE, 0),
+        # Sizes of 1 are not unknown ones.
+        (
+            "keep_apart",
+            lambda s, x: on(F.relu(on(F.max_pool2d(on(x), 2))), COARSE),
+            (1, 1, 6, 6),
+            1,
+        ),
+        ("tell_copies_apart", lambda s, x: torch.cat([y := torch.sin(x), y]), (1, 1, 4), 1),
+        ("tell_copies_apart", lambda s, x: torch.cat([y := on(x), y]), (1, 1, 4), 0),
+        # Without the expand the difference would read integers, and be taken for one of them.
+        ("drop_broadcasts", lambda s, x: on(on(x[:1]).expand(3, 5) - on(x)), (3, 5), 0),
+        (
+            "merge_moves",
+            lambda s, x: (lambda y: (aten.view_copy.default(y, (6, 4)), torch.sin(y)))(
+                aten.view_copy.default(x, (3, 1, 2, 4)).permute(2, 1, 0, 3)
+            ),
+            (6, 4),
+            0,
+        ),
+    ],
+)
+def test_what_a_pass_takes_and_what_it_leaves(
+    name: str, function: Callable[..., Any], shape: tuple[int, ...], count: int
+) -> None:
+    x = torch.randn(shape)
+    graph = capture(Function(function), (x,))
+    rewritten, found = after(name, graph)
+    assert found == count
+    assert differences(rewritten(x), graph(x)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "count"),
+    [
+        ("tell_copies_apart", lambda s, x: torch.cat([y := torch.sin(x), y]), 0),
+        ("keep_apart", lambda s, x: on(F.relu(on(F.max_pool2d(on(x), 2))), COARSE), 0),
+        ("break_chains", lambda s, x: torch.tanh(on(F.relu(on(x)))), 0),
+        ("means_keep_dims", lambda s, x: x.mean((2, 3)), 1),
+    ],
+)
+def test_two_sizes_that_are_not_known(name: str, function: Callable[..., Any], count: int) -> None:
+    """A view takes one: a pass that would need one of more leaves the op as it is."""
+    sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", min=4, max=16)}
+    graph = capture(
+        Function(function), (torch.randn(IMAGE),), dynamic_shapes=(({0: sizes[0], 2: sizes[2]},),)
+    )
+    rewritten, found = after(name, graph)
+    assert found == count
+    for shape in (IMAGE, (5, 4, 8, 6)):
+        x = torch.randn(shape)
+        assert differences(rewritten(x), graph(x)) == []
+
+
+def test_a_dense_max_pool_is_on_the_grid_of_its_input() -> None:
+    """XNNPACK's kernel copies integers, whatever the scale of the tensor it writes."""
+    x = torch.randn(IMAGE)
+    graph = capture(Function(lambda s, x: on(F.max_pool2d(on(x), 2, 3), COARSE)), (x,))
+    rewritten, count = after("split_sparse_max_pools", graph)
+    assert count == 1
+    (pool,) = calls(rewritten, aten.max_pool2d.default)
+    assert [quantize.args[1:] for quantize in pool.users] == [INT8]
+    assert differences(rewritten(x), graph(x)) == []
+
+
+@pytest.mark.parametrize(("second", "count"), [(INT8, 1), (COARSE, 0)])
+def test_a_table_is_quantized_for_readers_of_one_grid(second: Grid, count: int) -> None:
+    graph = capture(
+        Function(
+            lambda s, x: (lambda y: (on(y), on(y, second)))(F.embedding(x, s.table.weight)),
+            table=nn.Embedding(7, 5),
+        ),
+        (torch.tensor([[1, 6], [0, 3]]),),
+    )
+    rewritten, found = after("quantize_tables", graph)
+    assert found == count
+    x = torch.arange(7)[:4].reshape(2, 2)
+    assert differences(rewritten(x), graph(x)) == []
+
+
+def test_float_convolutions_are_multiplied_by_one_constant() -> None:
+    graph = capture(
+        Function(
+            lambda s, x: (on(s.a(on(x))), on(s.b(on(x)))),
+            a=nn.Conv1d(4, 4, 3),
+            b=nn.Conv1d(4, 4, 3),
+        ),
+        (x := torch.randn(2, 4, 9),),
+    )
+    rewritten, count = after("keep_convs_float", graph)
+    products = calls(rewritten, aten.mul.Tensor)
+    assert count == len(products) == 4
+    assert len({product.args[1] for product in products}) == 1
+    assert differences(rewritten(x), graph(x)) == []
 
 
 # ---------------------------------------------------------------------------------------------

@@ -83,6 +83,16 @@ def test_grouping_and_order_leave_no_trace(data: list[float], random: Any, parts
         assert batched.qparams() == watched.qparams()
 
 
+@pytest.mark.parametrize("other", [-1.0, 1.0])
+@every_observer
+def test_zero_has_no_sign(name: str, other: float) -> None:
+    """Or the range would depend on which of two zeros came first."""
+    watched = observer(name)
+    watched(torch.tensor([-0.0, other]))
+    end = watched.max_val if other < 0 else watched.min_val
+    assert math.copysign(1.0, float(end)) == 1.0
+
+
 def test_moving_averages_depend_on_the_order() -> None:
     """By nature: the reason why they are not among the exact observers."""
     a, b = torch.tensor([-1.0, 1.0]), torch.tensor([0.0, 9.0])

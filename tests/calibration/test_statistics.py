@@ -495,6 +495,20 @@ def test_divergence_is_that_of_the_reference(name: str, cells: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("cells", [4, 5, 8, 64])
+def test_what_is_clipped_joins_the_outermost_bin_however_few_there_are(cells: int) -> None:
+    """With as many cells as bins, or more, each bin is a cell of its own and some are empty."""
+    mass = np.array([3.0, 1.0, 5.0, 2.0, 7.0, 4.0])
+    start, stop = np.array([0, 1, 1, 2]), np.array([4, 5, 4, 6])
+    found = ranges._divergence(mass, start, stop, cells)
+    for i, (first, last) in enumerate(zip(start, stop, strict=True)):
+        inside = mass[first:last]
+        clipped = inside.copy()
+        clipped[0] += mass[:first].sum()
+        clipped[-1] += mass[last:].sum()
+        assert found[i] == pytest.approx(kl_divergence(clipped, inside), rel=1e-12)
+
+
 def test_entropy_of_symmetric_formats_sees_magnitudes_only() -> None:
     x = nn.functional.silu(2 * torch.randn(20_000))
     scheme = TensorScheme(IntFormat(8, narrow=True), True, observer="entropy")

@@ -21,6 +21,7 @@ from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.core.bias import (
     MAX_EXACT_BIAS,
     BiasHeadroom,
+    bias_shift,
     derived_scale,
     quantize_bias,
     raise_scale,
@@ -205,6 +206,36 @@ def test_the_order_of_the_ops_does_not_matter(problem: Problem) -> None:
     assert torch.equal(raise_scale(forward, constraints, limit), forward)
 
 
+@given(
+    st.lists(st.floats(-(2.0**40), 2.0**40, width=32), min_size=1, max_size=4),
+    st.booleans(),
+    st.sampled_from([7, 127, 32767]),
+)
+def test_a_narrow_bias_is_shifted_no_farther_than_it_must(
+    bias: list[float], per_tensor: bool, quant_max: int
+) -> None:
+    """Half a step above the largest integer is as far as rounding reaches."""
+    values, unit = torch.tensor(bias), Fraction(1, 8)
+    scale = torch.tensor(0.25) if per_tensor else torch.full((len(bias),), 0.25)
+    shift = bias_shift(values, 0.5, scale, quant_max)
+    assert shift.dtype is torch.int64
+    assert shift.shape == scale.shape
+    groups = [bias] if per_tensor else [[value] for value in bias]
+    for group, found in zip(groups, shift.reshape(-1).tolist(), strict=True):
+        steps = max(abs(Fraction(value)) for value in group) / unit
+        room = Fraction(2 * quant_max + 1, 2)
+        assert steps <= room * 2**found
+        assert found == 0 or steps > room * 2 ** (found - 1)
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 5])
+def test_the_shift_of_a_bias_at_the_end_of_its_range(exponent: int) -> None:
+    end = torch.tensor(127.5 * 2**exponent)
+    beyond = torch.nextafter(end, torch.tensor(torch.inf))
+    shifts = bias_shift(torch.stack([end, beyond]), 1.0, torch.ones(2), 127)
+    assert shifts.tolist() == [exponent, exponent + 1]
+
+
 def test_headroom_counts_bits_with_the_sign() -> None:
     assert [BiasHeadroom({}, n).bits for n in (0, 1, 127, 128, MAX_EXACT_BIAS)] == [
         1,
@@ -323,6 +354,23 @@ def test_a_wide_call_leaves_the_bias_of_a_narrow_one_within_its_limit() -> None:
     graph = quantized(model, (x,), quantizer)
     check_biases(graph, {"conv2d": model.conv.bias})
     lowered_exactly(graph, (x,))
+
+
+@pytest.mark.parametrize(("scheme", "kept"), [("a8w8", False), ("a16w8", True)])
+def test_a_bias_above_8_bits_may_be_larger(scheme: str, kept: bool) -> None:
+    """It does not pass through the serializer, which has 24 bits for it."""
+    layer = nn.Linear(4, 2)
+    with torch.no_grad():
+        layer.weight.fill_(2.0**-10)
+        layer.bias.copy_(torch.tensor([2.0**-7, 0.0]))
+    graph = quantized(
+        Function(lambda s, x: s.layer(x), layer=layer), (torch.ones(1, 4) / 16,), scheme
+    )
+    (node,) = calls(graph, aten.linear.default)
+    largest = int(_bias_of(graph, node).max())
+    raised = cast(Node, node.args[1]).meta[META_KEY]["raised"]
+    assert (largest > MAX_EXACT_BIAS) is kept
+    assert (raised == {}) is kept
 
 
 def test_one_call_in_float_leaves_the_other_its_bias() -> None:

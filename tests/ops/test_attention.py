@@ -359,6 +359,17 @@ def test_products_of_other_shapes_say_why_they_stay_in_float() -> None:
         assert reason in op.reason
 
 
+def test_a_product_over_two_sizes_that_are_not_known_says_so() -> None:
+    sizes = {dim: torch.export.Dim(f"size{dim}", min=2, max=9) for dim in (0, 1)}
+    model = Function(lambda s, a, b: torch.matmul(a + a, b + b) + 1.0)
+    graph = capture(
+        model, (torch.randn(2, 3, 5, 8), torch.randn(2, 3, 8, 7)), dynamic_shapes=((sizes, sizes),)
+    )
+    op = cq.IntegerQuantizer().set_global("a8w8").plan(graph).op("matmul")
+    assert op.scheme is None
+    assert op.reason.startswith("more than one of its sizes is dynamic")
+
+
 # ---------------------------------------------------------------------------------------------
 # Passes
 # ---------------------------------------------------------------------------------------------
@@ -475,10 +486,13 @@ def test_float_ops_are_rewritten_once(
     assert graph_pass.run(graph) == 0
 
 
-def test_a_softmax_of_scores_stays_as_it_is() -> None:
+@pytest.mark.parametrize(
+    "between", [lambda y: y * 0.5, lambda y: y / 2.0, lambda y: y.permute(0, 2, 1, 3)]
+)
+def test_a_softmax_of_scores_stays_as_it_is(between: Callable[[Tensor], Tensor]) -> None:
     """What comes out of a view is not kept channels last."""
     x = torch.randn(6, 4, 4)
-    graph = capture(Function(lambda s, x: (x.view(2, 3, 4, 4) * 0.5).softmax(-1)), (x,))
+    graph = capture(Function(lambda s, x: between(x.view(2, 3, 4, 4)).softmax(-1)), (x,))
     assert PASS["softmaxes_of_rows"].run(graph) == 0
 
 

@@ -23,7 +23,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
-from custom_quantizer.errors import CustomQuantizerError
+from custom_quantizer.errors import ConversionError, CustomQuantizerError
 from custom_quantizer.ops import (
     REGISTRY,
     Case,
@@ -32,8 +32,10 @@ from custom_quantizer.ops import (
     _index,
     functions,
     known_targets,
+    rule_of,
 )
 from custom_quantizer.ops.backend import get_mode
+from custom_quantizer.ops.gemm import symmetric_padding
 from custom_quantizer.planning.planner import Plan
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
@@ -74,6 +76,10 @@ EXTRA: dict[str, tuple[Case, ...]] = {
     ),
     "pad": (_case("aten_constant_pad", lambda x: aten.constant_pad_nd.default(x, [1, 0]), IMAGE),),
 }
+
+
+# What cases of one family consist of once the graph is canonical.
+ANOTHER_FAMILY = {("avg_pool2d", "counted_padding"): "conv", ("silu", "written_out"): "mul"}
 
 
 def cases_of(rule: OpRule) -> tuple[Case, ...]:
@@ -222,6 +228,50 @@ def test_two_families_that_claim_one_op_are_an_error() -> None:
         _index((RULES["conv"], RULES["conv"]))
 
 
+def _call(target: Any, *args: Any) -> Node:
+    """A call of ``target`` on a tensor of which nothing is recorded."""
+    graph = torch.fx.Graph()
+    return graph.call_function(target, (graph.placeholder("x"), *args))
+
+
+@pytest.mark.parametrize("family", ["add", "sub", "mul", "maximum"])
+def test_a_number_in_the_place_of_a_tensor_is_refused(family: str) -> None:
+    """Such as :mod:`custom_quantizer.ops.rewrites.canonical` leaves alone."""
+    rule = RULES[family]
+    (target,) = rule.targets
+    reason = "one operand is a number that was not made a tensor"
+    assert rule.bind(rule, _call(target, 0.5)) == reason
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "bounds"),
+    [
+        (aten.relu6.default, (), (0.0, 6.0)),
+        (aten.hardtanh.default, (), (-1.0, 1.0)),
+        (aten.hardtanh.default, (-0.25,), (-0.25, 1.0)),
+        (aten.hardtanh.default, (-0.25, 0.5), (-0.25, 0.5)),
+        (aten.clamp.default, (-0.25,), (-0.25, None)),
+        (aten.clamp.default, (None, 0.5), (None, 0.5)),
+        (aten.clamp_min.default, (-0.25,), (-0.25, None)),
+        (aten.clamp_max.default, (0.5,), (None, 0.5)),
+    ],
+)
+def test_bounds_of_clamps(
+    target: Any, args: tuple[Any, ...], bounds: tuple[float | None, float | None]
+) -> None:
+    """Export leaves out arguments that equal their defaults."""
+    bounds_of = RULES["clamp"].bounds
+    assert bounds_of is not None
+    assert bounds_of(_call(target, *args)) == bounds
+
+
+def test_a_kernel_of_unknown_size_is_an_error_that_names_the_op() -> None:
+    node = _call(aten.conv2d.default)
+    node.args = (node.args[0], node.graph.placeholder("weight"))
+    with pytest.raises(ConversionError, match=r"^conv2d_default: no shape is recorded"):
+        symmetric_padding(node)
+
+
 # ---------------------------------------------------------------------------------------------
 # Every family, in one program
 # ---------------------------------------------------------------------------------------------
@@ -249,7 +299,9 @@ def test_every_op_of_a_case_is_integer_and_runs_where_predicted(
     done = family(name, scheme)
     rows = {row.node: row for row in done.program.report.ops}
     ops = done.ops_of(name, case)
-    assert ops
+    # The family's op, or the activation that is part of another.
+    wanted = RULES[ANOTHER_FAMILY.get((name, case), name)]
+    assert any(wanted in (op.binding.rule, rule_of(op.output_node)) for op in ops)
     assert [op.node.name for op in ops if op not in done.graph.integer] == []
     for op in ops:
         predicted = BACKEND.predict(op.binding, op.formats).kernel

@@ -255,6 +255,33 @@ def test_silu_with_an_int8_sigmoid_is_next_to_silu_rounded_once(low: float, high
     assert largest / 255 <= float(sigmoid.scale) * (1 + 1e-6) <= largest / 255 * 1.03
 
 
+def test_where_no_sigmoid_is_steady_its_scale_is_that_of_the_largest_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tables, "tie_break_offset", lambda *_: 1.0)
+    find = functions.sigmoid_qparams.__wrapped__  # without its cache
+    found = find(QParams(0.5, -128, -128, 127), qparams(0, 100))
+    assert found == QParams(round_to_float32(1 / (1 + math.exp(-127.5)) / 255), -128, -128, 127)
+
+
+# ---------------------------------------------------------------------------------------------
+# gelu
+# ---------------------------------------------------------------------------------------------
+
+
+def test_gelu_and_its_approximation_are_two_functions() -> None:
+    """The delegate fills both tables with the same one, all other arithmetic does not."""
+    model = Function(
+        lambda s, x: [F.gelu(x + x, approximate=name) * 1.25 for name in ("none", "tanh")]
+    )
+    x = torch.linspace(-2.5, 2.5, 256).reshape(1, 256)
+    graph = quantized(model, (x,), "a16w8")
+    for mode in ("exact", "fixed_point"):
+        exact, approximated = cq.integer_reference(graph, mode)(x)
+        apart = (exact - approximated).abs().max()
+        assert 4e-4 < float(apart) / 1.25 < 6e-4  # 4.8e-4, and roundings of 16 bits
+
+
 # ---------------------------------------------------------------------------------------------
 # What has no kernel, or a wrong one
 # ---------------------------------------------------------------------------------------------

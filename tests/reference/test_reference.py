@@ -10,16 +10,20 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from support.graphs import Function, quantized
+import torch.nn.functional as F
+from support.graphs import Function, capture, quantized
 from support.models import Converted, convert, randomize_batch_norms
 from support.registry import Surrounded
 from torch import Tensor, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack.arithmetic import XnnpackArithmetic
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import is_dequantize, is_quantize
+from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops import REGISTRY, Case, OpRule, gemm
+from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.ops.gemm import _accumulate
 from custom_quantizer.reference.accumulators import mul_width
 from custom_quantizer.reference.converted import read_converted
@@ -102,6 +106,49 @@ def test_sums_are_exact_on_both_sides_of_float32(beyond: int, dtype: torch.dtype
     acc = _accumulate(op, data, lambda x, w: x @ w.to(x.dtype).T)
     assert acc.dtype == dtype
     assert abs(int(acc)) == 2**24 + beyond
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_both_operands_of_a_product_are_centered(mode: str) -> None:
+    """The planner gives the second one zero point 0, another quantizer may not."""
+    shapes = ((2, 3, 5), (2, 5, 4))
+    graph = quantized(
+        Function(lambda s, a, b: torch.bmm(a, b)), tuple(torch.randn(s) for s in shapes)
+    )
+    (op,) = read_converted(graph).integer
+    zero_points, ends = (3, -5), (-128, 127)
+    left, right = (QParams(0.5, zero, *ends) for zero in zero_points)
+    op = dataclasses.replace(op, inputs=(left, right), output=QParams(32.0, 0, *ends))
+    a, b = (torch.randint(-128, 128, shape, dtype=torch.int32) for shape in shapes)
+    got = get_mode(mode).compute(op, [a, b])
+    # Sums of products of steps of 0.25, in steps of 32.
+    real = (a.double() - 3) @ (b.double() + 5) * 0.25 / 32.0
+    apart = (got.double() - real.clamp(*ends)).abs().max()
+    assert float(apart) <= 0.5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adaptive_pool_of_equal_windows_is_a_pool(mode: str) -> None:
+    """Over the whole height, but not the whole width: no mean of the image."""
+    x = torch.randn(2, 3, 4, 9)
+    model = Function(
+        lambda s, x: [F.adaptive_avg_pool2d(x * 2, (1, 3)) * 1.5, F.avg_pool2d(x * 2, (4, 3)) * 1.5]
+    )
+    adaptive, pooled = cq.integer_reference(quantized(model, (x,)), mode)(x)
+    assert adaptive.shape == (2, 3, 1, 3)
+    assert torch.equal(adaptive, pooled)
+
+
+def test_a_reshape_to_two_sizes_that_are_not_known() -> None:
+    sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", max=16)}
+    x = torch.randn(2, 3, 4, 4)
+    model = Function(lambda s, x: (x + x).unsqueeze(1) * 2.0)
+    captured = capture(model, (x,), dynamic_shapes=((sizes,),))
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+    prepared(x)
+    reference = cq.integer_reference(convert_pt2e(prepared))
+    with pytest.raises(ConversionError, match=r"unsqueeze makes .* at most one size"):
+        reference(x)
 
 
 def test_a_mean_multiplies_in_the_order_of_the_runtime() -> None:

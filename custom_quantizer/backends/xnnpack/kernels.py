@@ -243,15 +243,12 @@ def _refuses_matmul(binding: Binding) -> str:
 
 
 def matmul_batch(node: Node) -> tuple[int, ...] | None:
-    """Batch dimensions that both operands of a product have; ``None``: broadcast, or a vector.
-
-    At most one may be symbolic.
-    """
+    """Batch dimensions that both operands of a product have; ``None``: broadcast, or a vector."""
     left, right = (shape_of(cast(Node, arg)) for arg in node.args[:2])
     batch = left[:-2]
     if min(len(left), len(right)) < 2 or tuple(batch) != tuple(right[:-2]):
         return None
-    return batch if sum(not isinstance(size, int) for size in batch) <= 1 else None
+    return batch
 
 
 def can_be_batched(node: Node) -> bool:
@@ -299,13 +296,6 @@ def _adaptive(binding: Binding, _formats: Formats) -> Delegation:
     if adaptive_kernel(binding.node) == (1, 1):
         return Delegation(FOLDED, "an identity: only the scale changes")
     return Delegation(FLOAT, "XNNPACK averages windows in float")
-
-
-def _accepts_avg_pool(binding: Binding, _scheme: OpScheme) -> Verdict:
-    data = tensor_meta(binding.inputs[0])
-    if data is not None and data.dim() != 4:
-        return refused("XNNPACK pools 4-d tensors only")
-    return ACCEPTED
 
 
 # ---------------------------------------------------------------------------------------------
@@ -413,9 +403,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         RELU.family: Support(_int8),
         CLAMP.family: Support(_int8),
         MAX_POOL.family: Support(_max_pool),
-        AVG_POOL.family: Support(
-            _always(FLOAT, "XNNPACK averages windows in float"), accepts=_accepts_avg_pool
-        ),
+        AVG_POOL.family: Support(_always(FLOAT, "XNNPACK averages windows in float")),
         ADAPTIVE_AVG_POOL.family: Support(_adaptive, accepts=_accepts_mean),
         MEAN.family: Support(_int8, accepts=_accepts_mean),
         CAT.family: Support(_int8),

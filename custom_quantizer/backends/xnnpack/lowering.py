@@ -116,7 +116,7 @@ def lower_graph(
     edge = _to_edge(rewritten.exported, validate=not check)
     say("writing the program")
     data = to_bytes(edge, graph)
-    program = describe_program(data, edge, rewritten)
+    program = describe_program(data, edge, graph, rewritten.applied)
     if check:
         from custom_quantizer.backends.xnnpack.checks import check_program
 
@@ -221,14 +221,19 @@ def _is_plain(spec: Any) -> bool:
 
 
 def describe_program(
-    data: bytes, edge: EdgeProgramManager, rewritten: Rewritten, method: str = "forward"
+    data: bytes,
+    edge: EdgeProgramManager,
+    graph: ConvertedGraph,
+    applied: Mapping[str, int] | None = None,
+    method: str = "forward",
 ) -> LoweredProgram:
     """Read one method of a program back and pair it with the graph it was made from.
 
     Args:
         data: what ExecuTorch wrote; the program also gets a checksum.
         edge: what it was written from.
-        rewritten: the graph.
+        graph: what that was made from.
+        applied: pass -> number of places it changed, if that is known.
         method: which one.
 
     Raises:
@@ -237,10 +242,10 @@ def describe_program(
     data = seal(data)
     contents = read_program(data)
     contents = replace(contents, methods=(contents.method(method),))
-    report = _report(rewritten.graph, edge, contents, rewritten.applied)
-    model = rewritten.graph.model
+    report = _report(graph, edge, contents, applied or {})
+    model = graph.model
     metas = tuple(_placeholder_metas(model))
-    return LoweredProgram(data, report, contents, rewritten.graph, _specs(model), metas)
+    return LoweredProgram(data, report, contents, graph, _specs(model), metas)
 
 
 def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
 
-__all__ = ["partitioner"]
+__all__ = ["configurations", "partitioner"]
 
 
 class IntegerBatchMatmul(BMMConfig):  # type: ignore[misc]  # ExecuTorch is untyped
@@ -59,9 +59,14 @@ class FloatElu(EluConfig):  # type: ignore[misc]  # ExecuTorch is untyped
         return spelled_out and super().check_constraints(node, ep) is True
 
 
-def partitioner() -> XnnpackPartitioner:
-    """Upstream's partitioner with the configs of this module in the place of their base classes."""
+def configurations() -> list[Any]:
+    """Upstream's configs, with those of this module in the place of their base classes."""
     configs = [
         IntegerBatchMatmul if config is BMMConfig else config for config in ALL_PARTITIONER_CONFIGS
     ]
-    return QuickPartitioner(configs=[*configs, FloatElu])
+    return [*configs, FloatElu]
+
+
+def partitioner() -> XnnpackPartitioner:
+    """Upstream's partitioner with these configs, for graphs that are rewritten already."""
+    return QuickPartitioner(configs=configurations())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -50,10 +52,9 @@ def _refused_to_float(model: GraphModule) -> int:
     count = 0
     for node in [node for node in model.graph.nodes if node.meta.get(_FALLBACK)]:
         if node.target in GEMMS:
-            for source in (node.args[1], argument(node, 2, "bias")):
-                if not isinstance(source, Node) or not is_dequantize(source):
-                    continue
-                if is_constant(source.args[0]):
+            constants: tuple[Any, ...] = (node.args[1], argument(node, 2, "bias"))
+            for source in constants:
+                if is_dequantize(source) and is_constant(source.args[0]):
                     node.replace_input_with(source, dequantized_constant(model, source, node))
         else:
             last = _with_activation(node)

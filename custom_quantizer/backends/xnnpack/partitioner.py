@@ -1,0 +1,179 @@
+"""Converted graphs in ExecuTorch's own lowering call.
+
+    edge = to_edge_transform_and_lower(
+        torch.export.export(converted, example), partitioner=[cq.XnnpackPartitioner()]
+    )
+
+gives the program that :func:`~custom_quantizer.lower` gives. ExecuTorch asks a partitioner to
+transform an ATen program before it decomposes it (``Partitioner.transform_for_pre_decomposition``,
+since 1.5): that is where the rewrites of ``lower`` are applied.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from typing import Any, TypeAlias
+
+from executorch.exir import EdgeProgramManager, ExecutorchProgramManager
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from custom_quantizer.backends.xnnpack.backend import BACKEND
+from custom_quantizer.backends.xnnpack.checks import check_program
+from custom_quantizer.backends.xnnpack.lowering import (
+    DEFAULT_DYNAMIC_MAX,
+    check_example,
+    describe_program,
+    lower,
+    rewrite,
+    to_bytes,
+)
+from custom_quantizer.backends.xnnpack.partition import configurations
+from custom_quantizer.backends.xnnpack.readback import read_file
+from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
+from custom_quantizer.core.graph import STATE_KEY, is_dequantize, set_state
+from custom_quantizer.core.threads import tools
+from custom_quantizer.errors import InputError
+from custom_quantizer.reference.converted import read_converted
+
+__all__ = ["XnnpackPartitioner", "check", "export_converted"]
+
+Program: TypeAlias = (
+    "EdgeProgramManager | ExecutorchProgramManager | bytes | str | os.PathLike[str]"
+)
+
+
+class XnnpackPartitioner(QuickPartitioner):
+    """ExecuTorch's ``XnnpackPartitioner`` for graphs that :class:`IntegerQuantizer` converted.
+
+    Takes the place of upstream's in ``to_edge_transform_and_lower``. A method without any quantized
+    tensor is left as it is, with a warning, and partitioned as upstream does.
+
+    Args:
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+    """
+
+    def __init__(self, *, dynamic_max: int = DEFAULT_DYNAMIC_MAX) -> None:
+        if isinstance(dynamic_max, bool) or not isinstance(dynamic_max, int) or dynamic_max < 1:
+            raise InputError(f"dynamic_max is a size of at least 1, got {dynamic_max!r}")
+        super().__init__(configs=configurations())
+        self._dynamic_max = dynamic_max
+
+    @tools()
+    def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
+        """Rewrite a converted graph, as ``lower`` does; ExecuTorch calls this.
+
+        Raises:
+            ConversionError: the graph was prepared and not converted.
+            InputError: it was exported without example inputs.
+            LoweringError: it could not be rewritten.
+        """
+        model = exported_program.module()
+        if not any(is_dequantize(node) for node in model.graph.nodes):
+            warnings.warn(
+                "XnnpackPartitioner was given a graph without a quantized tensor: it is lowered in "
+                "float; to quantize it, export what convert_pt2e returns",
+                stacklevel=2,
+            )
+            return exported_program
+        return _rewritten(model, exported_program, self._dynamic_max)
+
+
+def _rewritten(model: GraphModule, exported: ExportedProgram, dynamic_max: int) -> ExportedProgram:
+    if exported.example_inputs is None:
+        raise InputError(
+            "the exported program has no example inputs; export it with "
+            "torch.export.export(converted, example_inputs)"
+        )
+    if (held := model.meta.get(STATE_KEY)) is not None:
+        set_state(model, held)
+    args, kwargs = exported.example_inputs
+    example = check_example(model, (*args, *kwargs.values()))
+    return rewrite(read_converted(model, BACKEND), example, dynamic_max, widest=True).exported
+
+
+@tools()
+def export_converted(
+    converted: GraphModule,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_max: int = DEFAULT_DYNAMIC_MAX,
+) -> ExportedProgram:
+    """Export a converted graph in the form that XNNPACK takes whole.
+
+    For a lowering call of which nothing can be changed: upstream's own ``XnnpackPartitioner`` makes
+    one delegate of the result, except where the graph multiplies activations by each other or has
+    an ``elu``, which that one leaves in float or outside (:class:`XnnpackPartitioner` does not).
+
+    Args:
+        converted: what ``convert_pt2e`` returns; it is not changed.
+        example_inputs: one set of inputs, as for the model.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+
+    Raises:
+        ConversionError: the graph is not a converted one.
+        InputError: the example does not fit the graph.
+        LoweringError: it could not be rewritten or exported.
+    """
+    graph = read_converted(converted, BACKEND)
+    example = check_example(converted, example_inputs)
+    return rewrite(graph, example, dynamic_max, widest=True).exported
+
+
+@tools()
+def check(
+    program: Program,
+    converted: GraphModule,
+    example_inputs: tuple[Any, ...],
+    *,
+    method: str = "forward",
+) -> None:
+    """Compare a program with the converted graph it was made from, as ``lower`` does.
+
+    Every weight, bias, scale and clamp in the file is compared, op by op, and the outputs on the
+    example. A finished program no longer says which of its ops stands for which of the graph's:
+    the graph is lowered once more, and the file compared with what comes out.
+
+    Args:
+        program: what ``to_edge_transform_and_lower`` or ``to_executorch`` returned, a ``.pte`` file
+            or its bytes.
+        converted: what ``convert_pt2e`` returned.
+        example_inputs: one set of inputs, as for the model.
+        method: which one of the program.
+
+    Raises:
+        ConversionError: the graph is not a converted one.
+        InputError: the program or the example is not one, or there is no such method.
+        LoweringError: the runtime does not take the program.
+        ProgramError: the file is damaged.
+        VerificationError: names the first op, or the output, that is not what the graph says.
+    """
+    example = check_example(converted, example_inputs)
+    if isinstance(program, EdgeProgramManager):
+        graph = read_converted(converted, BACKEND)
+        if method not in program.methods:
+            names = ", ".join(sorted(program.methods))
+            raise InputError(f"the program has no method {method!r}; it has {names}")
+        # Writing leaves marks in the graph that fix dynamic sizes when it is written again.
+        data = to_bytes(copy.deepcopy(program), graph)
+        check_program(describe_program(data, program, graph, method=method), graph, example)
+        return
+    if method != "forward":
+        raise InputError(f"a finished program is checked by its method 'forward', not {method!r}")
+    twin = lower(converted, example, check=False).with_bytes(_bytes(program))
+    check_program(twin, read_converted(converted, BACKEND), example)
+
+
+def _bytes(program: Program) -> bytes:
+    if isinstance(program, ExecutorchProgramManager):
+        return bytes(program.buffer)
+    if isinstance(program, bytes):
+        return program
+    if isinstance(program, (str, os.PathLike)):
+        return read_file(program)[0]
+    raise InputError(
+        "expected what to_edge_transform_and_lower or to_executorch returns, a .pte file or its "
+        f"bytes, got {type(program).__name__}"
+    )

@@ -1,0 +1,224 @@
+"""ExecuTorch's own lowering call gives the program that ``lower`` gives."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+    XnnpackPartitioner as UpstreamPartitioner,
+)
+from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
+from support.graphs import differences
+from support.models import convert
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule, Node
+
+import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack.program import StoredProgram
+from custom_quantizer.reference.converted import read_converted
+
+
+class Net(nn.Module):
+    """A residual, a strided slice, an elu, a product of activations, and a head in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.mix = nn.Linear(16, 16)
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.elu(self.stem(x))[:, :, ::2, ::2]
+        x = torch.relu(x + self.depthwise(x))
+        rows = self.mix(x.flatten(2))
+        y = self.head((rows @ rows.transpose(1, 2)).mean(1))
+        return y, torch.softmax(y, -1)
+
+
+IMAGE = (2, 3, 8, 8)
+SCHEMES = ["a8w8", "a8w8-per_tensor", "a8w4", "a4w4", "a16w8", "dyn8w8", "dyn8w4"]
+
+
+def images(seed: int = 0, batch: int = 2) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, *IMAGE[1:], generator=generator),)
+
+
+def converted(scheme: str = "a8w8", build: Any = Net, seed: int = 0) -> GraphModule:
+    torch.manual_seed(seed)
+    return convert(build(), images(), scheme).graph
+
+
+def standard_call(graph: GraphModule, **dynamic: Any) -> EdgeProgramManager:
+    return to_edge_transform_and_lower(
+        torch.export.export(graph, images(), **dynamic), partitioner=[cq.XnnpackPartitioner()]
+    )
+
+
+def run(data: bytes, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return StoredProgram(data, "the program", isolated=False).run(*inputs)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_standard_call_gives_the_program_that_lower_gives(scheme: str) -> None:
+    graph = converted(scheme)
+    lowered = cq.lower(graph, images())
+    edge = standard_call(graph)
+    cq.check(edge, graph, images())
+    data = bytes(edge.to_executorch().buffer)
+    contents = cq.read_program(data)
+    assert (len(contents.delegates), contents.kernels) == (
+        lowered.report.delegates,
+        lowered.contents.kernels,
+    )
+    if not scheme.startswith("dyn"):
+        assert (lowered.report.delegates, lowered.report.outside) == (1, ())
+    for seed in (0, 1):
+        assert differences(run(data, images(seed)), lowered.run(*images(seed))) == []
+
+
+def test_a_dynamic_batch() -> None:
+    dynamic = {"x": {0: Dim("batch", min=1, max=5)}}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    exported = torch.export.export(model, images(), dynamic_shapes=({0: dynamic["x"][0]},))
+    graph = convert_captured(exported.module())
+    edge = to_edge_transform_and_lower(
+        torch.export.export(graph, images(), dynamic_shapes=({0: dynamic["x"][0]},)),
+        partitioner=[cq.XnnpackPartitioner()],
+    )
+    lowered = cq.lower(graph, images())
+    data = bytes(edge.to_executorch().buffer)
+    assert len(cq.read_program(data).delegates) == 1
+    reference = cq.integer_reference(graph)
+    for batch in (5, 1, 3):
+        given = images(3, batch)
+        want = reference(*given)
+        assert differences(run(data, given), want) == []
+        assert differences(lowered.run(*given), want) == []
+
+
+def convert_captured(graph: GraphModule) -> GraphModule:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    prepared = prepare_pt2e(graph, cq.IntegerQuantizer().set_global("a8w8"))
+    prepared(*images())
+    return cast(GraphModule, convert_pt2e(prepared))
+
+
+def test_several_methods_in_one_program() -> None:
+    graphs = {"forward": converted("a8w8"), "small": converted("a8w4", seed=1)}
+    edge = to_edge_transform_and_lower(
+        {name: torch.export.export(graph, images()) for name, graph in graphs.items()},
+        partitioner={name: [cq.XnnpackPartitioner()] for name in graphs},
+    )
+    for name, graph in graphs.items():
+        cq.check(edge, graph, images(), method=name)
+    with pytest.raises(cq.InputError, match="no method 'large'; it has forward, small"):
+        cq.check(edge, graphs["small"], images(), method="large")
+    with pytest.raises(cq.VerificationError):
+        cq.check(edge, graphs["small"], images(), method="forward")
+
+
+def test_upstream_s_partitioner_takes_what_was_exported_for_it() -> None:
+    """Of a network without products of activations and elus, which it does not know."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    graph = convert(model, images(), "a8w4").graph
+    edge = to_edge_transform_and_lower(
+        cq.export_converted(graph, images()), partitioner=[UpstreamPartitioner()]
+    )
+    cq.check(edge, graph, images())
+    data = bytes(edge.to_executorch().buffer)
+    contents = cq.read_program(data)
+    assert (len(contents.delegates), contents.kernels) == (1, ())
+    assert differences(run(data, images(1)), cq.integer_reference(graph)(*images(1))) == []
+
+
+# ---------------------------------------------------------------------------------------------
+# check
+# ---------------------------------------------------------------------------------------------
+
+
+def with_one_bias_changed(graph: GraphModule) -> tuple[GraphModule, str]:
+    """A copy whose first bias is one unit larger in one channel."""
+    twin = copy.deepcopy(graph)
+    op = next(op for op in read_converted(twin).integer if op.bias is not None)
+    stored = cast(Node, cast(Node, op.binding.bias).args[0])
+    bias = operator.attrgetter(str(stored.target))(twin)
+    bias.data[1] += 1
+    return twin, op.node.name
+
+
+@pytest.fixture(scope="module")
+def done() -> tuple[GraphModule, EdgeProgramManager]:
+    graph = converted()
+    return graph, standard_call(graph)
+
+
+def test_check_takes_every_form_of_a_program(
+    done: tuple[GraphModule, EdgeProgramManager], tmp_path: Path
+) -> None:
+    graph, edge = done
+    program = copy.deepcopy(edge).to_executorch()
+    (tmp_path / "net.pte").write_bytes(program.buffer)
+    for form in (edge, program, bytes(program.buffer), tmp_path / "net.pte"):
+        cq.check(form, graph, images())
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_check_notices_one_unit_of_one_bias(
+    finished: bool, done: tuple[GraphModule, EdgeProgramManager]
+) -> None:
+    graph, edge = done
+    other, name = with_one_bias_changed(graph)
+    program = bytes(copy.deepcopy(edge).to_executorch().buffer) if finished else edge
+    with pytest.raises(cq.VerificationError, match=rf"^{name} \(stem\): bias: "):
+        cq.check(program, other, images())
+
+
+def test_check_of_something_else(done: tuple[GraphModule, EdgeProgramManager]) -> None:
+    graph, _ = done
+    with pytest.raises(
+        cq.InputError, match=r"expected what to_edge_transform_and_lower .* got int"
+    ):
+        cq.check(cast(Any, 3), graph, images())
+    with pytest.raises(cq.ProgramError):
+        cq.check(b"not a program", graph, images())
+
+
+# ---------------------------------------------------------------------------------------------
+# Mistakes
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_float_graph_is_lowered_in_float_with_a_warning() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    exported = torch.export.export(model, images())
+    with pytest.warns(UserWarning, match="without a quantized tensor: it is lowered in float"):
+        edge = to_edge_transform_and_lower(exported, partitioner=[cq.XnnpackPartitioner()])
+    (got,) = run(bytes(edge.to_executorch().buffer), images())
+    torch.testing.assert_close(got, model(*images()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_that_was_not_converted() -> None:
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    captured = torch.export.export(Net().eval(), images()).module()
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+    with pytest.warns(UserWarning, match="export what convert_pt2e returns"):
+        standard_call(prepared)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 2.5, "8"])
+def test_a_wrong_upper_bound(wrong: Any) -> None:
+    with pytest.raises(cq.InputError, match="dynamic_max is a size of at least 1"):
+        cq.XnnpackPartitioner(dynamic_max=wrong)
