@@ -31,6 +31,7 @@ __all__ = [
     "SchemeError",
     "TrainingError",
     "VerificationError",
+    "first_line",
 ]
 
 
@@ -76,3 +77,9 @@ class ProgramError(CustomQuantizerError):
 
 class InputError(CustomQuantizerError):
     """Inputs, files, models or datasets that the user named cannot be used."""
+
+
+def first_line(error: BaseException) -> str:
+    """Class and first line of somebody else's error, without a period, to be put into ours."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}"

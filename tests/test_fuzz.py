@@ -93,7 +93,7 @@ FOUND_LOWERED = {
     "wide weights of a convolution of one dimension": Sample(
         ((2, 8, 21),), (Step("conv", "1d", fit="layer", behind="relu in place"),), default="a8w13"
     ),
-    # The clamp that keeps a withheld op in float was taken for an activation behind it.
+    # The clamp that keeps an op in float as its fallback was taken for an activation behind it.
     "an add whose scales no kernel takes": Sample(
         ((5, 16),), (Step("div", "broadcast", fit="layer"),)
     ),

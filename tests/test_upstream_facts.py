@@ -28,7 +28,7 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
-from custom_quantizer.core.bias import COMFORTABLE_BIAS
+from custom_quantizer.core.bias import MAX_EXACT_BIAS
 
 _q = torch.ops.quantized_decomposed
 INT32 = (-(2**31), 2**31 - 1, torch.int32)
@@ -121,7 +121,7 @@ def test_custom_meta_reaches_the_delegate() -> None:
 scales = st.tuples(st.integers(-55, 40), st.floats(1, 2, width=32)).map(
     lambda pair: pair[1] * 2.0 ** pair[0]
 )
-integers = st.integers(-COMFORTABLE_BIAS, COMFORTABLE_BIAS)
+integers = st.integers(-MAX_EXACT_BIAS, MAX_EXACT_BIAS)
 
 
 @given(scales, scales, st.lists(integers, min_size=1, max_size=50))

@@ -22,7 +22,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -31,11 +31,12 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from custom_quantizer.analysis.fidelity import Noise, ratio_db
+from custom_quantizer.analysis.fidelity import Noise, finite, ratio_db
 from custom_quantizer.analysis.rerun import capture_like
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
-from custom_quantizer.core.arithmetic import QParams, accumulator_bits
+from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.formats import range_bits
 from custom_quantizer.core.graph import (
     DEQUANTIZE_GROUPED,
     constant_of,
@@ -52,10 +53,12 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.plot import new_figure, save_figure
 from custom_quantizer.core.progress import track
+from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import ConversionError, InputError
 from custom_quantizer.ops import Binding, QParamSharing, QuantizedOp, rule_of
 from custom_quantizer.planning.quantizer import IntegerQuantizer
+from custom_quantizer.reference.accumulators import accumulator_of
 from custom_quantizer.reference.converted import read_converted
 
 __all__ = [
@@ -97,8 +100,8 @@ class TensorDiagnosis:
         unused_high: integers above the largest that occurred.
         levels: integers that the format has.
         bias_headroom: bits between the largest bias and the end of int32; ``None`` without bias.
-        accumulator_bits: signed bits that the op's sums need in the worst case; ``None`` where the
-            op has no weight.
+        accumulator_bits: signed bits that the op needs in the worst case, as
+            :func:`custom_quantizer.accumulators` says; ``None`` where it has none.
         raised_channels: output channels whose weight scale was raised for the bias to fit.
     """
 
@@ -232,9 +235,9 @@ class Diagnosis:
     def __str__(self) -> str:
         tensors = [_TENSOR_HEADER, *(_tensor_cells(tensor) for tensor in self.tensors)]
         weights = [_WEIGHT_HEADER, *(_weight_cells(weight) for weight in self.weights)]
-        lines = [f"{self.samples:,} samples; SQNR in dB", "", *_aligned(tensors)]
+        lines = [f"{self.samples:,} samples; SQNR in dB", "", *table_lines(tensors)]
         if self.weights:
-            lines += ["", *_aligned(weights)]
+            lines += ["", *table_lines(weights)]
         lines += [""]
         lines += [f"output {output.index}: {_db(output.sqnr)} dB" for output in self.outputs]
         if self.worst is not None:
@@ -367,7 +370,7 @@ class _Tensor:
         self.op = op
         self.noise, self.alone = Noise(), Noise()
         self.total = self.low = self.high = 0
-        levels = qparams.quant_max - qparams.quant_min + 1
+        levels = qparams.levels
         self.used = torch.zeros(levels, dtype=torch.bool) if levels <= _MAX_LEVELS else None
 
     def add(self, value: Tensor, integers: Tensor) -> None:
@@ -466,8 +469,9 @@ class _Walk:
     def _row(self, node: Node, tensor: _Tensor, ratios: dict[Node, float]) -> TensorDiagnosis:
         source = source_of(node)
         q, op = tensor.qparams, tensor.op
+        accumulator = None if op is None else accumulator_of(op)
         used = None if tensor.used is None else torch.nonzero(tensor.used).flatten()
-        levels = q.quant_max - q.quant_min + 1
+        levels = q.levels
         inputs = None
         if op is not None:
             known = [ratios.get(cast(Node, dq.args[0])) for dq in op.binding.inputs]
@@ -477,7 +481,7 @@ class _Walk:
             name=source.name,
             path=module_path(source),
             family=None if op is None else op.binding.rule.family,
-            bits=max(levels - 1, 1).bit_length(),
+            bits=range_bits(q.quant_min, q.quant_max),
             scale=float(q.scale),
             zero_point=q.zero_point,
             sqnr=tensor.noise.ratio,
@@ -490,7 +494,7 @@ class _Walk:
             unused_high=None if used is None else (levels - 1 - int(used[-1]) if len(used) else 0),
             levels=levels,
             bias_headroom=_bias_headroom(op),
-            accumulator_bits=_accumulator_bits(op),
+            accumulator_bits=None if accumulator is None else accumulator.bits,
             raised_channels=_raised_channels(op),
         )
 
@@ -525,7 +529,7 @@ class _Walk:
         return WeightDiagnosis(
             binding.node.name,
             module_path(binding.node),
-            max(levels - 1, 1).bit_length(),
+            range_bits(low, high),
             granularity,
             ratio_db(math.fsum(signals), math.fsum(errors)),
             worst,
@@ -632,20 +636,6 @@ def _bias_headroom(op: QuantizedOp | None) -> int | None:
     return 31 - int(op.bias.to(torch.int64).abs().max()).bit_length()
 
 
-def _accumulator_bits(op: QuantizedOp | None) -> int | None:
-    # The weight of a transposed convolution has another layout.
-    if op is None or op.weight is None or op.binding.weight_axis != 0:
-        return None
-    q = op.inputs[0]
-    return accumulator_bits(
-        op.weight,
-        quant_min=q.quant_min,
-        quant_max=q.quant_max,
-        zero_point=q.zero_point,
-        bias=op.bias,
-    )
-
-
 def _raised_channels(op: QuantizedOp | None) -> int:
     if op is None or op.binding.weight is None:
         return 0
@@ -672,12 +662,7 @@ _WEIGHT_HEADER = ("weight", "format", "SQNR", "worst channel", "its SQNR", "leve
 
 
 def _record(row: TensorDiagnosis | WeightDiagnosis | OutputDiagnosis) -> dict[str, Any]:
-    record = asdict(row)
-    for entry in fields(row):
-        value = record[entry.name]
-        if isinstance(value, float) and not math.isfinite(value):
-            record[entry.name] = None
-    return record
+    return cast("dict[str, Any]", finite(asdict(row)))
 
 
 def _tensor_cells(tensor: TensorDiagnosis) -> tuple[str, ...]:
@@ -715,12 +700,3 @@ def _db(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1f}" if math.isfinite(value) else ("exact" if value > 0 else "lost")
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join((name.ljust(widths[0]), *aligned)).rstrip())
-    return lines

@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from custom_quantizer.analysis.fidelity import finite
 from custom_quantizer.analysis.paired import (
     CONFIDENCE,
     PairedCounts,
@@ -31,6 +32,7 @@ from custom_quantizer.calibration.run import GraphInputs
 from custom_quantizer.core.batch import Batch
 from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import track
+from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import InputError
 from custom_quantizer.reference import IntegerReference
@@ -175,17 +177,7 @@ class Evaluation:
         return (tuple(shown), *(tuple(row.get(c, "-") for c in shown) for row in table))
 
     def __str__(self) -> str:
-        rows = self.rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                [
-                    row[0].ljust(widths[0]),
-                    *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-                ]
-            ).rstrip()
-            for row in rows
-        ]
+        lines = table_lines(self.rows())
         if any(score.slices for score in self.scores):
             lines += ["", *self.slice_lines()]
         if self.conclusions:
@@ -197,12 +189,11 @@ class Evaluation:
         scores = [score for score in self.scores if score.slices]
         if not scores:
             return []
-        width = max(len(score.name) for score in scores)
-        lines = [f"top-1 on {len(scores[0].slices)} disjoint slices of the samples"]
-        for score in scores:
-            shares = "  ".join(f"{share:7.2%}" for share in score.slices)
-            lines.append(f"{score.name.ljust(width)}  {shares}")
-        return lines
+        rows = [(score.name, *(f"{share:7.2%}" for share in score.slices)) for score in scores]
+        return [
+            f"top-1 on {len(scores[0].slices)} disjoint slices of the samples",
+            *table_lines(rows),
+        ]
 
 
 def evaluate(
@@ -521,10 +512,7 @@ def _record(score: ModelScore) -> dict[str, Any]:
 def _difference_record(difference: PairedDifference | None) -> dict[str, Any] | None:
     if difference is None:
         return None
-    record = {**asdict(difference), "is_noise": difference.is_noise}
-    for end in ("low", "high"):
-        record[end] = record[end] if math.isfinite(cast(float, record[end])) else None
-    return record
+    return {**finite(asdict(difference)), "is_noise": difference.is_noise}
 
 
 _TEST = ("95 % interval", "p")

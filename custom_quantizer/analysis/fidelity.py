@@ -55,6 +55,8 @@ __all__ = [
     "OutputFidelity",
     "check_calls",
     "check_prepared",
+    "db_text",
+    "finite",
     "ratio_db",
 ]
 
@@ -137,9 +139,11 @@ class OutputFidelity:
     rounding_sqnr: float | None
 
     def __str__(self) -> str:
-        text = f"output {self.index} ({self.name}): SQNR {_db(self.sqnr)} against the float model"
+        text = (
+            f"output {self.index} ({self.name}): SQNR {db_text(self.sqnr)} against the float model"
+        )
         if self.rounding_sqnr is not None:
-            text += f", {_db(self.rounding_sqnr)} by rounding alone"
+            text += f", {db_text(self.rounding_sqnr)} by rounding alone"
         return text
 
 
@@ -166,13 +170,13 @@ class Fidelity:
             if rounding is not None and output.sqnr < rounding - MARGIN_DB:
                 found.append(
                     f"{output}: {rounding - output.sqnr:.0f} dB are lost to something other than "
-                    "rounding. If values are cut off at the ends of their ranges, calibrate with "
+                    "rounding; if values are cut off at the ends of their ranges, calibrate with "
                     "data like that; custom_quantizer.diagnose names the op"
                 )
             elif output.sqnr < DB_PER_BIT * self.bits:
                 found.append(
                     f"{output}: little is left of the signal, even for {self.bits} bits; "
-                    "custom_quantizer.diagnose names the ops that lose it. Give them more bits, or "
+                    "custom_quantizer.diagnose names the ops that lose it; give them more bits, or "
                     "leave them in float"
                 )
         return tuple(found)
@@ -182,9 +186,7 @@ class Fidelity:
         return {
             "samples": self.samples,
             "bits": self.bits,
-            "outputs": [
-                {k: _finite(v) for k, v in asdict(output).items()} for output in self.outputs
-            ],
+            "outputs": [finite(asdict(output)) for output in self.outputs],
             "warnings": list(self.warnings),
         }
 
@@ -196,11 +198,17 @@ class Fidelity:
         return "\n".join(map(str, self.outputs))
 
 
-def _db(value: float) -> str:
+def db_text(value: float) -> str:
+    """``42.0 dB``; ``without limit`` where there is no error."""
     return "without limit" if value == math.inf else f"{value:.1f} dB"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data with null for numbers that JSON does not have, such as an infinite SQNR."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -303,7 +311,7 @@ def check_prepared(
             )
     if isinstance(model, GraphModule) and _observers(model):
         raise InputError(
-            "the float graph has observers: prepare_pt2e changes the graph it is given. Pass the "
+            "the float graph has observers: prepare_pt2e changes the graph it is given; pass the "
             "ExportedProgram, or a copy that was made before"
         )
     calls = _first_calls(GraphInputs.of(prepared), data, samples)
@@ -334,7 +342,7 @@ def check_calls(
                 where = _first_wrong(prepared, captured, values) or f"output {index} ({name})"
                 raise VerificationError(
                     f"{where}: before any rounding the prepared graph does not compute what the "
-                    f"float model does ({difference} at output {index}). Pass the model that was "
+                    f"float model does ({difference} at output {index}); pass the model that was "
                     "prepared, in eval mode; if it is that, leave the op in float with "
                     "set_node_name, and please report the model"
                 )

@@ -23,7 +23,7 @@ from custom_quantizer.calibration.observers import ActivationObserver, WeightObs
 from custom_quantizer.calibration.run import GraphInputs
 from custom_quantizer.core.graph import size_bounds, state_of, tensor_meta
 from custom_quantizer.core.threads import tools
-from custom_quantizer.errors import CaptureError
+from custom_quantizer.errors import CaptureError, first_line
 
 __all__ = ["Rerun", "capture_like", "copied", "is_float", "rerun_in_float64"]
 
@@ -208,10 +208,9 @@ def capture_like(
             copy.deepcopy(model).eval(), args, kwargs, dynamic_shapes=shapes
         )
     except Exception as error:
-        text = (str(error).strip().splitlines() or [""])[0]
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}: {text}. Pass the captured graph "
-            "that was quantized"
+            f"torch.export cannot capture {type(model).__name__}: {first_line(error)}; pass the "
+            "captured graph that was quantized"
         ) from error
     return program.module()
 

@@ -10,7 +10,6 @@ tensor that is wrong.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from custom_quantizer.analysis.fidelity import Noise, db_text, finite
 from custom_quantizer.backends.xnnpack import LoweredProgram, lower
 from custom_quantizer.backends.xnnpack.checks import (
     differences,
@@ -31,7 +31,7 @@ from custom_quantizer.backends.xnnpack.checks import (
 from custom_quantizer.core.graph import module_path, state_kept, tensor_meta
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import CustomQuantizerError, InputError
-from custom_quantizer.reference import integer_reference
+from custom_quantizer.reference import IntegerReference, integer_reference
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
 __all__ = ["FirstDifference", "OutputCheck", "Verification", "random_like", "verify"]
@@ -49,8 +49,9 @@ class OutputCheck:
         max_abs: largest absolute difference.
         graph_mismatches: how many of the converted graph's (PyTorch) differ from the program's.
         graph_max_lsb: the largest of those differences in units.
-        sqnr_float: of the program against the float model, in dB; ``None`` without one.
-        sqnr_graph: of the program against the converted graph, in dB.
+        sqnr_float: of the program against the float model, in dB, infinite where they are equal;
+            ``None`` without one.
+        sqnr_graph: of the program against the converted graph, likewise.
     """
 
     index: int
@@ -109,9 +110,9 @@ class Verification:
         return self.constants_equal and all(output.mismatches == 0 for output in self.outputs)
 
     def to_json(self) -> str:
-        """All fields as JSON."""
-        record = asdict(self) | {"bit_exact": self.bit_exact, "version": 1}
-        return json.dumps(record, indent=2)
+        """All fields as JSON; null for the SQNR of an output without any error."""
+        record = finite(asdict(self)) | {"bit_exact": self.bit_exact, "version": 1}
+        return json.dumps(record, indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         lines = [f"bit-exact: {'yes' if self.bit_exact else 'NO'}"]
@@ -124,10 +125,10 @@ class Verification:
             graph_lsb = "" if out.graph_max_lsb is None else f" (up to {out.graph_max_lsb:g} LSB)"
             lines.append(
                 f"    PyTorch's converted graph: {out.graph_mismatches:,} differ{graph_lsb}, "
-                f"SQNR {out.sqnr_graph:.1f} dB"
+                f"SQNR {db_text(out.sqnr_graph)}"
             )
             if out.sqnr_float is not None:
-                lines.append(f"    float model: SQNR {out.sqnr_float:.1f} dB")
+                lines.append(f"    float model: SQNR {db_text(out.sqnr_float)}")
         if self.first is not None:
             lines.append(f"  first difference: {self.first}")
         lines += [f"  not bit-exact by design: {op}" for op in self.inexact_ops]
@@ -161,8 +162,8 @@ def verify(
     batches = list(_batches(inputs))
     if not batches:
         raise InputError("there are no inputs to verify on; pass at least one tuple of inputs")
-    reference = integer_reference(converted)
-    checks = [_Accumulator(i, scale) for i, scale in enumerate(output_scales(converted))]
+    reference = IntegerReference(graph)
+    checks = [_OutputStatistics(i, scale) for i, scale in enumerate(output_scales(converted))]
     lowered.reset()
     with exclusive(), torch.no_grad(), state_kept(converted), _state_kept(float_model):
         for batch in batches:
@@ -180,7 +181,7 @@ def verify(
     if found is not None:
         first = FirstDifference(found.node, _path(graph, found.node), found.what, found.detail)
     elif exact and any(output.mismatches for output in outputs):
-        first = _first_wrong_tensor(converted, batches)
+        first = _first_wrong_tensor(graph, batches)
     return Verification(outputs, found is None, exact, first, _inexact(graph, lowered))
 
 
@@ -229,10 +230,10 @@ def _inexact(graph: ConvertedGraph, lowered: LoweredProgram) -> tuple[str, ...]:
 
 
 def _first_wrong_tensor(
-    converted: GraphModule, batches: Sequence[tuple[Any, ...]]
+    graph: ConvertedGraph, batches: Sequence[tuple[Any, ...]]
 ) -> FirstDifference:
     """Lower the graph with every quantized tensor as an output and compare them in order."""
-    tapped, taps = instrumented(converted)
+    tapped, taps = instrumented(graph.model)
     flat = tuple(pytree.tree_leaves(batches[0]))
     try:
         program = lower(tapped, flat, check=False)
@@ -240,7 +241,6 @@ def _first_wrong_tensor(
     except CustomQuantizerError as error:
         return FirstDifference("", "", "unknown", f"the graph cannot be taken apart: {error}")
     want = pytree.tree_leaves(integer_reference(tapped)(*flat))
-    graph = read_converted(converted)
     for (name, scale), mine, theirs in zip(taps, want, got, strict=True):
         wrong = int((mine != theirs).sum())
         if wrong:
@@ -252,7 +252,7 @@ def _first_wrong_tensor(
     )
 
 
-class _Accumulator:
+class _OutputStatistics:
     """Statistics of one output over batches."""
 
     def __init__(self, index: int, scale: float | None) -> None:
@@ -260,7 +260,7 @@ class _Accumulator:
         self._scale = scale
         self._values = self._mismatches = self._graph_mismatches = 0
         self._max = self._graph_max = 0.0
-        self._power = {"float": [0.0, 0.0], "graph": [0.0, 0.0]}
+        self._graph, self._float = Noise(), Noise()
         self._has_float = False
 
     def add(self, got: Tensor, want: Tensor, eager: Tensor, real: Tensor | None) -> None:
@@ -270,14 +270,10 @@ class _Accumulator:
         if got.numel():
             self._max = max(self._max, float((got - want).abs().max()))
             self._graph_max = max(self._graph_max, float((got - eager).abs().max()))
-        self._record("graph", eager, got)
+        self._graph.add(eager, got)
         if real is not None:
             self._has_float = True
-            self._record("float", real, got)
-
-    def _record(self, name: str, signal: Tensor, got: Tensor) -> None:
-        self._power[name][0] += float(signal.double().square().sum())
-        self._power[name][1] += float((signal.double() - got.double()).square().sum())
+            self._float.add(real, got)
 
     def _lsb(self, difference: float) -> float | None:
         return None if self._scale is None else float(round(difference / self._scale))
@@ -291,13 +287,6 @@ class _Accumulator:
             self._max,
             self._graph_mismatches,
             self._lsb(self._graph_max),
-            sqnr_db(*self._power["float"]) if self._has_float else None,
-            sqnr_db(*self._power["graph"]),
+            self._float.ratio if self._has_float else None,
+            self._graph.ratio,
         )
-
-
-def sqnr_db(signal: float, noise: float) -> float:
-    """``10 log10(signal / noise)`` of two powers; 1000 dB stands for no noise at all."""
-    if noise == 0.0:
-        return 1000.0
-    return 10 * math.log10(signal / noise) if signal > 0 else -1000.0

@@ -514,7 +514,7 @@ def evaluate_command(
     source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
     if source.labels is None and model is None and len(programs) == 1:
         raise InputError(
-            f"{data} has no labels, so there is nothing to measure. Name folders by class, save "
+            f"{data} has no labels, so there is nothing to measure; name folders by class, save "
             "labels with the tensors, or pass a float --model to compare with"
         )
     from custom_quantizer.analysis.evaluation import evaluate
@@ -687,7 +687,7 @@ def _check_output(output: Path) -> None:
     folder = output.resolve().parent
     if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "is a directory" if output.is_dir() else f"cannot be made in {folder}"
-        raise InputError(f"{output} {why}. Name a file in a directory that exists and is writable")
+        raise InputError(f"{output} {why}; name a file in a directory that exists and is writable")
 
 
 _MOST_REPORT_BYTES = 2**28

@@ -76,13 +76,15 @@ class Preprocess:
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             sides = (size, size) if isinstance(size, int) else size
             if sides is not None and (len(sides) != 2 or min(sides) < 1):
-                raise InputError(f"{name}={size}: give one or two positive numbers of pixels.")
+                raise InputError(f"{name}={size}: give one or two positive numbers of pixels")
         if not self.mean or len(self.mean) != len(self.std):
             raise InputError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}: give one per channel."
+                f"mean has {len(self.mean)} values and std {len(self.std)}: give one per channel"
             )
         if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
-            raise InputError(f"mean={self.mean}, std={self.std}: finite, and std above 0, please.")
+            raise InputError(
+                f"mean={self.mean}, std={self.std}: both must be finite, and std above 0"
+            )
 
     def fit(self, image: Any) -> Any:
         """Resize and crop.
@@ -110,7 +112,7 @@ class Preprocess:
             if height < crop[0] or width < crop[1]:
                 raise InputError(
                     f"An image of {height}x{width} pixels is smaller than the crop "
-                    f"{crop[0]}x{crop[1]}. Resize to at least that, or crop less."
+                    f"{crop[0]}x{crop[1]}; resize to at least that, or crop less"
                 )
             image = F.center_crop(image, crop)
         return image
@@ -161,7 +163,7 @@ class DataSource:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise InputError(f"batch_size={self.batch_size}: it must be at least 1.")
+            raise InputError(f"batch_size={self.batch_size}: it must be at least 1")
 
     @classmethod
     def from_tensors(
@@ -191,7 +193,7 @@ class DataSource:
         """
         tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         if not tensors:
-            raise InputError(f"{name}: there is no input tensor.")
+            raise InputError(f"{name}: there is no input tensor")
         preprocess = preprocess or Preprocess()
         checked = tuple(
             _checked_input(tensor, f"{name}: input {index}", preprocess)
@@ -204,10 +206,10 @@ class DataSource:
         if len(set(lengths)) > 1:
             raise InputError(
                 f"{name}: inputs and labels have different numbers of examples: "
-                f"{', '.join(map(str, lengths))}."
+                f"{', '.join(map(str, lengths))}"
             )
         if count == 0:
-            raise InputError(f"{name}: there is no example in it.")
+            raise InputError(f"{name}: there is no example in it")
         return cls(
             name, batch_size, (), labels, torch.arange(count), _TensorReader(checked, preprocess)
         )
@@ -250,8 +252,8 @@ class DataSource:
         """
         if not 1 <= n <= self.num_examples:
             raise InputError(
-                f"{self.name}: cannot draw {n} of {self.num_examples} examples. Ask for 1 to "
-                f"{self.num_examples}."
+                f"{self.name}: cannot draw {n} of {self.num_examples} examples; ask for 1 to "
+                f"{self.num_examples}"
             )
         return self._take(_balanced_order(self.num_examples, self.labels, seed)[:n].sort().values)
 
@@ -337,18 +339,18 @@ def load_data(
         source = _image_source(path, preprocess, batch_size, split)
     elif suffix in _TENSOR_SUFFIXES:
         if split is not None:
-            raise InputError(f"{path}: split={split!r} is for folders and archives of images.")
+            raise InputError(f"{path}: split={split!r} is for folders and archives of images")
         inputs, labels = _named_tensors(read_tensor_file(path, "data", _TENSOR_SUFFIXES), path)
         source = DataSource.from_tensors(
             inputs, labels, batch_size=batch_size, preprocess=preprocess, name=str(path)
         )
     elif path.exists():
         raise InputError(
-            f"{path}: unknown kind of data. Name a folder or a .zip of images, or a file that "
-            f"ends in {', '.join(sorted(_TENSOR_SUFFIXES))}."
+            f"{path}: unknown kind of data; name a folder or a .zip of images, or a file that "
+            f"ends in {', '.join(sorted(_TENSOR_SUFFIXES))}"
         )
     else:
-        raise InputError(f"No file or folder {path}.")
+        raise InputError(f"No file or folder {path}")
     if limit is not None:
         source = source.subset(min(limit, source.num_examples), seed)
     return source.shuffled(seed) if shuffle else source
@@ -404,8 +406,8 @@ class _ImageReader:
                     if image.shape != first[1]:
                         raise InputError(
                             f"{self.root}: images differ in size: {name} has "
-                            f"{_pixels(image.shape)} pixels, {first[0]} has {_pixels(first[1])}. "
-                            "Resize and crop them, as in Preprocess(resize=256, crop=224)."
+                            f"{_pixels(image.shape)} pixels, {first[0]} has {_pixels(first[1])}; "
+                            "resize and crop them, as in Preprocess(resize=256, crop=224)"
                         )
                     images.append(image)
                 yield (self.preprocess.normalize(torch.stack(images)),)
@@ -420,16 +422,16 @@ class _ImageReader:
                 # Converting these would clip all above 255.
                 if image.mode.startswith(("I", "F")):
                     raise InputError(
-                        f"The pixels are not 8-bit (Pillow calls them {image.mode}). Convert the "
-                        "image, or save the data as float32 tensors."
+                        f"The pixels are not 8-bit (Pillow calls them {image.mode}); convert the "
+                        "image, or save the data as float32 tensors"
                     )
                 return cast(Tensor, F.pil_to_tensor(self.preprocess.fit(image.convert(mode))))
         except InputError as exc:
             raise InputError(f"{self.root}, image {printable(name)}: {exc}") from exc
         except Exception as exc:  # Pillow and zipfile raise a dozen kinds for a damaged file.
             raise InputError(
-                f"{self.root}, image {printable(name)}: it cannot be decoded ({described(exc)}). "
-                "Repair or remove it."
+                f"{self.root}, image {printable(name)}: it cannot be decoded ({described(exc)}); "
+                "repair or remove it"
             ) from exc
 
     def _open(self, archive: zipfile.ZipFile | None, name: str) -> IO[bytes]:
@@ -438,8 +440,8 @@ class _ImageReader:
         size = archive.getinfo(name).file_size
         if size > _MOST_IMAGE_BYTES:
             raise InputError(
-                f"It has {size:,} bytes unpacked, and at most {_MOST_IMAGE_BYTES:,} are read. "
-                "Make it smaller, or remove it."
+                f"It has {size:,} bytes unpacked, and at most {_MOST_IMAGE_BYTES:,} are read; "
+                "make it smaller, or remove it"
             )
         return archive.open(name)
 
@@ -449,8 +451,8 @@ class _ImageReader:
         if needed > limit:
             raise InputError(
                 f"{self.root}: a batch of {count} images of {_pixels(image.shape)} pixels takes "
-                f"{needed:,} bytes, more than half of the memory ({limit:,}). Resize and crop "
-                "them, as in Preprocess(resize=256, crop=224), or use smaller batches."
+                f"{needed:,} bytes, more than half of the memory ({limit:,}); resize and crop "
+                "them, as in Preprocess(resize=256, crop=224), or use smaller batches"
             )
 
 
@@ -467,8 +469,8 @@ def _open_image(file: IO[bytes]) -> Iterator[Image.Image]:
         most = Image.MAX_IMAGE_PIXELS
         if most is not None and image.width * image.height > most:
             raise InputError(
-                f"It has {image.height:,}x{image.width:,} pixels, and at most {most:,} are read. "
-                "Make it smaller, or, if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
+                f"It has {image.height:,}x{image.width:,} pixels, and at most {most:,} are read; "
+                "make it smaller, or, if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS"
             )
         yield image
 
@@ -478,8 +480,7 @@ def _image_source(
 ) -> DataSource:
     if len(preprocess.mean) not in (1, 3):
         raise InputError(
-            f"mean has {len(preprocess.mean)} values, but image files are read with 1 or 3 "
-            "channels."
+            f"mean has {len(preprocess.mean)} values, but image files are read with 1 or 3 channels"
         )
     if path.is_dir():
         # In the order of the names: the order of the file system is no order at all.
@@ -497,10 +498,10 @@ def _image_source(
     if not images:
         folders = sorted({name.split("/")[0] for name in names if "/" in name})
         where = f"{path}, folder {split}" if split else str(path)
-        hint = f" Folders there: {some(folders)}." if folders else ""
+        hint = f"; folders there: {some(folders)}" if folders else ""
         raise InputError(
-            f"There are no images in {where}.{hint} Files count that end in "
-            f"{', '.join(sorted(_IMAGE_SUFFIXES))}."
+            f"There are no images in {where}{hint}; files count that end in "
+            f"{', '.join(sorted(_IMAGE_SUFFIXES))}"
         )
     classes, labels = _classes([name.split("/")[:-1] for name in images], path)
     reader = _ImageReader(path, images, preprocess)
@@ -509,7 +510,7 @@ def _image_source(
 
 
 def _refuse_folder(exc: OSError) -> None:
-    raise InputError(f"Cannot list the folder {exc.filename}: {exc.strerror}.") from exc
+    raise InputError(f"Cannot list the folder {exc.filename}: {exc.strerror}") from exc
 
 
 def _is_image(name: str) -> bool:
@@ -531,14 +532,14 @@ def _classes(folders: list[list[str]], path: Path) -> tuple[tuple[str, ...], Ten
         return (), None
     if not all(folders):
         raise InputError(
-            f"{path} has images beside folders of images. Put each image into the folder of its "
-            "class, or all side by side."
+            f"{path} has images beside folders of images; put each image into the folder of its "
+            "class, or all side by side"
         )
     names = sorted({folder[0] for folder in folders})
     if _SPLITS.issuperset(name.lower() for name in names):
         raise InputError(
-            f"{path} holds several data sets, not classes: {some(names)}. Choose one with "
-            f"split, as in split={names[0]!r}."
+            f"{path} holds several data sets, not classes: {some(names)}; choose one with "
+            f"split, as in split={names[0]!r}"
         )
     indices = {name: index for index, name in enumerate(names)}
     return tuple(names), torch.tensor([indices[folder[0]] for folder in folders])
@@ -546,13 +547,13 @@ def _classes(folders: list[list[str]], path: Path) -> tuple[tuple[str, ...], Ten
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     if not path.exists():
-        raise InputError(f"No file {path}.")
+        raise InputError(f"No file {path}")
     check_regular(path, _MOST_ARCHIVE_BYTES)
     try:
         return zipfile.ZipFile(path)
     # Besides BadZipFile: NotImplementedError, struct.error, UnicodeDecodeError, ValueError.
     except Exception as exc:
-        raise InputError(f"{path} cannot be read as a .zip archive: {exc}.") from exc
+        raise InputError(f"{path} cannot be read as a .zip archive: {exc}") from exc
 
 
 def _pixels(shape: torch.Size) -> str:
@@ -583,13 +584,13 @@ def _checked_input(tensor: Tensor, where: str, preprocess: Preprocess) -> Tensor
     tensor = tensor.detach()
     kind = f"{where} is {str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
     if tensor.dim() == 0 or tensor.layout != torch.strided:
-        raise InputError(f"{kind} ({tensor.layout}): it must be dense, with the examples first.")
+        raise InputError(f"{kind} ({tensor.layout}): it must be dense, with the examples first")
     if tensor.dtype == torch.uint8:
         channels = len(preprocess.mean)
         if tensor.dim() != 4 or tensor.shape[1] != channels:
             raise InputError(
                 f"{kind}: uint8 means images of shape [N, {channels}, H, W] ({channels} channels, "
-                "as mean has values). Transpose them, or pass float32."
+                "as mean has values); transpose them, or pass float32"
             )
         return tensor
     if tensor.is_floating_point():
@@ -597,8 +598,8 @@ def _checked_input(tensor: Tensor, where: str, preprocess: Preprocess) -> Tensor
     if tensor.dtype in (torch.int32, torch.int64, torch.bool) and tensor.dim() < 4:
         return tensor
     raise InputError(
-        f"{kind}: no rule says how to scale that. Pass images as uint8 (scaled to [0, 1] and "
-        "normalized here) or as float32 (used as it is)."
+        f"{kind}: no rule says how to scale that; pass images as uint8 (scaled to [0, 1] and "
+        "normalized here) or as float32 (used as it is)"
     )
 
 
@@ -607,7 +608,7 @@ def _checked_labels(labels: Tensor, where: str) -> Tensor:
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or labels.dim() != 1:
         raise InputError(
             f"{where}: labels are {str(dtype).removeprefix('torch.')} of shape "
-            f"{list(labels.shape)}; they must be integer class indices of shape [N]."
+            f"{list(labels.shape)}; they must be integer class indices of shape [N]"
         )
     return labels.detach().to(torch.int64)
 
@@ -623,11 +624,11 @@ def _named_tensors(
         if len(tensors) == 2 and tensors[1].dim() == 1 and not tensors[1].is_floating_point():
             raise InputError(
                 f"{path}: is the second of the two tensors an input or the labels? Save "
-                "{'inputs': ..., 'labels': ...}."
+                "{'inputs': ..., 'labels': ...}"
             )
         return tensors, None
     if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds {type(content).__name__}, not tensors.")
+        raise InputError(f"{path} holds {type(content).__name__}, not tensors")
     named = {str(key): value for key, value in content.items()}
     label_key = _one_of(_LABEL_KEYS, named, path)
     labels = None if label_key is None else _tensors([named.pop(label_key)], path)[0]
@@ -642,23 +643,23 @@ def _named_tensors(
         if named and set(numbered) == set(named):
             return _tensors([named[key] for key in numbered], path), labels
     raise InputError(
-        f"{path}: cannot tell the inputs among {some(sorted(content))}. Name them "
+        f"{path}: cannot tell the inputs among {some(sorted(content))}; name them "
         f"{', '.join(_INPUT_KEYS)} or inputs.0, inputs.1, ..., the labels "
-        f"{', '.join(_LABEL_KEYS)}, and leave out the rest."
+        f"{', '.join(_LABEL_KEYS)}, and leave out the rest"
     )
 
 
 def _one_of(keys: Sequence[str], named: Mapping[str, object], path: Path) -> str | None:
     found = [key for key in keys if key in named]
     if len(found) > 1:
-        raise InputError(f"{path} has {' and '.join(found)}, which mean the same. Keep one.")
+        raise InputError(f"{path} has {' and '.join(found)}, which mean the same; keep one")
     return found[0] if found else None
 
 
 def _tensors(values: Sequence[object], path: Path) -> tuple[Tensor, ...]:
     for value in values:
         if not isinstance(value, Tensor):
-            raise InputError(f"{path} holds {type(value).__name__} where a tensor should be.")
+            raise InputError(f"{path} holds {type(value).__name__} where a tensor should be")
     return tuple(cast("Sequence[Tensor]", values))
 
 

@@ -208,7 +208,7 @@ def _make_directory(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"{output}: cannot make this directory ({error.strerror}). Choose another --output"
+            f"{output}: cannot make this directory ({error.strerror}); choose another --output"
         ) from error
 
 

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor, nn
 
 from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file, some
-from custom_quantizer.errors import InputError
+from custom_quantizer.errors import InputError, first_line
 
 __all__ = ["load_model", "load_weights"]
 
@@ -68,22 +68,22 @@ def load_model(spec: str, weights: StrPath | None = None, **kwargs: object) -> n
     left, colon, name = spec.rpartition(":")
     if not name or (colon and not left):
         raise InputError(
-            f"{spec!r} names no model. Write 'resnet18', 'package.module:function' or "
-            "'file.py:function'."
+            f"{spec!r} names no model; write 'resnet18', 'package.module:function' or "
+            "'file.py:function'"
         )
     published = weights is not None and not _is_weight_file(weights)
     if not colon or left == "torchvision":
         model = _torchvision_model(name, str(weights) if published else None, kwargs)
         if weights is None:
             warnings.warn(
-                f"{spec} has random weights: its accuracy means nothing. Pass weights= with a "
-                "file, or with a name such as 'DEFAULT' to download published ones.",
+                f"{spec} has random weights: its accuracy means nothing; pass weights= with a "
+                "file, or with a name such as 'DEFAULT' to download published ones",
                 stacklevel=2,
             )
     elif published:
         raise InputError(
-            f"No weights file {weights}. Names such as 'DEFAULT' exist for torchvision models "
-            f"only; for {spec} pass a .safetensors, .pt or .pth file."
+            f"No weights file {weights}; names such as 'DEFAULT' exist for torchvision models "
+            f"only; for {spec} pass a .safetensors, .pt or .pth file"
         )
     else:
         model = _user_model(spec, left, name, kwargs)
@@ -115,8 +115,8 @@ def load_weights(model: nn.Module, path: StrPath) -> None:
     ]
     if shapes:
         raise InputError(
-            f"{path} does not fit {type(model).__name__}: other shapes: {some(shapes)}. "
-            "Build the model as it was when the file was written."
+            f"{path} does not fit {type(model).__name__}: other shapes: {some(shapes)}; "
+            "build the model as it was when the file was written"
         )
     # Not strict=True: its message lists hundreds of keys when a file is of another network.
     try:
@@ -133,8 +133,8 @@ def load_weights(model: nn.Module, path: StrPath) -> None:
     ]
     if problems:
         raise InputError(
-            f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. "
-            "Pass the weights of this architecture, or build the model as they need it."
+            f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}; "
+            "pass the weights of this architecture, or build the model as they need it"
         )
 
 
@@ -148,18 +148,18 @@ def _torchvision_model(name: str, weights: str | None, kwargs: Mapping[str, obje
     names: list[str] = models.list_models()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"Did you mean {', '.join(near)}? " if near else ""
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise InputError(
-            f"torchvision has no model {name!r}. {hint}"
-            "For a model of your own write 'package.module:function' or 'file.py:function'."
+            f"torchvision has no model {name!r}{hint}; "
+            "for a model of your own write 'package.module:function' or 'file.py:function'"
         )
     chosen: Any = None
     if weights is not None:
         known: Any = models.get_model_weights(name)
         if weights not in known.__members__:
             raise InputError(
-                f"No weights file or published weights {weights!r} for {name}. Pass a "
-                f".safetensors, .pt or .pth file, or one of: {', '.join(known.__members__)}."
+                f"No weights file or published weights {weights!r} for {name}; pass a "
+                f".safetensors, .pt or .pth file, or one of: {', '.join(known.__members__)}"
             )
         chosen = known[weights]
     arguments: dict[str, object] = {"weights": chosen, **kwargs}
@@ -171,13 +171,14 @@ def _torchvision_model(name: str, weights: str | None, kwargs: Mapping[str, obje
         return builder(**arguments)
     except OSError as exc:  # URLError, timeouts and a cache that cannot be written
         if chosen is None:
-            raise InputError(f"Cannot build {name}: {exc}") from exc
+            raise InputError(f"Cannot build {name}: {first_line(exc)}") from exc
         raise InputError(
-            f"Cannot download the weights {weights} of {name} from {chosen.url}: {exc}. Without a "
-            "network, get that file elsewhere and pass its path as weights."
+            f"Cannot download the weights {weights} of {name} from {chosen.url}: "
+            f"{first_line(exc)}; without a "
+            "network, get that file elsewhere and pass its path as weights"
         ) from exc
     except (RuntimeError, TypeError, ValueError) as exc:
-        raise InputError(f"Cannot build {name} with {arguments}: {exc}") from exc
+        raise InputError(f"Cannot build {name} with {arguments}: {first_line(exc)}") from exc
 
 
 def _user_model(spec: str, left: str, name: str, kwargs: Mapping[str, object]) -> nn.Module:
@@ -190,27 +191,27 @@ def _user_model(spec: str, left: str, name: str, kwargs: Mapping[str, object]) -
         for part in name.split("."):
             if not hasattr(target, part):
                 near = difflib.get_close_matches(part, dir(target), n=3)
-                hint = f" Did you mean {', '.join(near)}?" if near else ""
-                raise InputError(f"{left} has no {name!r}, asked for by {spec!r}.{hint}")
+                hint = f"; did you mean {', '.join(near)}?" if near else ""
+                raise InputError(f"{left} has no {name!r}, asked for by {spec!r}{hint}")
             target = getattr(target, part)
         if isinstance(target, nn.Module):
             if kwargs:
                 raise InputError(
                     f"{spec} is a module, not a function: it takes no arguments, but got "
-                    f"{', '.join(kwargs)}."
+                    f"{', '.join(kwargs)}"
                 )
             return copy.deepcopy(target)
         if not callable(target):
             raise InputError(
-                f"{spec} is of type {type(target).__name__}. Name a function that returns an "
-                "nn.Module, a module class or a module."
+                f"{spec} is of type {type(target).__name__}; name a function that returns an "
+                "nn.Module, a module class or a module"
             )
         try:
             model = target(**kwargs)
         except Exception as exc:
             raise InputError(f"Calling {spec} failed: {described(exc)}") from exc
     if not isinstance(model, nn.Module):
-        raise InputError(f"{spec} returned {type(model).__name__}, not an nn.Module.")
+        raise InputError(f"{spec} returned {type(model).__name__}, not an nn.Module")
     return model
 
 
@@ -221,7 +222,7 @@ def _import_module(name: str) -> ModuleType:
         if exc.name is not None and (name == exc.name or name.startswith(exc.name + ".")):
             raise InputError(
                 f"There is no Python module {name!r}, neither installed nor below "
-                f"{Path.cwd()}. For a file write 'path/to/file.py:function'."
+                f"{Path.cwd()}; for a file write 'path/to/file.py:function'"
             ) from exc
         raise InputError(f"Importing {name} failed: {described(exc)}") from exc
     except Exception as exc:
@@ -230,12 +231,12 @@ def _import_module(name: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise InputError(f"No Python file {path}. Check the path before the colon.")
+        raise InputError(f"No Python file {path}; check the path before the colon")
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     name = f"_custom_quantizer_model_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise InputError(f"{path} is not a Python file: its name must end in .py.")
+        raise InputError(f"{path} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickle look their module up while it is being run.
     sys.modules[name] = module
@@ -265,12 +266,12 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             content = content[key]
             break
     if not isinstance(content, Mapping) or not content:
-        raise InputError(f"{path} holds no state dict. Write one with model.state_dict().")
+        raise InputError(f"{path} holds no state dict; write one with model.state_dict()")
     other = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if other:
         raise InputError(
-            f"{path} is no state dict: {some(other)} are not tensors. Save model.state_dict() "
-            f"alone, or under one of the keys {', '.join(_STATE_DICT_KEYS)}."
+            f"{path} is no state dict: {some(other)} are not tensors; save model.state_dict() "
+            f"alone, or under one of the keys {', '.join(_STATE_DICT_KEYS)}"
         )
     return dict(cast("Mapping[str, Tensor]", content))
 

@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from inspect import signature
@@ -28,7 +28,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationConfig
 from custom_quantizer.analysis.fidelity import Fidelity, FirstCalls, check_calls
 from custom_quantizer.app.saved_graph import serialize_graph
 from custom_quantizer.backends.xnnpack import LoweredProgram
-from custom_quantizer.backends.xnnpack import lower as lower_to_xnnpack
+from custom_quantizer.backends.xnnpack.lowering import lower_graph
 from custom_quantizer.calibration.run import CalibrationSummary, calibrate
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, sha256_of
 from custom_quantizer.core.files import json_bytes, new_directory, write_files_atomic
@@ -36,10 +36,17 @@ from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.core.threads import tools
-from custom_quantizer.errors import CaptureError, ConfigError, ConversionError, InputError
+from custom_quantizer.errors import (
+    CaptureError,
+    ConfigError,
+    ConversionError,
+    InputError,
+    first_line,
+)
 from custom_quantizer.planning.planner import Plan
 from custom_quantizer.planning.quantizer import IntegerQuantizer
-from custom_quantizer.report.record import Report, inspect
+from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.report.record import Report, report_of
 
 __all__ = [
     "RESULT_VERSION",
@@ -156,7 +163,7 @@ def save_result(
         if result.lowered is None:
             raise InputError(
                 f"{target}: there is no program to write, since quantize was called with "
-                "lower=False. Name a directory for the report alone, or lower the model"
+                "lower=False; name a directory for the report alone, or lower the model"
             )
         folder: AbstractContextManager[None] = nullcontext()
     else:
@@ -253,9 +260,10 @@ def quantize(
         fidelity = checked.compare(converted)
         for warning in fidelity.warnings:
             logger.warning("%s", warning)
-        lowered = lower_to_xnnpack(converted, example, progress=stage) if lower else None
+        graph = read_converted(converted)
+        lowered = lower_graph(graph, example, progress=stage) if lower else None
         stage("reporting")
-        report = inspect(converted, lowered)
+        report = report_of(graph, lowered)
     return QuantizationResult(
         exported, plan, summary, fidelity, converted, report, lowered, tuple(example_inputs)
     )
@@ -362,8 +370,8 @@ def _eval_copy(model: nn.Module) -> nn.Module:
         eager = copy.deepcopy(model, cast("dict[int, Any]", history)).eval()
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({_first_line(error)}), and the flow does "
-            "not change the module it is given. Pass torch.export.export(model.eval(), example)"
+            f"{type(model).__name__} cannot be copied ({first_line(error)}), and the flow does "
+            "not change the module it is given; pass torch.export.export(model.eval(), example)"
         ) from error
     training = sum(module.training for module in model.modules())
     if training:
@@ -420,29 +428,24 @@ def _refused(
             eager(*example)
     except Exception as own:
         return InputError(
-            f"{name} does not run on the example inputs ({_shapes(example)}): {_first_line(own)}. "
-            "Pass what its forward takes, batch first"
+            f"{name} does not run on the example inputs ({_shapes(example)}): {first_line(own)}; "
+            "pass what its forward takes, batch first"
         )
-    text = f"torch.export cannot capture {name}: {_first_line(error)}. "
+    text = f"torch.export cannot capture {name}: {first_line(error)}; "
     if dynamic and ("specialized" in str(error) or "Constraints violated" in str(error)):
         return CaptureError(
-            text + "Its code fixes the size of the batch, as x.view(8, -1) does; write "
+            text + "its code fixes the size of the batch, as x.view(8, -1) does; write "
             "x.flatten(1), or leave dynamic_batch off"
         )
     if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
         return CaptureError(
-            text + "It branches on the value of a tensor; use torch.where or torch.cond, or "
+            text + "it branches on the value of a tensor; use torch.where or torch.cond, or "
             "capture the part that does not"
         )
     return CaptureError(
-        text + "Make torch.export.export(model.eval(), example_inputs) work first; "
+        text + "make torch.export.export(model.eval(), example_inputs) work first; "
         "torch.export.draft_export lists everything in the way"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines: Callable[[], list[str]] = str(error).strip().splitlines
-    return f"{type(error).__name__}: {(lines() or [''])[0].rstrip('.')}"
 
 
 def _shapes(example: tuple[Any, ...]) -> str:

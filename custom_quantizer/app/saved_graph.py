@@ -71,7 +71,7 @@ def serialize_graph(
     except Exception as error:  # ours, pydantic's, or PyTorch's when the graph is run once
         why = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise ConversionError(
-            f"the graph cannot be saved in a file that holds no code: {why}. The program and its "
+            f"the graph cannot be saved in a file that holds no code: {why}; the program and its "
             "report do not need it; keep the graph in memory to verify the program"
         ) from error
     return data
@@ -102,18 +102,18 @@ def load_graph(path: str | os.PathLike[str]) -> tuple[GraphModule, tuple[Any, ..
     if recorded is not None and sha256_of(data) != recorded[1]:
         raise InputError(
             f"{where}: the file is damaged or was changed: {recorded[0].name} beside it has "
-            "another SHA-256. Copy both again, quantize the model again, or remove the report if "
+            "another SHA-256; copy both again, quantize the model again, or remove the report if "
             "it is of another graph"
         )
     try:
         model, example = build(*unpack(data))
     except FormatError as error:
         raise InputError(
-            f"{where}: {error}. `custom-quantizer quantize` writes a graph beside the program"
+            f"{where}: {error}; `custom-quantizer quantize` writes a graph beside the program"
         ) from error
     except Exception as error:  # PyTorch's own checks, behind all of ours
         raise InputError(
-            f"{where}: not a graph that can be built ({type(error).__name__}: {error}). "
+            f"{where}: not a graph that can be built ({type(error).__name__}: {error}); "
             "`custom-quantizer quantize` writes one beside the program"
         ) from error
     try:
@@ -122,7 +122,7 @@ def load_graph(path: str | os.PathLike[str]) -> tuple[GraphModule, tuple[Any, ..
         raise
     except Exception as error:  # arguments that fit the schema, and mean nothing
         raise InputError(
-            f"{where}: not a graph that can be quantized: {error}. `custom-quantizer quantize` "
+            f"{where}: not a graph that can be quantized: {error}; `custom-quantizer quantize` "
             "writes one beside the program"
         ) from error
     return model, example

@@ -30,9 +30,9 @@ def read_tensor_file(path: Path, kind: str, suffixes: frozenset[str]) -> object:
     """
     suffix = path.suffix.lower()
     if not path.exists():
-        raise InputError(f"No {kind} file {path}.")
+        raise InputError(f"No {kind} file {path}")
     if suffix not in suffixes:
-        raise InputError(f"{path}: {kind} files end in {', '.join(sorted(suffixes))}.")
+        raise InputError(f"{path}: {kind} files end in {', '.join(sorted(suffixes))}")
     limit = memory_limit()
     check_regular(path, limit)
     try:
@@ -52,9 +52,9 @@ def read_tensor_file(path: Path, kind: str, suffixes: frozenset[str]) -> object:
     except InputError as exc:
         raise InputError(f"{path}: {exc}") from exc
     except Exception as exc:  # Each of the four readers has its own kinds of errors.
-        hint = " Save tensors alone, not a pickled module or object arrays."
         raise InputError(
-            f"{path} cannot be read as {suffix}: {described(exc, 200)}.{hint}"
+            f"{path} cannot be read as {suffix}: {described(exc, 200)}; save tensors alone, not a "
+            "pickled module or object arrays"
         ) from exc
 
 
@@ -74,8 +74,8 @@ def _check_unpacked(archive: zipfile.ZipFile, limit: int) -> None:
     unpacked = sum(info.file_size for info in archive.infolist())
     if unpacked > limit:
         raise InputError(
-            f"It takes {unpacked:,} bytes unpacked, more than half of the memory ({limit:,}). "
-            "Split it, or read it yourself and pass parts to DataSource.from_tensors."
+            f"It takes {unpacked:,} bytes unpacked, more than half of the memory ({limit:,}); "
+            "split it, or read it yourself and pass parts to DataSource.from_tensors"
         )
 
 
@@ -87,24 +87,24 @@ def _read_npy(file: IO[bytes], size: int) -> np.ndarray[Any, Any]:
         (2, 0): np.lib.format.read_array_header_2_0,
     }.get(version)
     if read_header is None:
-        raise InputError(f"It is of version {version} of the .npy format, which is not read.")
+        raise InputError(f"It is of version {version} of the .npy format, which is not read")
     shape, fortran_order, dtype = read_header(file)
     if dtype.hasobject:
         raise InputError(
-            "It holds Python objects, which are pickled and could run code; they are not read. "
-            "Save arrays of numbers."
+            "It holds Python objects, which are pickled and could run code; they are not read; "
+            "save arrays of numbers"
         )
     count = math.prod(shape)
     if min(shape, default=0) < 0 or count * dtype.itemsize > size:
         raise InputError(
             f"Its header promises {count:,} elements of {dtype}, but the file has {size:,} bytes: "
-            "it is damaged. Save it again."
+            "it is damaged; save it again"
         )
     array = np.empty(count, dtype)
     data: Any = array.view(np.uint8)
     found = cast(io.BufferedIOBase, file).readinto(data) if count else 0
     if found < array.nbytes:
-        raise InputError("It ends before its last element: it is damaged. Save it again.")
+        raise InputError("It ends before its last element: it is damaged; save it again")
     return array.reshape(shape, order="F" if fortran_order else "C")
 
 

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from custom_quantizer.calibration.convergence import Settling
+from custom_quantizer.calibration.convergence import RangeConvergence
+from custom_quantizer.core.checkpoint import CheckpointFile, part_of
 from custom_quantizer.core.graph import set_state, state_buffers
-from custom_quantizer.core.tensor_file import DamagedFileError, read_tensors, write_tensors
 from custom_quantizer.errors import CalibrationError
 
 __all__ = ["Checkpoint", "Position"]
 
-_FORMAT = "custom_quantizer.calibration.run"
-_VERSION = "2"
+_FORMAT = "custom_quantizer.calibration"
 _LAST_CHANGE = "last_change"
 _STATE = "state."
 _OBSERVER = "activation_post_process"
@@ -58,6 +57,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], prepared: GraphModule) -> None:
         self.path = path
+        self._file = CheckpointFile(path, _FORMAT, "a calibration", "calibrate", CalibrationError)
         self._observers = {
             name: module for name, module in prepared.named_children() if name.startswith(_OBSERVER)
         }
@@ -65,66 +65,36 @@ class Checkpoint:
         self._prepared = prepared
         self._data: str | None = None
 
-    def resume(self, settling: Settling) -> Position:
+    def resume(self, convergence: RangeConvergence) -> Position:
         """Load what the file holds into the graph; nothing where there is no file.
 
         Raises:
             CalibrationError: it is of another model, of another version, or no checkpoint.
             InputError: it cannot be read.
         """
-        if not os.path.exists(self.path):
+        found = self._file.read(
+            {"model": (self._model, "another model, of other weights or of other schemes")}
+        )
+        if found is None:
             return Position()
-        try:
-            tensors, metadata, sealed = read_tensors(self.path)
-        except DamagedFileError as error:
-            raise CalibrationError(
-                f"{self.path} is no checkpoint of a calibration, or is damaged ({error}). Remove "
-                "it to calibrate from the beginning"
-            ) from error
-        if metadata.get("format") != _FORMAT:
-            raise CalibrationError(f"{self.path} is no checkpoint of a calibration; name another")
-        if metadata.get("version") not in ("1", _VERSION) or sealed != (
-            metadata["version"] == _VERSION
-        ):
-            raise CalibrationError(
-                f"{self.path} is a checkpoint of version {metadata.get('version')}; this package "
-                f"reads version {_VERSION}. Remove it to calibrate from the beginning"
-            )
-        if metadata.get("model") != self._model:
-            raise CalibrationError(
-                f"{self.path} is a checkpoint of another model, of other weights or of other "
-                "schemes. Remove it to calibrate from the beginning, or name another file"
-            )
-        try:
-            return self._load(tensors, metadata, settling)
-        # A file of version 1 may hold anything; one of version 2 is what save() wrote.
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CalibrationError(
-                f"{self.path} is a damaged checkpoint ({error}). Remove it to calibrate from the "
-                "beginning"
-            ) from error
+        with self._file.loading():
+            return self._load(*found, convergence)
 
     def _load(
-        self, tensors: dict[str, Tensor], metadata: dict[str, str], settling: Settling
+        self, tensors: dict[str, Tensor], metadata: dict[str, str], convergence: RangeConvergence
     ) -> Position:
         position = Position(**json.loads(metadata["position"]))
         states: list[tuple[nn.Module, dict[str, Tensor]]] = []
         for key, observer in self._observers.items():
-            prefix = f"{key}."
-            state = {
-                name.removeprefix(prefix): value
-                for name, value in tensors.items()
-                if name.startswith(prefix)
-            }
+            state = part_of(tensors, f"{key}.")
             for name, value in observer.state_dict().items():
                 if name in state and state[name].dtype != value.dtype:
                     raise ValueError(f"{key}.{name} is {state[name].dtype}, not {value.dtype}")
             states.append((observer, state))
         for observer, state in states:
             observer.load_state_dict(state)
-        state = {n.removeprefix(_STATE): v for n, v in tensors.items() if n.startswith(_STATE)}
-        set_state(self._prepared, state)
-        settling.restart(tensors[_LAST_CHANGE])
+        set_state(self._prepared, part_of(tensors, _STATE))
+        convergence.restart(tensors[_LAST_CHANGE])
         self._data = metadata["data"]
         return position
 
@@ -137,32 +107,30 @@ class Checkpoint:
         fingerprint = _fingerprint(value for value in values if isinstance(value, Tensor))
         if self._data is not None and self._data != fingerprint:
             raise CalibrationError(
-                f"{self.path} was begun with other data: the first batch is not the same. Give the "
+                f"{self.path} was begun with other data: the first batch is not the same; give the "
                 "same data in the same batches and order (a DataLoader must not shuffle, or "
                 "shuffle with a seed), or remove the file to calibrate from the beginning"
             )
         self._data = fingerprint
 
-    def save(self, position: Position, settling: Settling) -> None:
+    def save(self, position: Position, convergence: RangeConvergence) -> None:
         """Write the state of all observers in one step.
 
         Raises:
             InputError: the file cannot be written.
         """
-        tensors = {_LAST_CHANGE: settling.last_change}
+        tensors = {_LAST_CHANGE: convergence.last_change}
         for key, observer in self._observers.items():
             for name, value in observer.state_dict().items():
                 tensors[f"{key}.{name}"] = value
         for name, value in state_buffers(self._prepared).items():
             tensors[_STATE + name] = value
         metadata = {
-            "format": _FORMAT,
-            "version": _VERSION,
             "model": self._model,
             "data": self._data or "",
             "position": json.dumps(asdict(position)),
         }
-        write_tensors(self.path, tensors, metadata)
+        self._file.write(tensors, metadata)
 
 
 def _fingerprint_of_model(prepared: GraphModule, observers: dict[str, nn.Module]) -> str:

@@ -1,4 +1,4 @@
-"""Watching ranges settle: which batch moved a range last, and how one tensor's scale develops."""
+"""Convergence of ranges: which batch moved a range last, and how one tensor's scale develops."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from custom_quantizer.ops.rewrites.training_graph import planned_tensor
 
 __all__ = [
     "ObservedTensor",
-    "Settling",
-    "TensorSettled",
+    "RangeConvergence",
+    "TensorConvergence",
     "WatchPoint",
     "observed_tensors",
     "plot_watched",
@@ -54,7 +54,7 @@ class ObservedTensor:
 
 
 @dataclass(frozen=True)
-class TensorSettled:
+class TensorConvergence:
     """The range of a tensor after calibration.
 
     Attributes:
@@ -124,7 +124,7 @@ def _has_range(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, end, None), Tensor) for end in ("min_val", "max_val"))
 
 
-class Settling:
+class RangeConvergence:
     """Notes after each batch which ranges moved.
 
     Args:
@@ -160,11 +160,11 @@ class Settling:
         self._ends = self._read()
         self.last_change = last_change.clone()
 
-    def tensors(self) -> tuple[TensorSettled, ...]:
+    def tensors(self) -> tuple[TensorConvergence, ...]:
         """All tensors that have a range."""
         low, high = self._ends.tolist() if self._observed else ([], [])
         return tuple(
-            TensorSettled(t.name, t.path, low[i], high[i], int(self.last_change[i]))
+            TensorConvergence(t.name, t.path, low[i], high[i], int(self.last_change[i]))
             for i, t in enumerate(self._observed)
             if low[i] <= high[i]
         )

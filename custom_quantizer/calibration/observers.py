@@ -131,7 +131,7 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
             bad = values[~torch.isfinite(values)]
             raise CalibrationError(
                 f"{self.name}: {bad.numel()} of {x.numel()} values are not finite (the first is "
-                f"{float(bad[0])}). Check the calibration data and the ops before this one"
+                f"{float(bad[0])}); check the calibration data and the ops before this one"
             )
         self._solved = None
         self._extend(low, high)
@@ -210,7 +210,7 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
         """
         if self.count == 0:
             raise CalibrationError(
-                f"{self.name} never saw data, so it has no range. Run the prepared model on "
+                f"{self.name} never saw data, so it has no range; run the prepared model on "
                 "calibration data before convert_pt2e (custom_quantizer.calibrate does)"
             )
         # Conversion asks several times, and some observers search.
@@ -517,7 +517,7 @@ def _input_bits(model: GraphModule, binding: Binding) -> int:
     """Width of the op's activation, whether already converted or not."""
     (source,) = binding.inputs
     if is_dequantize(source):
-        return qparams_of(model, source).quant_max.bit_length() + 1
+        return qparams_of(model, source).bits
     observer = _observer_of(model, source)
     return int(getattr(observer, "quant_max", 127)).bit_length() + 1
 

@@ -23,8 +23,8 @@ from torch.fx import GraphModule
 
 from custom_quantizer.calibration.checkpoint import Checkpoint, Position
 from custom_quantizer.calibration.convergence import (
-    Settling,
-    TensorSettled,
+    RangeConvergence,
+    TensorConvergence,
     WatchPoint,
     observed_tensors,
     plot_watched,
@@ -32,14 +32,15 @@ from custom_quantizer.calibration.convergence import (
 from custom_quantizer.core.batch import Batch
 from custom_quantizer.core.graph import STATE_KEY, set_state, size_bounds, state_kept, tensor_meta
 from custom_quantizer.core.progress import track
+from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
-from custom_quantizer.errors import CalibrationError, CustomQuantizerError
+from custom_quantizer.errors import CalibrationError, CustomQuantizerError, first_line
 
 __all__ = [
     "CalibrationSummary",
     "GraphInput",
     "GraphInputs",
-    "TensorSettled",
+    "TensorConvergence",
     "WatchPoint",
     "calibrate",
     "restore_state",
@@ -67,7 +68,7 @@ class CalibrationSummary:
     batches: int
     rebatched: bool = False
     unused: int = 0
-    tensors: tuple[TensorSettled, ...] = field(default=(), compare=False)
+    tensors: tuple[TensorConvergence, ...] = field(default=(), compare=False)
     watched: tuple[WatchPoint, ...] = field(default=(), compare=False)
     resumed: int = field(default=0, compare=False)
 
@@ -87,17 +88,13 @@ class CalibrationSummary:
                 text += f" ({moving} of {len(self.tensors)} still moved: more data may help)"
         return text
 
-    def settling(self) -> str:
-        """A table: tensor, range, last batch that moved it; those that settled last come first."""
+    def convergence(self) -> str:
+        """A table of tensor, range and last batch that moved it, the last to converge first."""
         rows = [("tensor", "minimum", "maximum", "last moved in batch")]
         for tensor in sorted(self.tensors, key=lambda tensor: -tensor.last_change):
             last = f"{tensor.last_change:,} of {self.batches:,}"
             rows.append((tensor.name, f"{tensor.low:.5g}", f"{tensor.high:.5g}", last))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join(
-            "  ".join((row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 4))))
-            for row in rows
-        )
+        return "\n".join(table_lines(rows))
 
     def plot_watch(self, path: str | os.PathLike[str]) -> None:
         """Draw range and scale of the watched tensors over the batches; needs matplotlib.
@@ -138,7 +135,7 @@ def calibrate(
             batch is a tensor; a tuple or list of what the graph takes; a dictionary by argument
             name; or a pair of any of these and labels.
         limit: use at most that many samples, the first ones.
-        watch: print range, scale and zero point of a tensor after each batch, to see it settle:
+        watch: print range, scale and zero point of a tensor after each batch, to see it converge:
             the name of its node in the graph, or the path of the module it comes from; globs
             select several.
         checkpoint: a file that keeps what was measured. If it exists, calibration goes on where
@@ -200,9 +197,9 @@ def _calibrate(
     graph = GraphInputs.of(prepared)
     queue = SampleQueue(graph)
     observed = observed_tensors(prepared)
-    settling = Settling(observed, watch)
+    convergence = RangeConvergence(observed, watch)
     file = None if checkpoint is None else Checkpoint(checkpoint, prepared)
-    done = Position() if file is None else file.resume(settling)
+    done = Position() if file is None else file.resume(convergence)
     seen = done.seen
     calls, samples, rebatched, skip = done.batches, done.samples, done.rebatched, done.samples
     passed = 0
@@ -229,9 +226,9 @@ def _calibrate(
             _run(prepared, graph, call, where)
             calls += 1
             samples += taken
-            settling.note(calls, samples)
+            convergence.note(calls, samples)
             if file is not None and calls % checkpoint_every == 0:
-                file.save(Position(samples, calls, rebatched, seen), settling)
+                file.save(Position(samples, calls, rebatched, seen), convergence)
         if limit is not None and passed >= limit:
             break
     if skip:
@@ -241,24 +238,24 @@ def _calibrate(
         )
     if not seen:
         raise CalibrationError(
-            "the calibration data holds no sample, so no range can be measured. Pass at least one "
+            "the calibration data holds no sample, so no range can be measured; pass at least one "
             "batch; a generator that was used up before is empty"
         )
     if not calls:
         raise CalibrationError(
             f"the calibration data holds {seen} samples, but the graph takes batches of "
-            f"{queue.smallest}. Pass more data, or capture the model with a smaller or dynamic "
+            f"{queue.smallest}; pass more data, or capture the model with a smaller or dynamic "
             "batch"
         )
     if file is not None and calls != done.batches:
-        file.save(Position(samples, calls, rebatched, seen), settling)
+        file.save(Position(samples, calls, rebatched, seen), convergence)
     summary = CalibrationSummary(
         samples,
         calls,
         rebatched,
         seen - samples,
-        settling.tensors(),
-        tuple(settling.points),
+        convergence.tensors(),
+        tuple(convergence.points),
         done.samples,
     )
     if summary.unused:
@@ -304,10 +301,8 @@ def _run(prepared: GraphModule, graph: GraphInputs, values: list[Any], where: st
     except CustomQuantizerError as error:
         raise CalibrationError(f"{where}: {error}") from error
     except Exception as error:
-        text = str(error).strip().splitlines() or [""]
         raise CalibrationError(
-            f"{where}: the prepared graph failed with {type(error).__name__}: {text[0]}. The graph "
-            f"takes {graph}"
+            f"{where}: the prepared graph failed with {first_line(error)}; the graph takes {graph}"
         ) from error
 
 
@@ -427,13 +422,13 @@ class GraphInputs:
         """
         values = self._sorted(batch)
         if isinstance(values, str):
-            raise CalibrationError(f"{where} {values}. The graph takes {self}")
+            raise CalibrationError(f"{where} {values}; the graph takes {self}")
         sizes = set()
         for entry, value in zip(self.inputs, values, strict=True):
             problem = entry.problem(value, first=int(self.batch is not None))
             if problem is not None:
                 raise CalibrationError(
-                    f"{where}: input {entry.name} {problem}. The graph takes {self}"
+                    f"{where}: input {entry.name} {problem}; the graph takes {self}"
                 )
             if entry.is_batched:
                 sizes.add(len(value))

@@ -50,7 +50,7 @@ __all__ = [
     "statistics_of",
 ]
 
-FORMAT = "custom_quantizer.calibration.statistics"
+FORMAT = "custom_quantizer.statistics"
 """Key of the version in the metadata of a statistics file."""
 
 FORMAT_VERSION = 2
@@ -332,7 +332,7 @@ def merge_statistics(sources: Iterable[Source]) -> ModelStatistics:
             names = {f"{'+'.join(tensors)} ({kind})" for tensors, kind in different}
             raise CalibrationError(
                 f"source {index} and source 0 recorded different things: only one of them has "
-                f"{_listed(names)}. Merge statistics of the same model, prepared with the same "
+                f"{_listed(names)}; merge statistics of the same model, prepared with the same "
                 "schemes"
             )
         for key, entry in given.items():
@@ -366,7 +366,7 @@ def load_statistics(prepared: GraphModule, source: Source) -> None:
         )
         raise CalibrationError(
             f"the statistics do not fit the graph: {len(missing)} of its {len(needed)} observed "
-            f"tensors are missing: {_listed(missing)}{examples}. Load statistics of the same "
+            f"tensors are missing: {_listed(missing)}{examples}; load statistics of the same "
             "model, or calibrate again"
         )
     found = [given.for_tensors(o.tensors, o.observer.kind) for o in observers]
@@ -416,8 +416,8 @@ def read_statistics(path: str | os.PathLike[str]) -> ModelStatistics:
     counted = sum(key.endswith("/counts/counts") for key in tensors)
     if counted > MOST_COUNTED:
         raise InputError(
-            f"{path} has {counted:,} entries with counts, and at most {MOST_COUNTED:,} are read. "
-            "Check that it is the right file"
+            f"{path} has {counted:,} entries with counts, and at most {MOST_COUNTED:,} are read; "
+            "check that it is the right file"
         )
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -442,7 +442,7 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str], sea
     if int(version) > FORMAT_VERSION:
         raise InputError(
             f"{path} has version {version} of the format; this installation reads up to "
-            f"{FORMAT_VERSION}. Update custom_quantizer"
+            f"{FORMAT_VERSION}; update custom_quantizer"
         )
     if sealed != (int(version) > 1):
         raise InputError(
@@ -555,7 +555,7 @@ def _check_ranks(observers: tuple[Observed, ...], group: distributed.ProcessGrou
         if [entry[:2] for entry in theirs] != [entry[:2] for entry in every[0]]:
             differing = {f"{n} ({k})" for n, k, _ in {*theirs} ^ {*every[0]}}
             raise CalibrationError(
-                f"rank {rank} and rank 0 observe different tensors: {_listed(differing)}. Prepare "
+                f"rank {rank} and rank 0 observe different tensors: {_listed(differing)}; prepare "
                 "the same model with the same schemes on all ranks"
             )
         for name, kind, was_reduced in theirs:

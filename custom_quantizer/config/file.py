@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import (
@@ -46,7 +46,11 @@ from custom_quantizer.config.located import (
 from custom_quantizer.config.rules import Config, Rule, Scope, nearest, operator_names
 from custom_quantizer.core.files import write_text_atomic
 from custom_quantizer.core.schemes import (
+    FORMAT_PATTERN,
     OBSERVERS,
+    PERCENTILE_PATTERN,
+    SCHEME_PATTERN,
+    SUFFIXES,
     Granularity,
     OpScheme,
     TensorScheme,
@@ -70,23 +74,6 @@ MOST_FORMATS = 1_000
 _BEGIN = f"begin with `version: {FORMAT_VERSION}`"
 
 # -- names of schemes and formats ---------------------------------------------------------------
-
-_BITS = r"([2-9]|1[0-6])"
-_PERCENTILE = r"percentile[0-9]+(\.[0-9]+)?"
-_COMMON_SUFFIXES = ("symmetric", "narrow", *OBSERVERS, "lsq_activations")
-_SCHEME_SUFFIXES = (
-    "per_tensor",
-    "per_channel",
-    "full",
-    "biasfloat",
-    "lsq_weights",
-    *_COMMON_SUFFIXES,
-)
-_SCHEME_PATTERN = (
-    rf"^(a{_BITS}|dyn8)w{_BITS}(g[1-9][0-9]*)?"
-    rf"(-({'|'.join(_SCHEME_SUFFIXES)}|{_PERCENTILE}|bias([4-9]|[12][0-9]|3[0-2])))*$"
-)
-_FORMAT_PATTERN = rf"^a{_BITS}(-({'|'.join(_COMMON_SUFFIXES)}|{_PERCENTILE}))*$"
 
 _COMMON_SCHEMES = (
     *("a8w8", "a8w8-per_tensor", "a8w4", "a8w2", "a4w4", "a16w8", "a16w16"),
@@ -120,22 +107,23 @@ def _scheme_hint(name: str) -> str:
         if word in ("per_group", "pergroup"):  # a group has a size
             parts[0] += "g32"
             continue
-        parts += difflib.get_close_matches(word, _SCHEME_SUFFIXES, n=1, cutoff=0.75) or [word]
+        parts += difflib.get_close_matches(word, SUFFIXES, n=1, cutoff=0.75) or [word]
     meant = "-".join(parts)
-    legal = meant != name and re.fullmatch(_SCHEME_PATTERN, meant) is not None
-    return f"; did you mean {meant}?" if legal else ""
+    try:
+        scheme(meant)
+    except SchemeError:
+        return ""
+    return f"; did you mean {meant}?" if meant != name else ""
 
 
 def _parse_format(name: str) -> TensorScheme:
     """Parse ``a8``, ``a16-histogram``; an error also says what it may have been meant to be."""
-    if re.fullmatch(_FORMAT_PATTERN, name) is None:
+    try:
+        return activation_scheme(name)
+    except SchemeError as exc:
         half = re.match(r"a\d+(?=w\d)", name)
         hint = f"; did you mean {half[0]}?" if half else nearest(name, ("a4", "a8", "a16"))
-        raise SchemeError(
-            f"{name!r} is no format of activations; a format is a<bits>, 2 to 16 bits, then any "
-            f"of {', '.join(f'-{suffix}' for suffix in _COMMON_SUFFIXES)}{hint}"
-        )
-    return activation_scheme(name)
+        raise SchemeError(f"{exc}{hint}") from None
 
 
 def _format_name(fmt: TensorScheme) -> str:
@@ -167,25 +155,28 @@ def _problem(exc: ConfigError) -> PydanticCustomError:
     return PydanticCustomError("custom_quantizer", "{text}", {"text": str(exc)})
 
 
-def _checked_by(parse: Callable[[str], object]) -> AfterValidator:
-    """Text that ``parse`` accepts; its error becomes the error of the field."""
+def _parsed_by(parse: Callable[[Any], object]) -> AfterValidator:
+    """The value is what ``parse`` makes of it; its error becomes the error of the field."""
 
-    def check(text: str) -> str:
+    def parsed(value: Any) -> object:
         try:
-            parse(text)
+            return parse(value)
         except ConfigError as exc:
             raise _problem(exc) from None
-        return text
 
-    return AfterValidator(check)
+    return AfterValidator(parsed)
 
 
-def _parse_observer(name: str) -> None:
-    if name not in OBSERVERS and re.fullmatch(_PERCENTILE, name) is None:
-        raise ConfigError(
-            f"unknown observer {name!r}; legal: {', '.join(OBSERVERS)}{nearest(name, OBSERVERS)}"
-        )
-    observer_name(name)
+def _parse_observer(name: str) -> str:
+    try:
+        return observer_name(name)
+    except SchemeError as exc:
+        raise ConfigError(f"{exc}{nearest(name, OBSERVERS)}") from None
+
+
+def _check_operator(name: str) -> str:
+    operator_names(name)
+    return name
 
 
 def _check_bias(value: object) -> object:
@@ -259,13 +250,13 @@ class SchemeOptions(_Model):
             ]
         },
     )
-    observer: Annotated[str, _checked_by(_parse_observer)] = Field(
+    observer: Annotated[str, _parsed_by(_parse_observer)] = Field(
         OBSERVERS[0],
         description="Which statistics decide the range of activations.",
         json_schema_extra={
             "anyOf": [
                 {"enum": list(OBSERVERS)},
-                {"title": "`percentile99.9` and the like", "pattern": f"^{_PERCENTILE}$"},
+                {"title": "`percentile99.9` and the like", "pattern": f"^{PERCENTILE_PATTERN}$"},
             ]
         },
     )
@@ -282,32 +273,24 @@ class SchemeOptions(_Model):
         given = {key: getattr(self, key) for key in self.model_fields_set - own}
         return scheme(f"{kind}{self.activations}w{self.weights}", **given)
 
-    @model_validator(mode="after")
-    def _is_legal(self) -> SchemeOptions:
-        try:
-            self.to_scheme()
-        except ConfigError as exc:
-            raise _problem(exc) from None
-        return self
-
 
 _SchemeValue = (
     Annotated[
         Annotated[
             str,
-            _checked_by(_parse_scheme),
+            _parsed_by(_parse_scheme),
             WithJsonSchema(
                 {
                     "title": "scheme name",
                     "anyOf": [
                         {"enum": list(_COMMON_SCHEMES)},
-                        {"type": "string", "pattern": _SCHEME_PATTERN},
+                        {"type": "string", "pattern": SCHEME_PATTERN},
                     ],
                 }
             ),
             Tag("name"),
         ]
-        | Annotated[SchemeOptions, Tag("mapping")],
+        | Annotated[SchemeOptions, _parsed_by(SchemeOptions.to_scheme), Tag("mapping")],
         Discriminator(
             _kind, custom_error_type="scheme_kind", custom_error_message="neither name nor mapping"
         ),
@@ -317,8 +300,8 @@ _SchemeValue = (
 _Name = Annotated[str, Field(min_length=1)]
 _Format = Annotated[
     str,
-    _checked_by(_parse_format),
-    WithJsonSchema({"title": "activation format", "type": "string", "pattern": _FORMAT_PATTERN}),
+    _parsed_by(_parse_format),
+    WithJsonSchema({"title": "activation format", "type": "string", "pattern": FORMAT_PATTERN}),
 ]
 _Formats = Annotated[
     Annotated[_Format, Tag("name")]
@@ -357,7 +340,7 @@ class RuleEntry(_Model):
         "Qualified name of a module class; ops captured anywhere inside such modules.",
         "torch.nn.modules.conv.Conv2d",
     )
-    operator_type: Annotated[_Name, _checked_by(operator_names)] = _selector(
+    operator_type: Annotated[_Name, _parsed_by(_check_operator)] = _selector(
         "An aten overload.", "aten.linear.default"
     )
     scheme: _SchemeValue = Field(
@@ -477,30 +460,32 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
 def _to_config(file: ConfigFile, document: Document) -> Config:
     rules: list[Rule] = []
     if "global_" in file.model_fields_set:
-        rules.append(Rule(Scope.GLOBAL, "", _to_scheme(file.global_), document.source(("global",))))
+        rules.append(
+            Rule(
+                Scope.GLOBAL,
+                "",
+                cast("OpScheme | None", file.global_),
+                document.source(("global",)),
+            )
+        )
     for index, entry in enumerate(file.rules):
         (selector,) = entry.model_fields_set - {"scheme"}
         line = document.source(("rules", index))
         key: str = getattr(entry, selector)
-        rules.append(Rule(_SELECTORS[selector], key, _to_scheme(entry.scheme), line))
+        rules.append(Rule(_SELECTORS[selector], key, cast("OpScheme | None", entry.scheme), line))
     config = Config(rules)
     for kind, given, target in (
         ("inputs", file.inputs, config.inputs),
         ("outputs", file.outputs, config.outputs),
     ):
-        for name, fmt in ({"*": given} if isinstance(given, str) else given).items():
-            target[name] = activation_scheme(fmt)
+        formats = given if isinstance(given, dict) else {"*": given}
+        for name, fmt in cast("dict[str, TensorScheme]", formats).items():
+            target[name] = fmt
             # Without a mapping this is the line of the key itself.
             line = document.source((kind, name))
             if line is not None:
                 config.io_sources[kind, name] = line
     return config
-
-
-def _to_scheme(value: str | SchemeOptions | None) -> OpScheme | None:
-    if value is None:
-        return None
-    return scheme(value) if isinstance(value, str) else value.to_scheme()
 
 
 def _check_version(document: Document) -> None:

@@ -241,7 +241,7 @@ def _missing(path: Path) -> InputError:
     try:
         there = [other.name for other in path.parent.iterdir() if _is_config(other)]
     except (OSError, ValueError):
-        return InputError(f"Cannot read {path}: there is no directory {path.parent}.")
+        return InputError(f"Cannot read {path}: there is no directory {path.parent}")
     return InputError(f"Cannot read {path}: there is no such file{nearest(path.name, there)}")
 
 

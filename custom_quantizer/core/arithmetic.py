@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from custom_quantizer.core.formats import signed_bits
 from custom_quantizer.errors import InputError, SchemeError
 
 __all__ = [
@@ -114,19 +115,19 @@ class QParams:
         for name in ("zero_point", "quant_min", "quant_max"):
             value: object = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise SchemeError(f"QParams.{name} must be an int, got {value!r}.")
+                raise SchemeError(f"QParams.{name} must be an int, got {value!r}")
         if not INT32[0] <= self.quant_min <= self.zero_point <= self.quant_max <= INT32[1]:
             raise SchemeError(
                 "QParams needs -2**31 <= quant_min <= zero_point <= quant_max < 2**31, got "
-                f"[{self.quant_min}, {self.quant_max}] with zero point {self.zero_point}."
+                f"[{self.quant_min}, {self.quant_max}] with zero point {self.zero_point}"
             )
         if isinstance(self.scale, Tensor):
             if self.axis is None:
-                raise SchemeError("QParams with a scale per channel needs an axis.")
+                raise SchemeError("QParams with a scale per channel needs an axis")
             object.__setattr__(self, "scale", _checked_scales(self.scale))
         else:
             if self.axis is not None:
-                raise SchemeError(f"QParams.axis is {self.axis}, but the scale is one number.")
+                raise SchemeError(f"QParams.axis is {self.axis}, but the scale is one number")
             object.__setattr__(self, "scale", checked_scale(self.scale, "QParams.scale"))
 
     def __eq__(self, other: object) -> bool:
@@ -149,6 +150,11 @@ class QParams:
         """The number of stored integers."""
         return self.quant_max - self.quant_min + 1
 
+    @property
+    def bits(self) -> int:
+        """Width of the stored integers, as signed ones."""
+        return signed_bits(self.quant_min, self.quant_max)
+
     def same_grid(self, other: QParams) -> bool:
         """Whether equal integers stand for equal reals: same scale and zero point, any range."""
         mine, theirs = self._key(), other._key()
@@ -158,11 +164,11 @@ class QParams:
 def checked_scale(scale: object, what: str) -> float:
     """A positive, finite, normal float32 number; ``SchemeError`` names ``what`` otherwise."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise SchemeError(f"{what} must be a float or a float32 tensor, got {scale!r}.")
+        raise SchemeError(f"{what} must be a float or a float32 tensor, got {scale!r}")
     if not (SMALLEST_NORMAL <= scale < math.inf) or round_to_float32(scale) != scale:
         raise SchemeError(
             f"{what} is {scale!r}: it must be positive, finite, normal and representable in "
-            "float32; round it with round_to_float32 first."
+            "float32; round it with round_to_float32 first"
         )
     return float(scale)
 
@@ -171,7 +177,7 @@ def _checked_scales(scale: Tensor) -> Tensor:
     if scale.dtype != torch.float32 or scale.ndim != 1 or scale.numel() == 0:
         raise SchemeError(
             "A scale per channel must be a 1-D float32 tensor with at least one entry, got "
-            f"{scale.dtype} of shape {tuple(scale.shape)}."
+            f"{scale.dtype} of shape {tuple(scale.shape)}"
         )
     copy = scale.detach().clone().cpu()
     normal = torch.isfinite(copy) & (copy >= SMALLEST_NORMAL)
@@ -179,7 +185,7 @@ def _checked_scales(scale: Tensor) -> Tensor:
         channel = int((~normal).nonzero()[0])
         raise SchemeError(
             f"The scale of channel {channel} is {float(copy[channel])!r}: scales must be "
-            "positive, finite and normal in float32."
+            "positive, finite and normal in float32"
         )
     return copy
 
@@ -195,7 +201,7 @@ def f32(value: float) -> Tensor:
 def as_integers(x: Tensor, what: str) -> Tensor:
     """Stored integers as int64; ``InputError`` for real numbers."""
     if x.dtype not in _INTEGER_DTYPES:
-        raise InputError(f"{what} must hold integers, got {x.dtype}: quantize it first.")
+        raise InputError(f"{what} must hold integers, got {x.dtype}: quantize it first")
     return x.to(torch.int64)
 
 
@@ -203,7 +209,7 @@ def as_reals(x: Tensor, what: str) -> Tensor:
     """Real values, unchanged; ``InputError`` unless they are float32."""
     if x.dtype != torch.float32:
         raise InputError(
-            f"{what} must be float32, got {x.dtype}: the rounding of another width differs."
+            f"{what} must be float32, got {x.dtype}: the rounding of another width differs"
         )
     return x
 
@@ -236,7 +242,7 @@ def store(x: Tensor, q: QParams, bounds: Bounds | None = None) -> Tensor:
         return stored
     low, high = bounds
     if low > high:
-        raise SchemeError(f"The activation bounds [{low}, {high}] are empty.")
+        raise SchemeError(f"The activation bounds [{low}, {high}] are empty")
     return stored.clamp(low, high)
 
 
@@ -247,7 +253,7 @@ def along(values: Tensor, axis: int, like: Tensor) -> Tensor:
     if not -like.ndim <= axis < like.ndim or like.shape[axis] != values.numel():
         raise InputError(
             f"{values.numel()} per-channel values do not fit dimension {axis} of a tensor of "
-            f"shape {tuple(like.shape)}."
+            f"shape {tuple(like.shape)}"
         )
     shape = [1] * like.ndim
     shape[axis] = -1
@@ -264,7 +270,7 @@ def scale_along(q: QParams, like: Tensor) -> Tensor:
 def scale_of(q: QParams) -> float:
     """The one scale of a tensor; ``SchemeError`` if there is one per channel."""
     if isinstance(q.scale, Tensor):
-        raise SchemeError("This operator takes one scale per tensor, not one per channel.")
+        raise SchemeError("This operator takes one scale per tensor, not one per channel")
     return q.scale
 
 
@@ -278,21 +284,21 @@ def checked_weight_scale(weight_scale: float | Tensor) -> Tensor:
 def check_width(accumulator_width: int) -> None:
     """Raise ``SchemeError`` for an accumulator of other than 32 or 64 bits."""
     if accumulator_width not in (32, 64):
-        raise SchemeError(f"Accumulators have 32 or 64 bits, asked for {accumulator_width}.")
+        raise SchemeError(f"Accumulators have 32 or 64 bits, asked for {accumulator_width}")
 
 
 def checked_limits(low: float, high: float) -> tuple[float, float]:
     """Round the limits of a clamp to float32, as an operator on float32 tensors does."""
     limits = round_to_float32(low), round_to_float32(high)
     if not limits[0] <= limits[1]:
-        raise SchemeError(f"A clamp needs low <= high, got [{low}, {high}].")
+        raise SchemeError(f"A clamp needs low <= high, got [{low}, {high}]")
     return limits
 
 
 def checked_count(count: int) -> int:
     """How many elements a mean averages: at least one."""
     if count < 1:
-        raise SchemeError(f"A mean needs at least one element, got {count}.")
+        raise SchemeError(f"A mean needs at least one element, got {count}")
     return count
 
 
@@ -320,12 +326,12 @@ def pool_windows(
     if not (0 <= 2 * pad_h <= kernel_h and 0 <= 2 * pad_w <= kernel_w and min(stride) >= 1):
         raise SchemeError(
             f"avg_pool2d needs strides of at least 1 and padding of at most half the kernel, got "
-            f"kernel {tuple(kernel_size)}, stride {tuple(stride)}, padding {tuple(padding)}."
+            f"kernel {tuple(kernel_size)}, stride {tuple(stride)}, padding {tuple(padding)}"
         )
     if x.ndim < 2 or x.shape[-2] + 2 * pad_h < kernel_h or x.shape[-1] + 2 * pad_w < kernel_w:
         raise InputError(
             f"avg_pool2d with kernel {tuple(kernel_size)} and padding {tuple(padding)} does not "
-            f"fit an input of shape {tuple(x.shape)}."
+            f"fit an input of shape {tuple(x.shape)}"
         )
 
     def taps_of(image: Tensor) -> list[Tensor]:
@@ -353,7 +359,7 @@ def float_to_integers(rounded: Tensor) -> Tensor:
 def refuse_nan(x: Tensor) -> None:
     """Raise ``InputError`` if a value is NaN."""
     if bool(torch.isnan(x).any()):
-        raise InputError("The tensor to quantize holds NaN, which no integer stands for.")
+        raise InputError("The tensor to quantize holds NaN, which no integer stands for")
 
 
 def split_multiplier(multiplier: Tensor) -> tuple[Tensor, Tensor]:
@@ -423,9 +429,9 @@ def accumulator_bits(
         SchemeError: The zero point lies outside the range.
     """
     if not quant_min <= zero_point <= quant_max:
-        raise SchemeError(f"Zero point {zero_point} lies outside [{quant_min}, {quant_max}].")
+        raise SchemeError(f"Zero point {zero_point} lies outside [{quant_min}, {quant_max}]")
     if weight.ndim < 1 or weight.numel() == 0:
-        raise InputError(f"The weight has no output channel: shape {tuple(weight.shape)}.")
+        raise InputError(f"The weight has no output channel: shape {tuple(weight.shape)}")
     rows = as_integers(weight, "The weight").reshape(weight.shape[0], -1)
     positive: list[int] = rows.clamp(min=0).sum(1).tolist()
     negative: list[int] = rows.clamp(max=0).sum(1).tolist()
@@ -433,7 +439,7 @@ def accumulator_bits(
     if bias is not None:
         if bias.shape != rows.shape[:1]:
             raise InputError(
-                f"A bias of shape {tuple(bias.shape)} does not fit {len(positive)} output channels."
+                f"A bias of shape {tuple(bias.shape)} does not fit {len(positive)} output channels"
             )
         biases = as_integers(bias, "The bias").tolist()
     # Python integers from here: the products may exceed 64 bits.
@@ -441,11 +447,7 @@ def accumulator_bits(
     channels = list(zip(positive, negative, biases, strict=True))
     largest = max(b + p * high + n * low for p, n, b in channels)
     smallest = min(b + p * low + n * high for p, n, b in channels)
-    return max(_signed_bits(largest), _signed_bits(smallest))
-
-
-def _signed_bits(value: int) -> int:
-    return (value if value >= 0 else ~value).bit_length() + 1
+    return signed_bits(smallest, largest)
 
 
 # The interface -----------------------------------------------------------------------------------

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from custom_quantizer.core.formats import signed_bits
+
 __all__ = [
-    "COMFORTABLE_BIAS",
+    "MAX_EXACT_BIAS",
     "WIDE_BIAS",
     "BiasHeadroom",
     "BiasLimits",
@@ -29,7 +31,7 @@ __all__ = [
     "raise_scale",
 ]
 
-COMFORTABLE_BIAS = 1 << 21
+MAX_EXACT_BIAS = 1 << 21
 """Largest absolute integer a derived bias may have.
 
 XNNPACK's serializer takes the bias as float32 and quantizes it again: the constant, the
@@ -53,7 +55,7 @@ class BiasLimits:
         wide: of all others.
     """
 
-    narrow: int = COMFORTABLE_BIAS
+    narrow: int = MAX_EXACT_BIAS
     wide: int = WIDE_BIAS
 
     def of(self, bits: int) -> int:
@@ -79,7 +81,7 @@ class BiasHeadroom:
     @property
     def bits(self) -> int:
         """Signed bits the bias needs."""
-        return self.largest.bit_length() + 1
+        return signed_bits(-self.largest, self.largest)
 
 
 def derived_scale(input_scale: float, weight_scale: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ def bias_shift(bias: Tensor, input_scale: float, weight_scale: Tensor, quant_max
 
 
 def raise_scale(
-    weight_scale: Tensor, constraints: list[tuple[float, Tensor]], limit: int = COMFORTABLE_BIAS
+    weight_scale: Tensor, constraints: list[tuple[float, Tensor]], limit: int = MAX_EXACT_BIAS
 ) -> Tensor:
     """Smallest scales, not below ``weight_scale``, with which every bias fits.
 

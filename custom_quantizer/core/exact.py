@@ -108,7 +108,7 @@ class ExactArithmetic:
         mantissa, shift = split_multiplier(scale_along(q, x))
         offset = as_integers(x, "The tensor to dequantize") - q.zero_point
         if bool((offset.abs() > 2 * -INT32[0]).any()):
-            raise InputError("The tensor to dequantize exceeds 32 bits.")
+            raise InputError("The tensor to dequantize exceeds 32 bits")
         # Rounded to 24 bits here, so that double holds the result and float32 rounds no more.
         rounded = round_to_24_bits(offset * mantissa)
         units = torch.from_numpy(np.asarray(np.ldexp(1.0, -shift.numpy())))

@@ -86,11 +86,11 @@ def check_regular(path: str | os.PathLike[str], most: int) -> int:
         raise InputError(f"Cannot read {os.fspath(path)!r}: {exc}") from exc
     if not stat.S_ISREG(found.st_mode):
         kind = next((name for test, name in _KINDS if test(found.st_mode)), "no regular file")
-        raise InputError(f"Cannot read {path}: it is {kind}. Name a file")
+        raise InputError(f"Cannot read {path}: it is {kind}; name a file")
     if found.st_size > most:
         raise InputError(
-            f"Cannot read {path}: it has {found.st_size:,} bytes, and at most {most:,} are read. "
-            "Check that it is the right file"
+            f"Cannot read {path}: it has {found.st_size:,} bytes, and at most {most:,} are read; "
+            "check that it is the right file"
         )
     return found.st_size
 
@@ -495,32 +495,32 @@ def _target(path: AnyPath) -> str:
     except ValueError as error:  # a null byte
         raise InputError(f"Cannot write {path!r}: {error}") from error
     if os.path.isdir(target):
-        raise InputError(f"Cannot write {path}: it is a directory. Name a file inside it")
+        raise InputError(f"Cannot write {path}: it is a directory; name a file inside it")
     # os.replace would put a plain file in the place of /dev/null or of a named pipe.
     if os.path.exists(target) and not os.path.isfile(target):
-        raise InputError(f"Cannot write {path}: it is not a regular file. Name another path")
+        raise InputError(f"Cannot write {path}: it is not a regular file; name another path")
     return target
 
 
 def _cannot_write(path: AnyPath, exc: OSError) -> InputError:
     folder = os.path.dirname(os.path.realpath(path))
     if isinstance(exc, NotADirectoryError) or os.path.isfile(folder):
-        why, fix = f"{folder} is a file, not a directory", "Name a file in a directory"
+        why, fix = f"{folder} is a file, not a directory", "name a file in a directory"
     elif isinstance(exc, FileNotFoundError):
-        why, fix = f"the directory {folder} does not exist", "Create it first"
+        why, fix = f"the directory {folder} does not exist", "create it first"
     elif isinstance(exc, PermissionError) and _is_writable(folder):
-        why, fix = f"the file may not be replaced ({exc.strerror})", "Choose another name"
+        why, fix = f"the file may not be replaced ({exc.strerror})", "choose another name"
     elif isinstance(exc, PermissionError):
-        why, fix = f"the directory {folder} is not writable", "Choose another or change its mode"
+        why, fix = f"the directory {folder} is not writable", "choose another or change its mode"
     elif exc.errno in (errno.ENOSPC, errno.EDQUOT):
         why = f"no space left on the device or in the quota of {folder}"
-        fix = "Free space there, or choose another place"
+        fix = "free space there, or choose another place"
     elif exc.errno == errno.EFBIG:
         why = "it would be larger than the file system or a limit of this process (ulimit -f) lets"
-        fix = "Raise the limit, or choose another place"
+        fix = "raise the limit, or choose another place"
     else:
-        why, fix = exc.strerror or str(exc), "Choose another place or name"
-    return InputError(f"Cannot write {path}: {why}. {fix}")
+        why, fix = exc.strerror or str(exc), "choose another place or name"
+    return InputError(f"Cannot write {path}: {why}; {fix}")
 
 
 def _is_writable(folder: str) -> bool:

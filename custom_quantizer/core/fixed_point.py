@@ -73,7 +73,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
         ``QuantizeMultiplier`` in ``quantization_util.cc``.
     """
     if not 0.0 <= real < math.inf:
-        raise SchemeError(f"A requantization multiplier must be finite and >= 0, got {real!r}.")
+        raise SchemeError(f"A requantization multiplier must be finite and >= 0, got {real!r}")
     fraction, shift = math.frexp(real)
     # The 53-bit fraction to 31 bits, in integers: adding half before the shift rounds half up.
     multiplier = (int(fraction * 2.0**53) + (1 << 21)) >> 22
@@ -82,7 +82,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
     if shift < -31:
         return 0, 0
     if shift > 30:
-        raise SchemeError(f"The requantization multiplier {real!r} is too large: 2**30 or more.")
+        raise SchemeError(f"The requantization multiplier {real!r} is too large: 2**30 or more")
     return multiplier, shift
 
 
@@ -92,11 +92,11 @@ def _as_int64(value: int | Tensor) -> Tensor:
 
 def _check_shift(multiplier: Tensor, shift: Tensor, largest: int) -> None:
     if bool((multiplier < 0).any()) or bool((multiplier > INT32[1]).any()):
-        raise SchemeError("A fixed-point multiplier must lie in [0, 2**31).")
+        raise SchemeError("A fixed-point multiplier must lie in [0, 2**31)")
     if bool((shift < -31).any()) or bool((shift > largest).any()):
         raise SchemeError(
             f"A fixed-point shift must lie in [-31, {largest}], got [{int(shift.min())}, "
-            f"{int(shift.max())}]: the ratio of the scales is out of reach of this arithmetic."
+            f"{int(shift.max())}]: the ratio of the scales is out of reach of this arithmetic"
         )
 
 
@@ -197,7 +197,7 @@ def multiply_by_quantized_multiplier_int64(
     )
     _check_shift(factor, power, largest=7)
     if bool(((value < -(1 << 47)) | (value >= 1 << 47)).any()):
-        raise InputError("An accumulator exceeds the 48 bits of the 16x8 path.")
+        raise InputError("An accumulator exceeds the 48 bits of the 16x8 path")
     reduced = ((factor + (1 << 15)) >> 16).clamp(max=0x7FFF)
     total_shift = 15 - power
     half = torch.ones_like(total_shift) << (total_shift - 1)
@@ -310,7 +310,7 @@ class FixedPointArithmetic:
         scale_a, scale_b = scale_of(qa), scale_of(qb)
         levels = max(qa.levels, qb.levels, out.levels)
         if levels > 1 << 16:
-            raise SchemeError(f"A fixed-point add takes at most 16 bits, got {levels} levels.")
+            raise SchemeError(f"A fixed-point add takes at most 16 bits, got {levels} levels")
         left_shift = 20 if levels <= 256 else 15
         twice_max = 2.0 * max(scale_a, scale_b)
         output = twice_max / (2.0**left_shift * scale_of(out))

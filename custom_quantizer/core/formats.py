@@ -8,7 +8,7 @@ import torch
 
 from custom_quantizer.errors import SchemeError
 
-__all__ = ["MAX_BITS", "MIN_BITS", "IntFormat"]
+__all__ = ["MAX_BITS", "MIN_BITS", "IntFormat", "range_bits", "signed_bits"]
 
 MIN_BITS, MAX_BITS = 2, 32
 
@@ -55,3 +55,13 @@ class IntFormat:
 
     def __str__(self) -> str:
         return f"int{self.bits}"
+
+
+def signed_bits(low: int, high: int) -> int:
+    """Bits of the smallest two's-complement integer that holds all of ``[low, high]``."""
+    return max((value if value >= 0 else ~value).bit_length() for value in (low, high)) + 1
+
+
+def range_bits(low: int, high: int) -> int:
+    """The same, without a sign bit for a range that has no negative integer, as uint8's."""
+    return signed_bits(low, high) - (low >= 0)

@@ -43,7 +43,7 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     known = figure.canvas.get_supported_filetypes()
     if suffix not in known:
         raise InputError(
-            f"cannot draw {path}: its suffix names no format. Use one of {', '.join(sorted(known))}"
+            f"cannot draw {path}: its suffix names no format; use one of {', '.join(sorted(known))}"
         )
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix, dpi=120)

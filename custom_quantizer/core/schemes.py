@@ -8,7 +8,7 @@ and keeps 16 bits of bias.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, cast
 
@@ -27,7 +27,12 @@ from custom_quantizer.core.formats import IntFormat
 from custom_quantizer.errors import SchemeError
 
 __all__ = [
+    "ACTIVATION_SUFFIXES",
+    "FORMAT_PATTERN",
     "INT32_BIAS",
+    "PERCENTILE_PATTERN",
+    "SCHEME_PATTERN",
+    "SUFFIXES",
     "Granularity",
     "OpScheme",
     "TensorScheme",
@@ -49,7 +54,8 @@ WEIGHT_OBSERVERS = ("minmax", "lsq")
 DEFAULT_PERCENT = "99.99"
 """Share of the values that ``percentile`` keeps, when its name does not say."""
 
-_PERCENTILE = re.compile(r"percentile([0-9]+(?:\.[0-9]+)?)")
+PERCENTILE_PATTERN = r"percentile[0-9]+(\.[0-9]+)?"
+"""Observers that name the percentage they keep."""
 
 INT32_BIAS = IntFormat(32)
 
@@ -155,13 +161,41 @@ def _observer_parts(activation: str, weight: str) -> list[str]:
 
 
 _DEFAULT_OBSERVER = "minmax"
+_OBSERVER_SUFFIXES: dict[str, dict[str, Any]] = {name: {"observer": name} for name in OBSERVERS}
+SUFFIXES: dict[str, dict[str, Any]] = {
+    "per_tensor": {"weight_granularity": "per_tensor"},
+    "per_channel": {"weight_granularity": "per_channel"},
+    "full": {"full_range_weights": True},
+    "biasfloat": {"bias": "float"},
+    "lsq_weights": {"weight_observer": "lsq"},
+    "symmetric": {"symmetric_activations": True},
+    "narrow": {"narrow_activations": True},
+    **_OBSERVER_SUFFIXES,
+    "lsq": {"observer": "lsq", "weight_observer": "lsq"},
+    "lsq_activations": {"observer": "lsq"},
+}
+"""Suffix of a name -> the keywords of :func:`scheme` that say the same; beside these there are
+``bias<bits>`` and ``percentile<percentage>``."""
+
+_OF_ACTIVATIONS = {"symmetric_activations", "narrow_activations", "observer"}
+ACTIVATION_SUFFIXES = tuple(s for s, said in SUFFIXES.items() if said.keys() <= _OF_ACTIVATIONS)
+"""Suffixes that say something about activations only."""
+
 _NAME = re.compile(r"(?P<kind>a|dyn)(?P<act>\d+)w(?P<weight>\d+)(?:g(?P<group>\d+))?")
 _GRAMMAR = (
     "a<bits>w<bits> or dyn8w<bits>, 2 to 16 bits each, optionally g<group size>, then any of "
-    "-per_tensor, -symmetric, -narrow, -full, -bias<bits>, -biasfloat, -percentile<percentage>, -"
-    + ", -".join(OBSERVERS)
-    + ", -lsq_activations, -lsq_weights"
+    f"-bias<bits>, -percentile<percentage>, {', '.join(f'-{suffix}' for suffix in SUFFIXES)}"
 )
+
+_BITS = r"([2-9]|1[0-6])"
+SCHEME_PATTERN = (
+    rf"^(a{_BITS}|dyn8)w{_BITS}(g[1-9][0-9]*)?"
+    rf"(-({'|'.join(SUFFIXES)}|{PERCENTILE_PATTERN}|bias([4-9]|[12][0-9]|3[0-2])))*$"
+)
+"""For editors: all that :func:`scheme` reads, and combinations that are not legal."""
+
+FORMAT_PATTERN = rf"^a{_BITS}(-({'|'.join(ACTIVATION_SUFFIXES)}|{PERCENTILE_PATTERN}))*$"
+"""Likewise for :func:`activation_scheme`."""
 
 
 def _symmetric_by_default(bits: int) -> bool:
@@ -261,33 +295,22 @@ def activation_scheme(name: str | TensorScheme) -> TensorScheme:
     """
     if isinstance(name, TensorScheme):
         return name
-    base, _, suffixes = name.partition("-")
-    if re.fullmatch(r"a\d+", base) is None:
-        raise SchemeError(f"{name!r} is no activation format; write a8, a16, a8-symmetric, ...")
-    parsed = scheme(f"{base}w8" + (f"-{suffixes}" if suffixes else ""))
-    if replace(parsed, activation=scheme("a8w8").activation) != scheme("a8w8"):
-        raise SchemeError(f"{name!r}: {suffixes!r} says something about weights or a bias")
-    return parsed.activation
+    if not isinstance(name, str) or re.fullmatch(FORMAT_PATTERN, name) is None:
+        suffixes = ", ".join(f"-{suffix}" for suffix in ACTIVATION_SUFFIXES)
+        raise SchemeError(
+            f"{name!r} is no format of activations; a format is a<bits>, 2 to 16 bits, then any "
+            f"of -percentile<percentage>, {suffixes}"
+        )
+    base, *said = name.split("-")
+    return scheme("-".join((f"{base}w8", *said))).activation
 
 
 def _suffix(name: str, suffix: str) -> dict[str, Any]:
-    if suffix in ("per_tensor", "per_channel"):
-        return {"weight_granularity": suffix}
-    if suffix == "symmetric":
-        return {"symmetric_activations": True}
-    if suffix == "narrow":
-        return {"narrow_activations": True}
-    if suffix == "full":
-        return {"full_range_weights": True}
-    if suffix == "biasfloat":
-        return {"bias": "float"}
+    if suffix in SUFFIXES:
+        return SUFFIXES[suffix]
     if match := re.fullmatch(r"bias(\d+)", suffix):
         return {"bias": int(match[1])}
-    if suffix == "lsq":
-        return {"observer": "lsq", "weight_observer": "lsq"}
-    if suffix in ("lsq_activations", "lsq_weights"):
-        return {"observer" if suffix == "lsq_activations" else "weight_observer": "lsq"}
-    if suffix in OBSERVERS or _PERCENTILE.fullmatch(suffix):
+    if re.fullmatch(PERCENTILE_PATTERN, suffix):
         return {"observer": suffix}
     raise SchemeError(f"{name!r}: {suffix!r} says nothing about a scheme; a name is {_GRAMMAR}")
 
@@ -311,15 +334,15 @@ def parse_observer(name: str) -> tuple[str, Fraction | None]:
     Raises:
         SchemeError: there is no such observer, or the percentage is not from 50 to 100.
     """
-    match = _PERCENTILE.fullmatch(name) if isinstance(name, str) else None
-    if match is None and name not in OBSERVERS:
+    given = isinstance(name, str) and re.fullmatch(PERCENTILE_PATTERN, name) is not None
+    if not given and name not in OBSERVERS:
         raise SchemeError(
             f"unknown observer {name!r}; legal: {', '.join(OBSERVERS)}, and percentile with the "
             "percentage to keep, such as percentile99.9"
         )
-    if match is None and name != "percentile":
+    if not given and name != "percentile":
         return name, None
-    percent = Fraction(match[1] if match else DEFAULT_PERCENT)
+    percent = Fraction(name.removeprefix("percentile") or DEFAULT_PERCENT)
     if not 50 <= percent <= 100:
         raise SchemeError(f"{name!r}: a percentile keeps 50 to 100 percent of the values")
     return "percentile", percent
@@ -418,9 +441,3 @@ def _observer_kind(spec: QuantizationSpec) -> str:
             f"{', '.join(OBSERVERS)}"
         )
     return _OBSERVER_KINDS[cls]
-
-
-def with_per_tensor_weight(op_scheme: OpScheme) -> OpScheme:
-    """The same scheme with one weight scale for the whole tensor."""
-    weight = replace(op_scheme.weight, granularity="per_tensor", group_size=None)
-    return replace(op_scheme, weight=weight)

@@ -116,11 +116,11 @@ class QuantizedOp:
     @property
     def formats(self) -> Formats:
         """Widths of its integers."""
-        bits = max(_bits(q) for q in (*self.inputs, self.output))
+        bits = max(q.bits for q in (*self.inputs, self.output))
         weight = self.weight_qparams
         return Formats(
             bits,
-            None if weight is None else _bits(weight),
+            None if weight is None else weight.bits,
             "per_tensor" if weight is None or weight.axis is None else "per_channel",
         )
 
@@ -179,11 +179,6 @@ class Case:
     name: str
     build: Callable[[], torch.nn.Module]
     shapes: tuple[tuple[int, ...], ...]
-
-
-def _bits(qparams: QParams) -> int:
-    """Width of the signed integers of a range."""
-    return max(qparams.quant_max.bit_length(), (-qparams.quant_min - 1).bit_length()) + 1
 
 
 Target = Any

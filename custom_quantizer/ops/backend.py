@@ -351,5 +351,5 @@ def get_mode(name: str) -> Backend:
     names = backend_names()
     if name not in names:
         legal = ", ".join((*names, *modes))
-        raise SchemeError(f"Unknown arithmetic {name!r}: choose one of {legal}.")
+        raise SchemeError(f"Unknown arithmetic {name!r}: choose one of {legal}")
     return get_backend(name)

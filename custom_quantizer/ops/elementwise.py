@@ -70,6 +70,7 @@ def _sub_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> 
 
 def _mul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
     a, b = inputs
+    # x * x runs on dequantized values, so it rounds otherwise than the product of two tensors.
     if op.binding.inputs[0] is op.binding.inputs[1]:
         return arithmetic.square(a, op.inputs[0], op.output, bounds=op.stored_bounds(arithmetic))
     return arithmetic.mul(
@@ -108,7 +109,7 @@ def _clamp_bounds(node: Node) -> tuple[float | None, float | None]:
 
 
 class _Function(nn.Module):
-    """A function of its inputs as a module, for cases."""
+    """A function of its inputs as a module, for the cases that tests run."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()

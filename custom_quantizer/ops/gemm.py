@@ -129,7 +129,7 @@ def _accumulate(op: QuantizedOp, data: Tensor, contract: Callable[..., Tensor]) 
     if dtype is None:
         raise ConversionError(
             f"{describe(op.node)}: its accumulator may need {bound.bit_length() + 1} bits; at most "
-            "54 are computed exactly. Choose fewer bits for weights or activations"
+            "54 are computed exactly; choose fewer bits for weights or activations"
         )
     acc = contract((data - qx.zero_point).to(dtype), cast(Tensor, op.weight))
     if op.bias is not None:

@@ -163,6 +163,7 @@ def slice_of(node: Node) -> tuple[int, int, int, int]:
     start, stop = argument(node, 2, "start"), argument(node, 3, "end")
     step = int(argument(node, 4, "step", 1))
     if not isinstance(size, int):
+        # Of a dynamic size only the ends that are missing are known.
         return dim, 0 if start is None else start, size if stop is None else stop, step
     first, last, _ = slice(start, stop, step).indices(size)
     return dim, first, last, step
@@ -304,6 +305,7 @@ def _bind_pad(rule: OpRule, node: Node) -> Binding | str:
         return "it pads with reflected or repeated values"
     if reads_sizes(node):
         return "how much it pads depends on a dynamic size"
+    # pad(x, amounts, mode, value), but constant_pad_nd(x, amounts, value)
     value = argument(node, 3 if node.target is aten.pad.default else 2, "value", 0)
     if value not in (None, 0, 0.0):
         return f"it pads with {value}; only zero is the same number at every scale"

@@ -27,6 +27,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
+from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.ops import (
     OF_TARGET,
     Binding,
@@ -231,11 +232,7 @@ class Plan:
             for op in self.ops
         ]
         header = ("node", "module", "op", "scheme", "runs as", "bytes", "why")
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
-            for row in [header, *rows]
-        ]
+        lines = table_lines([header, *rows], left=range(len(header)))
         lines.append(f"{self.tally}; {self.size_bytes:,} bytes of constants (estimated)")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
@@ -273,7 +270,7 @@ class _Op:
     binding: Binding | None = None
     fused: Node | None = None
     scheme: OpScheme | None = None
-    follows: TensorScheme | None = None  # movers: the format they pass on
+    follows: TensorScheme | None = None  # data-movement ops: the format they pass on
     centered: bool = False  # its output has zero point 0, for a consumer that needs it so
     reason: str = ""
 
@@ -332,6 +329,7 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     ops = _collect(model, config, backend)
     producer = {op.output: op for op in ops}
     anchors = {op.node: op for op in ops}
+    # Data movement has no format of its own: it follows once its neighbours are decided.
     for op in ops:
         if not op.mover:
             _settle(op, backend)
@@ -340,6 +338,7 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     io = _model_io(model, config)
     _weigh(ops, io, backend)
     _center(ops, producer)
+    # What integers it is given comes first; what its consumers want only where it is given none.
     _follow_producers(ops, producer, io.inputs, backend)
     _follow_consumers(ops, anchors)
     return _Annotator(ops, producer, io, backend).plan(tuple(warnings))
@@ -420,6 +419,7 @@ def _overwritten(node: Node, binding: Binding) -> str | None:
 def _fusable(op: _Op, config: Config) -> Node | None:
     rule = cast(OpRule, op.rule)
     users = effective_users(op.node)
+    # A dynamic op gives float32, so there is nothing to clamp on integers.
     if len(users) != 1 or op.decision.scheme is None or op.decision.scheme.dynamic:
         return None
     follower = rule_of(users[0])
@@ -524,7 +524,10 @@ def _computes_in_float(op: _Op | None) -> bool:
 
 
 def _center(ops: list[_Op], producer: dict[Node, _Op]) -> None:
-    """Who makes an operand that needs zero point 0 makes it so, if its range has both signs."""
+    """Where an op needs zero point 0, make the producer of that operand quantize symmetrically.
+
+    Only if its range has both signs: of one sign, half of a symmetric range would be unused.
+    """
     for op in ops:
         if op.support is None or op.scheme is None or op.binding is None:
             continue
@@ -567,7 +570,7 @@ def _weigh(ops: list[_Op], io: _ModelIO, backend: Backend) -> None:
 def _kind(op: _Op, backend: Backend) -> Kind:
     """What an op does with integers, now that it is settled."""
     if op.mover:
-        return Kind.FLOAT if _left_in_float(op, backend) else Kind.MOVER
+        return Kind.FLOAT if _left_in_float(op, backend) else Kind.MOVEMENT
     if op.scheme is None or op.binding is None or op.scheme.dynamic:
         return Kind.FLOAT
     # A rule that names the op or its type is an order.
@@ -585,7 +588,7 @@ def _to_float(meta: torch.Tensor | None) -> str:
 
 
 def _left_in_float(op: _Op, backend: Backend) -> bool:
-    """Movers: whether something forbids passing integers on."""
+    """Of a data-movement op: whether something forbids passing integers on."""
     if op.binding is None:
         return True
     if op.decision.explicit and op.decision.scheme is None:
@@ -615,7 +618,7 @@ def _follow_producers(
     inputs: dict[Node, TensorScheme],
     backend: Backend,
 ) -> None:
-    """A mover passes on the integers it is given."""
+    """A data-movement op passes on the integers it is given."""
     for op in ops:
         if not op.mover or _left_in_float(op, backend):
             continue
@@ -639,7 +642,7 @@ def _is_dynamic(op: _Op) -> bool:
 
 
 def _follow_consumers(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
-    """A mover of a float tensor moves integers instead if all who use the result want the same."""
+    """Data movement of a float tensor moves integers if all users of the result want the same."""
     for op in reversed(ops):
         if not op.mover or op.follows is not None or op.binding is None or op.reason:
             continue
@@ -726,9 +729,9 @@ class _Annotator:
         return ("requantized", tensor, wanted.format, wanted.symmetric)
 
     def _choose_schemes(self) -> None:
-        """Who makes the tensors of a group decides on its observer; of several, the widest range.
+        """The ops that produce the tensors of a group choose its observer.
 
-        That of ``OBSERVERS`` which comes first clips least.
+        Where they name several, the one wins that comes first in ``OBSERVERS``: it clips least.
         """
         members: dict[_Key, list[tuple[bool, int, str, TensorScheme]]] = defaultdict(list)
 
@@ -940,13 +943,3 @@ def _estimate_bytes(op: _Op, delegation: Delegation | None) -> int:
     per_channel = op.scheme is not None and op.scheme.weight.granularity != "per_tensor"
     extra = 4 * channels * ((op.binding.bias is not None) + (per_channel and each != 4.0))
     return int(meta.numel() * each) + extra
-
-
-def group_members(plan: Plan) -> dict[int, list[str]]:
-    """Tensors of each group, in graph order."""
-    members: dict[int, list[str]] = defaultdict(list)
-    for op in plan.ops:
-        for tensor in op.tensors:
-            if tensor.group is not None and tensor.tensor not in members[tensor.group]:
-                members[tensor.group].append(tensor.tensor)
-    return dict(members)

@@ -25,7 +25,7 @@ class Kind(Enum):
 
     INTEGER = "takes and gives integers"
     WEIGHED = "takes and gives integers if that costs nothing"
-    MOVER = "passes on what it is given"
+    MOVEMENT = "passes on what it is given"
     FLOAT = "takes and gives float"
 
 
@@ -75,7 +75,7 @@ def _integers(steps: Sequence[Step], given: frozenset[Node]) -> frozenset[Node]:
     """Tensors that are integers whatever becomes of the weighed steps."""
     found = set(given)
     for step in steps:
-        moved = step.kind is Kind.MOVER and any(tensor in found for tensor in step.inputs)
+        moved = step.kind is Kind.MOVEMENT and any(tensor in found for tensor in step.inputs)
         if step.kind is Kind.INTEGER or moved:
             found.add(step.output)
     return frozenset(found)
@@ -93,7 +93,7 @@ def _refuse_float_inputs(
         quantized = step.kind is Kind.INTEGER or (
             step.kind is Kind.WEIGHED and step.anchor not in refused
         )
-        moved = step.kind is Kind.MOVER and any(tensor in integers for tensor in step.inputs)
+        moved = step.kind is Kind.MOVEMENT and any(tensor in integers for tensor in step.inputs)
         if quantized or moved:
             integers.add(step.output)
 
@@ -111,7 +111,7 @@ def _refuse_float_users(
             reader = by_anchor.get(user)
             if reader is None or step.output not in reader.inputs:
                 continue
-            if reader.kind is Kind.MOVER:
+            if reader.kind is Kind.MOVEMENT:
                 # It takes integers if its own users do, or if it joins this tensor to integers.
                 joins = any(t in firm for t in reader.inputs if t is not step.output)
                 takes = reader.output in wanted or joins

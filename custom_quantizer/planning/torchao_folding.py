@@ -34,7 +34,13 @@ _BATCH_NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_traini
 def prepares_for_training() -> bool:
     """Whether ``prepare_qat_pt2e`` is who called, rather than ``prepare_pt2e``.
 
-    Neither says so to the quantizer, not even through ``ComposableQuantizer``, so the callers are
+    Neither says so to the quantizer, not even through ``ComposableQuantizer``: the graph and its
+    ``meta`` that ``transform_for_annotation`` and ``annotate`` get are the same for both. What
+    differs comes too late (``is_qat`` of ``prepare``, behind ``annotate``) or does not tell all
+    graphs apart: only ``prepare_pt2e`` folds batch norms before it calls the quantizer, and many
+    graphs have none; a graph may be captured in either mode for training. Nor can the wrapper of
+    that folding (:func:`keep_from_folding`) leave a mark on the graph: it would outlive a
+    preparation that failed, and the next one of that graph may be the other. So the callers are
     looked up.
     """
     found = _preparation(inspect.currentframe())

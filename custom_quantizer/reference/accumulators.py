@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from custom_quantizer.core.arithmetic import QParams, accumulator_bits
+from custom_quantizer.core.formats import signed_bits
 from custom_quantizer.core.graph import argument, module_path, shape_of
 from custom_quantizer.ops import QuantizedOp
 from custom_quantizer.ops.gemm import _per_dim
 from custom_quantizer.ops.pool import adaptive_kernel, is_global_pool, pool_window
 from custom_quantizer.reference.converted import read_converted
 
-__all__ = ["Accumulator", "accumulator_of", "accumulators", "signed_bits"]
+__all__ = ["Accumulator", "accumulator_of", "accumulators"]
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,13 @@ def accumulator_of(op: QuantizedOp) -> Accumulator | None:
     """The worst case of one op; ``None``: it has none, see :func:`accumulators`."""
     family = op.binding.rule.family
     if op.weight is not None:
-        bits = max(
-            accumulator_bits(
-                weight,
-                quant_min=op.inputs[0].quant_min,
-                quant_max=op.inputs[0].quant_max,
-                zero_point=op.inputs[0].zero_point,
-                bias=op.bias,
-            )
-            for weight in _weights_that_meet(op)
+        data = op.inputs[0]
+        bits = weight_accumulator_bits(
+            _weights_that_meet(op),
+            quant_min=data.quant_min,
+            quant_max=data.quant_max,
+            zero_point=data.zero_point,
+            bias=op.bias,
         )
         return _accumulator(op, bits, 64 if op.is_wide else 32)
     extremes = [_offsets(q) for q in op.inputs]
@@ -131,11 +130,6 @@ def mul_width(op: QuantizedOp) -> int:
     return 32 if reach < 1 << 31 else 64
 
 
-def signed_bits(low: int, high: int) -> int:
-    """Bits of the smallest two's-complement integer that holds all of ``[low, high]``."""
-    return max((value if value >= 0 else ~value).bit_length() for value in (low, high)) + 1
-
-
 def _offsets(q: QParams) -> tuple[int, int]:
     return q.quant_min - q.zero_point, q.quant_max - q.zero_point
 
@@ -160,23 +154,51 @@ def image_size(op: QuantizedOp) -> int | None:
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
-def _weights_that_meet(op: QuantizedOp) -> Iterator[Tensor]:
-    """Weights that one sum can meet at once, output channels first.
+def weight_accumulator_bits(
+    weights: Iterable[Tensor],
+    *,
+    quant_min: int,
+    quant_max: int,
+    zero_point: int,
+    bias: Tensor | None,
+) -> int:
+    """Signed bits of the widest sum of a layer, whichever of its ``weights`` a sum meets.
 
-    A transposed convolution of stride ``s`` gives neighbouring outputs different taps: those whose
-    dilated position is the same modulo ``s``.
+    Args:
+        weights: of one layer, output channels first: its weight, or :func:`phases_of`.
+        quant_min: smallest stored input.
+        quant_max: largest stored input.
+        zero_point: of the input.
+        bias: integers in units of the accumulator, one per output channel.
     """
-    weight = cast(Tensor, op.weight)
-    if op.binding.rule.family != "conv_transpose":
-        yield weight
-        return
-    dims, groups = weight.dim() - 2, op.binding.groups
+    return max(
+        accumulator_bits(
+            weight, quant_min=quant_min, quant_max=quant_max, zero_point=zero_point, bias=bias
+        )
+        for weight in weights
+    )
+
+
+def phases_of(
+    weight: Tensor, groups: int, stride: Sequence[int], dilation: Sequence[int]
+) -> Iterator[Tensor]:
+    """The parts of a transposed convolution's weight that one sum meets, output channels first.
+
+    With a stride of ``s``, neighbouring outputs see different taps: those whose dilated position is
+    the same modulo ``s``.
+
+    Args:
+        weight: ``(in_channels, out_channels / groups, *kernel)``.
+        groups: of the channels.
+        stride: one per dimension of the kernel.
+        dilation: likewise.
+
+    Yields:
+        ``(out_channels, in_channels / groups, *taps)``.
+    """
     kernel = tuple(weight.shape[2:])
-    # (in, out / groups, *kernel) -> (out, in / groups, *kernel)
     split = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
     weight = split.reshape(-1, split.shape[2], *kernel)
-    stride = _per_dim(argument(op.node, 3, "stride", 1), dims)
-    dilation = _per_dim(argument(op.node, 7, "dilation", 1), dims)
     phases = [
         [[t for t in range(k) if t * d % s == phase] for phase in range(s)]
         for k, s, d in zip(kernel, stride, dilation, strict=True)
@@ -185,5 +207,16 @@ def _weights_that_meet(op: QuantizedOp) -> Iterator[Tensor]:
         met = weight
         for dim, chosen in enumerate(taps):
             met = met.index_select(dim + 2, torch.tensor(chosen, dtype=torch.int64))
+        # A phase without taps is an output that holds the bias alone; others hold that and more.
         if met.numel():
             yield met
+
+
+def _weights_that_meet(op: QuantizedOp) -> Iterable[Tensor]:
+    weight = cast(Tensor, op.weight)
+    if op.binding.rule.family != "conv_transpose":
+        return (weight,)
+    dims = weight.dim() - 2
+    stride = _per_dim(argument(op.node, 3, "stride", 1), dims)
+    dilation = _per_dim(argument(op.node, 7, "dilation", 1), dims)
+    return phases_of(weight, op.binding.groups, stride, dilation)

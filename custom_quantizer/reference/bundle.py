@@ -62,7 +62,6 @@ from custom_quantizer.reference.accumulators import (
     image_size,
     left_shift,
     mul_width,
-    signed_bits,
 )
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.numpy_runner import (
@@ -123,7 +122,7 @@ def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
     if len(text) > MOST_BYTES:
         raise ConversionError(
             f"the description of the network has {len(text):,} bytes, and readers take "
-            f"{MOST_BYTES:,}: large tables for each channel need that much. Leave their ops in "
+            f"{MOST_BYTES:,}: large tables for each channel need that much; leave their ops in "
             "float, and out of the model"
         )
     digits = description["checksum"]
@@ -144,7 +143,7 @@ def load_integers(path: str | os.PathLike[str]) -> IntegerBundle:
     try:
         return IntegerBundle.load(path)
     except BundleError as exc:
-        raise InputError(f"{exc}.") from exc
+        raise InputError(str(exc)) from exc
 
 
 class IntegerBundle(NumpyReference):
@@ -155,14 +154,14 @@ class IntegerBundle(NumpyReference):
         try:
             return super().quantize(*inputs)
         except BundleError as exc:
-            raise InputError(f"{exc}.") from exc
+            raise InputError(str(exc)) from exc
 
     def run(self, stored: Mapping[str, Array], *, keep: bool = False) -> dict[str, Array]:
         """Compute on integers: from those of the inputs to those of the outputs."""
         try:
             return super().run(stored, keep=keep)
         except BundleError as exc:
-            raise InputError(f"{exc}.") from exc
+            raise InputError(str(exc)) from exc
 
 
 def _dumps(value: Any, indent: int = 0) -> str:
@@ -198,8 +197,8 @@ def _described(graph: ConvertedGraph) -> tuple[Entry, dict[str, Array]]:
         if len(floating) > _LISTED:
             listed += f"; and {len(floating) - _LISTED} more"
         raise ConversionError(
-            f"integers alone cannot express a graph with ops in float. Quantize these, or move "
-            f"them out of the model: {listed}."
+            f"integers alone cannot express a graph with ops in float; quantize these, or move "
+            f"them out of the model: {listed}"
         )
     writer = _Writer(graph)
     for node in graph.model.graph.nodes:
@@ -258,7 +257,7 @@ class _Writer:
         elif node in self._by_node:
             self._op(self._by_node[node])
 
-    # -- borders ------------------------------------------------------------------------------
+    # -- inputs and outputs --------------------------------------------------------------------
 
     def _quantize(self, node: Node) -> None:
         source = cast(Node, node.args[0])
@@ -280,7 +279,7 @@ class _Writer:
             stored = FIXED_POINT.quantize(constant_of(self._model, source), qparams)
             name = self._constant(node, stored, qparams)
         else:
-            raise ConversionError(f"{describe(node)} quantizes {describe(source)}, a float tensor.")
+            raise ConversionError(f"{describe(node)} quantizes {describe(source)}, a float tensor")
         self._names[node] = name
 
     def _output(self, value: Any) -> None:
@@ -288,8 +287,8 @@ class _Writer:
         if not isinstance(value, Node) or not is_dequantize(value):
             what = describe(value) if isinstance(value, Node) else repr(value)
             raise ConversionError(
-                f"output {index} of the model is {what}, which is not the result of an integer op. "
-                "Leave it out of what the model returns."
+                f"output {index} of the model is {what}, which is not the result of an integer op; "
+                "leave it out of what the model returns"
             )
         self.outputs.append(
             {
@@ -338,7 +337,7 @@ class _Writer:
         self.tensors[free] = {
             "kind": kind,
             "dtype": dtype,
-            "bits": _bits(qparams),
+            "bits": qparams.bits,
             "shape": shape,
             "scale": {"bits": _hexadecimal(scale), "decimal": scale.tolist()},
             "axis": qparams.axis,
@@ -357,8 +356,8 @@ class _Writer:
         fields_of = _FIELDS.get(family)
         if fields_of is None:
             raise ConversionError(
-                f"{describe(op.node)}: the format has no op for the family {family!r}. Leave it "
-                "in float, and out of the model."
+                f"{describe(op.node)}: the format has no op for the family {family!r}; leave it "
+                "in float, and out of the model"
             )
         fields = fields_of(op)
         operands: Entry = {"inputs": [self._read(source) for source in op.binding.inputs]}
@@ -415,13 +414,9 @@ def _sizes(shape: Sequence[Any]) -> list[int | None]:
     return [size if isinstance(size, int) else None for size in shape]
 
 
-def _bits(qparams: QParams) -> int:
-    return signed_bits(qparams.quant_min, qparams.quant_max)
-
-
 def _storage(qparams: QParams) -> str:
     """Name of the smallest dtype that holds an activation."""
-    return str(IntFormat(_bits(qparams)).storage_dtype).removeprefix("torch.")
+    return str(IntFormat(qparams.bits).storage_dtype).removeprefix("torch.")
 
 
 def _hexadecimal(scale: npt.NDArray[np.float32]) -> Any:
@@ -445,7 +440,7 @@ def _checked(node: Node, rule: str, multipliers: Sequence[int], shifts: Sequence
     if max(shifts) > _LARGEST_SHIFT[rule] or min(shifts) < -31:
         raise ConversionError(
             f"{describe(node)}: the ratio of its scales needs a shift of {max(shifts, key=abs)}, "
-            f"and the rule {rule} takes -31 to {_LARGEST_SHIFT[rule]}. Widen the output's range."
+            f"and the rule {rule} takes -31 to {_LARGEST_SHIFT[rule]}; widen the output's range"
         )
     return {"rule": rule, "multiplier": list(multipliers), "shift": list(shifts)}
 
@@ -597,13 +592,13 @@ def _table(op: QuantizedOp) -> Entry:
     src = op.inputs[0]
     if len(op.inputs) != 1:
         raise ConversionError(
-            f"{describe(op.node)}: the format has no {op.binding.rule.family} of two tensors. "
-            "Leave it in float, and out of the model."
+            f"{describe(op.node)}: the format has no {op.binding.rule.family} of two tensors; "
+            "leave it in float, and out of the model"
         )
     if src.levels > _LARGEST_TABLE:
         raise ConversionError(
             f"{describe(op.node)}: its table would have {src.levels:,} entries, at most "
-            f"{_LARGEST_TABLE:,} are written. Quantize its input to 16 bits or less."
+            f"{_LARGEST_TABLE:,} are written; quantize its input to 16 bits or less"
         )
     stored = levels(src)
     channels = max((constant.numel() for constant in op.constants.values()), default=1)
@@ -634,8 +629,8 @@ def _mean(op: QuantizedOp, keepdims: bool | None = None) -> Entry:
     count = image_size(op)
     if count is None:
         raise ConversionError(
-            f"{describe(op.node)} averages an image of dynamic size, so its divisor is not known. "
-            "Capture the model with a fixed image size."
+            f"{describe(op.node)} averages an image of dynamic size, so its divisor is not known; "
+            "capture the model with a fixed image size"
         )
     return {
         "op": "mean",
@@ -655,7 +650,7 @@ def _adaptive_avg_pool(op: QuantizedOp) -> Entry:
         (src,), dst = op.inputs, op.output
         return _requantize_fields(op.node, src, dst, _clamp_of(op))
     if kernel is None:
-        raise ConversionError(f"{describe(op.node)}: its windows overlap.")
+        raise ConversionError(f"{describe(op.node)}: its windows overlap")
     return _window_mean(op, kernel, kernel, (0, 0), count_padding=True)
 
 
@@ -699,7 +694,7 @@ def _max_pool(op: QuantizedOp) -> Entry:
         if not all(isinstance(size, int) for size in (*sizes, *outputs)):
             raise ConversionError(
                 f"{describe(node)} rounds its output size up, and the image size was dynamic at "
-                "capture; capture the model with a fixed image size."
+                "capture; capture the model with a fixed image size"
             )
         # As much padding as the last window needs.
         needed = (
@@ -731,7 +726,7 @@ def _reshape(op: QuantizedOp) -> Entry:
     if shape.count(-1) > 1:
         raise ConversionError(
             f"{describe(op.node)}: more than one size of its result {list(shape_of(op.node))} was "
-            "dynamic at capture; capture the model with fixed sizes, except for the batch."
+            "dynamic at capture; capture the model with fixed sizes, except for the batch"
         )
     return {"op": "reshape", "shape": shape}
 
@@ -766,7 +761,7 @@ def _slice(op: QuantizedOp) -> Entry:
 def _fixed(op: QuantizedOp, value: Any) -> int | None:
     if value is not None and not isinstance(value, int):
         raise ConversionError(
-            f"{describe(op.node)}: {value} was dynamic at capture; capture with fixed sizes."
+            f"{describe(op.node)}: {value} was dynamic at capture; capture with fixed sizes"
         )
     return value
 

@@ -52,12 +52,12 @@ class FloatOp:
     Attributes:
         node: the call.
         reason: for the report.
-        withheld: its scales are known, and the integer kernel refuses them.
+        float_fallback: its scales are known, and the integer kernel refuses them.
     """
 
     node: Node
     reason: str
-    withheld: bool = False
+    float_fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def read_converted(model: GraphModule, backend: BackendLike = "xnnpack") -> Conv
         if backend.wide is None or not found.is_wide:
             runs = backend.support(found.binding.rule).runs(found)
             if not runs.ok:
-                floating.append(FloatOp(node, runs.reason, withheld=True))
+                floating.append(FloatOp(node, runs.reason, float_fallback=True))
                 continue
         integer[node] = found
         if found.output_node is not node:

@@ -37,7 +37,7 @@ __all__ = [
     "unpack",
 ]
 
-FORMAT = "custom_quantizer.core.graph"
+FORMAT = "custom_quantizer.graph"
 VERSION = 1
 
 _LARGEST_DOCUMENT = 64 << 20

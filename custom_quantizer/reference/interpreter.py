@@ -1,7 +1,7 @@
 """Runs a converted graph on integers, as the device does.
 
 Between a quantize node and the dequantize nodes behind it only integer tensors exist. Ops that
-are float in the graph run in float, with exact borders, and are listed.
+are float in the graph run in float, with exact Q/DQ boundaries, and are listed.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class IntegerReference:
             if source in self._outputs:
                 return values[source]  # already integers in this scale
             value = values[source]
-            if isinstance(value, _Border):
+            if isinstance(value, _Boundary):
                 stored = self.arithmetic.requantize(
                     value.stored, value.qparams, self._qparams[node]
                 )
@@ -156,7 +156,7 @@ class IntegerReference:
             if not users:
                 return values[cast(Node, node.args[0])]
             stored = values[cast(Node, node.args[0])]
-            return _Border(stored, self._qparams[node], self.arithmetic)
+            return _Boundary(stored, self._qparams[node], self.arithmetic)
         op = self._ops.get(node)
         if op is not None:
             stored = self._compute(op, values)
@@ -191,7 +191,7 @@ class IntegerReference:
         return uses
 
 
-class _Border:
+class _Boundary:
     """Integers that somebody may want as real numbers."""
 
     def __init__(self, stored: Tensor, qparams: Any, arithmetic: Arithmetic) -> None:
@@ -208,11 +208,11 @@ class _Border:
 
 
 def _real(value: Any) -> Any:
-    return value.real if isinstance(value, _Border) else value
+    return value.real if isinstance(value, _Boundary) else value
 
 
 def _integers(value: Any) -> Any:
-    return value.stored if isinstance(value, _Border) else value
+    return value.stored if isinstance(value, _Boundary) else value
 
 
 def _bind(args: Any, values: dict[Node, Any]) -> Any:

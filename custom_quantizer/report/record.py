@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
@@ -22,9 +22,10 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.config.rules import nearest, returned_nodes
-from custom_quantizer.core.arithmetic import QParams, accumulator_bits
-from custom_quantizer.core.bias import COMFORTABLE_BIAS, WIDE_BIAS, derived_scale
+from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, derived_scale
 from custom_quantizer.core.files import write_text_atomic
+from custom_quantizer.core.formats import range_bits
 from custom_quantizer.core.graph import (
     DEQUANTIZE_GROUPED,
     constant_of,
@@ -41,10 +42,15 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.schemes import scheme
-from custom_quantizer.errors import InputError
+from custom_quantizer.errors import InputError, ProgramError
 from custom_quantizer.ops import Binding, QuantizedOp, rule_of
-from custom_quantizer.ops.gemm import CONV_TRANSPOSE, expand_channels
-from custom_quantizer.reference.converted import FloatOp, read_converted
+from custom_quantizer.ops.gemm import expand_channels
+from custom_quantizer.reference.accumulators import (
+    accumulator_of,
+    phases_of,
+    weight_accumulator_bits,
+)
+from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.report import html as _html
 from custom_quantizer.report import views as _views
 
@@ -421,7 +427,12 @@ def inspect(converted: GraphModule, lowered: LoweredProgram | None = None) -> Re
         ConversionError: the graph was prepared but not converted, or quantizes nothing.
         InputError: ``lowered`` was made of another graph.
     """
-    graph = read_converted(converted)
+    return report_of(read_converted(converted), lowered)
+
+
+def report_of(graph: ConvertedGraph, lowered: LoweredProgram | None = None) -> Report:
+    """:func:`inspect`, for whom the graph was read already."""
+    converted = graph.model
     ops: dict[Node, QuantizedOp | FloatOp] = {op.node: op for op in graph}
     rows = []
     for node in converted.graph.nodes:
@@ -447,6 +458,7 @@ def inspect(converted: GraphModule, lowered: LoweredProgram | None = None) -> Re
 def _integer_row(model: GraphModule, op: QuantizedOp) -> OpRow:
     node, binding = op.node, op.binding
     chosen, reason = _recorded(node)
+    accumulator = accumulator_of(op)
     sources = zip(binding.inputs, op.inputs, strict=True)
     weight = None if binding.weight is None else _tensor(model, binding.weight)
     low, high = op.bounds or (None, None)
@@ -469,7 +481,7 @@ def _integer_row(model: GraphModule, op: QuantizedOp) -> OpRow:
         weight=weight,
         bias=_integer_bias(model, binding),
         output=_quantized(model, op.output_node, op.output, _dtype(*op.output_node.users)),
-        accumulator_bits=_accumulator_bits(op),
+        accumulator_bits=None if accumulator is None else accumulator.bits,
     )
 
 
@@ -562,7 +574,7 @@ def _tensor(model: GraphModule, node: Node) -> TensorRecord:
         source_of(node).name,
         _shape(model, node),
         _dtype_name(_dtype(node) or torch.int8),
-        bits=_bits(low, high),
+        bits=range_bits(low, high),
         quant_min=low,
         quant_max=high,
         dynamic=True,
@@ -575,7 +587,7 @@ def _quantized(
     """The record of integers; a weight carries where its scale was raised."""
     scale = qparams.scale
     scales = tuple(scale.tolist()) if isinstance(scale, Tensor) else (scale,)
-    bits = _bits(qparams.quant_min, qparams.quant_max)
+    bits = range_bits(qparams.quant_min, qparams.quant_max)
     raised = cast("dict[int, float]", (node.meta.get(META_KEY) or {}).get("raised") or {})
     record = TensorRecord(
         source_of(node).name,
@@ -599,7 +611,7 @@ def _with_scales(
     largest = max(scales)
     return replace(
         record,
-        bits=_bits(quant_min, quant_max),
+        bits=range_bits(quant_min, quant_max),
         granularity="per_tensor" if axis is None else "per_channel",
         scales=scales,
         scale_min=min(scales),
@@ -624,7 +636,7 @@ def _grouped(model: GraphModule, node: Node) -> TensorRecord:
         cast(Node, values).name,
         _shape(model, node),
         _dtype_name(_dtype(node) or torch.int8),
-        bits=_bits(low, high),
+        bits=range_bits(low, high),
         granularity="per_group",
         scale_min=float(scales.min()),
         scale_max=largest,
@@ -654,15 +666,15 @@ def _integer_bias(model: GraphModule, binding: Binding) -> BiasRecord | None:
     stored = torch.as_tensor(qparams.scale)
     _, exponent = torch.frexp(stored / unit)
     shift = exponent - 1
-    wide = max(_bits(q.quant_min, q.quant_max) for q in (weight, data)) > 8
+    wide = max(q.bits for q in (weight, data)) > 8
     return replace(
         _bias_integers(
             constant.name,
             constant_of(model, constant).numpy(),
             stored.reshape(-1).numpy(),
-            _bits(qparams.quant_min, qparams.quant_max),
+            range_bits(qparams.quant_min, qparams.quant_max),
         ),
-        limit=min(WIDE_BIAS if wide else COMFORTABLE_BIAS, qparams.quant_max),
+        limit=min(WIDE_BIAS if wide else MAX_EXACT_BIAS, qparams.quant_max),
         shift=int(shift.max()),
         # Doubling is exact, so equal floats here are equal bits.
         derived=bool((shift >= 0).all()) and torch.equal(torch.ldexp(unit, shift), stored),
@@ -719,35 +731,6 @@ def _bias_integers(
         maximum=max(integers, default=0),
         bits_used=largest.bit_length() + 1,
     )
-
-
-def _accumulator_bits(op: QuantizedOp) -> int | None:
-    if op.weight is None:
-        return None
-    (data,) = op.inputs
-    transposed = op.binding.rule is CONV_TRANSPOSE
-    return accumulator_bits(
-        _by_output_channel(op.weight, op.binding.groups if transposed else None),
-        quant_min=data.quant_min,
-        quant_max=data.quant_max,
-        zero_point=data.zero_point,
-        bias=op.bias,
-    )
-
-
-def _by_output_channel(weight: Tensor, transposed_groups: int | None) -> Tensor:
-    """The weight with output channels first: ``(O, ...)`` from ``(I, O / groups, ...)``."""
-    if transposed_groups is None:
-        return weight
-    grouped = weight.reshape(transposed_groups, -1, *weight.shape[1:])
-    return grouped.transpose(1, 2).flatten(0, 1)
-
-
-def _bits(low: int, high: int) -> int:
-    """Width of the integers of a range; unsigned if it has no negative one."""
-    if low >= 0:
-        return high.bit_length()
-    return max(high.bit_length(), (-low - 1).bit_length()) + 1
 
 
 def _dtype(*nodes: Node) -> torch.dtype | None:
@@ -998,11 +981,26 @@ def _stored_accumulator_bits(
     data = inputs[0] if inputs else None
     if weight is None or not weight.scales or data is None or not data.scales:
         return None
-    groups = op.params.get("groups", 1) if op.kind == "conv_transpose2d" else None
-    return accumulator_bits(
-        _by_output_channel(torch.tensor(delegate.weight(op)), cast("int | None", groups)),
+    stored = torch.tensor(delegate.weight(op))
+    weights: Iterable[Tensor] = (stored,)
+    if op.kind == "conv_transpose2d":
+        groups = cast(int, op.params.get("groups", 1))
+        weights = phases_of(stored, groups, _pair(op, "stride"), _pair(op, "dilation"))
+    return weight_accumulator_bits(
+        weights,
         quant_min=cast(int, data.quant_min),
         quant_max=cast(int, data.quant_max),
         zero_point=cast(int, data.zero_point),
         bias=None if bias is None or bias.bits is None else torch.tensor(bias.integers),
+    )
+
+
+def _pair(op: DelegateOp, name: str) -> tuple[int, int]:
+    """Height and width of a parameter that divides positions, as no damaged file may give it."""
+    value = op.params.get(name)
+    if isinstance(value, tuple) and len(value) == 2 and min(value) >= 1:
+        return value
+    raise ProgramError(
+        f"the {name} of a {op.kind} node is {value}, not two positive numbers; the file was not "
+        "written by a known version"
     )

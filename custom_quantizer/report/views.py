@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from custom_quantizer.core.text_table import GAP, table_lines
+
 __all__ = ["WIDTH", "Column", "Row", "View", "detail_text", "text", "view_of"]
 
 WIDTH = 120
 """Columns of a terminal that the text fits in."""
 
 _NARROW_NAME, _NARROWEST = 16, 7
-_GAP = "  "
 _LEGEND = (
     "input, output: type, scale, zero point (z). weight: number of scales (ch). bias: bits its "
     "largest integer needs (b). acc: bits the accumulator needs in the worst case."
@@ -448,11 +449,7 @@ def detail_text(row: Row) -> str:
     for label, value in row.details:
         lines += _wrapped(value, f"  {label.ljust(label_width)}  ")
     if row.table:
-        widths = [max(len(cells[i]) for cells in row.table) for i in range(len(row.table[0]))]
-        lines.append("")
-        for cells in row.table:
-            padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-            lines.append(f"  {_GAP.join(padded)}".rstrip())
+        lines += ["", *(f"  {line}" for line in table_lines(row.table, left=()))]
     return "\n".join(lines)
 
 
@@ -474,11 +471,11 @@ def _table(view: View) -> list[str]:
     widths = [width[i] for i in kept]
     _narrow(widths, [i for i, column in enumerate(columns) if column.name], _NARROW_NAME)
     _narrow(widths, list(range(len(widths))), _NARROWEST)
-    lines = _table_row([(column.title,) for column in columns], columns, widths)
-    lines.append(_GAP.join("-" * width for width in widths))
+    rows = _folded([(column.title,) for column in columns], widths)
+    rows.append(["-" * width for width in widths])
     for row in view.rows:
-        lines += _table_row([row.cells[i] for i in kept], columns, widths)
-    return lines
+        rows += _folded([row.cells[i] for i in kept], widths)
+    return table_lines(rows, left=[i for i, column in enumerate(columns) if not column.numeric])
 
 
 def _natural_width(view: View, column: int) -> int:
@@ -488,7 +485,7 @@ def _natural_width(view: View, column: int) -> int:
 
 def _total(widths: Iterable[int]) -> int:
     each = list(widths)
-    return sum(each) + len(_GAP) * (len(each) - 1)
+    return sum(each) + len(GAP) * (len(each) - 1)
 
 
 def _narrow(widths: list[int], columns: Sequence[int], least: int) -> None:
@@ -500,23 +497,15 @@ def _narrow(widths: list[int], columns: Sequence[int], least: int) -> None:
         widths[widest] -= 1
 
 
-def _table_row(
-    cells: Sequence[tuple[str, ...]], columns: Sequence[Column], widths: Sequence[int]
-) -> list[str]:
-    folded = [
+def _folded(cells: Sequence[tuple[str, ...]], widths: Sequence[int]) -> list[list[str]]:
+    """The lines that a row takes once its cells are folded to ``widths``, cell by cell."""
+    columns = [
         [part for line in cell for part in _fold(line, width)]
         for cell, width in zip(cells, widths, strict=True)
     ]
-    lines = []
-    for i in range(max((len(cell) for cell in folded), default=1) or 1):
-        parts = [cell[i] if i < len(cell) else "" for cell in folded]
-        lines.append(
-            _GAP.join(
-                part.rjust(width) if column.numeric else part.ljust(width)
-                for part, column, width in zip(parts, columns, widths, strict=True)
-            ).rstrip()
-        )
-    return lines
+    height = max([1, *map(len, columns)])
+    padded = [[*column, *[""] * (height - len(column))] for column in columns]
+    return [list(line) for line in zip(*padded, strict=True)]
 
 
 def _fold(line: str, width: int) -> list[str]:

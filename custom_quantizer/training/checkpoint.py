@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from custom_quantizer.core.tensor_file import DamagedFileError, read_tensors, write_tensors
+from custom_quantizer.core.checkpoint import CheckpointFile, part_of
 from custom_quantizer.errors import TrainingError
 
 __all__ = ["TrainingCheckpoint", "TrainingPosition"]
 
 _FORMAT = "custom_quantizer.training"
-_VERSION = "2"
 
 
 @dataclass
@@ -69,7 +68,7 @@ class TrainingCheckpoint:
         optimizer: torch.optim.Optimizer,
         recipe: Mapping[str, Any],
     ) -> None:
-        self.path = path
+        self._file = CheckpointFile(path, _FORMAT, "a training", "train", TrainingError)
         self._model = model
         self._optimizer = optimizer
         self._recipe = json.dumps(dict(recipe), sort_keys=True)
@@ -83,44 +82,21 @@ class TrainingCheckpoint:
             TrainingError: it is of another training, of another version, or no checkpoint.
             InputError: it cannot be read.
         """
-        if not os.path.exists(self.path):
+        other = "a training with another recipe, number of epochs or batches"
+        found = self._file.read(
+            {
+                "structure": (self._structure, "another graph or of other schemes"),
+                "recipe": (self._recipe, other),
+            }
+        )
+        if found is None:
             return None
-        try:
-            tensors, metadata, sealed = read_tensors(self.path)
-        except DamagedFileError as error:
-            raise TrainingError(
-                f"{self.path} is no checkpoint of a training, or is damaged ({error}). Remove it "
-                "to train from the beginning"
-            ) from error
-        if metadata.get("format") != _FORMAT:
-            raise TrainingError(f"{self.path} is no checkpoint of a training; name another file")
-        if metadata.get("version") not in ("1", _VERSION) or sealed != (
-            metadata["version"] == _VERSION
-        ):
-            raise TrainingError(
-                f"{self.path} is a checkpoint of version {metadata.get('version')}; this package "
-                f"reads version {_VERSION}. Remove it to train from the beginning"
-            )
-        for key, mine, what in (
-            ("structure", self._structure, "another graph or of other schemes"),
-            ("recipe", self._recipe, "a training with another recipe, number of epochs or batches"),
-        ):
-            if metadata.get(key) != mine:
-                raise TrainingError(
-                    f"{self.path} is a checkpoint of {what}. Remove it to train from the "
-                    "beginning, or name another file"
-                )
-        try:
+        tensors, metadata = found
+        with self._file.loading():
             position = TrainingPosition(**json.loads(metadata["position"]))
-            self._model.load_state_dict(_part(tensors, "model."))
-            self._load_optimizer(_part(tensors, "optimizer."), json.loads(metadata["optimizer"]))
-        # A file of version 1 may hold anything; one of version 2 is what save() wrote.
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise TrainingError(
-                f"{self.path} is a damaged checkpoint ({error}). Remove it to train from the "
-                "beginning"
-            ) from error
-        self._random = _part(tensors, "random.")
+            self._model.load_state_dict(part_of(tensors, "model."))
+            self._load_optimizer(part_of(tensors, "optimizer."), json.loads(metadata["optimizer"]))
+        self._random = part_of(tensors, "random.")
         return position
 
     def restore_random_state(self) -> None:
@@ -150,14 +126,12 @@ class TrainingCheckpoint:
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         metadata = {
-            "format": _FORMAT,
-            "version": _VERSION,
             "structure": self._structure,
             "recipe": self._recipe,
             "optimizer": json.dumps(plain),
             "position": json.dumps(asdict(position)),
         }
-        write_tensors(self.path, tensors, metadata)
+        self._file.write(tensors, metadata)
 
     def _load_optimizer(self, tensors: dict[str, Tensor], plain: dict[str, dict[str, Any]]) -> None:
         state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in plain.items()}
@@ -166,10 +140,6 @@ class TrainingCheckpoint:
             state.setdefault(int(index), {})[name] = value
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
 
 def _structure(model: GraphModule) -> str:

@@ -38,7 +38,7 @@ from custom_quantizer.core.batch import Batch
 from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.threads import exclusive, tools
-from custom_quantizer.errors import CustomQuantizerError, TrainingError
+from custom_quantizer.errors import CustomQuantizerError, TrainingError, first_line
 from custom_quantizer.ops.rewrites.training_graph import DROPOUTS, training_mode_of
 from custom_quantizer.training.checkpoint import TrainingCheckpoint, TrainingPosition
 from custom_quantizer.training.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
@@ -561,7 +561,7 @@ class _Trainer:
             raise TrainingError(f"{where}: the loss is not one number: {loss!r}")
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"{where}: the loss is {float(loss)}. Choose a smaller learning rate (now "
+                f"{where}: the loss is {float(loss)}; choose a smaller learning rate (now "
                 f"{self.rate:g}) or a smaller clip_norm, and look for such values in the data"
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -583,10 +583,7 @@ class _Trainer:
         except CustomQuantizerError as error:
             raise TrainingError(f"{where}: {error}") from error
         except Exception as error:
-            text = str(error).strip().splitlines() or [""]
-            raise TrainingError(
-                f"{where}: the graph failed with {type(error).__name__}: {text[0]}"
-            ) from error
+            raise TrainingError(f"{where}: the graph failed with {first_line(error)}") from error
 
     def _fit(self, inputs: Any, where: str) -> list[Any] | None:
         """Inputs as the graph takes them; ``None`` for a batch of a size that it does not take."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -49,7 +50,12 @@ def test_an_honest_program_is_bit_exact(converted: Converted) -> None:
     assert checked.first is None
     (output,) = checked.outputs
     assert (output.values, output.mismatches, output.max_lsb) == (60, 0, 0)
-    assert json.loads(checked.to_json())["bit_exact"] is True
+    document = json.loads(checked.to_json())
+    assert document["bit_exact"] is True
+    # No error against itself: an infinite ratio, which JSON does not have.
+    assert (output.sqnr_graph == math.inf) == (output.graph_mismatches == 0)
+    (record,) = document["outputs"]
+    assert record["sqnr_graph"] == (None if output.graph_mismatches == 0 else output.sqnr_graph)
     assert "bit-exact: yes" in str(checked)
 
 

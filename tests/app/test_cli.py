@@ -254,7 +254,7 @@ OURS: dict[str, tuple[Args, list[str]]] = {
         plain("quantize", "resnt18", "--calibration", "x", "-o", "WORK/x.pte"),
         ["no model 'resnt18'", "resnet18"],
     ),
-    "unknown function": (quantize("net.py:Smal"), ["has no 'Smal'", "Did you mean Small"]),
+    "unknown function": (quantize("net.py:Smal"), ["has no 'Smal'", "did you mean Small"]),
     "wrong model argument": (
         quantize("net.py:Small", "data.npz", "--model-arg", "width=3"),
         ["width"],

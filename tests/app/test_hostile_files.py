@@ -29,7 +29,7 @@ from custom_quantizer.app import data, tensor_files
 from custom_quantizer.app.data import load_data
 from custom_quantizer.app.models import load_weights
 from custom_quantizer.calibration.checkpoint import Checkpoint, Position
-from custom_quantizer.calibration.convergence import Settling, observed_tensors
+from custom_quantizer.calibration.convergence import RangeConvergence, observed_tensors
 from custom_quantizer.calibration.statistics import (
     read_statistics,
     record_counts,
@@ -161,16 +161,16 @@ def statistics(folder: Path, seed: int | None) -> bool | None:
 
 def checkpoint(folder: Path, seed: int | None) -> bool | None:
     file = folder / "c.safetensors"
-    settling = Settling(observed_tensors(prepared()))
+    convergence = RangeConvergence(observed_tensors(prepared()))
     reader = Checkpoint(file, prepared())
     if not file.exists():
         reader.check_data([image()])
-        reader.save(Position(4, 2), settling)
+        reader.save(Position(4, 2), convergence)
         (folder / "saved_checkpoint").write_bytes(file.read_bytes())
     before = {name: value.clone() for name, value in prepared().state_dict().items()}
     file.write_bytes(mutated_bytes((folder / "saved_checkpoint").read_bytes(), seed))
     try:
-        position = reader.resume(settling)
+        position = reader.resume(convergence)
     finally:  # a refused file changes nothing
         after = prepared().state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -316,7 +316,7 @@ def test_a_thousand_damaged_files_are_refused_or_read(name: str, folder: Path) -
 
 
 def _checkpoint_at(path: Path) -> None:
-    Checkpoint(path, prepared()).resume(Settling(observed_tensors(prepared())))
+    Checkpoint(path, prepared()).resume(RangeConvergence(observed_tensors(prepared())))
 
 
 FILES: dict[str, tuple[str, Callable[[Path], object]]] = {

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,7 @@ from custom_quantizer.errors import (
 )
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference import integer_reference
-from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
 EXAMPLE = (small_images(4),)
 DATA = small_images(32)
@@ -67,6 +68,22 @@ def test_equals_the_unmodified_torchao_flow() -> None:
     for batch in DATA.split(4):
         prepared(batch)
     assert integers(convert_pt2e(prepared)) == integers(small_result().converted)
+
+
+def test_the_converted_graph_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(model: GraphModule) -> ConvertedGraph:
+        calls.append(model)
+        return read_converted(model)
+
+    # Wherever a module took the name from, it stands there.
+    for name, module in list(sys.modules.items()):
+        found = getattr(module, "read_converted", None)
+        if name.startswith("custom_quantizer.") and found is read_converted:
+            monkeypatch.setattr(module, "read_converted", counted)
+    result = quantize(small_model(), EXAMPLE, DATA, progress=False)
+    assert calls == [result.converted]
 
 
 def test_every_part_is_there() -> None:

@@ -210,7 +210,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "quantize_pads",
         "keep_convs_float",
         "quantize_scalars_as_rows",
-        "withhold_refused",
+        "refused_to_float",
         "channel_slices_to_convs",
         "keep_apart",
         "tell_copies_apart",
@@ -631,7 +631,7 @@ def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
         "plain_elus",
         "silu_products",
         "softmaxes_over_last_dim",
-        "steady_tables",
+        "tie_break_offsets",
         "tanh_gelus",
     }
     assert {p.name for p in PASSES if not p.exact} == inexact

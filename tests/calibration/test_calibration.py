@@ -410,7 +410,7 @@ def test_the_last_batch_that_moved_a_range() -> None:
     assert (tensors["x"].low, tensors["x"].high, tensors["x"].last_change) == (-2.0, 1.0, 2)
     assert summary.last_change == 2
     assert str(summary) == "10 samples in 5 batches; ranges last moved in batch 2"
-    assert summary.settling().splitlines()[-1].split()[-3:] == ["2", "of", "5"]
+    assert summary.convergence().splitlines()[-1].split()[-3:] == ["2", "of", "5"]
     late = calibrate(dynamic_conv(), [*batches, image(-1, 3)])
     assert str(late).endswith(
         "ranges last moved in batch 6 (1 of 2 still moved: more data may help)"

@@ -802,7 +802,7 @@ def test_not_a_prepared_graph(wrong: Any) -> None:
 
 # -- files that are not what they should be --------------------------------------------------------
 
-METADATA = {"custom_quantizer.calibration.statistics": "1"}
+METADATA = {"custom_quantizer.statistics": "1"}
 
 
 def good_file() -> dict[str, Tensor]:
@@ -872,9 +872,9 @@ def test_tampered_files(tmp_path: Path, name: str) -> None:
     [
         (None, "no calibration statistics"),
         ({"format": "pt", "version": "1"}, "no calibration statistics"),
-        ({"custom_quantizer.calibration.statistics": "one"}, "no calibration statistics"),
-        ({"custom_quantizer.calibration.statistics": "3"}, "version 3 .* up to 2"),
-        ({"custom_quantizer.calibration.statistics": "2"}, "was changed after it was written"),
+        ({"custom_quantizer.statistics": "one"}, "no calibration statistics"),
+        ({"custom_quantizer.statistics": "3"}, "version 3 .* up to 2"),
+        ({"custom_quantizer.statistics": "2"}, "was changed after it was written"),
     ],
 )
 def test_other_safetensors_files(

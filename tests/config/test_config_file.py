@@ -19,6 +19,7 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
+from custom_quantizer.config import file as config_file
 from custom_quantizer.config.file import (
     SchemeOptions,
     dump_config,
@@ -29,7 +30,14 @@ from custom_quantizer.config.file import (
 from custom_quantizer.config.rules import Config, Rule, Scope
 from custom_quantizer.core import schemes
 from custom_quantizer.core.formats import IntFormat
-from custom_quantizer.core.schemes import OpScheme, TensorScheme, scheme
+from custom_quantizer.core.schemes import (
+    FORMAT_PATTERN,
+    SCHEME_PATTERN,
+    SUFFIXES,
+    OpScheme,
+    TensorScheme,
+    scheme,
+)
 from custom_quantizer.errors import ConfigError, InputError, SchemeError
 from custom_quantizer.ops import known_targets
 from custom_quantizer.planning.quantizer import IntegerQuantizer
@@ -284,6 +292,33 @@ def test_schemes_that_editors_offer_are_legal() -> None:
     for name in choices[0]["enum"]:
         assert scheme(name).name == name
         assert re.search(choices[1]["pattern"], name)
+
+
+def test_every_suffix_is_read_and_offered() -> None:
+    """One table of suffixes: what is parsed, and what editors and messages are told of."""
+    with pytest.raises(SchemeError) as caught:
+        scheme("w")
+    for suffix, said in SUFFIXES.items():
+        name = f"a8w8-{suffix}"
+        assert scheme(name) == scheme("a8w8", **said)
+        assert re.search(SCHEME_PATTERN, name)
+        assert f"-{suffix}" in str(caught.value)
+        about_activations = scheme(name).weight == scheme("a8w8").weight and "bias" not in said
+        about_activations &= suffix != "per_channel"  # says what is so anyway, of the weight
+        assert (re.search(FORMAT_PATTERN, f"a8-{suffix}") is not None) == about_activations
+
+
+def test_a_file_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def counted(name: str, **options: Any) -> OpScheme:
+        read.append(name)
+        return scheme(name, **options)
+
+    monkeypatch.setattr(config_file, "scheme", counted)
+    rules = [{"module_name": "m", "scheme": {"activations": 4, "weights": 4}}]
+    load_config({"version": 1, "global": "a8w8", "rules": rules})
+    assert sorted(read) == ["a4w4", "a8w8"]
 
 
 @settings(deadline=None)

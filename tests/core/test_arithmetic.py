@@ -48,6 +48,7 @@ from custom_quantizer.core.fixed_point import (
     rounding_divide_by_pot,
     saturating_rounding_doubling_high_mul,
 )
+from custom_quantizer.core.formats import range_bits, signed_bits
 from custom_quantizer.errors import InputError, SchemeError
 from custom_quantizer.ops.backend import get_mode
 
@@ -280,6 +281,15 @@ def test_qparams_is_a_value() -> None:
     assert qparams(0.5).fits_int8
     assert not qparams(0.5, 0, 0, 255).fits_int8
     assert qparams(0.5, 0, -8, 7).levels == 16
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "signed", "own"),
+    [(-8, 7, 4, 4), (-9, 7, 5, 5), (-8, 8, 5, 5), (-7, 7, 4, 4), (0, 255, 9, 8), (0, 0, 1, 0)],
+)
+def test_width_of_a_range(low: int, high: int, signed: int, own: int) -> None:
+    assert qparams(0.5, 0, low, high).bits == signed_bits(low, high) == signed
+    assert range_bits(low, high) == own
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 import custom_quantizer as cq
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.core.bias import (
-    COMFORTABLE_BIAS,
+    MAX_EXACT_BIAS,
     BiasHeadroom,
     bias_shift,
     derived_scale,
@@ -104,7 +104,7 @@ def test_the_derived_scale_is_the_product_rounded_once(
 # Raising the weight scale
 # ---------------------------------------------------------------------------------------------
 
-LIMITS = st.sampled_from([1, 7, 127, 32767, COMFORTABLE_BIAS, 1 << 30])
+LIMITS = st.sampled_from([1, 7, 127, 32767, MAX_EXACT_BIAS, 1 << 30])
 
 
 @st.composite
@@ -237,7 +237,7 @@ def test_the_shift_of_a_bias_at_the_end_of_its_range(exponent: int) -> None:
 
 
 def test_headroom_counts_bits_with_the_sign() -> None:
-    assert [BiasHeadroom({}, n).bits for n in (0, 1, 127, 128, COMFORTABLE_BIAS)] == [
+    assert [BiasHeadroom({}, n).bits for n in (0, 1, 127, 128, MAX_EXACT_BIAS)] == [
         1,
         2,
         8,
@@ -274,7 +274,7 @@ def check_biases(graph: GraphModule, floats: dict[str, Tensor]) -> None:
         integers = _bias_of(graph, node)
         assert integers.dtype is torch.int32
         assert np.array_equal(integers.numpy(), wanted), name
-        assert int(integers.abs().max()) <= COMFORTABLE_BIAS, name
+        assert int(integers.abs().max()) <= MAX_EXACT_BIAS, name
 
 
 def image(*channels: int) -> Tensor:
@@ -339,8 +339,8 @@ def test_a_weight_raised_for_one_call_is_raised_for_all() -> None:
     graph = quantized(model, (x,))
     check_biases(graph, dict.fromkeys(("conv2d", "conv2d_1"), model.conv.bias))
     biases = [int(_bias_of(graph, n).abs().max()) for n in calls(graph, aten.conv2d.default)]
-    assert biases[1] in (COMFORTABLE_BIAS - 1, COMFORTABLE_BIAS)
-    assert biases[0] < COMFORTABLE_BIAS // 900
+    assert biases[1] in (MAX_EXACT_BIAS - 1, MAX_EXACT_BIAS)
+    assert biases[0] < MAX_EXACT_BIAS // 900
     lowered_exactly(graph, (x,))
 
 
@@ -369,7 +369,7 @@ def test_a_bias_above_8_bits_may_be_larger(scheme: str, kept: bool) -> None:
     (node,) = calls(graph, aten.linear.default)
     largest = int(_bias_of(graph, node).max())
     raised = cast(Node, node.args[1]).meta[META_KEY]["raised"]
-    assert (largest > COMFORTABLE_BIAS) is kept
+    assert (largest > MAX_EXACT_BIAS) is kept
     assert (raised == {}) is kept
 
 

@@ -14,9 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from support.disk import room_for
 
+from custom_quantizer.calibration import checkpoint as calibration_checkpoint
+from custom_quantizer.calibration import statistics
 from custom_quantizer.core import files as _io
+from custom_quantizer.core.checkpoint import CheckpointFile
 from custom_quantizer.core.files import (
     new_directory,
     write_bytes_atomic,
@@ -25,7 +29,11 @@ from custom_quantizer.core.files import (
     write_text_atomic,
 )
 from custom_quantizer.core.progress import stages, track
-from custom_quantizer.errors import InputError
+from custom_quantizer.core.tensor_file import write_tensors
+from custom_quantizer.core.text_table import table_lines
+from custom_quantizer.errors import InputError, TrainingError
+from custom_quantizer.reference import graph_document, numpy_runner
+from custom_quantizer.training import checkpoint as training_checkpoint
 
 
 def names(folder: Path) -> list[str]:
@@ -312,13 +320,13 @@ def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path: Path) -> None
 
 
 def test_a_missing_directory_is_named_and_not_made(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a\.pte.*directory .*missing does not exist. Create it"):
+    with pytest.raises(InputError, match=r"a\.pte.*directory .*missing does not exist; create it"):
         write_bytes_atomic(tmp_path / "missing" / "a.pte", b"")
     assert names(tmp_path) == []
 
 
 def test_a_directory_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"it is a directory\. Name a file inside it"):
+    with pytest.raises(InputError, match=r"it is a directory; name a file inside it"):
         write_bytes_atomic(tmp_path, b"")
     with pytest.raises(InputError, match="null"):
         write_bytes_atomic("a\0b", b"")
@@ -447,3 +455,51 @@ def test_a_terminal_gets_the_bar_and_a_pipe_what_is_printed(
         print("result")
     assert "count" in terminal.getvalue()
     assert pipe.getvalue() == "result\n"
+
+
+# --- names of formats ---
+
+
+def test_formats_keep_the_names_that_files_out_there_have() -> None:
+    assert calibration_checkpoint._FORMAT == "custom_quantizer.calibration"
+    assert training_checkpoint._FORMAT == "custom_quantizer.training"
+    assert statistics.FORMAT == "custom_quantizer.statistics"
+    assert graph_document.FORMAT == "custom_quantizer.graph"
+    assert numpy_runner.FORMAT == "custom_quantizer.integers"
+
+
+# --- checkpoints ---
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
+    file = CheckpointFile(tmp_path / "c.safetensors", "a.format", "a test", "test", TrainingError)
+    mine = {"graph": ("mine", "another graph")}
+    assert file.read(mine) is None
+    file.write({"x": torch.arange(3)}, {"graph": "mine"})
+    found = file.read(mine)
+    assert found is not None
+    tensors, metadata = found
+    assert metadata == {"format": "a.format", "version": "2", "graph": "mine"}
+    assert tensors["x"].tolist() == [0, 1, 2]
+    for version, message in (("1", "of version 1"), ("3", "of version 3")):
+        # Version 1 has no SHA-256, so a sealed file is not of it.
+        write_tensors(file.path, {}, {**metadata, "version": version})
+        with pytest.raises(TrainingError, match=message):
+            file.read(mine)
+    file.write({}, {"graph": "yours"})
+    with pytest.raises(TrainingError, match="is a checkpoint of another graph; remove it to test"):
+        file.read(mine)
+    write_tensors(file.path, {}, {"format": "other"})
+    with pytest.raises(TrainingError, match="is no checkpoint of a test"):
+        file.read(mine)
+    with pytest.raises(TrainingError, match="is a damaged checkpoint"), file.loading():
+        raise KeyError("x")
+
+
+# --- tables ---
+
+
+def test_columns_are_as_wide_as_their_widest_cell() -> None:
+    rows = [("name", "n", "last"), ("a", "12", ""), ("longer", "3", "x")]
+    assert table_lines(rows) == ["name     n  last", "a       12", "longer   3     x"]
+    assert table_lines(rows, left=(0, 1, 2)) == ["name    n   last", "a       12", "longer  3   x"]

@@ -106,7 +106,7 @@ def test_entries_of_a_table_are_the_functions_values_rounded(
         entries = functions.table(function, src, dst, arithmetic).tolist()
         for i, value in zip(legal, values, strict=True):
             steps = min(max(value / float(dst.scale) + dst.zero_point, -128), 127)
-            # The shift of a steady table is a few ten-thousandths of a step.
+            # The tie-break offset is a few ten-thousandths of a step.
             assert abs(entries[i] - steps) <= 0.5 + 5e-3, (arithmetic.name, i)
 
 
@@ -118,7 +118,7 @@ def test_a_value_that_is_no_number_is_stored_as_the_largest() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Steady tables
+# Tie-break offsets
 # ---------------------------------------------------------------------------------------------
 
 INEXACT = sorted(
@@ -249,7 +249,7 @@ def test_silu_with_an_int8_sigmoid_is_next_to_silu_rounded_once(low: float, high
     once = functions.table(named(aten.silu.default), src, dst, EXACT)
     assert int((got - once).abs().max()) <= 1
     assert int((got != once).sum()) <= 96
-    # Its sigmoid is steady, and the product is one of integers: no kernel decides anything.
+    # Its sigmoid needs no offset, and the product is one of integers: no kernel decides anything.
     assert tables.function_offset(named(aten.sigmoid.default), src, sigmoid) == 0.0
     largest = 1 / (1 + math.exp(-(127 - src.zero_point) * float(src.scale)))
     assert largest / 255 <= float(sigmoid.scale) * (1 + 1e-6) <= largest / 255 * 1.03

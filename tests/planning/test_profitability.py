@@ -20,7 +20,7 @@ from custom_quantizer.planning.planner import Plan, make_plan
 from custom_quantizer.planning.profitability import Kind, Step, weigh
 
 IMAGE = (2, 4, 6, 6)
-INTEGER, WEIGHED, MOVER, FLOAT = Kind.INTEGER, Kind.WEIGHED, Kind.MOVER, Kind.FLOAT
+INTEGER, WEIGHED, MOVEMENT, FLOAT = Kind.INTEGER, Kind.WEIGHED, Kind.MOVEMENT, Kind.FLOAT
 
 
 def conv() -> nn.Conv2d:
@@ -102,22 +102,22 @@ OUT_FLOAT = "nothing behind it takes integers"
             [("a", INTEGER, "x"), ("f", WEIGHED, "a y"), ("b", INTEGER, "f")],
             {"f": "y is float"},
         ),
-        # Movers pass both sides on.
+        # Data movement passes both sides on.
         (
             [
                 ("a", INTEGER, "x"),
-                ("m", MOVER, "a"),
+                ("m", MOVEMENT, "a"),
                 ("f", WEIGHED, "m"),
-                ("n", MOVER, "f"),
+                ("n", MOVEMENT, "f"),
                 ("b", INTEGER, "n"),
             ],
             {},
         ),
-        ([("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("m", MOVER, "f")], {"f": OUT_FLOAT}),
+        ([("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("m", MOVEMENT, "f")], {"f": OUT_FLOAT}),
         # A cat with integers wants integers; two weighed ops do not justify each other.
-        ([("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("c", MOVER, "f a")], {}),
+        ([("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("c", MOVEMENT, "f a")], {}),
         (
-            [("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("g", WEIGHED, "a"), ("c", MOVER, "f g")],
+            [("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("g", WEIGHED, "a"), ("c", MOVEMENT, "f g")],
             {"f": OUT_FLOAT, "g": OUT_FLOAT},
         ),
         # What fails on one side of a join takes the integers of the other side with it.

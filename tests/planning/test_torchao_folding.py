@@ -118,3 +118,18 @@ def test_who_prepares(shared: tuple[nn.Module, Tensor]) -> None:
     prepare_qat_pt2e(capture(model, (x,)), ComposableQuantizer([Asks()]))
     assert told == [False, True]
     assert not prepares_for_training()
+
+
+def test_the_graph_does_not_tell_who_prepares() -> None:
+    """If this fails, torchao tells the quantizer, and it need not look who called."""
+    seen = []
+
+    class Noting(Plain):
+        def transform_for_annotation(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            nodes = [(node.name, node.target, sorted(node.meta)) for node in model.graph.nodes]
+            seen.append((nodes, sorted(model.meta), sorted(vars(model)), model.training))
+            return model
+
+    for prepare in (prepare_pt2e, prepare_qat_pt2e):
+        prepare(capture(nn.Linear(3, 4).eval(), (torch.randn(2, 3),)), Noting())
+    assert seen[0] == seen[1]

@@ -1018,6 +1018,7 @@ WIDE_LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(6, 5, 3, padding=1), (2, 6, 8, 8)),
     "grouped": (lambda: nn.Conv2d(6, 4, 3, groups=2), (2, 6, 8, 8)),
     "conv_transpose": (lambda: nn.ConvTranspose2d(6, 5, 3), (2, 6, 8, 8)),
+    "conv_transpose_half": (lambda: nn.ConvTranspose2d(8, 12, 3, stride=2), (2, 8, 8, 8)),
     "conv_transpose_stride": (lambda: nn.ConvTranspose2d(6, 5, 4, stride=2), (2, 6, 8, 8)),
     "conv_transpose_dilated": (
         lambda: nn.ConvTranspose2d(6, 4, 3, stride=(2, 3), dilation=(1, 2), groups=2),

@@ -23,7 +23,6 @@ from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import is_dequantize, is_quantize
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops import REGISTRY, Case, OpRule, gemm
-from custom_quantizer.ops._rule import _bits
 from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.ops.gemm import _accumulate
 from custom_quantizer.reference.accumulators import mul_width
@@ -323,5 +322,5 @@ def test_the_width_of_a_product(
 @pytest.mark.parametrize("bits", range(2, 17))
 def test_the_bits_of_a_format(bits: int) -> None:
     half = 1 << (bits - 1)
-    assert _bits(QParams(0.5, 0, -half, half - 1)) == bits
-    assert _bits(QParams(0.5, 0, 1 - half, half - 1)) == bits
+    assert QParams(0.5, 0, -half, half - 1).bits == bits
+    assert QParams(0.5, 0, 1 - half, half - 1).bits == bits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -25,9 +26,11 @@ from torch import nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from custom_quantizer.analysis.diagnosis import diagnose
 from custom_quantizer.backends.xnnpack import LoweredProgram, lower, read_program
 from custom_quantizer.errors import ConversionError, InputError, ProgramError
 from custom_quantizer.planning.quantizer import IntegerQuantizer
+from custom_quantizer.reference import accumulators
 from custom_quantizer.report import record as report_module
 from custom_quantizer.report.record import (
     OpRow,
@@ -253,7 +256,10 @@ def test_accumulator_bits_are_those_of_the_worst_input(
         for channel, b in zip(weight, row.bias.integers, strict=True)
     ]
     assert row.accumulator_bits == width(min(bottoms), max(tops))
-    assert row_of(report, "add").accumulator_bits is None
+    found = {row.op: row.bits for row in accumulators(converted)}
+    assert {"linear", "add"} <= set(found)
+    for one in report.rows:
+        assert one.accumulator_bits == found.get(one.node)
 
 
 def test_residual_add_has_two_inputs_with_their_own_scales(report: Report) -> None:
@@ -453,6 +459,30 @@ def test_grouped_transposed_convolutions_repeat_no_channel() -> None:
         tops.append(sum(map(max, ends)) + row.bias.integers[out])
         bottoms.append(sum(map(min, ends)) + row.bias.integers[out])
     assert row.accumulator_bits == width(min(bottoms), max(tops))
+
+
+def test_one_accumulator_width_of_a_strided_transposed_convolution() -> None:
+    torch.manual_seed(0)
+    model = nn.ConvTranspose2d(8, 12, 3, stride=2)
+    example = (torch.randn(1, 8, 5, 5),)
+    graph = convert(model, IntegerQuantizer().set_global("a8w8"), example)
+    (told,) = accumulators(graph)
+    (row,) = inspect(graph).rows
+    diagnosed = diagnose(model, graph, [example])[row.node]
+    (stored,) = (r for r in inspect_program(lower(graph, example).buffer).rows if r.weight)
+    widths = (told.bits, row.accumulator_bits, diagnosed.accumulator_bits, stored.accumulator_bits)
+    assert widths == (told.bits,) * 4
+    # Wide enough for the largest of all sums, and by no bit too wide: of the taps of one phase.
+    (data,) = row.inputs
+    assert row.bias is not None
+    assert data.zero_point is not None
+    sums = []
+    for out, bias in enumerate(row.bias.integers):
+        for y, x in itertools.product(range(2), range(2)):
+            taps = graph.weight_integers[:, out, y::2, x::2].flatten().tolist()
+            ends = [[tap * (q - data.zero_point) for q in (-128, 127)] for tap in taps]
+            sums += [sum(map(max, ends)) + bias, sum(map(min, ends)) + bias]
+    assert told.bits == width(min(sums), max(sums))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -395,7 +395,7 @@ def check_plan(done: Converted) -> ConvertedGraph:
     graph = read_converted(done.graph)
     integer = {op.node.name: op for op in graph.integer}
     reasons = {op.node.name: op.reason for op in graph.floating}
-    withheld = {op.node.name for op in graph.floating if op.withheld}
+    fallbacks = {op.node.name for op in graph.floating if op.float_fallback}
     assert [name for name, reason in reasons.items() if not reason] == []
     for op in done.plan.parts:
         if op.scheme is None:
@@ -405,7 +405,7 @@ def check_plan(done: Converted) -> ConvertedGraph:
             assert found is None or found.weight is None, f"{op.node}, although {op.reason}"
         elif op.scheme.startswith("dyn"):
             assert op.node in reasons, op.node
-        elif op.node in withheld:
+        elif op.node in fallbacks:
             pass  # decided by the scales that calibration found, and reported
         elif "bias" in {t.role for t in op.tensors if t.dtype == "float32"}:
             assert reasons.get(op.node) == "its bias is in float", (op, reasons.get(op.node))
@@ -566,10 +566,10 @@ def check_lowered(sample: Sample) -> cq.LoweredProgram:
     program = cq.lower(done.graph, done.example)
     rows = {row.node: row for row in program.report.ops}
     assert rows.keys() == {op.node.name for op in graph}
-    withheld = {op.node.name for op in graph.floating if op.withheld}
+    fallbacks = {op.node.name for op in graph.floating if op.float_fallback}
     for op in done.plan.quantized:
         row = rows[op.node]
-        if op.node in withheld:
+        if op.node in fallbacks:
             assert row.backend is kernels.FLOAT, row
             continue
         # Moves in a row become one, in the place of any of them.

@@ -102,7 +102,7 @@ def quantize_emulated_int16(x: Tensor, q: QParams) -> Tensor:
     if q.zero_point != 0 or q.quant_min < INT16[0] or q.quant_max > INT16[1]:
         raise SchemeError(
             "The delegate stores more than 8 bits only as symmetric integers within int16, got "
-            f"[{q.quant_min}, {q.quant_max}] with zero point {q.zero_point}."
+            f"[{q.quant_min}, {q.quant_max}] with zero point {q.zero_point}"
         )
     refuse_nan(as_reals(x, "The tensor to quantize"))
     floored = torch.floor(x * _inverse(q, x) + f32(0.5))
@@ -130,7 +130,7 @@ def xnnpack_multiplier(
         worst = float(multiplier.reshape(-1)[~legal.reshape(-1)][0])
         raise SchemeError(
             f"A requantization multiplier is {worst!r}: the delegate needs a normal number below "
-            "256. Widen the output's range."
+            "256; widen the output's range"
         )
     return multiplier
 
@@ -188,7 +188,7 @@ def xnnpack_add_parameters(
     if not 2.0**-10 <= largest < 2.0**8:
         raise SchemeError(
             f"The larger of the scale ratios of an add is {largest!r}: the delegate needs it in "
-            "[2**-10, 2**8). Change the output's scale."
+            "[2**-10, 2**8); change the output's scale"
         )
     shift = 20 - (math.frexp(largest)[1] - 1)
     # Exact in double; Python's round() is half to even.
@@ -207,7 +207,7 @@ def _require_int8(q: QParams) -> None:
     if not q.fits_int8:
         raise SchemeError(
             f"The delegate has no integer kernel for the range [{q.quant_min}, {q.quant_max}]: "
-            "only for ranges within int8."
+            "only for ranges within int8"
         )
 
 
@@ -408,8 +408,8 @@ class XnnpackArithmetic:
             offset = np.float32(dst.zero_point) - (number * np.float32(src.zero_point)) * scale
         if not scale < 256.0:
             raise SchemeError(
-                f"The multiplier of a mean is {float(scale)!r}, 256 or more. Widen the output's "
-                "range."
+                f"The multiplier of a mean is {float(scale)!r}, 256 or more; widen the output's "
+                "range"
             )
         scaled = wrap_int32(total).to(torch.float32) * f32(float(scale))
         rounded = float_to_integers(torch.round(scaled + f32(float(offset))))

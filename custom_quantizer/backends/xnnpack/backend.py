@@ -26,7 +26,7 @@ from custom_quantizer.backends.xnnpack.kernels import (
     SUPPORT,
     refuses_tensor,
 )
-from custom_quantizer.core.bias import COMFORTABLE_BIAS, WIDE_BIAS, BiasLimits
+from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, BiasLimits
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.rewrites.forms import INTEGER_FORMS, use_integer_forms
 
@@ -60,7 +60,7 @@ BACKEND = Backend(
     float_targets=FLOAT_TARGETS,
     outside=PORTABLE,
     wide=EMULATED,
-    limits=BiasLimits(COMFORTABLE_BIAS, WIDE_BIAS),
+    limits=BiasLimits(MAX_EXACT_BIAS, WIDE_BIAS),
     legalize=lambda model, training: use_integer_forms(model, INTEGER_FORMS, training=training),
     legalized=frozenset(INTEGER_FORMS),
     refuses_tensor=refuses_tensor,

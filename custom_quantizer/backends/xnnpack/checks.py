@@ -38,7 +38,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.errors import LoweringError, ProgramError, VerificationError
 from custom_quantizer.ops import QParamSharing, QuantizedOp
 from custom_quantizer.ops.gemm import CONV, expand_channels
-from custom_quantizer.reference import integer_reference
+from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph
 
 __all__ = [
@@ -93,7 +93,7 @@ def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple
     found = next(differences(program, graph), None)
     if found is not None:
         raise VerificationError(
-            f"{found}. The program is not the graph; leave the op in float with "
+            f"{found}; the program is not the graph; leave the op in float with "
             f"set_node_name({found.node!r}, None), and please report the model"
         )
     _check_outputs(program, graph, example)
@@ -126,7 +126,7 @@ def _run(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...
                     f"{MOST_DIMS}; reshape it to fewer ({error})"
                 ) from error
         raise LoweringError(
-            f"{error}. Leave the op in float, or write it with other ops"
+            f"{error}; leave the op in float, or write it with other ops"
             + (f" (outside the delegate run {outside})" if outside else "")
         ) from error
 
@@ -342,7 +342,7 @@ def _stored_bounds(node: DelegateOp, output: QParams) -> tuple[int, int]:
 def _check_outputs(
     program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]
 ) -> None:
-    reference = pytree.tree_leaves(integer_reference(graph.model)(*example))
+    reference = pytree.tree_leaves(IntegerReference(graph)(*example))
     outputs = _run(program, graph, example)
     program.reset()
     if len(reference) != len(outputs):

@@ -33,7 +33,7 @@ def split_checksum(data: memoryview, where: str) -> tuple[memoryview, bool]:
         return data, False
     if hashlib.sha256(program).digest() != end[len(_MARK) :]:
         raise ProgramError(
-            f"{where}: the file is damaged or was changed: its SHA-256 is not the one it carries. "
-            "Copy it again, or quantize the model again"
+            f"{where}: the file is damaged or was changed: its SHA-256 is not the one it carries; "
+            "copy it again, or quantize the model again"
         )
     return program, True

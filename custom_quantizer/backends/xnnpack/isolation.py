@@ -120,7 +120,7 @@ class IsolatedMethod:
                 how = "answered with something else than tensors"
             self._failure = (
                 f"{self._what}: the process that the program runs in {how} {when}; it may take "
-                f"{self._memory / 2**30:.1f} GiB of memory. The file has no checksum and is most "
+                f"{self._memory / 2**30:.1f} GiB of memory; the file has no checksum and is most "
                 "likely damaged: copy it again, or quantize the model again"
             )
             raise ProgramError(self._failure) from error

@@ -49,7 +49,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.threads import exclusive, tools
-from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError
+from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, rule_of
 from custom_quantizer.ops.backend import Backend, Kernel
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
@@ -91,10 +91,28 @@ def lower(
         LoweringError: the backend refused the graph.
         VerificationError: the program is not what the graph says.
     """
+    return lower_graph(
+        read_converted(converted, BACKEND),
+        example_inputs,
+        dynamic_max=dynamic_max,
+        check=check,
+        progress=progress,
+    )
+
+
+@tools()
+def lower_graph(
+    graph: ConvertedGraph,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic_max: int = DEFAULT_DYNAMIC_MAX,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> LoweredProgram:
+    """:func:`lower`, for whom the graph was read already."""
     say = progress or (lambda _stage: None)
-    graph = read_converted(converted, BACKEND)
-    _warn_of_state(converted)
-    example = check_example(converted, example_inputs)
+    _warn_of_state(graph.model)
+    example = check_example(graph.model, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, say)
     say("partitioning for XNNPACK")
     edge = _to_edge(rewritten.exported, validate=not check)
@@ -165,7 +183,7 @@ def rewrite(
     say("rewriting the graph")
     _check_writable(graph.model)
     model = detached_copy(graph.model)
-    applied = run_passes(model)
+    applied = run_passes(model, graph)
     say("exporting")
     exported = export_again(model, example, dynamic_max, widest=widest)
     for node in state_of(exported.graph):
@@ -218,13 +236,13 @@ def _check_writable(model: GraphModule) -> None:
         if node.op == "call_function" and meta is not None and meta.is_complex() and node.users:
             raise LoweringError(
                 f"{describe(node)} is {meta.dtype}, and ExecuTorch's programs hold no complex "
-                "numbers. Compute with real and imaginary parts as two tensors"
+                "numbers; compute with real and imaginary parts as two tensors"
             )
     (output,) = (node for node in model.graph.nodes if node.op == "output")
     for i, value in enumerate(pytree.tree_leaves(output.args[0])):
         if not isinstance(value, (Node, int, float, type(None))):
             raise LoweringError(
-                f"output {i} is {value!r}; a program returns tensors and numbers. Return it from a "
+                f"output {i} is {value!r}; a program returns tensors and numbers; return it from a "
                 "wrapper around the program instead"
             )
 
@@ -280,8 +298,8 @@ def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tu
     for i, (value, meta) in enumerate(zip(flat, metas, strict=False)):
         if meta is None and not isinstance(value, (int, float, type(None))):
             raise InputError(
-                f"input {i} is a {type(value).__name__}; a program takes tensors and numbers. "
-                "Capture a module whose forward sets it"
+                f"input {i} is a {type(value).__name__}; a program takes tensors and numbers; "
+                "capture a module whose forward sets it"
             )
     if len(flat) != len(metas):
         raise InputError(f"the graph takes {len(metas)} inputs, the example has {len(flat)}")
@@ -362,7 +380,7 @@ def export_again(
         raise
     except Exception as error:
         raise LoweringError(
-            f"torch.export refused the rewritten graph: {_first_line(error)}. Check that the "
+            f"torch.export refused the rewritten graph: {first_line(error)}; check that the "
             "example inputs fit the dynamic sizes the model was captured with"
         ) from error
 
@@ -421,7 +439,7 @@ def _to_edge(exported: torch.export.ExportedProgram, *, validate: bool) -> EdgeP
             )
     except Exception as error:
         raise LoweringError(
-            f"ExecuTorch could not partition the graph: {_first_line(error)}"
+            f"ExecuTorch could not partition the graph: {first_line(error)}"
             f"{_control_flow(exported)}"
         ) from error
 
@@ -436,7 +454,7 @@ def _control_flow(exported: torch.export.ExportedProgram) -> str:
     if not kinds:
         return ""
     return (
-        f". The graph has control flow ({', '.join(kinds)}), which ExecuTorch may not know how to "
+        f"; the graph has control flow ({', '.join(kinds)}), which ExecuTorch may not know how to "
         "lower: unroll it, or lower what is before and behind it on its own"
     )
 
@@ -466,7 +484,7 @@ def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> b
         names = ", ".join(origin_of(node) or node.name for node in leftover[:5])
         raise LoweringError(
             f"{len(leftover)} quantize or dequantize ops stayed outside the delegate ({names}): "
-            "the bare runtime has no kernel for them. Leave the ops around them in float with "
+            "the bare runtime has no kernel for them; leave the ops around them in float with "
             "set_node_name(name, None)"
         )
     try:
@@ -480,11 +498,11 @@ def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> b
         if "finite upper bound" in str(error):
             raise LoweringError(
                 f"{_of_unknown_size(edge) or 'a tensor'}: the size of its result depends on values "
-                "and has no bound, and memory is planned ahead. Keep a fixed size (a mask, topk), "
+                "and has no bound, and memory is planned ahead; keep a fixed size (a mask, topk), "
                 "or let the model end before it"
             ) from error
         raise LoweringError(
-            f"ExecuTorch could not write the program: {_first_line(error)}{_unknown(graph)}"
+            f"ExecuTorch could not write the program: {first_line(error)}{_unknown(graph)}"
         ) from error
 
 
@@ -492,7 +510,7 @@ def _unknown(graph: ConvertedGraph | None) -> str:
     """A hint: ops that nothing here knows may be the reason."""
     ops = () if graph is None else graph.floating
     names = [describe(op.node) for op in ops if rule_of(op.node) is None]
-    return f". Of its ops, these are not known here: {', '.join(names[:5])}" if names else ""
+    return f"; of its ops, these are not known here: {', '.join(names[:5])}" if names else ""
 
 
 def _callers(edge: EdgeProgramManager, kernels: Sequence[str]) -> list[str]:
@@ -515,11 +533,6 @@ def _of_unknown_size(edge: EdgeProgramManager) -> str:
 def called(node: Node) -> str:
     """Name of the op a node calls, without its overload: ``aten::sort``."""
     return str(getattr(getattr(node.target, "_schema", None), "name", node.target))
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -589,7 +602,7 @@ def _delegated_backend(
         (delegate, node)
         for delegate in contents.delegates
         for node in delegate.ops
-        # Borders between float and int8 carry the handle of the op next to them.
+        # Boundaries between float and int8 carry the handle of the op next to them.
         if node.debug_handle in handles and node.kind != "convert"
     ]
     if not nodes:

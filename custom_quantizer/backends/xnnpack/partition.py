@@ -43,7 +43,7 @@ class IntegerBatchMatmul(BMMConfig):  # type: ignore[misc]  # ExecuTorch is unty
 
 
 class FloatElu(EluConfig):  # type: ignore[misc]  # ExecuTorch is untyped
-    """elu in float; int8 borders are converted, and XNNPACK makes a table of the three steps."""
+    """elu in float; between int8 Q/DQ boundaries XNNPACK makes a table of the three steps."""
 
     def supported_precision_types(self) -> list[ConfigPrecisionType]:
         """Float."""

@@ -297,7 +297,7 @@ def no_kernel(ops: Sequence[str], kernels: Sequence[str]) -> str:
     """What to say of ops that need kernels which the runtime does not have."""
     return (
         f"{', '.join(dict.fromkeys(ops)) or 'the model'}: neither XNNPACK nor ExecuTorch's runtime "
-        f"has a kernel for it ({', '.join(kernels)}). Write it with other ops, or let the model "
+        f"has a kernel for it ({', '.join(kernels)}); write it with other ops, or let the model "
         "end before it; for a runtime that has the kernel, call lower with check=False"
     )
 

@@ -457,7 +457,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[bytes, bool]:
     if sha256_of(data) != digest:
         raise ProgramError(
             f"{where}: the file is damaged or was changed: {report.name} beside it has another "
-            "SHA-256. Copy both again, quantize the model again, or remove the report if it is of "
+            "SHA-256; copy both again, quantize the model again, or remove the report if it is of "
             "another program"
         )
     return data, True

@@ -20,7 +20,7 @@ __all__ = ["QuickPartitioner"]
 
 
 class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch is untyped
-    """``XnnpackPartitioner``, which see; only :meth:`ops_to_not_decompose` says less."""
+    """``XnnpackPartitioner``, without the filter of ops to leave whole where it keeps all."""
 
     def ops_to_not_decompose(
         self, ep: ExportedProgram

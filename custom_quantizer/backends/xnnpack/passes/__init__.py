@@ -15,6 +15,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     attention,
     borders,
     cleanup,
+    float_fallback,
     functions,
     gemm,
     merging,
@@ -22,7 +23,6 @@ from custom_quantizer.backends.xnnpack.passes import (
     normalization,
     pool,
     widths,
-    withheld,
 )
 from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
@@ -32,14 +32,15 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     set_origin,
 )
 from custom_quantizer.core.graph import is_dequantize, is_quantize
-from custom_quantizer.errors import CustomQuantizerError, LoweringError
+from custom_quantizer.errors import CustomQuantizerError, LoweringError, first_line
 from custom_quantizer.ops.rewrites.canonical import mark_overwritten
+from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
 __all__ = ["GEMMS", "ORIGIN", "PASSES", "GraphPass", "origin_of", "run_passes"]
 
 PASSES: tuple[GraphPass, ...] = (
     cleanup.DROP_CHECKS,
-    withheld.WITHHOLD_REFUSED,
+    float_fallback.REFUSED_TO_FLOAT,
     gemm.FOLD_BIAS,
     gemm.FLOAT_FALLBACKS,
     gemm.WEIGHT_CONTAINERS,
@@ -65,7 +66,7 @@ PASSES: tuple[GraphPass, ...] = (
     pool.MEANS_KEEP_DIMS,
     movement.RESHAPES_TO_VIEWS,
     merging.MERGE_MOVES,
-    functions.STEADY_TABLES,
+    functions.TIE_BREAK_OFFSETS,
     functions.SILU_PRODUCTS,
     functions.WRITTEN_OUT,
     functions.PLAIN_ELUS,
@@ -85,8 +86,12 @@ PASSES: tuple[GraphPass, ...] = (
 )
 
 
-def run_passes(model: GraphModule) -> dict[str, int]:
+def run_passes(model: GraphModule, graph: ConvertedGraph | None = None) -> dict[str, int]:
     """Apply all passes to ``model`` in place.
+
+    Args:
+        model: a copy of a converted graph.
+        graph: what was read from the converted graph, if somebody did; else it is read here.
 
     Returns:
         Pass name -> number of places changed, for the passes that changed any.
@@ -98,6 +103,7 @@ def run_passes(model: GraphModule) -> dict[str, int]:
         if node.op == "call_function" and not (is_quantize(node) or is_dequantize(node)):
             set_origin(node, node.name)
     mark_overwritten(model)
+    float_fallback.mark_fallbacks(model, graph or read_converted(model))
     applied: dict[str, int] = {}
     for graph_pass in PASSES:
         try:
@@ -106,7 +112,7 @@ def run_passes(model: GraphModule) -> dict[str, int]:
             raise
         except Exception as error:
             raise LoweringError(
-                f"pass {graph_pass.name} ({graph_pass.before}) failed: {error}"
+                f"pass {graph_pass.name} ({graph_pass.before}) failed: {first_line(error)}"
             ) from error
         if changed:
             applied[graph_pass.name] = changed

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.core.formats import signed_bits
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
@@ -134,7 +135,7 @@ def quantized_neighbours(node: Node) -> tuple[Node, Node] | None:
 
 
 def then_move(build: Builder, source: Node, value: Node, target: Any, *args: Any) -> Node:
-    """Apply a second mover to ``value``; between two movers of integers stands a q/dq pair."""
+    """Move ``value`` once more; between two data-movement ops on integers stands a Q/DQ pair."""
     if is_dequantize(source):
         value = build.requantized(value, source)
     return build.call(target, value, *args)
@@ -142,7 +143,7 @@ def then_move(build: Builder, source: Node, value: Node, target: Any, *args: Any
 
 def stored_bits(node: Node) -> int:
     """Width of the integers of a static quantize or dequantize node."""
-    return int(cast(int, node.args[-2])).bit_length() + 1
+    return signed_bits(cast(int, node.args[-3]), cast(int, node.args[-2]))
 
 
 def is_wide(node: object) -> bool:

@@ -54,7 +54,7 @@ def _split_activations(model: GraphModule) -> int:
         if (source.target, family) in fused_by_xnnpack or not integer:
             continue
         if node.args[1:] == (-FLOAT32_MAX, FLOAT32_MAX):
-            continue  # it keeps a withheld op in float
+            continue  # it keeps the op before it in float, see float_fallback.py
         if len(users) != 1 or not is_quantize(users[0]) or len(source.users) != 1:
             continue
         build = Builder(model, node)

@@ -51,7 +51,7 @@ aten = torch.ops.aten
 def _int8_neighbours(node: Node) -> tuple[Node, Node] | None:
     """``(dequantize before, quantize after)`` of a function between integers of up to 8 bits."""
     around = quantized_neighbours(node)
-    return None if around is None or any(is_wide(border) for border in around) else around
+    return None if around is None or any(is_wide(side) for side in around) else around
 
 
 class _Numbers(Builder):
@@ -62,8 +62,8 @@ class _Numbers(Builder):
         return add_constant(self.model, name, torch.tensor([value]), self.anchor)
 
 
-def _steady_tables(model: GraphModule) -> int:
-    """A table with an entry next to the middle between two integers is shifted away from it.
+def _tie_break_offsets(model: GraphModule) -> int:
+    """An offset moves entries of a table away from the middle between two integers.
 
     See ``tie_break_offset`` in ``arithmetic.py``; the integer reference adds the same.
     """
@@ -73,17 +73,17 @@ def _steady_tables(model: GraphModule) -> int:
         if around is None or function is None:
             continue
         before, after = around
-        shift = function_offset(function, qparams_of(model, before), qparams_of(model, after))
-        if shift == 0.0:
+        offset = function_offset(function, qparams_of(model, before), qparams_of(model, after))
+        if offset == 0.0:
             continue
         build = _Numbers(model, after, Builder(model, node).origin)
-        after.args = (build.call(aten.add.Tensor, node, build.number(shift)), *after.args[1:])
+        after.args = (build.call(aten.add.Tensor, node, build.number(offset)), *after.args[1:])
         count += 1
     return count
 
 
 def _silu_products(model: GraphModule) -> int:
-    """``silu`` between int8 borders becomes its input times an int8 sigmoid: a table again.
+    """``silu`` between int8 Q/DQ boundaries becomes its input times an int8 sigmoid: a table again.
 
     Left to itself, ExecuTorch multiplies in float by a sigmoid in float; the input is read twice,
     and XNNPACK fuses no table of that.
@@ -182,7 +182,7 @@ def _plain_elus(model: GraphModule) -> int:
 
 
 def _tanh_gelus(model: GraphModule) -> int:
-    """The tanh approximation of gelu becomes its formula, except between int8 borders.
+    """The tanh approximation of gelu becomes its formula, except between int8 Q/DQ boundaries.
 
     XNNPACK's kernel is the gelu that it approximates, up to 4.8e-4 away. In a table that is less
     than a step, and the integer reference knows it.
@@ -210,17 +210,17 @@ def _tanh_gelu(build: _Numbers, x: Node) -> Node:
     return build.call(aten.mul.Tensor, x, half)
 
 
-STEADY_TABLES = GraphPass(
-    "steady_tables",
+TIE_BREAK_OFFSETS = GraphPass(
+    "tie_break_offsets",
     "functions with a result next to the middle between two integers",
     "the same plus some ten-thousandths of a step, as the integer reference adds them",
-    _steady_tables,
+    _tie_break_offsets,
     exact=False,
 )
 
 SILU_PRODUCTS = GraphPass(
     "silu_products",
-    "silu between int8 borders",
+    "silu between int8 Q/DQ boundaries",
     "products with an int8 sigmoid, as the integer reference computes them",
     _silu_products,
     exact=False,

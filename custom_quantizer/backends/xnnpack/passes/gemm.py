@@ -41,7 +41,7 @@ aten = torch.ops.aten
 def _fold_bias(model: GraphModule) -> int:
     """An integer bias becomes the float constant that the serializer turns into the same integers.
 
-    The constant is ``q * s_b`` rounded once; up to ``COMFORTABLE_BIAS`` the serializer's float32
+    The constant is ``q * s_b`` rounded once; up to ``MAX_EXACT_BIAS`` the serializer's float32
     quantization returns ``q``.
     """
     count = 0
@@ -82,7 +82,7 @@ def _serializer_scale(model: GraphModule, node: Node) -> Tensor:
 
 
 def _float_fallbacks(model: GraphModule) -> int:
-    """What XNNPACK would refuse halfway is withheld: its weight becomes a float constant."""
+    """Layers that XNNPACK would take and then refuse run in float: on a constant float weight."""
     count = 0
     for node in calls(model, GEMMS):
         weight = cast(Node, node.args[1])

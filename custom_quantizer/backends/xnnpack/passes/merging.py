@@ -92,7 +92,7 @@ def _drop_single_sizes(model: GraphModule, node: Node) -> bool:
 
 def _is_viewed(node: Node) -> bool:
     """Whether there is a view before a permute and all that is behind it are views."""
-    before = _across_border(node)
+    before = _across_boundary(node)
     if before is None or before.target is not _VIEW:
         return False
     users = list(node.users)
@@ -101,7 +101,7 @@ def _is_viewed(node: Node) -> bool:
     return bool(users) and all(user.target is _VIEW for user in users)
 
 
-def _across_border(node: Node) -> Node | None:
+def _across_boundary(node: Node) -> Node | None:
     """What makes the input of a move, seen through a q/dq pair that changes nothing."""
     source = node.args[0]
     if not isinstance(source, Node):
@@ -114,8 +114,8 @@ def _across_border(node: Node) -> Node | None:
 
 
 def _move_before(node: Node) -> Node | None:
-    """A move of the same kind right before one, whose input has the same borders."""
-    inner = _across_border(node)
+    """A move of the same kind right before one, whose input has the same Q/DQ boundaries."""
+    inner = _across_boundary(node)
     if inner is None or inner.op != "call_function" or inner.target is not node.target:
         return None
     outer_source, inner_source = cast(Node, node.args[0]), inner.args[0]
@@ -174,7 +174,7 @@ def _is_of_image(node: Node) -> bool:
 def _slices_around(node: Node) -> list[Node]:
     """Strided slices right before and behind one."""
     users = [dq for q in node.users if is_quantize(q) for dq in q.users]
-    near = [_across_border(node), *(user for dq in users for user in dq.users)]
+    near = [_across_boundary(node), *(user for dq in users for user in dq.users)]
     return [n for n in near if n is not None and n.target in SLICE.targets and slice_of(n)[3] > 1]
 
 

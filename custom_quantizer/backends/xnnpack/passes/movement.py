@@ -33,6 +33,7 @@ aten = torch.ops.aten
 
 
 _MAX_REPEATS = 64
+"""Beyond this an expand stays outside the delegate: a cat names each of its inputs."""
 
 
 def _splits_to_slices(model: GraphModule) -> int:

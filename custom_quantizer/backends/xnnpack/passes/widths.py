@@ -58,13 +58,13 @@ def _narrow_activations(model: GraphModule) -> int:
 
 def _passes_on(quantize: Node) -> bool:
     """Whether a quantize node repeats what is quantized already, moved but not changed."""
-    mover = quantize.args[0]
-    if not isinstance(mover, Node):
+    move = quantize.args[0]
+    if not isinstance(move, Node):
         return False
-    rule = rule_of(mover)
-    if rule is None or rule.sharing is not QParamSharing.SAME or mover.target in GETITEM.targets:
+    rule = rule_of(move)
+    if rule is None or rule.sharing is not QParamSharing.SAME or move.target in GETITEM.targets:
         return False
-    sources = mover.all_input_nodes
+    sources = move.all_input_nodes
     return bool(sources) and all(
         is_dequantize(source) and source.args[1:3] == quantize.args[1:3] for source in sources
     )

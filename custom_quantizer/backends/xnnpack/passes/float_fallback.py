@@ -22,22 +22,35 @@ from custom_quantizer.core.graph import (
     is_quantize,
 )
 from custom_quantizer.ops import rule_of
-from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.converted import ConvertedGraph
 
 aten = torch.ops.aten
 
 
-def _withhold_refused(model: GraphModule) -> int:
+_FALLBACK = "custom_quantizer_float_fallback"
+
+
+def mark_fallbacks(model: GraphModule, graph: ConvertedGraph) -> None:
+    """Mark the ops that the pass is for.
+
+    Args:
+        model: a copy of the graph's model; its nodes have the same names.
+        graph: what was read from that.
+    """
+    names = {op.node.name for op in graph.floating if op.float_fallback}
+    for node in model.graph.nodes:
+        if node.name in names:
+            node.meta[_FALLBACK] = True
+
+
+def _refused_to_float(model: GraphModule) -> int:
     """Such an op must not look quantized: XNNPACK would fail at load.
 
     Weights and biases become float constants. Where there are none, a clamp to all of float32
     stands between the op and its quantize node; the op then is float to the partitioner.
     """
     count = 0
-    for op in read_converted(model).floating:
-        if not op.withheld:
-            continue
-        node = op.node
+    for node in [node for node in model.graph.nodes if node.meta.get(_FALLBACK)]:
         if node.target in GEMMS:
             constants: tuple[Any, ...] = (node.args[1], argument(node, 2, "bias"))
             for source in constants:
@@ -61,9 +74,9 @@ def _with_activation(node: Node) -> Node:
     return users[0] if fused else node
 
 
-WITHHOLD_REFUSED = GraphPass(
-    "withhold_refused",
+REFUSED_TO_FLOAT = GraphPass(
+    "refused_to_float",
     "quantized ops whose scales XNNPACK refuses",
     "the same ops in float",
-    _withhold_refused,
+    _refused_to_float,
 )
