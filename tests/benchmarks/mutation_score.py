@@ -42,15 +42,23 @@ from support.mutants import Mutant, compiles, mutants
 ROOT = server.ROOT
 EXPLAINED = Path(__file__).with_name("mutation_explained.json")
 MODULES = (
-    "arithmetic.py",
-    "bias.py",
-    "observers.py",
-    "planner.py",
-    "ranges.py",
-    "integer/*.py",
+    "core/arithmetic.py",
+    "core/bias.py",
+    "core/exact.py",
+    "core/fixed_point.py",
+    "calibration/observers.py",
+    "calibration/ranges.py",
+    "planning/planner.py",
+    "reference/accumulators.py",
+    "reference/bundle.py",
+    "reference/interpreter.py",
+    "reference/numpy_runner.py",
     "ops/*.py",
-    "xnnpack/checks.py",
-    "xnnpack/passes/*.py",
+    "backends/xnnpack/arithmetic.py",
+    "backends/xnnpack/checks.py",
+    "backends/xnnpack/kernels.py",
+    "backends/xnnpack/tables.py",
+    "backends/xnnpack/passes/*.py",
 )
 """What is mutated, below the package."""
 

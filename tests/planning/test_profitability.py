@@ -193,7 +193,7 @@ FLOAT_KERNELS = {
 def test_float_kernels_between_convolutions_are_quantized(node: str) -> None:
     plan = plan_of(lambda s, x: s.b(FLOAT_KERNELS[node](s.a(x))), a=conv(), b=conv())
     op = plan.op(node)
-    assert (op.scheme, op.backend, op.reason) == ("a8w8", "xnnpack float", 'set_global("a8w8")')
+    assert (op.scheme, op.backend, op.reason) == ("a8w8", "xnnpack table", 'set_global("a8w8")')
     assert [t.dtype for t in op.tensors] == ["int8", "int8"]
 
 
