@@ -24,11 +24,12 @@ from custom_quantizer.analysis.fidelity import Noise, db_text, finite
 from custom_quantizer.backends.xnnpack import LoweredProgram, lower
 from custom_quantizer.backends.xnnpack.checks import (
     differences,
+    inexact_ops,
     instrumented,
     is_exact,
     output_scales,
 )
-from custom_quantizer.core.graph import module_path, state_kept, tensor_meta
+from custom_quantizer.core.graph import input_tuples, module_path, state_kept, tensor_meta
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import CustomQuantizerError, InputError
 from custom_quantizer.reference import IntegerReference, integer_reference
@@ -159,7 +160,7 @@ def verify(
         ProgramError: the program does not run.
     """
     graph = read_converted(converted)
-    batches = list(_batches(inputs))
+    batches = list(input_tuples(inputs))
     if not batches:
         raise InputError("there are no inputs to verify on; pass at least one tuple of inputs")
     reference = IntegerReference(graph)
@@ -182,7 +183,7 @@ def verify(
         first = FirstDifference(found.node, _path(graph, found.node), found.what, found.detail)
     elif exact and any(output.mismatches for output in outputs):
         first = _first_wrong_tensor(graph, batches)
-    return Verification(outputs, found is None, exact, first, _inexact(graph, lowered))
+    return Verification(outputs, found is None, exact, first, inexact_ops(graph, lowered))
 
 
 def _state_kept(model: object) -> AbstractContextManager[None]:
@@ -208,25 +209,11 @@ def random_like(converted: GraphModule, seed: int) -> tuple[Tensor, ...]:
     return tuple(inputs)
 
 
-def _batches(inputs: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
-    if isinstance(inputs, Tensor):
-        return [(inputs,)]
-    if isinstance(inputs, tuple) and any(isinstance(value, Tensor) for value in inputs):
-        return [inputs]
-    return [value if isinstance(value, tuple) else (value,) for value in inputs]
-
-
 def _path(graph: ConvertedGraph, name: str) -> str:
     for node in graph.model.graph.nodes:
         if node.name == name:
             return module_path(node)
     return ""
-
-
-def _inexact(graph: ConvertedGraph, lowered: LoweredProgram) -> tuple[str, ...]:
-    reasons = {op.node.name: op.reason for op in graph.floating}
-    reasons.update({row.node: row.reason for row in lowered.report.not_integer()})
-    return tuple(f"{node}: {reason}" for node, reason in reasons.items())
 
 
 def _first_wrong_tensor(

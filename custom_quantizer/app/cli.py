@@ -551,6 +551,7 @@ def evaluate_command(
     epilog=_examples(
         "custom-quantizer verify resnet18.pte",
         "custom-quantizer verify resnet18.pte --data val/ --resize 256 --crop 224 --samples 100",
+        "custom-quantizer verify resnet18.pte --device-outputs device-test/",
     ),
 )
 @click.argument("program", metavar="PROGRAM.pte", type=click.Path(path_type=Path))
@@ -572,9 +573,18 @@ def evaluate_command(
 @click.option("--model", metavar="MODEL", help="Float model, for the SQNR against it.")
 @_model_options
 @_preprocess_options
+@click.option(
+    "--device-outputs",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Compare what a device computed: a folder that LoweredProgram.save_device_test wrote, "
+    "with the device's outputs in it, or one of several folders of outputs in that.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @_debug_option
+@click.pass_context
 def verify_command(
+    ctx: click.Context,
     program: Path,
     graph: Path | None,
     data: str | None,
@@ -587,6 +597,7 @@ def verify_command(
     crop: tuple[int, ...] | None,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    device_outputs: Path | None,
     as_json: bool,
 ) -> None:
     """Prove that a program computes the integers of its graph.
@@ -598,7 +609,19 @@ def verify_command(
     Compares every weight, bias, scale and clamp in the file with the graph's, then the outputs of
     the runtime with the integer reference. Names the first op that differs. Exits with 0 if the
     program is bit-exact, with 1 if it is not.
+
+    With --device-outputs nothing is run: the outputs that a device computed are compared with those
+    of the integer reference in the same folder.
     """
+    if device_outputs is not None:
+        _refuse_others(ctx, "device_outputs", ("program", "as_json"))
+        from custom_quantizer.analysis.device_outputs import check_device_outputs
+
+        device = check_device_outputs(program, device_outputs)
+        click.echo(device.to_json() if as_json else str(device))
+        if not device.bit_exact:
+            raise SystemExit(1)
+        return
     from custom_quantizer.analysis.verification import random_like, verify
     from custom_quantizer.app.saved_graph import load_lowered
 
@@ -637,6 +660,18 @@ def _graph_beside(program: Path) -> Path:
     graph, old = program.with_suffix(GRAPH_SUFFIX), program.with_suffix(".pt2")
     # Naming it gives the message that says why it is not read.
     return old if old.is_file() and not graph.exists() else graph
+
+
+def _refuse_others(ctx: click.Context, option: str, besides: tuple[str, ...]) -> None:
+    """Raise ``UsageError`` if an option was given that means nothing next to ``option``."""
+    for param in ctx.command.params:
+        name = param.name or ""
+        given = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name not in (option, *besides):
+            raise click.UsageError(
+                f"{param.opts[0]} means nothing next to --{option.replace('_', '-')}: nothing is "
+                "run then; leave one of them out"
+            )
 
 
 def _one_of(scheme: str | None, config: Path | None) -> str | Path:

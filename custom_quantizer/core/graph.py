@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
 import torchao.quantization.quant_primitives  # noqa: F401  registers torchao::dequantize_affine
+from torch import Tensor
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed.*
 from torch.fx import GraphModule, Node
 
@@ -30,6 +31,7 @@ __all__ = [
     "effective_users",
     "expression_bounds",
     "flatten_inputs",
+    "input_tuples",
     "is_constant",
     "is_dequantize",
     "is_quantize",
@@ -179,6 +181,15 @@ def flatten_inputs(in_spec: Any, inputs: tuple[Any, ...], named: Mapping[str, An
             f"{', '.join(named)}: give each input the way torch.export.export got it"
         )
     return pytree.tree_leaves((inputs, {name: named[name] for name in known}))
+
+
+def input_tuples(inputs: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
+    """Inputs of several calls: of one tensor, one tuple, or an iterable of tensors and tuples."""
+    if isinstance(inputs, Tensor):
+        return [(inputs,)]
+    if isinstance(inputs, tuple) and any(isinstance(value, Tensor) for value in inputs):
+        return [inputs]
+    return [value if isinstance(value, tuple) else (value,) for value in inputs]
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ __all__ = [
     "Difference",
     "check_program",
     "differences",
+    "inexact_ops",
     "instrumented",
     "output_scales",
     "relative_error",
@@ -373,6 +374,13 @@ def is_exact(program: LoweredProgram, graph: ConvertedGraph) -> bool:
     """
     known = INTEGER_BACKENDS | {kernels.FOLDED, kernels.TABLE, kernels.FLOAT}
     return not graph.floating and all(op.backend in known for op in program.report.ops)
+
+
+def inexact_ops(graph: ConvertedGraph, program: LoweredProgram) -> tuple[str, ...]:
+    """Ops that are float or emulated, so that equality is not expected, and why."""
+    reasons = {op.node.name: op.reason for op in graph.floating}
+    reasons.update({row.node: row.reason for row in program.report.not_integer()})
+    return tuple(f"{node}: {reason}" for node, reason in reasons.items())
 
 
 def relative_error(want: Tensor, got: Tensor) -> float:

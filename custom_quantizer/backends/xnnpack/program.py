@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,45 @@ class LoweredProgram:
         """
         write_bytes_atomic(path, self._data)
         return Path(path)
+
+    def save_device_test(
+        self,
+        folder: str | os.PathLike[str],
+        inputs: Iterable[Any],
+        *,
+        name: str = "program",
+        every_op: bool = False,
+    ) -> Path:
+        """Write all that it takes to check this program on a device, in a new folder.
+
+        The folder holds the program, the inputs and the outputs of the integer reference as raw
+        files (contiguous, little-endian), the same as one ``.bpte`` for ExecuTorch's own runners,
+        the C++ source of a runner, a manifest with the SHA-256 of every file, and a README that
+        says how to build and run it. ``custom-quantizer verify OUT.pte --device-outputs FOLDER``
+        reads back what the device computed.
+
+        Args:
+            folder: to make; it may exist if it is empty.
+            inputs: one tuple of inputs, or an iterable of such tuples (or of single tensors). They
+                are one stream: a program that writes buffers takes them in order.
+            name: of the program's file.
+            every_op: give the device a program that also returns every quantized tensor, so that
+                the first op that differs there can be named.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: the folder is not empty or cannot be written; there are no inputs, or they
+                do not fit the program.
+            ProgramError: the program does not run on this machine.
+            VerificationError: it is wrong on this machine already.
+        """
+        from custom_quantizer.backends.xnnpack.device_test import write_device_test
+
+        return write_device_test(
+            self, self._graph, self._in_spec, folder, inputs, name=name, every_op=every_op
+        )
 
     def run(self, *inputs: Any, **named: Any) -> Any:
         """Run the program; returns what the model returns.
