@@ -5,9 +5,9 @@
 Runs the tests of ``executorch/backends/xnnpack/test/ops`` of the installed wheel that quantize,
 with ``XNNPACKQuantizer`` and ``XnnpackPartitioner`` replaced, in the module from which those tests
 take them, by :class:`~custom_quantizer.IntegerQuantizer` and
-:class:`~custom_quantizer.XnnpackPartitioner`. A test that fails runs once more as it is: what passes
-then is listed with what it says and, if that is as intended, with the reason. Tests named after
-``fp16`` or ``fp32`` quantize nothing and are left out.
+:class:`~custom_quantizer.XnnpackPartitioner`. A test that fails runs once more as it is: what
+passes then is listed with what it says and, if that is as intended, with the reason. Tests named
+after ``fp16`` or ``fp32`` quantize nothing and are left out.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def render(record: dict[str, Any]) -> str:
         "`python tests/benchmarks/upstream_ops.py --output docs/results`.",
         "",
         f"{len(tests)} tests quantize; {len(tests) - len(run)} fail as they are; of the others "
-        f"{len(run) - len(differ)} pass with ours, and {len(meant)} of {len(differ)} that do not are "
-        "meant to differ.",
+        f"{len(run) - len(differ)} pass with ours, and {len(meant)} of {len(differ)} that do not "
+        "are meant to differ.",
         "",
         "| test | with ours | why |",
         "| --- | --- | --- |",
