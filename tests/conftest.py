@@ -14,6 +14,9 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, print_b
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 # tests/benchmarks/mutation_score.py wants to know that a test fails, not the smallest example.
 settings.register_profile("mutation", deadline=None, derandomize=True, phases=[Phase.generate])
+# Asserts of shared tests show what they compared, too.
+pytest.register_assert_rewrite("support")
+
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # torch's structured trace would bury every failure under thousands of empty DEBUG records.

@@ -177,7 +177,7 @@ def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str
             assert (count > 0) == (rewritten.code != code), (graph_pass.name, family)
 
 
-# These rewrite float ops, which no family of the corpus has: tested in test_attention.py,
+# These rewrite float ops, which no family of the corpus has: tested in tests/ops,
 # test_functions.py and test_lowering.py.
 FLOAT_OPS = {
     "drop_broadcasts",
