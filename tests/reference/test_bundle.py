@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from support.bundles import write_signed
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
 from support.models import convert
-from support.registry import Surrounded
+from support.registry import Surrounded, cases_and_schemes
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
@@ -41,7 +41,7 @@ from custom_quantizer.core.arithmetic import (
     saturating_rounding_doubling_high_mul,
     wrap_int32,
 )
-from custom_quantizer.ops import REGISTRY, Case, OpRule
+from custom_quantizer.ops import Case, OpRule
 from custom_quantizer.reference import numpy_runner
 from custom_quantizer.reference.accumulators import accumulators
 from custom_quantizer.reference.bundle import load_integers, save_integers
@@ -101,15 +101,13 @@ def assert_bundle_equals_fixed_point(
 
 NOT_EXPRESSED = {("div", "tensors"), ("div", "broadcast")}
 CASES = [
-    pytest.param(rule, case, id=f"{rule.family}-{case.name}")
-    for rule in REGISTRY
-    for case in rule.cases
-    if not rule.float_reason and (rule.family, case.name) not in NOT_EXPRESSED
+    found
+    for found in cases_and_schemes("a8w8", "a16w8", of_weights="a8w8-per_tensor")
+    if (found.values[0].family, found.values[1].name) not in NOT_EXPRESSED
 ]
 
 
-@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-per_tensor", "a16w8"])
-@pytest.mark.parametrize(("rule", "case"), CASES)
+@pytest.mark.parametrize(("rule", "case", "scheme"), CASES)
 def test_every_registered_op_runs_with_numpy_bit_for_bit(
     rule: OpRule, case: Case, scheme: str, tmp_path: Path
 ) -> None:
