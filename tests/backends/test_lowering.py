@@ -344,22 +344,32 @@ def test_every_batch_up_to_the_largest_is_exact(
         lowered.run(torch.randn(2, 3, 6, 6))
 
 
+WITH_A_DYNAMIC_BATCH: list[Callable[..., Any]] = [
+    lambda x, y: y.flatten(1),
+    lambda x, y: y.view(x.shape[0], -1),
+    lambda x, y: y.permute(0, 2, 3, 1).reshape(x.shape[0], -1),
+    lambda x, y: F.channel_shuffle(y, 2),
+    lambda x, y: y[:, 1:3, ::2, ::2],
+    lambda x, y: torch.cat(y.chunk(2, 1)[::-1], 1),
+    lambda x, y: y.flatten(0, 1),
+    lambda x, y: y * x.mean((2, 3), keepdim=True),
+    lambda x, y: F.adaptive_avg_pool2d(y, 1).squeeze(-1).squeeze(-1),
+]
+
+
 @pytest.mark.parametrize(
-    "function",
+    "functions",
     [
-        lambda s, x: s.conv(x).flatten(1),
-        lambda s, x: s.conv(x).view(x.shape[0], -1),
-        lambda s, x: s.conv(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1),
-        lambda s, x: F.channel_shuffle(s.conv(x), 2),
-        lambda s, x: s.conv(x)[:, 1:3, ::2, ::2],
-        lambda s, x: torch.cat(s.conv(x).chunk(2, 1)[::-1], 1),
-        lambda s, x: s.conv(x).flatten(0, 1),
-        lambda s, x: s.conv(x) * x.mean((2, 3), keepdim=True),
-        lambda s, x: F.adaptive_avg_pool2d(s.conv(x), 1).squeeze(-1).squeeze(-1),
+        pytest.param(WITH_A_DYNAMIC_BATCH, id="side by side"),
+        *(pytest.param([f], marks=pytest.mark.slow) for f in WITH_A_DYNAMIC_BATCH),
     ],
 )
-def test_ops_with_a_dynamic_batch(function: Callable[..., Any]) -> None:
-    graph, example = dynamic(Function(function, conv=conv()), max=9)
+def test_ops_with_a_dynamic_batch(functions: list[Callable[..., Any]]) -> None:
+    model = Function(
+        lambda s, x: [f(x, layer(x)) for f, layer in zip(functions, s.layers, strict=True)],
+        layers=nn.ModuleList(conv() for _ in functions),
+    )
+    graph, example = dynamic(model, max=9)
     lowered = cq.lower(graph, example)
     assert lowered.report.fully_delegated
     reference = cq.integer_reference(graph)
@@ -470,27 +480,32 @@ def test_an_op_left_in_float_runs_in_float_between_integer_ones() -> None:
 SIGNAL = (2, 8, 21)
 
 
+FLOAT_CONVS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(8, 8, 3, padding="same", groups=4), SIGNAL),
+    "conv_transpose1d": (lambda: nn.ConvTranspose1d(8, 8, 3, groups=2, padding=1), SIGNAL),
+    "unequal_padding": (lambda: nn.Conv2d(8, 8, (2, 4), padding="same"), (2, 8, 6, 21)),
+}
+
+
 @pytest.mark.parametrize(
-    ("conv", "shape"),
+    ("name", "scheme"),
     [
-        (lambda: nn.Conv1d(8, 8, 3, padding="same", groups=4), SIGNAL),
-        (lambda: nn.ConvTranspose1d(8, 8, 3, groups=2, padding=1), SIGNAL),
-        (lambda: nn.Conv2d(8, 8, (2, 4), padding="same"), (2, 8, 6, 21)),
+        # Every layer and every scheme once; all pairs are slow.
+        pytest.param(name, scheme, marks=() if i == j else pytest.mark.slow)
+        for i, name in enumerate(FLOAT_CONVS)
+        for j, scheme in enumerate((None, "a8w13", "a8w13-narrow"))
     ],
-    ids=["conv1d", "conv_transpose1d", "unequal_padding"],
 )
-@pytest.mark.parametrize("scheme", [None, "a8w13", "a8w13-narrow"])
-def test_float_convolutions_between_integers(
-    conv: Callable[[], nn.Module], shape: tuple[int, ...], scheme: str | None
-) -> None:
+def test_float_convolutions_between_integers(name: str, scheme: str | None) -> None:
     """ExecuTorch took what it inserts next to them for integer ops, and failed."""
+    conv, shape = FLOAT_CONVS[name]
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(21, 21), conv(), nn.Linear(21, 21), conv(), nn.ReLU(), nn.Linear(21, 5)
     )
     quantizer = cq.IntegerQuantizer().set_global("a8w8")
-    for name in ("1", "3", "4"):
-        quantizer.set_module_name(name, scheme)
+    for layer in ("1", "3", "4"):
+        quantizer.set_module_name(layer, scheme)
     x = torch.randn(shape)
     lowered = cq.lower(quantized(model, (x,), quantizer), (x,))
     assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import Function, calls, capture, differences, lowered_exactly, quantized
+from support.models import conv
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -20,10 +21,6 @@ from custom_quantizer.ops.rewrites.canonical import canonicalize, overwritten_by
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 6, 6)
-
-
-def conv() -> nn.Conv2d:
-    return nn.Conv2d(4, 4, 3, padding=1)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import Function, capture
+from support.models import conv
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -28,10 +29,6 @@ from custom_quantizer.planning.planner import Edge, Plan, make_plan
 
 IMAGE = (2, 4, 6, 6)
 A8W8 = scheme("a8w8")
-
-
-def conv(out: int = 4) -> nn.Conv2d:
-    return nn.Conv2d(4, out, 3, padding=1)
 
 
 def plan_of(

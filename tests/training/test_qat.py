@@ -167,8 +167,21 @@ def some_steps(prepared: GraphModule, count: int = 6) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("train", [True, False], ids=["captured in train", "captured in eval"])
+@pytest.mark.parametrize(
+    ("scheme", "train"),
+    [
+        *(pytest.param(scheme, True, id=f"captured in train-{scheme}") for scheme in SCHEMES),
+        *(
+            # How a model was captured is no matter of the scheme.
+            pytest.param(
+                *(scheme, False),
+                id=f"captured in eval-{scheme}",
+                marks=() if scheme == "a8w8" else pytest.mark.slow,
+            )
+            for scheme in SCHEMES
+        ),
+    ],
+)
 def test_what_is_evaluated_in_training_is_what_is_converted(scheme: str, train: bool) -> None:
     """Not a single value differs between the last fake-quantized forward and the integers' graph.
 
