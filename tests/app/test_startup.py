@@ -8,7 +8,16 @@ import sys
 
 import pytest
 
-LIBRARIES = ("torch", "torchao", "torchvision", "executorch", "scipy", "sklearn", "matplotlib")
+LIBRARIES = (
+    "numpy",
+    "torch",
+    "torchao",
+    "torchvision",
+    "executorch",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+)
 
 # One interpreter runs them in this order: a command, its exit code, and the libraries it needs that
 # no command above it needed.
@@ -16,7 +25,7 @@ COMMANDS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("--help", 0, ()),
     ("quantize --help", 0, ()),
     ("inspect no.json", 1, ()),
-    ("plan no.py:make", 1, ("torch",)),
+    ("plan no.py:make", 1, ("numpy", "torch")),
     ("quantize no.py:make --calibration no.npz -o net.pte", 1, ()),
     ("evaluate no.pte --data no.npz --model no.py:make", 1, ()),
     ("verify no.pte --model no.py:make", 1, ()),

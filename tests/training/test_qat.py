@@ -199,8 +199,19 @@ def test_what_is_evaluated_in_training_is_what_is_converted(scheme: str, train: 
     assert torch.equal(expected, got)
 
 
-@pytest.mark.parametrize("build", [Everything, Layered, Grouped])
-@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-per_tensor", "a4w4-lsq", "a8w6-bias16"])
+@pytest.mark.parametrize(
+    ("scheme", "build"),
+    [
+        # Every scheme and every network once; all pairs are slow.
+        pytest.param(
+            *(scheme, build),
+            id=f"{scheme}-{build.__name__}",
+            marks=() if build is Everything or scheme == "a8w8" else pytest.mark.slow,
+        )
+        for scheme in ("a8w8", "a8w8-per_tensor", "a4w4-lsq", "a8w6-bias16")
+        for build in (Everything, Layered, Grouped)
+    ],
+)
 def test_every_converted_bias_is_an_integer(scheme: str, build: Callable[[], nn.Module]) -> None:
     prepared = prepared_for(scheme, build)
     some_steps(prepared)
@@ -236,7 +247,10 @@ def test_the_integers_of_a_folded_bias() -> None:
     assert bool((op.bias != 0).any())
 
 
-@pytest.mark.parametrize("scheme", ["a8w8", "a4w4-lsq", "a8w8-per_tensor-histogram"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["a8w8", "a4w4-lsq", pytest.param("a8w8-per_tensor-histogram", marks=pytest.mark.slow)],
+)
 def test_the_program_computes_what_the_reference_does(scheme: str) -> None:
     prepared = prepared_for(scheme)
     some_steps(prepared)
