@@ -183,7 +183,7 @@ def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str
 
 
 # These rewrite float ops, which no family of the corpus has: tested in tests/ops,
-# test_functions.py and test_lowering.py.
+# and in test_lowering_combinations.py.
 FLOAT_OPS = {
     "drop_broadcasts",
     "group_norms_to_linears",
