@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
@@ -14,10 +15,27 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, print_b
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 # tests/benchmarks/mutation_score.py wants to know that a test fails, not the smallest example.
 settings.register_profile("mutation", deadline=None, derandomize=True, phases=[Phase.generate])
+# Asserts of shared tests show what they compared, too.
+pytest.register_assert_rewrite("support")
+
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # torch's structured trace would bury every failure under thousands of empty DEBUG records.
 logging.getLogger("torch.__trace").propagate = False
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what lives as long as the tests: it took a fifth of their time.
+
+    Graphs are full of cycles, and every full collection walks all of PyTorch and ExecuTorch, too.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or nanobind complains on the way out of what is left
 
 
 @pytest.fixture(autouse=True)

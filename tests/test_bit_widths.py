@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from support.cifar_models import resnet20
-from support.models import convert, randomize_batch_norms, torchvision_model
+from support.models import Converted, convert, randomize_batch_norms, torchvision_model
 from support.registry import Surrounded
 from torch import Tensor, nn
 
@@ -54,12 +55,17 @@ QUICK = {"a8w8-per_tensor", "a8w4", "a4w4", "a6w2-per_tensor", "a8w16", "a16w8",
 SCHEMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in GRID]
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_every_width_lowers_and_agrees_with_the_converted_graph(name: str) -> None:
+@cache
+def made(name: str) -> tuple[Converted, cq.LoweredProgram]:
     torch.manual_seed(0)
     example = weighted_inputs(0)
     converted = convert(WeightedOps(), example, name)
-    lowered = cq.lower(converted.graph, example)
+    return converted, cq.lower(converted.graph, example)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_width_lowers_and_agrees_with_the_converted_graph(name: str) -> None:
+    converted, lowered = made(name)
     scheme = cq.scheme(name)
 
     assert lowered.report.fully_delegated, str(lowered.report)
@@ -95,10 +101,7 @@ def test_every_width_lowers_and_agrees_with_the_converted_graph(name: str) -> No
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_plan_predicts_the_backend(name: str) -> None:
-    torch.manual_seed(0)
-    example = weighted_inputs(0)
-    converted = convert(WeightedOps(), example, name)
-    lowered = cq.lower(converted.graph, example, check=False)
+    converted, lowered = made(name)
     actual = {op.node: op.backend.label for op in lowered.report.ops}
     assert {op.node: op.backend for op in converted.plan.quantized} == actual
 

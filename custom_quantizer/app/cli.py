@@ -1,6 +1,7 @@
 """The command line: thin commands over the library.
 
-Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once. A command
+imports what it needs when it needs it: first what finds a user's mistakes, last the backend.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 a wrong use of the command.
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from custom_quantizer.app.data import DataSource, Preprocess
     from custom_quantizer.app.pipeline import QuantizationResult, SavedFiles
+    from custom_quantizer.planning.quantizer import IntegerQuantizer
     from custom_quantizer.report.record import ProgramReport, Report
 
 __all__ = ["cli", "main"]
@@ -318,14 +320,16 @@ def plan_command(
     Nothing is calibrated. MODEL is a torchvision model, package.module:function or
     file.py:function. Inputs are random, of shape 1,3,224,224 unless --input-shape says otherwise.
     """
-    from custom_quantizer.app.pipeline import as_quantizer, capture
-    from custom_quantizer.report.terminal import make_console, plan_table, size_text
-
-    quantizer = as_quantizer(_one_of(scheme, config))
+    asked = _one_of(scheme, config)
+    _check_model(model)
+    quantizer = _quantizer(asked)
     with warnings.catch_warnings():
         # The plan does not depend on the weights, so random ones need no warning.
         warnings.filterwarnings("ignore", message=".*random weights")
         module = _load_model(model, weights, model_args)
+    from custom_quantizer.app.capture import capture
+    from custom_quantizer.report.terminal import make_console, plan_table, size_text
+
     exported, _ = capture(module, _random_inputs(shapes or ((1, 3, 224, 224),)))
     plan = quantizer.plan(exported)
     if as_json:
@@ -397,13 +401,15 @@ def quantize_command(
     inputs of the shape of the calibration data, one at a time, unless --input-shape or
     --dynamic-batch says otherwise.
     """
-    from custom_quantizer.app.pipeline import as_quantizer, quantize
-
     _check_output(output)
-    quantizer = as_quantizer(_one_of(scheme, config))
+    asked = _one_of(scheme, config)
+    _check_model(model)
+    quantizer = _quantizer(asked)
     module = _load_model(model, weights, model_args)
     data = _load_data(calibration, _preprocess(resize, crop, mean, std), calibration_samples)
     example = _random_inputs(shapes) if shapes else data.example_inputs(1)
+    from custom_quantizer.app.pipeline import quantize
+
     _start_runtime()
     result = quantize(module, example, data, config=quantizer, dynamic_batch=dynamic_batch)
     _summarize(model, result, result.save(output))
@@ -507,10 +513,7 @@ def evaluate_command(
     then labels are not needed: how often the others agree with it is counted. With --graph the
     graph as PyTorch computes it and the integer reference are shown the same samples.
     """
-    from custom_quantizer.report.terminal import accuracy_table, make_console
-
-    if model is None and (weights is not None or model_args):
-        raise click.UsageError("--weights and --model-arg are for --model, which is not given")
+    _check_float_model(model, weights, model_args)
     source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
     if source.labels is None and model is None and len(programs) == 1:
         raise InputError(
@@ -519,6 +522,7 @@ def evaluate_command(
         )
     from custom_quantizer.analysis.evaluation import evaluate
     from custom_quantizer.backends.xnnpack import load_program
+    from custom_quantizer.report.terminal import accuracy_table, make_console
 
     _start_runtime()
     models: dict[str, Callable[..., Any]] = {}
@@ -622,12 +626,11 @@ def verify_command(
         if not device.bit_exact:
             raise SystemExit(1)
         return
+    _check_float_model(model, weights, model_args)
+    floating = None if model is None else _load_model(model, weights, model_args)
     from custom_quantizer.analysis.verification import random_like, verify
     from custom_quantizer.app.saved_graph import load_lowered
 
-    if model is None and (weights is not None or model_args):
-        raise click.UsageError("--weights and --model-arg are for --model, which is not given")
-    floating = None if model is None else _load_model(model, weights, model_args)
     _start_runtime()
     converted, lowered = load_lowered(
         program, graph or _graph_beside(program), isolated=isolated or None
@@ -680,6 +683,28 @@ def _one_of(scheme: str | None, config: Path | None) -> str | Path:
     return config or scheme or "a8w8"
 
 
+def _quantizer(asked: str | Path) -> IntegerQuantizer:
+    from custom_quantizer.app.configuration import as_quantizer
+
+    return as_quantizer(asked)
+
+
+def _check_model(model: str) -> None:
+    """Find out before seconds of imports that a name is misspelled."""
+    from custom_quantizer.app.models import check_model_name
+
+    check_model_name(model)
+
+
+def _check_float_model(
+    model: str | None, weights: str | None, model_args: dict[str, object]
+) -> None:
+    if model is not None:
+        _check_model(model)
+    elif weights is not None or model_args:
+        raise click.UsageError("--weights and --model-arg are for --model, which is not given")
+
+
 def _load_model(model: str, weights: str | None, model_args: dict[str, object]) -> nn.Module:
     from custom_quantizer.app.models import load_model
 
@@ -730,16 +755,19 @@ _MOST_REPORT_BYTES = 2**28
 
 def _read_report(file: Path) -> Report | ProgramReport:
     from custom_quantizer.core.files import read_bytes
-    from custom_quantizer.report.record import Report, inspect_program
 
     if file.is_dir():
         file = file / "report.json"
     if file.suffix != ".json":
+        from custom_quantizer.report.record import inspect_program
+
         return inspect_program(file)
     try:
         document = json.loads(read_bytes(file, _MOST_REPORT_BYTES))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}); give a report of this package") from error
+    from custom_quantizer.report.record import Report
+
     nested = document.get("report") if isinstance(document, dict) else None
     return Report.from_json(json.dumps(document if nested is None else nested))
 

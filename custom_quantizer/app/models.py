@@ -27,9 +27,12 @@ from torch import Tensor, nn
 from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file, some
 from custom_quantizer.errors import InputError, first_line
 
-__all__ = ["load_model", "load_weights"]
+__all__ = ["check_model_name", "load_model", "load_weights"]
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
+
+_TORCHVISION = "torchvision"
+"""Where a model comes from that has a name alone."""
 
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
@@ -65,14 +68,9 @@ def load_model(spec: str, weights: StrPath | None = None, **kwargs: object) -> n
     Warns:
         UserWarning: A torchvision model without ``weights`` has random ones.
     """
-    left, colon, name = spec.rpartition(":")
-    if not name or (colon and not left):
-        raise InputError(
-            f"{spec!r} names no model; write 'resnet18', 'package.module:function' or "
-            "'file.py:function'"
-        )
+    left, name = _split(spec)
     published = weights is not None and not _is_weight_file(weights)
-    if not colon or left == "torchvision":
+    if left == _TORCHVISION:
         model = _torchvision_model(name, str(weights) if published else None, kwargs)
         if weights is None:
             warnings.warn(
@@ -90,6 +88,23 @@ def load_model(spec: str, weights: StrPath | None = None, **kwargs: object) -> n
     if weights is not None and not published:
         load_weights(model, weights)
     return model.eval()
+
+
+def check_model_name(spec: str) -> None:
+    """Find a misspelled name without building anything or running code of the user's.
+
+    Args:
+        spec: As for :func:`load_model`. Of ``"package.module:name"`` nothing is checked: to find
+            a module Python runs the packages around it.
+
+    Raises:
+        InputError: No such torchvision model, or no such file.
+    """
+    left, name = _split(spec)
+    if left == _TORCHVISION:
+        _check_torchvision_name(name)
+    elif _is_python_file(left):
+        _check_python_file(Path(left))
 
 
 def load_weights(model: nn.Module, path: StrPath) -> None:
@@ -142,7 +157,18 @@ def _is_weight_file(weights: StrPath) -> bool:
     return Path(weights).suffix.lower() in WEIGHT_SUFFIXES or Path(weights).is_file()
 
 
-def _torchvision_model(name: str, weights: str | None, kwargs: Mapping[str, object]) -> nn.Module:
+def _split(spec: str) -> tuple[str, str]:
+    """Where a model comes from, and its name there."""
+    left, colon, name = spec.rpartition(":")
+    if not name or (colon and not left):
+        raise InputError(
+            f"{spec!r} names no model; write 'resnet18', 'package.module:function' or "
+            "'file.py:function'"
+        )
+    return left or _TORCHVISION, name
+
+
+def _check_torchvision_name(name: str) -> None:
     from torchvision import models
 
     names: list[str] = models.list_models()
@@ -153,6 +179,12 @@ def _torchvision_model(name: str, weights: str | None, kwargs: Mapping[str, obje
             f"torchvision has no model {name!r}{hint}; "
             "for a model of your own write 'package.module:function' or 'file.py:function'"
         )
+
+
+def _torchvision_model(name: str, weights: str | None, kwargs: Mapping[str, object]) -> nn.Module:
+    from torchvision import models
+
+    _check_torchvision_name(name)
     chosen: Any = None
     if weights is not None:
         known: Any = models.get_model_weights(name)
@@ -182,7 +214,7 @@ def _torchvision_model(name: str, weights: str | None, kwargs: Mapping[str, obje
 
 
 def _user_model(spec: str, left: str, name: str, kwargs: Mapping[str, object]) -> nn.Module:
-    is_file = left.endswith(".py") or os.sep in left
+    is_file = _is_python_file(left)
     folder = Path(left).resolve().parent if is_file else Path.cwd()
     # While the function runs too: it may import what lies beside it.
     with _import_path(folder):
@@ -229,9 +261,17 @@ def _import_module(name: str) -> ModuleType:
         raise InputError(f"Importing {name} failed: {described(exc)}") from exc
 
 
-def _import_file(path: Path) -> ModuleType:
+def _is_python_file(left: str) -> bool:
+    return left.endswith(".py") or os.sep in left
+
+
+def _check_python_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"No Python file {path}; check the path before the colon")
+
+
+def _import_file(path: Path) -> ModuleType:
+    _check_python_file(path)
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     name = f"_custom_quantizer_model_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)

@@ -14,18 +14,17 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from inspect import signature
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-from torchao.quantization.pt2e.quantizer import QuantizationConfig
 
 from custom_quantizer.analysis.fidelity import Fidelity, FirstCalls, check_calls
+from custom_quantizer.app.capture import capture
+from custom_quantizer.app.configuration import Configuration, as_quantizer
 from custom_quantizer.app.saved_graph import serialize_graph
 from custom_quantizer.backends.xnnpack import LoweredProgram
 from custom_quantizer.backends.xnnpack.lowering import lower_graph
@@ -34,15 +33,8 @@ from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, sha256_of
 from custom_quantizer.core.files import json_bytes, new_directory, write_files_atomic
 from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import stages
-from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.core.threads import tools
-from custom_quantizer.errors import (
-    CaptureError,
-    ConfigError,
-    ConversionError,
-    InputError,
-    first_line,
-)
+from custom_quantizer.errors import ConversionError, InputError
 from custom_quantizer.planning.planner import Plan
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference.converted import read_converted
@@ -52,8 +44,6 @@ __all__ = [
     "RESULT_VERSION",
     "QuantizationResult",
     "SavedFiles",
-    "as_quantizer",
-    "capture",
     "quantize",
     "save_result",
 ]
@@ -62,14 +52,6 @@ logger = logging.getLogger(__name__)
 
 RESULT_VERSION = 1
 """Version of the JSON that :meth:`QuantizationResult.save` writes."""
-
-DEFAULT_MAX_BATCH = 64
-"""Largest batch of a program with a dynamic one: its memory is planned ahead."""
-
-Configuration: TypeAlias = (
-    str | os.PathLike[str] | OpScheme | QuantizationConfig | Mapping[str, Any]
-)
-"""What :func:`as_quantizer` makes a quantizer of."""
 
 
 @dataclass(frozen=True)
@@ -266,192 +248,4 @@ def quantize(
         report = report_of(graph, lowered)
     return QuantizationResult(
         exported, plan, summary, fidelity, converted, report, lowered, tuple(example_inputs)
-    )
-
-
-def as_quantizer(config: Configuration | IntegerQuantizer | None) -> IntegerQuantizer:
-    """Make a quantizer of a scheme, a configuration file or its content.
-
-    Raises:
-        ConfigError: ``config`` is none of these, or is not legal.
-        InputError: the file cannot be read.
-    """
-    if isinstance(config, IntegerQuantizer):
-        return config
-    if config is None:
-        return IntegerQuantizer().set_global("a8w8")
-    if isinstance(config, Mapping) or _is_file_name(config):
-        return IntegerQuantizer.from_config(cast("str | Mapping[str, Any]", config))
-    if isinstance(config, (str, OpScheme, QuantizationConfig)):
-        return IntegerQuantizer().set_global(config)
-    raise ConfigError(
-        f"config is a scheme name, a configuration file, its content or an IntegerQuantizer, not "
-        f"{type(config).__name__}"
-    )
-
-
-def _is_file_name(config: object) -> bool:
-    if isinstance(config, os.PathLike):
-        return True
-    return isinstance(config, str) and (
-        config.endswith((".yaml", ".yml", ".json")) or os.path.isfile(config)
-    )
-
-
-# ---------------------------------------------------------------------------------------------
-# Capture
-# ---------------------------------------------------------------------------------------------
-
-
-@tools()
-def capture(
-    model: nn.Module | torch.export.ExportedProgram,
-    example_inputs: tuple[Any, ...],
-    *,
-    dynamic_batch: bool | int = False,
-) -> tuple[GraphModule, tuple[Any, ...]]:
-    """Capture a model with ``torch.export``; what is captured already passes through.
-
-    Args:
-        model: as for :func:`quantize`.
-        example_inputs: one set of inputs.
-        dynamic_batch: as for :func:`quantize`.
-
-    Returns:
-        The captured graph, and the inputs it was captured with: a batch of one is doubled where
-        the batch is dynamic, because export takes a size of one for a constant.
-
-    Raises:
-        InputError: the example is not a tuple, or the model does not run on it.
-        CaptureError: ``torch.export`` refused the model.
-    """
-    if not isinstance(example_inputs, (tuple, list)):
-        raise InputError(
-            f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"
-            " for one tensor x write (x,)"
-        )
-    example = tuple(example_inputs)
-    if isinstance(model, (torch.export.ExportedProgram, GraphModule)):
-        if dynamic_batch:
-            raise CaptureError(
-                "dynamic_batch is decided when a model is captured, and this one is captured "
-                "already: pass the module itself, or dynamic_shapes to torch.export.export"
-            )
-        graph = model.module() if isinstance(model, torch.export.ExportedProgram) else model
-        return graph, example
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}; "
-            "torch.export captures neither scripts nor functions"
-        )
-    shapes = None
-    eager = _eval_copy(model)
-    if dynamic_batch:
-        example = pytree.tree_map(_at_least_two, example)
-        largest = DEFAULT_MAX_BATCH if dynamic_batch is True else dynamic_batch
-        shapes = _by_parameter(eager, _dynamic_batch(example, largest))
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(eager, example, dynamic_shapes=shapes)
-    except Exception as error:
-        raise _refused(eager, example, bool(dynamic_batch), error) from error
-    return capture(exported, example)
-
-
-def _eval_copy(model: nn.Module) -> nn.Module:
-    # What a forward has computed from parameters and kept, as weight_norm does, cannot be copied.
-    history = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in pytree.tree_leaves(vars(module))
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    try:
-        eager = copy.deepcopy(model, cast("dict[int, Any]", history)).eval()
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({first_line(error)}), and the flow does "
-            "not change the module it is given; pass torch.export.export(model.eval(), example)"
-        ) from error
-    training = sum(module.training for module in model.modules())
-    if training:
-        logger.info(
-            "%s has %d modules in training mode; a copy in eval mode is quantized",
-            type(model).__name__,
-            training,
-        )
-    return eager
-
-
-def _at_least_two(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1:
-        return torch.cat((value, value))
-    return value
-
-
-def _dynamic_batch(example: tuple[Any, ...], largest: int) -> Any:
-    """One symbol for the first dimension of every input."""
-    sizes = {len(v) for v in pytree.tree_leaves(example) if isinstance(v, Tensor) and v.dim()}
-    if len(sizes) != 1:
-        raise InputError(
-            "dynamic_batch needs inputs that share their first dimension; the example's have "
-            f"{', '.join(map(str, sorted(sizes))) or 'none'}"
-        )
-    if not max(sizes) <= largest:
-        raise InputError(
-            f"the example is a batch of {max(sizes)}, more than the largest batch {largest} of "
-            "dynamic_batch; two is the least it can be"
-        )
-    batch = torch.export.Dim("batch", min=1, max=largest)
-
-    def shape(value: Any) -> dict[int, Any] | None:
-        return {0: batch} if isinstance(value, Tensor) and value.dim() else None
-
-    return pytree.tree_map(shape, example)
-
-
-def _by_parameter(eager: nn.Module, shapes: tuple[Any, ...]) -> Any:
-    """Shapes of inputs by the names of ``forward``'s parameters: ``*args`` is one of them."""
-    try:
-        return dict(signature(eager.forward).bind(*shapes).arguments)
-    except (TypeError, ValueError):  # not what forward takes, as the error of export will say
-        return shapes
-
-
-def _refused(
-    eager: nn.Module, example: tuple[Any, ...], dynamic: bool, error: Exception
-) -> CaptureError | InputError:
-    """Say whether the example, the batch or the model is at fault."""
-    name = type(eager).__name__
-    try:
-        with torch.no_grad():
-            eager(*example)
-    except Exception as own:
-        return InputError(
-            f"{name} does not run on the example inputs ({_shapes(example)}): {first_line(own)}; "
-            "pass what its forward takes, batch first"
-        )
-    text = f"torch.export cannot capture {name}: {first_line(error)}; "
-    if dynamic and ("specialized" in str(error) or "Constraints violated" in str(error)):
-        return CaptureError(
-            text + "its code fixes the size of the batch, as x.view(8, -1) does; write "
-            "x.flatten(1), or leave dynamic_batch off"
-        )
-    if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
-        return CaptureError(
-            text + "it branches on the value of a tensor; use torch.where or torch.cond, or "
-            "capture the part that does not"
-        )
-    return CaptureError(
-        text + "make torch.export.export(model.eval(), example_inputs) work first; "
-        "torch.export.draft_export lists everything in the way"
-    )
-
-
-def _shapes(example: tuple[Any, ...]) -> str:
-    return ", ".join(
-        f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        if isinstance(value, Tensor)
-        else type(value).__name__
-        for value in pytree.tree_leaves(example)
     )

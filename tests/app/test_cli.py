@@ -91,16 +91,6 @@ def test_all_commands_are_listed() -> None:
     assert set(cli.commands) == set(COMMANDS)
 
 
-def test_help_does_not_wait_for_pytorch() -> None:
-    code = (
-        "import sys\n"
-        "from custom_quantizer.app.cli import cli\n"
-        "cli(['quantize', '--help'], standalone_mode=False)\n"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'executorch', 'numpy')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
-
-
 # -- commands --------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,9 @@ from torch.fx import GraphModule
 from torch.nn.utils import weight_norm
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from custom_quantizer.app.pipeline import QuantizationResult, as_quantizer, capture, quantize
+from custom_quantizer.app.capture import capture
+from custom_quantizer.app.configuration import as_quantizer
+from custom_quantizer.app.pipeline import QuantizationResult, quantize
 from custom_quantizer.backends.xnnpack import load_program, read_program
 from custom_quantizer.calibration.run import CalibrationSummary
 from custom_quantizer.core.schemes import scheme

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, cast
 
@@ -24,7 +26,14 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels, passes
 from custom_quantizer.backends.xnnpack.groups import join_factor, joined
-from custom_quantizer.backends.xnnpack.passes import PASSES, origin_of, run_passes
+from custom_quantizer.backends.xnnpack.passes import (
+    PASSES,
+    STAGES,
+    GraphPass,
+    ordered,
+    origin_of,
+    run_passes,
+)
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
@@ -103,6 +112,63 @@ def units(graph: GraphModule, got: Any, want: Any) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
+# Order
+# ---------------------------------------------------------------------------------------------
+
+
+def test_passes_require_passes_of_their_stage() -> None:
+    for stage in STAGES.values():
+        names = {graph_pass.name for graph_pass in stage}
+        assert [p.name for p in stage if not p.requires <= names] == []
+    assert len(BY_NAME) == len(PASSES) == sum(map(len, STAGES.values()))
+
+
+def test_a_stage_is_in_the_order_of_its_requirements() -> None:
+    first, second = PASSES[:2]
+    behind = dataclasses.replace(first, requires=frozenset({second.name}))
+    assert ordered([behind, second]) == (second, behind)
+    assert ordered([second, first]) == (second, first)
+    around = dataclasses.replace(second, requires=frozenset({first.name}))
+    with pytest.raises(cq.LoweringError, match=f"requires {second.name}, which cannot run before"):
+        ordered([behind, around])
+
+
+def any_order(seed: int) -> list[GraphPass]:
+    """All passes, each stage in some order of which no pass complains."""
+    generator = random.Random(seed)
+    return [
+        graph_pass
+        for stage in STAGES.values()
+        for graph_pass in ordered(generator.sample(stage, len(stage)))
+    ]
+
+
+def rewritten(graph: GraphModule, passes: Iterable[GraphPass]) -> GraphModule:
+    copied = copy.deepcopy(graph)
+    for graph_pass in passes:
+        graph_pass.run(copied)
+    copied.graph.eliminate_dead_code()
+    copied.recompile()
+    return copied
+
+
+def targets(graph: GraphModule) -> Counter[str]:
+    return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_passes_require_is_all_that_their_order_matters_for(family: str, seed: int) -> None:
+    """In any order that they allow the result has the same ops, and no pass has more to do."""
+    graph, _ = converted(family, "a8w8")
+    usual = rewritten(graph, PASSES)
+    left = {p.name for p in PASSES if p.run(copy.deepcopy(usual))}
+    other = rewritten(graph, any_order(seed))
+    assert targets(other) == targets(usual)
+    assert {p.name for p in PASSES if p.run(copy.deepcopy(other))} <= left
+
+
+# ---------------------------------------------------------------------------------------------
 # Exactness
 # ---------------------------------------------------------------------------------------------
 
@@ -156,16 +222,21 @@ def test_folded_biases_are_the_integers_times_the_scale_of_the_serializer(
 REPEATS = ("reshapes_to_views", "simplify_pools", "weight_containers")
 
 
-@pytest.mark.parametrize("name", [p.name for p in PASSES if p.name not in REPEATS])
-def test_a_pass_has_nothing_left_to_do_after_itself(name: str) -> None:
-    for family, scheme in CORPUS:
-        if scheme == "a8w8-per_tensor":
+@pytest.mark.parametrize(
+    ("family", "scheme"), [(f, s) for f, s in CORPUS if s != "a8w8-per_tensor"]
+)
+def test_a_pass_has_nothing_left_to_do_after_itself(family: str, scheme: str) -> None:
+    graph = copy.deepcopy(converted(family, scheme)[0])
+    for graph_pass in PASSES:
+        graph_pass.run(graph)
+        if graph_pass.name in REPEATS:
             continue
-        _, after = stepwise(converted(family, scheme)[0], name)
-        code = after.code
-        assert BY_NAME[name].run(after) == 0, family
-        after.recompile()
-        assert after.code == code, family
+        graph.graph.lint()
+        graph.recompile()
+        code = graph.code
+        assert graph_pass.run(graph) == 0, graph_pass.name
+        graph.recompile()
+        assert graph.code == code, graph_pass.name
 
 
 @pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
@@ -184,8 +255,8 @@ def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str
             assert (count > 0) == (rewritten.code != code), (graph_pass.name, family)
 
 
-# These rewrite float ops, which no family of the corpus has: tested in test_attention.py,
-# test_functions.py and test_lowering.py.
+# These rewrite float ops, which no family of the corpus has: tested in tests/ops,
+# and in test_lowering_combinations.py.
 FLOAT_OPS = {
     "drop_broadcasts",
     "group_norms_to_linears",

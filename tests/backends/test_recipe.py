@@ -13,9 +13,9 @@ import torch
 from executorch.backends.xnnpack.recipes import XNNPackRecipeType
 from executorch.export import ExportRecipe, ExportSession, StageType, recipe_registry
 from support.graphs import Function, differences
+from support.models import convert
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack.checksum import seal
@@ -71,26 +71,6 @@ def export(model: Any, made: ExportRecipe, **options: Any) -> ExportSession:
     return executorch.export.export(model, [EXAMPLE], made, **options)
 
 
-def test_an_example_in_another_memory_layout() -> None:
-    (x,) = EXAMPLE
-    last = (x.contiguous(memory_format=torch.channels_last),)
-    session = executorch.export.export(net(), [last], recipe(calibration=[last]))
-    program = cq.session_program(session)
-    graph = converted(cq.IntegerQuantizer().set_global("a8w8"))
-    assert torch.equal(program.run(x), cq.lower(graph, EXAMPLE).run(x))
-    assert torch.equal(program.run(*last), program.run(x))
-
-
-def converted(
-    quantizer: cq.IntegerQuantizer, calibration: list[tuple[Tensor, ...]] | None = None
-) -> GraphModule:
-    captured = torch.export.export(net(), EXAMPLE, strict=True).module()
-    prepared = prepare_pt2e(captured, quantizer)
-    for batch in calibration or [EXAMPLE]:
-        prepared(*batch)
-    return convert_pt2e(prepared)
-
-
 def _case(kind: cq.IntegerRecipe, slow: bool = False, **options: Any) -> Any:
     marks = [pytest.mark.slow] if slow else []
     return pytest.param(kind, options, id="-".join((kind.value, *options)), marks=marks)
@@ -117,7 +97,7 @@ def test_the_program_is_that_of_lower(kind: cq.IntegerRecipe, options: dict[str,
         if "config" in options
         else cq.IntegerQuantizer().set_global(options.get("scheme", kind.value))
     )
-    graph = converted(quantizer, calibration)
+    graph = convert(net(), EXAMPLE, quantizer, calibration, strict=True).graph
     wanted = cq.lower(graph, EXAMPLE)
     program = cq.session_program(session)
     assert seal(bytes(session.get_pte_buffer())) == program.buffer == wanted.buffer
@@ -176,7 +156,7 @@ def test_a_config_file(tmp_path: Path) -> None:
 
 
 def test_a_converted_graph_is_lowered_as_it_is() -> None:
-    graph = converted(cq.IntegerQuantizer().set_global("a8w8"), batches())
+    graph = convert(net(), EXAMPLE, "a8w8", batches(), strict=True).graph
     session = export(graph, recipe())
     assert cq.session_program(session).buffer == cq.lower(graph, EXAMPLE).buffer
 
@@ -267,7 +247,8 @@ def test_integers_left_outside_are_found() -> None:
 
 
 def test_only_models_and_graphs_are_rewritten() -> None:
-    exported = torch.export.export(converted(cq.IntegerQuantizer().set_global("a8w8")), EXAMPLE)
+    converted = convert(net(), EXAMPLE, strict=True).graph
+    exported = torch.export.export(converted, EXAMPLE)
     with pytest.raises(cq.LoweringError, match="ExportedProgram was handed in; hand in the float"):
         export(exported, recipe())
 
@@ -362,3 +343,13 @@ def test_a_partial_function() -> None:
     program = cq.session_program(export(model, recipe()))
     (row,) = (op for op in program.report.ops if "sin" in op.node)
     assert "no integer form" in row.reason
+
+
+def test_an_example_in_another_memory_layout() -> None:
+    (x,) = EXAMPLE
+    last = (x.contiguous(memory_format=torch.channels_last),)
+    session = executorch.export.export(net(), [last], recipe(calibration=[last]))
+    program = cq.session_program(session)
+    graph = convert(net(), EXAMPLE, strict=True).graph
+    assert torch.equal(program.run(x), cq.lower(graph, EXAMPLE).run(x))
+    assert torch.equal(program.run(*last), program.run(x))

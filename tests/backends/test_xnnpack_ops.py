@@ -20,10 +20,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graphs import Function, differences, stress
-from support.models import randomize_batch_norms
+from support.models import convert, randomize_batch_norms
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels
@@ -344,21 +343,12 @@ def made(group: str, scheme: str) -> Made:
     model = randomize_batch_norms(Side(cases)).eval()
     shapes = [shape for c in cases for shape in c.shapes]
     example = tuple(torch.randn(shape) for shape in shapes)
-    graph = convert(model, example, scheme)
+    graph = convert(model, example, scheme).graph
     lowered = cq.lower(graph, example, check=False)
     reference = cq.integer_reference(graph)
     inputs = [example, *stress(shapes)]
     wanted, got = [reference(*i) for i in inputs], [lowered.run(*i) for i in inputs]
     return Made(graph, lowered, inputs, wanted, got)
-
-
-def convert(
-    model: nn.Module, example: tuple[Tensor, ...], scheme: str, shapes: Any = None
-) -> GraphModule:
-    captured = torch.export.export(model, example, dynamic_shapes=shapes).module()
-    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global(scheme))
-    prepared(*example)
-    return convert_pt2e(prepared)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -443,7 +433,7 @@ def test_linear_layers_quantized_while_they_run(scheme: str) -> None:
     ).eval()
     model.counts = [len(c.shapes) for c in cases]
     example = tuple(torch.randn(shape) for c in cases for shape in c.shapes)
-    lowered = cq.lower(convert(model, example, scheme), example, check=False)
+    lowered = cq.lower(convert(model, example, scheme).graph, example, check=False)
     assert lowered.report.fully_delegated
     linears = [op for op in lowered.report.ops if "linear" in op.family]
     odd = {"case_linear", "case_no_bias", "case_shared_input"}
@@ -466,7 +456,7 @@ def test_dynamic_batches(name: str) -> None:
     example = (torch.randn(found.shapes[0]),)
     inner = {0: torch.export.Dim("batch", min=2, max=10)}
     shapes = ((inner,),) if isinstance(model, Function) else (inner,)
-    graph = convert(model, example, "a8w8", shapes)
+    graph = convert(model, example, dynamic_shapes=shapes).graph
     lowered = cq.lower(graph, example)
     assert lowered.report.fully_delegated
     reference = cq.integer_reference(graph)

@@ -65,7 +65,10 @@ MODULES = (
 TESTS = [
     f"test_{name}"
     for name in (
-        *("arithmetic", "bias", "constants", "planner", "contracts", "functions", "attention"),
+        *("arithmetic", "bias", "constants", "planner", "registry", "functions", "activations"),
+        *("conv", "conv_transpose", "linear", "elementwise", "pool", "movement", "attention"),
+        *("normalization", "embedding", "lowering_checks", "lowering_combinations"),
+        *("qat_setups", "finetune"),
         *("reference", "bundle", "passes", "lowering", "observers_activation", "statistics"),
         *(
             "bit_widths",

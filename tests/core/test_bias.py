@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.graphs import Function, calls, lowered_exactly, quantized
+from support.models import conv
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -279,10 +280,6 @@ def check_biases(graph: GraphModule, floats: dict[str, Tensor]) -> None:
 
 def image(*channels: int) -> Tensor:
     return torch.randn(2, *(channels or (4,)), 6, 6)
-
-
-def conv(**options: Any) -> nn.Conv2d:
-    return nn.Conv2d(4, 4, 3, padding=1, **options)
 
 
 def test_a_module_called_twice_has_one_weight_and_a_bias_for_each_call() -> None:

@@ -1,8 +1,7 @@
-"""Attention: products, softmax, norms and embeddings, from the captured graph to the runtime."""
+"""Attention: products and softmax, from the captured graph to the runtime."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -11,15 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from support.fuzz import check_each_tensor
-from support.graphs import Function, calls, canonicalize, capture, differences, quantized
+from support.contracts import FloatContract, IntegerContract
+from support.graphs import Function, calls, canonicalize, capture
 from support.models import convert
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels
-from custom_quantizer.backends.xnnpack.passes import PASSES, run_passes
+from custom_quantizer.backends.xnnpack.passes import PASSES
 from custom_quantizer.core.graph import is_constant, is_dequantize, is_quantize
 from custom_quantizer.ops.rewrites.decompositions import MASKED
 
@@ -200,46 +199,6 @@ def test_the_same_values_under_another_name(
         assert torch.equal(graph(given), function(None, given))
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-def test_bags_of_one_size_are_rows_of_a_table(mode: str) -> None:
-    model = nn.EmbeddingBag(20, 8, mode=mode)
-    x = torch.randint(0, 20, (3, 5))
-    graph = canonicalize(capture(model, (x,)))
-    assert not calls(graph, aten.embedding_bag.padding_idx)
-    assert len(calls(graph, aten.embedding.default)) == 1
-    # Sums of five in another order.
-    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=5 * 2.0**-22)
-
-
-def test_weighted_bags_of_a_dynamic_batch() -> None:
-    model = nn.EmbeddingBag(20, 8, mode="sum")
-    x, weights = torch.randint(0, 20, (3, 5)), torch.randn(3, 5)
-    batch = torch.export.Dim("batch", max=8)
-    graph = canonicalize(
-        capture(
-            Function(lambda s, x, w: s.bag(x, per_sample_weights=w), bag=model),
-            (x, weights),
-            dynamic_shapes=(({0: batch}, {0: batch}),),
-        )
-    )
-    assert len(calls(graph, aten.embedding.default)) == 1
-    for size in (2, 8):
-        given = (torch.randint(0, 20, (size, 5)), torch.randn(size, 5))
-        want = model(given[0], per_sample_weights=given[1])
-        torch.testing.assert_close(graph(*given), want, rtol=0, atol=5 * 2.0**-20)
-
-
-@pytest.mark.parametrize(
-    ("offsets", "options"),
-    [([0, 4], {}), ([0, 5], {"padding_idx": 1}), ([0, 5, 10], {"include_last_offset": True})],
-)
-def test_other_bags_are_left_alone(offsets: list[int], options: dict[str, Any]) -> None:
-    bags = nn.EmbeddingBag(20, 8, **options)
-    model = Function(lambda s, x: s.bags(x, torch.tensor(offsets)), bags=bags)
-    graph = canonicalize(capture(model, (torch.randint(0, 20, (10,)),)))
-    assert calls(graph, aten.embedding_bag.padding_idx)
-
-
 def test_a_pad_by_nothing_does_not_alias_what_is_written_later() -> None:
     def function(_self: Any, x: Tensor) -> Tensor:
         y = F.pad(x, (0, 0))
@@ -359,99 +318,9 @@ def test_products_of_other_shapes_say_why_they_stay_in_float() -> None:
         assert reason in op.reason
 
 
-def test_a_product_over_two_sizes_that_are_not_known_says_so() -> None:
-    sizes = {dim: torch.export.Dim(f"size{dim}", min=2, max=9) for dim in (0, 1)}
-    model = Function(lambda s, a, b: torch.matmul(a + a, b + b) + 1.0)
-    graph = capture(
-        model, (torch.randn(2, 3, 5, 8), torch.randn(2, 3, 8, 7)), dynamic_shapes=((sizes, sizes),)
-    )
-    op = cq.IntegerQuantizer().set_global("a8w8").plan(graph).op("matmul")
-    assert op.scheme is None
-    assert op.reason.startswith("more than one of its sizes is dynamic")
-
-
 # ---------------------------------------------------------------------------------------------
 # Passes
 # ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("size", "shift", "spread"), [(16, 0, 1), (768, 0, 3), (384, 30, 0.5)])
-def test_a_layer_norm_is_as_near_as_derived(size: int, shift: float, spread: float) -> None:
-    """The bound in ``xnnpack/passes/normalization.py``, against float64."""
-    torch.manual_seed(0)
-    norm = nn.LayerNorm(size, elementwise_affine=False)
-    x = torch.randn(50, size) * spread + shift
-    graph = capture(norm, (x,))
-    assert PASS["layer_norms_to_linears"].run(graph) == 1
-    graph.recompile()
-    assert not calls(graph, aten.layer_norm.default)
-    exact = F.layer_norm(x.double(), (size,))
-    deviation = (x.double().var(1, correction=0, keepdim=True) + norm.eps).sqrt()
-    r = x.double().abs().amax(1, keepdim=True) / deviation
-    bound = ((size + 1) * r * (1 + exact.abs()) + (size / 2 + 6) * exact.abs()) * 2.0**-24
-    assert ((graph(x).double() - exact).abs() <= bound).all()
-
-
-@pytest.mark.parametrize(
-    ("groups", "shape", "terms"),
-    [(2, (3, 8, 5, 6), 120), (1, (2, 24, 16, 16), 64 + 96 + 1), (4, (2, 8, 61, 41), 61 + 82 + 1)],
-)
-def test_a_group_norm_is_as_near_as_derived(
-    groups: int, shape: tuple[int, ...], terms: int
-) -> None:
-    """As a layer norm; ``terms`` is ``n``, or ``a + b + 1`` of a mean of means."""
-    torch.manual_seed(0)
-    norm = nn.GroupNorm(groups, shape[1], affine=False)
-    x = torch.randn(shape) * 3 + 1
-    graph = capture(norm, (x,))
-    assert PASS["group_norms_to_linears"].run(graph) == 1
-    graph.recompile()
-    assert not calls(graph, aten.group_norm.default)
-    assert max(v.numel() for n, v in graph.named_buffers() if "norm_row" in n) <= terms
-    exact = F.group_norm(x.double(), groups).flatten(1).reshape(shape[0], groups, -1)
-    rows = x.double().reshape(exact.shape)
-    deviation = (rows.var(2, correction=0, keepdim=True) + norm.eps).sqrt()
-    r = rows.abs().amax(2, keepdim=True) / deviation
-    bound = ((terms + 1) * r * (1 + exact.abs()) + (terms / 2 + 6) * exact.abs()) * 2.0**-24
-    assert ((graph(x).double().reshape(exact.shape) - exact).abs() <= bound).all()
-
-
-@pytest.mark.parametrize(
-    "name",
-    # An instance norm is written out as a group norm is.
-    ["group_norm", pytest.param("instance_norm", marks=pytest.mark.slow), "rms_norm"],
-)
-def test_norms_stay_in_the_delegate(name: str) -> None:
-    """Between convolutions: float inside the delegate, each tensor within its bound."""
-    torch.manual_seed(0)
-    norm: nn.Module
-    norm = {
-        "group_norm": nn.GroupNorm(2, 8),
-        "instance_norm": nn.InstanceNorm2d(8, affine=True),
-        "rms_norm": nn.RMSNorm([9, 9]),
-    }[name]
-    for parameter in norm.parameters():
-        nn.init.uniform_(parameter, 0.5, 1.5)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(8, 4, 3))
-    done = convert(model, (torch.randn(2, 3, 9, 9),))
-    lowered = cq.lower(done.graph, done.example)
-    assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)
-    (row,) = (row for row in lowered.report.ops if row.node == name)
-    assert row.backend is kernels.FLOAT
-    assert row.reason.startswith("XNNPACK has no integer ")
-    check_each_tensor(done)
-
-
-def test_norms_that_stay_outside_say_why() -> None:
-    x = torch.randn(2, 8, 9, 9)
-    conv = nn.Conv2d(8, 8, 3)
-    tracking = nn.InstanceNorm3d(1, track_running_stats=True).eval()
-    model = Function(lambda s, x: s.norm(s.conv(x).unsqueeze(1)), conv=conv, norm=tracking)
-    (op,) = (op for op in convert(model, (x,)).plan.ops if op.node == "instance_norm")
-    assert op.reason == "it uses running statistics"
-    model = Function(lambda s, x: F.group_norm(s.conv(x), 2, s.conv(x).mean((0, 2, 3))), conv=conv)
-    (op,) = (op for op in convert(model, (x,)).plan.ops if op.node.startswith("group_norm"))
-    assert op.reason == "its weight is computed"
 
 
 @pytest.mark.parametrize(
@@ -506,82 +375,6 @@ def test_an_expand_that_one_reader_needs_stays() -> None:
     x, y = torch.randn(1, 5), torch.randn(3, 5)
     graph = capture(Function(lambda s, x, y: ((e := x.expand(3, 5)) * y, e.flatten())), (x, y))
     assert PASS["drop_broadcasts"].run(graph) == 0
-
-
-def moved(function: Callable[..., Any], shape: tuple[int, ...]) -> tuple[GraphModule, GraphModule]:
-    """A graph of moves of integers before and after all passes, which compute the same."""
-    inputs = (torch.randn(shape),)
-    graph = quantized(Function(lambda s, x: function(x + x)), inputs)
-    rewritten = copy.deepcopy(graph)
-    run_passes(rewritten)
-    assert differences(rewritten(*inputs), graph(*inputs)) == []
-    return graph, rewritten
-
-
-@pytest.mark.parametrize(
-    ("function", "shape", "left"),
-    [
-        (lambda x: x.view(2, 12).view(4, 6).view(2, 3, 4), (2, 3, 4), []),
-        (lambda x: x.view(2, 12).view(4, 6), (2, 3, 4), ["view_copy"]),
-        (lambda x: x.permute(0, 2, 1).permute(1, 0, 2), (2, 3, 4), ["permute"]),
-        (lambda x: x.permute(0, 2, 1).transpose(1, 2), (2, 3, 4), []),
-        (lambda x: x.movedim(0, 2).movedim(2, 0), (2, 3, 4), []),
-        (lambda x: x.transpose(0, 1), (1, 3, 4), ["view_copy"]),
-        (
-            lambda x: x.unflatten(-1, (3, 4)).unsqueeze(0).transpose(0, -2).squeeze(-2),
-            (5, 2, 12),
-            ["view_copy", "permute"],
-        ),
-        (lambda x: x[:, ::2], (2, 4, 3), ["view_copy", "slice", "view_copy"]),
-        (lambda x: x[:, :, ::2], (2, 3, 4), ["view_copy", "slice", "view_copy"]),
-        (lambda x: x[:, 1::2, ::3, :], (2, 4, 6, 5), ["view_copy", "slice"] * 2 + ["view_copy"]),
-    ],
-)
-def test_moves_are_merged(
-    function: Callable[..., Any], shape: tuple[int, ...], left: list[str]
-) -> None:
-    _, rewritten = moved(function, shape)
-    names = [str(n.target).split(".")[1] for n in rewritten.graph.nodes if n.op == "call_function"]
-    found = [name for name in names if name in ("view_copy", "permute", "slice", "transpose")]
-    assert found == left
-
-
-# ---------------------------------------------------------------------------------------------
-# The runtime
-# ---------------------------------------------------------------------------------------------
-
-
-class Words(nn.Module):
-    """A table, positions, one encoder layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(2000, 16)
-        self.positions = nn.Parameter(torch.randn(1, 6, 16))
-        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return cast(Tensor, self.head(self.layer(self.table(tokens) + self.positions)[:, 0]))
-
-
-def test_a_text_model_is_a_table_of_integers_and_one_delegate() -> None:
-    torch.manual_seed(0)
-    model = Words().eval()
-    tokens = [(torch.randint(0, 2000, (2, 6)),) for _ in range(4)]
-    converted = convert(model, tokens[0], calibration=tokens)
-    program = cq.lower(converted.graph, tokens[0])
-    assert program.report.delegates == 1
-    assert program.report.outside == ("aten::embedding.out",)
-    assert program.report.passes["quantize_tables"] == 1
-    # One byte a weight, and what a program of this many ops takes anyway.
-    assert program.report.size_bytes < sum(p.numel() for p in model.parameters()) + 25_000
-    linears = [op for op in program.report.ops if op.family == "linear"]
-    assert {op.backend for op in linears} == {kernels.INT8}
-    assert len(program.integer_biases()) == len(linears) == 5
-    reference = cq.integer_reference(converted.graph)
-    for given in tokens:
-        assert differences(program.run(*given), reference(*given)) == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -675,3 +468,22 @@ def test_masked_scores_vanish_in_the_runtime() -> None:
     # The first row sees the first key only, whatever the others are.
     assert torch.equal(program.run(*later)[:, :, 0], program.run(*inputs)[:, :, 0])
     assert torch.exp(torch.tensor(MASKED + 1e4)) == 0.0
+
+
+class TestContract(IntegerContract):
+    families = ("matmul",)
+
+
+class TestFloatContract(FloatContract):
+    families = ("softmax", "log_softmax")
+
+
+def test_a_product_over_two_sizes_that_are_not_known_says_so() -> None:
+    sizes = {dim: torch.export.Dim(f"size{dim}", min=2, max=9) for dim in (0, 1)}
+    model = Function(lambda s, a, b: torch.matmul(a + a, b + b) + 1.0)
+    graph = capture(
+        model, (torch.randn(2, 3, 5, 8), torch.randn(2, 3, 8, 7)), dynamic_shapes=((sizes, sizes),)
+    )
+    op = cq.IntegerQuantizer().set_global("a8w8").plan(graph).op("matmul")
+    assert op.scheme is None
+    assert op.reason.startswith("more than one of its sizes is dynamic")

@@ -13,6 +13,7 @@ from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.contracts import IntegerContract
 from support.graphs import Function, capture, differences, lowered_exactly, quantized, stress
 from torch import Tensor, fx, nn
 
@@ -370,3 +371,21 @@ def test_a_row_of_zeros_is_normalized_to_zero() -> None:
     reference = cq.integer_reference(graph)(x)
     assert differences(cq.lower(graph, (x,)).run(x), reference) == []
     assert float((reference[2] - 1.0).abs().max()) < 0.02
+
+
+class TestContract(IntegerContract):
+    together = True
+    families = (
+        "abs",
+        "ceil",
+        "div",
+        "exp",
+        "floor",
+        "log",
+        "maximum",
+        "minimum",
+        "neg",
+        "reciprocal",
+        "rsqrt",
+        "sqrt",
+    )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import Function, canonicalize, capture
+from support.models import conv
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -29,10 +30,6 @@ from custom_quantizer.planning.planner import Edge, Plan, make_plan
 
 IMAGE = (2, 4, 6, 6)
 A8W8 = scheme("a8w8")
-
-
-def conv(out: int = 4) -> nn.Conv2d:
-    return nn.Conv2d(4, out, 3, padding=1)
 
 
 def plan_of(
@@ -107,66 +104,6 @@ def test_sizes_of_weight_groups(group_size: int, features: int, reason: str | No
     (op,) = make_plan(graph, Config([rule]), BACKEND).ops
     assert (op.scheme is not None) is (reason is None)
     assert reason is None or reason in op.reason
-
-
-@pytest.mark.parametrize(
-    ("bits", "features", "backend"),
-    [
-        (4, 8, kernels.PACKED_INT4),
-        (4, 7, kernels.DYNAMIC_INT8),
-        (5, 8, kernels.DYNAMIC_INT8),
-        (8, 8, kernels.DYNAMIC_INT8),
-        (8, 7, kernels.DYNAMIC_INT8),
-    ],
-)
-def test_where_linear_layers_of_run_time_scales_run(
-    bits: int, features: int, backend: Kernel
-) -> None:
-    """Two weights to a byte: up to 4 bits, and an even number of them."""
-    graph = capture(nn.Linear(features, 3), (torch.randn(2, features),))
-    (node,) = (node for node in graph.graph.nodes if rule_of(node) is not None)
-    rule = cast(OpRule, rule_of(node))
-    formats = Formats(8, bits, "per_channel", dynamic=True)
-    assert BACKEND.predict(cast(Binding, rule.bind(rule, node)), formats).kernel is backend
-
-
-@pytest.mark.parametrize(
-    ("approximate", "reason"),
-    [
-        ("none", "a table, which XNNPACK fills in float when it loads the program"),
-        (
-            "tanh",
-            "a table, which XNNPACK fills with the gelu that is approximated (up to 4.8e-4 away)",
-        ),
-    ],
-    ids=["exact", "tanh"],
-)
-def test_which_gelu_a_table_is_filled_with(approximate: str, reason: str) -> None:
-    graph = capture(nn.GELU(approximate), (torch.randn(IMAGE),))
-    (node,) = (node for node in graph.graph.nodes if rule_of(node) is not None)
-    rule = cast(OpRule, rule_of(node))
-    assert BACKEND.predict(cast(Binding, rule.bind(rule, node)), Formats(8)).reason == reason
-
-
-@pytest.mark.parametrize(
-    ("function", "dims", "node", "reason"),
-    [
-        (lambda s, x: x[:, :, : x.shape[0]], (0,), "slice_1", "depends on a dynamic size"),
-        (lambda s, x: F.group_norm(x, 2), (2,), "group_norm", "its image size is dynamic"),
-        (lambda s, x: F.instance_norm(x), (3,), "instance_norm", "its image size is dynamic"),
-        (lambda s, x: F.group_norm(x, 2), (0,), "group_norm", "float"),
-    ],
-)
-def test_what_dynamic_sizes_forbid(
-    function: Callable[..., Any], dims: tuple[int, ...], node: str, reason: str
-) -> None:
-    sizes = {dim: torch.export.Dim(f"size{dim}", min=2, max=16 if dim else 5) for dim in dims}
-    model = Function(lambda s, x: function(s, x + x))
-    graph = capture(model, (torch.randn(4, 4, 6, 6),), dynamic_shapes=((sizes,),))
-    plan = make_plan(canonicalize(graph), Config([Rule(Scope.GLOBAL, "", A8W8)]), BACKEND)
-    op = plan.op(node)
-    assert op.scheme is None
-    assert reason in op.reason
 
 
 @pytest.mark.parametrize(
@@ -421,20 +358,6 @@ def test_a_mover_left_out_by_a_rule_stays_float() -> None:
     assert plan.op("flatten").reason == 'set_node_name("flatten", None)'
     assert plan.op("flatten").scheme is None
     assert group(plan, "conv2d") != group(plan, "linear", "input")
-
-
-@pytest.mark.parametrize(
-    "rules",
-    [
-        [Rule(Scope.OPERATOR_TYPE, "aten.conv2d.default", A8W8)],
-        [Rule(Scope.GLOBAL, "", A8W8), Rule(Scope.NODE_NAME, "flatten", A8W8)],
-    ],
-    ids=["no rule", "a scheme"],
-)
-def test_a_mover_that_no_rule_leaves_out_passes_integers_on(rules: list[Rule]) -> None:
-    graph = capture(Function(lambda s, x: s.conv(x).flatten(1), conv=conv()), (torch.randn(IMAGE),))
-    op = make_plan(canonicalize(graph), Config(rules), BACKEND).op("flatten")
-    assert (op.scheme, op.reason) == ("a8", "moves values: keeps the integers it is given")
 
 
 def test_pieces_of_a_split_share_with_the_whole() -> None:
@@ -842,3 +765,77 @@ def test_the_width_in_a_prediction(formats: Formats, text: str) -> None:
     found = BACKEND.predict(cast(Binding, rule.bind(rule, node)), formats)
     assert found.reason.startswith(text)
     assert bool(found.reason) is bool(text)
+
+
+@pytest.mark.parametrize(
+    ("bits", "features", "backend"),
+    [
+        (4, 8, kernels.PACKED_INT4),
+        (4, 7, kernels.DYNAMIC_INT8),
+        (5, 8, kernels.DYNAMIC_INT8),
+        (8, 8, kernels.DYNAMIC_INT8),
+        (8, 7, kernels.DYNAMIC_INT8),
+    ],
+)
+def test_where_linear_layers_of_run_time_scales_run(
+    bits: int, features: int, backend: Kernel
+) -> None:
+    """Two weights to a byte: up to 4 bits, and an even number of them."""
+    graph = capture(nn.Linear(features, 3), (torch.randn(2, features),))
+    (node,) = (node for node in graph.graph.nodes if rule_of(node) is not None)
+    rule = cast(OpRule, rule_of(node))
+    formats = Formats(8, bits, "per_channel", dynamic=True)
+    assert BACKEND.predict(cast(Binding, rule.bind(rule, node)), formats).kernel is backend
+
+
+@pytest.mark.parametrize(
+    ("approximate", "reason"),
+    [
+        ("none", "a table, which XNNPACK fills in float when it loads the program"),
+        (
+            "tanh",
+            "a table, which XNNPACK fills with the gelu that is approximated (up to 4.8e-4 away)",
+        ),
+    ],
+    ids=["exact", "tanh"],
+)
+def test_which_gelu_a_table_is_filled_with(approximate: str, reason: str) -> None:
+    graph = capture(nn.GELU(approximate), (torch.randn(IMAGE),))
+    (node,) = (node for node in graph.graph.nodes if rule_of(node) is not None)
+    rule = cast(OpRule, rule_of(node))
+    assert BACKEND.predict(cast(Binding, rule.bind(rule, node)), Formats(8)).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("function", "dims", "node", "reason"),
+    [
+        (lambda s, x: x[:, :, : x.shape[0]], (0,), "slice_1", "depends on a dynamic size"),
+        (lambda s, x: F.group_norm(x, 2), (2,), "group_norm", "its image size is dynamic"),
+        (lambda s, x: F.instance_norm(x), (3,), "instance_norm", "its image size is dynamic"),
+        (lambda s, x: F.group_norm(x, 2), (0,), "group_norm", "float"),
+    ],
+)
+def test_what_dynamic_sizes_forbid(
+    function: Callable[..., Any], dims: tuple[int, ...], node: str, reason: str
+) -> None:
+    sizes = {dim: torch.export.Dim(f"size{dim}", min=2, max=16 if dim else 5) for dim in dims}
+    model = Function(lambda s, x: function(s, x + x))
+    graph = capture(model, (torch.randn(4, 4, 6, 6),), dynamic_shapes=((sizes,),))
+    plan = make_plan(canonicalize(graph), Config([Rule(Scope.GLOBAL, "", A8W8)]), BACKEND)
+    op = plan.op(node)
+    assert op.scheme is None
+    assert reason in op.reason
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [Rule(Scope.OPERATOR_TYPE, "aten.conv2d.default", A8W8)],
+        [Rule(Scope.GLOBAL, "", A8W8), Rule(Scope.NODE_NAME, "flatten", A8W8)],
+    ],
+    ids=["no rule", "a scheme"],
+)
+def test_a_mover_that_no_rule_leaves_out_passes_integers_on(rules: list[Rule]) -> None:
+    graph = capture(Function(lambda s, x: s.conv(x).flatten(1), conv=conv()), (torch.randn(IMAGE),))
+    op = make_plan(canonicalize(graph), Config(rules), BACKEND).op("flatten")
+    assert (op.scheme, op.reason) == ("a8", "moves values: keeps the integers it is given")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graphs import Function, canonicalize, capture, lowered_exactly, quantized
+from support.models import conv
 from torch import Tensor, fx, nn
 
 import custom_quantizer as cq
@@ -21,10 +22,6 @@ from custom_quantizer.planning.profitability import Kind, Step, weigh
 
 IMAGE = (2, 4, 6, 6)
 INTEGER, WEIGHED, MOVEMENT, FLOAT = Kind.INTEGER, Kind.WEIGHED, Kind.MOVEMENT, Kind.FLOAT
-
-
-def conv() -> nn.Conv2d:
-    return nn.Conv2d(4, 4, 3, padding=1)
 
 
 def plan_of(

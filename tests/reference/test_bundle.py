@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from support.bundles import write_signed
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
 from support.models import convert
-from support.registry import Surrounded
+from support.registry import Surrounded, cases_and_schemes
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
@@ -40,7 +40,7 @@ from custom_quantizer.core.fixed_point import (
     rounding_divide_by_pot,
     saturating_rounding_doubling_high_mul,
 )
-from custom_quantizer.ops import REGISTRY, Case, OpRule
+from custom_quantizer.ops import Case, OpRule
 from custom_quantizer.reference import numpy_runner
 from custom_quantizer.reference.accumulators import accumulators
 from custom_quantizer.reference.bundle import load_integers, save_integers
@@ -100,15 +100,13 @@ def assert_bundle_equals_fixed_point(
 
 NOT_EXPRESSED = {("div", "tensors"), ("div", "broadcast")}
 CASES = [
-    pytest.param(rule, case, id=f"{rule.family}-{case.name}")
-    for rule in REGISTRY
-    for case in rule.cases
-    if rule.integers is not None and (rule.family, case.name) not in NOT_EXPRESSED
+    found
+    for found in cases_and_schemes("a8w8", "a16w8", of_weights="a8w8-per_tensor")
+    if (found.values[0].family, found.values[1].name) not in NOT_EXPRESSED
 ]
 
 
-@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-per_tensor", "a16w8"])
-@pytest.mark.parametrize(("rule", "case"), CASES)
+@pytest.mark.parametrize(("rule", "case", "scheme"), CASES)
 def test_every_registered_op_runs_with_numpy_bit_for_bit(
     rule: OpRule, case: Case, scheme: str, tmp_path: Path
 ) -> None:
@@ -236,62 +234,69 @@ def test_ops_on_one_grid_need_no_multiplier(
         load_integers(tmp_path / "grid")
 
 
-@pytest.mark.parametrize(
-    ("padding", "counted", "counts"),
-    [(0, False, [6]), (0, True, [6]), (1, False, [1, 2, 3, 4, 6])],
-)
-def test_a_multiplier_is_written_for_each_number_of_values_in_a_window(
-    padding: int, counted: bool, counts: list[int], tmp_path: Path
-) -> None:
-    def function(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x * 2, (3, 2), 1, padding, count_include_pad=counted) * 1.25
-
-    shape = (1, 2, 5, 4)
-    save_integers(converted_network(lambda: Network(function), (shape,)), tmp_path / "pool")
-    description = load_integers(tmp_path / "pool").description
-    (pool,) = (op for op in description["ops"] if op["op"] == "avg_pool2d")
-    assert pool["requantization"]["count"] == counts
+def test_formats_of_inputs_and_outputs_are_requantized(tmp_path: Path) -> None:
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_io(inputs="a16", outputs="a16")
+    build = lambda: Network(lambda x, layer: F.relu(layer(x)), layer=nn.Linear(8, 5))  # noqa: E731
+    converted = converted_network(build, ((4, 8),), quantizer)
+    description = assert_bundle_equals_fixed_point(
+        converted, tmp_path / "io", *random_inputs(((4, 8),), 2)
+    )
+    assert "requantize" in [op["op"] for op in description["ops"]]
+    tensors = description["tensors"]
+    assert tensors[description["outputs"][0]["tensor"]]["dtype"] == "int16"
 
 
-def test_two_sizes_that_are_not_known_cannot_be_written(tmp_path: Path) -> None:
-    sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", max=16)}
-    (x,) = random_inputs(((2, 3, 4, 4),), 1)
-    model = Network(lambda x: (x + x).unsqueeze(0) * 2.0)
-    captured = torch.export.export(model, (x,), dynamic_shapes=(({0: sizes[0], 2: sizes[2]},),))
-    prepared = prepare_pt2e(captured.module(), cq.IntegerQuantizer().set_global("a8w8"))
+def test_a_layer_used_twice_is_stored_once(tmp_path: Path) -> None:
+    build = lambda: Network(lambda x, layer: layer(F.relu(layer(x))), layer=nn.Linear(6, 6))  # noqa: E731
+    converted = converted_network(build, ((4, 6),))
+    description = assert_bundle_equals_fixed_point(
+        converted, tmp_path / "twice", *random_inputs(((4, 6),), 2)
+    )
+    kinds = [tensor["kind"] for tensor in description["tensors"].values()]
+    first, second = description["ops"]
+    assert first["weight"] == second["weight"]
+    assert first["bias"] != second["bias"]  # its unit holds the scale of the input
+    assert kinds.count("weight") == 1
+
+
+def test_another_batch_size_than_captured(tmp_path: Path) -> None:
+    def head(x: Tensor, conv: nn.Module, linear: nn.Module) -> Any:
+        return linear(F.max_pool2d(conv(x), 2).flatten(1))
+
+    def build() -> nn.Module:
+        return Network(head, conv=nn.Conv2d(3, 4, 3), linear=nn.Linear(36, 5))
+
+    converted = converted_network(build, ((2, 3, 8, 8),))
+    save_integers(converted, tmp_path / "batch")
+    (images,) = random_inputs(((6, 3, 8, 8),), 2)
+    reference = cq.integer_reference(converted, "fixed_point")
+    expected = torch.cat([reference(pair) for pair in images.split(2)])
+    actual = load_integers(tmp_path / "batch")(images.numpy())
+    np.testing.assert_array_equal(actual, expected.numpy(), strict=True)
+
+
+def test_a_dynamic_batch_is_the_size_that_is_left_over(tmp_path: Path) -> None:
+    """What depends on the batch is resolved when the bundle is written, not when it runs."""
+
+    def function(x: Tensor, conv: nn.Module, linear: nn.Module) -> Any:
+        y = conv(x)
+        return linear(y.view(y.size(0), -1)), y[:, 1:3].reshape(y.shape[0] * 2, 36)
+
+    torch.manual_seed(0)
+    model = Network(function, conv=nn.Conv2d(3, 4, 3), linear=nn.Linear(144, 5)).eval()
+    (x,) = random_inputs(((4, 3, 8, 8),), 1)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    # One entry for each input, of which the network takes any number.
+    captured = torch.export.export(model, (x,), dynamic_shapes=(({0: batch},),)).module()
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
     prepared(x)
-    with pytest.raises(cq.ConversionError, match="unsqueeze: more than one size of its result"):
-        save_integers(convert_pt2e(prepared), tmp_path / "net")
-
-
-@pytest.mark.parametrize(("channels", "fits"), [(2**7, True), (2**7 + 1, False)])
-def test_the_padded_signal_of_all_channels_is_bounded(channels: int, fits: bool) -> None:
-    """At most as many elements as a tensor may have, 2**28."""
-    op = {"stride": [1], "padding": {"before": [2**21 - 3], "after": [1]}}
-    shape, kernel = (1, channels, 2), [1]
-    if fits:
-        assert numpy_runner._windows(op, shape, kernel, [1]) == (2**21,)
-        return
-    with pytest.raises(numpy_runner.BundleError, match="padded input"):
-        numpy_runner._windows(op, shape, kernel, [1])
-
-
-def test_sums_that_no_float_holds_are_integers() -> None:
-    """A 32-bit accumulator that overflows keeps the low bits of the sum, which are exact."""
-    ends = (-32768, 32767)
-    x = np.full((1, 257), -32768, np.int16)
-    x[0, -1] = 32766
-    weight = np.full((1, 257), 2**30, np.int32)
-    weight[0, -1] = 12345
-    given = numpy_runner.TensorInfo("activation", "int16", x.shape, np.float32(1), 32767, *ends)
-    output = given._replace(zero_point=0, shape=(1, 1))
-    one = {"rule": "int32_two_roundings", "multiplier": [2**30], "shift": [1]}
-    op = {"op": "linear", "name": "linear", "requantization": one, "clamp": list(ends)}
-    total = sum(int(w) * (int(q) - 32767) for w, q in zip(weight[0], x[0], strict=True))
-    assert total == -(2**54) + 2**38 - 12345
-    assert int(float(total)) != total
-    call = numpy_runner.Call(op, [x], [given], output, weight)
-    assert numpy_runner._linear(call).tolist() == [[-12345]]
+    converted = convert_pt2e(prepared)
+    description = assert_bundle_equals_fixed_point(
+        converted, tmp_path / "dynamic", *random_inputs(((6, 3, 8, 8),), 2)
+    )
+    assert description["inputs"][0]["shape"] == [None, 3, 8, 8]
+    view, reshape = (op for op in description["ops"] if op["op"] == "reshape")
+    assert (view["shape"], reshape["shape"]) == ([0, 144], [-1, 36])
 
 
 # Without PyTorch ---------------------------------------------------------------------------------
@@ -1124,3 +1129,61 @@ def test_resnet20_on_real_images(scheme: str, tmp_path: Path) -> None:
     kinds = Counter(op["op"] for op in description["ops"])
     # 19 convolutions and a linear layer; 9 blocks, of which two pad their shortcut.
     assert (kinds["conv"], kinds["linear"], kinds["add"], kinds["pad"]) == (19, 1, 9, 2)
+
+
+@pytest.mark.parametrize(
+    ("padding", "counted", "counts"),
+    [(0, False, [6]), (0, True, [6]), (1, False, [1, 2, 3, 4, 6])],
+)
+def test_a_multiplier_is_written_for_each_number_of_values_in_a_window(
+    padding: int, counted: bool, counts: list[int], tmp_path: Path
+) -> None:
+    def function(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x * 2, (3, 2), 1, padding, count_include_pad=counted) * 1.25
+
+    shape = (1, 2, 5, 4)
+    save_integers(converted_network(lambda: Network(function), (shape,)), tmp_path / "pool")
+    description = load_integers(tmp_path / "pool").description
+    (pool,) = (op for op in description["ops"] if op["op"] == "avg_pool2d")
+    assert pool["requantization"]["count"] == counts
+
+
+def test_two_sizes_that_are_not_known_cannot_be_written(tmp_path: Path) -> None:
+    sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", max=16)}
+    (x,) = random_inputs(((2, 3, 4, 4),), 1)
+    model = Network(lambda x: (x + x).unsqueeze(0) * 2.0)
+    captured = torch.export.export(model, (x,), dynamic_shapes=(({0: sizes[0], 2: sizes[2]},),))
+    prepared = prepare_pt2e(captured.module(), cq.IntegerQuantizer().set_global("a8w8"))
+    prepared(x)
+    with pytest.raises(cq.ConversionError, match="unsqueeze: more than one size of its result"):
+        save_integers(convert_pt2e(prepared), tmp_path / "net")
+
+
+@pytest.mark.parametrize(("channels", "fits"), [(2**7, True), (2**7 + 1, False)])
+def test_the_padded_signal_of_all_channels_is_bounded(channels: int, fits: bool) -> None:
+    """At most as many elements as a tensor may have, 2**28."""
+    op = {"stride": [1], "padding": {"before": [2**21 - 3], "after": [1]}}
+    shape, kernel = (1, channels, 2), [1]
+    if fits:
+        assert numpy_runner._windows(op, shape, kernel, [1]) == (2**21,)
+        return
+    with pytest.raises(numpy_runner.BundleError, match="padded input"):
+        numpy_runner._windows(op, shape, kernel, [1])
+
+
+def test_sums_that_no_float_holds_are_integers() -> None:
+    """A 32-bit accumulator that overflows keeps the low bits of the sum, which are exact."""
+    ends = (-32768, 32767)
+    x = np.full((1, 257), -32768, np.int16)
+    x[0, -1] = 32766
+    weight = np.full((1, 257), 2**30, np.int32)
+    weight[0, -1] = 12345
+    given = numpy_runner.TensorInfo("activation", "int16", x.shape, np.float32(1), 32767, *ends)
+    output = given._replace(zero_point=0, shape=(1, 1))
+    one = {"rule": "int32_two_roundings", "multiplier": [2**30], "shift": [1]}
+    op = {"op": "linear", "name": "linear", "requantization": one, "clamp": list(ends)}
+    total = sum(int(w) * (int(q) - 32767) for w, q in zip(weight[0], x[0], strict=True))
+    assert total == -(2**54) + 2**38 - 12345
+    assert int(float(total)) != total
+    call = numpy_runner.Call(op, [x], [given], output, weight)
+    assert numpy_runner._linear(call).tolist() == [[-12345]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from support.graphs import Function, capture, quantized
 from support.models import Converted, convert, randomize_batch_norms
-from support.registry import Surrounded
+from support.registry import Surrounded, cases_and_schemes
 from torch import Tensor, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -37,6 +38,7 @@ CASES = [
 ]
 
 
+@cache
 def converted_case(rule: OpRule, case: Case, scheme: str) -> Converted:
     torch.manual_seed(0)
     model = randomize_batch_norms(Surrounded(rule, case)).eval()
@@ -51,8 +53,9 @@ def integers_of(converted: Converted, mode: str, inputs: tuple[Tensor, ...]) -> 
     return integers
 
 
-@pytest.mark.parametrize("scheme", ["a8w8", "a8w4-per_tensor", "a16w8"])
-@pytest.mark.parametrize(("rule", "case"), CASES)
+@pytest.mark.parametrize(
+    ("rule", "case", "scheme"), cases_and_schemes("a8w8", "a16w8", of_weights="a8w4-per_tensor")
+)
 def test_fixed_point_is_within_one_unit_of_exact(rule: OpRule, case: Case, scheme: str) -> None:
     converted = converted_case(rule, case, scheme)
     generator = torch.Generator().manual_seed(1)

@@ -64,6 +64,11 @@ def torchvision_model(name: str) -> nn.Module:
     return randomize_batch_norms(randomize_zero_heads(model)).eval()
 
 
+def conv(out: int = 4, **options: Any) -> nn.Conv2d:
+    """A convolution of four channels that keeps the size of images."""
+    return nn.Conv2d(4, out, 3, padding=1, **options)
+
+
 @dataclass(frozen=True)
 class Converted:
     """A model on its way to a program."""
@@ -78,11 +83,15 @@ def convert(
     example: tuple[Tensor, ...],
     quantizer: cq.IntegerQuantizer | str = "a8w8",
     calibration: Any = None,
+    **export: Any,
 ) -> Converted:
-    """Capture, prepare, calibrate (on the example unless told otherwise) and convert."""
+    """Capture, prepare, calibrate (on the example unless told otherwise) and convert.
+
+    ``export`` goes to ``torch.export.export``.
+    """
     if isinstance(quantizer, str):
         quantizer = cq.IntegerQuantizer().set_global(quantizer)
-    captured = torch.export.export(model.eval(), example).module()
+    captured = torch.export.export(model.eval(), example, **export).module()
     prepared = prepare_pt2e(captured, quantizer)
     for batch in calibration if calibration is not None else [example]:
         prepared(*batch)

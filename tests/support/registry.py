@@ -5,12 +5,32 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from custom_quantizer.backends.xnnpack import BACKEND
 from custom_quantizer.ops import REGISTRY, Case, Formats, OpRule, QParamSharing, rule_of
 from support.graphs import canonicalize
+
+WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "matmul", "prelu"})
+"""Families that a scheme's part about weights may concern; others get the same graph without it."""
+
+
+def cases_and_schemes(*schemes: str, of_weights: str) -> list[Any]:
+    """Parameters ``(rule, case, scheme)``: every case of integers in every scheme that matters.
+
+    Args:
+        schemes: for all families.
+        of_weights: one that differs from the first in the weights only.
+    """
+    return [
+        pytest.param(rule, case, scheme, id=f"{rule.family}-{case.name}-{scheme}")
+        for rule in REGISTRY
+        for case in rule.cases
+        for scheme in (*schemes, *((of_weights,) if rule.family in WEIGHTED else ()))
+        if rule.integers is not None
+    ]
 
 
 @cache

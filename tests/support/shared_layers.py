@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.graphs import Function
-from support.models import randomize_batch_norms
+from support.models import conv, randomize_batch_norms
 
 
 def norm(channels: int, rank: int, seed: int = 0, **options: bool) -> nn.Module:
@@ -19,10 +19,6 @@ def norm(channels: int, rank: int, seed: int = 0, **options: bool) -> nn.Module:
     torch.manual_seed(1)
     module = kinds[rank](channels, **options)
     return module if not module.affine else randomize_batch_norms(module, seed)
-
-
-def conv(**options: Any) -> nn.Conv2d:
-    return nn.Conv2d(4, 4, 3, padding=1, **options)
 
 
 def two_norms(layer: nn.Module, other: Callable[[Tensor], Tensor], rank: int = 4) -> nn.Module:

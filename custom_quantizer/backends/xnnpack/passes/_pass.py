@@ -48,6 +48,7 @@ class GraphPass:
         after: what holds when it is done.
         run: applies it; returns how many places it changed.
         exact: every integer of the result stays the same.
+        requires: passes that must have run before it, by name: it looks for what they leave.
     """
 
     name: str
@@ -55,6 +56,7 @@ class GraphPass:
     after: str
     run: Callable[[GraphModule], int]
     exact: bool = True
+    requires: frozenset[str] = frozenset()
 
 
 def origin_of(node: Node) -> str | None:

@@ -175,4 +175,5 @@ BREAK_CHAINS = GraphPass(
     "clamps of integers before functions of one tensor",
     "a reshape between them",
     _break_chains,
+    requires=frozenset({"split_activations", "narrow_activations"}),
 )

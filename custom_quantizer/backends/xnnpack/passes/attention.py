@@ -185,7 +185,11 @@ SOFTMAXES_OVER_LAST_DIM = GraphPass(
     exact=False,
 )
 SOFTMAXES_OF_ROWS = GraphPass(
-    "softmaxes_of_rows", "softmax of images", "softmax of rows, between views", _softmaxes_of_rows
+    "softmaxes_of_rows",
+    "softmax of images",
+    "softmax of rows, between views",
+    _softmaxes_of_rows,
+    requires=frozenset({"softmaxes_over_last_dim"}),
 )
 QUANTIZE_TABLES = GraphPass(
     "quantize_tables", "embeddings that are quantized", "embeddings of integers", _quantize_tables

@@ -247,4 +247,5 @@ PLAIN_ELUS = GraphPass(
     "elu with nothing but an alpha, up to the last bits of float32",
     _plain_elus,
     exact=False,
+    requires=frozenset({"tie_break_offsets"}),
 )

@@ -184,6 +184,7 @@ FOLD_BIAS = GraphPass(
     "integer biases",
     "float constants that serialize to the same integers",
     _fold_bias,
+    requires=frozenset({"drop_checks"}),
 )
 
 FLOAT_FALLBACKS = GraphPass(
@@ -191,6 +192,7 @@ FLOAT_FALLBACKS = GraphPass(
     "quantized ops without a kernel",
     "the same ops with float constants",
     _float_fallbacks,
+    requires=frozenset({"fold_bias"}),
 )
 
 WEIGHT_CONTAINERS = GraphPass(
@@ -198,6 +200,7 @@ WEIGHT_CONTAINERS = GraphPass(
     "weights of 2 to 7 bits",
     "packed int4 for linear layers, int8 elsewhere",
     _weight_containers,
+    requires=frozenset({"float_fallbacks"}),
 )
 
 JOIN_NARROW_GROUPS = GraphPass(
@@ -205,4 +208,5 @@ JOIN_NARROW_GROUPS = GraphPass(
     "convolutions with few channels a group",
     "the same sums in wider groups, with zeros between channels that do not meet",
     _join_narrow_groups,
+    requires=frozenset({"weight_containers"}),
 )

@@ -183,6 +183,7 @@ MERGE_MOVES = GraphPass(
     "views of views, permutes of permutes, moves that change nothing",
     "one view or permute, or none",
     _merge_moves,
+    requires=frozenset({"strided_slices_to_views", "reshapes_to_views"}),
 )
 STRIDED_SLICES_TO_VIEWS = GraphPass(
     "strided_slices_to_views",

@@ -313,8 +313,22 @@ STRIDED_SLICES_TO_GROUPS = GraphPass(
     "other strided slices",
     "slices of groups",
     _strided_slices_to_groups,
+    requires=frozenset(
+        {
+            "splits_to_slices",
+            "selects_to_slices",
+            "strided_slices_to_views",
+            "strided_slices_to_convs",
+        }
+    ),
 )
 
 EXPANDS_TO_CATS = GraphPass("expands_to_cats", "expands", "concatenations", _expands_to_cats)
 
-RESHAPES_TO_VIEWS = GraphPass("reshapes_to_views", "reshapes", "view copies", _reshapes_to_views)
+RESHAPES_TO_VIEWS = GraphPass(
+    "reshapes_to_views",
+    "reshapes",
+    "view copies",
+    _reshapes_to_views,
+    requires=frozenset({"splits_to_slices", "selects_to_slices", "means_keep_dims"}),
+)

@@ -154,6 +154,7 @@ NARROW_ACTIVATIONS = GraphPass(
     "activations of 2 to 7 bits",
     "int8 with a clamp",
     _narrow_activations,
+    requires=frozenset({"split_activations"}),
 )
 
 EMULATE_WIDE = GraphPass(
@@ -162,4 +163,5 @@ EMULATE_WIDE = GraphPass(
     "float ops that round to the same grid, ties up instead of to even",
     _emulate_wide,
     exact=False,
+    requires=frozenset({"narrow_activations"}),
 )

@@ -1,0 +1,159 @@
+"""ExecuTorch's own XNNPACK op tests, unchanged, with our quantizer and partitioner in their place.
+
+    python tests/benchmarks/upstream_ops.py --output docs/results
+
+Runs the tests of ``executorch/backends/xnnpack/test/ops`` of the installed wheel that quantize,
+with ``XNNPACKQuantizer`` and ``XnnpackPartitioner`` replaced, in the module from which those tests
+take them, by :class:`~custom_quantizer.IntegerQuantizer` and
+:class:`~custom_quantizer.XnnpackPartitioner`. A test that fails runs once more as it is: what
+passes then is listed with what it says and, if that is as intended, with the reason. Tests named
+after ``fp16`` or ``fp32`` quantize nothing and are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import unittest
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import executorch.backends.xnnpack.test as upstream
+import torch
+from executorch.backends.xnnpack.test.tester import tester
+
+import custom_quantizer as cq
+
+OPS = Path(upstream.__path__[0]) / "ops"
+
+INTENDED: dict[str, str] = {}
+"""``file::test`` -> why it is meant to go another way with ours."""
+
+
+def record_of(error: str) -> str:
+    """The last line of a traceback, short."""
+    lines = [line for line in error.strip().splitlines() if line.strip()]
+    return " ".join(lines[-1].split())[:200] if lines else ""
+
+
+class Result(unittest.TestResult):
+    """Outcome of each test by its name: empty if it passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outcomes: dict[str, str] = {}
+
+    def name(self, test: Any) -> str:
+        parts = test.id().split(".")
+        return f"{parts[-3]}.py::{parts[-1]}"
+
+    def addSuccess(self, test: Any) -> None:
+        self.outcomes[self.name(test)] = ""
+
+    def addError(self, test: Any, err: Any) -> None:
+        self.outcomes[self.name(test)] = record_of(self._exc_info_to_string(err, test))
+
+    addFailure = addError
+
+    def addSkip(self, test: Any, reason: str) -> None:
+        self.outcomes[self.name(test)] = f"skipped: {reason}"
+
+
+@contextlib.contextmanager
+def ours() -> Iterator[None]:
+    """What the tests take by default is ours."""
+    with (
+        mock.patch.object(tester, "XNNPACKQuantizer", cq.IntegerQuantizer),
+        mock.patch.object(tester, "XnnpackPartitioner", cq.XnnpackPartitioner),
+    ):
+        yield
+
+
+def tests_of(suite: Any) -> Iterator[unittest.TestCase]:
+    """All tests of a suite of suites that quantize."""
+    for test in suite:
+        if isinstance(test, unittest.TestSuite):
+            yield from tests_of(test)
+        elif not any(word in test.id().rpartition(".")[2] for word in ("fp16", "fp32")):
+            yield test
+
+
+def outcomes(file: Path, only: set[str] | None = None) -> dict[str, str]:
+    """Run the tests of one file, or those with these names."""
+    loaded = unittest.defaultTestLoader.loadTestsFromModule(
+        import_module(f"{upstream.__name__}.ops.{file.stem}")
+    )
+    result = Result()
+    suite = unittest.TestSuite(
+        test for test in tests_of(loaded) if only is None or result.name(test) in only
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        suite.run(result)
+    return result.outcomes
+
+
+def measure(files: list[Path]) -> dict[str, Any]:
+    """``file::test -> {"ours": ..., "stock": ...}``; an empty string stands for passed."""
+    tests: dict[str, Any] = {}
+    for file in files:
+        torch.manual_seed(0)
+        with ours():
+            mine = outcomes(file)
+        failed = {name for name, error in mine.items() if error}
+        torch.manual_seed(0)
+        stock = outcomes(file, failed) if failed else {}
+        for name, error in mine.items():
+            tests[name] = {"ours": error, "stock": stock.get(name, "")}
+        differ = [name for name in failed if not stock[name]]
+        print(f"{file.name}: {len(mine)} tests, {len(differ)} differ", flush=True)
+    return {"tests": tests}
+
+
+def render(record: dict[str, Any]) -> str:
+    """The page of docs/results/upstream_ops.md."""
+    tests = record["tests"]
+    run = {name: found for name, found in tests.items() if not found["stock"]}
+    differ = {name: found["ours"] for name, found in run.items() if found["ours"]}
+    meant = [name for name in differ if name in INTENDED]
+    lines = [
+        "# ExecuTorch's XNNPACK op tests with our quantizer and partitioner",
+        "",
+        "The tests of `executorch/backends/xnnpack/test/ops`, unchanged. Made by",
+        "`python tests/benchmarks/upstream_ops.py --output docs/results`.",
+        "",
+        f"{len(tests)} tests quantize; {len(tests) - len(run)} fail as they are; of the others "
+        f"{len(run) - len(differ)} pass with ours, and {len(meant)} of {len(differ)} that do not "
+        "are meant to differ.",
+        "",
+        "| test | with ours | why |",
+        "| --- | --- | --- |",
+    ]
+    for name, error in sorted(differ.items()):
+        text = error.replace("|", "\\|").replace("`", "'")
+        lines.append(f"| `{name}` | {text} | {INTENDED.get(name, 'not intended')} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--only", nargs="+", help="files, such as test_add.py")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    files = sorted(OPS.glob("test_*.py"))
+    if options.only:
+        files = [file for file in files if file.name in options.only]
+    record = measure(files)
+    (options.output / "upstream_ops.json").write_text(json.dumps(record, indent=2) + "\n")
+    (options.output / "upstream_ops.md").write_text(render(record))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
