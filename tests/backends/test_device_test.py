@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from click.testing import CliRunner
 from executorch.extension.pybindings import portable_lib
-from support.device import build_runner, needs_compiler, run_on_host
+from support.device import build_runner, needs_compiler, run_device_test
 from support.graphs import quantized
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -183,7 +183,7 @@ def test_numbers_have_no_bundled_program() -> None:
 @needs_compiler
 def test_the_runner_computes_the_outputs_of_the_reference(kit: Path) -> None:
     runner = build_runner(kit / "runner.cpp", kit.parent / "runner")
-    run_on_host(runner, kit, "program.pte", runs=2)
+    run_device_test(runner, kit, "program.pte", runs=2)
     assert check_device_outputs(kit.parent / "net.pte", kit).bit_exact
     code, text = verify(kit)
     assert code == 0

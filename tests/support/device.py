@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
+import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 
 import executorch
@@ -12,6 +19,11 @@ import pytest
 
 HOST_RUNTIME = Path(next(iter(executorch.__path__)))
 """ExecuTorch's wheel for this machine: its C++ headers and shared libraries."""
+
+RUNNER_SOURCE = Path(str(resources.files("custom_quantizer"))) / "backends/xnnpack/runner/runner.cpp"
+
+CACHE = "CUSTOM_QUANTIZER_ARM_CACHE"
+"""Environment variable: folder that ExecuTorch's wheel for aarch64 is downloaded to and kept in."""
 
 LIBRARIES = (
     *("executorch", "executorch_backend_xnnpack", "executorch_kernels_optimized"),
@@ -41,11 +53,116 @@ def build_runner(
     return runner
 
 
-def run_on_host(
+def run_device_test(
     runner: Path, kit: Path, program: str, *, emulator: Sequence[str] = (), runs: int = 1
 ) -> str:
     """Let a machine compute a device test; returns what the runner prints."""
     command = [*emulator, runner, program, "inputs", "outputs", "forward", str(runs)]
     done = subprocess.run(command, cwd=kit, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
     return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------
+# Emulated CPUs
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """A CPU that QEMU emulates.
+
+    Attributes:
+        name: as users know it.
+        machine: its instruction set, as QEMU's programs are named.
+        model: QEMU's ``-cpu``.
+        kernels: the extension by which XNNPACK chooses its kernels there.
+    """
+
+    name: str
+    machine: str
+    model: str
+    kernels: str
+
+
+CPUS = (
+    Cpu("Cortex-A53", "aarch64", "cortex-a53", "NEON"),
+    Cpu("Cortex-A76", "aarch64", "cortex-a76", "NEON, dot product"),
+    Cpu("Neoverse N1", "aarch64", "neoverse-n1", "NEON, dot product"),
+    Cpu("A64FX", "aarch64", "a64fx", "NEON, SVE"),
+    Cpu("Arm, all but SME", "aarch64", "max,sme=off", "NEON, dot product, int8 matrix products"),
+    Cpu("Haswell", "x86_64", "Haswell", "AVX2"),
+    Cpu("Sandy Bridge", "x86_64", "SandyBridge", "AVX"),
+    Cpu("Penryn", "x86_64", "Penryn", "SSE4.1"),
+)
+
+
+def emulator_of(machine: str) -> str | None:
+    """QEMU's user emulation, statically linked or not."""
+    return shutil.which(f"qemu-{machine}-static") or shutil.which(f"qemu-{machine}")
+
+
+def missing(machine: str) -> str | None:
+    """What is missing to run a program on an emulated machine; ``None`` if nothing is."""
+    if emulator_of(machine) is None:
+        return f"qemu-{machine} is not installed (Debian: qemu-user-static)"
+    if machine == "x86_64":
+        return None if shutil.which("g++") else "g++ is not installed"
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        return "aarch64-linux-gnu-g++ is not installed (Debian: g++-aarch64-linux-gnu)"
+    if CACHE not in os.environ:
+        return f"{CACHE} names no folder for ExecuTorch's wheel for aarch64 (18 MB)"
+    try:
+        arm_runtime()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"ExecuTorch's wheel for aarch64 cannot be had: {error}"
+    return None
+
+
+@cache
+def arm_runtime() -> Path:
+    """ExecuTorch's wheel for aarch64, of the version that is installed here, unpacked."""
+    name = f"executorch=={version('executorch')}"
+    folder = Path(os.environ[CACHE])
+    runtime = folder / name / "executorch"
+    if not runtime.is_dir():
+        command = [
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", name),
+            *("--only-binary=:all:", "--platform", "manylinux_2_28_aarch64", "--dest", folder),
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+        (wheel,) = folder.glob(f"executorch-{version('executorch')}-*aarch64.whl")
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(folder / name)
+    return runtime
+
+
+def runner_for(machine: str, folder: Path) -> tuple[Path, str]:
+    """The runner for an emulated machine, built once per folder, and where its system lies."""
+    runner = folder / f"runner-{machine}"
+    if machine == "aarch64":
+        runtime, compiler, system = arm_runtime(), "aarch64-linux-gnu-g++", "/usr/aarch64-linux-gnu"
+    else:
+        runtime, compiler, system = HOST_RUNTIME, "g++", "/"
+    if not runner.exists():
+        build_runner(RUNNER_SOURCE, runner, runtime, compiler)
+    return runner, system
+
+
+def run_on(cpu: Cpu, kit: Path, program: str, folder: Path) -> Path:
+    """Compute a device test on an emulated CPU.
+
+    Args:
+        cpu: which one.
+        kit: folder of the device test.
+        program: its file.
+        folder: for the runner.
+
+    Returns:
+        The folder with the outputs.
+    """
+    runner, system = runner_for(cpu.machine, folder)
+    emulator = (str(emulator_of(cpu.machine)), "-L", system, "-cpu", cpu.model)
+    shutil.rmtree(kit / "outputs", ignore_errors=True)
+    run_device_test(runner, kit, program, emulator=emulator)
+    return kit / "outputs"
