@@ -1,0 +1,69 @@
+"""Programs on CPUs of other kinds, emulated by QEMU: the integers of the reference, bit for bit.
+
+Needs QEMU's user emulation, g++ for aarch64 and ExecuTorch's wheel for aarch64, which is downloaded
+to the folder that ``CUSTOM_QUANTIZER_ARM_CACHE`` names::
+
+    apt-get install qemu-user-static g++-aarch64-linux-gnu
+    CUSTOM_QUANTIZER_ARM_CACHE=/some/folder python -m pytest -m slow tests/backends/test_arm.py
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from functools import cache
+from pathlib import Path
+
+import pytest
+from support.device import CPUS, MATMUL_BUG, Cpu, missing, run_on
+from support.device_programs import PROGRAMS, DeviceProgram
+
+from custom_quantizer.reference.device_manifest import read_manifest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("devices")
+
+
+@cache
+def written(folder: Path, name: str, scheme: str) -> tuple[DeviceProgram, Path]:
+    program = DeviceProgram(name, scheme)
+    return program, program.save(folder / f"{name} {scheme}")
+
+
+@pytest.mark.parametrize(("name", "scheme"), PROGRAMS, ids=str)
+@pytest.mark.parametrize("cpu", CPUS, ids=lambda cpu: cpu.name)
+def test_a_program_computes_the_integers_of_the_reference(
+    folder: Path, cpu: Cpu, name: str, scheme: str
+) -> None:
+    if why := missing(cpu.machine):
+        pytest.skip(why)
+    program, kit = written(folder, name, scheme)
+    run_on(cpu, kit, "program.pte", folder)
+    judged = program.judge(kit, cpu.machine)
+    if cpu.columns is not None and program.network.columns > cpu.columns:
+        assert judged.wrong, f"right by now, so this can go: {MATMUL_BUG}"
+    else:
+        assert judged.wrong == ()
+    assert (judged.ties > 0) == (cpu.machine == "aarch64" and name == "all pairs, with ties")
+
+
+def test_one_unit_is_too_much_for_integers_and_two_for_emulated_ops(folder: Path) -> None:
+    for scheme, allowed in (("a8w8", 0), ("a16w8", 1)):
+        program, kit = written(folder, "elementwise", scheme)
+        manifest = read_manifest(kit)
+        for units in (allowed, allowed + 1):
+            shutil.rmtree(kit / "outputs", ignore_errors=True)
+            shutil.copytree(kit / "expected", kit / "outputs")
+            path = kit / "outputs" / manifest.samples[1].outputs[-1].file
+            scale = manifest.outputs[-1].scale
+            assert scale is not None
+            data = bytearray(path.read_bytes())
+            (value,) = struct.unpack_from("<f", data, 8)
+            struct.pack_into("<f", data, 8, value + units * scale)
+            path.write_bytes(data)
+            wrong = program.judge(kit, "x86_64").wrong
+            assert [line.split(",")[0] for line in wrong] == ["sample 1"] * (units > allowed)
