@@ -39,7 +39,7 @@ def written(folder: Path, name: str, scheme: str) -> tuple[DeviceProgram, Path]:
 def test_a_program_computes_the_integers_of_the_reference(
     folder: Path, cpu: Cpu, name: str, scheme: str
 ) -> None:
-    if why := missing(cpu.machine):
+    if why := missing(cpu):
         pytest.skip(why)
     program, kit = written(folder, name, scheme)
     run_on(cpu, kit, "program.pte", folder)

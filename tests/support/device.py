@@ -74,6 +74,9 @@ def run_device_test(
 class Cpu:
     """A CPU that QEMU emulates.
 
+    QEMU's CPUs name no microarchitecture to XNNPACK, which so takes the kernels that it has for any
+    CPU with these extensions.
+
     Attributes:
         name: as users know it.
         machine: its instruction set, as QEMU's programs are named.
@@ -81,6 +84,8 @@ class Cpu:
         kernels: the extension by which XNNPACK chooses its kernels there.
         columns: how many columns the second factor of an int8 product of two activations may have;
             ``None``: any number. See :data:`MATMUL_BUG`.
+        since: first major version of QEMU that emulates it as it is. SME of version 7.2 is wrong:
+            programs that are wrong there are right with version 10.0, by the same instructions.
     """
 
     name: str
@@ -88,6 +93,7 @@ class Cpu:
     model: str
     kernels: str
     columns: int | None = None
+    since: int = 7
 
 
 MATMUL_BUG = (
@@ -97,13 +103,13 @@ MATMUL_BUG = (
 )
 """Dot product kernels have a packing function of their own, x86-64 as well."""
 
-
 CPUS = (
     Cpu("Cortex-A53", "aarch64", "cortex-a53", "NEON", columns=8),
     Cpu("Cortex-A76", "aarch64", "cortex-a76", "NEON, dot product"),
     Cpu("Neoverse N1", "aarch64", "neoverse-n1", "NEON, dot product"),
     Cpu("A64FX", "aarch64", "a64fx", "NEON, SVE", columns=8),
-    Cpu("Armv8.6", "aarch64", "max,sme=off", "NEON, dot product, i8mm", columns=16),
+    Cpu("Cortex-A710", "aarch64", "cortex-a710", "NEON, dot product, i8mm", columns=16, since=9),
+    Cpu("Armv9 with SME", "aarch64", "max", "NEON, dot product, i8mm, SME", columns=16, since=10),
     Cpu("Haswell", "x86_64", "Haswell", "AVX2"),
     Cpu("Sandy Bridge", "x86_64", "SandyBridge", "AVX"),
     Cpu("Penryn", "x86_64", "Penryn", "SSE4.1"),
@@ -112,14 +118,24 @@ CPUS = (
 
 def emulator_of(machine: str) -> str | None:
     """QEMU's user emulation, statically linked or not."""
-    return shutil.which(f"qemu-{machine}-static") or shutil.which(f"qemu-{machine}")
+    return shutil.which(f"qemu-{machine}") or shutil.which(f"qemu-{machine}-static")
 
 
-def missing(machine: str) -> str | None:
-    """What is missing to run a program on an emulated machine; ``None`` if nothing is."""
-    if emulator_of(machine) is None:
-        return f"qemu-{machine} is not installed (Debian: qemu-user-static)"
-    if machine == "x86_64":
+@cache
+def emulator_version(machine: str) -> str:
+    """QEMU's version, such as ``10.0.13``."""
+    command = [str(emulator_of(machine)), "--version"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return text.split("version ", 1)[1].split()[0]
+
+
+def missing(cpu: Cpu) -> str | None:
+    """What is missing to run a program on an emulated CPU; ``None`` if nothing is."""
+    if emulator_of(cpu.machine) is None:
+        return f"qemu-{cpu.machine} is not installed (Debian: qemu-user-static)"
+    if int(emulator_version(cpu.machine).split(".")[0]) < cpu.since:
+        return f"QEMU {emulator_version(cpu.machine)} is too old for {cpu.name}: {cpu.since} is not"
+    if cpu.machine == "x86_64":
         return None if shutil.which("g++") else "g++ is not installed"
     if shutil.which("aarch64-linux-gnu-g++") is None:
         return "aarch64-linux-gnu-g++ is not installed (Debian: g++-aarch64-linux-gnu)"
