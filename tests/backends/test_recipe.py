@@ -18,7 +18,8 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack.checksum import seal
+from custom_quantizer.backends.xnnpack.checksum import seal, split_checksum
+from custom_quantizer.backends.xnnpack.op_record import split_record
 from custom_quantizer.backends.xnnpack.recipe import IntegerRecipeProvider
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experimental.*")
@@ -110,7 +111,12 @@ def test_the_program_is_that_of_lower(kind: cq.IntegerRecipe, options: dict[str,
     graph = converted(quantizer, calibration)
     wanted = cq.lower(graph, EXAMPLE)
     program = cq.session_program(session)
-    assert seal(bytes(session.get_pte_buffer())) == program.buffer == wanted.buffer
+    assert program.buffer == wanted.buffer
+    whole, _ = split_checksum(memoryview(program.buffer), "the program")
+    pte, record = split_record(whole)
+    assert pte == session.get_pte_buffer()
+    assert record is not None
+    assert seal(bytes(pte) + bytes(record)) == program.buffer
     assert program.report.ops == wanted.report.ops
     assert program.report.fully_delegated or "a8" not in kind.value
     biases, expected = program.integer_biases(), wanted.integer_biases()
