@@ -592,12 +592,7 @@ def _float_row(model: GraphModule, op: FloatOp, backend: Backend) -> OpRow:
         asked = weight is not None and scheme(chosen).bias is None
         reason = f"{op.reason}, {'as' if asked else 'although'} {reason} asks for {chosen}"
     users = effective_users(node)
-    output = _tensor(model, users[0] if len(users) == 1 and is_quantize(users[0]) else node)
-    # XNNPACK's serializer quantizes a bias that was left in float, and all else is integer.
-    around = (*inputs, output, *(() if weight is None else (weight,)))
-    is_integer = weight is not None and all(each.bits is not None for each in around)
-    is_integer = dynamic or (is_integer and not op.withheld)
-    placement = Placement.INTEGER if is_integer else backend.in_float(node).placement
+    placement = Placement.INTEGER if dynamic else backend.in_float(node).placement
     return OpRow(
         node=node.name,
         path=module_path(node),
@@ -613,7 +608,7 @@ def _float_row(model: GraphModule, op: FloatOp, backend: Backend) -> OpRow:
         inputs=inputs,
         weight=weight,
         bias=_any_bias(model, binding, inputs, weight) if isinstance(binding, Binding) else None,
-        output=output,
+        output=_tensor(model, users[0] if len(users) == 1 and is_quantize(users[0]) else node),
         accumulator_bits=None,
         written=_written(node),
         placement=placement.value,

@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from custom_quantizer.ops.placement import Placement
@@ -40,6 +41,20 @@ _FREE_BYTES, _SHARE = 4096, 100
 _MOST_STORED, _MOST_JSON = 1 << 20, 1 << 22
 _LONGEST_TEXT = 4096
 _MOST_NUMBER = 1 << 32
+
+_DICTIONARY = (
+    b'"xnnpack float, int16 emulated""portable kernel, outside the delegate""folded away"'
+    b'"xnnpack float""xnnpack table""xnnpack packed int4""xnnpack int8 container"'
+    b'"EMULATED""OUTSIDE""FLOAT""TABLE""XNNPACK has no integer kernel for it'
+    b"int16: emulated in float, XNNPACK has no kernel above 8 bits"
+    b'"nothing is left of it after lowering""fused into the op before it"'
+    b'"max_pool2d""adaptive_avg_pool2d""hardtanh""reshape""flatten""linear""relu""add""cat""mean"'
+    b'"conv2d_1""FOLDED"]],"reasons":["","node":["","path":["","family":["","written":["",'
+    b'"kernel":[0,"reason":[0,"handles":[[1,"calls":[[],"bias":[0,1,0,1]]}}'
+    b'{"forward":{"kernels":[["xnnpack int8","INTEGER"],["'
+)
+"""What zlib takes as having gone before, so that a small network's record is small. It belongs to
+the version, as the columns do."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,8 @@ def encode(methods: OpsOfMethods, program_bytes: int) -> bytes:
             {method: _columns(ops, with_reasons) for method, ops in methods.items()},
             separators=(",", ":"),
         ).encode()
-        stored = zlib.compress(text, 9)
+        packer = zlib.compressobj(9, zdict=_DICTIONARY)
+        stored = packer.compress(text) + packer.flush()
         if len(stored) + _FOOTER.size <= limit and len(text) <= _MOST_JSON:
             return stored + _FOOTER.pack(_MARK, _VERSION, len(stored))
     return b""
@@ -122,10 +138,19 @@ def _columns(ops: Sequence[RecordedOp], with_reasons: bool) -> dict[str, list[An
         "written": ["" if op.written == op.node else _line(op.written) for op in ops],
         "kernel": [kernels.index((op.kernel, op.placement)) for op in ops],
         "reason": [number[op.reason if with_reasons else ""] for op in ops],
-        "handles": [list(op.handles) for op in ops],
+        "handles": _differences(op.handles for op in ops),
         "calls": [list(op.calls) for op in ops],
         "bias": [int(op.has_bias) for op in ops],
     }
+
+
+def _differences(handles: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Of each handle to the one before it: mostly 1."""
+    found, last = [], 0
+    for of_op in handles:
+        found.append([handle - before for before, handle in pairwise((last, *of_op))])
+        last = of_op[-1] if of_op else last
+    return found
 
 
 def _line(text: str) -> str:
@@ -166,7 +191,7 @@ def decode(record: memoryview) -> OpsOfMethods:
         raise UnknownVersion(f"version {version}, and this package reads {_VERSION}")
     if size > _MOST_STORED:
         raise Damaged(f"it takes {size:,} bytes")
-    unpacker = zlib.decompressobj()
+    unpacker = zlib.decompressobj(zdict=_DICTIONARY)
     try:
         text = unpacker.decompress(record[:size], _MOST_JSON)
         document = json.loads(text) if unpacker.eof and not unpacker.unused_data else None
@@ -188,10 +213,8 @@ def _ops(columns: object) -> tuple[RecordedOp, ...]:
         _numbers(columns.get(name), len(bounds), len(nodes))
         for name, bounds in (("kernel", kernels), ("reason", reasons), ("bias", "01"))
     ]
-    numbers = [
-        [_numbers(entry, _MOST_NUMBER) for entry in _list(columns.get(name), len(nodes))]
-        for name in ("handles", "calls")
-    ]
+    handles = _sums(_list(columns.get("handles"), len(nodes)))
+    calls = [_numbers(entry, _MOST_NUMBER) for entry in _list(columns.get("calls"), len(nodes))]
     return tuple(
         RecordedOp(
             node=node,
@@ -201,14 +224,28 @@ def _ops(columns: object) -> tuple[RecordedOp, ...]:
             placement=kernels[kernel][1],
             kernel=kernels[kernel][0],
             reason=reasons[reason],
-            handles=handles,
-            calls=calls,
+            handles=of_op,
+            calls=outside,
             has_bias=bool(bias),
         )
-        for node, path, family, written, kernel, reason, bias, handles, calls in zip(
-            nodes, *texts, *indices, *numbers, strict=True
+        for node, path, family, written, kernel, reason, bias, of_op, outside in zip(
+            nodes, *texts, *indices, handles, calls, strict=True
         )
     )
+
+
+def _sums(differences: Iterable[object]) -> list[tuple[int, ...]]:
+    """The handles that :func:`_differences` are of."""
+    found, last = [], 0
+    for of_op in differences:
+        handles = []
+        for difference in _list(of_op):
+            if type(difference) is not int or not 0 <= last + difference < _MOST_NUMBER:
+                raise Damaged("a number in it is out of range")
+            last += difference
+            handles.append(last)
+        found.append(tuple(handles))
+    return found
 
 
 def _kernel(entry: object) -> tuple[str, Placement]:
