@@ -285,7 +285,7 @@ def _show(console: Console, demo: DemoResult) -> None:
     console.print(_size_table(demo.sizes))
     report = demo.result.report
     console.print(op_table(report, "One row per op (weights: number of scales)"))
-    console.print(f"{report.tally}\n{report.biases}\n")
+    console.print(f"In all {report.tally}; {report.biases}\n")
     console.print("[bold]Is the bias quantized?[/] " + _answer(demo))
     console.print()
     console.print(_bias_table(demo.layer))
