@@ -984,9 +984,10 @@ class _Origins:
     """Which op of the converted graph stands behind a call of a program, as its record says."""
 
     def __init__(self, recorded: Sequence[RecordedOp]) -> None:
-        # What is folded into another op may share the handles of that one.
-        kept = [op for op in recorded if op.placement is not Placement.FOLDED]
-        self._by_handle = {handle: op for op in reversed(kept) for handle in op.handles}
+        # What is folded into another op may share the nodes of that one; of others, the first has
+        # the name.
+        kept = [op for op in reversed(recorded) if op.placement is not Placement.FOLDED]
+        self._by_handle = {handle: op for op in kept for handle in op.handles}
         self._by_call = {position: op for op in kept for position in op.calls}
 
     def of_handle(self, handle: int) -> RecordedOp | None:

@@ -235,6 +235,14 @@ def test_several_methods() -> None:
         twin = program.with_bytes(program.buffer)
         assert differences(twin.run(example), program.run(example)) == []
         assert len(twin.integer_biases()) == len(program.integer_biases()) > 0
+        # The file has the ops of both, each under the names of its own graph.
+        report = cq.inspect_program(program.buffer)
+        assert report.ops is not None
+        assert {op.method for op in report.ops} == set(models)
+        of_method = [op.name for op in report.ops if op.method == name]
+        assert of_method == list(program.report.tally.placements)
+        assert len({row.name for row in report.rows}) == len(report.rows)
+        assert f"{name}: linear" in {row.name for row in report.rows}
     with pytest.raises(cq.InputError, match="no method 'forward'; it has encode, score"):
         cq.session_program(session)
 

@@ -552,6 +552,33 @@ def test_kernels_outside_are_rows_in_execution_order() -> None:
     kinds = [each.kind for each in report.rows]
     assert kinds.index("fully_connected") < kinds.index("aten::cumsum.out")
     assert "1 kernel call outside" in str(report)
+    assert (row.name, row.op) == ("cumsum", "cumsum")
+
+
+def test_kernels_outside_have_the_names_of_their_ops() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(self.linear(x.cumsum(1)).cumsum(1).topk(2, 1))
+
+    torch.manual_seed(6)
+    example = (torch.randn(2, 4),)
+    graph = convert(Sums(), IntegerQuantizer().set_global("a8w8"), example)
+    report = inspect_program(lower(graph, example).buffer)
+    outside = {row.name: row for row in report.rows if row.delegate is None}
+    assert {name: (row.op, row.inputs[0].shape[1]) for name, row in outside.items()} == {
+        "cumsum": ("cumsum", 4),
+        "cumsum_1": ("cumsum_1", 3),
+        "topk": ("topk", 3),
+    }
+    assert str(report.tally) == "6 ops: 1 integer kernel, 3 outside, 2 folded away"
+    assert "getitem: folded away: " in str(report)
+    lines = report.detail("getitem").splitlines()
+    assert lines[0] == "getitem"
+    assert lines[-1] == "  nodes    none: nothing in the program stands for it alone"
 
 
 def test_path_and_bytes_give_the_same_report(
