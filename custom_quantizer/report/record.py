@@ -44,7 +44,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import InputError, ProgramError
-from custom_quantizer.ops import Binding, QuantizedOp, rule_of
+from custom_quantizer.ops import PatternMatch, QuantizedOp, rule_of
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.placement import Placement, Tally, tally
@@ -558,17 +558,17 @@ def report_of(graph: ConvertedGraph, lowered: LoweredProgram | None = None) -> R
 
 
 def _integer_row(model: GraphModule, op: QuantizedOp, backend: Backend) -> OpRow:
-    node, binding = op.node, op.binding
+    node, match = op.node, op.match
     chosen, reason = _recorded(node)
     accumulator = accumulator_of(op)
-    sources = zip(binding.inputs, op.inputs, strict=True)
-    weight = None if binding.weight is None else _tensor(model, binding.weight)
+    sources = zip(match.inputs, op.inputs, strict=True)
+    weight = None if match.weight is None else _tensor(model, match.weight)
     low, high = op.bounds or (None, None)
     fused = None if op.output_node is node else op.output_node
     return OpRow(
         node=node.name,
         path=module_path(node),
-        family=binding.rule.family,
+        family=match.rule.family,
         target=str(node.target),
         fused=None if fused is None else fused.name,
         fused_family=None if fused is None else _family(fused),
@@ -581,22 +581,22 @@ def _integer_row(model: GraphModule, op: QuantizedOp, backend: Backend) -> OpRow
             _quantized(model, source, qparams, _dtype(source)) for source, qparams in sources
         ),
         weight=weight,
-        bias=_integer_bias(model, binding),
+        bias=_integer_bias(model, match),
         output=_quantized(model, op.output_node, op.output, _dtype(*op.output_node.users)),
         accumulator_bits=None if accumulator is None else accumulator.bits,
         written=_written(node),
-        placement=backend.predict(binding, op.formats).kernel.placement.value,
+        placement=backend.predict(match, op.formats).kernel.placement.value,
     )
 
 
 def _float_row(model: GraphModule, op: FloatOp, backend: Backend) -> OpRow:
     node = op.node
     rule = rule_of(node)
-    binding = rule.bind(rule, node) if rule is not None else "unknown"
+    match = rule.match(rule, node) if rule is not None else "unknown"
     chosen, reason = _recorded(node)
-    if isinstance(binding, Binding):
-        inputs = tuple(_tensor(model, source) for source in binding.inputs)
-        weight = None if binding.weight is None else _tensor(model, binding.weight)
+    if isinstance(match, PatternMatch):
+        inputs = tuple(_tensor(model, source) for source in match.inputs)
+        weight = None if match.weight is None else _tensor(model, match.weight)
     else:
         inputs, weight = tuple(_tensor(model, source) for source in tensor_args(node)), None
     dynamic = any(record.dynamic for record in inputs)
@@ -619,7 +619,7 @@ def _float_row(model: GraphModule, op: FloatOp, backend: Backend) -> OpRow:
         reason=reason or op.reason,
         inputs=inputs,
         weight=weight,
-        bias=_any_bias(model, binding, inputs, weight) if isinstance(binding, Binding) else None,
+        bias=_any_bias(model, match, inputs, weight) if isinstance(match, PatternMatch) else None,
         output=_tensor(model, users[0] if len(users) == 1 and is_quantize(users[0]) else node),
         accumulator_bits=None,
         written=_written(node),
@@ -763,17 +763,17 @@ def _grouped(model: GraphModule, node: Node) -> TensorRecord:
     )
 
 
-def _integer_bias(model: GraphModule, binding: Binding) -> BiasRecord | None:
+def _integer_bias(model: GraphModule, match: PatternMatch) -> BiasRecord | None:
     """The derived bias, its scale compared with the product that it has to be."""
-    node = binding.bias
+    node = match.bias
     if node is None:
         return None
     constant = cast(Node, node.args[0])
     qparams = qparams_of(model, node)
-    weight = qparams_of(model, cast(Node, binding.weight))
-    data = qparams_of(model, binding.inputs[0])
+    weight = qparams_of(model, cast(Node, match.weight))
+    data = qparams_of(model, match.inputs[0])
     unit = derived_scale(
-        cast(float, data.scale), expand_channels(torch.as_tensor(weight.scale), binding)
+        cast(float, data.scale), expand_channels(torch.as_tensor(weight.scale), match)
     )
     stored = torch.as_tensor(qparams.scale)
     _, exponent = torch.frexp(stored / unit)
@@ -795,18 +795,18 @@ def _integer_bias(model: GraphModule, binding: Binding) -> BiasRecord | None:
 
 def _any_bias(
     model: GraphModule,
-    binding: Binding,
+    match: PatternMatch,
     inputs: tuple[TensorRecord, ...],
     weight: TensorRecord | None,
 ) -> BiasRecord | None:
     """The bias of an op that is not an integer op, and why it is float if it is."""
-    node = binding.bias
+    node = match.bias
     if node is None or weight is None:
         return None
     if is_dequantize(node) and is_constant(node.args[0]) and all(t.scales for t in inputs):
-        return _integer_bias(model, binding)
+        return _integer_bias(model, match)
     channels = _shape(model, node)[-1:]
-    chosen, _ = _recorded(binding.node)
+    chosen, _ = _recorded(match.node)
     if any(record.dynamic for record in inputs):
         reason = "the input scale is only known at run time, so no bias scale follows from it"
     elif weight.bits is None or any(record.bits is None for record in inputs):

@@ -685,7 +685,7 @@ def _row(
         elif isinstance(op, FloatOp) and backend is kernels.INT8:
             reason += "; the backend quantizes what is float here when it writes the program"
     if isinstance(op, QuantizedOp):
-        predicted = planned.predict(op.binding, op.formats)
+        predicted = planned.predict(op.match, op.formats)
         reason = reason or predicted.reason
         if (backend, predicted.kernel) == (kernels.FLOAT, kernels.TABLE):
             backend = kernels.TABLE  # its three steps become one when the program is loaded
@@ -694,7 +694,7 @@ def _row(
     return OpBackend(
         node=op.node.name,
         path=module_path(op.node),
-        family=op.binding.rule.family if isinstance(op, QuantizedOp) else str(op.node.target),
+        family=op.match.rule.family if isinstance(op, QuantizedOp) else str(op.node.target),
         backend=backend,
         reason=reason,
         written=op.node.meta.get(ORIGINAL_NAME, op.node.name),
@@ -710,5 +710,5 @@ def _has_bias(op: QuantizedOp | FloatOp) -> bool:
     if isinstance(op, QuantizedOp):
         return op.bias is not None
     rule = rule_of(op.node)
-    bound = "unknown" if rule is None else rule.bind(rule, op.node)
+    bound = "unknown" if rule is None else rule.match(rule, op.node)
     return not isinstance(bound, str) and bound.weight is not None and bound.bias is not None
