@@ -47,7 +47,7 @@ def backends(rule: OpRule, bits: tuple[int, int]) -> str:
     found: list[str] = []
     for graph in graphs(rule):
         for node in graph.graph.nodes:
-            bound = rule.bind(rule, node) if rule_of(node) is rule else "another family"
+            bound = rule.match(rule, node) if rule_of(node) is rule else "another family"
             if isinstance(bound, str):
                 continue
             if in_float:

@@ -252,7 +252,7 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
         "up to 4.8e-4 away": "bound of the approximation, derived",
         "weights take 4 bytes each": "size of a float32",
     },
-    "export_recipe.md": {"ExecuTorch 1.5.1": "version"},
+    "flows.md": {"ExecuTorch 1.5.1": "version"},
     "files.md": {
         "grow by 16 times the size of the file (2 GiB at least": "limits that the code sets",
         "has 300 s to load": "the same",

@@ -180,6 +180,10 @@ def test_every_output_is_the_references(name: str) -> None:
     lowered = lowered_exactly(done.graph, done.example)
     assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)
     assert is_exact(lowered, graph), [op.node.name for op in graph.floating]
+    assert done.plan.tally == lowered.report.tally
+    program = cq.inspect_program(lowered.buffer)
+    assert str(program.tally) == str(done.plan.tally)
+    assert program.biases == cq.inspect(done.graph, lowered).biases
 
 
 @pytest.mark.parametrize("name", FLOATING)

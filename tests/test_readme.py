@@ -26,7 +26,7 @@ def test_the_code_runs(
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "readme"}
     code = blocks("python")
-    assert len(code) == 3
+    assert len(code) == 4
     for number, block in enumerate(code):
         exec(compile(block, f"README.md, block {number}", "exec"), names)
     printed = capsys.readouterr().out

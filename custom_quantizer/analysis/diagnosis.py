@@ -56,7 +56,7 @@ from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import ConversionError, InputError
-from custom_quantizer.ops import Binding, QParamSharing, QuantizedOp, rule_of
+from custom_quantizer.ops import PatternMatch, QParamSharing, QuantizedOp, rule_of
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference.accumulators import accumulator_of
 from custom_quantizer.reference.converted import read_converted
@@ -401,7 +401,7 @@ class _Walk:
                 self._tensors[node] = _Tensor(qparams_of(converted, node), producers.get(source))
                 self._twin_of[node] = self._find(source_of(node))
         for op in graph.integer:
-            for source in op.binding.inputs:
+            for source in op.match.inputs:
                 if not is_constant(source_of(source)):
                     self._twin_of[source] = self._find(source_of(source))
         for node in converted.graph.nodes:
@@ -419,25 +419,25 @@ class _Walk:
             )
         return twin
 
-    def _find_weights(self) -> Iterable[tuple[Node, tuple[Binding, Tensor]]]:
+    def _find_weights(self) -> Iterable[tuple[Node, tuple[PatternMatch, Tensor]]]:
         """Each dequantized weight with its first op and its float values."""
         found = set()
         for node in self._converted.graph.nodes:
             rule = rule_of(node) if node.op == "call_function" else None
-            binding = rule.bind(rule, node) if rule is not None else None
-            if not isinstance(binding, Binding) or binding.weight is None:
+            match = rule.match(rule, node) if rule is not None else None
+            if not isinstance(match, PatternMatch) or match.weight is None:
                 continue
-            weight = binding.weight
+            weight = match.weight
             if not (is_dequantize(weight) or weight.target is DEQUANTIZE_GROUPED):
                 continue
             if weight in found or not is_constant(weight.args[0]):
                 continue
             twin = self._find(node)
-            original = cast(Any, rule).bind(rule, twin)
-            if isinstance(original, Binding) and is_constant(original.weight):
+            original = cast(Any, rule).match(rule, twin)
+            if isinstance(original, PatternMatch) and is_constant(original.weight):
                 found.add(weight)
                 exact = constant_of(self._twin, cast(Node, original.weight))
-                yield weight, (binding, exact)
+                yield weight, (match, exact)
 
     def add(self, values: list[Any]) -> None:
         """Run one batch through both graphs."""
@@ -474,13 +474,13 @@ class _Walk:
         levels = q.levels
         inputs = None
         if op is not None:
-            known = [ratios.get(cast(Node, dq.args[0])) for dq in op.binding.inputs]
+            known = [ratios.get(cast(Node, dq.args[0])) for dq in op.match.inputs]
             inputs = min((r for r in known if r is not None), default=None)
         total = max(tensor.total, 1)
         return TensorDiagnosis(
             name=source.name,
             path=module_path(source),
-            family=None if op is None else op.binding.rule.family,
+            family=None if op is None else op.match.rule.family,
             bits=range_bits(q.quant_min, q.quant_max),
             scale=float(q.scale),
             zero_point=q.zero_point,
@@ -500,11 +500,11 @@ class _Walk:
 
     def weights(self) -> tuple[WeightDiagnosis, ...]:
         return tuple(
-            self._weight_row(weight, binding, exact)
-            for weight, (binding, exact) in self._weights.items()
+            self._weight_row(weight, match, exact)
+            for weight, (match, exact) in self._weights.items()
         )
 
-    def _weight_row(self, weight: Node, binding: Binding, exact: Tensor) -> WeightDiagnosis:
+    def _weight_row(self, weight: Node, match: PatternMatch, exact: Tensor) -> WeightDiagnosis:
         integers = constant_of(self._converted, cast(Node, weight.args[0]))
         if weight.target is DEQUANTIZE_GROUPED:
             low, high = (int(cast(int, value)) for value in weight.args[5:7])
@@ -519,16 +519,16 @@ class _Walk:
 
         call = cast(Callable[..., Tensor], weight.target)
         value = call(*map_arg(weight.args, constant), **map_arg(weight.kwargs, constant))
-        by_channel = exact.detach().double().movedim(binding.weight_axis, 0).flatten(1)
-        error = (exact.detach().double() - value.double()).movedim(binding.weight_axis, 0)
+        by_channel = exact.detach().double().movedim(match.weight_axis, 0).flatten(1)
+        error = (exact.detach().double() - value.double()).movedim(match.weight_axis, 0)
         signals = (by_channel**2).sum(dim=1).tolist()
         errors = (error.flatten(1) ** 2).sum(dim=1).tolist()
         ratios = [ratio_db(s, e) for s, e in zip(signals, errors, strict=True)]
         worst = min(range(len(ratios)), key=ratios.__getitem__)
         levels = high - low + 1
         return WeightDiagnosis(
-            binding.node.name,
-            module_path(binding.node),
+            match.node.name,
+            module_path(match.node),
             range_bits(low, high),
             granularity,
             ratio_db(math.fsum(signals), math.fsum(errors)),
@@ -586,7 +586,7 @@ class _Comparer(Interpreter):
         result = super().run_node(n)
         op = self._ops.get(n)
         if op is not None and _computes(op):
-            inputs = {s: self._twin_of[s] for s in op.binding.inputs if s in self._twin_of}
+            inputs = {s: self._twin_of[s] for s in op.match.inputs if s in self._twin_of}
             self._alone[n] = self._call(n, {s: self._exact[twin] for s, twin in inputs.items()})
         anchor = self._activations.get(n)
         if anchor is not None and anchor is not n and anchor in self._alone:
@@ -622,7 +622,7 @@ def _dequantize(integers: Tensor, qparams: QParams) -> Tensor:
 
 def _computes(op: QuantizedOp | None) -> bool:
     """Whether the op makes new values, and does not only move them."""
-    return op is not None and op.binding.rule.sharing is not QParamSharing.SAME
+    return op is not None and op.match.rule.sharing is not QParamSharing.SAME
 
 
 def _leaves(outputs: Any) -> list[Tensor]:
@@ -637,9 +637,9 @@ def _bias_headroom(op: QuantizedOp | None) -> int | None:
 
 
 def _raised_channels(op: QuantizedOp | None) -> int:
-    if op is None or op.binding.weight is None:
+    if op is None or op.match.weight is None:
         return 0
-    return len(op.binding.weight.meta.get(META_KEY, {}).get("raised", {}))
+    return len(op.match.weight.meta.get(META_KEY, {}).get("raised", {}))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -780,20 +780,22 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
     if lowered is None or files.program is None:
         raise InputError("nothing was lowered")
     report = lowered.report
-    other = report.not_integer()
-    integer = len(report.ops) - len(other)
-    biases = lowered.integer_biases()
-    count = sum(len(bias) for bias in biases.values())
-    click.echo(f"{model}: {integer} of {len(report.ops)} ops run on integer kernels")
+    click.echo(f"{model}: {report.tally}")
+    # Of an op that became several, one says it for all.
+    other = list({op.written: op for op in reversed(report.not_integer())}.values())[::-1]
     for op in other[:_SHOWN]:
         where = f" ({op.path})" if op.path else ""
-        click.echo(f"  {op.node}{where}: {op.backend.label}; {op.reason}")
+        click.echo(f"  {op.written}{where}: {op.backend.label}; {op.reason}")
     if len(other) > _SHOWN:
         click.echo(f"  and {len(other) - _SHOWN} more, all in the report")
+    if result.plan.tally != report.tally:
+        click.echo(f"the plan expected {result.plan.tally}")
     click.echo(f"calibration: {result.calibration}")
-    click.echo(
-        f"biases: {count:,} int32 in {len(biases)} layers, read back from the file and equal"
-    )
+    checked = "read back from the file and equal"
+    biases = result.report.biases
+    if lowered.integer_biases():
+        biases += f"; the int32 ones are {checked}" if ";" in biases else f", {checked}"
+    click.echo(biases)
     click.echo(f"delegate calls: {report.delegates}; kernels outside: {len(report.outside)}")
     for output in result.fidelity.outputs:
         click.echo(f"{output}")

@@ -283,7 +283,9 @@ def _show(console: Console, demo: DemoResult) -> None:
     console.print(_exactness(demo.verification))
     console.print()
     console.print(_size_table(demo.sizes))
-    console.print(op_table(demo.result.report, "One row per op (weights: number of scales)"))
+    report = demo.result.report
+    console.print(op_table(report, "One row per op (weights: number of scales)"))
+    console.print(f"In all {report.tally}; {report.biases}\n")
     console.print("[bold]Is the bias quantized?[/] " + _answer(demo))
     console.print()
     console.print(_bias_table(demo.layer))

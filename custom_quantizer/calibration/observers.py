@@ -48,7 +48,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.errors import CalibrationError, ConversionError
-from custom_quantizer.ops import Binding, rule_of
+from custom_quantizer.ops import PatternMatch, rule_of
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.rewrites.training_graph import fold_for_good
 
@@ -364,15 +364,15 @@ class WeightObserver(_ConstantObserver):
     def _raised(self, model: GraphModule, node: Node, scale: Tensor) -> Tensor:
         if self.scheme.group_size is not None:
             return scale  # no single scale a channel, so no bias is derived from it
-        for binding in _consumers(node):
-            bias = _bias_constant(model, binding)
+        for match in _consumers(node):
+            bias = _bias_constant(model, match)
             if bias is None:
                 continue
-            limit = self.limits.of(max(self.scheme.format.bits, _input_bits(model, binding)))
-            if binding.weight_axis == 1 and binding.groups > 1 and scale.dim():
+            limit = self.limits.of(max(self.scheme.format.bits, _input_bits(model, match)))
+            if match.weight_axis == 1 and match.groups > 1 and scale.dim():
                 # Each weight scale serves one channel of every group: the largest bias decides.
-                bias = bias.abs().reshape(binding.groups, -1).amax(dim=0)
-            scale = raise_scale(scale, [(_input_scale(model, binding), bias)], limit)
+                bias = bias.abs().reshape(match.groups, -1).amax(dim=0)
+            scale = raise_scale(scale, [(_input_scale(model, match), bias)], limit)
         return scale
 
     def convert(self, model: GraphModule, node: Node) -> None:
@@ -438,10 +438,10 @@ class BiasObserver(_ConstantObserver):
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by int32 constants and their dequantization (called by torchao)."""
         fold_for_good(model)
-        (binding,) = _consumers(node)
+        (match,) = _consumers(node)
         bias = self.finite(constant_of(model, cast(Node, node.args[0])))
-        input_scale = _input_scale(model, binding)
-        weight_scale = expand_channels(_weight_scale(model, binding), binding)
+        input_scale = _input_scale(model, match)
+        weight_scale = expand_channels(_weight_scale(model, match), match)
         values, scale = self.derive(bias, input_scale, weight_scale)
         qparams = QParams(
             scale if scale.dim() else float(scale),
@@ -483,25 +483,25 @@ class BiasObserver(_ConstantObserver):
         return values, torch.ldexp(derived_scale(input_scale, weight_scale), shift)
 
 
-def _consumers(node: Node) -> list[Binding]:
+def _consumers(node: Node) -> list[PatternMatch]:
     """The ops an observed constant goes to."""
-    bindings = []
+    matches = []
     for user in node.users:
         rule = rule_of(user)
-        bound = rule.bind(rule, user) if rule is not None else "unknown op"
+        bound = rule.match(rule, user) if rule is not None else "unknown op"
         if isinstance(bound, str):
             raise ConversionError(f"{describe(user)} uses a quantized constant, but {bound}")
-        bindings.append(bound)
-    return bindings
+        matches.append(bound)
+    return matches
 
 
 def _observer_of(model: GraphModule, node: Node) -> Any:
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _input_scale(model: GraphModule, binding: Binding) -> float:
+def _input_scale(model: GraphModule, match: PatternMatch) -> float:
     """Scale of the op's activation, whether already converted or not."""
-    (source,) = binding.inputs
+    (source,) = match.inputs
     if is_dequantize(source):
         return cast(float, qparams_of(model, source).scale)
     observer = _observer_of(model, source)
@@ -509,22 +509,22 @@ def _input_scale(model: GraphModule, binding: Binding) -> float:
         scale, _ = observer.calculate_qparams()
         return float(scale)
     raise ConversionError(
-        f"{describe(binding.node)}: its input is not quantized, so no bias scale can be derived"
+        f"{describe(match.node)}: its input is not quantized, so no bias scale can be derived"
     )
 
 
-def _input_bits(model: GraphModule, binding: Binding) -> int:
+def _input_bits(model: GraphModule, match: PatternMatch) -> int:
     """Width of the op's activation, whether already converted or not."""
-    (source,) = binding.inputs
+    (source,) = match.inputs
     if is_dequantize(source):
         return qparams_of(model, source).bits
     observer = _observer_of(model, source)
     return int(getattr(observer, "quant_max", 127)).bit_length() + 1
 
 
-def _weight_scale(model: GraphModule, binding: Binding) -> Tensor:
+def _weight_scale(model: GraphModule, match: PatternMatch) -> Tensor:
     """Final weight scale, whether already converted or not: float32, scalar or per channel."""
-    source = cast(Node, binding.weight)
+    source = cast(Node, match.weight)
     if is_dequantize(source):
         scale = qparams_of(model, source).scale
         return scale if isinstance(scale, Tensor) else torch.tensor(scale)
@@ -532,17 +532,17 @@ def _weight_scale(model: GraphModule, binding: Binding) -> Tensor:
     if isinstance(observer, WeightObserver):
         return observer.final_scale(model, source)
     raise ConversionError(
-        f"{describe(binding.node)}: its weight is not quantized, so no bias scale can be derived"
+        f"{describe(match.node)}: its weight is not quantized, so no bias scale can be derived"
     )
 
 
-def _bias_constant(model: GraphModule, binding: Binding) -> Tensor | None:
+def _bias_constant(model: GraphModule, match: PatternMatch) -> Tensor | None:
     """The float bias that will be derived, or ``None`` if there is none.
 
     Raises:
         CalibrationError: it is not finite; the weight's scale would not be either.
     """
-    source = binding.bias
+    source = match.bias
     if source is None:
         return None
     if is_dequantize(source):

@@ -96,6 +96,10 @@ class CalibrationSummary:
             rows.append((tensor.name, f"{tensor.low:.5g}", f"{tensor.high:.5g}", last))
         return "\n".join(table_lines(rows))
 
+    def settling(self) -> str:
+        """:meth:`convergence`, by its first name."""
+        return self.convergence()
+
     def plot_watch(self, path: str | os.PathLike[str]) -> None:
         """Draw range and scale of the watched tensors over the batches; needs matplotlib.
 

@@ -19,7 +19,7 @@ from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import ConfigError
 from custom_quantizer.ops import known_targets
 from custom_quantizer.ops.rewrites import decompositions
-from custom_quantizer.ops.rewrites.forms import INTEGER_FORMS
+from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 
 __all__ = ["Config", "Decision", "Rule", "Scope", "nearest", "operator_names"]
 
@@ -171,7 +171,7 @@ def operator_names(operator_type: Any) -> list[str]:
         ConfigError: no op family knows it; the nearest names are given.
     """
     # Families also claim Python functions (getitem), which have no name to write in a file.
-    targets = {*known_targets(), *decompositions.REWRITTEN, *INTEGER_FORMS}
+    targets = {*known_targets(), *decompositions.REWRITTEN, *LEGALIZATIONS}
     known = {target_name(t) for t in targets if isinstance(t, torch._ops.OpOverload)}
     overloads = getattr(operator_type, "overloads", None)
     if overloads is not None:  # an OpOverloadPacket: all its overloads that are known

@@ -20,10 +20,10 @@ from custom_quantizer.ops import (
     pool,
 )
 from custom_quantizer.ops._rule import (
-    Binding,
     Case,
     Formats,
     OpRule,
+    PatternMatch,
     QParamSharing,
     QuantizedOp,
     Trait,
@@ -33,10 +33,10 @@ from custom_quantizer.ops._rule import (
 __all__ = [
     "OF_TARGET",
     "REGISTRY",
-    "Binding",
     "Case",
     "Formats",
     "OpRule",
+    "PatternMatch",
     "QParamSharing",
     "QuantizedOp",
     "Trait",

@@ -22,10 +22,10 @@ from custom_quantizer.core.schemes import OpScheme
 
 __all__ = [
     "ACCEPTED",
-    "Binding",
     "Case",
     "Formats",
     "OpRule",
+    "PatternMatch",
     "QParamSharing",
     "QuantizedOp",
     "Trait",
@@ -60,7 +60,7 @@ class QParamSharing(Enum):
 
 
 @dataclass(frozen=True)
-class Binding:
+class PatternMatch:
     """One op of a captured graph, its arguments sorted by role.
 
     Attributes:
@@ -87,7 +87,7 @@ class QuantizedOp:
     """One op of a converted graph whose inputs and output are integers.
 
     Attributes:
-        binding: the anchor and its roles; inputs are dequantize nodes.
+        match: the anchor and its roles; inputs are dequantize nodes.
         inputs: quantization parameters of each activation input.
         output: quantization parameters of the output.
         output_node: last node of the op, the fused activation if there is one.
@@ -98,7 +98,7 @@ class QuantizedOp:
         constants: float tensors of the module that the anchor reads as they are, by node.
     """
 
-    binding: Binding
+    match: PatternMatch
     inputs: tuple[QParams, ...]
     output: QParams
     output_node: Node
@@ -111,7 +111,7 @@ class QuantizedOp:
     @property
     def node(self) -> Node:
         """The anchor."""
-        return self.binding.node
+        return self.match.node
 
     @property
     def formats(self) -> Formats:
@@ -187,7 +187,7 @@ Target = Any
 Integers = Sequence[Tensor]
 
 
-def _always(_binding: Binding, _scheme: OpScheme) -> Verdict:
+def _always(_match: PatternMatch, _scheme: OpScheme) -> Verdict:
     return ACCEPTED
 
 
@@ -214,7 +214,7 @@ class OpRule:
         family: name, as reports show it.
         targets: the aten overloads ``torch.export`` makes, in-place variants excluded (the
             quantizer makes those functional first).
-        bind: sorts a node's arguments by role; returns the reason when it cannot.
+        match: sorts a node's arguments by role; returns the reason when it cannot.
         integers: integer semantics: the op, its input integers (int32), the arithmetic; returns
             int32. ``None``: the family has a meaning on real numbers only.
         sharing: whether input and output must have the same quantization parameters.
@@ -228,12 +228,12 @@ class OpRule:
 
     family: str
     targets: frozenset[Target]
-    bind: Callable[[OpRule, Node], Binding | str]
+    match: Callable[[OpRule, Node], PatternMatch | str]
     integers: Callable[[QuantizedOp, Integers, Arithmetic], Tensor] | None = None
     sharing: QParamSharing = QParamSharing.OWN
     fuses: frozenset[str] = frozenset()
     bounds: Callable[[Node], tuple[float | None, float | None]] | None = None
-    accepts: Callable[[Binding, OpScheme], Verdict] = _always
+    accepts: Callable[[PatternMatch, OpScheme], Verdict] = _always
     traits: frozenset[Trait] = frozenset()
     title: str = ""
     cases: tuple[Case, ...] = field(default=(), repr=False)

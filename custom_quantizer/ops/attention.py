@@ -12,12 +12,12 @@ from torch.fx import Node
 from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.graph import argument, shape_of
 from custom_quantizer.ops._rule import (
-    Binding,
     Integers,
     OpRule,
+    PatternMatch,
     QuantizedOp,
 )
-from custom_quantizer.ops.elementwise import _bind_single, _case
+from custom_quantizer.ops.elementwise import _case, _match_single
 
 __all__ = ["LOG_SOFTMAX", "MATMUL", "RULES", "SOFTMAX", "softmax_dim"]
 
@@ -29,9 +29,9 @@ aten = torch.ops.aten
 # ---------------------------------------------------------------------------------------------
 
 
-def _bind_matmul(rule: OpRule, node: Node) -> Binding | str:
+def _match_matmul(rule: OpRule, node: Node) -> PatternMatch | str:
     left, right = cast("tuple[Node, Node]", node.args[:2])
-    return Binding(rule, node, (left, right))
+    return PatternMatch(rule, node, (left, right))
 
 
 def _matmul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -53,7 +53,7 @@ def _matmul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) 
 MATMUL = OpRule(
     family="matmul",
     targets=frozenset({aten.matmul.default}),
-    bind=_bind_matmul,
+    match=_match_matmul,
     integers=_matmul_integers,
     cases=(
         _case("bmm", torch.bmm, (3, 5, 8), (3, 8, 7)),
@@ -77,17 +77,17 @@ def softmax_dim(node: Node) -> int:
     return int(cast(int, argument(node, 1, "dim"))) % len(shape_of(node))
 
 
-def _bind_softmax(rule: OpRule, node: Node) -> Binding | str:
+def _match_softmax(rule: OpRule, node: Node) -> PatternMatch | str:
     dtype = argument(node, 2, "dtype")
     if dtype not in (None, torch.float32):
         return "it changes the dtype"
-    return _bind_single(rule, node)
+    return _match_single(rule, node)
 
 
 SOFTMAX = OpRule(
     family="softmax",
     targets=frozenset({aten.softmax.int}),
-    bind=_bind_softmax,
+    match=_match_softmax,
     cases=(
         _case("last", lambda x: F.softmax(x, -1), (2, 3, 5, 7)),
         _case("channels", lambda x: F.softmax(x, 1), (2, 6, 4, 5)),
@@ -98,7 +98,7 @@ LOG_SOFTMAX = OpRule(
     family="log_softmax",
     title="log softmax",
     targets=frozenset({aten.log_softmax.int}),
-    bind=_bind_softmax,
+    match=_match_softmax,
     cases=(
         _case("last", lambda x: F.log_softmax(x, -1), (2, 3, 5, 7)),
         _case("channels", lambda x: F.log_softmax(x, 1), (2, 6, 4, 5)),

@@ -27,10 +27,10 @@ from custom_quantizer.errors import ConfigError, ConversionError, SchemeError
 from custom_quantizer.ops import REGISTRY, rule_of
 from custom_quantizer.ops._rule import (
     ACCEPTED,
-    Binding,
     Formats,
     Integers,
     OpRule,
+    PatternMatch,
     QParamSharing,
     QuantizedOp,
     Verdict,
@@ -38,7 +38,7 @@ from custom_quantizer.ops._rule import (
 )
 from custom_quantizer.ops.functions import table_of
 from custom_quantizer.ops.placement import Placement
-from custom_quantizer.ops.rewrites.forms import INTEGER_FORMS, use_integer_forms
+from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS, legalize_by
 
 __all__ = [
     "INTEGERS",
@@ -84,7 +84,7 @@ class Delegation:
     reason: str = ""
 
 
-def _any_scheme(_binding: Binding, _scheme: OpScheme) -> Verdict:
+def _any_scheme(_match: PatternMatch, _scheme: OpScheme) -> Verdict:
     return ACCEPTED
 
 
@@ -92,11 +92,11 @@ def _any_scales(_op: QuantizedOp) -> Verdict:
     return ACCEPTED
 
 
-def _any_spelling(_binding: Binding) -> str:
+def _any_spelling(_match: PatternMatch) -> str:
     return ""
 
 
-def _as_asked(scheme: OpScheme, _binding: Binding) -> TensorScheme:
+def _as_asked(scheme: OpScheme, _match: PatternMatch) -> TensorScheme:
     return scheme.weight
 
 
@@ -120,13 +120,13 @@ class Support:
             boundaries.
     """
 
-    delegation: Callable[[Binding, Formats], Delegation]
-    refuses: Callable[[Binding], str] = _any_spelling
-    accepts: Callable[[Binding, OpScheme], Verdict] = _any_scheme
+    delegation: Callable[[PatternMatch, Formats], Delegation]
+    refuses: Callable[[PatternMatch], str] = _any_spelling
+    accepts: Callable[[PatternMatch, OpScheme], Verdict] = _any_scheme
     runs: Callable[[QuantizedOp], Verdict] = _any_scales
     requires_symmetric: frozenset[int] = frozenset()
     fuses: bool = True
-    weight: Callable[[OpScheme, Binding], TensorScheme] = _as_asked
+    weight: Callable[[OpScheme, PatternMatch], TensorScheme] = _as_asked
     weight_reason: str = ""
     integers: Callable[[QuantizedOp, Integers, Arithmetic], Tensor] | None = None
     float_reason: str = ""
@@ -189,7 +189,7 @@ class Backend:
             return found
         kernel, what = self.missing, rule.noun
         return Support(
-            lambda _binding, _formats: Delegation(kernel),
+            lambda _match, _formats: Delegation(kernel),
             float_reason=f"{self.title} has no integer {what}",
         )
 
@@ -200,7 +200,7 @@ class Backend:
         """
         rule = rule_of(node)
         if rule is not None:
-            bound = rule.bind(rule, node)
+            bound = rule.match(rule, node)
             if not isinstance(bound, str):
                 kernel = self.support(rule).delegation(bound, Formats(8)).kernel
                 unmoved = kernel.placement in (Placement.FOLDED, Placement.OUTSIDE)
@@ -209,22 +209,22 @@ class Backend:
         known = self.outside is None or node.target in self.float_targets
         return self.missing if known or self.outside is None else self.outside
 
-    def predict(self, binding: Binding, formats: Formats) -> Delegation:
+    def predict(self, match: PatternMatch, formats: Formats) -> Delegation:
         """Where and how an op will run.
 
         Args:
-            binding: the op.
+            match: the op.
             formats: its widths.
         """
-        delegation = self.support(binding.rule).delegation
+        delegation = self.support(match.rule).delegation
         if self.wide is None or not formats.is_wide:
-            found = delegation(binding, formats)
+            found = delegation(match, formats)
             if self.wide is None or formats.activation_bits == 8 or found.reason:
                 return found
             reason = f"int{formats.activation_bits} activations: clamped to their range"
             return Delegation(found.kernel, reason)
-        if binding.rule.sharing is QParamSharing.SAME:
-            found = delegation(binding, formats)
+        if match.rule.sharing is QParamSharing.SAME:
+            found = delegation(match, formats)
             if found.kernel.placement in (Placement.FOLDED, Placement.OUTSIDE):
                 return found
             return Delegation(self.wide, f"moves int{formats.bits} values as float")
@@ -243,7 +243,7 @@ class Backend:
         Raises:
             ConversionError: the family has a meaning in float only.
         """
-        rule = op.binding.rule
+        rule = op.match.rule
         support = self.support(rule)
         integers = support.integers or rule.integers
         if integers is None:
@@ -264,11 +264,11 @@ _TABLE = Kernel("integer table", Placement.TABLE)
 _FLOAT = Kernel("float", Placement.FLOAT, 4.0)
 
 
-def _pure(binding: Binding, _formats: Formats) -> Delegation:
-    return Delegation(_TABLE if table_of(binding) else _INTEGER)
+def _pure(match: PatternMatch, _formats: Formats) -> Delegation:
+    return Delegation(_TABLE if table_of(match) else _INTEGER)
 
 
-def _static(_binding: Binding, scheme: OpScheme) -> Verdict:
+def _static(_match: PatternMatch, scheme: OpScheme) -> Verdict:
     """Scales that are only known at run time are no integers that can be written down."""
     if scheme.dynamic:
         return refused(f"{scheme.name} quantizes at run time; choose a scheme such as a8w8")
@@ -289,8 +289,8 @@ INTEGERS = Backend(
         }
     ),
     missing=_FLOAT,
-    legalize=lambda model, training: use_integer_forms(model, INTEGER_FORMS, training=training),
-    legalized=frozenset(INTEGER_FORMS),
+    legalize=lambda model, training: legalize_by(model, LEGALIZATIONS, training=training),
+    legalized=frozenset(LEGALIZATIONS),
 )
 """No runtime: every family that has a meaning on integers is computed on them, at any width."""
 

@@ -14,10 +14,10 @@ from torch.fx import Node
 from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.graph import argument, reads_sizes, tensor_meta
 from custom_quantizer.ops._rule import (
-    Binding,
     Case,
     Integers,
     OpRule,
+    PatternMatch,
     QuantizedOp,
     Trait,
 )
@@ -27,7 +27,7 @@ __all__ = ["ADD", "CLAMP", "MUL", "RELU", "RULES", "SUB", "WHERE"]
 aten = torch.ops.aten
 
 
-def _bind_pair(rule: OpRule, node: Node) -> Binding | str:
+def _match_pair(rule: OpRule, node: Node) -> PatternMatch | str:
     left, right = node.args[0], node.args[1]
     if not isinstance(left, Node) or not isinstance(right, Node):
         return "one operand is a number that was not made a tensor"
@@ -36,16 +36,16 @@ def _bind_pair(rule: OpRule, node: Node) -> Binding | str:
     metas = (tensor_meta(left), tensor_meta(right))
     if any(meta is not None and not meta.dtype.is_floating_point for meta in metas):
         return "one operand is not a floating-point tensor"
-    return Binding(rule, node, (left, right))
+    return PatternMatch(rule, node, (left, right))
 
 
-def _bind_single(rule: OpRule, node: Node) -> Binding | str:
+def _match_single(rule: OpRule, node: Node) -> PatternMatch | str:
     if reads_sizes(node):
         return "one of its arguments depends on a dynamic size"
     data = node.args[0]
     if not isinstance(data, Node):
         return "its input is not a tensor of the graph"
-    return Binding(rule, node, (data,))
+    return PatternMatch(rule, node, (data,))
 
 
 def _add_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -71,7 +71,7 @@ def _sub_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> 
 def _mul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
     a, b = inputs
     # x * x runs on dequantized values, so it rounds otherwise than the product of two tensors.
-    if op.binding.inputs[0] is op.binding.inputs[1]:
+    if op.match.inputs[0] is op.match.inputs[1]:
         return arithmetic.square(a, op.inputs[0], op.output, bounds=op.stored_bounds(arithmetic))
     return arithmetic.mul(
         a, b, op.inputs[0], op.inputs[1], op.output, bounds=op.stored_bounds(arithmetic)
@@ -79,7 +79,7 @@ def _mul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> 
 
 
 def _clamp_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
-    bounds = cast("Callable[[Node], tuple[float | None, float | None]]", op.binding.rule.bounds)
+    bounds = cast("Callable[[Node], tuple[float | None, float | None]]", op.match.rule.bounds)
     low, high = bounds(op.node)
     return arithmetic.clamp(
         inputs[0],
@@ -144,7 +144,7 @@ ADD = OpRule(
     family="add",
     traits=frozenset({Trait.SUM}),
     targets=frozenset({aten.add.Tensor}),
-    bind=_bind_pair,
+    match=_match_pair,
     fuses=_ACTIVATIONS,
     integers=_add_integers,
     cases=(
@@ -157,7 +157,7 @@ SUB = OpRule(
     family="sub",
     traits=frozenset({Trait.SUM}),
     targets=frozenset({aten.sub.Tensor}),
-    bind=_bind_pair,
+    match=_match_pair,
     fuses=_ACTIVATIONS,
     integers=_sub_integers,
     cases=(
@@ -170,7 +170,7 @@ MUL = OpRule(
     family="mul",
     traits=frozenset({Trait.SUM}),
     targets=frozenset({aten.mul.Tensor}),
-    bind=_bind_pair,
+    match=_match_pair,
     fuses=_ACTIVATIONS,
     integers=_mul_integers,
     cases=_pair_cases(lambda x, y: x * y),
@@ -179,7 +179,7 @@ MUL = OpRule(
 RELU = OpRule(
     family="relu",
     targets=frozenset({aten.relu.default}),
-    bind=_bind_single,
+    match=_match_single,
     bounds=_relu_bounds,
     integers=_clamp_integers,
     cases=(_case("plain", F.relu, _IMAGE), _case("rank2", F.relu, (3, 11))),
@@ -196,7 +196,7 @@ CLAMP = OpRule(
             aten.clamp_max.default,
         }
     ),
-    bind=_bind_single,
+    match=_match_single,
     bounds=_clamp_bounds,
     integers=_clamp_integers,
     cases=(
@@ -210,17 +210,17 @@ CLAMP = OpRule(
 )
 
 
-def _bind_where(rule: OpRule, node: Node) -> Binding | str:
+def _match_where(rule: OpRule, node: Node) -> PatternMatch | str:
     condition, left, right = node.args
     if not all(isinstance(arg, Node) for arg in (condition, left, right)):
         return "one operand is a number that was not made a tensor"
-    return Binding(rule, node, (cast(Node, left), cast(Node, right)))
+    return PatternMatch(rule, node, (cast(Node, left), cast(Node, right)))
 
 
 WHERE = OpRule(
     family="where",
     targets=frozenset({aten.where.self}),
-    bind=_bind_where,
+    match=_match_where,
     cases=(
         _case("compared", lambda x, y: torch.where(x > y, x, y), _IMAGE, _IMAGE),
         _case("number", lambda x: torch.where(x > 0.25, x, x * x), _IMAGE),

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.ops._rule import Binding, Case, OpRule
+from custom_quantizer.ops._rule import Case, OpRule, PatternMatch
 
 __all__ = ["EMBEDDING", "RULES"]
 
 aten = torch.ops.aten
 
 
-def _bind_embedding(rule: OpRule, node: Node) -> Binding | str:
+def _match_embedding(rule: OpRule, node: Node) -> PatternMatch | str:
     table, indices = node.args[:2]
     if not isinstance(table, Node) or not isinstance(indices, Node):
         return "its table or its indices are not tensors of the graph"
-    return Binding(rule, node, (table,))
+    return PatternMatch(rule, node, (table,))
 
 
 class _Rows(nn.Module):
@@ -36,7 +36,7 @@ class _Rows(nn.Module):
 EMBEDDING = OpRule(
     family="embedding",
     targets=frozenset({aten.embedding.default}),
-    bind=_bind_embedding,
+    match=_match_embedding,
     cases=(Case("rows", _Rows, ((3, 4),)),),
 )
 

@@ -23,14 +23,14 @@ from torch.fx import Node
 from custom_quantizer.core.arithmetic import Arithmetic, QParams, round_to_float32
 from custom_quantizer.core.graph import argument, is_constant
 from custom_quantizer.ops._rule import (
-    Binding,
     Case,
     Integers,
     OpRule,
+    PatternMatch,
     QuantizedOp,
     Trait,
 )
-from custom_quantizer.ops.elementwise import _bind_pair, _bind_single, _case
+from custom_quantizer.ops.elementwise import _case, _match_pair, _match_single
 
 __all__ = [
     "DIV",
@@ -228,16 +228,16 @@ floor, ceil, leaky_relu, division and hardsigmoid are sequences of single IEEE o
 """
 
 
-def table_of(binding: Binding) -> bool:
+def table_of(match: PatternMatch) -> bool:
     """Whether an op is a function of one tensor, and so a table on integers."""
-    return Trait.TABLE in binding.rule.traits and len(binding.inputs) == 1
+    return Trait.TABLE in match.rule.traits and len(match.inputs) == 1
 
 
 def _function_rule(family: str, target: Any, *cases: Case) -> OpRule:
     return OpRule(
         family=family,
         targets=frozenset({target}),
-        bind=_bind_single,
+        match=_match_single,
         traits=_TABLE,
         integers=_table_integers,
         cases=cases,
@@ -290,7 +290,7 @@ TANH = _function_rule("tanh", aten.tanh.default, *_cases(torch.tanh))
 ELU = OpRule(
     family="elu",
     targets=frozenset({aten.celu.default, aten.elu.default, aten.selu.default}),
-    bind=_bind_single,
+    match=_match_single,
     traits=_TABLE,
     integers=_table_integers,
     cases=(
@@ -315,7 +315,7 @@ def is_tanh_gelu(node: Node) -> bool:
 GELU = OpRule(
     family="gelu",
     targets=frozenset({aten.gelu.default}),
-    bind=_bind_single,
+    match=_match_single,
     traits=_TABLE,
     integers=_table_integers,
     cases=(
@@ -332,7 +332,7 @@ GELU = OpRule(
 SILU = OpRule(
     family="silu",
     targets=frozenset({aten.silu.default}),
-    bind=_bind_single,
+    match=_match_single,
     traits=_TABLE,
     integers=_table_integers,
     cases=(
@@ -347,11 +347,11 @@ SILU = OpRule(
 # ---------------------------------------------------------------------------------------------
 
 
-def _bind_prelu(rule: OpRule, node: Node) -> Binding | str:
+def _match_prelu(rule: OpRule, node: Node) -> PatternMatch | str:
     slope = node.args[1]
     if not is_constant(slope):
         return "its slope is computed"
-    return _bind_single(rule, node)
+    return _match_single(rule, node)
 
 
 def _prelu_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -366,7 +366,7 @@ def _prelu_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -
 PRELU = OpRule(
     family="prelu",
     targets=frozenset({aten.prelu.default}),
-    bind=_bind_prelu,
+    match=_match_prelu,
     integers=_prelu_integers,
     cases=(
         Case("channels", lambda: _slopes(nn.PReLU(8)), (_IMAGE,)),
@@ -387,10 +387,10 @@ def _slopes(module: nn.PReLU) -> nn.PReLU:
 # ---------------------------------------------------------------------------------------------
 
 
-def _bind_div(rule: OpRule, node: Node) -> Binding | str:
+def _match_div(rule: OpRule, node: Node) -> PatternMatch | str:
     if isinstance(node.args[1], Node):
-        return _bind_pair(rule, node)
-    return _bind_single(rule, node)
+        return _match_pair(rule, node)
+    return _match_single(rule, node)
 
 
 def _div_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -406,7 +406,7 @@ def _div_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> 
 DIV = OpRule(
     family="div",
     targets=frozenset({aten.div.Tensor}),
-    bind=_bind_div,
+    match=_match_div,
     traits=frozenset({Trait.TABLE, Trait.DIVISION}),
     integers=_div_integers,
     cases=(
@@ -435,7 +435,7 @@ def _extremum_rule(family: str, target: Any, compute: Callable[..., Tensor]) -> 
     return OpRule(
         family=family,
         targets=frozenset({target}),
-        bind=_bind_pair,
+        match=_match_pair,
         integers=_extremum_integers(compute),
         cases=(
             _case("same_shape", compute, _IMAGE, _IMAGE),

@@ -16,10 +16,10 @@ from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops._rule import (
     ACCEPTED,
-    Binding,
     Case,
     Integers,
     OpRule,
+    PatternMatch,
     QuantizedOp,
     Verdict,
     refused,
@@ -36,34 +36,36 @@ _CONV_TRANSPOSE_TARGETS = frozenset({aten.conv_transpose1d.default, aten.conv_tr
 _LINEAR_TARGETS = frozenset({aten.linear.default})
 
 
-def _roles(rule: OpRule, node: Node, *, weight_axis: int = 0, groups: int = 1) -> Binding | str:
+def _roles(
+    rule: OpRule, node: Node, *, weight_axis: int = 0, groups: int = 1
+) -> PatternMatch | str:
     data, weight = node.args[0], node.args[1]
     bias = argument(node, 2, "bias")
     if not isinstance(data, Node) or not isinstance(weight, Node):
         return "its input or weight is not a tensor of the graph"
-    return Binding(rule, node, (data,), weight, cast("Node | None", bias), weight_axis, groups)
+    return PatternMatch(rule, node, (data,), weight, cast("Node | None", bias), weight_axis, groups)
 
 
-def _bind_conv(rule: OpRule, node: Node) -> Binding | str:
+def _match_conv(rule: OpRule, node: Node) -> PatternMatch | str:
     return _roles(rule, node, groups=int(argument(node, 6, "groups", 1)))
 
 
-def _bind_conv_transpose(rule: OpRule, node: Node) -> Binding | str:
+def _match_conv_transpose(rule: OpRule, node: Node) -> PatternMatch | str:
     return _roles(rule, node, weight_axis=1, groups=int(argument(node, 6, "groups", 1)))
 
 
-def _bind_linear(rule: OpRule, node: Node) -> Binding | str:
+def _match_linear(rule: OpRule, node: Node) -> PatternMatch | str:
     return _roles(rule, node)
 
 
-def expand_channels(scale: Tensor, binding: Binding) -> Tensor:
+def expand_channels(scale: Tensor, match: PatternMatch) -> Tensor:
     """One value per output channel of the op, from one per channel of the weight's axis.
 
     A grouped transposed convolution stores ``out_channels / groups`` channels on axis 1, used by
     every group in turn, so the scales repeat group by group.
     """
-    if binding.rule is CONV_TRANSPOSE and scale.numel() > 1:
-        return scale.repeat(binding.groups)
+    if match.rule is CONV_TRANSPOSE and scale.numel() > 1:
+        return scale.repeat(match.groups)
     return scale
 
 
@@ -94,8 +96,8 @@ def _per_dim(value: Any, dims: int) -> list[int]:
     return values * dims if len(values) == 1 else values
 
 
-def _accepts_gemm(binding: Binding, _scheme: OpScheme) -> Verdict:
-    weight = cast(Node, binding.weight)
+def _accepts_gemm(match: PatternMatch, _scheme: OpScheme) -> Verdict:
+    weight = cast(Node, match.weight)
     if not is_constant(weight):
         return refused(f"its weight is computed by {describe(weight)}, not a constant")
     meta = tensor_meta(weight)
@@ -134,7 +136,7 @@ def _accumulate(op: QuantizedOp, data: Tensor, contract: Callable[..., Tensor]) 
     acc = contract((data - qx.zero_point).to(dtype), cast(Tensor, op.weight))
     if op.bias is not None:
         shape = [1] * acc.dim()
-        shape[-1 if op.binding.rule is LINEAR else 1] = -1
+        shape[-1 if op.match.rule is LINEAR else 1] = -1
         acc += op.bias.to(dtype).reshape(shape)
     return acc
 
@@ -142,9 +144,9 @@ def _accumulate(op: QuantizedOp, data: Tensor, contract: Callable[..., Tensor]) 
 def _largest_row(op: QuantizedOp) -> int:
     """Largest sum of absolute weights that meet in one accumulator."""
     weight = cast(Tensor, op.weight)
-    if op.binding.rule is CONV_TRANSPOSE:
+    if op.match.rule is CONV_TRANSPOSE:
         # Input channels are summed within a group; every kernel position may overlap.
-        grouped = weight.to(torch.int64).abs().reshape(op.binding.groups, -1, *weight.shape[1:])
+        grouped = weight.to(torch.int64).abs().reshape(op.match.groups, -1, *weight.shape[1:])
         return int(grouped.sum(dim=1).flatten(2).sum(dim=2).max())
     parts = _parts(weight.flatten(1))
     return max(int(part.to(torch.int32).abs().sum(dim=1).max()) for part in parts)
@@ -161,12 +163,12 @@ def _requantize(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> Tensor:
         raise ConversionError(f"{describe(op.node)} has no quantized weight")
     scale = weight_qparams.scale
     if isinstance(scale, Tensor):
-        scale = expand_channels(scale, op.binding)
+        scale = expand_channels(scale, op.match)
     return arithmetic.requantize_accumulator(
         acc if _continues_in_float32(op, acc, arithmetic) else acc.to(torch.int64),
         input_scale=cast(float, op.inputs[0].scale),
         weight_scale=scale,
-        channel_axis=acc.dim() - 1 if op.binding.rule is LINEAR else 1,
+        channel_axis=acc.dim() - 1 if op.match.rule is LINEAR else 1,
         out=op.output,
         bounds=op.stored_bounds(arithmetic),
         accumulator_width=64 if op.is_wide else 32,
@@ -190,9 +192,9 @@ def _conv_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) ->
         weight = integers.to(data.dtype)
         # Padding with the zero point is padding the centered input with zero.
         if before == after:
-            return conv(data, weight, None, stride, before, dilation, op.binding.groups)
+            return conv(data, weight, None, stride, before, dilation, op.match.groups)
         pads = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
-        return conv(F.pad(data, pads), weight, None, stride, 0, dilation, op.binding.groups)
+        return conv(F.pad(data, pads), weight, None, stride, 0, dilation, op.match.groups)
 
     return _requantize(op, _accumulate(op, inputs[0], contract), arithmetic)
 
@@ -208,9 +210,7 @@ def _conv_transpose_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arit
 
     def contract(data: Tensor, integers: Tensor) -> Tensor:
         weight = integers.to(data.dtype)
-        return conv(
-            data, weight, None, stride, padding, output_padding, op.binding.groups, dilation
-        )
+        return conv(data, weight, None, stride, padding, output_padding, op.match.groups, dilation)
 
     return _requantize(op, _accumulate(op, inputs[0], contract), arithmetic)
 
@@ -246,7 +246,7 @@ _SIGNAL = ((2, 8, 21),)
 CONV = OpRule(
     family="conv",
     targets=_CONV_TARGETS,
-    bind=_bind_conv,
+    match=_match_conv,
     fuses=_ACTIVATIONS,
     accepts=_accepts_gemm,
     integers=_conv_integers,
@@ -283,7 +283,7 @@ CONV = OpRule(
 CONV_TRANSPOSE = OpRule(
     family="conv_transpose",
     targets=_CONV_TRANSPOSE_TARGETS,
-    bind=_bind_conv_transpose,
+    match=_match_conv_transpose,
     fuses=_ACTIVATIONS,
     accepts=_accepts_gemm,
     integers=_conv_transpose_integers,
@@ -312,7 +312,7 @@ CONV_TRANSPOSE = OpRule(
 LINEAR = OpRule(
     family="linear",
     targets=_LINEAR_TARGETS,
-    bind=_bind_linear,
+    match=_match_linear,
     fuses=_ACTIVATIONS,
     accepts=_accepts_gemm,
     integers=_linear_integers,

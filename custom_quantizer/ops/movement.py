@@ -22,14 +22,14 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops._rule import (
-    Binding,
     Integers,
     OpRule,
+    PatternMatch,
     QParamSharing,
     QuantizedOp,
     Trait,
 )
-from custom_quantizer.ops.elementwise import _bind_single, _case
+from custom_quantizer.ops.elementwise import _case, _match_single
 
 __all__ = ["CAT", "GETITEM", "PAD", "RESHAPE", "RULES", "SELECT", "SLICE", "SPLIT", "is_identity"]
 
@@ -69,7 +69,7 @@ def is_identity(node: Node) -> bool:
     return node.target in _IDENTITIES
 
 
-def _bind_move(rule: OpRule, node: Node) -> Binding | str:
+def _match_move(rule: OpRule, node: Node) -> PatternMatch | str:
     meta, data = tensor_meta(node), node.args[0]
     source = tensor_meta(data) if isinstance(data, Node) else None
     if meta is not None and source is not None and meta.dtype != source.dtype:
@@ -79,8 +79,10 @@ def _bind_move(rule: OpRule, node: Node) -> Binding | str:
     ):
         return "it drops values at random (training mode)"
     if node.target in _RESHAPES and isinstance(data, Node):
-        return Binding(rule, node, (data,))  # the recorded shape says what its arguments do not
-    return _bind_single(rule, node)
+        return PatternMatch(
+            rule, node, (data,)
+        )  # the recorded shape says what its arguments do not
+    return _match_single(rule, node)
 
 
 def _apply(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
@@ -106,7 +108,7 @@ IDENTITY = OpRule(
     family="identity",
     traits=frozenset({Trait.VIEW}),
     targets=_IDENTITIES,
-    bind=_bind_move,
+    match=_match_move,
     sharing=QParamSharing.SAME,
     integers=lambda _op, inputs, _arithmetic: inputs[0],
     cases=(
@@ -120,7 +122,7 @@ RESHAPE = OpRule(
     family="reshape",
     traits=frozenset({Trait.VIEW}),
     targets=_RESHAPES,
-    bind=_bind_move,
+    match=_match_move,
     sharing=QParamSharing.SAME,
     integers=_reshape_integers,
     cases=(
@@ -144,7 +146,7 @@ PERMUTE = OpRule(
     family="permute",
     traits=frozenset({Trait.VIEW}),
     targets=_PERMUTES,
-    bind=_bind_move,
+    match=_match_move,
     sharing=QParamSharing.SAME,
     integers=_apply,
     cases=(
@@ -182,7 +184,7 @@ def is_split_evenly(node: Node) -> bool:
 SLICE = OpRule(
     family="slice",
     targets=frozenset({aten.slice.Tensor, aten.narrow.default}),
-    bind=_bind_move,
+    match=_match_move,
     sharing=QParamSharing.SAME,
     integers=_apply,
     cases=(
@@ -201,7 +203,7 @@ SLICE = OpRule(
 SELECT = OpRule(
     family="select",
     targets=frozenset({aten.select.int}),
-    bind=_bind_move,
+    match=_match_move,
     sharing=QParamSharing.SAME,
     integers=_apply,
     cases=(
@@ -214,7 +216,7 @@ SELECT = OpRule(
 EXPAND = OpRule(
     family="expand",
     targets=frozenset({aten.expand.default}),
-    bind=_bind_move,
+    match=_match_move,
     sharing=QParamSharing.SAME,
     integers=_apply,
     cases=(
@@ -243,7 +245,7 @@ SPLIT = OpRule(
             aten.unbind.int,
         }
     ),
-    bind=_bind_single,
+    match=_match_single,
     sharing=QParamSharing.SAME,
     integers=_split_integers,
     cases=(
@@ -254,28 +256,28 @@ SPLIT = OpRule(
 )
 
 
-def _bind_getitem(rule: OpRule, node: Node) -> Binding | str:
+def _match_getitem(rule: OpRule, node: Node) -> PatternMatch | str:
     source = node.args[0]
     if not isinstance(source, Node) or source.target not in SPLIT.targets:
         return "it takes one of several results of an op that is not quantized"
-    return Binding(rule, node, (source,))
+    return PatternMatch(rule, node, (source,))
 
 
 GETITEM = OpRule(
     family="getitem",
     targets=frozenset({operator.getitem}),
-    bind=_bind_getitem,
+    match=_match_getitem,
     sharing=QParamSharing.SAME,
     integers=lambda op, inputs, _arithmetic: inputs[0][cast(int, op.node.args[1])],
     cases=(),
 )
 
 
-def _bind_cat(rule: OpRule, node: Node) -> Binding | str:
+def _match_cat(rule: OpRule, node: Node) -> PatternMatch | str:
     tensors = node.args[0]
     if not isinstance(tensors, Sequence) or not all(isinstance(t, Node) for t in tensors):
         return "its inputs are not a list of tensors"
-    return Binding(rule, node, tuple(cast("Sequence[Node]", tensors)))
+    return PatternMatch(rule, node, tuple(cast("Sequence[Node]", tensors)))
 
 
 def _cat_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
@@ -285,7 +287,7 @@ def _cat_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) ->
 CAT = OpRule(
     family="cat",
     targets=frozenset({aten.cat.default}),
-    bind=_bind_cat,
+    match=_match_cat,
     sharing=QParamSharing.SAME,
     integers=_cat_integers,
     cases=(
@@ -300,7 +302,7 @@ CAT = OpRule(
 )
 
 
-def _bind_pad(rule: OpRule, node: Node) -> Binding | str:
+def _match_pad(rule: OpRule, node: Node) -> PatternMatch | str:
     if node.target is aten.pad.default and argument(node, 2, "mode", "constant") != "constant":
         return "it pads with reflected or repeated values"
     if reads_sizes(node):
@@ -309,7 +311,7 @@ def _bind_pad(rule: OpRule, node: Node) -> Binding | str:
     value = argument(node, 3 if node.target is aten.pad.default else 2, "value", 0)
     if value not in (None, 0, 0.0):
         return f"it pads with {value}; only zero is the same number at every scale"
-    return _bind_move(rule, node)
+    return _match_move(rule, node)
 
 
 def padding_of(node: Node) -> list[int]:
@@ -324,7 +326,7 @@ def _pad_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) ->
 PAD = OpRule(
     family="pad",
     targets=frozenset({aten.pad.default, aten.constant_pad_nd.default}),
-    bind=_bind_pad,
+    match=_match_pad,
     sharing=QParamSharing.SAME,
     integers=_pad_integers,
     cases=(

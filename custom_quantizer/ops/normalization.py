@@ -12,8 +12,8 @@ from torch import nn
 from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, is_constant, shape_of
-from custom_quantizer.ops._rule import Binding, Case, OpRule
-from custom_quantizer.ops.elementwise import _bind_single, _case
+from custom_quantizer.ops._rule import Case, OpRule, PatternMatch
+from custom_quantizer.ops.elementwise import _case, _match_single
 
 __all__ = [
     "GROUP_NORM",
@@ -60,15 +60,15 @@ def normalized_size(node: Node) -> int:
     return math.prod(int(size) for size in cast("Sequence[int]", node.args[1]))
 
 
-def _bind_layer_norm(rule: OpRule, node: Node) -> Binding | str:
-    return _computed(node, 2, 3) or _bind_single(rule, node)
+def _match_layer_norm(rule: OpRule, node: Node) -> PatternMatch | str:
+    return _computed(node, 2, 3) or _match_single(rule, node)
 
 
 LAYER_NORM = OpRule(
     family="layer_norm",
     title="layer norm",
     targets=frozenset({aten.layer_norm.default}),
-    bind=_bind_layer_norm,
+    match=_match_layer_norm,
     cases=(
         _norm_case("last", lambda: nn.LayerNorm(16), 2, 5, 16),
         _norm_case("image", lambda: nn.LayerNorm(16), 2, 3, 4, 16),
@@ -78,15 +78,15 @@ LAYER_NORM = OpRule(
 )
 
 
-def _bind_rms_norm(rule: OpRule, node: Node) -> Binding | str:
-    return _computed(node, 2) or _bind_single(rule, node)
+def _match_rms_norm(rule: OpRule, node: Node) -> PatternMatch | str:
+    return _computed(node, 2) or _match_single(rule, node)
 
 
 RMS_NORM = OpRule(
     family="rms_norm",
     title="root-mean-square norm",
     targets=frozenset({aten.rms_norm.default}),
-    bind=_bind_rms_norm,
+    match=_match_rms_norm,
     cases=(
         _norm_case("last", lambda: nn.RMSNorm(16), 2, 5, 16),
         _norm_case("two_dims", lambda: nn.RMSNorm([4, 6], eps=1e-3), 2, 3, 4, 6),
@@ -111,15 +111,15 @@ def _static_behind_batch(node: Node) -> str:
     return "" if all(isinstance(size, int) for size in sizes) else "its image size is dynamic"
 
 
-def _bind_group_norm(rule: OpRule, node: Node) -> Binding | str:
-    return _computed(node, 2, 3) or _static_behind_batch(node) or _bind_single(rule, node)
+def _match_group_norm(rule: OpRule, node: Node) -> PatternMatch | str:
+    return _computed(node, 2, 3) or _static_behind_batch(node) or _match_single(rule, node)
 
 
 GROUP_NORM = OpRule(
     family="group_norm",
     title="group norm",
     targets=frozenset({aten.group_norm.default}),
-    bind=_bind_group_norm,
+    match=_match_group_norm,
     cases=(
         _norm_case("image", lambda: nn.GroupNorm(2, 8), 2, 8, 5, 6),
         _norm_case("signal", lambda: nn.GroupNorm(4, 8), 2, 8, 21),
@@ -129,17 +129,17 @@ GROUP_NORM = OpRule(
 )
 
 
-def _bind_instance_norm(rule: OpRule, node: Node) -> Binding | str:
+def _match_instance_norm(rule: OpRule, node: Node) -> PatternMatch | str:
     if not argument(node, 5, "use_input_stats", True):
         return "it uses running statistics"
-    return _computed(node, 1, 2) or _static_behind_batch(node) or _bind_single(rule, node)
+    return _computed(node, 1, 2) or _static_behind_batch(node) or _match_single(rule, node)
 
 
 INSTANCE_NORM = OpRule(
     family="instance_norm",
     title="instance norm",
     targets=frozenset({aten.instance_norm.default}),
-    bind=_bind_instance_norm,
+    match=_match_instance_norm,
     cases=(
         _norm_case("image", lambda: nn.InstanceNorm2d(8, affine=True), 2, 8, 5, 6),
         _norm_case("signal", lambda: nn.InstanceNorm1d(8), 2, 8, 21),
@@ -151,7 +151,7 @@ INSTANCE_NORM = OpRule(
 # ---------------------------------------------------------------------------------------------
 
 
-def _bind_vector_norm(rule: OpRule, node: Node) -> Binding | str:
+def _match_vector_norm(rule: OpRule, node: Node) -> PatternMatch | str:
     if argument(node, 1, "ord", 2) != 2:
         return "it is not the Euclidean norm"
     dims = argument(node, 2, "dim")
@@ -160,14 +160,14 @@ def _bind_vector_norm(rule: OpRule, node: Node) -> Binding | str:
         return "it is not over the last dimension"
     if argument(node, 4, "dtype") is not None:
         return "it changes the dtype"
-    return _bind_single(rule, node)
+    return _match_single(rule, node)
 
 
 VECTOR_NORM = OpRule(
     family="vector_norm",
     title="norm",
     targets=frozenset({aten.linalg_vector_norm.default}),
-    bind=_bind_vector_norm,
+    match=_match_vector_norm,
     cases=(
         _case("keepdim", lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True), (2, 5, 16)),
         _case("flat", lambda x: torch.linalg.vector_norm(x, dim=-1), (2, 5, 16)),

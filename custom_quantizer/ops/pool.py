@@ -13,14 +13,14 @@ from torch.fx import Node
 from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.graph import argument, reads_sizes, tensor_meta
 from custom_quantizer.ops._rule import (
-    Binding,
     Case,
     Integers,
     OpRule,
+    PatternMatch,
     QParamSharing,
     QuantizedOp,
 )
-from custom_quantizer.ops.elementwise import _bind_single, _case
+from custom_quantizer.ops.elementwise import _case, _match_single
 
 __all__ = ["ADAPTIVE_AVG_POOL", "AVG_POOL", "MAX_POOL", "MEAN", "RULES"]
 
@@ -63,7 +63,7 @@ def _max_pool_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmeti
 MAX_POOL = OpRule(
     family="max_pool2d",
     targets=frozenset({aten.max_pool2d.default}),
-    bind=_bind_single,
+    match=_match_single,
     sharing=QParamSharing.SAME,
     integers=_max_pool_integers,
     cases=(
@@ -89,12 +89,12 @@ def spatial_mean_dims(node: Node) -> tuple[tuple[int, ...], bool] | None:
     return (normalized, bool(argument(node, 2, "keepdim", False))) if normalized == (2, 3) else None
 
 
-def _bind_mean(rule: OpRule, node: Node) -> Binding | str:
+def _match_mean(rule: OpRule, node: Node) -> PatternMatch | str:
     if argument(node, 3, "dtype") is not None:
         return "it changes the dtype"
     if spatial_mean_dims(node) is None:
         return "only a mean over the two spatial dims of a 4-d tensor has an integer form"
-    return _bind_single(rule, node)
+    return _match_single(rule, node)
 
 
 def _mean_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -108,7 +108,7 @@ def _mean_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) ->
 MEAN = OpRule(
     family="mean",
     targets=frozenset({aten.mean.dim}),
-    bind=_bind_mean,
+    match=_match_mean,
     integers=_mean_integers,
     cases=(
         _case("keepdim", lambda x: x.mean((2, 3), keepdim=True), (2, 8, 5, 7)),
@@ -157,10 +157,10 @@ def is_global_pool(node: Node) -> bool:
     return data is not None and data.dim() == 4 and all(w == 1 for w in wanted)
 
 
-def _bind_adaptive(rule: OpRule, node: Node) -> Binding | str:
+def _match_adaptive(rule: OpRule, node: Node) -> PatternMatch | str:
     if not is_global_pool(node) and adaptive_kernel(node) is None:
         return "its output size does not divide its input size, so windows overlap"
-    return _bind_single(rule, node)
+    return _match_single(rule, node)
 
 
 def _adaptive_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -177,7 +177,7 @@ def _adaptive_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic
 ADAPTIVE_AVG_POOL = OpRule(
     family="adaptive_avg_pool2d",
     targets=frozenset({aten.adaptive_avg_pool2d.default}),
-    bind=_bind_adaptive,
+    match=_match_adaptive,
     integers=_adaptive_integers,
     cases=(
         _case("global", lambda x: F.adaptive_avg_pool2d(x, 1), (2, 8, 5, 7)),
@@ -191,12 +191,12 @@ ADAPTIVE_AVG_POOL = OpRule(
 # ---------------------------------------------------------------------------------------------
 
 
-def _bind_avg_pool(rule: OpRule, node: Node) -> Binding | str:
+def _match_avg_pool(rule: OpRule, node: Node) -> PatternMatch | str:
     if argument(node, 4, "ceil_mode", False):
         return "ceil_mode makes windows of different sizes"
     if argument(node, 6, "divisor_override") is not None:
         return "its divisor is overridden"
-    return _bind_single(rule, node)
+    return _match_single(rule, node)
 
 
 def counts_padding(node: Node) -> bool:
@@ -227,7 +227,7 @@ def _avg_pool_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic
 AVG_POOL = OpRule(
     family="avg_pool2d",
     targets=frozenset({aten.avg_pool2d.default}),
-    bind=_bind_avg_pool,
+    match=_match_avg_pool,
     integers=_avg_pool_integers,
     cases=(
         _case("2x2", lambda x: F.avg_pool2d(x, 2), (2, 8, 10, 9)),

@@ -30,9 +30,9 @@ from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.ops import (
     OF_TARGET,
-    Binding,
     Formats,
     OpRule,
+    PatternMatch,
     QParamSharing,
     Trait,
     rule_of,
@@ -41,7 +41,7 @@ from custom_quantizer.ops.backend import Backend, Delegation, Support
 from custom_quantizer.ops.placement import Placement, Tally, tally
 from custom_quantizer.ops.rewrites.canonical import overwritten_by
 from custom_quantizer.planning.insertion import ANNOTATION_KEY
-from custom_quantizer.planning.profitability import Kind, Step, weigh
+from custom_quantizer.planning.profitability import Kind, Step, unprofitable
 
 __all__ = ["Derivation", "Edge", "NodeAnnotation", "OpPlan", "Plan", "TensorPlan", "make_plan"]
 
@@ -267,7 +267,7 @@ class _Op:
     decision: Decision
     rule: OpRule | None = None
     support: Support | None = None  # what the backend does with its family
-    binding: Binding | None = None
+    match: PatternMatch | None = None
     fused: Node | None = None
     scheme: OpScheme | None = None
     follows: TensorScheme | None = None  # data-movement ops: the format they pass on
@@ -279,7 +279,7 @@ class _Op:
         return self.fused or self.node
 
     @property
-    def mover(self) -> bool:
+    def moves_values(self) -> bool:
         return self.rule is not None and self.rule.sharing is QParamSharing.SAME
 
     def has(self, trait: Trait) -> bool:
@@ -289,7 +289,7 @@ class _Op:
     @property
     def activation(self) -> TensorScheme | None:
         """Format of inputs and output; ``None`` when the op stays in float."""
-        if self.mover:
+        if self.moves_values:
             return self.follows
         return None if self.scheme is None else self.scheme.activation
 
@@ -331,12 +331,12 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     anchors = {op.node: op for op in ops}
     # Data movement has no format of its own: it follows once its neighbours are decided.
     for op in ops:
-        if not op.mover:
+        if not op.moves_values:
             _settle(op, backend)
     _leave_sums_in_float(ops, anchors)
     _leave_divisors_in_float(ops, producer)
     io = _model_io(model, config)
-    _weigh(ops, io, backend)
+    _leave_unprofitable_in_float(ops, io, backend)
     _center(ops, producer)
     # What integers it is given comes first; what its consumers want only where it is given none.
     _follow_producers(ops, producer, io.inputs, backend)
@@ -391,7 +391,7 @@ def _collect(model: GraphModule, config: Config, backend: Backend) -> list[_Op]:
             op.reason = ANNOTATED_BEFORE
         elif op.rule is not None:
             op.support = backend.support(op.rule)
-            bound = op.rule.bind(op.rule, node)
+            bound = op.rule.match(op.rule, node)
             if isinstance(bound, str):
                 op.reason = bound
             elif (refusal := op.support.refuses(bound)) != "":
@@ -399,7 +399,7 @@ def _collect(model: GraphModule, config: Config, backend: Backend) -> list[_Op]:
             elif (reason := _overwritten(node, bound)) is not None:
                 op.reason = reason
             else:
-                op.binding = bound
+                op.match = bound
                 op.fused = _fusable(op, config)
                 if op.fused is not None:
                     fused.add(op.fused)
@@ -407,9 +407,9 @@ def _collect(model: GraphModule, config: Config, backend: Backend) -> list[_Op]:
     return ops
 
 
-def _overwritten(node: Node, binding: Binding) -> str | None:
+def _overwritten(node: Node, match: PatternMatch) -> str | None:
     """Why no quantize node may stand before or behind ``node``, if none may."""
-    for tensor in (node, *binding.inputs):
+    for tensor in (node, *match.inputs):
         writer = overwritten_by(tensor)
         if writer is not None:
             return f"{writer} writes into the memory of {describe(tensor)} in place"
@@ -426,7 +426,7 @@ def _fusable(op: _Op, config: Config) -> Node | None:
     fuses = op.support is not None and op.support.fuses
     if not fuses or follower is None or follower.family not in rule.fuses:
         return None
-    if isinstance(follower.bind(follower, users[0]), str) or overwritten_by(users[0]):
+    if isinstance(follower.match(follower, users[0]), str) or overwritten_by(users[0]):
         return None
     if is_annotated(users[0]):
         return None
@@ -447,7 +447,7 @@ def _settle(op: _Op, backend: Backend) -> None:
         if isinstance(op.node.target, torch._ops.HigherOrderOperator):
             op.reason = f"{op.node.target} is control flow: the graphs it runs stay in float"
         return
-    if op.binding is None or op.support is None:
+    if op.match is None or op.support is None:
         return
     if op.support.float_reason:
         op.reason = op.support.float_reason
@@ -455,10 +455,10 @@ def _settle(op: _Op, backend: Backend) -> None:
     if scheme is None:
         op.reason = op.decision.reason
         return
-    if scheme.dynamic and op.binding.weight is None:
+    if scheme.dynamic and op.match.weight is None:
         op.reason = f"{scheme.name} quantizes linear layers; everything else stays in float"
         return
-    for tensor in (*op.binding.inputs, op.output):
+    for tensor in (*op.match.inputs, op.output):
         meta = tensor_meta(tensor)
         if meta is None or meta.dtype != torch.float32:
             kind = "not a single tensor" if meta is None else str(meta.dtype)
@@ -470,7 +470,7 @@ def _settle(op: _Op, backend: Backend) -> None:
             op.reason = f"{describe(tensor)} {refusal}"
             return
     for accepts in (op.rule.accepts, op.support.accepts):
-        verdict = accepts(op.binding, scheme)
+        verdict = accepts(op.match, scheme)
         if not verdict.ok:
             op.reason = verdict.reason
             return
@@ -505,11 +505,11 @@ def _leave_divisors_in_float(ops: list[_Op], producer: dict[Node, _Op]) -> None:
     ``F.normalize`` of a row of zeros is zero, and not 0 / 0.
     """
     for op in ops:
-        if not op.has(Trait.DIVISION) or op.binding is None:
+        if not op.has(Trait.DIVISION) or op.match is None:
             continue
-        source = producer.get(op.binding.inputs[-1])
-        while source is not None and source.mover and source.binding is not None:
-            source = producer.get(source.binding.inputs[0])
+        source = producer.get(op.match.inputs[-1])
+        while source is not None and source.moves_values and source.match is not None:
+            source = producer.get(source.match.inputs[0])
         if source is None or source.scheme is None or source.decision.explicit:
             continue
         last = rule_of(source.output)  # a clamp of its own, or one that is fused
@@ -529,35 +529,35 @@ def _center(ops: list[_Op], producer: dict[Node, _Op]) -> None:
     Only if its range has both signs: of one sign, half of a symmetric range would be unused.
     """
     for op in ops:
-        if op.support is None or op.scheme is None or op.binding is None:
+        if op.support is None or op.scheme is None or op.match is None:
             continue
         for position in op.support.requires_symmetric:
-            source = producer.get(op.binding.inputs[position])
-            while source is not None and source.mover and source.binding is not None:
-                source = producer.get(source.binding.inputs[0])
+            source = producer.get(op.match.inputs[position])
+            while source is not None and source.moves_values and source.match is not None:
+                source = producer.get(source.match.inputs[0])
             if source is None or source.scheme is None or _is_dynamic(source) or source.fused:
                 continue
-            if source.binding is not None and source.binding.weight is None:
+            if source.match is not None and source.match.weight is None:
                 signed = source.has(Trait.SUM)
             else:
                 signed = True
             source.centered = signed
 
 
-def _weigh(ops: list[_Op], io: _ModelIO, backend: Backend) -> None:
+def _leave_unprofitable_in_float(ops: list[_Op], io: _ModelIO, backend: Backend) -> None:
     """Ops without an integer kernel stay in float where quantizing them would only cost."""
     kinds = {op.node: _kind(op, backend) for op in ops}
     steps = [
         Step(
             kinds[op.node],
-            () if op.binding is None else tuple(t for t in op.binding.inputs if not is_constant(t)),
+            () if op.match is None else tuple(t for t in op.match.inputs if not is_constant(t)),
             op.output,
             tuple(effective_users(op.output)),
             op.node,
         )
         for op in ops
     ]
-    refused = weigh(steps, io.inputs, [node for node, _ in io.outputs])
+    refused = unprofitable(steps, io.inputs, [node for node, _ in io.outputs])
     for op in ops:
         if op.node in refused:
             op.scheme = None
@@ -569,15 +569,15 @@ def _weigh(ops: list[_Op], io: _ModelIO, backend: Backend) -> None:
 
 def _kind(op: _Op, backend: Backend) -> Kind:
     """What an op does with integers, now that it is settled."""
-    if op.mover:
+    if op.moves_values:
         return Kind.FLOAT if _left_in_float(op, backend) else Kind.MOVEMENT
-    if op.scheme is None or op.binding is None or op.scheme.dynamic:
+    if op.scheme is None or op.match is None or op.scheme.dynamic:
         return Kind.FLOAT
     # A rule that names the op or its type is an order.
     if op.decision.aimed:
         return Kind.INTEGER
-    kernel = backend.predict(op.binding, Formats(8)).kernel
-    return Kind.WEIGHED if kernel.needs_integers else Kind.INTEGER
+    kernel = backend.predict(op.match, Formats(8)).kernel
+    return Kind.OPTIONAL if kernel.needs_integers else Kind.INTEGER
 
 
 def _to_float(meta: torch.Tensor | None) -> str:
@@ -589,12 +589,12 @@ def _to_float(meta: torch.Tensor | None) -> str:
 
 def _left_in_float(op: _Op, backend: Backend) -> bool:
     """Of a data-movement op: whether something forbids passing integers on."""
-    if op.binding is None:
+    if op.match is None:
         return True
     if op.decision.explicit and op.decision.scheme is None:
         op.reason = op.decision.reason
         return True
-    for tensor in (op.node, *op.binding.inputs):
+    for tensor in (op.node, *op.match.inputs):
         meta = tensor_meta(tensor)
         if meta is not None and meta.dtype != torch.float32:
             op.reason = f"{describe(tensor)} is {meta.dtype}; only float32 tensors are quantized"
@@ -620,16 +620,16 @@ def _follow_producers(
 ) -> None:
     """A data-movement op passes on the integers it is given."""
     for op in ops:
-        if not op.mover or _left_in_float(op, backend):
+        if not op.moves_values or _left_in_float(op, backend):
             continue
         sources = [
             source
-            for tensor in cast(Binding, op.binding).inputs
+            for tensor in cast(PatternMatch, op.match).inputs
             if (source := producer.get(tensor)) is not None and not _is_dynamic(source)
         ]
         op.centered = any(source.centered for source in sources)
         given = [source.made for source in sources]
-        given += [inputs.get(tensor) for tensor in cast(Binding, op.binding).inputs]
+        given += [inputs.get(tensor) for tensor in cast(PatternMatch, op.match).inputs]
         formats = [fmt for fmt in given if fmt is not None]
         if formats:
             # Tensors that are joined must agree: on the widest format among them.
@@ -644,15 +644,15 @@ def _is_dynamic(op: _Op) -> bool:
 def _follow_consumers(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
     """Data movement of a float tensor moves integers if all users of the result want the same."""
     for op in reversed(ops):
-        if not op.mover or op.follows is not None or op.binding is None or op.reason:
+        if not op.moves_values or op.follows is not None or op.match is None or op.reason:
             continue
         wanted: list[TensorScheme | None] = []
         for user in effective_users(op.node):
             consumer = anchors.get(user)
             takes = (
                 consumer is not None
-                and consumer.binding is not None
-                and op.node in consumer.binding.inputs
+                and consumer.match is not None
+                and op.node in consumer.match.inputs
                 and not _is_dynamic(consumer)
             )
             wanted.append(_wanted_by(consumer, op.node) if takes else None)
@@ -668,7 +668,7 @@ def _wanted_by(consumer: _Op | None, tensor: Node) -> TensorScheme | None:
     """Format in which an op takes ``tensor``."""
     if consumer is None or consumer.activation is None:
         return None
-    return consumer.wanted(cast(Binding, consumer.binding).inputs.index(tensor))
+    return consumer.wanted(cast(PatternMatch, consumer.match).inputs.index(tensor))
 
 
 def _same_format(a: TensorScheme | None, b: TensorScheme | None) -> bool:
@@ -692,10 +692,10 @@ class _Annotator:
 
     def plan(self, warnings: tuple[str, ...]) -> Plan:
         for op in self._ops:
-            if op.activation is None or op.binding is None or _is_dynamic(op):
+            if op.activation is None or op.match is None or _is_dynamic(op):
                 continue
             keys = self._input_keys(op)
-            if op.mover:
+            if op.moves_values:
                 for key in keys:
                     self._groups.union(key, ("out", op.output))
         self._choose_schemes()
@@ -712,7 +712,7 @@ class _Annotator:
         return Plan(plans, warnings, annotations)
 
     def _input_keys(self, op: _Op) -> list[_Key]:
-        inputs = cast(Binding, op.binding).inputs
+        inputs = cast(PatternMatch, op.match).inputs
         return [self._key(tensor, op.wanted(i)) for i, tensor in enumerate(inputs)]
 
     def _key(self, tensor: Node, wanted: TensorScheme) -> _Key:
@@ -745,11 +745,11 @@ class _Annotator:
         for node, fmt in self._io.outputs:
             add(self._key(node, fmt), False, fmt)
         for op in self._ops:
-            if op.activation is None or op.binding is None or _is_dynamic(op):
+            if op.activation is None or op.match is None or _is_dynamic(op):
                 continue
             for i, key in enumerate(self._input_keys(op)):
                 add(key, False, op.wanted(i))
-            add(("out", op.output), not op.mover, cast(TensorScheme, op.made))
+            add(("out", op.output), not op.moves_values, cast(TensorScheme, op.made))
         for root, found in members.items():
             self._schemes[root] = min(found, key=lambda member: member[:3])[3]
 
@@ -762,10 +762,10 @@ class _Annotator:
 
     def _op_plan(self, op: _Op, annotations: dict[str, NodeAnnotation]) -> OpPlan:
         tensors: list[TensorPlan] = []
-        if op.activation is not None and op.binding is not None:
-            tensors = self._annotate(op, op.binding, annotations)
+        if op.activation is not None and op.match is not None:
+            tensors = self._annotate(op, op.match, annotations)
         scheme = op.scheme.name if op.scheme is not None else None
-        if op.mover and op.follows is not None:
+        if op.moves_values and op.follows is not None:
             scheme = f"a{op.follows.format.bits}"
         delegation = _predict(op, self._backend) if op.activation is not None else None
         kernel = self._backend.in_float(op.node) if delegation is None else delegation.kernel
@@ -786,7 +786,7 @@ class _Annotator:
         )
 
     def _annotate(
-        self, op: _Op, binding: Binding, annotations: dict[str, NodeAnnotation]
+        self, op: _Op, match: PatternMatch, annotations: dict[str, NodeAnnotation]
     ) -> list[TensorPlan]:
         inputs: dict[str, Edge] = {}
         tensors: list[TensorPlan] = []
@@ -795,7 +795,7 @@ class _Annotator:
         def record(role: Role, tensor: Node, edge: Edge, fmt: IntFormat, why: str) -> None:
             tensors.append(TensorPlan(role, tensor.name, str(fmt), edge.group, why))
 
-        for i, tensor in enumerate(binding.inputs):
+        for i, tensor in enumerate(match.inputs):
             if tensor.name in inputs:
                 continue
             if isinstance(tensor.meta.get("val"), (list, tuple)):
@@ -808,9 +808,9 @@ class _Annotator:
                 edge = self._activation(self._key(tensor, op.wanted(i)), tensor)
             inputs[tensor.name] = edge
             record("input", tensor, edge, cast(TensorScheme, edge.scheme).format, op.reason)
-        if op.scheme is not None and binding.weight is not None:
+        if op.scheme is not None and match.weight is not None:
             support = cast(Support, op.support)
-            tensors += self._weight_and_bias(op.scheme, binding, support, inputs)
+            tensors += self._weight_and_bias(op.scheme, match, support, inputs)
         output = None
         if isinstance(op.output.meta.get("val"), torch.Tensor) and not dynamic:
             output = self._activation(("out", op.output), op.output)
@@ -823,27 +823,27 @@ class _Annotator:
         return tensors
 
     def _weight_and_bias(
-        self, scheme: OpScheme, binding: Binding, support: Support, inputs: dict[str, Edge]
+        self, scheme: OpScheme, match: PatternMatch, support: Support, inputs: dict[str, Edge]
     ) -> list[TensorPlan]:
         tensors: list[TensorPlan] = []
-        weight = cast(Node, binding.weight)
-        weight_scheme = support.weight(scheme, binding)
+        weight = cast(Node, match.weight)
+        weight_scheme = support.weight(scheme, match)
         why = "constant weight"
         if weight_scheme != scheme.weight:
             why += f"; {support.weight_reason}"
-        key: _Key = ("weight", weight, weight_scheme, binding.weight_axis)
+        key: _Key = ("weight", weight, weight_scheme, match.weight_axis)
         edge = Edge(
             "weight",
             self._number(key),
-            describe(binding.node),
+            describe(match.node),
             weight_scheme,
-            axis=binding.weight_axis,
+            axis=match.weight_axis,
         )
         inputs[weight.name] = edge
         tensors.append(
             TensorPlan("weight", weight.name, str(weight_scheme.format), edge.group, why)
         )
-        bias = binding.bias
+        bias = match.bias
         if bias is None:
             return tensors
         dtype, group = "float32", None
@@ -856,16 +856,16 @@ class _Annotator:
                 else f"{scheme.name} leaves it in float"
             )
         else:
-            group = self._number(("bias", binding.node))
-            source = inputs[binding.inputs[0].name]
+            group = self._number(("bias", match.node))
+            source = inputs[match.inputs[0].name]
             derivation = Derivation(
                 input_group=source.group,
                 weight_group=edge.group,
-                repeats=binding.groups if binding.weight_axis == 1 else 1,
+                repeats=match.groups if match.weight_axis == 1 else 1,
                 input_bits=cast(TensorScheme, source.scheme).format.bits,
             )
             inputs[bias.name] = Edge(
-                "bias", group, describe(binding.node), bias=scheme.bias, derivation=derivation
+                "bias", group, describe(match.node), bias=scheme.bias, derivation=derivation
             )
             dtype, why = str(scheme.bias), "derived: input scale x weight scale"
         tensors.append(TensorPlan("bias", bias.name, dtype, group, why))
@@ -914,12 +914,12 @@ def _joined(found: list[tuple[Node, OpPlan]]) -> OpPlan:
 
 def _predict(op: _Op, backend: Backend) -> Delegation:
     """Where a quantized op will run."""
-    binding, activation = cast(Binding, op.binding), cast(TensorScheme, op.activation)
+    match, activation = cast(PatternMatch, op.match), cast(TensorScheme, op.activation)
     weight = None
-    if op.scheme is not None and binding.weight is not None:
-        weight = cast(Support, op.support).weight(op.scheme, binding)
+    if op.scheme is not None and match.weight is not None:
+        weight = cast(Support, op.support).weight(op.scheme, match)
     return backend.predict(
-        binding,
+        match,
         Formats(
             activation.format.bits,
             None if weight is None else weight.format.bits,
@@ -931,15 +931,15 @@ def _predict(op: _Op, backend: Backend) -> Delegation:
 
 def _estimate_bytes(op: _Op, delegation: Delegation | None) -> int:
     """Weights, biases and per-channel scales of an op, as the program stores them."""
-    if op.binding is None or op.binding.weight is None:
+    if op.match is None or op.match.weight is None:
         return 0
-    meta = tensor_meta(op.binding.weight)
+    meta = tensor_meta(op.match.weight)
     if meta is None:
         return 0
     each = 4.0 if delegation is None else delegation.kernel.weight_bytes
-    channels = int(meta.shape[op.binding.weight_axis]) * (
-        op.binding.groups if op.binding.weight_axis == 1 else 1
+    channels = int(meta.shape[op.match.weight_axis]) * (
+        op.match.groups if op.match.weight_axis == 1 else 1
     )
     per_channel = op.scheme is not None and op.scheme.weight.granularity != "per_tensor"
-    extra = 4 * channels * ((op.binding.bias is not None) + (per_channel and each != 4.0))
+    extra = 4 * channels * ((op.match.bias is not None) + (per_channel and each != 4.0))
     return int(meta.numel() * each) + extra

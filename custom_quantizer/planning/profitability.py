@@ -17,21 +17,21 @@ from enum import Enum
 
 from torch.fx import Node
 
-__all__ = ["Kind", "Step", "weigh"]
+__all__ = ["Kind", "Step", "unprofitable"]
 
 
 class Kind(Enum):
     """What a step does with integers."""
 
     INTEGER = "takes and gives integers"
-    WEIGHED = "takes and gives integers if that costs nothing"
+    OPTIONAL = "takes and gives integers if that costs nothing"
     MOVEMENT = "passes on what it is given"
     FLOAT = "takes and gives float"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One op, as far as weighing is concerned.
+    """One op, as far as profitability is concerned.
 
     Attributes:
         kind: what it does with integers.
@@ -48,8 +48,10 @@ class Step:
     anchor: Node
 
 
-def weigh(steps: Sequence[Step], given: Iterable[Node], wanted: Iterable[Node]) -> dict[Node, str]:
-    """Find the weighed steps that stay in float.
+def unprofitable(
+    steps: Sequence[Step], given: Iterable[Node], wanted: Iterable[Node]
+) -> dict[Node, str]:
+    """Find the optional steps that stay in float.
 
     Args:
         steps: in graph order.
@@ -72,7 +74,7 @@ def weigh(steps: Sequence[Step], given: Iterable[Node], wanted: Iterable[Node]) 
 
 
 def _integers(steps: Sequence[Step], given: frozenset[Node]) -> frozenset[Node]:
-    """Tensors that are integers whatever becomes of the weighed steps."""
+    """Tensors that are integers whatever becomes of the optional steps."""
     found = set(given)
     for step in steps:
         moved = step.kind is Kind.MOVEMENT and any(tensor in found for tensor in step.inputs)
@@ -86,12 +88,12 @@ def _refuse_float_inputs(
 ) -> None:
     integers = set(given)
     for step in steps:
-        if step.kind is Kind.WEIGHED and step.anchor not in refused:
+        if step.kind is Kind.OPTIONAL and step.anchor not in refused:
             real = [tensor for tensor in step.inputs if tensor not in integers]
             if real:
                 refused[step.anchor] = f"{real[0].name} is float"
         quantized = step.kind is Kind.INTEGER or (
-            step.kind is Kind.WEIGHED and step.anchor not in refused
+            step.kind is Kind.OPTIONAL and step.anchor not in refused
         )
         moved = step.kind is Kind.MOVEMENT and any(tensor in integers for tensor in step.inputs)
         if quantized or moved:
@@ -119,5 +121,5 @@ def _refuse_float_users(
                 takes = reader.kind is not Kind.FLOAT and reader.anchor not in refused
             if takes:
                 wanted.add(step.output)
-        if step.kind is Kind.WEIGHED and step.output not in wanted:
+        if step.kind is Kind.OPTIONAL and step.output not in wanted:
             refused.setdefault(step.anchor, "nothing behind it takes integers")

@@ -75,7 +75,7 @@ def accumulators(converted: GraphModule) -> tuple[Accumulator, ...]:
 
 def accumulator_of(op: QuantizedOp) -> Accumulator | None:
     """The worst case of one op; ``None``: it has none, see :func:`accumulators`."""
-    family = op.binding.rule.family
+    family = op.match.rule.family
     if op.weight is not None:
         data = op.inputs[0]
         bits = weight_accumulator_bits(
@@ -92,7 +92,7 @@ def accumulator_of(op: QuantizedOp) -> Accumulator | None:
         return _accumulator(op, signed_bits(min(products), max(products)), mul_width(op))
     if family == "matmul":
         products = [a * b for a in extremes[0] for b in extremes[1]]
-        terms: object = shape_of(op.binding.inputs[0])[-1]
+        terms: object = shape_of(op.match.inputs[0])[-1]
         if not isinstance(terms, int):
             return None
         bits = signed_bits(terms * min(products), terms * max(products))
@@ -116,7 +116,7 @@ def accumulator_of(op: QuantizedOp) -> Accumulator | None:
 
 
 def _accumulator(op: QuantizedOp, bits: int, width: int) -> Accumulator:
-    return Accumulator(op.node.name, module_path(op.node), op.binding.rule.family, bits, width)
+    return Accumulator(op.node.name, module_path(op.node), op.match.rule.family, bits, width)
 
 
 def left_shift(op: QuantizedOp) -> int:
@@ -136,7 +136,7 @@ def _offsets(q: QParams) -> tuple[int, int]:
 
 def _summed(op: QuantizedOp) -> int | None:
     """How many values a mean or pool sums; ``None`` for other ops and for unknown image sizes."""
-    family, node = op.binding.rule.family, op.node
+    family, node = op.match.rule.family, op.node
     if family == "avg_pool2d":
         height, width = pool_window(node)[0]
         return height * width
@@ -150,7 +150,7 @@ def _summed(op: QuantizedOp) -> int | None:
 
 def image_size(op: QuantizedOp) -> int | None:
     """Number of pixels of the op's input; ``None``: dynamic at capture."""
-    sizes = shape_of(op.binding.inputs[0])[2:]
+    sizes = shape_of(op.match.inputs[0])[2:]
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
@@ -214,9 +214,9 @@ def phases_of(
 
 def _weights_that_meet(op: QuantizedOp) -> Iterable[Tensor]:
     weight = cast(Tensor, op.weight)
-    if op.binding.rule.family != "conv_transpose":
+    if op.match.rule.family != "conv_transpose":
         return (weight,)
     dims = weight.dim() - 2
     stride = _per_dim(argument(op.node, 3, "stride", 1), dims)
     dilation = _per_dim(argument(op.node, 7, "dilation", 1), dims)
-    return phases_of(weight, op.binding.groups, stride, dilation)
+    return phases_of(weight, op.match.groups, stride, dilation)

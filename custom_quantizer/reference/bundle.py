@@ -304,7 +304,7 @@ class _Writer:
     def _read(self, node: Node) -> str:
         """Name of the stored integers that an op takes from ``node``."""
         if not is_dequantize(node):  # a part of a split
-            return self._read(self._by_node[node].binding.inputs[0])
+            return self._read(self._by_node[node].match.inputs[0])
         source = cast(Node, node.args[0])
         if source not in self._names:
             qparams = qparams_of(self._model, node)
@@ -350,7 +350,7 @@ class _Writer:
     # -- ops ----------------------------------------------------------------------------------
 
     def _op(self, op: QuantizedOp) -> None:
-        family = op.binding.rule.family
+        family = op.match.rule.family
         if family == "split":
             return  # each of its parts is an op of its own
         fields_of = _FIELDS.get(family)
@@ -360,7 +360,7 @@ class _Writer:
                 "in float, and out of the model"
             )
         fields = fields_of(op)
-        operands: Entry = {"inputs": [self._read(source) for source in op.binding.inputs]}
+        operands: Entry = {"inputs": [self._read(source) for source in op.match.inputs]}
         if op.weight is not None:
             operands.update(self._parameters(op))
         operands["output"] = self._activation(op.output_node, op.output)
@@ -373,7 +373,7 @@ class _Writer:
     def _parameters(self, op: QuantizedOp) -> Entry:
         """Names of the weight and the bias; a weight that several ops use is stored once."""
         weight, qparams = cast(Tensor, op.weight), cast(QParams, op.weight_qparams)
-        source = cast(Node, cast(Node, op.binding.weight).args[0])
+        source = cast(Node, cast(Node, op.match.weight).args[0])
         key = (source.target, qparams)
         if key not in self._weights:
             name = f"{op.node.name}.weight"
@@ -499,7 +499,7 @@ def _mean_multipliers(op: QuantizedOp, counts: Sequence[int]) -> Entry:
 def _weight_scales(op: QuantizedOp) -> Tensor:
     """float32 scales of the weight: one, or one per output channel of the op."""
     scale = torch.as_tensor(cast(QParams, op.weight_qparams).scale, dtype=torch.float32)
-    return expand_channels(scale, op.binding)
+    return expand_channels(scale, op.match)
 
 
 def _gemm_requantization(op: QuantizedOp) -> Entry:
@@ -520,7 +520,7 @@ def _conv(op: QuantizedOp) -> Entry:
         "stride": _per_dim(argument(node, 3, "stride", 1), len(before)),
         "padding": {"before": before, "after": after},
         "dilation": _per_dim(argument(node, 5, "dilation", 1), len(before)),
-        "groups": op.binding.groups,
+        "groups": op.match.groups,
         **_gemm_requantization(op),
     }
 
@@ -537,7 +537,7 @@ def _conv_transpose(op: QuantizedOp) -> Entry:
             "after": [p - extra for p, extra in zip(padding, added, strict=True)],
         },
         "dilation": _per_dim(argument(node, 7, "dilation", 1), dims),
-        "groups": op.binding.groups,
+        "groups": op.match.groups,
         **_gemm_requantization(op),
     }
 
@@ -547,7 +547,7 @@ def _add(op: QuantizedOp) -> Entry:
     twice_max = 2.0 * max(scale_a, scale_b)
     shift = left_shift(op)
     return {
-        "op": op.binding.rule.family,
+        "op": op.match.rule.family,
         "left_shift": shift,
         "requantization_a": _factor(op.node, scale_a / twice_max),
         "requantization_b": _factor(op.node, scale_b / twice_max),
@@ -577,7 +577,7 @@ def _matmul(op: QuantizedOp) -> Entry:
 
 
 def _activation(op: QuantizedOp) -> Entry:
-    limits = cast("Callable[[Node], tuple[float | None, float | None]]", op.binding.rule.bounds)
+    limits = cast("Callable[[Node], tuple[float | None, float | None]]", op.match.rule.bounds)
     low, high = limits(op.node)
     bounds = FIXED_POINT.clamp_bounds(
         -math.inf if low is None else low, math.inf if high is None else high, op.output
@@ -592,7 +592,7 @@ def _table(op: QuantizedOp) -> Entry:
     src = op.inputs[0]
     if len(op.inputs) != 1:
         raise ConversionError(
-            f"{describe(op.node)}: the format has no {op.binding.rule.family} of two tensors; "
+            f"{describe(op.node)}: the format has no {op.match.rule.family} of two tensors; "
             "leave it in float, and out of the model"
         )
     if src.levels > _LARGEST_TABLE:
@@ -616,7 +616,7 @@ def _extremum(op: QuantizedOp) -> Entry:
     """Both operands in the scale of the result."""
     target = _scale(op.output)
     return {
-        "op": op.binding.rule.family,
+        "op": op.match.rule.family,
         "requantization_a": _factor(op.node, _scale(op.inputs[0]) / target),
         "requantization_b": _factor(op.node, _scale(op.inputs[1]) / target),
         "clamp": _clamp_of(op),
@@ -690,7 +690,7 @@ def _max_pool(op: QuantizedOp) -> Entry:
     dilation = pair(argument(node, 4, "dilation", 1))
     after = padding
     if argument(node, 5, "ceil_mode", False):
-        sizes, outputs = (shape_of(n)[-2:] for n in (op.binding.inputs[0], node))
+        sizes, outputs = (shape_of(n)[-2:] for n in (op.match.inputs[0], node))
         if not all(isinstance(size, int) for size in (*sizes, *outputs)):
             raise ConversionError(
                 f"{describe(node)} rounds its output size up, and the image size was dynamic at "
@@ -715,7 +715,7 @@ def _max_pool(op: QuantizedOp) -> Entry:
 
 def _reshape(op: QuantizedOp) -> Entry:
     shape: list[int] = []
-    source = shape_of(op.binding.inputs[0])
+    source = shape_of(op.match.inputs[0])
     for axis, size in enumerate(shape_of(op.node)):
         # Symbolic sizes are equal when they are written alike.
         same = axis < len(source) and str(size) == str(source[axis])
@@ -734,13 +734,13 @@ def _reshape(op: QuantizedOp) -> Entry:
 def _permute(op: QuantizedOp) -> Entry:
     node = op.node
     # Sizes 0, 1, 2, ... come out in the order in which the op puts the axes.
-    numbered = torch.empty(tuple(range(len(shape_of(op.binding.inputs[0])))), device="meta")
+    numbered = torch.empty(tuple(range(len(shape_of(op.match.inputs[0])))), device="meta")
     permuted = cast("Callable[..., Tensor]", node.target)(numbered, *node.args[1:], **node.kwargs)
     return {"op": "permute", "axes": list(permuted.shape)}
 
 
 def _slice(op: QuantizedOp) -> Entry:
-    node, shape = op.node, shape_of(op.binding.inputs[0])
+    node, shape = op.node, shape_of(op.match.inputs[0])
     axis = int(argument(node, 1, "dim", 0)) % len(shape)
     start, stop = _fixed(op, argument(node, 2, "start")), _fixed(op, argument(node, 3, "end"))
     step = argument(node, 4, "step", 1)
@@ -767,14 +767,14 @@ def _fixed(op: QuantizedOp, value: Any) -> int | None:
 
 
 def _select(op: QuantizedOp) -> Entry:
-    node, shape = op.node, shape_of(op.binding.inputs[0])
+    node, shape = op.node, shape_of(op.match.inputs[0])
     axis = int(argument(node, 1, "dim")) % len(shape)
     return {"op": "select", "axis": axis, "index": _fixed(op, argument(node, 2, "index"))}
 
 
 def _part(op: QuantizedOp) -> Entry:
     """One part of a split: a slice, or, of an unbind, one entry of a dimension."""
-    split, index = op.binding.inputs[0], cast(int, op.node.args[1])
+    split, index = op.match.inputs[0], cast(int, op.node.args[1])
     rank = len(shape_of(cast(Node, split.args[0])))
     parts = cast("Sequence[Tensor]", split.meta["val"])
     index %= len(parts)
@@ -788,7 +788,7 @@ def _part(op: QuantizedOp) -> Entry:
 
 
 def _expand(op: QuantizedOp) -> Entry:
-    source, target = shape_of(op.binding.inputs[0]), shape_of(op.node)
+    source, target = shape_of(op.match.inputs[0]), shape_of(op.node)
     padded = (*(None,) * (len(target) - len(source)), *source)
     shape = [
         -1 if str(size) == str(old) else _fixed(op, size)

@@ -29,7 +29,7 @@ from custom_quantizer.core.graph import (
     qparams_of,
 )
 from custom_quantizer.errors import ConversionError
-from custom_quantizer.ops import Binding, OpRule, QParamSharing, QuantizedOp, rule_of
+from custom_quantizer.ops import OpRule, PatternMatch, QParamSharing, QuantizedOp, rule_of
 from custom_quantizer.ops.backend import Backend, BackendLike, get_backend
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.movement import GETITEM, SPLIT
@@ -116,7 +116,7 @@ def read_converted(model: GraphModule, backend: BackendLike = "xnnpack") -> Conv
             continue
         # What is wider than the kernels is emulated, at any scales.
         if backend.wide is None or not found.is_wide:
-            runs = backend.support(found.binding.rule).runs(found)
+            runs = backend.support(found.match.rule).runs(found)
             if not runs.ok:
                 floating.append(FloatOp(node, runs.reason, float_fallback=True))
                 continue
@@ -150,40 +150,40 @@ def _integer_op(
     rule = rule_of(node)
     if rule is None:
         return f"no integer form of {node.target} is known"
-    binding = rule.bind(rule, node)
-    if isinstance(binding, str):
-        return binding
+    match = rule.match(rule, node)
+    if isinstance(match, str):
+        return match
     support = backend.support(rule)
-    reason = support.float_reason or support.refuses(binding)
+    reason = support.float_reason or support.refuses(match)
     if reason:
         return reason
     if rule is GETITEM:
-        split = integer.get(binding.inputs[0])
+        split = integer.get(match.inputs[0])
         if split is None:
             return "the split before it is in float"
         inputs: tuple[QParams, ...] = (split.output,)
     else:
-        for source in binding.inputs:
+        for source in match.inputs:
             if not is_dequantize(source):
                 return f"its input {describe(source)} is in float"
             if not is_static(source):
                 return "its input is quantized at run time"
-        inputs = tuple(qparams_of(model, source) for source in binding.inputs)
+        inputs = tuple(qparams_of(model, source) for source in match.inputs)
     if any(inputs[i].zero_point != 0 for i in support.requires_symmetric):
         return "the zero point of its second operand is not 0"
-    return _with_output(model, rule, binding, inputs, support.fuses)
+    return _with_output(model, rule, match, inputs, support.fuses)
 
 
 def _with_output(
     model: GraphModule,
     rule: OpRule,
-    binding: Binding,
+    match: PatternMatch,
     inputs: tuple[QParams, ...],
     may_fuse: bool,
 ) -> QuantizedOp | str:
-    node, bounds, output_node = binding.node, None, binding.node
+    node, bounds, output_node = match.node, None, match.node
     if rule is SPLIT:
-        return QuantizedOp(binding, inputs, inputs[0], node)
+        return QuantizedOp(match, inputs, inputs[0], node)
     users = effective_users(node)
     clamp = rule_of(users[0]) if len(users) == 1 else None
     fuses = may_fuse and clamp is not None and clamp.family in rule.fuses
@@ -196,52 +196,52 @@ def _with_output(
     output = qparams_of(model, users[0])
     if rule.sharing is QParamSharing.SAME and any(not output.same_grid(q) for q in inputs):
         return "it moves values between different scales"
-    if binding.weight is None:
+    if match.weight is None:
         constants = {
             arg: constant_of(model, arg)
             for arg in node.args
             if isinstance(arg, Node) and is_constant(arg)
         }
-        return QuantizedOp(binding, inputs, output, output_node, bounds=bounds, constants=constants)
-    if not is_dequantize(binding.weight) or not is_constant(binding.weight.args[0]):
+        return QuantizedOp(match, inputs, output, output_node, bounds=bounds, constants=constants)
+    if not is_dequantize(match.weight) or not is_constant(match.weight.args[0]):
         return "its weight is in float"
-    bias = _bias_integers(model, binding)
+    bias = _bias_integers(model, match)
     if isinstance(bias, str):
         return bias
     return QuantizedOp(
-        binding,
+        match,
         inputs,
         output,
         output_node,
-        weight=constant_of(model, cast(Node, binding.weight.args[0])),
-        weight_qparams=qparams_of(model, binding.weight),
+        weight=constant_of(model, cast(Node, match.weight.args[0])),
+        weight_qparams=qparams_of(model, match.weight),
         bias=bias,
         bounds=bounds,
     )
 
 
 def _binds(rule: OpRule, node: Node) -> bool:
-    return not isinstance(rule.bind(rule, node), str)
+    return not isinstance(rule.match(rule, node), str)
 
 
-def _bias_integers(model: GraphModule, binding: Binding) -> Tensor | str | None:
+def _bias_integers(model: GraphModule, match: PatternMatch) -> Tensor | str | None:
     """The bias in units of the accumulator: integers of a narrow bias are shifted left."""
-    bias = binding.bias
+    bias = match.bias
     if bias is None:
         return None
     if not (is_dequantize(bias) and is_constant(bias.args[0])):
         return "its bias is in float"
     integers = constant_of(model, cast(Node, bias.args[0]))
-    weight_scale = torch.as_tensor(qparams_of(model, cast(Node, binding.weight)).scale)
+    weight_scale = torch.as_tensor(qparams_of(model, cast(Node, match.weight)).scale)
     unit = derived_scale(
-        cast(float, qparams_of(model, binding.inputs[0]).scale),
-        expand_channels(weight_scale, binding),
+        cast(float, qparams_of(model, match.inputs[0]).scale),
+        expand_channels(weight_scale, match),
     )
     ratio = torch.as_tensor(qparams_of(model, bias).scale) / unit
     fraction, exponent = torch.frexp(ratio)
     if not bool(((fraction == 0.5) & (exponent >= 1)).all()):
         raise ConversionError(
-            f"{describe(binding.node)}: the scale of its bias is not input scale x weight scale; "
+            f"{describe(match.node)}: the scale of its bias is not input scale x weight scale; "
             "convert a graph that was prepared with IntegerQuantizer"
         )
     return integers << (exponent - 1).to(torch.int32)

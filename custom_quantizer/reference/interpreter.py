@@ -171,7 +171,7 @@ class IntegerReference:
         return cast(Callable[..., Any], node.target)(*_bind(node.args, values), **kwargs)
 
     def _compute(self, op: QuantizedOp, values: dict[Node, Any]) -> Any:
-        inputs = [_integers(values[source]) for source in op.binding.inputs]
+        inputs = [_integers(values[source]) for source in op.match.inputs]
         try:
             return self.graph.backend.compute(op, inputs)
         except CustomQuantizerError as error:

@@ -104,7 +104,10 @@ thead th { border-bottom: 2px solid var(--line); }
 #ops > tbody > tr:first-child > td:first-child { border-left: 4px solid transparent; }
 tbody.integer > tr:first-child > td:first-child { border-left-color: #2a8a4a !important; }
 tbody.dynamic > tr:first-child > td:first-child,
+tbody.table > tr:first-child > td:first-child,
 tbody.convert > tr:first-child > td:first-child { border-left-color: #2a6ab8 !important; }
+tbody.emulated > tr:first-child > td:first-child,
+tbody.outside > tr:first-child > td:first-child,
 tbody.float > tr:first-child > td:first-child { border-left-color: #c06a10 !important; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid; }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
@@ -41,10 +41,13 @@ from custom_quantizer.core.graph import (
     tensor_args,
     tensor_meta,
 )
+from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import InputError, ProgramError
-from custom_quantizer.ops import Binding, QuantizedOp, rule_of
+from custom_quantizer.ops import PatternMatch, QuantizedOp, rule_of
+from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.gemm import expand_channels
+from custom_quantizer.ops.placement import Placement, Tally, tally
 from custom_quantizer.reference.accumulators import (
     accumulator_of,
     phases_of,
@@ -56,6 +59,8 @@ from custom_quantizer.report import views as _views
 
 if TYPE_CHECKING:
     from custom_quantizer.backends.xnnpack import LoweredProgram
+    from custom_quantizer.backends.xnnpack.op_record import RecordedOp
+    from custom_quantizer.backends.xnnpack.program import OpBackend
     from custom_quantizer.backends.xnnpack.readback import (
         DelegateContents,
         DelegateOp,
@@ -68,6 +73,7 @@ __all__ = [
     "BiasRecord",
     "LoweringRecord",
     "OpRow",
+    "ProgramOp",
     "ProgramReport",
     "ProgramRow",
     "Report",
@@ -76,8 +82,8 @@ __all__ = [
     "inspect_program",
 ]
 
-SCHEMA_VERSION = 1
-"""Of the JSON; a reader refuses every other."""
+SCHEMA_VERSION = 2
+"""Of the JSON. Version 1 is read as well; a reader refuses every other."""
 
 Compute = Literal["integer", "dynamic", "float", "convert"]
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
@@ -195,6 +201,10 @@ class OpRow:
         accumulator_bits: signed bits its accumulator needs in the worst case.
         backend: where it runs, if the graph was lowered.
         backend_reason: why it is not a plain int8 kernel.
+        written: name of the captured call that it is a part of; its own, if it is all of it.
+        placement: where it computes, a value of
+            :class:`~custom_quantizer.ops.placement.Placement`: what is expected, until the graph
+            is lowered. ``None``: it is no op of the captured graph, but a requantization.
     """
 
     node: str
@@ -215,6 +225,8 @@ class OpRow:
     accumulator_bits: int | None
     backend: str | None = None
     backend_reason: str | None = None
+    written: str = ""
+    placement: str | None = None
 
     @property
     def integer(self) -> bool:
@@ -227,7 +239,9 @@ class ProgramRow:
     """One call of a ``.pte``: a node inside a delegate, or a kernel outside.
 
     Attributes:
-        name: kind and a number, unique in the program.
+        name: unique in the program. Where the file says which op it belongs to: the name of that op
+            for its main node, such as ``conv2d_5``, and ``conv2d_5/multiply`` for the others.
+            Otherwise the delegate's kind and a number.
         method: entry point it belongs to.
         delegate: position among the delegates of the method; ``None``: outside.
         kind: of the delegate's node, or operator and overload of the kernel.
@@ -240,6 +254,8 @@ class ProgramRow:
         low: bound of a fused activation, a real number; ``None``: unbounded.
         high: likewise.
         accumulator_bits: signed bits its accumulator needs in the worst case.
+        op: name of the captured call that it is a part of; empty: the file does not say.
+        path: module path of that.
     """
 
     name: str
@@ -255,11 +271,39 @@ class ProgramRow:
     low: float | None
     high: float | None
     accumulator_bits: int | None
+    op: str = ""
+    path: str = ""
 
     @property
     def integer(self) -> bool:
         """Whether it computes on integers whose scales are in the file."""
         return self.compute == "integer"
+
+
+@dataclass(frozen=True)
+class ProgramOp:
+    """One op as the user wrote it, of the graph that a ``.pte`` was made of.
+
+    Attributes:
+        name: of the call in the captured graph.
+        method: entry point it belongs to.
+        path: module path.
+        family: of the registry, or the aten overload; of each op that it became.
+        placement: where it computes, a value of
+            :class:`~custom_quantizer.ops.placement.Placement`.
+        backend: the kernel it runs on.
+        reason: why it is not a plain int8 kernel.
+        has_bias: whether it adds one in the graph; a delegate adds zeros to some others.
+    """
+
+    name: str
+    method: str
+    path: str
+    family: str
+    placement: str
+    backend: str
+    reason: str
+    has_bias: bool
 
 
 @dataclass(frozen=True)
@@ -270,11 +314,13 @@ class LoweringRecord:
         delegates: delegate calls.
         outside: kernels called outside them.
         size_bytes: of the file.
+        integer_biases: nodes of the graph whose bias is int32 in the file.
     """
 
     delegates: int
     outside: tuple[str, ...]
     size_bytes: int
+    integer_biases: tuple[str, ...] = ()
 
 
 class _Document:
@@ -291,7 +337,7 @@ class _Document:
         """Read what :meth:`to_json` wrote; the result equals the report it came from.
 
         Raises:
-            InputError: it is not JSON, not this kind of report, or of another schema version.
+            InputError: it is not JSON, not this kind of report, or of an unknown schema version.
         """
         from pydantic import TypeAdapter, ValidationError
 
@@ -305,13 +351,14 @@ class _Document:
                 f"the JSON is not a {cls.kind!r} report (its kind is {header.get('kind')!r}); give "
                 f"what {cls.__name__}.to_json wrote"
             )
-        if header.get("schema_version") != SCHEMA_VERSION:
+        if header.get("schema_version") not in (1, SCHEMA_VERSION):
             raise InputError(
                 f"the report has schema version {header.get('schema_version')!r}, this package "
-                f"reads {SCHEMA_VERSION}; inspect the model again"
+                f"reads 1 to {SCHEMA_VERSION}; inspect the model again"
             )
         try:
-            return TypeAdapter(cls).validate_json(text, strict=True)
+            report = TypeAdapter(cls).validate_json(text, strict=True)
+            return report if header["schema_version"] == SCHEMA_VERSION else report._upgraded()
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -351,10 +398,11 @@ class _Document:
             InputError: no row has that name; the nearest are given.
         """
         view = _views.view_of(self._document())
-        for row in view.rows:
+        rows = (*view.rows, *view.unseen)
+        for row in rows:
             if name in row.names:
                 return _views.detail_text(row)
-        known = [known for row in view.rows for known in row.names]
+        known = [known for row in rows for known in row.names]
         raise InputError(f"the report has no op {name!r}{nearest(str(name), known)}")
 
     def __str__(self) -> str:
@@ -362,6 +410,20 @@ class _Document:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {len(cast(Any, self).rows)} rows>"
+
+    def _upgraded(self: _DocumentT) -> _DocumentT:
+        """What version 1 of the JSON says, in the words of today."""
+        return self
+
+    @property
+    def tally(self) -> Tally | None:
+        """How many ops compute where; ``None``: nothing says which ops there were."""
+        return _views.tally_of(self._document())
+
+    @property
+    def biases(self) -> str:
+        """How many biases are int32, and how many are not: one sentence."""
+        return _views.bias_sentence(self._document())
 
     def _document(self) -> dict[str, Any]:
         header = {"kind": self.kind, "schema_version": SCHEMA_VERSION}
@@ -386,6 +448,42 @@ class Report(_Document):
     outputs: tuple[TensorRecord, ...]
     lowering: LoweringRecord | None = None
 
+    def _upgraded(self) -> Report:
+        rows = tuple(map(_placed, self.rows))
+        if self.lowering is None:
+            return replace(self, rows=rows)
+        stored = tuple(
+            row.node
+            for row in rows
+            if row.bias is not None
+            and row.bias.bits is not None
+            and row.placement == Placement.INTEGER.value
+        )
+        return replace(self, rows=rows, lowering=replace(self.lowering, integer_biases=stored))
+
+
+_LABELS_OF_1 = {
+    "xnnpack int8": Placement.INTEGER,
+    "xnnpack packed int4": Placement.INTEGER,
+    "xnnpack int8 container": Placement.INTEGER,
+    "xnnpack dynamic int8": Placement.INTEGER,
+    "xnnpack table": Placement.TABLE,
+    "xnnpack float, int16 emulated": Placement.EMULATED,
+    "xnnpack float": Placement.FLOAT,
+    "portable kernel, outside the delegate": Placement.OUTSIDE,
+    "folded away": Placement.FOLDED,
+}
+"""Where ops computed, by the labels that version 1 of the JSON has in place of it."""
+
+
+def _placed(row: OpRow) -> OpRow:
+    """A row of version 1, which counts every op that runs for itself."""
+    if row.family == "requantize":
+        return row
+    expected = Placement.FLOAT if row.compute == "float" else Placement.INTEGER
+    placement = _LABELS_OF_1.get(row.backend or "", expected)
+    return replace(row, written=row.node, placement=placement.value)
+
 
 @dataclass(frozen=True, repr=False)
 class ProgramReport(_Document):
@@ -397,6 +495,8 @@ class ProgramReport(_Document):
         backends: of the delegates, in file order.
         size_bytes: of the file.
         constant_bytes: of the constants in it.
+        ops: of the graph it was made of, in graph order; ``None``: the file does not say.
+        note: why it does not, where more is known than that there is no record.
     """
 
     kind: ClassVar[str] = "program"
@@ -406,6 +506,8 @@ class ProgramReport(_Document):
     backends: tuple[str, ...]
     size_bytes: int
     constant_bytes: int
+    ops: tuple[ProgramOp, ...] | None = None
+    note: str = ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -438,9 +540,9 @@ def report_of(graph: ConvertedGraph, lowered: LoweredProgram | None = None) -> R
     for node in converted.graph.nodes:
         found = ops.get(node)
         if isinstance(found, QuantizedOp):
-            rows.append(_integer_row(converted, found))
+            rows.append(_integer_row(converted, found, graph.backend))
         elif found is not None:
-            rows.append(_float_row(converted, found))
+            rows.append(_float_row(converted, found, graph.backend))
         elif is_quantize(node) and is_dequantize(node.args[0]) and is_static(node):
             rows.append(_requantize_row(converted, node))
     report = Report(
@@ -455,18 +557,18 @@ def report_of(graph: ConvertedGraph, lowered: LoweredProgram | None = None) -> R
     return report if lowered is None else _with_lowering(report, lowered)
 
 
-def _integer_row(model: GraphModule, op: QuantizedOp) -> OpRow:
-    node, binding = op.node, op.binding
+def _integer_row(model: GraphModule, op: QuantizedOp, backend: Backend) -> OpRow:
+    node, match = op.node, op.match
     chosen, reason = _recorded(node)
     accumulator = accumulator_of(op)
-    sources = zip(binding.inputs, op.inputs, strict=True)
-    weight = None if binding.weight is None else _tensor(model, binding.weight)
+    sources = zip(match.inputs, op.inputs, strict=True)
+    weight = None if match.weight is None else _tensor(model, match.weight)
     low, high = op.bounds or (None, None)
     fused = None if op.output_node is node else op.output_node
     return OpRow(
         node=node.name,
         path=module_path(node),
-        family=binding.rule.family,
+        family=match.rule.family,
         target=str(node.target),
         fused=None if fused is None else fused.name,
         fused_family=None if fused is None else _family(fused),
@@ -479,20 +581,22 @@ def _integer_row(model: GraphModule, op: QuantizedOp) -> OpRow:
             _quantized(model, source, qparams, _dtype(source)) for source, qparams in sources
         ),
         weight=weight,
-        bias=_integer_bias(model, binding),
+        bias=_integer_bias(model, match),
         output=_quantized(model, op.output_node, op.output, _dtype(*op.output_node.users)),
         accumulator_bits=None if accumulator is None else accumulator.bits,
+        written=_written(node),
+        placement=backend.predict(match, op.formats).kernel.placement.value,
     )
 
 
-def _float_row(model: GraphModule, op: FloatOp) -> OpRow:
+def _float_row(model: GraphModule, op: FloatOp, backend: Backend) -> OpRow:
     node = op.node
     rule = rule_of(node)
-    binding = rule.bind(rule, node) if rule is not None else "unknown"
+    match = rule.match(rule, node) if rule is not None else "unknown"
     chosen, reason = _recorded(node)
-    if isinstance(binding, Binding):
-        inputs = tuple(_tensor(model, source) for source in binding.inputs)
-        weight = None if binding.weight is None else _tensor(model, binding.weight)
+    if isinstance(match, PatternMatch):
+        inputs = tuple(_tensor(model, source) for source in match.inputs)
+        weight = None if match.weight is None else _tensor(model, match.weight)
     else:
         inputs, weight = tuple(_tensor(model, source) for source in tensor_args(node)), None
     dynamic = any(record.dynamic for record in inputs)
@@ -500,6 +604,7 @@ def _float_row(model: GraphModule, op: FloatOp) -> OpRow:
         asked = weight is not None and scheme(chosen).bias is None
         reason = f"{op.reason}, {'as' if asked else 'although'} {reason} asks for {chosen}"
     users = effective_users(node)
+    placement = Placement.INTEGER if dynamic else backend.in_float(node).placement
     return OpRow(
         node=node.name,
         path=module_path(node),
@@ -514,9 +619,11 @@ def _float_row(model: GraphModule, op: FloatOp) -> OpRow:
         reason=reason or op.reason,
         inputs=inputs,
         weight=weight,
-        bias=_any_bias(model, binding, inputs, weight) if isinstance(binding, Binding) else None,
+        bias=_any_bias(model, match, inputs, weight) if isinstance(match, PatternMatch) else None,
         output=_tensor(model, users[0] if len(users) == 1 and is_quantize(users[0]) else node),
         accumulator_bits=None,
+        written=_written(node),
+        placement=placement.value,
     )
 
 
@@ -545,6 +652,11 @@ def _recorded(node: Node) -> tuple[str | None, str]:
     """Scheme and reason that the quantizer left at the node."""
     record = cast("Mapping[str, Any]", node.meta.get(META_KEY) or {})
     return record.get("scheme"), str(record.get("reason") or "")
+
+
+def _written(node: Node) -> str:
+    """Name of the captured call that a node is a part of."""
+    return str(node.meta.get(ORIGINAL_NAME, node.name))
 
 
 def _family(node: Node) -> str:
@@ -651,17 +763,17 @@ def _grouped(model: GraphModule, node: Node) -> TensorRecord:
     )
 
 
-def _integer_bias(model: GraphModule, binding: Binding) -> BiasRecord | None:
+def _integer_bias(model: GraphModule, match: PatternMatch) -> BiasRecord | None:
     """The derived bias, its scale compared with the product that it has to be."""
-    node = binding.bias
+    node = match.bias
     if node is None:
         return None
     constant = cast(Node, node.args[0])
     qparams = qparams_of(model, node)
-    weight = qparams_of(model, cast(Node, binding.weight))
-    data = qparams_of(model, binding.inputs[0])
+    weight = qparams_of(model, cast(Node, match.weight))
+    data = qparams_of(model, match.inputs[0])
     unit = derived_scale(
-        cast(float, data.scale), expand_channels(torch.as_tensor(weight.scale), binding)
+        cast(float, data.scale), expand_channels(torch.as_tensor(weight.scale), match)
     )
     stored = torch.as_tensor(qparams.scale)
     _, exponent = torch.frexp(stored / unit)
@@ -683,18 +795,18 @@ def _integer_bias(model: GraphModule, binding: Binding) -> BiasRecord | None:
 
 def _any_bias(
     model: GraphModule,
-    binding: Binding,
+    match: PatternMatch,
     inputs: tuple[TensorRecord, ...],
     weight: TensorRecord | None,
 ) -> BiasRecord | None:
     """The bias of an op that is not an integer op, and why it is float if it is."""
-    node = binding.bias
+    node = match.bias
     if node is None or weight is None:
         return None
     if is_dequantize(node) and is_constant(node.args[0]) and all(t.scales for t in inputs):
-        return _integer_bias(model, binding)
+        return _integer_bias(model, match)
     channels = _shape(model, node)[-1:]
-    chosen, _ = _recorded(binding.node)
+    chosen, _ = _recorded(match.node)
     if any(record.dynamic for record in inputs):
         reason = "the input scale is only known at run time, so no bias scale follows from it"
     elif weight.bits is None or any(record.bits is None for record in inputs):
@@ -765,14 +877,36 @@ def _with_lowering(report: Report, lowered: LoweredProgram) -> Report:
             "what lower(converted, example) returned for this one"
         )
     rows = tuple(
-        replace(row, backend=found[row.node].backend.label, backend_reason=found[row.node].reason)
-        if row.node in found
-        else row
-        for row in report.rows
+        _lowered_row(row, found[row.node]) if row.node in found else row for row in report.rows
     )
     program = lowered.report
-    summary = LoweringRecord(program.delegates, tuple(program.outside), program.size_bytes)
+    summary = LoweringRecord(
+        program.delegates, tuple(program.outside), program.size_bytes, _integer_biases(lowered)
+    )
     return replace(report, rows=rows, lowering=summary)
+
+
+def _lowered_row(row: OpRow, op: OpBackend) -> OpRow:
+    return replace(
+        row,
+        backend=op.backend.label,
+        backend_reason=op.reason,
+        written=op.written,
+        placement=op.backend.placement.value,
+    )
+
+
+def _integer_biases(lowered: LoweredProgram) -> tuple[str, ...]:
+    from custom_quantizer.backends.xnnpack.program import find_weighted
+
+    pairs = ((op.node, find_weighted(lowered.contents, op)) for op in lowered.report.ops)
+    return tuple(
+        name
+        for name, found in pairs
+        if found is not None
+        and found[1].bias is not None
+        and found[0].tensors[found[1].bias].dtype == "int32"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -795,27 +929,104 @@ def inspect_program(source: str | os.PathLike[str] | bytes) -> ProgramReport:
     contents = read_program(source)
     names = _Names()
     rows: list[ProgramRow] = []
+    ops: list[ProgramOp] = []
     for method in contents.methods:
+        calls = 0
+        found: list[ProgramRow] = []
+        recorded = (contents.ops or {}).get(method.name, ())
+        origins = _Origins(recorded)
         for call in method.calls:
             if isinstance(call, DelegateCall):
                 delegate = method.delegates[call.delegate]
-                rows += (
-                    _delegate_row(names, method.name, call.delegate, delegate, op)
+                found += (
+                    origins.named(
+                        _delegate_row(op.kind, method.name, call.delegate, delegate, op),
+                        origins.of_handle(op.debug_handle),
+                    )
                     for op in delegate.ops
                 )
             else:
-                rows.append(_kernel_row(names(call.name), method.name, call))
+                row = _kernel_row(call.name, method.name, call)
+                found.append(origins.named(row, origins.of_call(calls)))
+                calls += 1
+        prefix = f"{method.name}: " if len(contents.methods) > 1 and recorded else ""
+        rows += _with_names(found, names, prefix, bool(recorded))
+        ops += _program_ops(method.name, recorded)
     return ProgramReport(
         tuple(rows),
         contents.kernels,
         tuple(delegate.backend_id for delegate in contents.delegates),
         contents.size_bytes,
         contents.constant_bytes,
+        None if contents.ops is None else tuple(ops),
+        contents.ops_note,
     )
 
 
+class _Origins:
+    """Which op of the converted graph stands behind a call of a program, as its record says."""
+
+    def __init__(self, recorded: Sequence[RecordedOp]) -> None:
+        # What is folded into another op may share the nodes of that one; of others, the first has
+        # the name.
+        kept = [op for op in reversed(recorded) if op.placement is not Placement.FOLDED]
+        self._by_handle = {handle: op for op in kept for handle in op.handles}
+        self._by_call = {position: op for op in kept for position in op.calls}
+
+    def of_handle(self, handle: int) -> RecordedOp | None:
+        return self._by_handle.get(handle)
+
+    def of_call(self, position: int) -> RecordedOp | None:
+        return self._by_call.get(position)
+
+    @staticmethod
+    def named(row: ProgramRow, op: RecordedOp | None) -> ProgramRow:
+        return row if op is None else replace(row, op=op.written, path=op.path)
+
+
+def _with_names(
+    rows: Sequence[ProgramRow], names: Callable[[str], str], prefix: str, recorded: bool
+) -> Iterator[ProgramRow]:
+    """Give each row a name: the main one of an op that of the op.
+
+    That is the one with the weight, else the last, which gives the result.
+    """
+    main: dict[str, ProgramRow] = {}
+    for row in rows:
+        if row.op and (row.op not in main or main[row.op].weight is None or row.weight is not None):
+            main[row.op] = row
+    for row in rows:
+        if not recorded:
+            yield replace(row, name=names(row.kind))
+        elif main.get(row.op) is row:
+            yield replace(row, name=prefix + row.op)
+        else:
+            where = row.op or ("kernel" if row.delegate is None else "delegate")
+            yield replace(row, name=names(f"{prefix}{where}/{row.kind}"))
+
+
+def _program_ops(method: str, recorded: Sequence[RecordedOp]) -> Iterator[ProgramOp]:
+    """The ops as they were written: of several parts, one that decides says how it runs."""
+    placements = tally((op.written, op.placement) for op in recorded).placements
+    parts: dict[str, list[RecordedOp]] = {}
+    for op in recorded:
+        parts.setdefault(op.written, []).append(op)
+    for name, found in parts.items():
+        decisive = next(op for op in found if op.placement is placements[name])
+        yield ProgramOp(
+            name=name,
+            method=method,
+            path=found[0].path,
+            family=", ".join(dict.fromkeys(op.family for op in found)),
+            placement=decisive.placement.value,
+            backend=decisive.kernel,
+            reason=decisive.reason,
+            has_bias=any(op.has_bias for op in found),
+        )
+
+
 class _Names:
-    """Unique names of rows: ``conv2d``, ``conv2d_1``, as fx numbers its nodes."""
+    """Unique names of rows: ``conv2d``, ``conv2d_1``, of each kind in execution order."""
 
     def __init__(self) -> None:
         self._count: dict[str, int] = {}
@@ -860,7 +1071,7 @@ def _kernel_row(name: str, method: str, call: KernelCall) -> ProgramRow:
 
 
 def _delegate_row(
-    names: Callable[[str], str],
+    name: str,
     method: str,
     index: int,
     delegate: DelegateContents,
@@ -874,7 +1085,7 @@ def _delegate_row(
     if op.bias is not None:
         bias = _stored_bias(delegate, op, inputs, weight, compute)
     return ProgramRow(
-        name=names(op.kind),
+        name=name,
         method=method,
         delegate=index,
         kind=op.kind,

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from custom_quantizer.core.text_table import GAP, table_lines
+from custom_quantizer.ops.placement import Placement, Tally, tally
 
-__all__ = ["WIDTH", "Column", "Row", "View", "detail_text", "text", "view_of"]
+__all__ = [
+    "WIDTH",
+    "Column",
+    "Row",
+    "View",
+    "bias_sentence",
+    "detail_text",
+    "tally_of",
+    "text",
+    "view_of",
+]
 
 WIDTH = 120
 """Columns of a terminal that the text fits in."""
@@ -78,6 +90,7 @@ class View:
         columns: of the table.
         rows: of the table.
         notes: heading and lines below the table.
+        unseen: ops that nothing in the table stands for; a reader may ask for them.
     """
 
     title: str
@@ -85,11 +98,86 @@ class View:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     notes: tuple[tuple[str, tuple[str, ...]], ...] = field(default=())
+    unseen: tuple[Row, ...] = field(default=())
 
 
 def view_of(document: Json) -> View:
     """The view of a parsed report of either kind."""
     return _program_view(document) if document["kind"] == "program" else _graph_view(document)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is counted, and how: the same in all views
+# ---------------------------------------------------------------------------------------------
+
+
+def tally_of(document: Json) -> Tally | None:
+    """How many ops of a report compute where; ``None``: it does not say which ops there were."""
+    if document["kind"] == "program":
+        ops: Sequence[Json] | None = document["ops"]
+        if ops is None:
+            return None
+        return tally((f"{op['method']}.{op['name']}", Placement(op["placement"])) for op in ops)
+    return tally(
+        (row["written"], Placement(row["placement"]))
+        for row in document["rows"]
+        if row["placement"] is not None
+    )
+
+
+def bias_sentence(document: Json) -> str:
+    """For instance ``biases: 52 int32 in 4 layers; 17 emulated in float above 8 bits in 3 layers``.
+
+    What counts is what the program holds; until there is one, what the graph does.
+    """
+    layers: dict[str, list[int]] = {"int32": [], _EMULATED: [], "float": []}
+    kinds = _kinds_in_program if document["kind"] == "program" else _kinds_in_graph
+    for kind, channels in kinds(document):
+        layers[kind].append(channels)
+    parts = [
+        f"{sum(counts):,} {kind} in {_plural(len(counts), 'layer')}"
+        for kind, counts in layers.items()
+        if counts
+    ]
+    return f"biases: {'; '.join(parts) or 'none'}"
+
+
+_EMULATED = "emulated in float above 8 bits"
+
+
+def _kinds_in_graph(document: Json) -> Iterator[tuple[str, int]]:
+    """Of each bias of a converted graph, what becomes of it, and how many channels it has."""
+    lowering = document["lowering"]
+    for row in document["rows"]:
+        bias = row["bias"]
+        if bias is None:
+            continue
+        is_integer = bias["bits"] is not None
+        if row["placement"] == Placement.EMULATED.value:
+            kind = _EMULATED
+        elif is_integer if lowering is None else row["node"] in lowering["integer_biases"]:
+            kind = "int32"
+        else:
+            kind = "float"
+        yield kind, bias["channels"]
+
+
+def _kinds_in_program(document: Json) -> Iterator[tuple[str, int]]:
+    """Likewise of a ``.pte``; a bias that only the delegate adds, of zeros, is none."""
+    ops = None
+    if document["ops"] is not None:
+        ops = {(op["method"], op["name"]): op for op in document["ops"]}
+    for row in document["rows"]:
+        op = None if ops is None else ops.get((row["method"], row["op"]))
+        if row["bias"] is None or (ops is not None and (op is None or not op["has_bias"])):
+            continue
+        if row["bias"]["bits"] is not None:
+            kind = "int32"
+        elif op is not None and op["placement"] == Placement.EMULATED.value:
+            kind = _EMULATED
+        else:
+            kind = "float"
+        yield kind, row["bias"]["channels"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,7 +193,7 @@ def _graph_view(document: Json) -> View:
     columns += [*_TENSOR_COLUMNS, Column("computes")]
     if lowering is not None:
         columns.append(Column("runs as", name=True))
-    summary = [_counts(rows), *_bias_summary(rows)]
+    summary = [str(tally_of(document)), bias_sentence(document), *_bias_scales(rows)]
     if lowering is not None:
         summary.append(
             f"{_plural(lowering['delegates'], 'delegate call')}, "
@@ -128,7 +216,7 @@ def _graph_row(row: Json, lowered: bool) -> Row:
     node = row["node"] + (f" + {row['fused']}" if row["fused"] else "")
     cells: list[tuple[str, ...]] = [(node,), (row["path"],), (op,), (row["scheme"] or "",)]
     cells += _tensor_cells(row, (row["output"],))
-    cells.append((row["compute"],))
+    cells.append((_where(row),))
     if lowered:
         cells.append(((row["backend"] or "").removeprefix("xnnpack "),))
     details = [("op", f"{op} ({row['target']})" if op != row["target"] else op)]
@@ -137,13 +225,20 @@ def _graph_row(row: Json, lowered: bool) -> Row:
     why = f": {row['reason']}" if row["reason"] else ""
     scheme = f", scheme {row['scheme']}" if row["scheme"] else ""
     details.append(("computes on", f"{_COMPUTES[row['compute']]}{scheme}{why}"))
+    if row["written"] not in ("", row["node"]):
+        details.append(("part of", row["written"]))
     if row["backend"]:
         reason = f": {row['backend_reason']}" if row["backend_reason"] else ""
         details.append(("runs as", f"{row['backend']}{reason}"))
     details += _tensor_details(row, (row["output"],))
     names = (row["node"], row["fused"]) if row["fused"] else (row["node"],)
     headline = f"{row['node']} ({row['path']})" if row["path"] else row["node"]
-    return Row(names, row["compute"], tuple(cells), headline, tuple(details), _channels(row))
+    return Row(names, _where(row), tuple(cells), headline, tuple(details), _channels(row))
+
+
+def _where(row: Json) -> str:
+    """Where an op computes, in one or two words: ``integer`` for ``integer kernel``."""
+    return str(row["placement"] or row["compute"]).removesuffix(" kernel")
 
 
 def _graph_notes(rows: Sequence[Json]) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -173,44 +268,113 @@ def _graph_notes(rows: Sequence[Json]) -> tuple[tuple[str, tuple[str, ...]], ...
 
 def _program_view(document: Json) -> View:
     rows: Sequence[Json] = document["rows"]
-    columns = [Column("op", name=True), Column("where"), *_TENSOR_COLUMNS, Column("computes")]
+    ops: Sequence[Json] | None = document["ops"]
+    columns = [Column("op", name=True), Column("module", name=True), Column("where")]
+    columns += [*_TENSOR_COLUMNS, Column("computes"), Column("runs as", name=True)]
     backends: Sequence[str] = document["backends"]
     others = sorted(set(backends) - {"XnnpackBackend"})
     summary = [
-        f"{document['size_bytes']:,} bytes, {document['constant_bytes']:,} of them constants",
+        *([] if ops is None else [str(tally_of(document))]),
+        bias_sentence(document),
+        *_bias_scales(rows),
         f"{_plural(len(backends), 'delegate')}, "
         f"{_plural(len(document['kernels']), 'kernel call')} outside",
-        _counts(rows),
-        *_bias_summary(rows),
+        f"{document['size_bytes']:,} bytes, {document['constant_bytes']:,} of them constants",
+        _node_counts(rows),
     ]
+    if ops is None:
+        why = document["note"] or "the file does not say of which ops it was made"
+        summary.append(f"{why}: names below are the delegate's own, not those of a graph")
     if others:
         summary.append(f"not shown: what is inside the delegates of {', '.join(others)}")
+    places = {_place(row) for row in rows}
+    known = {(op["method"], op["name"]): op for op in ops or ()}
+    of_op: dict[tuple[str, str], list[Json]] = {}
+    for row in rows:
+        of_op.setdefault((row["method"], row["op"]), []).append(row)
+    kinds = Counter(row["kind"] for row in rows)
+    taken = {op["name"] for op in ops or ()}
+    shown = [
+        _program_row(
+            row,
+            known.get((row["method"], row["op"])),
+            of_op[row["method"], row["op"]],
+            len(places) > 1,
+            row["kind"] if kinds[row["kind"]] == 1 and row["kind"] not in taken else "",
+        )
+        for row in rows
+    ]
+    if ops is None:
+        notes = _notes(
+            ("In float, and why", _reasons(rows, "float", "name")),
+            ("Biases that are float in the file", _float_biases(rows, "name")),
+        )
+    else:
+        notes = _notes(
+            (
+                "Not on integer kernels, and why",
+                [
+                    f"{op['name']}{_in(op)}: {op['placement']}: {op['reason']}"
+                    for op in ops
+                    if op["placement"] != Placement.INTEGER.value
+                ],
+            ),
+        )
     return View(
         "ExecuTorch program",
         tuple(summary),
         tuple(columns),
-        tuple(_program_row(row) for row in rows),
-        _notes(
-            ("In float, and why", _reasons(rows, "float", "name")),
-            ("Biases that are float in the file", _float_biases(rows, "name")),
-        ),
+        tuple(shown),
+        notes,
+        tuple(_unseen(op) for key, op in known.items() if key not in of_op),
     )
 
 
-def _program_row(row: Json) -> Row:
+def _in(op: Json) -> str:
+    return f" ({op['path']})" if op["path"] else ""
+
+
+def _place(row: Json) -> str:
     where = "outside" if row["delegate"] is None else f"delegate {row['delegate']}"
-    if row["method"] != "forward":
-        where = f"{row['method']}, {where}"
-    cells = [(row["name"],), (where,), *_tensor_cells(row, row["outputs"]), (row["compute"],)]
+    return where if row["method"] == "forward" else f"{row['method']}, {where}"
+
+
+def _program_row(
+    row: Json, op: Json | None, nodes: Sequence[Json], with_place: bool, alias: str
+) -> Row:
+    is_main = op is not None and "/" not in row["name"]
+    cells: list[tuple[str, ...]] = [(row["name"],), (row["path"],)]
+    cells += [
+        (_place(row),) if with_place else (),
+        *_tensor_cells(row, row["outputs"]),
+        (row["compute"],),
+    ]
+    cells.append((op["backend"].removeprefix("xnnpack "),) if op is not None and is_main else ())
     why = f": {row['reason']}" if row["reason"] else ""
-    details = [("kind", row["kind"]), ("where", f"method {row['method']}, {where}")]
-    details.append(("computes on", f"{_COMPUTES[row['compute']]}{why}"))
+    details = [] if op is None else _op_details(op)
+    if is_main and len(nodes) > 1:
+        details.append(("nodes", ", ".join(node["name"] for node in nodes)))
+    details += [
+        ("kind", row["kind"]),
+        ("where", f"method {row['method']}, {_place(row)}"),
+        ("computes on", f"{_COMPUTES[row['compute']]}{why}"),
+    ]
     if row["low"] is not None or row["high"] is not None:
         details.append(("clamped to", _interval(row["low"], row["high"])))
     details += _tensor_details(row, row["outputs"])
-    return Row(
-        (row["name"],), row["compute"], tuple(cells), row["name"], tuple(details), _channels(row)
-    )
+    names = (row["name"], alias) if alias else (row["name"],)
+    headline = f"{row['name']}{_in(row)}"
+    return Row(names, row["compute"], tuple(cells), headline, tuple(details), _channels(row))
+
+
+def _op_details(op: Json) -> list[tuple[str, str]]:
+    why = f": {op['reason']}" if op["reason"] else ""
+    return [("op", op["family"]), ("runs as", f"{op['placement']}, {op['backend']}{why}")]
+
+
+def _unseen(op: Json) -> Row:
+    details = (*_op_details(op), ("nodes", "none: nothing in the program stands for it alone"))
+    return Row((op["name"],), op["placement"], (), f"{op['name']}{_in(op)}", details)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,27 +397,31 @@ _TENSOR_COLUMNS = (
 _MOST_LINES = 3
 
 
-def _counts(rows: Sequence[Json]) -> str:
-    """``14 ops: 12 integer, 2 float``."""
+def _node_counts(rows: Sequence[Json]) -> str:
+    """``14 calls and nodes: 12 integer, 2 float``."""
     counts = [(kind, sum(row["compute"] == kind for row in rows)) for kind in _COMPUTES]
     shown = ", ".join(f"{count} {kind}" for kind, count in counts if count)
-    return f"{_plural(len(rows), 'op')}: {shown}" if rows else "no ops"
+    return f"{_plural(len(rows), 'node')} of delegates and calls: {shown}" if rows else "no nodes"
 
 
-def _bias_summary(rows: Sequence[Json]) -> list[str]:
-    biases = [row["bias"] for row in rows if row["bias"] is not None]
-    integer = [bias for bias in biases if bias["bits"] is not None]
-    if not biases:
-        return ["no biases"]
-    lines = [f"{_plural(len(integer), 'integer bias', 'integer biases')}"]
-    if integer:
-        proven = sum(bias["derived"] is True for bias in integer)
-        used = max(bias["bits_used"] for bias in integer)
-        which = "with" if proven == len(integer) else f"{proven} with"
-        lines[0] += f", {which} scale = input scale x weight scale bit for bit"
-        lines[0] += f"; the largest needs {_plural(used, 'bit')}"
-    left = len(biases) - len(integer)
-    return [*lines, f"{_plural(left, 'bias', 'biases')} in float"] if left else lines
+def _bias_scales(rows: Sequence[Json]) -> list[str]:
+    """What is known of the scales of integer biases, of those that are no emulation."""
+    integer = [
+        row["bias"]
+        for row in rows
+        if row["bias"] is not None
+        and row["bias"]["bits"] is not None
+        and row.get("placement") != Placement.EMULATED.value
+    ]
+    if not integer:
+        return []
+    proven = sum(bias["derived"] is True for bias in integer)
+    used = max(bias["bits_used"] for bias in integer)
+    which = "with" if proven == len(integer) else f"{proven} with"
+    return [
+        f"{_plural(len(integer), 'integer bias', 'integer biases')}, {which} scale = input scale x "
+        f"weight scale bit for bit; the largest needs {_plural(used, 'bit')}"
+    ]
 
 
 def _tensor_cells(row: Json, outputs: Sequence[Json]) -> list[tuple[str, ...]]:

@@ -108,7 +108,7 @@ def test_headroom_and_accumulators() -> None:
     assert [op.bias is not None for op in ops].count(True) == 3
     for op in ops:
         row = diagnosis[op.output_node.name]
-        assert row.family == op.binding.rule.family
+        assert row.family == op.match.rule.family
         if op.bias is None:
             assert row.bias_headroom is None
             continue

@@ -67,7 +67,7 @@ def program(work: Path) -> Path:
         *("quantize", f"{work}/net.py:Small", "--weights", work / "net.pt"),
         *("--calibration", work / "data.npz", "--calibration-samples", 32, "-o", output),
     )
-    assert "5 of 5 ops run on integer kernels" in text
+    assert "net.py:Small: 5 ops: 5 integer kernel\n" in text
     assert "13 int32 in 3 layers, read back from the file and equal" in text
     assert "32 samples in 32 batches" in text
     assert "delegate calls: 1; kernels outside: 0" in text
@@ -201,7 +201,7 @@ def test_evaluate_compares_programs(work: Path, program: Path, tmp_path: Path) -
 def test_plan(work: Path) -> None:
     args = ("plan", f"{work}/net.py:Small", "--input-shape", "2,1,8,8")
     text = ok(*args)
-    assert "5 ops become integer, 0 stay in float" in text
+    assert "5 ops: 5 integer kernel; about " in text
     document = json.loads(ok(*args, "--config", work / "mixed.yaml", "--json"))
     schemes = {op["node"]: op["scheme"] for op in document["ops"]}
     assert schemes["linear"] is None

@@ -197,7 +197,7 @@ def with_one_bias_changed(graph: GraphModule) -> tuple[GraphModule, str]:
     """A copy whose first bias is one unit larger in one channel."""
     twin = copy.deepcopy(graph)
     op = next(op for op in read_converted(twin).integer if op.bias is not None)
-    stored = cast(Node, cast(Node, op.binding.bias).args[0])
+    stored = cast(Node, cast(Node, op.match.bias).args[0])
     bias = operator.attrgetter(str(stored.target))(twin)
     bias.data[1] += 1
     return twin, op.node.name

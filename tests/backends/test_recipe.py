@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack.checksum import seal
+from custom_quantizer.backends.xnnpack.checksum import seal, split_checksum
+from custom_quantizer.backends.xnnpack.op_record import split_record
 from custom_quantizer.backends.xnnpack.recipe import IntegerRecipeProvider
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experimental.*")
@@ -100,7 +101,12 @@ def test_the_program_is_that_of_lower(kind: cq.IntegerRecipe, options: dict[str,
     graph = convert(net(), EXAMPLE, quantizer, calibration, strict=True).graph
     wanted = cq.lower(graph, EXAMPLE)
     program = cq.session_program(session)
-    assert seal(bytes(session.get_pte_buffer())) == program.buffer == wanted.buffer
+    assert program.buffer == wanted.buffer
+    whole, _ = split_checksum(memoryview(program.buffer), "the program")
+    pte, record = split_record(whole)
+    assert pte == session.get_pte_buffer()
+    assert record is not None
+    assert seal(bytes(pte) + bytes(record)) == program.buffer
     assert program.report.ops == wanted.report.ops
     assert program.report.fully_delegated or "a8" not in kind.value
     biases, expected = program.integer_biases(), wanted.integer_biases()
@@ -219,6 +225,14 @@ def test_several_methods() -> None:
         twin = program.with_bytes(program.buffer)
         assert differences(twin.run(example), program.run(example)) == []
         assert len(twin.integer_biases()) == len(program.integer_biases()) > 0
+        # The file has the ops of both, each under the names of its own graph.
+        report = cq.inspect_program(program.buffer)
+        assert report.ops is not None
+        assert {op.method for op in report.ops} == set(models)
+        of_method = [op.name for op in report.ops if op.method == name]
+        assert of_method == list(program.report.tally.placements)
+        assert len({row.name for row in report.rows}) == len(report.rows)
+        assert f"{name}: linear" in {row.name for row in report.rows}
     with pytest.raises(cq.InputError, match="no method 'forward'; it has encode, score"):
         cq.session_program(session)
 

@@ -72,7 +72,7 @@ TESTS = [
         *("reference", "bundle", "passes", "lowering", "observers_activation", "statistics"),
         *(
             "bit_widths",
-            "forms",
+            "legalization",
             "factors",
             "canonical",
             "quantizer",

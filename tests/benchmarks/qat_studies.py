@@ -341,7 +341,7 @@ def saturated(graph: GraphModule, bits: int) -> GraphModule:
     """Every bias cut off at the range of a narrow integer in units of ``s_x * s_w``."""
     limit = (1 << (bits - 1)) - 1
     for op in read_converted(graph).with_bias():
-        source = op.binding.bias.args[0]  # type: ignore[union-attr]
+        source = op.match.bias.args[0]  # type: ignore[union-attr]
         name = str(source.target)  # type: ignore[union-attr]
         graph.get_buffer(name).clamp_(-limit - 1, limit)
     return graph

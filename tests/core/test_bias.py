@@ -590,7 +590,7 @@ def test_what_was_raised_is_reported_with_its_factor(name: str) -> None:
     plain = quantized(Layers(_no_bias_left), inputs)
     graph = quantized(model, inputs)
     for op, layer in zip(read_converted(graph).with_bias(), model.layers, strict=True):
-        weight = cast(Node, op.binding.weight)
+        weight = cast(Node, op.match.weight)
         raised = weight.meta[META_KEY]["raised"]
         bias = cast(Tensor, layer.bias)
         if name.startswith("one"):
@@ -599,7 +599,7 @@ def test_what_was_raised_is_reported_with_its_factor(name: str) -> None:
             assert set(raised) == set(range(len(raised)))
         scale = np.asarray(cast(Any, qparams_of(graph, weight).scale), dtype=np.float64)
         maximum = cast(Tensor, layer.weight).detach().abs()
-        axis = op.binding.weight_axis
+        axis = op.match.weight_axis
         others = [d for d in range(maximum.dim()) if d != axis]
         own = maximum.amax(others) if scale.ndim else maximum.max()
         for channel, factor in raised.items():
@@ -608,7 +608,7 @@ def test_what_was_raised_is_reported_with_its_factor(name: str) -> None:
             assert factor > 1
         assert bias is not None
     for op in read_converted(plain).with_bias():
-        assert cast(Node, op.binding.weight).meta[META_KEY]["raised"] == {}
+        assert cast(Node, op.match.weight).meta[META_KEY]["raised"] == {}
 
 
 def test_a_float_bias_on_request() -> None:

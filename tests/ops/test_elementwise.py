@@ -32,7 +32,7 @@ def test_a_number_in_the_place_of_a_tensor_is_refused(family: str) -> None:
     rule = RULES[family]
     (target,) = rule.targets
     reason = "one operand is a number that was not made a tensor"
-    assert rule.bind(rule, _call(target, 0.5)) == reason
+    assert rule.match(rule, _call(target, 0.5)) == reason
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.config.rules import Config, Rule, Scope
 from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import ConfigError
-from custom_quantizer.ops import Binding, Formats, OpRule, rule_of
+from custom_quantizer.ops import Formats, OpRule, PatternMatch, rule_of
 from custom_quantizer.ops.backend import Kernel
 from custom_quantizer.planning.planner import Edge, Plan, make_plan
 
@@ -84,8 +84,8 @@ def test_means_of_what_may_grow(dims: tuple[int, ...], ok: bool) -> None:
 def test_where_max_pools_run(options: dict[str, Any], backend: Kernel) -> None:
     graph = capture(nn.MaxPool2d(**options), (torch.randn(IMAGE),))
     (node,) = (node for node in graph.graph.nodes if rule_of(node) is not None)
-    bound = cast(OpRule, rule_of(node)).bind(cast(OpRule, rule_of(node)), node)
-    assert BACKEND.predict(cast(Binding, bound), Formats(8)).kernel is backend
+    bound = cast(OpRule, rule_of(node)).match(cast(OpRule, rule_of(node)), node)
+    assert BACKEND.predict(cast(PatternMatch, bound), Formats(8)).kernel is backend
 
 
 @pytest.mark.parametrize(
@@ -296,11 +296,11 @@ def test_every_op_and_tensor_has_a_reason(steps: list[tuple[str, int, int]], mix
 
 
 # ---------------------------------------------------------------------------------------------
-# Movers
+# Data movement
 # ---------------------------------------------------------------------------------------------
 
 
-def test_a_mover_follows_its_producer() -> None:
+def test_a_movement_follows_its_producer() -> None:
     plan = plan_of(
         lambda s, x: s.head(s.conv(x).permute(0, 2, 3, 1).flatten(1)),
         conv=conv(),
@@ -314,7 +314,7 @@ def test_a_mover_follows_its_producer() -> None:
     assert group(plan, "linear", "input") == shared != group(plan, "linear")
 
 
-def test_a_mover_of_a_float_tensor_follows_its_consumers() -> None:
+def test_a_movement_of_a_float_tensor_follows_its_consumers() -> None:
     plan = plan_of(
         lambda s, x: s.head(torch.sin(x).permute(0, 2, 3, 1).flatten(1)), head=nn.Linear(144, 3)
     )
@@ -332,23 +332,23 @@ def test_a_mover_of_a_float_tensor_follows_its_consumers() -> None:
         lambda s, x: (lambda t: (s.conv(t), torch.sin(t)))(x.permute(0, 1, 3, 2)),
     ],
 )
-def test_a_mover_of_a_float_tensor_stays_float_for_float_consumers(
+def test_a_movement_of_a_float_tensor_stays_float_for_float_consumers(
     function: Callable[..., Any],
 ) -> None:
     plan = plan_of(lambda s, x: (function(s, x), s.conv(x)), conv=conv())
-    (mover,) = (op for op in plan.ops if op.family in ("reshape", "permute"))
-    assert mover.scheme is None
-    assert mover.reason == "moves values of a float tensor"
+    (movement,) = (op for op in plan.ops if op.family in ("reshape", "permute"))
+    assert movement.scheme is None
+    assert movement.reason == "moves values of a float tensor"
 
 
-def test_a_mover_between_integers_stays_integer_for_a_float_consumer() -> None:
+def test_a_movement_between_integers_stays_integer_for_a_float_consumer() -> None:
     plan = plan_of(lambda s, x: torch.sin(s.conv(x).flatten(1)), conv=conv())
     assert plan.op("flatten").scheme == "a8"
     assert plan.op("sin").scheme is None
     assert plan.op("sin").reason == "no integer form of aten.sin.default is known"
 
 
-def test_a_mover_left_out_by_a_rule_stays_float() -> None:
+def test_a_movement_left_out_by_a_rule_stays_float() -> None:
     plan = plan_of(
         lambda s, x: s.head(s.conv(x).flatten(1)),
         Rule(Scope.NODE_NAME, "flatten", None),
@@ -762,7 +762,7 @@ def test_the_width_in_a_prediction(formats: Formats, text: str) -> None:
     graph = capture(nn.Linear(6, 4), (torch.randn(2, 6),))
     (node,) = (n for n in graph.graph.nodes if n.target is torch.ops.aten.linear.default)
     rule = cast(OpRule, rule_of(node))
-    found = BACKEND.predict(cast(Binding, rule.bind(rule, node)), formats)
+    found = BACKEND.predict(cast(PatternMatch, rule.match(rule, node)), formats)
     assert found.reason.startswith(text)
     assert bool(found.reason) is bool(text)
 
@@ -785,7 +785,7 @@ def test_where_linear_layers_of_run_time_scales_run(
     (node,) = (node for node in graph.graph.nodes if rule_of(node) is not None)
     rule = cast(OpRule, rule_of(node))
     formats = Formats(8, bits, "per_channel", dynamic=True)
-    assert BACKEND.predict(cast(Binding, rule.bind(rule, node)), formats).kernel is backend
+    assert BACKEND.predict(cast(PatternMatch, rule.match(rule, node)), formats).kernel is backend
 
 
 @pytest.mark.parametrize(
@@ -803,7 +803,7 @@ def test_which_gelu_a_table_is_filled_with(approximate: str, reason: str) -> Non
     graph = capture(nn.GELU(approximate), (torch.randn(IMAGE),))
     (node,) = (node for node in graph.graph.nodes if rule_of(node) is not None)
     rule = cast(OpRule, rule_of(node))
-    assert BACKEND.predict(cast(Binding, rule.bind(rule, node)), Formats(8)).reason == reason
+    assert BACKEND.predict(cast(PatternMatch, rule.match(rule, node)), Formats(8)).reason == reason
 
 
 @pytest.mark.parametrize(
@@ -835,7 +835,7 @@ def test_what_dynamic_sizes_forbid(
     ],
     ids=["no rule", "a scheme"],
 )
-def test_a_mover_that_no_rule_leaves_out_passes_integers_on(rules: list[Rule]) -> None:
+def test_a_movement_that_no_rule_leaves_out_passes_integers_on(rules: list[Rule]) -> None:
     graph = capture(Function(lambda s, x: s.conv(x).flatten(1), conv=conv()), (torch.randn(IMAGE),))
     op = make_plan(canonicalize(graph), Config(rules), BACKEND).op("flatten")
     assert (op.scheme, op.reason) == ("a8", "moves values: keeps the integers it is given")

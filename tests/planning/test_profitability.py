@@ -18,10 +18,10 @@ from custom_quantizer.backends.xnnpack import BACKEND
 from custom_quantizer.config.rules import Config, Rule, Scope
 from custom_quantizer.core.schemes import activation_scheme, scheme
 from custom_quantizer.planning.planner import Plan, make_plan
-from custom_quantizer.planning.profitability import Kind, Step, weigh
+from custom_quantizer.planning.profitability import Kind, Step, unprofitable
 
 IMAGE = (2, 4, 6, 6)
-INTEGER, WEIGHED, MOVEMENT, FLOAT = Kind.INTEGER, Kind.WEIGHED, Kind.MOVEMENT, Kind.FLOAT
+INTEGER, OPTIONAL, MOVEMENT, FLOAT = Kind.INTEGER, Kind.OPTIONAL, Kind.MOVEMENT, Kind.FLOAT
 
 
 def plan_of(
@@ -42,7 +42,7 @@ def plan_of(
 def refused(
     ops: list[tuple[str, Kind, str]], given: str = "", returned: str = ""
 ) -> dict[str, str]:
-    """Weigh ops written as ``(name, kind, names of its inputs)``; ``x`` and ``y`` are inputs."""
+    """Ops written as ``(name, kind, names of its inputs)``; ``x`` and ``y`` are inputs."""
     graph = fx.Graph()
     nodes = {name: graph.placeholder(name) for name in "xy"}
     for name, _, inputs in ops:
@@ -54,7 +54,9 @@ def refused(
         for name, kind, inputs in ops
     ]
     steps = [Step(s.kind, s.inputs, s.output, tuple(s.output.users), s.anchor) for s in steps]
-    found = weigh(steps, [nodes[n] for n in given.split()], [nodes[n] for n in returned.split()])
+    found = unprofitable(
+        steps, [nodes[n] for n in given.split()], [nodes[n] for n in returned.split()]
+    )
     return {node.name: why for node, why in found.items()}
 
 
@@ -66,37 +68,37 @@ OUT_FLOAT = "nothing behind it takes integers"
     ("ops", "expected"),
     [
         # Between integers.
-        ([("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("b", INTEGER, "f")], {}),
+        ([("a", INTEGER, "x"), ("f", OPTIONAL, "a"), ("b", INTEGER, "f")], {}),
         # A float neighbour on either side, or on both.
-        ([("f", WEIGHED, "x"), ("b", INTEGER, "f")], {"f": IN_FLOAT}),
-        ([("a", INTEGER, "x"), ("f", WEIGHED, "a")], {"f": OUT_FLOAT}),
-        ([("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("g", FLOAT, "f")], {"f": OUT_FLOAT}),
-        ([("a", FLOAT, "x"), ("f", WEIGHED, "a"), ("b", INTEGER, "f")], {"f": "a is float"}),
+        ([("f", OPTIONAL, "x"), ("b", INTEGER, "f")], {"f": IN_FLOAT}),
+        ([("a", INTEGER, "x"), ("f", OPTIONAL, "a")], {"f": OUT_FLOAT}),
+        ([("a", INTEGER, "x"), ("f", OPTIONAL, "a"), ("g", FLOAT, "f")], {"f": OUT_FLOAT}),
+        ([("a", FLOAT, "x"), ("f", OPTIONAL, "a"), ("b", INTEGER, "f")], {"f": "a is float"}),
         # One user of several wants integers.
         (
-            [("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("b", INTEGER, "f"), ("g", FLOAT, "f")],
+            [("a", INTEGER, "x"), ("f", OPTIONAL, "a"), ("b", INTEGER, "f"), ("g", FLOAT, "f")],
             {},
         ),
         # A chain stands or falls together.
         (
             [
                 ("a", INTEGER, "x"),
-                *((f"f{i}", WEIGHED, f"f{i - 1}" if i else "a") for i in range(4)),
+                *((f"f{i}", OPTIONAL, f"f{i - 1}" if i else "a") for i in range(4)),
                 ("b", INTEGER, "f3"),
             ],
             {},
         ),
         (
-            [("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("g", WEIGHED, "f"), ("h", FLOAT, "g")],
+            [("a", INTEGER, "x"), ("f", OPTIONAL, "a"), ("g", OPTIONAL, "f"), ("h", FLOAT, "g")],
             {"f": OUT_FLOAT, "g": OUT_FLOAT},
         ),
         (
-            [("f", WEIGHED, "x"), ("g", WEIGHED, "f"), ("b", INTEGER, "g")],
+            [("f", OPTIONAL, "x"), ("g", OPTIONAL, "f"), ("b", INTEGER, "g")],
             {"f": IN_FLOAT, "g": "f is float"},
         ),
         # All inputs must be integers.
         (
-            [("a", INTEGER, "x"), ("f", WEIGHED, "a y"), ("b", INTEGER, "f")],
+            [("a", INTEGER, "x"), ("f", OPTIONAL, "a y"), ("b", INTEGER, "f")],
             {"f": "y is float"},
         ),
         # Data movement passes both sides on.
@@ -104,25 +106,30 @@ OUT_FLOAT = "nothing behind it takes integers"
             [
                 ("a", INTEGER, "x"),
                 ("m", MOVEMENT, "a"),
-                ("f", WEIGHED, "m"),
+                ("f", OPTIONAL, "m"),
                 ("n", MOVEMENT, "f"),
                 ("b", INTEGER, "n"),
             ],
             {},
         ),
-        ([("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("m", MOVEMENT, "f")], {"f": OUT_FLOAT}),
-        # A cat with integers wants integers; two weighed ops do not justify each other.
-        ([("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("c", MOVEMENT, "f a")], {}),
+        ([("a", INTEGER, "x"), ("f", OPTIONAL, "a"), ("m", MOVEMENT, "f")], {"f": OUT_FLOAT}),
+        # A cat with integers wants integers; two optional ops do not justify each other.
+        ([("a", INTEGER, "x"), ("f", OPTIONAL, "a"), ("c", MOVEMENT, "f a")], {}),
         (
-            [("a", INTEGER, "x"), ("f", WEIGHED, "a"), ("g", WEIGHED, "a"), ("c", MOVEMENT, "f g")],
+            [
+                ("a", INTEGER, "x"),
+                ("f", OPTIONAL, "a"),
+                ("g", OPTIONAL, "a"),
+                ("c", MOVEMENT, "f g"),
+            ],
             {"f": OUT_FLOAT, "g": OUT_FLOAT},
         ),
         # What fails on one side of a join takes the integers of the other side with it.
         (
             [
                 ("a", INTEGER, "x"),
-                ("f", WEIGHED, "a"),
-                ("g", WEIGHED, "f y"),
+                ("f", OPTIONAL, "a"),
+                ("g", OPTIONAL, "f y"),
                 ("b", INTEGER, "g"),
             ],
             {"f": OUT_FLOAT, "g": "y is float"},
@@ -136,7 +143,7 @@ def test_an_op_without_a_kernel_is_quantized_between_integers_only(
 
 
 def test_inputs_and_outputs_of_the_model_that_are_integers_count() -> None:
-    ops = [("f", WEIGHED, "x")]
+    ops = [("f", OPTIONAL, "x")]
     assert refused(ops) == {"f": IN_FLOAT}
     assert refused(ops, given="x") == {"f": OUT_FLOAT}
     assert refused(ops, given="x", returned="f") == {}
@@ -166,10 +173,10 @@ def test_the_steps_are_walked_through_as_often_whatever_their_number(
     for _ in range(length):
         nodes.append(graph.call_function(torch.neg, (nodes[-1],)))
     steps = Counted(
-        Step(first if i == 0 else WEIGHED, (a,), b, tuple(b.users), b)
+        Step(first if i == 0 else OPTIONAL, (a,), b, tuple(b.users), b)
         for i, (a, b) in enumerate(pairwise(nodes))
     )
-    assert len(weigh(steps, (), ())) == length - 1
+    assert len(unprofitable(steps, (), ())) == length - 1
     assert steps.walks <= 8
 
 

@@ -231,7 +231,7 @@ def test_fixed_point_sees_only_integer_tensors(monkeypatch: pytest.MonkeyPatch) 
 
     def spy(self, op, values):  # type: ignore[no-untyped-def]
         result = compute(self, op, values)
-        given = [reference._integers(values[source]) for source in op.binding.inputs]
+        given = [reference._integers(values[source]) for source in op.match.inputs]
         seen.extend(str(tensor.dtype) for tensor in (*given, result))
         return result
 

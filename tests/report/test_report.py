@@ -540,9 +540,8 @@ def test_a_bias_of_another_scale_is_seen(lowered: LoweredProgram) -> None:
     tensors = list(delegate.tensors)
     tensors[op.bias] = dataclasses.replace(tensor, scale=scale)
     changed = dataclasses.replace(delegate, tensors=tuple(tensors))
-    names = report_module._Names()
     for contents, derived in ((delegate, True), (changed, False)):
-        row = report_module._delegate_row(names, "forward", 0, contents, op)
+        row = report_module._delegate_row("linear", "forward", 0, contents, op)
         assert row.bias is not None
         assert row.bias.derived is derived
 
@@ -583,6 +582,33 @@ def test_kernels_outside_are_rows_in_execution_order() -> None:
     kinds = [each.kind for each in report.rows]
     assert kinds.index("fully_connected") < kinds.index("aten::cumsum.out")
     assert "1 kernel call outside" in str(report)
+    assert (row.name, row.op) == ("cumsum", "cumsum")
+
+
+def test_kernels_outside_have_the_names_of_their_ops() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(self.linear(x.cumsum(1)).cumsum(1).topk(2, 1))
+
+    torch.manual_seed(6)
+    example = (torch.randn(2, 4),)
+    graph = convert(Sums(), IntegerQuantizer().set_global("a8w8"), example)
+    report = inspect_program(lower(graph, example).buffer)
+    outside = {row.name: row for row in report.rows if row.delegate is None}
+    assert {name: (row.op, row.inputs[0].shape[1]) for name, row in outside.items()} == {
+        "cumsum": ("cumsum", 4),
+        "cumsum_1": ("cumsum_1", 3),
+        "topk": ("topk", 3),
+    }
+    assert str(report.tally) == "6 ops: 1 integer kernel, 3 outside, 2 folded away"
+    assert "getitem: folded away: " in str(report)
+    lines = report.detail("getitem").splitlines()
+    assert lines[0] == "getitem"
+    assert lines[-1] == "  nodes    none: nothing in the program stands for it alone"
 
 
 def test_path_and_bytes_give_the_same_report(
@@ -632,7 +658,7 @@ def either(
 def test_json_round_trip(either: Report | ProgramReport, tmp_path: Path) -> None:
     text = either.to_json()
     document = json.loads(text, parse_constant=refuse)
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert document["kind"] == either.kind
     assert list(unsorted_objects(document)) == []
     again = type(either).from_json(text)
@@ -661,7 +687,10 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> Callable[[str], str]:
         (lambda text: text[:-5], "is not JSON"),
         (lambda text: "[]", "is not a 'graph' report"),
         (damaged(lambda d: d.update(kind="program")), "is not a 'graph' report"),
-        (damaged(lambda d: d.update(schema_version=2)), "schema version 2, this package reads 1"),
+        (
+            damaged(lambda d: d.update(schema_version=3)),
+            "schema version 3, this package reads 1 to 2",
+        ),
         (damaged(lambda d: d.pop("schema_version")), "schema version None"),
         (damaged(lambda d: d["rows"][0].pop("node")), "damaged at rows.0.node"),
         (damaged(lambda d: d["rows"][1].update(compute="magic")), "damaged at rows.1.compute"),
@@ -696,14 +725,34 @@ def test_a_broken_path_is_an_input_error(report: Report, tmp_path: Path) -> None
 # ---------------------------------------------------------------------------------------------
 
 
+def columns_of(text: str) -> list[str]:
+    """What stands in each column of a table, line by line."""
+    lines = text.splitlines()
+    rule = next(i for i, line in enumerate(lines) if line and set(line) == {"-", " "})
+    start, columns = 0, []
+    for part in lines[rule].split("  "):
+        columns.append((start, start + len(part)))
+        start += len(part) + 2
+    body = lines[rule + 1 : lines.index("", rule)]
+    return ["".join(line[a:b] for line in body) for a, b in columns]
+
+
 def test_text_names_every_op_and_fits_the_terminal(either: Report | ProgramReport) -> None:
     text = str(either)
     assert max(map(len, text.splitlines())) <= 120
+    flat = re.sub(r"\n *", " ", text)
+    names, *_ = columns_of(text)
     for row in either.rows:
         name = row.node if isinstance(row, OpRow) else row.name
-        assert name in re.sub(r"\s", "", text)
-        if row.compute == "float":
-            assert f"{name}: {row.reason}" in re.sub(r"\n {2,}", " ", text)
+        assert name in re.sub(r"\s", "", names)
+        if row.compute == "float" and isinstance(row, OpRow):
+            assert f"{name}: {row.reason}" in flat
+    if isinstance(either, ProgramReport):
+        assert either.ops is not None
+        for op in either.ops:
+            where = f"{op.name} ({op.path})" if op.path else op.name
+            why = f" {where}: {op.placement}: {op.reason}"
+            assert (why in flat) == (op.placement != "integer kernel")
 
 
 def test_text_of_a_row(report: Report) -> None:
@@ -751,14 +800,7 @@ def test_any_text_fits_and_loses_nothing(node: str, path: str, backend: str, inp
     report = Report((row,), (), (), lowering)
     text = str(report)
     assert all(len(line) <= 120 for line in text.splitlines())
-    lines = text.splitlines()
-    rule = next(i for i, line in enumerate(lines) if line and set(line) == {"-", " "})
-    start, columns = 0, []
-    for part in lines[rule].split("  "):
-        columns.append((start, start + len(part)))
-        start += len(part) + 2
-    body = lines[rule + 1 : lines.index("", rule)]
-    cells = ["".join(line[a:b] for line in body) for a, b in columns]
+    cells = columns_of(text)
     for value, cell in ((node, cells[0]), (path, cells[1])):
         if value.strip():
             assert re.sub(r"\s", "", cell) == re.sub(r"\s", "", value)

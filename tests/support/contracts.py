@@ -343,10 +343,10 @@ class IntegerContract(Contract):
         ops = done.ops_of(name, case)
         # The family's op, or the activation that is part of another.
         wanted = RULES[ANOTHER_FAMILY.get((name, case), name)]
-        assert any(wanted in (op.binding.rule, rule_of(op.output_node)) for op in ops)
+        assert any(wanted in (op.match.rule, rule_of(op.output_node)) for op in ops)
         assert [op.node.name for op in ops if op not in done.graph.integer] == []
         for op in ops:
-            predicted = BACKEND.predict(op.binding, op.formats).kernel
+            predicted = BACKEND.predict(op.match, op.formats).kernel
             row = rows[op.node.name]
             assert (op.node.name, row.backend) == (op.node.name, predicted)
             if predicted not in (kernels.INT8, kernels.FOLDED):
@@ -355,7 +355,7 @@ class IntegerContract(Contract):
     def test_qparams_are_shared_as_declared(self, part: Part, name: str, case: str) -> None:
         done = lower(part)
         for op in done.ops_of(name, case):
-            if op.binding.rule.sharing is QParamSharing.SAME:
+            if op.match.rule.sharing is QParamSharing.SAME:
                 assert all(op.output.same_grid(given) for given in op.inputs), op.node.name
             else:
                 planned = done.plan.op(op.node.name)
@@ -369,9 +369,9 @@ class IntegerContract(Contract):
         _, record = reference.with_integers(*done.inputs[0])
         assert done.graph.integer
         for op in done.graph.integer:
-            if op.binding.rule.sharing is QParamSharing.SAME:
+            if op.match.rule.sharing is QParamSharing.SAME:
                 continue
-            given = [_recorded(done.graph.model, record, node) for node in op.binding.inputs]
+            given = [_recorded(done.graph.model, record, node) for node in op.match.inputs]
             for mode in ("exact", "fixed_point"):
                 integers = get_mode(mode).compute(op, given)
                 apart = (integers.long() - record[op.output_node.name].long()).abs().max()

@@ -81,11 +81,11 @@ def with_dyadic_scales(converted: GraphModule) -> GraphModule:
         if op.bias is not None:
             data, weight, to = (
                 nodes[cast(Node, node).name]
-                for node in (op.binding.inputs[0], op.binding.weight, op.binding.bias)
+                for node in (op.match.inputs[0], op.match.weight, op.match.bias)
             )
             of_weight = torch.as_tensor(qparams_of(graph, weight).scale)
             of_data = cast(float, qparams_of(graph, data).scale)
-            _set_scale(graph, to, derived_scale(of_data, expand_channels(of_weight, op.binding)))
+            _set_scale(graph, to, derived_scale(of_data, expand_channels(of_weight, op.match)))
             bias = int(op.bias.abs().max())
         terms = op.weight.abs().to(torch.int64).sum()  # of all outputs: more than those of one
         assert int(terms) * 256 + bias < _EXACT

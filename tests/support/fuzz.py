@@ -413,7 +413,7 @@ def check_plan(done: Converted) -> ConvertedGraph:
             assert op.node in integer, f"{op.node} is float: {reasons.get(op.node)}"
             found = integer[op.node]
             assert (found.output_node.name != op.node) == (op.fused is not None), op
-            predicted = BACKEND.predict(found.binding, found.formats)
+            predicted = BACKEND.predict(found.match, found.formats)
             assert predicted.kernel.label == op.backend, op
     planned = {name for op in done.plan.parts for name in (op.node, op.fused)}
     assert sorted({*integer, *reasons} - planned) == [], "ops that the plan does not have"
@@ -429,14 +429,14 @@ def _check_integers(model: GraphModule, op: QuantizedOp) -> None:
     weight = op.weight_qparams
     assert weight.quant_min <= int(op.weight.min()), op.node
     assert int(op.weight.max()) <= weight.quant_max, op.node
-    node = op.binding.bias
+    node = op.match.bias
     if node is None:
         return
     stored, scale = cast(Node, node.args[0]), node.args[1]
     assert operator.attrgetter(str(stored.target))(model).dtype is torch.int32
     scale = operator.attrgetter(str(scale.target))(model) if isinstance(scale, Node) else scale
     unit = derived_scale(
-        cast(float, op.inputs[0].scale), expand_channels(torch.as_tensor(weight.scale), op.binding)
+        cast(float, op.inputs[0].scale), expand_channels(torch.as_tensor(weight.scale), op.match)
     )
     # Narrow biases are shifted left when they are added: a power of two.
     fraction, exponent = torch.frexp(torch.as_tensor(scale, dtype=torch.float32) / unit)
@@ -484,7 +484,7 @@ class Compared(Interpreter):
         op = self.makers.get(source)
         bound = 1 if op is None else 1 + self._excess(op)
         if off > bound:
-            what = "border" if op is None else op.binding.rule.family
+            what = "border" if op is None else op.match.rule.family
             self.wrong.append(f"{source.name} ({what}): {off} units off, at most {bound} allowed")
         # In the memory format that the views behind it were captured with.
         return torch.empty_like(result).copy_(given)
@@ -493,12 +493,12 @@ class Compared(Interpreter):
         """Units beyond the rounding of either side, rounded up if they reach half a unit."""
         scale = cast(float, op.output.scale)
         excess = 0.0
-        if op.binding.rule.family == "silu" and not op.is_wide:
+        if op.match.rule.family == "silu" and not op.is_wide:
             # Its sigmoid is rounded to 8 bits, half a step of at most 1.02 / 255.
             excess = _largest(op.inputs[0]) * 0.5 * 1.02 / 255 / scale
         elif is_tanh_gelu(op.node):
             excess = 4.8e-4 / scale
-        elif op.binding.weight is not None or op.binding.rule.family == "matmul":
+        elif op.match.weight is not None or op.match.rule.family == "matmul":
             # float32 sums in PyTorch: (K + 1) * 2**-24 * A, and 2 * 2**-24 of the result.
             arguments = [self._size(arg) for arg in op.node.args]
             size = cast(Callable[..., Tensor], op.node.target)(*arguments, **op.node.kwargs)
@@ -512,7 +512,7 @@ class Compared(Interpreter):
 
     def _terms(self, op: QuantizedOp) -> int:
         right = self.values[cast(Node, op.node.args[1])]
-        return int(right.numel() // right.shape[op.binding.weight_axis])
+        return int(right.numel() // right.shape[op.match.weight_axis])
 
 
 def _largest(q: QParams) -> float:

@@ -47,7 +47,7 @@ def _needs_integers(rule: OpRule, case: Case) -> bool:
     example = tuple(torch.randn(shape) for shape in case.shapes)
     graph = canonicalize(torch.export.export(case.build().eval(), example).module())
     for node in graph.graph.nodes:
-        bound = rule.bind(rule, node) if rule_of(node) is rule else "another op"
+        bound = rule.match(rule, node) if rule_of(node) is rule else "another op"
         if not isinstance(bound, str):
             return BACKEND.predict(bound, Formats(8)).kernel.needs_integers
     return False

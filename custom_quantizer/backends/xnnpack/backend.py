@@ -1,7 +1,7 @@
 """XNNPACK as a :class:`~custom_quantizer.ops.backend.Backend`; executorch is imported on use.
 
 XNNPACK computes on the integers of batches of images: convolutions, linear layers, pooling and
-means in two dims, and moves. So all of :data:`~custom_quantizer.ops.rewrites.forms.INTEGER_FORMS`
+means in two dims, and moves. So all of ``LEGALIZATIONS`` (:mod:`custom_quantizer.ops.rewrites`)
 are taken; of those that are not for want of a kernel:
 
 - a mean of a dynamic batch of images is a linear layer, because XNNPACK's own writes beyond its
@@ -28,7 +28,7 @@ from custom_quantizer.backends.xnnpack.kernels import (
 )
 from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, BiasLimits
 from custom_quantizer.ops.backend import Backend
-from custom_quantizer.ops.rewrites.forms import INTEGER_FORMS, use_integer_forms
+from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS, legalize_by
 
 __all__ = ["BACKEND"]
 
@@ -61,8 +61,8 @@ BACKEND = Backend(
     outside=PORTABLE,
     wide=EMULATED,
     limits=BiasLimits(MAX_EXACT_BIAS, WIDE_BIAS),
-    legalize=lambda model, training: use_integer_forms(model, INTEGER_FORMS, training=training),
-    legalized=frozenset(INTEGER_FORMS),
+    legalize=lambda model, training: legalize_by(model, LEGALIZATIONS, training=training),
+    legalized=frozenset(LEGALIZATIONS),
     refuses_tensor=refuses_tensor,
     lower=_lower,
     load=_load,

@@ -171,9 +171,9 @@ def _weight_and_bias(
     delegate, node = found
     stored = delegate.weight(node)
     weight = cast(Tensor, op.weight)
-    factor = stored.shape[1] // weight.shape[1] if op.binding.rule is CONV else 1
-    if factor > 1 and op.binding.groups % factor == 0:
-        weight = joined(weight, op.binding.groups, factor)
+    factor = stored.shape[1] // weight.shape[1] if op.match.rule is CONV else 1
+    if factor > 1 and op.match.groups % factor == 0:
+        weight = joined(weight, op.match.groups, factor)
     if stored.size == weight.numel():
         weight = weight.reshape(stored.shape)
     yield from _arrays(op, "weight", weight.numpy(), stored)
@@ -193,7 +193,7 @@ def _weight_scale(
 ) -> Iterator[Difference]:
     graph = torch.as_tensor(cast(QParams, op.weight_qparams).scale)
     if graph.dim():
-        graph = expand_channels(graph, op.binding)
+        graph = expand_channels(graph, op.match)
     stored = np.asarray(delegate.tensors[cast(int, node.weight)].scale, np.float32)
     # One scale for all channels may be stored once a channel.
     wide = np.broadcast_to(graph.numpy(), stored.shape) if graph.numel() == 1 else graph.numpy()
@@ -300,7 +300,7 @@ def _clamps(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
             if _grid(delegate, output) == _key(op.output):
                 least, most = _stored_bounds(node, op.output)
                 low, high = max(low, least), min(high, most)
-    moved = op.binding.rule.sharing is QParamSharing.SAME and real is None
+    moved = op.match.rule.sharing is QParamSharing.SAME and real is None
     if (low, high) != wanted and not (moved and (low, high) == _INT8):
         yield _difference(
             op, "clamp", f"the graph clamps to the integers {wanted}, the program to {low, high}"
@@ -313,8 +313,8 @@ _INT8 = (-128, 127)
 def _real_bounds(op: QuantizedOp) -> tuple[float, float] | None:
     """Bounds of the op's activation, or of the op if it is one, in units of the float output."""
     bounds = op.bounds
-    if bounds is None and op.binding.rule.bounds is not None:
-        bounds = op.binding.rule.bounds(op.node)
+    if bounds is None and op.match.rule.bounds is not None:
+        bounds = op.match.rule.bounds(op.node)
     if bounds is None:
         return None
     low, high = bounds

@@ -18,12 +18,12 @@ SIZE = len(_MARK) + hashlib.sha256().digest_size
 
 
 def seal(data: bytes) -> bytes:
-    """A program with its checksum."""
+    """A program with its checksum: of all that stands before it, a record of ops included."""
     return data + _MARK + hashlib.sha256(data).digest()
 
 
 def split_checksum(data: memoryview, where: str) -> tuple[memoryview, bool]:
-    """A program without its checksum, and whether it had one.
+    """All of a file but its checksum, and whether it had one.
 
     Raises:
         ProgramError: the program is not the one that its checksum was made of.

@@ -20,7 +20,7 @@ from custom_quantizer.core.arithmetic import QParams, scale_of
 from custom_quantizer.core.graph import argument, is_constant, shape_of, tensor_meta
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import SchemeError
-from custom_quantizer.ops import Binding, Formats, OpRule, QuantizedOp, Verdict, functions
+from custom_quantizer.ops import Formats, OpRule, PatternMatch, QuantizedOp, Verdict, functions
 from custom_quantizer.ops._rule import ACCEPTED, refused
 from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
 from custom_quantizer.ops.backend import Delegation, Kernel, Support
@@ -91,12 +91,12 @@ PORTABLE = Kernel(
 FOLDED = Kernel("folded away", Placement.FOLDED, 4.0)
 
 
-def _int8(_binding: Binding, _formats: Formats) -> Delegation:
+def _int8(_match: PatternMatch, _formats: Formats) -> Delegation:
     return Delegation(INT8)
 
 
-def _always(kernel: Kernel, reason: str = "") -> Callable[[Binding, Formats], Delegation]:
-    return lambda _binding, _formats: Delegation(kernel, reason)
+def _always(kernel: Kernel, reason: str = "") -> Callable[[PatternMatch, Formats], Delegation]:
+    return lambda _match, _formats: Delegation(kernel, reason)
 
 
 def _legal(parameters: Callable[[], object]) -> Verdict:
@@ -129,18 +129,18 @@ def refuses_tensor(node: Node) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def _accepts_gemm(binding: Binding, scheme: OpScheme) -> Verdict:
-    meta = tensor_meta(cast(Node, binding.weight))
-    data = tensor_meta(binding.inputs[0])
+def _accepts_gemm(match: PatternMatch, scheme: OpScheme) -> Verdict:
+    meta = tensor_meta(cast(Node, match.weight))
+    data = tensor_meta(match.inputs[0])
     unbatched = data is not None and meta is not None and data.dim() < meta.dim()
-    if unbatched and binding.rule is not LINEAR:
+    if unbatched and match.rule is not LINEAR:
         return refused("its input has no batch dimension, which XNNPACK needs")
-    if scheme.dynamic and binding.rule is not LINEAR:
+    if scheme.dynamic and match.rule is not LINEAR:
         return refused("activations are quantized at run time for linear layers only")
     group = scheme.weight.group_size
     if group is not None:
         features = int(meta.shape[1]) if meta is not None else group
-        if binding.rule is not LINEAR:
+        if match.rule is not LINEAR:
             return refused("weights are quantized per group in linear layers only")
         if not scheme.dynamic or scheme.weight.format.bits > 4 or group % 32:
             return refused(
@@ -158,21 +158,21 @@ def _runs_gemm(op: QuantizedOp) -> Verdict:
     return _legal(lambda: xnnpack_multiplier(given, scale, out))
 
 
-def _gemm(binding: Binding, formats: Formats) -> Delegation:
+def _gemm(match: PatternMatch, formats: Formats) -> Delegation:
     bits = formats.weight_bits or 8
     if formats.dynamic:
-        packed = bits <= 4 and packable_features(binding) is not None
+        packed = bits <= 4 and packable_features(match) is not None
         kernel = PACKED_INT4 if packed else DYNAMIC_INT8
         return Delegation(kernel, "activations are quantized at run time, row by row")
     per_channel = formats.granularity == "per_channel"
-    if binding.rule is CONV_TRANSPOSE and per_channel and binding.groups > 1:
+    if match.rule is CONV_TRANSPOSE and per_channel and match.groups > 1:
         return Delegation(
             FLOAT, "XNNPACK has no per-channel kernel for grouped transposed convolutions"
         )
     if bits == 8:
         return Delegation(INT8)
-    if binding.rule is LINEAR and bits <= 4:
-        if packable_features(binding) is not None:
+    if match.rule is LINEAR and bits <= 4:
+        if packable_features(match) is not None:
             return Delegation(PACKED_INT4, f"int{bits} weights, two to a byte")
         return Delegation(
             INT8_CONTAINER,
@@ -182,17 +182,17 @@ def _gemm(binding: Binding, formats: Formats) -> Delegation:
     return Delegation(INT8_CONTAINER, f"int{bits} weights stored as int8")
 
 
-def packable_features(binding: Binding) -> int | None:
+def packable_features(match: PatternMatch) -> int | None:
     """Input features of a linear layer if its 4-bit weights can be packed: an even number."""
-    meta = tensor_meta(cast(Node, binding.weight))
+    meta = tensor_meta(cast(Node, match.weight))
     features = None if meta is None else int(meta.shape[1])
     return features if features is not None and features % 2 == 0 else None
 
 
-def _weight(scheme: OpScheme, binding: Binding) -> TensorScheme:
+def _weight(scheme: OpScheme, match: PatternMatch) -> TensorScheme:
     """Per tensor where there is no per-channel kernel: grouped transposed convolutions."""
     weight = scheme.weight
-    if weight.granularity == "per_channel" and binding.weight_axis == 1 and binding.groups > 1:
+    if weight.granularity == "per_channel" and match.weight_axis == 1 and match.groups > 1:
         return replace(weight, granularity="per_tensor")
     return weight
 
@@ -222,12 +222,12 @@ def _runs_product(op: QuantizedOp) -> Verdict:
 
 
 def _runs_mul(op: QuantizedOp) -> Verdict:
-    squared = op.binding.inputs[0] is op.binding.inputs[1]  # in float, at any scale
+    squared = op.match.inputs[0] is op.match.inputs[1]  # in float, at any scale
     return ACCEPTED if squared else _runs_product(op)
 
 
-def _refuses_matmul(binding: Binding) -> str:
-    left, right = binding.inputs
+def _refuses_matmul(match: PatternMatch) -> str:
+    left, right = match.inputs
     metas = (tensor_meta(left), tensor_meta(right))
     if any(meta is None or meta.dim() < 2 for meta in metas):
         return "one operand is a vector, which XNNPACK's batch matmul does not take"
@@ -235,9 +235,9 @@ def _refuses_matmul(binding: Binding) -> str:
         return "both operands are the same tensor, which needs two different zero points"
     if is_constant(left):
         return "its first operand is a constant"
-    if matmul_batch(binding.node) is None:
+    if matmul_batch(match.node) is None:
         return "the batch dimensions of its operands differ"
-    if not can_be_batched(binding.node):
+    if not can_be_batched(match.node):
         return "more than one of its sizes is dynamic, and XNNPACK's views take one such size"
     return ""
 
@@ -264,25 +264,25 @@ def can_be_batched(node: Node) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-def _max_pool(binding: Binding, _formats: Formats) -> Delegation:
-    kernel, stride, _ = pool_window(binding.node)
+def _max_pool(match: PatternMatch, _formats: Formats) -> Delegation:
+    kernel, stride, _ = pool_window(match.node)
     skips = any(s > k for s, k in zip(stride, kernel, strict=True))
-    if skips and argument(binding.node, 5, "ceil_mode", False):
+    if skips and argument(match.node, 5, "ceil_mode", False):
         return Delegation(
             PORTABLE, "XNNPACK's max_pool2d needs stride <= kernel size or ceil_mode off"
         )
     return Delegation(INT8)
 
 
-def _accepts_mean(binding: Binding, _scheme: OpScheme) -> Verdict:
+def _accepts_mean(match: PatternMatch, _scheme: OpScheme) -> Verdict:
     """XNNPACK (92a7ad50) does not allocate a mean's accumulators again when the batch grows.
 
     With images of static size, a mean of a dynamic batch is a linear layer by now.
     """
-    data = tensor_meta(binding.inputs[0])
+    data = tensor_meta(match.inputs[0])
     if data is None or all(isinstance(size, int) for size in data.shape[:2]):
         return ACCEPTED
-    if binding.rule is ADAPTIVE_AVG_POOL and not is_global_pool(binding.node):
+    if match.rule is ADAPTIVE_AVG_POOL and not is_global_pool(match.node):
         return ACCEPTED
     return refused(
         "XNNPACK's integer mean is wrong when the batch grows from one call to the next, and the "
@@ -290,10 +290,10 @@ def _accepts_mean(binding: Binding, _scheme: OpScheme) -> Verdict:
     )
 
 
-def _adaptive(binding: Binding, _formats: Formats) -> Delegation:
-    if is_global_pool(binding.node):
+def _adaptive(match: PatternMatch, _formats: Formats) -> Delegation:
+    if is_global_pool(match.node):
         return Delegation(INT8)
-    if adaptive_kernel(binding.node) == (1, 1):
+    if adaptive_kernel(match.node) == (1, 1):
         return Delegation(FOLDED, "an identity: only the scale changes")
     return Delegation(FLOAT, "XNNPACK averages windows in float")
 
@@ -303,15 +303,15 @@ def _adaptive(binding: Binding, _formats: Formats) -> Delegation:
 # ---------------------------------------------------------------------------------------------
 
 
-def _reshape(binding: Binding, _formats: Formats) -> Delegation:
-    if shape_of(binding.node) == shape_of(binding.inputs[0]):
+def _reshape(match: PatternMatch, _formats: Formats) -> Delegation:
+    if shape_of(match.node) == shape_of(match.inputs[0]):
         return Delegation(FOLDED, "it does not change the tensor")
     return Delegation(INT8)
 
 
-def _slice(binding: Binding, _formats: Formats) -> Delegation:
-    source = shape_of(binding.inputs[0])
-    dim, start, _, step = slice_of(binding.node)
+def _slice(match: PatternMatch, _formats: Formats) -> Delegation:
+    source = shape_of(match.inputs[0])
+    dim, start, _, step = slice_of(match.node)
     if all(isinstance(size, int) for size in source) or (len(source) == 4 and dim == 1):
         return Delegation(INT8)
     if len(source) == 4 and dim in (2, 3) and step > 1 and start == 0:
@@ -326,8 +326,8 @@ def _slice(binding: Binding, _formats: Formats) -> Delegation:
 _FILLED = "a table, which XNNPACK fills in float when it loads the program"
 
 
-def _table(binding: Binding, _formats: Formats) -> Delegation:
-    if functions.is_tanh_gelu(binding.node):
+def _table(match: PatternMatch, _formats: Formats) -> Delegation:
+    if functions.is_tanh_gelu(match.node):
         return Delegation(
             TABLE,
             "a table, which XNNPACK fills with the gelu that is approximated (up to 4.8e-4 away)",
@@ -338,9 +338,9 @@ def _table(binding: Binding, _formats: Formats) -> Delegation:
 def _of_two(what: str) -> Support:
     """A function of two tensors is computed in float; of a tensor and a number it is a table."""
 
-    def delegation(binding: Binding, formats: Formats) -> Delegation:
-        if len(binding.inputs) == 1:
-            return _table(binding, formats)
+    def delegation(match: PatternMatch, formats: Formats) -> Delegation:
+        if len(match.inputs) == 1:
+            return _table(match, formats)
         return Delegation(FLOAT, f"XNNPACK {what} in float")
 
     return Support(delegation)

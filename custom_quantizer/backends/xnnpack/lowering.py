@@ -19,11 +19,12 @@ from executorch.exir import (
     to_edge_transform_and_lower,
 )
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.backends.xnnpack.checksum import seal
+from custom_quantizer.backends.xnnpack.op_record import encode
 from custom_quantizer.backends.xnnpack.partition import partitioner
 from custom_quantizer.backends.xnnpack.passes import origin_of, run_passes
 from custom_quantizer.backends.xnnpack.program import (
@@ -34,7 +35,7 @@ from custom_quantizer.backends.xnnpack.program import (
     no_kernel,
     quantizes_at_run_time,
 )
-from custom_quantizer.backends.xnnpack.readback import ProgramContents, read_program
+from custom_quantizer.backends.xnnpack.readback import MethodContents, read_program
 from custom_quantizer.core.graph import (
     STATE_KEY,
     check_input,
@@ -48,6 +49,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.names import restore_names
+from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, rule_of
@@ -118,7 +120,7 @@ def lower_graph(
     edge = _to_edge(rewritten.exported, validate=not check)
     say("writing the program")
     data = to_bytes(edge, graph)
-    program = describe_program(data, edge, graph, rewritten.applied)
+    program = describe_program(data, edge, {"forward": rewritten})
     if check:
         from custom_quantizer.backends.xnnpack.checks import check_program
 
@@ -257,29 +259,38 @@ def _is_plain(spec: Any) -> bool:
 def describe_program(
     data: bytes,
     edge: EdgeProgramManager,
-    graph: ConvertedGraph,
-    applied: Mapping[str, int] | None = None,
+    methods: Mapping[str, Rewritten],
     method: str = "forward",
 ) -> LoweredProgram:
     """Read one method of a program back and pair it with the graph it was made from.
 
     Args:
-        data: what ExecuTorch wrote; the program also gets a checksum.
+        data: what ExecuTorch wrote; the program also gets a record of its ops and a checksum.
         edge: what it was written from.
-        graph: what that was made from.
-        applied: pass -> number of places it changed, if that is known.
+        methods: the graph of each of its methods.
         method: which one.
 
     Raises:
         LoweringError: a delegate has no ops.
     """
-    data = seal(data)
+    bare = read_program(data)
+    rows = {
+        name: _rows(rewritten.graph, edge, bare.method(name)) for name, rewritten in methods.items()
+    }
+    recorded = {name: tuple(op.recorded for op in ops) for name, ops in rows.items()}
+    data = seal(data + encode(recorded, len(data)))
     contents = read_program(data)
     contents = replace(contents, methods=(contents.method(method),))
-    report = _report(graph, edge, contents, applied or {})
-    model = graph.model
-    metas = tuple(_placeholder_metas(model))
-    return LoweredProgram(data, report, contents, graph, _specs(model), metas)
+    graph = methods[method].graph
+    report = LoweringReport(
+        rows[method],
+        len(contents.delegates),
+        contents.kernels,
+        contents.size_bytes,
+        methods[method].applied,
+    )
+    metas = tuple(_placeholder_metas(graph.model))
+    return LoweredProgram(data, report, contents, graph, _specs(graph.model), metas)
 
 
 def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -548,18 +559,40 @@ class _Traced:
     outside: list[Node]
 
 
-def _report(
-    graph: ConvertedGraph,
-    edge: EdgeProgramManager,
-    contents: ProgramContents,
-    applied: Mapping[str, int],
-) -> LoweringReport:
-    traced, empty = _trace(edge, contents.methods[0].name)
+def _rows(
+    graph: ConvertedGraph, edge: EdgeProgramManager, contents: MethodContents
+) -> tuple[OpBackend, ...]:
+    """What became of each op of the graph that a method was made from."""
+    traced, empty = _trace(edge, contents.name)
     if empty:
         raise LoweringError("the partitioner made a delegate without ops; the program is not safe")
-    rows = tuple(_row(op, graph.backend, traced, contents) for op in graph)
-    outside = tuple(str(k) for k in contents.kernels)
-    return LoweringReport(rows, len(contents.delegates), outside, contents.size_bytes, applied)
+    calls = _positions(traced, edge.exported_program(contents.name).graph, contents)
+    return tuple(_row(op, graph.backend, traced, contents, calls) for op in graph)
+
+
+def _positions(
+    traced: Mapping[str, _Traced], graph: Graph, contents: MethodContents
+) -> dict[Node, int]:
+    """Where the program calls the nodes outside delegates: in their order, kernel by kernel.
+
+    A kernel that the program does not call as often as the graph has it is left out: writing may
+    add calls, and drop those that do nothing.
+    """
+    outside = {node for found in traced.values() for node in found.outside}
+    nodes: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and not _reads_delegate(node):
+            nodes.setdefault(called(node), []).append(node)
+    positions: dict[str, list[int]] = {}
+    for position, kernel in enumerate(contents.kernels):
+        positions.setdefault(kernel.partition(".")[0], []).append(position)
+    return {
+        node: position
+        for kernel, found in nodes.items()
+        if len(found) == len(positions.get(kernel, ()))
+        for node, position in zip(found, positions[kernel], strict=True)
+        if node in outside
+    }
 
 
 def _trace(edge: EdgeProgramManager, method: str) -> tuple[dict[str, _Traced], bool]:
@@ -595,7 +628,7 @@ def _reads_delegate(node: Node) -> bool:
 
 
 def _delegated_backend(
-    op: QuantizedOp | FloatOp, handles: set[int], contents: ProgramContents
+    op: QuantizedOp | FloatOp, handles: set[int], contents: MethodContents
 ) -> Kernel:
     """How the delegate runs the nodes with these handles, as the program's tensors say."""
     nodes = [
@@ -627,7 +660,8 @@ def _row(
     op: QuantizedOp | FloatOp,
     planned: Backend,
     traced: dict[str, _Traced],
-    contents: ProgramContents,
+    contents: MethodContents,
+    calls: Mapping[Node, int],
 ) -> OpBackend:
     names = [op.node.name]
     if isinstance(op, QuantizedOp) and op.output_node is not op.node:
@@ -651,7 +685,7 @@ def _row(
         elif isinstance(op, FloatOp) and backend is kernels.INT8:
             reason += "; the backend quantizes what is float here when it writes the program"
     if isinstance(op, QuantizedOp):
-        predicted = planned.predict(op.binding, op.formats)
+        predicted = planned.predict(op.match, op.formats)
         reason = reason or predicted.reason
         if (backend, predicted.kernel) == (kernels.FLOAT, kernels.TABLE):
             backend = kernels.TABLE  # its three steps become one when the program is loaded
@@ -660,9 +694,21 @@ def _row(
     return OpBackend(
         node=op.node.name,
         path=module_path(op.node),
-        family=op.binding.rule.family if isinstance(op, QuantizedOp) else str(op.node.target),
+        family=op.match.rule.family if isinstance(op, QuantizedOp) else str(op.node.target),
         backend=backend,
         reason=reason,
+        written=op.node.meta.get(ORIGINAL_NAME, op.node.name),
         handles=frozenset(handles),
         outside=tuple(dict.fromkeys(map(called, outside))),
+        calls=tuple(calls[node] for node in outside if node in calls),
+        has_bias=_has_bias(op),
     )
+
+
+def _has_bias(op: QuantizedOp | FloatOp) -> bool:
+    """Whether a layer adds a bias, integer or not."""
+    if isinstance(op, QuantizedOp):
+        return op.bias is not None
+    rule = rule_of(op.node)
+    bound = "unknown" if rule is None else rule.match(rule, op.node)
+    return not isinstance(bound, str) and bound.weight is not None and bound.bias is not None

@@ -24,6 +24,7 @@ from custom_quantizer.backends.xnnpack.backend import BACKEND
 from custom_quantizer.backends.xnnpack.checks import check_program
 from custom_quantizer.backends.xnnpack.lowering import (
     DEFAULT_DYNAMIC_MAX,
+    Rewritten,
     check_example,
     describe_program,
     lower,
@@ -146,7 +147,8 @@ def check(
             raise InputError(f"the program has no method {method!r}; it has {names}")
         # Writing leaves marks in the graph that fix dynamic sizes when it is written again.
         data = to_bytes(copy.deepcopy(program), graph)
-        check_program(describe_program(data, program, graph, method=method), graph, example)
+        made = {method: Rewritten(graph, example, program.exported_program(method), {})}
+        check_program(describe_program(data, program, made, method), graph, example)
         return
     if method != "forward":
         raise InputError(f"a finished program is checked by its method 'forward', not {method!r}")

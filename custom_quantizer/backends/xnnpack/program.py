@@ -18,6 +18,7 @@ from torch import Tensor
 
 from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.isolation import IsolatedMethod
+from custom_quantizer.backends.xnnpack.op_record import RecordedOp
 from custom_quantizer.backends.xnnpack.readback import (
     DelegateContents,
     DelegateOp,
@@ -29,6 +30,7 @@ from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.core.graph import check_input, flatten_inputs
 from custom_quantizer.errors import InputError, ProgramError
 from custom_quantizer.ops.backend import Kernel
+from custom_quantizer.ops.placement import Tally, tally
 from custom_quantizer.reference.converted import ConvertedGraph
 
 __all__ = ["LoweredProgram", "LoweringReport", "OpBackend", "load_program"]
@@ -53,8 +55,11 @@ class OpBackend:
         family: of the registry, or the aten overload.
         backend: where it runs.
         reason: why it is not plain int8, empty if it is.
+        written: name of the captured call that it is a part of; its own, if it is all of it.
         handles: debug handles of the delegate's nodes that stand for it.
         outside: ops that it calls outside delegates, such as ``aten::sort``.
+        calls: positions of these among the kernels that the program calls outside delegates.
+        has_bias: whether it adds one.
     """
 
     node: str
@@ -62,8 +67,27 @@ class OpBackend:
     family: str
     backend: Kernel
     reason: str
+    written: str
     handles: frozenset[int] = field(default_factory=frozenset, repr=False)
     outside: tuple[str, ...] = field(default=(), repr=False)
+    calls: tuple[int, ...] = field(default=(), repr=False)
+    has_bias: bool = field(default=False, repr=False)
+
+    @property
+    def recorded(self) -> RecordedOp:
+        """What the program's own record says of it."""
+        return RecordedOp(
+            node=self.node,
+            path=self.path,
+            family=self.family,
+            written=self.written,
+            placement=self.backend.placement,
+            kernel=self.backend.label,
+            reason=self.reason,
+            handles=tuple(sorted(handle for handle in self.handles if handle >= 0)),
+            calls=self.calls,
+            has_bias=self.has_bias,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,11 @@ class LoweringReport:
         """One delegate call and nothing outside it."""
         return self.delegates == 1 and not self.outside
 
+    @property
+    def tally(self) -> Tally:
+        """How many of the ops that were written compute where."""
+        return tally((op.written, op.backend.placement) for op in self.ops)
+
     def not_integer(self) -> tuple[OpBackend, ...]:
         """Ops that do not run as plain integer kernels, each with its reason."""
         kept = INTEGER_BACKENDS | {kernels.FOLDED}
@@ -107,7 +136,9 @@ class LoweringReport:
                         "node": op.node,
                         "path": op.path,
                         "family": op.family,
+                        "written": op.written,
                         "backend": op.backend.label,
+                        "placement": op.backend.placement.value,
                         "reason": op.reason,
                     }
                     for op in self.ops
@@ -118,8 +149,9 @@ class LoweringReport:
 
     def __str__(self) -> str:
         lines = [
+            str(self.tally),
             f"{self.delegates} delegate call{'s' if self.delegates != 1 else ''}, "
-            f"{len(self.outside)} kernels outside, {self.size_bytes:,} bytes"
+            f"{len(self.outside)} kernels outside, {self.size_bytes:,} bytes",
         ]
         for op in self.ops:
             where = f" ({op.path})" if op.path else ""

@@ -6,11 +6,14 @@ be compared with those of the graph, number by number.
 
 ::
 
-    .pte   8 bytes | extended header | Program flatbuffer (ET12) | segments
+    .pte   8 bytes | extended header | Program flatbuffer (ET12) | segments | ours
                                             |                        |
                               methods, calls, delegates       delegate blobs, named data
                                                                      |
     XNNPACK blob   header (XH00) | XNNGraph flatbuffer (XN01) | inline constants
+
+``ours`` are the record of ops (:mod:`~custom_quantizer.backends.xnnpack.op_record`) and the
+checksum, each if there is one.
 
 Nothing of ExecuTorch is imported: its wheel ships both flatbuffer schemas as text, and the small
 reader below follows them. It is exact (``flatc`` prints floats rounded, this reads the 32 bits
@@ -39,6 +42,13 @@ import numpy as np
 import numpy.typing as npt
 
 from custom_quantizer.backends.xnnpack.checksum import split_checksum
+from custom_quantizer.backends.xnnpack.op_record import (
+    Damaged,
+    OpsOfMethods,
+    UnknownVersion,
+    decode,
+    split_record,
+)
 from custom_quantizer.core.file_hashes import recorded_hash, sha256_of
 from custom_quantizer.errors import ProgramError
 
@@ -353,12 +363,17 @@ class ProgramContents:
             once) and those inside XNNPACK blobs; alignment padding excluded.
         has_checksum: whether the file carries a SHA-256, which fits then. It says that the file is
             what was written, not who wrote it.
+        ops: what became of the ops of the graph that the file was made of, by method; ``None``:
+            the file has no record of them that can be read.
+        ops_note: why it cannot, where there is one.
     """
 
     methods: tuple[MethodContents, ...]
     size_bytes: int
     constant_bytes: int
     has_checksum: bool = False
+    ops: OpsOfMethods | None = field(default=None, repr=False)
+    ops_note: str = ""
 
     def method(self, name: str = "forward") -> MethodContents:
         """Return the method called ``name``.
@@ -425,12 +440,30 @@ def read_program(
     else:
         where = os.fspath(source)
         data, recorded = read_file(source)
-    program, sealed = split_checksum(memoryview(data), where)
+    whole, sealed = split_checksum(memoryview(data), where)
+    program, record = split_record(whole)
     try:
         contents = _read_container(program)
+        ops, note = (None, "") if record is None else _read_ops(record)
     except _Unreadable as error:
         raise ProgramError(f"{where}: {error}") from error
-    return replace(contents, size_bytes=len(data), has_checksum=sealed or recorded)
+    return replace(
+        contents,
+        size_bytes=len(data),
+        has_checksum=sealed or recorded,
+        ops=ops,
+        ops_note=note,
+    )
+
+
+def _read_ops(record: memoryview) -> tuple[OpsOfMethods | None, str]:
+    """The record of ops, or why it cannot be read."""
+    try:
+        return MappingProxyType(decode(record)), ""
+    except UnknownVersion as error:
+        return None, f"its record of ops has {error}"
+    except Damaged as error:
+        raise _corrupt(f"the record of ops behind the program is damaged: {error}") from error
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[bytes, bool]:

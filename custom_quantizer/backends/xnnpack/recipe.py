@@ -289,7 +289,7 @@ class _Lowering:
         # Writing leaves marks in the graph that fix dynamic sizes when it is written again.
         data = to_bytes(copy.deepcopy(edge))
         for name, rewritten in methods.items():
-            program = describe_program(data, edge, rewritten.graph, rewritten.applied, name)
+            program = describe_program(data, edge, methods, name)
             if self._check:
                 check_program(program, rewritten.graph, rewritten.example)
         return []
@@ -321,8 +321,7 @@ def session_program(session: ExportSession, method: str = "forward") -> LoweredP
         )
     if method not in methods:
         raise InputError(f"the session has no method {method!r}; it has {', '.join(methods)}")
-    found = methods[method]
-    return describe_program(data, edge, found.graph, found.applied, method)
+    return describe_program(data, edge, methods, method)
 
 
 recipe_registry.register_backend_recipe_provider(IntegerRecipeProvider())

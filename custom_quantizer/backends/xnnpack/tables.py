@@ -70,7 +70,7 @@ def gelu_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> 
 def _function_integers(
     function: Function | None, op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic
 ) -> Tensor:
-    general = op.binding.rule.integers
+    general = op.match.rule.integers
     if function is None or general is None:
         raise ConversionError(f"{op.node.name} is no function of one tensor")
     if op.is_wide:

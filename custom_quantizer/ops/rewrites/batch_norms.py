@@ -30,7 +30,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.rewriting import ORIGINAL_NAME, Insertion, replace, rewrite_calls
-from custom_quantizer.ops import Binding, rule_of
+from custom_quantizer.ops import PatternMatch, rule_of
 from custom_quantizer.ops.gemm import CONV_TRANSPOSE, LINEAR
 
 __all__ = [
@@ -51,7 +51,7 @@ _CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default}
 """By the rank of the input."""
 
 
-def layer_before(norm: Node) -> Binding | None:
+def layer_before(norm: Node) -> PatternMatch | None:
     """The layer that a batch norm can be folded into: it makes the norm's input for it alone.
 
     Weight and bias of the layer are constants, or computed from parameters in training, and the
@@ -61,18 +61,18 @@ def layer_before(norm: Node) -> Binding | None:
     if not isinstance(layer, Node) or effective_users(layer) != [norm]:
         return None
     rule = rule_of(layer)
-    binding = rule.bind(rule, layer) if rule is not None else None
-    if not isinstance(binding, Binding) or not is_constant(binding.weight):
+    match = rule.match(rule, layer) if rule is not None else None
+    if not isinstance(match, PatternMatch) or not is_constant(match.weight):
         return None
-    if binding.bias is not None and not is_constant(binding.bias):
+    if match.bias is not None and not is_constant(match.bias):
         return None
-    result, weight = tensor_meta(layer), tensor_meta(cast(Node, binding.weight))
+    result, weight = tensor_meta(layer), tensor_meta(cast(Node, match.weight))
     if result is None or weight is None or result.dtype != torch.float32:
         return None
     # A norm has its channels on axis 1: a linear layer only in a matrix, a convolution not
     # where there is no batch.
     rank = 2 if rule is LINEAR else weight.dim()
-    return binding if result.dim() == rank else None
+    return match if result.dim() == rank else None
 
 
 def is_foldable_in_place(model: GraphModule, norm: Node) -> bool:
@@ -81,22 +81,22 @@ def is_foldable_in_place(model: GraphModule, norm: Node) -> bool:
     As torchao 0.18 does it: nobody else may read weight or bias, the name it gives to a bias that
     was not there must be free, and the groups of a transposed convolution have to be one.
     """
-    binding = layer_before(norm)
-    if binding is None or not has_constants(norm):
+    match = layer_before(norm)
+    if match is None or not has_constants(norm):
         return False
-    if binding.rule is CONV_TRANSPOSE and binding.groups > 1:
+    if match.rule is CONV_TRANSPOSE and match.groups > 1:
         return False
-    weight = cast(Node, binding.weight)
-    if binding.bias is None and _has_attribute(model, f"{weight.target}_bias"):
+    weight = cast(Node, match.weight)
+    if match.bias is None and _has_attribute(model, f"{weight.target}_bias"):
         return False
-    targets = {str(read.target) for read in (weight, binding.bias) if read is not None}
+    targets = {str(read.target) for read in (weight, match.bias) if read is not None}
     readers = [
         user
         for node in model.graph.nodes
         if node.op == "get_attr" and str(node.target) in targets
         for user in node.users
     ]
-    return all(user is binding.node for user in readers)
+    return all(user is match.node for user in readers)
 
 
 def _has_attribute(model: GraphModule, target: str) -> bool:
@@ -116,20 +116,20 @@ def fold_into_layers(model: GraphModule) -> int:
     for norm in list(model.graph.nodes):
         if norm.op != "call_function" or norm.target is not aten.batch_norm.default:
             continue
-        binding = layer_before(norm) if has_constants(norm) else None
-        if binding is not None:
-            _fold(model, binding, norm)
+        match = layer_before(norm) if has_constants(norm) else None
+        if match is not None:
+            _fold(model, match, norm)
             count += 1
     return count
 
 
-def _fold(model: GraphModule, binding: Binding, norm: Node) -> None:
-    layer, weight = binding.node, cast(Node, binding.weight)
+def _fold(model: GraphModule, match: PatternMatch, norm: Node) -> None:
+    layer, weight = match.node, cast(Node, match.weight)
     factor, shift = _factor_and_shift(model, norm)
     values = constant_of(model, weight).double()
-    folded = scale_channels(values, factor, binding.weight_axis, binding.groups)
-    if binding.bias is not None:
-        shift = shift + constant_of(model, binding.bias).double() * factor
+    folded = scale_channels(values, factor, match.weight_axis, match.groups)
+    if match.bias is not None:
+        shift = shift + constant_of(model, match.bias).double() * factor
     stack = weight.meta.get("nn_module_stack", {})
     constants = [
         add_constant(model, f"{weight.target}_folded", folded.float(), layer),

@@ -43,7 +43,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.errors import CaptureError, ConversionError
-from custom_quantizer.ops import Binding, rule_of
+from custom_quantizer.ops import PatternMatch, rule_of
 from custom_quantizer.ops.rewrites.batch_norms import (
     layer_before,
     scale_channels,
@@ -218,15 +218,15 @@ def fold_batch_norms(model: GraphModule, wanted: Callable[[Node], bool]) -> None
     model.meta[_TRAINED_KEY] = True
     if folded:
         mode = _insert_mode(model, training)
-        for binding, norm in folded:
-            _fold(model, binding, norm, mode)
+        for match, norm in folded:
+            _fold(model, match, norm, mode)
     _forget_counters(model)
     model.graph.eliminate_dead_code()
     read_constants_late(model)
     model.recompile()
 
 
-def _foldable(node: Node) -> Binding | None:
+def _foldable(node: Node) -> PatternMatch | None:
     """The layer that a batch norm can be folded into, if ``node`` is such a batch norm."""
     if node.target is not aten.batch_norm.default:
         return None
@@ -247,8 +247,8 @@ def _insert_mode(model: GraphModule, training: bool) -> Node:
         return model.graph.call_module(MODE_NAME, (probe,))
 
 
-def _fold(model: GraphModule, binding: Binding, norm: Node, mode: Node) -> None:
-    layer, weight, bias = binding.node, cast(Node, binding.weight), binding.bias
+def _fold(model: GraphModule, match: PatternMatch, norm: Node, mode: Node) -> None:
+    layer, weight, bias = match.node, cast(Node, match.weight), match.bias
     gamma, beta, mean, var = (cast("Node | None", norm.args[i]) for i in (1, 2, 3, 4))
     momentum, eps = float(cast(float, norm.args[6])), float(cast(float, norm.args[7]))
     meta, channels = tensor_meta(weight), tensor_meta(cast(Node, var))
@@ -259,7 +259,7 @@ def _fold(model: GraphModule, binding: Binding, norm: Node, mode: Node) -> None:
         gamma, beta, mean, var = (None if n is None else read[n] for n in (gamma, beta, mean, var))
         factor = model.graph.call_function(fold_factor, (gamma, var, eps, mode))
         folded_weight = model.graph.call_function(
-            scale_channels, (weight, factor, binding.weight_axis, binding.groups)
+            scale_channels, (weight, factor, match.weight_axis, match.groups)
         )
         folded_bias = model.graph.call_function(fold_bias, (bias, factor, beta, mean))
     folded_weight.meta = {**weight.meta, FOLDED_KEY: True, "val": meta}

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from custom_quantizer.backends.xnnpack.passes import (
     activations,
     attention,
-    borders,
+    boundaries,
     cleanup,
     float_fallback,
     functions,
@@ -87,12 +87,12 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         activations.BREAK_CHAINS,
     ),
     "boundaries": (
-        borders.QUANTIZE_SCALARS_AS_ROWS,
-        borders.KEEP_CONVS_FLOAT,
-        borders.SHIELD_COMPOSITES,
-        borders.QUANTIZE_PADS,
-        borders.TELL_COPIES_APART,
-        borders.DEDICATE_DEQUANTIZE,
+        boundaries.QUANTIZE_SCALARS_AS_ROWS,
+        boundaries.KEEP_CONVS_FLOAT,
+        boundaries.SHIELD_COMPOSITES,
+        boundaries.QUANTIZE_PADS,
+        boundaries.TELL_COPIES_APART,
+        boundaries.DEDICATE_DEQUANTIZE,
     ),
 }
 """Constants first, then ops as kernels have them, then widths, then what stands between the two

@@ -68,7 +68,7 @@ def _clamps_to_hardtanh(model: GraphModule) -> int:
     count = 0
     bounds_of = cast(Callable[[Node], tuple[float | None, float | None]], CLAMP.bounds)
     for node in calls(model, CLAMP.targets - {aten.hardtanh.default}):
-        if isinstance(CLAMP.bind(CLAMP, node), str):
+        if isinstance(CLAMP.match(CLAMP, node), str):
             continue
         low, high = bounds_of(node)
         build = Builder(model, node)

@@ -74,7 +74,7 @@ def _serializer_scale(model: GraphModule, node: Node) -> Tensor:
         # Per tensor, upstream multiplies two Python floats.
         return torch.tensor(weight_scale * input_scale, dtype=torch.float64)
     rule = CONV_TRANSPOSE if node.target in CONV_TRANSPOSE.targets else CONV
-    bound = rule.bind(rule, node)
+    bound = rule.match(rule, node)
     product = weight_scale.to(torch.float32) * torch.tensor(input_scale, dtype=torch.float32)
     if not isinstance(bound, str):
         product = expand_channels(product, bound)
@@ -90,7 +90,7 @@ def _float_fallbacks(model: GraphModule) -> int:
             continue
         grouped = False
         if node.target in CONV_TRANSPOSE.targets:
-            bound = CONV_TRANSPOSE.bind(CONV_TRANSPOSE, node)
+            bound = CONV_TRANSPOSE.match(CONV_TRANSPOSE, node)
             grouped = not isinstance(bound, str) and bound.groups > 1
         per_channel = weight.target is DEQUANTIZE_PER_CHANNEL
         bias = argument(node, 2, "bias")
@@ -156,7 +156,7 @@ def _join_narrow_groups(model: GraphModule) -> int:
     for node in calls(model, CONV.targets):
         data, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
         constant = is_dequantize(weight) and is_constant(weight.args[0])
-        bound = CONV.bind(CONV, node)
+        bound = CONV.match(CONV, node)
         if not constant or not is_dequantize(data) or isinstance(bound, str) or is_wide_gemm(node):
             continue
         integers = constant_of(model, cast(Node, weight.args[0]))

@@ -83,7 +83,7 @@ def _layer_norms_to_linears(model: GraphModule) -> int:
     count = 0
     for rule in (LAYER_NORM, RMS_NORM):
         for node in calls(model, rule.targets):
-            if isinstance(rule.bind(rule, node), str):
+            if isinstance(rule.match(rule, node), str):
                 continue
             size, shape = normalized_size(node), shape_of(node)
             dims = len(cast("Sequence[int]", node.args[1]))
@@ -113,7 +113,7 @@ def _group_norms_to_linears(model: GraphModule) -> int:
     count = 0
     for rule, affine_at, eps_at in ((GROUP_NORM, 2, 4), (INSTANCE_NORM, 1, 7)):
         for node in calls(model, rule.targets):
-            if isinstance(rule.bind(rule, node), str):
+            if isinstance(rule.match(rule, node), str):
                 continue
             shape = shape_of(node)
             groups = number_of_groups(node)
@@ -187,7 +187,7 @@ def _norms_to_linears(model: GraphModule) -> int:
     sums = _Sums(model)
     count = 0
     for node in calls(model, VECTOR_NORM.targets):
-        if isinstance(VECTOR_NORM.bind(VECTOR_NORM, node), str):
+        if isinstance(VECTOR_NORM.match(VECTOR_NORM, node), str):
             continue
         data = cast(Node, node.args[0])
         build = Builder(model, node)

@@ -74,7 +74,7 @@ def _simplify_pools(model: GraphModule) -> int:
         count += 1
     for node in calls(model, AVG_POOL.targets):
         # Windows of different sizes, or that the inputs tell: a float kernel knows them.
-        if isinstance(AVG_POOL.bind(AVG_POOL, node), str) or not counts_padding(node):
+        if isinstance(AVG_POOL.match(AVG_POOL, node), str) or not counts_padding(node):
             continue
         kernel, stride, (vertical, horizontal) = pool_window(node)
         build = Builder(model, node)
@@ -90,7 +90,7 @@ def _split_sparse_max_pools(model: GraphModule) -> int:
     """A max pool that skips rows pools densely first, then takes a strided slice."""
     count = 0
     for node in calls(model, MAX_POOL.targets):
-        if isinstance(MAX_POOL.bind(MAX_POOL, node), str):
+        if isinstance(MAX_POOL.match(MAX_POOL, node), str):
             continue
         kernel, stride, padding = pool_window(node)
         around = quantized_neighbours(node)

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion
-from custom_quantizer.ops.rewrites.forms._common import (
+from custom_quantizer.ops.rewrites.legalization._common import (
     MAX_PIECES,
     adds_window,
     float_input,

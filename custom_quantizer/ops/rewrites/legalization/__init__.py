@@ -30,10 +30,10 @@ import torch
 from torch.fx import GraphModule
 
 from custom_quantizer.core.rewriting import Rewrite, rewrite_calls
-from custom_quantizer.ops.rewrites.forms import layers, maxima, moves, patches, powers, sums
-from custom_quantizer.ops.rewrites.forms.batches import batched
+from custom_quantizer.ops.rewrites.legalization import layers, maxima, moves, patches, powers, sums
+from custom_quantizer.ops.rewrites.legalization.batches import batched
 
-__all__ = ["INTEGER_FORMS", "use_integer_forms"]
+__all__ = ["LEGALIZATIONS", "legalize_by"]
 
 aten = torch.ops.aten
 
@@ -81,18 +81,16 @@ _OF_PARAMETERS: dict[Any, Rewrite] = {
 }
 
 
-INTEGER_FORMS: Mapping[Any, Rewrite] = MappingProxyType(_FORMS | _OF_PARAMETERS)
+LEGALIZATIONS: Mapping[Any, Rewrite] = MappingProxyType(_FORMS | _OF_PARAMETERS)
 """By overload, what makes its form; what replaces a call answers to rules for it."""
 
 
-def use_integer_forms(
-    model: GraphModule, forms: Mapping[Any, Rewrite], *, training: bool = False
-) -> int:
+def legalize_by(model: GraphModule, forms: Mapping[Any, Rewrite], *, training: bool = False) -> int:
     """Apply rewrites in place.
 
     Args:
         model: a captured graph.
-        forms: :data:`INTEGER_FORMS`, or some of them.
+        forms: :data:`LEGALIZATIONS`, or some of them.
         training: parameters change: no weight may be computed from them.
 
     Returns:

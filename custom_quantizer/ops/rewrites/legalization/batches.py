@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import shape_of
 from custom_quantizer.core.rewriting import Insertion, Rewrite, replace
-from custom_quantizer.ops.rewrites.forms._common import float_input
+from custom_quantizer.ops.rewrites.legalization._common import float_input
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import shape_of
 from custom_quantizer.core.rewriting import Insertion
-from custom_quantizer.ops.rewrites.forms._common import float_input, is_static, per_dim
+from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static, per_dim
 
 aten = torch.ops.aten
 

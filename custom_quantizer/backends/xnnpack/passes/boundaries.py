@@ -94,7 +94,7 @@ def _quantize_pads(model: GraphModule) -> int:
         source = node.args[0]
         if not isinstance(source, Node) or not is_dequantize(source):
             continue
-        if isinstance(PAD.bind(PAD, node), str):
+        if isinstance(PAD.match(PAD, node), str):
             continue  # it pads with a value that the integers need not hold
         users = list(node.users)
         if any(is_quantize(user) for user in users) or not users:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from custom_quantizer.core.rewriting import Insertion
-from custom_quantizer.ops.rewrites.forms._common import float_input
+from custom_quantizer.ops.rewrites.legalization._common import float_input
 
 __all__ = ["power", "square"]
 

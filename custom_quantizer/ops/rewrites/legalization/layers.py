@@ -17,7 +17,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.rewrites.batch_norms import has_constants, norm_constants
-from custom_quantizer.ops.rewrites.forms._common import float_input, is_static, per_dim
+from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static, per_dim
 
 aten = torch.ops.aten
 

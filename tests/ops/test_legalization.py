@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.ops.backend import Kernel
-from custom_quantizer.ops.rewrites.forms import sums
+from custom_quantizer.ops.rewrites.legalization import sums
 
 aten = torch.ops.aten
 IMAGE, SIGNAL, VOLUME = (2, 4, 6, 6), (2, 4, 12), (2, 4, 5, 6, 6)
