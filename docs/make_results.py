@@ -125,7 +125,31 @@ def scales_by_batch() -> str:
 
 FIRST_FEEDS = ("float", "batches of 1")
 
+
+def arm() -> str:
+    """One row a CPU: how many values were compared, and how many differ."""
+    result = stored("arm")
+    lines = []
+    for cpu in result["cpus"]:
+        mine = [row for row in result["rows"] if row["cpu"] == cpu["name"] and not row["known_bug"]]
+        exact = [row for row in mine if row["exact"]]
+        other = [row for row in mine if not row["exact"]]
+        values, different, ties = (
+            sum(row[key] for row in exact) for key in ("values", "different", "ties")
+        )
+        lines.append(
+            [
+                *(cpu["name"], cpu["kernels"], f"{values:,}", f"{ties:,}", f"{different - ties:,}"),
+                *(f"{sum(row[key] for row in other):,}" for key in ("values", "wrong")),
+            ]
+        )
+    header = ["CPU", "XNNPACK's kernels", "integer programs: values", "differ: ties of `mul`"]
+    header += ["differ: others", "float and emulated ops: values", "beyond their bound"]
+    return table(header, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "arm": arm,
     "bit_widths": as_stored("bit_widths"),
     "calibration_batches": as_stored("calibration_batches"),
     "calibration_cost": as_stored("calibration_cost"),

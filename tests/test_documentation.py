@@ -23,6 +23,7 @@ ROOT = DOCS.parent
 PAGES = {page.name: page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
 
 BENCHMARKS = {
+    "arm": "arm",
     "bit_widths": "bit_widths",
     "calibration_cost": "calibration_cost",
     "torchvision_models": "torchvision_table",
@@ -250,6 +251,8 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
         "within 0.501 of a step": "derived, and tested in test_functions.py",
         "up to 2 % more": "a limit that the code sets",
         "up to 4.8e-4 away": "bound of the approximation, derived",
+        "QEMU 7.2 emulates it wrongly": "version",
+        "right in QEMU 10.0": "version",
         "weights take 4 bytes each": "size of a float32",
     },
     "flows.md": {"ExecuTorch 1.5.1": "version"},

@@ -13,6 +13,7 @@ Tensors are raw bytes: contiguous, little-endian.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +91,7 @@ class NumericOutput(_Entry):
 
     node: str = ""
     path: str = ""
-    scale: float | None = Field(default=None, gt=0)
+    scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 class DeviceManifest(_Entry):
@@ -177,7 +178,7 @@ def tensor_from_bytes(data: bytes, entry: TensorEntry, where: str) -> Tensor:
         InputError: the file has not as many bytes as a tensor of that dtype and shape.
     """
     dtype = np.dtype(str(DTYPES[entry.dtype]).removeprefix("torch.")).newbyteorder("<")
-    wanted = dtype.itemsize * int(np.prod(entry.shape, dtype=np.int64))
+    wanted = dtype.itemsize * math.prod(entry.shape)
     if len(data) != wanted:
         raise InputError(
             f"{where} has {len(data):,} bytes; {entry.dtype} of shape {entry.shape} takes "

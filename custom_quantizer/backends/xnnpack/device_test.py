@@ -52,6 +52,8 @@ from custom_quantizer.reference.device_manifest import (
 
 __all__ = ["bundled", "write_device_test"]
 
+_RUNNER = resources.files(__package__) / "runner"
+
 _Files = dict[str, bytes]
 """Path below the folder, with slashes -> content."""
 
@@ -117,24 +119,38 @@ def write_device_test(
         samples=samples,
     )
     files[MANIFEST] = json_bytes(manifest.model_dump(mode="json"))
-    source = resources.files(__package__) / "runner"
-    files["runner.cpp"] = (source / "runner.cpp").read_bytes()
-    readme = Template((source / "README.md").read_text(encoding="utf-8"))
-    files["README.md"] = readme.substitute(
-        name=name,
-        method=method,
-        samples=len(samples),
-        executorch=EXECUTORCH_VERSION,
-        exact="Every output has to be equal, bit for bit."
-        if exact
-        else "Some ops run in float, so that outputs may differ in their last unit:\n\n"
-        + "\n".join(f"- {op}" for op in manifest.inexact),
-        bundled=f"`{name}.bpte` is the program with these inputs and outputs, for ExecuTorch's "
-        f"own runners: `example_runner --bundled_program_path={name}.bpte --output_verification`."
-        if bundle is not None
-        else f"There is no `{name}.bpte` for ExecuTorch's own runners: {why_not}.",
-    ).encode()
+    files["runner.cpp"] = (_RUNNER / "runner.cpp").read_bytes()
+    files["README.md"] = _readme(manifest, name, why_not).encode()
     return _write(Path(folder), files)
+
+
+def _readme(manifest: DeviceManifest, name: str, why_not: str) -> str:
+    """The README.
+
+    Args:
+        manifest: of the test.
+        name: of the program's file.
+        why_not: why there is no bundled program, if there is none.
+    """
+    exact = "Every output has to be equal, bit for bit."
+    if not manifest.exact:
+        ops = "\n".join(f"- {op}" for op in manifest.inexact)
+        exact = f"Some ops run in float, so outputs may differ in their last unit:\n\n{ops}"
+    bundle = (
+        f"`{name}.bpte` is the program with these inputs and outputs, for ExecuTorch's runners: "
+        f"`example_runner --bundled_program_path={name}.bpte --output_verification`."
+    )
+    if manifest.bundled is None:
+        bundle = f"There is no `{name}.bpte` for ExecuTorch's own runners: {why_not}."
+    text = Template((_RUNNER / "README.md").read_text(encoding="utf-8"))
+    return text.substitute(
+        name=name,
+        method=manifest.method,
+        samples=len(manifest.samples),
+        executorch=EXECUTORCH_VERSION,
+        exact=exact,
+        bundled=bundle,
+    )
 
 
 def _is_file_name(text: str) -> bool:
