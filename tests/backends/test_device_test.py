@@ -9,6 +9,7 @@ import struct
 import subprocess
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from click.testing import CliRunner
 from executorch.extension.pybindings import portable_lib
-from support.device import build_runner, needs_compiler, run_device_test
+from support.device import HOST_RUNTIME, needs_compiler, run_device_test
 from support.graphs import quantized
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -180,9 +181,19 @@ def test_numbers_have_no_bundled_program() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+def build_as_told(kit: Path) -> Path:
+    """Build the runner by the line of the README, with this machine's wheel unpacked already."""
+    (kit / "wheel").mkdir()
+    (kit / "wheel" / "executorch").symlink_to(HOST_RUNTIME)
+    block = re.findall(r"```sh\n(.*?)```", (kit / "README.md").read_text(), re.DOTALL)[0]
+    line = block[block.index("g++") :]
+    subprocess.run(line, shell=True, cwd=kit, check=True)
+    return kit / "runner"
+
+
 @needs_compiler
 def test_the_runner_computes_the_outputs_of_the_reference(kit: Path) -> None:
-    runner = build_runner(kit / "runner.cpp", kit.parent / "runner")
+    runner = build_as_told(kit)
     run_device_test(runner, kit, "program.pte", runs=2)
     assert check_device_outputs(kit.parent / "net.pte", kit).bit_exact
     code, text = verify(kit)
@@ -407,6 +418,7 @@ def test_the_readme_names_the_files_of_its_folder(kit: Path) -> None:
     for name in ("program.pte", "program.bpte", "runner.cpp", "manifest.json", "inputs/shapes.txt"):
         assert name in text
     assert "Every output has to be equal, bit for bit" in text
+    assert f"executorch=={version('executorch').partition('+')[0]}\n" in text
 
 
 def test_the_outputs_of_dicts_are_flat(tmp_path: Path) -> None:

@@ -74,16 +74,16 @@ def run_device_test(
 class Cpu:
     """A CPU that QEMU emulates.
 
-    QEMU's CPUs name no microarchitecture to XNNPACK, which so takes the kernels that it has for any
-    CPU with these extensions.
+    Before version 10 QEMU's CPUs name no microarchitecture to XNNPACK, which then takes the kernels
+    that it has for any CPU with these extensions.
 
     Attributes:
         name: as users know it.
         machine: its instruction set, as QEMU's programs are named.
         model: QEMU's ``-cpu``.
         kernels: the extension by which XNNPACK chooses its kernels there.
-        columns: how many columns the second factor of an int8 product of two activations may have;
-            ``None``: any number. See :data:`MATMUL_BUG`.
+        columns: how many columns, at most, the second factor of an int8 product of two activations
+            may have; ``None``: any number. See :data:`MATMUL_BUG`.
         since: first major version of QEMU that emulates it as it is. SME of version 7.2 is wrong:
             programs that are wrong there are right with version 10.0, by the same instructions.
     """
@@ -104,7 +104,7 @@ MATMUL_BUG = (
 """Dot product kernels have a packing function of their own, x86-64 as well."""
 
 CPUS = (
-    Cpu("Cortex-A53", "aarch64", "cortex-a53", "NEON", columns=8),
+    Cpu("Cortex-A53", "aarch64", "cortex-a53", "NEON", columns=16),
     Cpu("Cortex-A76", "aarch64", "cortex-a76", "NEON, dot product"),
     Cpu("Neoverse N1", "aarch64", "neoverse-n1", "NEON, dot product"),
     Cpu("A64FX", "aarch64", "a64fx", "NEON, SVE", columns=8),
@@ -151,7 +151,8 @@ def missing(cpu: Cpu) -> str | None:
 @cache
 def arm_runtime() -> Path:
     """ExecuTorch's wheel for aarch64, of the version that is installed here, unpacked."""
-    name = f"executorch=={version('executorch')}"
+    number = version("executorch").partition("+")[0]
+    name = f"executorch=={number}"
     folder = Path(os.environ[CACHE])
     runtime = folder / name / "executorch"
     if not runtime.is_dir():
@@ -160,7 +161,7 @@ def arm_runtime() -> Path:
             *("--only-binary=:all:", "--platform", "manylinux_2_28_aarch64", "--dest", folder),
         ]
         subprocess.run(command, check=True, capture_output=True)
-        (wheel,) = folder.glob(f"executorch-{version('executorch')}-*aarch64.whl")
+        (wheel,) = folder.glob(f"executorch-{number}-*aarch64.whl")
         with zipfile.ZipFile(wheel) as file:
             file.extractall(folder / name)
     return runtime

@@ -126,7 +126,12 @@ class Network:
 NETWORKS = {
     "digits CNN": Network(DigitsNet, random_inputs((16, 1, 8, 8)), samples=4),
     "ResNet-20": Network(lambda: resnet20(pretrained=False), random_inputs((1, 3, 32, 32))),
-    "transformer block": Network(Transformer, random_inputs((4, 12, 32)), samples=4, columns=12),
+    **{
+        f"transformer block, {tokens} tokens": Network(
+            Transformer, random_inputs((4, tokens, 32)), samples=4, columns=tokens
+        )
+        for tokens in (8, 24)
+    },
     "products of matrices": Network(
         lambda: Function(lambda _self, a, b: a @ b),
         random_inputs((3, 5, 16), (3, 16, 40)),
@@ -165,7 +170,8 @@ PROGRAMS = (
     *(("elementwise", scheme) for scheme in ("a8w8", "a4w4", "a16w8")),
     *(("linear layers", scheme) for scheme in ("a8w8", "a8w4", "dyn8w8")),
     *(("all pairs", "a8w8"), ("all pairs, with ties", "a8w8"), ("tables", "a8w8")),
-    *(("narrow products", "a8w8"), ("products of matrices", "a8w8"), ("transformer block", "a8w8")),
+    *(("narrow products", "a8w8"), ("products of matrices", "a8w8")),
+    *((f"transformer block, {tokens} tokens", "a8w8") for tokens in (8, 24)),
     *((name, "a8w8") for name in ("mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5")),
 )
 """Network and scheme."""
@@ -260,7 +266,7 @@ class DeviceProgram:
     def _product_rounded_up(self, inputs: Inputs) -> Tensor:
         """The product as NEON's kernel has it: ``floor(product * S + 1/2)``, without a float32."""
         graph = read_converted(self.converted.graph)
-        (op,) = (op for op in graph.integer if op.binding.rule.family == "mul")
+        (op,) = (op for op in graph.integer if op.match.rule.family == "mul")
         arithmetic = graph.backend.arithmetic
         a, b = (
             arithmetic.quantize(value, q).to(torch.int64) - q.zero_point

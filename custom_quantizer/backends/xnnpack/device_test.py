@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -22,7 +23,6 @@ from executorch.devtools.bundled_program.config import MethodTestCase, MethodTes
 from executorch.devtools.bundled_program.serialize import (
     serialize_from_bundled_program_to_flatbuffer,
 )
-from executorch.version import __version__ as EXECUTORCH_VERSION
 from torch import Tensor
 
 from custom_quantizer.backends.xnnpack.checks import (
@@ -147,7 +147,7 @@ def _readme(manifest: DeviceManifest, name: str, why_not: str) -> str:
         name=name,
         method=manifest.method,
         samples=len(manifest.samples),
-        executorch=EXECUTORCH_VERSION,
+        executorch=version("executorch").partition("+")[0],  # as the package index names it
         exact=exact,
         bundled=bundle,
     )
