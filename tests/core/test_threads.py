@@ -31,6 +31,14 @@ EXAMPLE = (small_images(4),)
 DATA = small_images(32)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where a shell ignores it for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def process_state() -> dict[str, Any]:
     """What belongs to the whole process and not to a call."""
     known = [name for name in logging.root.manager.loggerDict if name.startswith(("torch", "exec"))]

@@ -87,13 +87,19 @@ def test_only_integers_between_quantize_and_dequantize(rule: OpRule, case: Case,
         assert int(values.max()) <= 127
 
 
+@pytest.mark.parametrize("farther", [1, -1], ids=["above zero", "below zero"])
 @pytest.mark.parametrize(
     ("beyond", "dtype"), [(-1, torch.float32), (0, torch.float64), (1, torch.float64)]
 )
-def test_sums_are_exact_on_both_sides_of_float32(beyond: int, dtype: torch.dtype) -> None:
-    """The largest sum of an op is ``2**24 + beyond``; ``2**24 + 1`` is no float32 number."""
+def test_sums_are_exact_on_both_sides_of_float32(
+    beyond: int, dtype: torch.dtype, farther: int
+) -> None:
+    """The largest sum of an op is ``2**24 + beyond``; ``2**24 + 1`` is no float32 number.
+
+    It comes of the end of the input's range that is farther from zero.
+    """
     layer = nn.Linear(3, 1)
-    converted = convert(layer, (torch.tensor([[-1.0, 0.5, 2.0]]),))
+    converted = convert(layer, (torch.tensor([[-1.0, 0.5, 2.0]]) * farther,))
     (op,) = read_converted(converted.graph).integer
     (qx,) = op.inputs
     weight = torch.tensor([[127, 100, 3]], dtype=torch.int8)
