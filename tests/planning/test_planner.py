@@ -191,6 +191,21 @@ def test_bounds_that_keep_divisors_from_zero(
     assert (op.scheme is not None) is kept, op
 
 
+@pytest.mark.parametrize(
+    ("rule", "scheme"),
+    [
+        (Rule(Scope.OPERATOR_TYPE, "aten.clamp.default", A8W8), "a8w8"),
+        (Rule(Scope.NODE_NAME, "clamp", A8W8), "a8w8"),
+        (Rule(Scope.OPERATOR_TYPE, "aten.tanh.default", A8W8), None),
+    ],
+)
+def test_a_rule_for_the_bound_of_a_divisor_is_obeyed(rule: Rule, scheme: str | None) -> None:
+    plan = plan_of(
+        lambda s, x, y: (x + x) / torch.tanh(y).clamp(1e-6, 1.0) * 2.0, rule, shapes=(IMAGE, IMAGE)
+    )
+    assert plan.op("clamp").scheme == scheme
+
+
 Partition = frozenset[frozenset[tuple[str, ...]]]
 
 

@@ -216,6 +216,17 @@ def _mean_in_float32(
     return int(np.rint(np.float32(total) * factor + offset))
 
 
+def test_what_is_divided_by_zero_is_stored_as_by_the_runtime() -> None:
+    """At the ends of the range, and 0 / 0 at the upper one."""
+    x = torch.tensor([[1.0, -1.0, 0.0, 0.5]])
+    calibration = (x, x.abs() + 1.0)  # where it would be an error
+    graph = quantized(Function(lambda s, x, y: (x + x) / F.relu(y) * 2.0), calibration)
+    given = (x, torch.tensor([[0.0, 0.0, 0.0, 2.0]]))
+    got, integers = cq.integer_reference(graph).with_integers(*given)
+    assert integers["div"][0, :3].tolist() == [127, -128, 127]
+    assert torch.equal(cq.lower(graph, calibration).run(*given), got)
+
+
 def test_what_a_changing_state_returned_stays_as_it_was() -> None:
     class Returns(nn.Module):
         def __init__(self) -> None:
