@@ -225,6 +225,15 @@ def test_what_is_divided_by_zero_is_stored_as_by_the_runtime() -> None:
     got, integers = cq.integer_reference(graph).with_integers(*given)
     assert integers["div"][0, :3].tolist() == [127, -128, 127]
     assert torch.equal(cq.lower(graph, calibration).run(*given), got)
+    for mode in MODES:
+        _, integers = cq.integer_reference(graph, mode).with_integers(*given)
+        assert integers["div"][0, :3].tolist() == [127, -128, 127], mode
+    # Found by search: multiplied by the reciprocal, -128 / 127 would be -54 steps.
+    (op,) = (op for op in read_converted(graph).integer if op.binding.rule.family == "div")
+    scales = (0.046286679804325104, 0.04351605474948883, 0.020038213580846786)
+    left, right, output = (QParams(scale, 0, -128, 127) for scale in scales)
+    op = dataclasses.replace(op, inputs=(left, right), output=output)
+    assert get_mode("xnnpack").compute(op, [torch.tensor([-128]), torch.tensor([127])]) == -53
 
 
 def test_what_a_changing_state_returned_stays_as_it_was() -> None:
