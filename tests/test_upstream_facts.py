@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.models import convert
 from torch import Tensor, nn
+from torch.export.exported_program import _override_composite_implicit_decomp
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.quantize_pt2e import (
@@ -423,3 +424,28 @@ def test_tracing_a_small_batch_bounds_it_by_fifteen() -> None:
     with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
         assert largest() == 64
     assert largest() in (15, 64)  # 64 where torch was built without both
+
+
+def test_an_interrupted_export_keeps_the_decompositions_it_exchanged() -> None:
+    """torch 2.15 exchanges them before the ``try`` that brings them back.
+
+    Every later lowering in the process fails then, so ``core.threads.tools`` holds Ctrl-C back.
+    """
+    op = torch.ops.aten.divide.Tensor
+    kernels = dict(op.py_kernels)
+
+    class Interrupted(dict[Any, Any]):
+        def items(self) -> Any:
+            yield op, lambda *_args: NotImplemented
+            raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt), _override_composite_implicit_decomp(Interrupted()):
+            raise AssertionError("entered")
+        assert op.py_kernels != kernels
+    finally:
+        with _override_composite_implicit_decomp({op: lambda *_args: NotImplemented}):
+            pass  # which also forgets the rule for fake tensors
+        op.py_kernels.clear()
+        op.py_kernels.update(kernels)
+        op._dispatch_cache.clear()

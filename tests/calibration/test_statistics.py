@@ -553,6 +553,24 @@ def test_of_equal_thresholds_the_largest_wins(symmetric: bool, first: int) -> No
     assert entropy_range(Statistics.of(values), scheme) == ((first - 1) / 2048, 1.0)
 
 
+@pytest.mark.parametrize(("more", "winner"), [(0.0, 168), (0.9e-12, 168), (1.1e-12, 152)])
+def test_divergences_that_differ_by_less_than_a_trillionth_are_equal(
+    more: float, winner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 128, 136, ... bins, 152 have the least one; that of 168 is larger by ``more``."""
+
+    def divergence(_mass: Any, start: Any, stop: Any, _cells: int) -> Any:
+        found = np.ones(start.shape)
+        found[[3, 5]] = 0.0, more
+        assert list(stop[[3, 5]] - start[[3, 5]]) == [152, 168]
+        return found
+
+    monkeypatch.setattr(ranges, "_divergence", divergence)
+    values = torch.linspace(0.0, 1.0, 4097)
+    scheme = TensorScheme(IntFormat(8), True, observer="entropy")
+    assert entropy_range(Statistics.of(values), scheme) == (0.0, winner / 2048)
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 

@@ -24,11 +24,19 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import lowering
-from custom_quantizer.core.threads import exclusive, tools
+from custom_quantizer.core.threads import exclusive, interruption_point, tools
 from custom_quantizer.reference import integer_reference
 
 EXAMPLE = (small_images(4),)
 DATA = small_images(32)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where a shell ignores it for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def process_state() -> dict[str, Any]:
@@ -212,6 +220,146 @@ def test_a_forked_process_does_not_wait_for_a_thread_it_has_not() -> None:
     leave.set()
     holder.join()
     assert os.waitstatus_to_exitcode(status) == 7
+
+
+def press() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_waits_until_the_tools_are_done(caplog: pytest.LogCaptureFixture) -> None:
+    done = []
+
+    @tools()
+    def call() -> None:
+        with tools():
+            press()
+            done.append("inner")
+        done.append("outer")  # the end of a block inside of another is no end
+
+    before = process_state()
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert done == ["inner", "outer"]
+    assert "press it again to stop now" in caplog.text
+    assert_state(before)
+    with tools():
+        pass  # it is not kept for the next one
+
+
+def test_ctrl_c_takes_effect_where_no_tool_is_at_work() -> None:
+    done = []
+
+    @tools()
+    def call() -> None:
+        interruption_point()
+        press()
+        done.append("up to the point")
+        interruption_point()
+        done.append("behind it")
+
+    before = process_state()
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert done == ["up to the point"]
+    assert_state(before)
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    done = []
+
+    @tools()
+    def call() -> None:
+        press()
+        done.append("after one")
+        press()
+        done.append("after two")
+
+    before = process_state()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        call()
+    assert done == ["after one"]
+    assert caught.value.__context__ is None  # one, although two were pressed
+    assert_state(before)
+
+
+def test_ctrl_c_comes_before_an_error() -> None:
+    """A program that the tools start gets it as well, and fails of it."""
+
+    @tools()
+    def call() -> None:
+        press()
+        raise Stop
+
+    before = process_state()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        call()
+    assert isinstance(caught.value.__context__, Stop)
+    assert_state(before)
+
+
+def test_lowering_stops_between_two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    converted = small_result().converted
+    before, stages = process_state(), []
+    real = lowering.to_edge_transform_and_lower
+
+    def pressed(*args: Any, **more: Any) -> Any:
+        press()
+        edge = real(*args, **more)
+        stages.append("partitioned")
+        return edge
+
+    monkeypatch.setattr(lowering, "to_edge_transform_and_lower", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        cq.lower(converted, EXAMPLE, progress=stages.append)
+    assert stages[-2:] == ["partitioning for XNNPACK", "partitioned"]
+    assert_state(before)
+
+
+@pytest.fixture
+def handled() -> Iterator[list[int]]:
+    """The signals that a handler of somebody else got; it raises nothing."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: seen.append(number))
+    yield seen
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_of_somebody_else_is_called_later(handled: list[int]) -> None:
+    before = process_state()
+    with tools():
+        press()
+        assert handled == []
+    assert handled == [signal.SIGINT]
+    assert_state(before)
+
+
+def test_a_handler_that_is_set_meanwhile_stays(handled: list[int]) -> None:
+    with tools():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert handled == []
+
+
+@pytest.mark.parametrize("kind", [signal.SIG_IGN, signal.SIG_DFL])
+def test_what_raises_no_exception_is_not_held_back(
+    handled: list[int], kind: signal.Handlers
+) -> None:
+    signal.signal(signal.SIGINT, kind)
+    with tools():
+        assert signal.getsignal(signal.SIGINT) is kind
+    assert handled == []
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    """Only the main thread may set handlers, and only there do they run."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def inside() -> Any:
+        with tools():
+            interruption_point()
+            return signal.getsignal(signal.SIGINT)
+
+    assert at_once(inside) == [handler]
 
 
 @pytest.mark.slow

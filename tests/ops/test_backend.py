@@ -162,6 +162,20 @@ def test_a_network_of_what_backends_constrain(scheme: str, tmp_path: Path) -> No
     equal_bundle(done.graph, (torch.randn(2, 4, 5, 5) * 2,), tmp_path)
 
 
+def test_what_is_planned_for_no_backend_can_be_lowered() -> None:
+    torch.manual_seed(0)
+    model = Function(
+        lambda s, x: (lambda y: y @ F.relu(y).transpose(1, 2))(s.up(x).flatten(2)),
+        up=nn.ConvTranspose2d(4, 8, 3, stride=2, groups=2),
+    )
+    done = convert(model, (torch.randn(2, 4, 5, 5),), cq.IntegerQuantizer(None).set_global("a8w8"))
+    lowered = cq.lower(done.graph, done.example)
+    reasons = {row.node: row.reason for row in lowered.report.not_integer()}
+    assert lowered.report.fully_delegated
+    assert "no per-channel kernel for grouped" in reasons["conv_transpose2d"]
+    assert reasons["matmul"] == "the zero point of its second operand is not 0"
+
+
 @pytest.mark.parametrize("scheme", ["dyn8w8", "dyn8w4g32"])
 def test_scales_of_run_time_are_no_integers_to_write_down(scheme: str) -> None:
     quantizer = cq.IntegerQuantizer(backend=None).set_global(scheme)

@@ -260,7 +260,7 @@ def test_where_no_sigmoid_is_steady_its_scale_is_that_of_the_largest_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tables, "tie_break_offset", lambda *_: 1.0)
-    find = functions.sigmoid_qparams.__wrapped__  # without its cache
+    find = tables.sigmoid_qparams.__wrapped__  # without its cache
     found = find(QParams(0.5, -128, -128, 127), qparams(0, 100))
     assert found == QParams(round_to_float32(1 / (1 + math.exp(-127.5)) / 255), -128, -128, 127)
 

@@ -128,6 +128,21 @@ def test_bounds_that_keep_divisors_from_zero(
     assert (op.scheme is not None) is kept, op
 
 
+@pytest.mark.parametrize(
+    ("rule", "scheme"),
+    [
+        (Rule(Scope.OPERATOR_TYPE, "aten.clamp.default", A8W8), "a8w8"),
+        (Rule(Scope.NODE_NAME, "clamp", A8W8), "a8w8"),
+        (Rule(Scope.OPERATOR_TYPE, "aten.tanh.default", A8W8), None),
+    ],
+)
+def test_a_rule_for_the_bound_of_a_divisor_is_obeyed(rule: Rule, scheme: str | None) -> None:
+    plan = plan_of(
+        lambda s, x, y: (x + x) / torch.tanh(y).clamp(1e-6, 1.0) * 2.0, rule, shapes=(IMAGE, IMAGE)
+    )
+    assert plan.op("clamp").scheme == scheme
+
+
 Partition = frozenset[frozenset[tuple[str, ...]]]
 
 
@@ -812,7 +827,7 @@ def test_which_gelu_a_table_is_filled_with(approximate: str, reason: str) -> Non
         (lambda s, x: x[:, :, : x.shape[0]], (0,), "slice_1", "depends on a dynamic size"),
         (lambda s, x: F.group_norm(x, 2), (2,), "group_norm", "its image size is dynamic"),
         (lambda s, x: F.instance_norm(x), (3,), "instance_norm", "its image size is dynamic"),
-        (lambda s, x: F.group_norm(x, 2), (0,), "group_norm", "float"),
+        (lambda s, x: F.group_norm(x, 2), (0,), "group_norm", "XNNPACK has no integer group norm"),
     ],
 )
 def test_what_dynamic_sizes_forbid(

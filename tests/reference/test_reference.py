@@ -90,13 +90,19 @@ def test_only_integers_between_quantize_and_dequantize(rule: OpRule, case: Case,
         assert int(values.max()) <= 127
 
 
+@pytest.mark.parametrize("farther", [1, -1], ids=["above zero", "below zero"])
 @pytest.mark.parametrize(
     ("beyond", "dtype"), [(-1, torch.float32), (0, torch.float64), (1, torch.float64)]
 )
-def test_sums_are_exact_on_both_sides_of_float32(beyond: int, dtype: torch.dtype) -> None:
-    """The largest sum of an op is ``2**24 + beyond``; ``2**24 + 1`` is no float32 number."""
+def test_sums_are_exact_on_both_sides_of_float32(
+    beyond: int, dtype: torch.dtype, farther: int
+) -> None:
+    """The largest sum of an op is ``2**24 + beyond``; ``2**24 + 1`` is no float32 number.
+
+    It comes of the end of the input's range that is farther from zero.
+    """
     layer = nn.Linear(3, 1)
-    converted = convert(layer, (torch.tensor([[-1.0, 0.5, 2.0]]),))
+    converted = convert(layer, (torch.tensor([[-1.0, 0.5, 2.0]]) * farther,))
     (op,) = read_converted(converted.graph).integer
     (qx,) = op.inputs
     weight = torch.tensor([[127, 100, 3]], dtype=torch.int8)
@@ -156,8 +162,8 @@ def test_a_reshape_to_two_sizes_that_are_not_known() -> None:
 
 def test_a_mean_multiplies_in_the_order_of_the_runtime() -> None:
     """Found by search: every other order of the products gives another integer."""
-    scale_in, scale_out = 0.043400295078754425, 0.012235843576490879
-    given, wanted = (scale_in, 63), (scale_out, -112)
+    scale_in, scale_out = 0.046816930174827576, 0.031560592353343964
+    given, wanted = (scale_in, -116), (scale_out, 14)
     model = Function(lambda s, x: x.mean((2, 3), keepdim=True))
     graph = quantized(model, (torch.randn(1, 1, 7, 7),))
     for node in graph.graph.nodes:
@@ -166,33 +172,71 @@ def test_a_mean_multiplies_in_the_order_of_the_runtime() -> None:
             grid = wanted if "mean" in behind.name else given
             node.args = (node.args[0], *grid, *node.args[3:])
     graph.recompile()
-    stored = torch.tensor([127.0] * 42 + [126.0] * 7).reshape(1, 1, 7, 7)  # 6216 in all
-    x = (stored - 63) * scale_in
+    stored = torch.tensor([-64.0] * 37 + [-63.0] * 12).reshape(1, 1, 7, 7)
+    total = int(stored.sum())
+    x = (stored + 116) * scale_in
     lowered = cq.lower(graph, (x,))
     got, reference = lowered.run(x), cq.integer_reference(graph)(x)
     assert torch.equal(got, reference)
-    level = round(float(got) / scale_out) - 112
-    orders = {
-        "as it is": _mean_in_float32(
-            6216, *given, *wanted, scale=lambda i, o, n: (i / o) * (np.float32(1) / n)
-        ),
-        "a quotient": _mean_in_float32(6216, *given, *wanted, scale=lambda i, o, n: (i / o) / n),
-        "count first": _mean_in_float32(
-            6216, *given, *wanted, scale=lambda i, o, n: (i * (np.float32(1) / n)) / o
-        ),
+    level = round(float(got) / scale_out) + 14
+
+    one = np.float32(1)
+    scales: dict[str, _Product] = {
+        "as it is": lambda i, o, n: (i / o) * (one / n),
+        "a quotient": lambda i, o, n: (i / o) / n,
+        "count first": lambda i, o, n: (i * (one / n)) / o,
+        "output and count first": lambda i, o, n: i / (o * n),
     }
-    assert orders.pop("as it is") == level
-    assert level not in orders.values()
+    offsets: dict[str, _Product] = {
+        "as it is": lambda n, z, s: (n * z) * s,
+        "zero point and scale first": lambda n, z, s: n * (z * s),
+        "count and scale first": lambda n, z, s: (n * s) * z,
+    }
+    levels = {
+        (first, second): _mean_in_float32(total, *given, *wanted, scale=scale, shift=shift)
+        for first, scale in scales.items()
+        for second, shift in offsets.items()
+        if "as it is" in (first, second)
+    }
+    assert levels.pop(("as it is", "as it is")) == level
+    assert level not in levels.values()
+    i, zero_in, o, zero_out = (np.float32(value) for value in (*given, *wanted))
+    factor = scales["as it is"](i, o, np.float32(49))
+    centered = (np.float32(total) - np.float32(49) * zero_in) * factor + zero_out
+    assert int(np.rint(centered)) != level
+
+
+_Product = Callable[[np.float32, np.float32, np.float32], np.float32]
 
 
 def _mean_in_float32(
-    total: int, *grids: Any, scale: Callable[[Any, Any, Any], Any], count: int = 49
+    total: int, *grids: float, scale: _Product, shift: _Product, count: int = 49
 ) -> int:
     scale_in, zero_in, scale_out, zero_out = map(np.float32, grids)
     number = np.float32(count)
     factor = scale(scale_in, scale_out, number)
-    offset = zero_out - (number * zero_in) * factor
+    offset = zero_out - shift(number, zero_in, factor)
     return int(np.rint(np.float32(total) * factor + offset))
+
+
+def test_what_is_divided_by_zero_is_stored_as_by_the_runtime() -> None:
+    """At the ends of the range, and 0 / 0 at the upper one."""
+    x = torch.tensor([[1.0, -1.0, 0.0, 0.5]])
+    calibration = (x, x.abs() + 1.0)  # where it would be an error
+    graph = quantized(Function(lambda s, x, y: (x + x) / F.relu(y) * 2.0), calibration)
+    given = (x, torch.tensor([[0.0, 0.0, 0.0, 2.0]]))
+    got, integers = cq.integer_reference(graph).with_integers(*given)
+    assert integers["div"][0, :3].tolist() == [127, -128, 127]
+    assert torch.equal(cq.lower(graph, calibration).run(*given), got)
+    for mode in MODES:
+        _, integers = cq.integer_reference(graph, mode).with_integers(*given)
+        assert integers["div"][0, :3].tolist() == [127, -128, 127], mode
+    # Found by search: multiplied by the reciprocal, -128 / 127 would be -54 steps.
+    (op,) = (op for op in read_converted(graph).integer if op.match.rule.family == "div")
+    scales = (0.046286679804325104, 0.04351605474948883, 0.020038213580846786)
+    left, right, output = (QParams(scale, 0, -128, 127) for scale in scales)
+    op = dataclasses.replace(op, inputs=(left, right), output=output)
+    assert get_mode("xnnpack").compute(op, [torch.tensor([-128]), torch.tensor([127])]) == -53
 
 
 def test_what_a_changing_state_returned_stays_as_it_was() -> None:

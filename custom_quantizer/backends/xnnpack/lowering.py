@@ -50,7 +50,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
-from custom_quantizer.core.threads import exclusive, tools
+from custom_quantizer.core.threads import exclusive, interruption_point, tools
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, rule_of
 from custom_quantizer.ops.backend import Backend, Kernel
@@ -112,7 +112,12 @@ def lower_graph(
     progress: Callable[[str], None] | None = None,
 ) -> LoweredProgram:
     """:func:`lower`, for whom the graph was read already."""
-    say = progress or (lambda _stage: None)
+
+    def say(stage: str) -> None:
+        interruption_point()
+        if progress is not None:
+            progress(stage)
+
     _warn_of_state(graph.model)
     example = check_example(graph.model, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, say)
