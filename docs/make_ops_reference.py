@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from support.graphs import canonicalize
 from torch.fx import GraphModule
 
 from custom_quantizer.backends.xnnpack import BACKEND
 from custom_quantizer.core.files import write_text_atomic
 from custom_quantizer.ops import REGISTRY, Formats, OpRule, rule_of
+from custom_quantizer.ops.rewrites.canonical import canonicalize
 
 REFERENCE_FILE = Path(__file__).resolve().parent / "ops.md"
 BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"

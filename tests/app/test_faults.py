@@ -47,16 +47,10 @@ def prepared() -> GraphModule:
     return graph
 
 
-def training() -> TrainingCheckpoint:
+def write_training(path: Path) -> None:
     graph = prepared()
     optimizer = torch.optim.SGD(graph.parameters(), lr=0.1)
-    return TrainingCheckpoint("", graph, optimizer, {})
-
-
-def write_training(path: Path) -> None:
-    file = training()
-    file.path = path
-    file.save(TrainingPosition())
+    TrainingCheckpoint(path, graph, optimizer, {}).save(TrainingPosition())
 
 
 def config() -> Config:

@@ -200,7 +200,7 @@ def test_an_op_whose_scales_no_kernel_takes_runs_in_float(
     assert lowered.report.fully_delegated
     rows = [row for row in lowered.report.not_integer() if "no integer kernel" in row.reason]
     assert {row.node for row in rows} >= refused
-    assert lowered.report.passes["withhold_refused"] == len(rows)
+    assert lowered.report.passes["refused_to_float"] == len(rows)
     assert all(row.backend.label == "xnnpack float" for row in rows)
     assert {op.node.name for op in cq.integer_reference(graph).float_ops} >= refused
 

@@ -300,7 +300,7 @@ def test_a_rule_for_attention_reaches_what_it_is_written_out_to() -> None:
     quantizer = cq.IntegerQuantizer().set_global("a8w8")
     quantizer.set_operator_type(aten.scaled_dot_product_attention.default, None)
     plan = convert(model, inputs, quantizer).plan
-    assert [op.scheme for op in plan.ops if op.family == "matmul"] == [None, None]
+    assert [op.scheme for op in plan.parts if op.family == "matmul"] == [None, None]
     assert plan.op("linear").scheme == "a8w8"
 
 

@@ -160,7 +160,7 @@ def test_a_norm_of_the_batch_stays_apart_and_runs(captured: bool) -> None:
     model, x = own_statistics().eval(), torch.randn(2, 3, 8, 8)
     exported = torch.export.export(model, (x,))
     quantizer = cq.IntegerQuantizer().set_global("a8w8")
-    ops = [op.scheme for op in quantizer.plan(exported).ops]
+    ops = [op.scheme for op in quantizer.plan(exported).parts]
     assert ops == ["a8w8", None, None]
     result = cq.quantize(exported if captured else model, (x,), [(x,)], progress=False)
     assert result.lowered is not None

@@ -11,13 +11,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.graphs import Function, calls, capture, differences, lowered_exactly, quantized
+from support.graphs import (
+    Function,
+    calls,
+    canonicalize,
+    capture,
+    differences,
+    lowered_exactly,
+    quantized,
+)
 from support.models import conv
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import custom_quantizer as cq
-from custom_quantizer.ops.rewrites.canonical import canonicalize, overwritten_by
+from custom_quantizer.ops.rewrites.canonical import overwritten_by
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 6, 6)

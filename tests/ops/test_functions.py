@@ -152,7 +152,9 @@ def test_no_kernel_within_its_bound_changes_an_entry(
     shift = tables.function_offset(function, src, dst)
     assert abs(shift) < 0.02 * float(dst.scale)
 
-    seen = values[values.abs() < 2 * dst.levels * float(dst.scale)]
+    # What is not finite, such as the logarithm of 0, counts neither here nor there.
+    legal = torch.isfinite(function.compute(real))
+    seen = values[legal & (values.abs() < 2 * dst.levels * float(dst.scale))]
     bound = function.ulps * 2.0**-24 * float(seen.abs().max()) if seen.numel() else 0.0
     generator = torch.Generator().manual_seed(seed)
     for error in (
@@ -164,7 +166,6 @@ def test_no_kernel_within_its_bound_changes_an_entry(
         if shift:
             kernel = kernel + torch.tensor(shift)
         limit = torch.finfo(torch.float32).max
-        legal = torch.isfinite(function.compute(real))
         got = XNNPACK.quantize(kernel.clamp(-limit, limit), dst)
         assert torch.equal(got[legal], expected[legal])
 

@@ -567,7 +567,9 @@ def check_lowered(sample: Sample) -> cq.LoweredProgram:
     rows = {row.node: row for row in program.report.ops}
     assert rows.keys() == {op.node.name for op in graph}
     fallbacks = {op.node.name for op in graph.floating if op.float_fallback}
-    for op in done.plan.quantized:
+    for op in done.plan.parts:
+        if op.scheme is None:
+            continue
         row = rows[op.node]
         if op.node in fallbacks:
             assert row.backend is kernels.FLOAT, row
