@@ -259,6 +259,24 @@ def can_be_batched(node: Node) -> bool:
     return all(sum(not isinstance(size, int) for size in shape) <= 1 for shape in shapes)
 
 
+WIDEST_PRODUCT = 8
+"""Columns of a second operand that every CPU's kernel packs at once."""
+
+
+def _matmul(match: PatternMatch, _formats: Formats) -> Delegation:
+    columns = shape_of(match.node)[-1]
+    if isinstance(columns, int) and columns <= WIDEST_PRODUCT:
+        return Delegation(INT8)
+    # xnn_pack_qs8_weights_and_biases (92a7ad50) ignores the distance between rows of the operand.
+    return Delegation(
+        INT8,
+        caution="on ARM CPUs but those with dot products and no more, such as Cortex-A76, XNNPACK "
+        f"multiplies int8 matrices of more than {WIDEST_PRODUCT} columns wrongly; for those leave "
+        "products of activations in float with set_operator_type(torch.ops.aten.matmul.default, "
+        "None) (docs/device_arithmetic.md)",
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # Pooling
 # ---------------------------------------------------------------------------------------------
@@ -392,7 +410,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         CONV_TRANSPOSE.family: _GEMM,
         LINEAR.family: _GEMM,
         MATMUL.family: Support(
-            _int8,
+            _matmul,
             refuses=_refuses_matmul,
             runs=_runs_product,
             requires_symmetric=frozenset({1}),

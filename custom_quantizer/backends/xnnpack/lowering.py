@@ -53,7 +53,7 @@ from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.threads import exclusive, interruption_point, tools
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, rule_of
-from custom_quantizer.ops.backend import Backend, Kernel
+from custom_quantizer.ops.backend import Backend, Kernel, cautions
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 
 __all__ = ["lower"]
@@ -134,6 +134,15 @@ def lower_graph(
     return program
 
 
+def _warn_of_kernels(graph: ConvertedGraph) -> None:
+    """Say where kernels of the program are known to be wrong on other CPUs than this one."""
+    found = (
+        (describe(op.node), graph.backend.predict(op.match, op.formats)) for op in graph.integer
+    )
+    for caution in cautions(found):
+        logger.warning("%s", caution)
+
+
 def _warn_of_state(converted: GraphModule) -> None:
     """Say so, if buffers hold what a loop over calibration data left in them."""
     held = converted.meta.get(STATE_KEY, {})
@@ -187,6 +196,7 @@ def rewrite(
     Raises:
         LoweringError: a pass failed, or ``torch.export`` refused the result.
     """
+    _warn_of_kernels(graph)
     say("rewriting the graph")
     _check_writable(graph.model)
     model = detached_copy(graph.model)
