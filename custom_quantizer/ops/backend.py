@@ -167,7 +167,6 @@ class Backend:
         limits: of biases.
         legalize: rewrites of a captured graph that this backend needs; told whether parameters
             are trained.
-        legalized: overloads that ``legalize`` may replace; the result answers to rules for them.
         refuses_tensor: why no kernel takes a tensor, whatever the op; empty: they do.
         lower: from a converted graph and an example to a checked program.
         load: a program from its file.
@@ -184,7 +183,6 @@ class Backend:
     wide: Kernel | None = None
     limits: BiasLimits = _ANY_BIAS
     legalize: Callable[[GraphModule, bool], object] = _no_rewrites
-    legalized: frozenset[Any] = frozenset()
     refuses_tensor: Callable[[Node], str] = _any_tensor
     lower: Callable[..., Any] | None = field(default=None, repr=False)
     load: Callable[..., Any] | None = field(default=None, repr=False)
@@ -214,8 +212,9 @@ class Backend:
                 unmoved = kernel.placement in (Placement.FOLDED, Placement.OUTSIDE)
                 return kernel if unmoved else self.missing
             return self.missing
-        known = self.outside is None or node.target in self.float_targets
-        return self.missing if known or self.outside is None else self.outside
+        if self.outside is None or node.target in self.float_targets:
+            return self.missing
+        return self.outside
 
     def predict(self, match: PatternMatch, formats: Formats) -> Delegation:
         """Where and how an op will run.
@@ -316,7 +315,6 @@ INTEGERS = Backend(
     ),
     missing=_FLOAT,
     legalize=lambda model, training: legalize_by(model, LEGALIZATIONS, training=training),
-    legalized=frozenset(LEGALIZATIONS),
 )
 """No runtime: every family that has a meaning on integers is computed on them, at any width."""
 

@@ -62,7 +62,6 @@ BACKEND = Backend(
     wide=EMULATED,
     limits=BiasLimits(MAX_EXACT_BIAS, WIDE_BIAS),
     legalize=lambda model, training: legalize_by(model, LEGALIZATIONS, training=training),
-    legalized=frozenset(LEGALIZATIONS),
     refuses_tensor=refuses_tensor,
     lower=_lower,
     load=_load,
