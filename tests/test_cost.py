@@ -110,6 +110,7 @@ def growth(lengths: tuple[int, ...], runs: int) -> dict[str, float]:
     return {stage: long[stage] / short[stage] for stage in short}
 
 
+@pytest.mark.slow
 def test_cost_per_op_does_not_grow() -> None:
     found = growth((100, 1_000), runs=2)
     assert max(found.values()) < FLAT, found

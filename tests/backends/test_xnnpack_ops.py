@@ -5,6 +5,8 @@ nothing outside it. Where upstream allows a tolerance, here the outputs are thos
 reference, bit for bit. The cases of one file stand side by side in one model, since lowering costs
 seconds; a case is a module of its own in it, so that what became of its ops is told apart.
 
+The contract of each op family asks the same of its own cases by default, so most of these are slow.
+
 Not here: half precision (``test_export_features.py``), and graphs that call quantize and
 dequantize themselves, which are no float graphs (``test_quantizer.py`` refuses them).
 """
@@ -351,6 +353,7 @@ def made(group: str, scheme: str) -> Made:
     return Made(graph, lowered, inputs, wanted, got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("group", GROUPS)
 def test_one_delegate(group: str, scheme: str) -> None:
@@ -358,6 +361,7 @@ def test_one_delegate(group: str, scheme: str) -> None:
     assert (report.delegates, report.outside) == (1, ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("group", "name"), ALL)
 def test_outputs_are_those_of_the_reference(group: str, name: str, scheme: str) -> None:
@@ -367,6 +371,7 @@ def test_outputs_are_those_of_the_reference(group: str, name: str, scheme: str) 
         assert differences(got[index], wanted[index]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("group", "name"), ALL)
 def test_ops_are_delegated(group: str, name: str, scheme: str) -> None:

@@ -167,7 +167,7 @@ class Breaking:
 @pytest.mark.parametrize(
     ("scheme", "optimizer"),
     [
-        ("a8w8", "sgd"),
+        pytest.param("a8w8", "sgd", marks=pytest.mark.slow),
         ("a4w4-lsq", "adam"),
         pytest.param("a8w8", "adam", marks=pytest.mark.slow),
         pytest.param("a4w4-lsq", "sgd", marks=pytest.mark.slow),

@@ -189,6 +189,7 @@ def test_in_the_place_of_xnnpack_quantizer() -> None:
     assert len(read_converted(convert_pt2e(prepared)).with_bias()) == 6
 
 
+@pytest.mark.slow
 def test_beside_another_quantizer() -> None:
     """Ours trains its part with derived biases; the other one's part is its own affair."""
     ours = cq.IntegerQuantizer().set_module_name("head", "a8w4").set_module_name("hidden", "a8w4")
