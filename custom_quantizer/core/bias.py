@@ -18,12 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from custom_quantizer.core.formats import signed_bits
-
 __all__ = [
     "MAX_EXACT_BIAS",
     "WIDE_BIAS",
-    "BiasHeadroom",
     "BiasLimits",
     "bias_shift",
     "derived_scale",
@@ -64,24 +61,6 @@ class BiasLimits:
 
 
 _SMALLEST_NORMAL = float(torch.finfo(torch.float32).tiny)
-
-
-@dataclass(frozen=True)
-class BiasHeadroom:
-    """What was done so that one op's bias fits.
-
-    Attributes:
-        raised: output channel -> factor (> 1) by which its weight scale was raised.
-        largest: largest absolute integer of the bias.
-    """
-
-    raised: dict[int, float]
-    largest: int
-
-    @property
-    def bits(self) -> int:
-        """Signed bits the bias needs."""
-        return signed_bits(-self.largest, self.largest)
 
 
 def derived_scale(input_scale: float, weight_scale: Tensor) -> Tensor:

@@ -242,8 +242,3 @@ class OpRule:
     def noun(self) -> str:
         """Its name in a sentence."""
         return self.title or self.family
-
-    @property
-    def is_table(self) -> bool:
-        """Whether it is a function of one tensor, element by element."""
-        return Trait.TABLE in self.traits

@@ -21,7 +21,6 @@ import custom_quantizer as cq
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.core.bias import (
     MAX_EXACT_BIAS,
-    BiasHeadroom,
     bias_shift,
     derived_scale,
     quantize_bias,
@@ -235,16 +234,6 @@ def test_the_shift_of_a_bias_at_the_end_of_its_range(exponent: int) -> None:
     beyond = torch.nextafter(end, torch.tensor(torch.inf))
     shifts = bias_shift(torch.stack([end, beyond]), 1.0, torch.ones(2), 127)
     assert shifts.tolist() == [exponent, exponent + 1]
-
-
-def test_headroom_counts_bits_with_the_sign() -> None:
-    assert [BiasHeadroom({}, n).bits for n in (0, 1, 127, 128, MAX_EXACT_BIAS)] == [
-        1,
-        2,
-        8,
-        9,
-        23,
-    ]
 
 
 # ---------------------------------------------------------------------------------------------
