@@ -36,6 +36,7 @@ from executorch.exir._serialize._program import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.program_text import describe
 from torch import nn
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
 from torchao.quantization.granularity import PerGroup
@@ -50,7 +51,6 @@ from custom_quantizer.backends.xnnpack.readback import (
     KernelCall,
     ProgramContents,
     ValueInfo,
-    describe,
     read_program,
 )
 from custom_quantizer.errors import ProgramError
