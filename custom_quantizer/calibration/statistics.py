@@ -27,7 +27,6 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.ranges import BINS, Kind, Statistics
 from custom_quantizer.config.rules import nearest
-from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.rewriting import is_inner
 from custom_quantizer.core.tensor_file import read_tensors, write_tensors
 from custom_quantizer.errors import CalibrationError, InputError
@@ -46,7 +45,6 @@ __all__ = [
     "record_counts",
     "reset_statistics",
     "save_statistics",
-    "solved_qparams",
     "statistics_of",
 ]
 
@@ -169,24 +167,6 @@ def reset_statistics(prepared: GraphModule) -> None:
         counted = observer.counts is not None
         counts = torch.zeros(BINS, dtype=torch.int64) if counted else None
         observer.statistics = Statistics(observer.kind, counts=counts)
-
-
-def solved_qparams(prepared: GraphModule) -> dict[str, QParams]:
-    """Scale and zero point of every observer that saw data.
-
-    Returns:
-        By the names of the observed tensors, joined by ``+``; where several observers watch the
-        same tensors, with ``#2``, ``#3``, ... behind the name from the second on.
-    """
-    solved: dict[str, QParams] = {}
-    for observed in activation_observers(prepared):
-        name, number = observed.name, 1
-        while name in solved:
-            number += 1
-            name = f"{observed.name}#{number}"
-        if observed.observer.count > 0:
-            solved[name] = observed.observer.qparams()
-    return solved
 
 
 # -- statistics of a model ----------------------------------------------------------------------

@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file, save_file
 from scipy.stats import entropy as kl_divergence
 from support.exact import assert_sums_are_exact, on_grid, put_on_grid
+from support.ranks import solved_qparams
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -46,7 +47,6 @@ from custom_quantizer.calibration.statistics import (
     record_counts,
     reset_statistics,
     save_statistics,
-    solved_qparams,
     statistics_of,
 )
 from custom_quantizer.core.arithmetic import QParams
