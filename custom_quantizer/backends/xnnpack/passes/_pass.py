@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -57,6 +57,13 @@ class GraphPass:
     run: Callable[[GraphModule], int]
     exact: bool = True
     requires: frozenset[str] = frozenset()
+
+
+def graph_pass(
+    before: str, after: str, *, exact: bool = True, requires: Iterable[str] = ()
+) -> Callable[[Callable[[GraphModule], int]], GraphPass]:
+    """Make a pass, called like it, of a function that applies one."""
+    return lambda run: GraphPass(run.__name__, before, after, run, exact, frozenset(requires))
 
 
 def origin_of(node: Node) -> str | None:

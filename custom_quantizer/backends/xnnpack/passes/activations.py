@@ -12,8 +12,8 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     FLOAT32_MAX,
     GEMMS,
     Builder,
-    GraphPass,
     calls,
+    graph_pass,
     is_wide,
     origin_of,
     quantized_neighbours,
@@ -33,7 +33,8 @@ from custom_quantizer.ops.pool import MAX_POOL
 aten = torch.ops.aten
 
 
-def _split_activations(model: GraphModule) -> int:
+@graph_pass("activations after add, sub, mul", "clamps of integers")
+def split_activations(model: GraphModule) -> int:
     """An activation that XNNPACK cannot fuse clamps the quantized result instead.
 
     Rounding is monotone, so clamping before or after it gives the same integers.
@@ -63,7 +64,8 @@ def _split_activations(model: GraphModule) -> int:
     return count
 
 
-def _clamps_to_hardtanh(model: GraphModule) -> int:
+@graph_pass("clamps", "hardtanh or relu")
+def clamps_to_hardtanh(model: GraphModule) -> int:
     """Every clamp that follows a GEMM becomes hardtanh or relu, the two that XNNPACK fuses."""
     count = 0
     bounds_of = cast(Callable[[Node], tuple[float | None, float | None]], CLAMP.bounds)
@@ -87,7 +89,10 @@ def _clamps_to_hardtanh(model: GraphModule) -> int:
     return count
 
 
-def _keep_apart(model: GraphModule) -> int:
+@graph_pass(
+    "clamps from one scale to another behind what XNNPACK fuses them into", "a reshape between them"
+)
+def keep_apart(model: GraphModule) -> int:
     """A clamp to another scale stays an op of its own: a reshape stands before it.
 
     XNNPACK fuses a clamp into the convolution, linear layer or max pool that makes its input,
@@ -115,7 +120,12 @@ def _keep_apart(model: GraphModule) -> int:
     return count
 
 
-def _break_chains(model: GraphModule) -> int:
+@graph_pass(
+    "clamps of integers before functions of one tensor",
+    "a reshape between them",
+    requires={"split_activations", "narrow_activations"},
+)
+def break_chains(model: GraphModule) -> int:
     """A clamp of integers that a function of one tensor follows is the last of its chain.
 
     XNNPACK (92a7ad50) makes a table of a chain of such functions when it loads a program. With two
@@ -150,30 +160,3 @@ def _maps(node: Node) -> bool:
     others = (aten.add.Tensor, aten.sub.Tensor, aten.view_copy.default)
     single = len(node.all_input_nodes) == 1 and node.op == "call_function"
     return single and not moves and node.target not in others
-
-
-SPLIT_ACTIVATIONS = GraphPass(
-    "split_activations",
-    "activations after add, sub, mul",
-    "clamps of integers",
-    _split_activations,
-)
-
-CLAMPS_TO_HARDTANH = GraphPass(
-    "clamps_to_hardtanh", "clamps", "hardtanh or relu", _clamps_to_hardtanh
-)
-
-KEEP_APART = GraphPass(
-    "keep_apart",
-    "clamps from one scale to another behind what XNNPACK fuses them into",
-    "a reshape between them",
-    _keep_apart,
-)
-
-BREAK_CHAINS = GraphPass(
-    "break_chains",
-    "clamps of integers before functions of one tensor",
-    "a reshape between them",
-    _break_chains,
-    requires=frozenset({"split_activations", "narrow_activations"}),
-)

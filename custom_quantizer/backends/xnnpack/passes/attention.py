@@ -12,8 +12,8 @@ from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
 from custom_quantizer.backends.xnnpack.kernels import can_be_batched, matmul_batch
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
-    GraphPass,
     calls,
+    graph_pass,
     is_wide,
     replace,
 )
@@ -43,7 +43,8 @@ from custom_quantizer.ops.movement import PERMUTE, RESHAPE
 aten = torch.ops.aten
 
 
-def _matmuls_to_bmms(model: GraphModule) -> int:
+@graph_pass("products of two activations", "bmm, of one batch")
+def matmuls_to_bmms(model: GraphModule) -> int:
     """Products over several batch dimensions are products over one: views before and after."""
     count = 0
     for node in calls(model, MATMUL.targets):
@@ -73,7 +74,12 @@ def _viewed(build: Builder, tensor: Node, shape: list[Any]) -> Node:
     return build.requantized(viewed, tensor) if is_dequantize(tensor) else viewed
 
 
-def _softmaxes_over_last_dim(model: GraphModule) -> int:
+@graph_pass(
+    "softmax over another dim",
+    "permuted softmax over the last: other roundings in float",
+    exact=False,
+)
+def softmaxes_over_last_dim(model: GraphModule) -> int:
     """Another dimension is moved to the end first, and back afterwards."""
     count = 0
     for node in calls(model, SOFTMAX.targets):
@@ -116,7 +122,10 @@ def _keeps_order(source: Node) -> bool:
     return True
 
 
-def _softmaxes_of_rows(model: GraphModule) -> int:
+@graph_pass(
+    "softmax of images", "softmax of rows, between views", requires={"softmaxes_over_last_dim"}
+)
+def softmaxes_of_rows(model: GraphModule) -> int:
     """A softmax of an image becomes one of rows.
 
     The delegate keeps images channels last, behind convolutions for instance, and XNNPACK's softmax
@@ -144,7 +153,8 @@ def _softmaxes_of_rows(model: GraphModule) -> int:
     return count
 
 
-def _quantize_tables(model: GraphModule) -> int:
+@graph_pass("embeddings that are quantized", "embeddings of integers")
+def quantize_tables(model: GraphModule) -> int:
     """A table whose rows are quantized after the lookup is quantized before it.
 
     Quantizing looks at one value at a time, so it gives the same integers; the table takes a
@@ -172,25 +182,3 @@ def _quantize_tables(model: GraphModule) -> int:
         model.graph.erase_node(node)
         count += 1
     return count
-
-
-MATMULS_TO_BMMS = GraphPass(
-    "matmuls_to_bmms", "products of two activations", "bmm, of one batch", _matmuls_to_bmms
-)
-SOFTMAXES_OVER_LAST_DIM = GraphPass(
-    "softmaxes_over_last_dim",
-    "softmax over another dim",
-    "permuted softmax over the last: other roundings in float",
-    _softmaxes_over_last_dim,
-    exact=False,
-)
-SOFTMAXES_OF_ROWS = GraphPass(
-    "softmaxes_of_rows",
-    "softmax of images",
-    "softmax of rows, between views",
-    _softmaxes_of_rows,
-    requires=frozenset({"softmaxes_over_last_dim"}),
-)
-QUANTIZE_TABLES = GraphPass(
-    "quantize_tables", "embeddings that are quantized", "embeddings of integers", _quantize_tables
-)

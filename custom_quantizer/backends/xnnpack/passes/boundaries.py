@@ -11,8 +11,8 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
     Builder,
-    GraphPass,
     calls,
+    graph_pass,
     origin_of,
 )
 from custom_quantizer.core.graph import (
@@ -35,7 +35,8 @@ from custom_quantizer.ops.movement import CAT, PAD
 aten = torch.ops.aten
 
 
-def _dedicate_dequantize(model: GraphModule) -> int:
+@graph_pass("shared dequantize nodes", "one dequantize node a use")
+def dedicate_dequantize(model: GraphModule) -> int:
     """Each use of a quantized tensor gets a dequantize node of its own.
 
     A shared one fails at load when an int8 and a float op read it, and can make partitions cyclic.
@@ -61,7 +62,8 @@ def _dedicate_dequantize(model: GraphModule) -> int:
     return count
 
 
-def _tell_copies_apart(model: GraphModule) -> int:
+@graph_pass("cats of one float tensor with itself", "cats of the tensor and a view of it")
+def tell_copies_apart(model: GraphModule) -> int:
     """A cat of one float tensor with itself reads a view of it too.
 
     The partitioner counts the distinct inputs of a cat, and refuses a single one.
@@ -83,7 +85,8 @@ def _tell_copies_apart(model: GraphModule) -> int:
     return count
 
 
-def _quantize_pads(model: GraphModule) -> int:
+@graph_pass("pads between int8 and float", "pads of integers")
+def quantize_pads(model: GraphModule) -> int:
     """A pad of a quantized tensor that float ops read is quantized at once, which is exact.
 
     ExecuTorch's InsertPadQDQPass (1.5.1) takes any pad behind a dequantize node for one before a
@@ -107,7 +110,8 @@ def _quantize_pads(model: GraphModule) -> int:
     return count
 
 
-def _keep_convs_float(model: GraphModule) -> int:
+@graph_pass("float convolutions next to integers", "products with one between them")
+def keep_convs_float(model: GraphModule) -> int:
     """Products with one, which change no bit, between float convolutions and integers.
 
     ExecuTorch (1.5.1) inserts pads before convolutions with unequal padding, and moves before and
@@ -138,7 +142,11 @@ def _keep_convs_float(model: GraphModule) -> int:
     return count
 
 
-def _shield_composites(model: GraphModule) -> int:
+@graph_pass(
+    "integers that products of activations and ops without a kernel of their own read",
+    "products with one between them",
+)
+def shield_composites(model: GraphModule) -> int:
     """Products with one, which change no bit, between integers and ops that stay outside.
 
     An op that is made of ops may read its input twice once it is decomposed, inside the delegate
@@ -200,7 +208,8 @@ def _pads_unequally(node: Node) -> bool:
     return before != after
 
 
-def _quantize_scalars_as_rows(model: GraphModule) -> int:
+@graph_pass("quantized tensors without dims", "the same integers by way of a row of one")
+def quantize_scalars_as_rows(model: GraphModule) -> int:
     """A tensor without dims is quantized as a row of one.
 
     ExecuTorch's ChannelsLastTaggedReshapePass (1.5.1) looks for the memory format of the first
@@ -218,43 +227,3 @@ def _quantize_scalars_as_rows(model: GraphModule) -> int:
         node.replace_input_with(source, build.call(aten.view_copy.default, row, []))
         count += 1
     return count
-
-
-QUANTIZE_SCALARS_AS_ROWS = GraphPass(
-    "quantize_scalars_as_rows",
-    "quantized tensors without dims",
-    "the same integers by way of a row of one",
-    _quantize_scalars_as_rows,
-)
-
-KEEP_CONVS_FLOAT = GraphPass(
-    "keep_convs_float",
-    "float convolutions next to integers",
-    "products with one between them",
-    _keep_convs_float,
-)
-
-SHIELD_COMPOSITES = GraphPass(
-    "shield_composites",
-    "integers that products of activations and ops without a kernel of their own read",
-    "products with one between them",
-    _shield_composites,
-)
-
-QUANTIZE_PADS = GraphPass(
-    "quantize_pads", "pads between int8 and float", "pads of integers", _quantize_pads
-)
-
-TELL_COPIES_APART = GraphPass(
-    "tell_copies_apart",
-    "cats of one float tensor with itself",
-    "cats of the tensor and a view of it",
-    _tell_copies_apart,
-)
-
-DEDICATE_DEQUANTIZE = GraphPass(
-    "dedicate_dequantize",
-    "shared dequantize nodes",
-    "one dequantize node a use",
-    _dedicate_dequantize,
-)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.backends.xnnpack.passes._pass import GraphPass, quantized_neighbours, replace
+from custom_quantizer.backends.xnnpack.passes._pass import graph_pass, quantized_neighbours, replace
 from custom_quantizer.core.graph import is_dequantize, is_quantize, tensor_meta
 from custom_quantizer.ops.movement import EXPAND, RESHAPE, SLICE, is_identity
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, adaptive_kernel
@@ -19,7 +19,8 @@ aten = torch.ops.aten
 _SHAPERS = EXPAND.targets | RESHAPE.targets | SLICE.targets | ADAPTIVE_AVG_POOL.targets
 
 
-def _drop_checks(model: GraphModule) -> int:
+@graph_pass("guards and assertions", "only tensor ops are left")
+def drop_checks(model: GraphModule) -> int:
     """Input guards and metadata assertions: shapes are fixed by export again."""
     doomed = [
         node
@@ -32,7 +33,8 @@ def _drop_checks(model: GraphModule) -> int:
     return len(doomed)
 
 
-def _drop_identities(model: GraphModule) -> int:
+@graph_pass("ops that change nothing", "none are left")
+def drop_identities(model: GraphModule) -> int:
     """Dropout, clone, contiguous and the like: their users read their input."""
     count = _drop_repeats(model)
     for node in list(model.graph.nodes):
@@ -97,12 +99,3 @@ def _same_shape(node: Node) -> bool:
         return False
     meta, source = tensor_meta(node), tensor_meta(node.args[0])
     return meta is not None and source is not None and tuple(meta.shape) == tuple(source.shape)
-
-
-DROP_CHECKS = GraphPass(
-    "drop_checks", "guards and assertions", "only tensor ops are left", _drop_checks
-)
-
-DROP_IDENTITIES = GraphPass(
-    "drop_identities", "ops that change nothing", "none are left", _drop_identities
-)

@@ -11,8 +11,8 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     FLOAT32_MAX,
     GEMMS,
     Builder,
-    GraphPass,
     dequantized_constant,
+    graph_pass,
 )
 from custom_quantizer.core.graph import (
     argument,
@@ -43,7 +43,8 @@ def mark_fallbacks(model: GraphModule, graph: ConvertedGraph) -> None:
             node.meta[_FALLBACK] = True
 
 
-def _refused_to_float(model: GraphModule) -> int:
+@graph_pass("quantized ops whose scales XNNPACK refuses", "the same ops in float")
+def refused_to_float(model: GraphModule) -> int:
     """Such an op must not look quantized: XNNPACK would fail at load.
 
     Weights and biases become float constants. Where there are none, a clamp to all of float32
@@ -72,11 +73,3 @@ def _with_activation(node: Node) -> Node:
     follower = rule_of(users[0]) if len(users) == 1 else None
     fused = rule is not None and follower is not None and follower.family in rule.fuses
     return users[0] if fused else node
-
-
-REFUSED_TO_FLOAT = GraphPass(
-    "refused_to_float",
-    "quantized ops whose scales XNNPACK refuses",
-    "the same ops in float",
-    _refused_to_float,
-)

@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.backends.xnnpack.passes._pass import (
     FLOAT32_MAX,
     Builder,
-    GraphPass,
     calls,
+    graph_pass,
     is_wide,
     quantized_neighbours,
     replace,
@@ -62,7 +62,12 @@ class _Numbers(Builder):
         return add_constant(self.model, name, torch.tensor([value]), self.anchor)
 
 
-def _tie_break_offsets(model: GraphModule) -> int:
+@graph_pass(
+    "functions with a result next to the middle between two integers",
+    "the same plus some ten-thousandths of a step, as the integer reference adds them",
+    exact=False,
+)
+def tie_break_offsets(model: GraphModule) -> int:
     """An offset moves entries of a table away from the middle between two integers.
 
     See ``tie_break_offset`` in ``arithmetic.py``; the integer reference adds the same.
@@ -82,7 +87,12 @@ def _tie_break_offsets(model: GraphModule) -> int:
     return count
 
 
-def _silu_products(model: GraphModule) -> int:
+@graph_pass(
+    "silu between int8 Q/DQ boundaries",
+    "products with an int8 sigmoid, as the integer reference computes them",
+    exact=False,
+)
+def silu_products(model: GraphModule) -> int:
     """``silu`` between int8 Q/DQ boundaries becomes its input times an int8 sigmoid: a table again.
 
     Left to itself, ExecuTorch multiplies in float by a sigmoid in float; the input is read twice,
@@ -105,7 +115,8 @@ def _silu_products(model: GraphModule) -> int:
     return count
 
 
-def _written_out(model: GraphModule) -> int:
+@graph_pass("hardsigmoid, reciprocal, prelu", "the steps that compute them")
+def written_out(model: GraphModule) -> int:
     """Functions without a kernel become steps that have one.
 
     - hardsigmoid: ``clamp(x + 3, 0, 6) / 6``;
@@ -157,7 +168,13 @@ def _prelu(model: GraphModule, build: _Numbers, node: Node) -> Node | None:
     return build.call(aten.add.Tensor, build.call(aten.relu.default, data), scaled)
 
 
-def _plain_elus(model: GraphModule) -> int:
+@graph_pass(
+    "elu with scales or alpha 1, selu, celu",
+    "elu with nothing but an alpha, up to the last bits of float32",
+    exact=False,
+    requires={"tie_break_offsets"},
+)
+def plain_elus(model: GraphModule) -> int:
     """Elus with scales, selu and celu become products around an elu without: XNNPACK's has none.
 
     ``elu(x, alpha, scale, inner) = scale / inner * elu(inner * x, alpha * inner)``.
@@ -181,7 +198,12 @@ def _plain_elus(model: GraphModule) -> int:
     return count
 
 
-def _tanh_gelus(model: GraphModule) -> int:
+@graph_pass(
+    "the tanh approximation of gelu in float",
+    "its formula, up to the last bits of float32",
+    exact=False,
+)
+def tanh_gelus(model: GraphModule) -> int:
     """The tanh approximation of gelu becomes its formula, except between int8 Q/DQ boundaries.
 
     XNNPACK's kernel is the gelu that it approximates, up to 4.8e-4 away. In a table that is less
@@ -208,44 +230,3 @@ def _tanh_gelu(build: _Numbers, x: Node) -> Node:
     inner = times(build.call(aten.mul.Tensor, x, cubic), math.sqrt(2 / math.pi))
     half = times(plus_one(build.call(aten.tanh.default, inner)), 0.5)
     return build.call(aten.mul.Tensor, x, half)
-
-
-TIE_BREAK_OFFSETS = GraphPass(
-    "tie_break_offsets",
-    "functions with a result next to the middle between two integers",
-    "the same plus some ten-thousandths of a step, as the integer reference adds them",
-    _tie_break_offsets,
-    exact=False,
-)
-
-SILU_PRODUCTS = GraphPass(
-    "silu_products",
-    "silu between int8 Q/DQ boundaries",
-    "products with an int8 sigmoid, as the integer reference computes them",
-    _silu_products,
-    exact=False,
-)
-
-WRITTEN_OUT = GraphPass(
-    "written_out",
-    "hardsigmoid, reciprocal, prelu",
-    "the steps that compute them",
-    _written_out,
-)
-
-TANH_GELUS = GraphPass(
-    "tanh_gelus",
-    "the tanh approximation of gelu in float",
-    "its formula, up to the last bits of float32",
-    _tanh_gelus,
-    exact=False,
-)
-
-PLAIN_ELUS = GraphPass(
-    "plain_elus",
-    "elu with scales or alpha 1, selu, celu",
-    "elu with nothing but an alpha, up to the last bits of float32",
-    _plain_elus,
-    exact=False,
-    requires=frozenset({"tie_break_offsets"}),
-)

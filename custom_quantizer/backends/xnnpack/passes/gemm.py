@@ -12,9 +12,9 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.backends.xnnpack.groups import join_factor, joined
 from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
-    GraphPass,
     calls,
     dequantized_constant,
+    graph_pass,
     is_wide,
     is_wide_gemm,
     stored_bits,
@@ -38,7 +38,12 @@ from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, expand_chann
 aten = torch.ops.aten
 
 
-def _fold_bias(model: GraphModule) -> int:
+@graph_pass(
+    "integer biases",
+    "float constants that serialize to the same integers",
+    requires={"drop_checks"},
+)
+def fold_bias(model: GraphModule) -> int:
     """An integer bias becomes the float constant that the serializer turns into the same integers.
 
     The constant is ``q * s_b`` rounded once; up to ``MAX_EXACT_BIAS`` the serializer's float32
@@ -81,7 +86,10 @@ def _serializer_scale(model: GraphModule, node: Node) -> Tensor:
     return product.to(torch.float64)
 
 
-def _float_fallbacks(model: GraphModule) -> int:
+@graph_pass(
+    "quantized ops without a kernel", "the same ops with float constants", requires={"fold_bias"}
+)
+def float_fallbacks(model: GraphModule) -> int:
     """Layers that XNNPACK would take and then refuse run in float: on a constant float weight."""
     count = 0
     for node in calls(model, GEMMS):
@@ -101,7 +109,12 @@ def _float_fallbacks(model: GraphModule) -> int:
     return count
 
 
-def _weight_containers(model: GraphModule) -> int:
+@graph_pass(
+    "weights of 2 to 7 bits",
+    "packed int4 for linear layers, int8 elsewhere",
+    requires={"float_fallbacks"},
+)
+def weight_containers(model: GraphModule) -> int:
     """Weights of 2 to 7 bits are declared int8, those of linear layers up to 4 bits packed int4.
 
     To XNNPACK the range [-8, 7] per channel means "packed 4-bit"; it must not see it on anything
@@ -150,7 +163,12 @@ def _weight_containers(model: GraphModule) -> int:
     return count
 
 
-def _join_narrow_groups(model: GraphModule) -> int:
+@graph_pass(
+    "convolutions with few channels a group",
+    "the same sums in wider groups, with zeros between channels that do not meet",
+    requires={"weight_containers"},
+)
+def join_narrow_groups(model: GraphModule) -> int:
     """Groups of few channels are joined where XNNPACK would compute mostly padding."""
     count = 0
     for node in calls(model, CONV.targets):
@@ -177,36 +195,3 @@ def _join_narrow_groups(model: GraphModule) -> int:
             node.update_kwarg("groups", bound.groups // factor)
         count += 1
     return count
-
-
-FOLD_BIAS = GraphPass(
-    "fold_bias",
-    "integer biases",
-    "float constants that serialize to the same integers",
-    _fold_bias,
-    requires=frozenset({"drop_checks"}),
-)
-
-FLOAT_FALLBACKS = GraphPass(
-    "float_fallbacks",
-    "quantized ops without a kernel",
-    "the same ops with float constants",
-    _float_fallbacks,
-    requires=frozenset({"fold_bias"}),
-)
-
-WEIGHT_CONTAINERS = GraphPass(
-    "weight_containers",
-    "weights of 2 to 7 bits",
-    "packed int4 for linear layers, int8 elsewhere",
-    _weight_containers,
-    requires=frozenset({"float_fallbacks"}),
-)
-
-JOIN_NARROW_GROUPS = GraphPass(
-    "join_narrow_groups",
-    "convolutions with few channels a group",
-    "the same sums in wider groups, with zeros between channels that do not meet",
-    _join_narrow_groups,
-    requires=frozenset({"weight_containers"}),
-)

@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
-    GraphPass,
     calls,
+    graph_pass,
     origin_of,
     quantized_neighbours,
     replace,
@@ -27,7 +27,12 @@ _VIEW, _PERMUTE = aten.view_copy.default, aten.permute.default
 _MOVES = frozenset({_VIEW, _PERMUTE})
 
 
-def _merge_moves(model: GraphModule) -> int:
+@graph_pass(
+    "views of views, permutes of permutes, moves that change nothing",
+    "one view or permute, or none",
+    requires={"strided_slices_to_views", "reshapes_to_views"},
+)
+def merge_moves(model: GraphModule) -> int:
     """A view of a view is one view, a permute of a permute one permute; what undoes itself goes."""
     count = 0
     for node in calls(model, PERMUTE.targets):
@@ -145,7 +150,8 @@ def _drop(node: Node) -> None:
             replace(user, cast(Node, source.args[0]))
 
 
-def _strided_slices_to_views(model: GraphModule) -> int:
+@graph_pass("strided slices of dimensions that their step divides", "views and slices")
+def strided_slices_to_views(model: GraphModule) -> int:
     """Every ``k``-th entry of a dimension that ``k`` divides: a view splits it, a slice takes one.
 
     Height and width of a quantized image with channels first are left to a strided convolution.
@@ -176,18 +182,3 @@ def _slices_around(node: Node) -> list[Node]:
     users = [dq for q in node.users if is_quantize(q) for dq in q.users]
     near = [_across_boundary(node), *(user for dq in users for user in dq.users)]
     return [n for n in near if n is not None and n.target in SLICE.targets and slice_of(n)[3] > 1]
-
-
-MERGE_MOVES = GraphPass(
-    "merge_moves",
-    "views of views, permutes of permutes, moves that change nothing",
-    "one view or permute, or none",
-    _merge_moves,
-    requires=frozenset({"strided_slices_to_views", "reshapes_to_views"}),
-)
-STRIDED_SLICES_TO_VIEWS = GraphPass(
-    "strided_slices_to_views",
-    "strided slices of dimensions that their step divides",
-    "views and slices",
-    _strided_slices_to_views,
-)

@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
-    GraphPass,
     calls,
+    graph_pass,
     is_wide,
     origin_of,
     quantized_neighbours,
@@ -36,7 +36,8 @@ _MAX_REPEATS = 64
 """Beyond this an expand stays outside the delegate: a cat names each of its inputs."""
 
 
-def _splits_to_slices(model: GraphModule) -> int:
+@graph_pass("splits", "slices")
+def splits_to_slices(model: GraphModule) -> int:
     """chunk, split and unbind become one slice a piece (and a reshape, for unbind)."""
     count = 0
     for node in calls(model, SPLIT.targets):
@@ -63,7 +64,8 @@ def _splits_to_slices(model: GraphModule) -> int:
     return count
 
 
-def _selects_to_slices(model: GraphModule) -> int:
+@graph_pass("selects", "slices and reshapes")
+def selects_to_slices(model: GraphModule) -> int:
     """Select becomes slice and reshape."""
     targets = calls(model, SELECT.targets)
     for node in targets:
@@ -78,7 +80,10 @@ def _selects_to_slices(model: GraphModule) -> int:
     return len(targets)
 
 
-def _reshapes_to_views(model: GraphModule) -> int:
+@graph_pass(
+    "reshapes", "view copies", requires={"splits_to_slices", "selects_to_slices", "means_keep_dims"}
+)
+def reshapes_to_views(model: GraphModule) -> int:
     """All reshapes become view_copy, with at most one dynamic size.
 
     Unlike a view, it takes any strides: the ``contiguous`` before a view may be gone by now.
@@ -96,7 +101,8 @@ def _reshapes_to_views(model: GraphModule) -> int:
     return count
 
 
-def _strided_slices_to_convs(model: GraphModule) -> int:
+@graph_pass("strided slices of images", "depthwise 1x1 convolutions")
+def strided_slices_to_convs(model: GraphModule) -> int:
     """A strided slice of an image is a depthwise 1x1 convolution with weights 1 and that stride.
 
     With equal input and output scale the requantization multiplier is exactly 1, so every integer
@@ -177,7 +183,8 @@ def _unit_weight(build: Builder, integers: Tensor, prefix: str) -> Node:
     return dequantized
 
 
-def _channel_slices_to_convs(model: GraphModule) -> int:
+@graph_pass("slices of the channels of a dynamic batch", "1x1 convolutions")
+def channel_slices_to_convs(model: GraphModule) -> int:
     """A slice of the channels of a dynamic batch is a 1x1 convolution with weights 0 and 1.
 
     XNNPACK slices tensors of static shape only. Equal scales make the multiplier exactly 1.
@@ -205,7 +212,17 @@ def _channel_slices_to_convs(model: GraphModule) -> int:
     return count
 
 
-def _strided_slices_to_groups(model: GraphModule) -> int:
+@graph_pass(
+    "other strided slices",
+    "slices of groups",
+    requires={
+        "splits_to_slices",
+        "selects_to_slices",
+        "strided_slices_to_views",
+        "strided_slices_to_convs",
+    },
+)
+def strided_slices_to_groups(model: GraphModule) -> int:
     """A strided slice splits its dim into groups of its step and takes one of each group.
 
     As ``strided_slices_to_views``, where the step does not divide the size. XNNPACK slices with
@@ -259,7 +276,8 @@ def _take(build: Builder, source: Node, dim: int, groups: tuple[int, int, int, i
     return build.call(aten.view_copy.default, value, [*shape[:dim], number, *shape[dim + 1 :]])
 
 
-def _expands_to_cats(model: GraphModule) -> int:
+@graph_pass("expands", "concatenations")
+def expands_to_cats(model: GraphModule) -> int:
     """Expanding an int8 tensor becomes repeated concatenation: XNNPACK has no expand."""
     count = 0
     for node in calls(model, EXPAND.targets):
@@ -286,49 +304,3 @@ def _expands_to_cats(model: GraphModule) -> int:
         replace(node, result)
         count += 1
     return count
-
-
-SPLITS_TO_SLICES = GraphPass("splits_to_slices", "splits", "slices", _splits_to_slices)
-
-SELECTS_TO_SLICES = GraphPass(
-    "selects_to_slices", "selects", "slices and reshapes", _selects_to_slices
-)
-
-STRIDED_SLICES_TO_CONVS = GraphPass(
-    "strided_slices_to_convs",
-    "strided slices of images",
-    "depthwise 1x1 convolutions",
-    _strided_slices_to_convs,
-)
-
-CHANNEL_SLICES_TO_CONVS = GraphPass(
-    "channel_slices_to_convs",
-    "slices of the channels of a dynamic batch",
-    "1x1 convolutions",
-    _channel_slices_to_convs,
-)
-
-STRIDED_SLICES_TO_GROUPS = GraphPass(
-    "strided_slices_to_groups",
-    "other strided slices",
-    "slices of groups",
-    _strided_slices_to_groups,
-    requires=frozenset(
-        {
-            "splits_to_slices",
-            "selects_to_slices",
-            "strided_slices_to_views",
-            "strided_slices_to_convs",
-        }
-    ),
-)
-
-EXPANDS_TO_CATS = GraphPass("expands_to_cats", "expands", "concatenations", _expands_to_cats)
-
-RESHAPES_TO_VIEWS = GraphPass(
-    "reshapes_to_views",
-    "reshapes",
-    "view copies",
-    _reshapes_to_views,
-    requires=frozenset({"splits_to_slices", "selects_to_slices", "means_keep_dims"}),
-)

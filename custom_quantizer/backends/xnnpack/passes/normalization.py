@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.backends.xnnpack.passes._pass import Builder, GraphPass, calls, replace
+from custom_quantizer.backends.xnnpack.passes._pass import Builder, calls, graph_pass, replace
 from custom_quantizer.core.graph import (
     add_constant,
     argument,
@@ -77,7 +77,12 @@ class _Sums:
         return self._known[key]
 
 
-def _layer_norms_to_linears(model: GraphModule) -> int:
+@graph_pass(
+    "layer norms and root-mean-square norms",
+    "means as linear layers of one output, and elementwise ops: other roundings in float",
+    exact=False,
+)
+def layer_norms_to_linears(model: GraphModule) -> int:
     """Layer norms, and root-mean-square norms, which do not center."""
     sums = _Sums(model)
     count = 0
@@ -107,7 +112,12 @@ def _layer_norms_to_linears(model: GraphModule) -> int:
     return count
 
 
-def _group_norms_to_linears(model: GraphModule) -> int:
+@graph_pass(
+    "group and instance norms",
+    "means as linear layers of one output, and elementwise ops: other roundings in float",
+    exact=False,
+)
+def group_norms_to_linears(model: GraphModule) -> int:
     """Group and instance norms: each group in a row, then back to the shape of the image."""
     sums = _Sums(model)
     count = 0
@@ -182,7 +192,10 @@ def _flattened(build: Builder, data: Node, shape: Sequence[int]) -> Node:
     return build.requantized(viewed, data) if is_dequantize(data) else viewed
 
 
-def _norms_to_linears(model: GraphModule) -> int:
+@graph_pass(
+    "Euclidean norms", "sums as linear layers of one output: other roundings in float", exact=False
+)
+def norms_to_linears(model: GraphModule) -> int:
     """The Euclidean norm over the last dimension: squares, their sum, its root."""
     sums = _Sums(model)
     count = 0
@@ -204,7 +217,8 @@ def _norms_to_linears(model: GraphModule) -> int:
 _BROADCASTING = frozenset({aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor})
 
 
-def _drop_broadcasts(model: GraphModule) -> int:
+@graph_pass("expands in float before elementwise ops", "none")
+def drop_broadcasts(model: GraphModule) -> int:
     """An expand in float that only ops read which broadcast by themselves."""
     count = 0
     for node in calls(model, EXPAND.targets):
@@ -224,29 +238,3 @@ def _broadcasts(user: Node, node: Node, source: Node) -> bool:
     shapes = [shape_of(source), *(shape_of(other) for other in others)]
     broadcast = cast("Callable[..., torch.Size]", torch.broadcast_shapes)
     return tuple(broadcast(*shapes)) == tuple(shape_of(user))
-
-
-GROUP_NORMS_TO_LINEARS = GraphPass(
-    "group_norms_to_linears",
-    "group and instance norms",
-    "means as linear layers of one output, and elementwise ops: other roundings in float",
-    _group_norms_to_linears,
-    exact=False,
-)
-LAYER_NORMS_TO_LINEARS = GraphPass(
-    "layer_norms_to_linears",
-    "layer norms and root-mean-square norms",
-    "means as linear layers of one output, and elementwise ops: other roundings in float",
-    _layer_norms_to_linears,
-    exact=False,
-)
-NORMS_TO_LINEARS = GraphPass(
-    "norms_to_linears",
-    "Euclidean norms",
-    "sums as linear layers of one output: other roundings in float",
-    _norms_to_linears,
-    exact=False,
-)
-DROP_BROADCASTS = GraphPass(
-    "drop_broadcasts", "expands in float before elementwise ops", "none", _drop_broadcasts
-)

@@ -9,8 +9,8 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
-    GraphPass,
     calls,
+    graph_pass,
     quantized_neighbours,
     replace,
 )
@@ -29,7 +29,8 @@ from custom_quantizer.ops.pool import (
 aten = torch.ops.aten
 
 
-def _means_keep_dims(model: GraphModule) -> int:
+@graph_pass("means that drop dims", "means that keep them")
+def means_keep_dims(model: GraphModule) -> int:
     """A spatial mean that drops its dims keeps them and is viewed without: XNNPACK wants so."""
     count = 0
     for node in calls(model, frozenset({aten.mean.dim})):
@@ -49,7 +50,8 @@ def _means_keep_dims(model: GraphModule) -> int:
     return count
 
 
-def _simplify_pools(model: GraphModule) -> int:
+@graph_pass("adaptive and padded pools", "plain pools")
+def simplify_pools(model: GraphModule) -> int:
     """Adaptive pooling over equal windows is pooling; counted padding is an explicit pad.
 
     Over one window it is a mean: its own decomposition restores the strides of images that are
@@ -86,7 +88,8 @@ def _simplify_pools(model: GraphModule) -> int:
     return count
 
 
-def _split_sparse_max_pools(model: GraphModule) -> int:
+@graph_pass("max pools with stride > kernel", "dense max pools and strided slices")
+def split_sparse_max_pools(model: GraphModule) -> int:
     """A max pool that skips rows pools densely first, then takes a strided slice."""
     count = 0
     for node in calls(model, MAX_POOL.targets):
@@ -116,19 +119,3 @@ def _split_sparse_max_pools(model: GraphModule) -> int:
         replace(node, value)
         count += 1
     return count
-
-
-SIMPLIFY_POOLS = GraphPass(
-    "simplify_pools", "adaptive and padded pools", "plain pools", _simplify_pools
-)
-
-SPLIT_SPARSE_MAX_POOLS = GraphPass(
-    "split_sparse_max_pools",
-    "max pools with stride > kernel",
-    "dense max pools and strided slices",
-    _split_sparse_max_pools,
-)
-
-MEANS_KEEP_DIMS = GraphPass(
-    "means_keep_dims", "means that drop dims", "means that keep them", _means_keep_dims
-)

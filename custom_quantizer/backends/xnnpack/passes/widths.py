@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
     Builder,
-    GraphPass,
     dequantized_constant,
+    graph_pass,
     is_wide,
     origin_of,
 )
@@ -32,7 +32,8 @@ from custom_quantizer.ops.movement import GETITEM
 aten = torch.ops.aten
 
 
-def _narrow_activations(model: GraphModule) -> int:
+@graph_pass("activations of 2 to 7 bits", "int8 with a clamp", requires={"split_activations"})
+def narrow_activations(model: GraphModule) -> int:
     """Activations below 8 bits run on int8 kernels that clamp to the narrower range."""
     count = 0
     for node in list(model.graph.nodes):
@@ -92,7 +93,13 @@ def _clamp_before(model: GraphModule, quantize: Node, low: int, high: int) -> No
     quantize.args = (clamped, *quantize.args[1:])
 
 
-def _emulate_wide(model: GraphModule) -> int:
+@graph_pass(
+    "quantization above 8 bits",
+    "float ops that round to the same grid, ties up instead of to even",
+    exact=False,
+    requires={"narrow_activations"},
+)
+def emulate_wide(model: GraphModule) -> int:
     """Quantization above 8 bits becomes float ops that round to the same grid.
 
     ``clamp(floor(x * (1 / s) + 0.5), quant_min, quant_max) * s``: XNNPACK has kernels for each in
@@ -147,21 +154,3 @@ def _like(node: Node, value: Tensor) -> Any:
         if mode is not None:
             return mode.from_tensor(value, static_shapes=True)
     return None
-
-
-NARROW_ACTIVATIONS = GraphPass(
-    "narrow_activations",
-    "activations of 2 to 7 bits",
-    "int8 with a clamp",
-    _narrow_activations,
-    requires=frozenset({"split_activations"}),
-)
-
-EMULATE_WIDE = GraphPass(
-    "emulate_wide",
-    "quantization above 8 bits",
-    "float ops that round to the same grid, ties up instead of to even",
-    _emulate_wide,
-    exact=False,
-    requires=frozenset({"narrow_activations"}),
-)
