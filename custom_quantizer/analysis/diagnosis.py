@@ -56,7 +56,7 @@ from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import ConversionError, InputError
-from custom_quantizer.ops import PatternMatch, QParamSharing, QuantizedOp, rule_of
+from custom_quantizer.ops import PatternMatch, QParamSharing, QuantizedOp, match_of, rule_of
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference.accumulators import accumulator_of
 from custom_quantizer.reference.converted import read_converted
@@ -423,18 +423,16 @@ class _Walk:
         """Each dequantized weight with its first op and its float values."""
         found = set()
         for node in self._converted.graph.nodes:
-            rule = rule_of(node) if node.op == "call_function" else None
-            match = rule.match(rule, node) if rule is not None else None
-            if not isinstance(match, PatternMatch) or match.weight is None:
+            match = match_of(node)
+            if match is None or match.weight is None:
                 continue
             weight = match.weight
             if not (is_dequantize(weight) or weight.target is DEQUANTIZE_GROUPED):
                 continue
             if weight in found or not is_constant(weight.args[0]):
                 continue
-            twin = self._find(node)
-            original = cast(Any, rule).match(rule, twin)
-            if isinstance(original, PatternMatch) and is_constant(original.weight):
+            original = match_of(self._find(node))
+            if original is not None and is_constant(original.weight):
                 found.add(weight)
                 exact = constant_of(self._twin, cast(Node, original.weight))
                 yield weight, (match, exact)

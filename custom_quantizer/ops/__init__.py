@@ -42,6 +42,7 @@ __all__ = [
     "Trait",
     "Verdict",
     "known_targets",
+    "match_of",
     "rule_of",
 ]
 
@@ -77,6 +78,13 @@ OF_TARGET: Mapping[Any, OpRule] = MappingProxyType(_index(REGISTRY))
 def rule_of(node: Node) -> OpRule | None:
     """The family of a node, or ``None`` for ops that are not known."""
     return OF_TARGET.get(node.target) if node.op == "call_function" else None
+
+
+def match_of(node: Node) -> PatternMatch | None:
+    """A node as an op of its family, arguments sorted by role; ``None``: it is of none."""
+    rule = rule_of(node)
+    found = None if rule is None else rule.match(rule, node)
+    return found if isinstance(found, PatternMatch) else None
 
 
 def known_targets() -> tuple[Any, ...]:

@@ -30,6 +30,7 @@ __all__ = [
     "QuantizedOp",
     "Trait",
     "Verdict",
+    "as_limits",
     "refused",
 ]
 
@@ -80,6 +81,17 @@ class PatternMatch:
     bias: Node | None = None
     weight_axis: int = 0
     groups: int = 1
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The real limits of an op that clamps, infinite where there are none."""
+        clamps = self.rule.bounds
+        return None if clamps is None else as_limits(*clamps(self.node))
+
+
+def as_limits(low: float | None, high: float | None) -> tuple[float, float]:
+    """Bounds as real numbers: infinite where there are none."""
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 @dataclass(frozen=True)
@@ -133,10 +145,7 @@ class QuantizedOp:
         """Limits of the fused activation as stored integers of the output."""
         if self.bounds is None:
             return None
-        low, high = self.bounds
-        return arithmetic.clamp_bounds(
-            -math.inf if low is None else low, math.inf if high is None else high, self.output
-        )
+        return arithmetic.clamp_bounds(*as_limits(*self.bounds), self.output)
 
 
 @dataclass(frozen=True)

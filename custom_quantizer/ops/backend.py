@@ -24,7 +24,7 @@ from custom_quantizer.core.fixed_point import FIXED_POINT
 from custom_quantizer.core.graph import describe
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import ConfigError, ConversionError, SchemeError
-from custom_quantizer.ops import REGISTRY, rule_of
+from custom_quantizer.ops import REGISTRY, match_of, rule_of
 from custom_quantizer.ops._rule import (
     ACCEPTED,
     Formats,
@@ -204,17 +204,13 @@ class Backend:
 
         Of an op of a family that is as sure as :meth:`predict`; of another it is a guess by name.
         """
-        rule = rule_of(node)
-        if rule is not None:
-            bound = rule.match(rule, node)
-            if not isinstance(bound, str):
-                kernel = self.support(rule).delegation(bound, Formats(8)).kernel
-                unmoved = kernel.placement in (Placement.FOLDED, Placement.OUTSIDE)
-                return kernel if unmoved else self.missing
-            return self.missing
-        if self.outside is None or node.target in self.float_targets:
-            return self.missing
-        return self.outside
+        match = match_of(node)
+        if match is not None:
+            kernel = self.support(match.rule).delegation(match, Formats(8)).kernel
+            unmoved = kernel.placement in (Placement.FOLDED, Placement.OUTSIDE)
+            return kernel if unmoved else self.missing
+        known = rule_of(node) is not None or node.target in self.float_targets
+        return self.missing if known or self.outside is None else self.outside
 
     def predict(self, match: PatternMatch, formats: Formats) -> Delegation:
         """Where and how an op will run.

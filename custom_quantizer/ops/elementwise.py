@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -48,50 +48,23 @@ def _match_single(rule: OpRule, node: Node) -> PatternMatch | str:
     return PatternMatch(rule, node, (data,))
 
 
-def _add_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
-    a, b = inputs
-    return arithmetic.add(
-        a, b, op.inputs[0], op.inputs[1], op.output, bounds=op.stored_bounds(arithmetic)
-    )
-
-
-def _sub_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
-    a, b = inputs
-    return arithmetic.add(
-        a,
-        b,
-        op.inputs[0],
-        op.inputs[1],
-        op.output,
-        subtract=True,
-        bounds=op.stored_bounds(arithmetic),
-    )
+def _sum_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    (a, b), (qa, qb) = inputs, op.inputs
+    subtract, bounds = op.match.rule.family == "sub", op.stored_bounds(arithmetic)
+    return arithmetic.add(a, b, qa, qb, op.output, subtract=subtract, bounds=bounds)
 
 
 def _mul_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
-    a, b = inputs
+    (a, b), (qa, qb), bounds = inputs, op.inputs, op.stored_bounds(arithmetic)
     # x * x runs on dequantized values, so it rounds otherwise than the product of two tensors.
     if op.match.inputs[0] is op.match.inputs[1]:
-        return arithmetic.square(a, op.inputs[0], op.output, bounds=op.stored_bounds(arithmetic))
-    return arithmetic.mul(
-        a, b, op.inputs[0], op.inputs[1], op.output, bounds=op.stored_bounds(arithmetic)
-    )
+        return arithmetic.square(a, qa, op.output, bounds=bounds)
+    return arithmetic.mul(a, b, qa, qb, op.output, bounds=bounds)
 
 
 def _clamp_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
-    bounds = cast("Callable[[Node], tuple[float | None, float | None]]", op.match.rule.bounds)
-    low, high = bounds(op.node)
-    return arithmetic.clamp(
-        inputs[0],
-        op.inputs[0],
-        op.output,
-        low=-math.inf if low is None else low,
-        high=math.inf if high is None else high,
-    )
-
-
-def _relu_bounds(_node: Node) -> tuple[float | None, float | None]:
-    return 0.0, None
+    low, high = cast("tuple[float, float]", op.match.bounds)
+    return arithmetic.clamp(inputs[0], op.inputs[0], op.output, low, high)
 
 
 def _clamp_bounds(node: Node) -> tuple[float | None, float | None]:
@@ -125,6 +98,7 @@ def _case(name: str, function: Callable[..., Tensor], *shapes: tuple[int, ...]) 
 
 _IMAGE = (2, 8, 5, 7)
 _ACTIVATIONS = frozenset({"relu", "clamp"})
+_pair = partial(OpRule, match=_match_pair, traits=frozenset({Trait.SUM}), fuses=_ACTIVATIONS)
 
 
 def _pair_cases(function: Callable[[Tensor, Tensor | float], Tensor]) -> tuple[Case, ...]:
@@ -140,38 +114,29 @@ def _pair_cases(function: Callable[[Tensor, Tensor | float], Tensor]) -> tuple[C
     )
 
 
-ADD = OpRule(
+ADD = _pair(
     family="add",
-    traits=frozenset({Trait.SUM}),
     targets=frozenset({aten.add.Tensor}),
-    match=_match_pair,
-    fuses=_ACTIVATIONS,
-    integers=_add_integers,
+    integers=_sum_integers,
     cases=(
         *_pair_cases(lambda x, y: x + y),
         _case("in_place", lambda x, y: (x * 1.5).add_(y), _IMAGE, _IMAGE),
     ),
 )
 
-SUB = OpRule(
+SUB = _pair(
     family="sub",
-    traits=frozenset({Trait.SUM}),
     targets=frozenset({aten.sub.Tensor}),
-    match=_match_pair,
-    fuses=_ACTIVATIONS,
-    integers=_sub_integers,
+    integers=_sum_integers,
     cases=(
         *_pair_cases(lambda x, y: x - y),
         _case("reversed_scalar", lambda x: 1.5 - x, _IMAGE),
     ),
 )
 
-MUL = OpRule(
+MUL = _pair(
     family="mul",
-    traits=frozenset({Trait.SUM}),
     targets=frozenset({aten.mul.Tensor}),
-    match=_match_pair,
-    fuses=_ACTIVATIONS,
     integers=_mul_integers,
     cases=_pair_cases(lambda x, y: x * y),
 )
@@ -180,7 +145,7 @@ RELU = OpRule(
     family="relu",
     targets=frozenset({aten.relu.default}),
     match=_match_single,
-    bounds=_relu_bounds,
+    bounds=lambda _node: (0.0, None),
     integers=_clamp_integers,
     cases=(_case("plain", F.relu, _IMAGE), _case("rank2", F.relu, (3, 11))),
 )

@@ -233,10 +233,10 @@ def table_of(match: PatternMatch) -> bool:
     return Trait.TABLE in match.rule.traits and len(match.inputs) == 1
 
 
-def _function_rule(family: str, target: Any, *cases: Case) -> OpRule:
+def _function_rule(family: str, target: Any, *cases: Case, also: Sequence[Any] = ()) -> OpRule:
     return OpRule(
         family=family,
-        targets=frozenset({target}),
+        targets=frozenset({target, *also}),
         match=_match_single,
         traits=_TABLE,
         integers=_table_integers,
@@ -287,19 +287,15 @@ TANH = _function_rule("tanh", aten.tanh.default, *_cases(torch.tanh))
 # ---------------------------------------------------------------------------------------------
 
 
-ELU = OpRule(
-    family="elu",
-    targets=frozenset({aten.celu.default, aten.elu.default, aten.selu.default}),
-    match=_match_single,
-    traits=_TABLE,
-    integers=_table_integers,
-    cases=(
-        *_cases(F.elu),
-        _case("alpha", lambda x: F.elu(x, 1.3), _IMAGE),
-        _case("selu", F.selu, _IMAGE),
-        _case("celu", lambda x: F.celu(x, 0.6), _IMAGE),
-        _case("in_place", lambda x: F.elu_(x * 2), _IMAGE),
-    ),
+ELU = _function_rule(
+    "elu",
+    aten.elu.default,
+    *_cases(F.elu),
+    _case("alpha", lambda x: F.elu(x, 1.3), _IMAGE),
+    _case("selu", F.selu, _IMAGE),
+    _case("celu", lambda x: F.celu(x, 0.6), _IMAGE),
+    _case("in_place", lambda x: F.elu_(x * 2), _IMAGE),
+    also=(aten.celu.default, aten.selu.default),
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -312,16 +308,11 @@ def is_tanh_gelu(node: Node) -> bool:
     return node.target is aten.gelu.default and argument(node, 1, "approximate", "none") == "tanh"
 
 
-GELU = OpRule(
-    family="gelu",
-    targets=frozenset({aten.gelu.default}),
-    match=_match_single,
-    traits=_TABLE,
-    integers=_table_integers,
-    cases=(
-        *_cases(F.gelu),
-        _case("tanh", lambda x: F.gelu(x, approximate="tanh"), _IMAGE),
-    ),
+GELU = _function_rule(
+    "gelu",
+    aten.gelu.default,
+    *_cases(F.gelu),
+    _case("tanh", lambda x: F.gelu(x, approximate="tanh"), _IMAGE),
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -329,17 +320,12 @@ GELU = OpRule(
 # ---------------------------------------------------------------------------------------------
 
 
-SILU = OpRule(
-    family="silu",
-    targets=frozenset({aten.silu.default}),
-    match=_match_single,
-    traits=_TABLE,
-    integers=_table_integers,
-    cases=(
-        *_cases(lambda x: F.silu(x * 3)),
-        _case("in_place", lambda x: F.silu(x * 2, inplace=True), _IMAGE),
-        _case("written_out", lambda x: x * torch.sigmoid(x), _IMAGE),
-    ),
+SILU = _function_rule(
+    "silu",
+    aten.silu.default,
+    *_cases(lambda x: F.silu(x * 3)),
+    _case("in_place", lambda x: F.silu(x * 2, inplace=True), _IMAGE),
+    _case("written_out", lambda x: x * torch.sigmoid(x), _IMAGE),
 )
 
 # ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -52,10 +53,6 @@ def _match_conv(rule: OpRule, node: Node) -> PatternMatch | str:
 
 def _match_conv_transpose(rule: OpRule, node: Node) -> PatternMatch | str:
     return _roles(rule, node, weight_axis=1, groups=int(argument(node, 6, "groups", 1)))
-
-
-def _match_linear(rule: OpRule, node: Node) -> PatternMatch | str:
-    return _roles(rule, node)
 
 
 def expand_channels(scale: Tensor, match: PatternMatch) -> Tensor:
@@ -227,7 +224,7 @@ def _linear_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) 
 # Entries
 # ---------------------------------------------------------------------------------------------
 
-_ACTIVATIONS = frozenset({"relu", "clamp"})
+_layer = partial(OpRule, fuses=frozenset({"relu", "clamp"}), accepts=_accepts_gemm)
 
 
 def _conv(*args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
@@ -243,12 +240,10 @@ def _then(
 _IMAGE = ((2, 8, 10, 9),)
 _SIGNAL = ((2, 8, 21),)
 
-CONV = OpRule(
+CONV = _layer(
     family="conv",
     targets=_CONV_TARGETS,
     match=_match_conv,
-    fuses=_ACTIVATIONS,
-    accepts=_accepts_gemm,
     integers=_conv_integers,
     cases=(
         Case("2d", _conv(8, 12, 3), _IMAGE),
@@ -280,12 +275,10 @@ CONV = OpRule(
     ),
 )
 
-CONV_TRANSPOSE = OpRule(
+CONV_TRANSPOSE = _layer(
     family="conv_transpose",
     targets=_CONV_TRANSPOSE_TARGETS,
     match=_match_conv_transpose,
-    fuses=_ACTIVATIONS,
-    accepts=_accepts_gemm,
     integers=_conv_transpose_integers,
     cases=(
         Case("2d", lambda: nn.ConvTranspose2d(8, 12, 3), _IMAGE),
@@ -309,12 +302,10 @@ CONV_TRANSPOSE = OpRule(
     ),
 )
 
-LINEAR = OpRule(
+LINEAR = _layer(
     family="linear",
     targets=_LINEAR_TARGETS,
-    match=_match_linear,
-    fuses=_ACTIVATIONS,
-    accepts=_accepts_gemm,
+    match=_roles,
     integers=_linear_integers,
     cases=(
         Case("plain", lambda: nn.Linear(16, 10), ((5, 16),)),
@@ -326,8 +317,4 @@ LINEAR = OpRule(
     ),
 )
 
-RULES = (
-    CONV,
-    CONV_TRANSPOSE,
-    LINEAR,
-)
+RULES = (CONV, CONV_TRANSPOSE, LINEAR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -74,22 +75,19 @@ def _match_move(rule: OpRule, node: Node) -> PatternMatch | str:
     source = tensor_meta(data) if isinstance(data, Node) else None
     if meta is not None and source is not None and meta.dtype != source.dtype:
         return f"it changes the dtype from {source.dtype} to {meta.dtype}"
-    if node.target in (aten.dropout.default, aten.feature_dropout.default) and argument(
-        node, 2, "train", False
-    ):
+    dropouts = (aten.dropout.default, aten.feature_dropout.default)
+    if node.target in dropouts and argument(node, 2, "train", False):
         return "it drops values at random (training mode)"
     if node.target in _RESHAPES and isinstance(data, Node):
-        return PatternMatch(
-            rule, node, (data,)
-        )  # the recorded shape says what its arguments do not
+        # The recorded shape says what its arguments do not.
+        return PatternMatch(rule, node, (data,))
     return _match_single(rule, node)
 
 
-def _apply(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
+def _apply(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Any:
     """Run the aten op itself: it works on integers as on floats."""
     node = op.node
-    target = cast("Callable[..., Tensor]", node.target)
-    return target(inputs[0], *node.args[1:], **node.kwargs)
+    return cast("Callable[..., Any]", node.target)(inputs[0], *node.args[1:], **node.kwargs)
 
 
 def _reshape_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
@@ -102,14 +100,14 @@ def _reshape_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic
     return inputs[0].reshape(view_sizes(shape))
 
 
+_move = partial(OpRule, match=_match_move, sharing=QParamSharing.SAME)
+_view = partial(_move, traits=frozenset({Trait.VIEW}))
+
 _IMAGE = (2, 8, 6, 4)
 
-IDENTITY = OpRule(
+IDENTITY = _view(
     family="identity",
-    traits=frozenset({Trait.VIEW}),
     targets=_IDENTITIES,
-    match=_match_move,
-    sharing=QParamSharing.SAME,
     integers=lambda _op, inputs, _arithmetic: inputs[0],
     cases=(
         _case("clone", lambda x: x.clone(), _IMAGE),
@@ -118,12 +116,9 @@ IDENTITY = OpRule(
     ),
 )
 
-RESHAPE = OpRule(
+RESHAPE = _view(
     family="reshape",
-    traits=frozenset({Trait.VIEW}),
     targets=_RESHAPES,
-    match=_match_move,
-    sharing=QParamSharing.SAME,
     integers=_reshape_integers,
     cases=(
         _case("view", lambda x: x.view(2, 8, 24), _IMAGE),
@@ -142,12 +137,9 @@ RESHAPE = OpRule(
     ),
 )
 
-PERMUTE = OpRule(
+PERMUTE = _view(
     family="permute",
-    traits=frozenset({Trait.VIEW}),
     targets=_PERMUTES,
-    match=_match_move,
-    sharing=QParamSharing.SAME,
     integers=_apply,
     cases=(
         _case("permute", lambda x: x.permute(0, 2, 3, 1), _IMAGE),
@@ -181,11 +173,9 @@ def is_split_evenly(node: Node) -> bool:
     return size % step == 0 and start < step and len(range(start, stop, step)) == size // step
 
 
-SLICE = OpRule(
+SLICE = _move(
     family="slice",
     targets=frozenset({aten.slice.Tensor, aten.narrow.default}),
-    match=_match_move,
-    sharing=QParamSharing.SAME,
     integers=_apply,
     cases=(
         _case("range", lambda x: x[:, 2:5], _IMAGE),
@@ -200,11 +190,9 @@ SLICE = OpRule(
     ),
 )
 
-SELECT = OpRule(
+SELECT = _move(
     family="select",
     targets=frozenset({aten.select.int}),
-    match=_match_move,
-    sharing=QParamSharing.SAME,
     integers=_apply,
     cases=(
         _case("middle", lambda x: x[:, 3], _IMAGE),
@@ -213,11 +201,9 @@ SELECT = OpRule(
 )
 
 
-EXPAND = OpRule(
+EXPAND = _move(
     family="expand",
     targets=frozenset({aten.expand.default}),
-    match=_match_move,
-    sharing=QParamSharing.SAME,
     integers=_apply,
     cases=(
         _case("spatial", lambda x: x.expand(2, 8, 3, 3), (2, 8, 1, 1)),
@@ -227,14 +213,7 @@ EXPAND = OpRule(
 
 
 # Splits return a list: the split itself passes integers on, each getitem is a tensor again.
-def _split_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Any:
-    node = op.node
-    return cast("Callable[..., Sequence[Tensor]]", node.target)(
-        inputs[0], *node.args[1:], **node.kwargs
-    )
-
-
-SPLIT = OpRule(
+SPLIT = _move(
     family="split",
     targets=frozenset(
         {
@@ -246,8 +225,7 @@ SPLIT = OpRule(
         }
     ),
     match=_match_single,
-    sharing=QParamSharing.SAME,
-    integers=_split_integers,
+    integers=_apply,
     cases=(
         _case("chunk", lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), _IMAGE),
         _case("split", lambda x: torch.cat(x.split([2, 6], 1)[::-1], 1), _IMAGE),
@@ -263,11 +241,10 @@ def _match_getitem(rule: OpRule, node: Node) -> PatternMatch | str:
     return PatternMatch(rule, node, (source,))
 
 
-GETITEM = OpRule(
+GETITEM = _move(
     family="getitem",
     targets=frozenset({operator.getitem}),
     match=_match_getitem,
-    sharing=QParamSharing.SAME,
     integers=lambda op, inputs, _arithmetic: inputs[0][cast(int, op.node.args[1])],
     cases=(),
 )
@@ -284,11 +261,10 @@ def _cat_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) ->
     return torch.cat(list(inputs), int(argument(op.node, 1, "dim", 0)))
 
 
-CAT = OpRule(
+CAT = _move(
     family="cat",
     targets=frozenset({aten.cat.default}),
     match=_match_cat,
-    sharing=QParamSharing.SAME,
     integers=_cat_integers,
     cases=(
         _case("two", lambda x, y: torch.cat([x, y], 1), (2, 3, 4, 4), (2, 5, 4, 4)),
@@ -323,11 +299,10 @@ def _pad_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) ->
     return F.pad(inputs[0], padding_of(op.node), value=op.inputs[0].zero_point)
 
 
-PAD = OpRule(
+PAD = _move(
     family="pad",
     targets=frozenset({aten.pad.default, aten.constant_pad_nd.default}),
     match=_match_pad,
-    sharing=QParamSharing.SAME,
     integers=_pad_integers,
     cases=(
         _case("spatial", lambda x: F.pad(x, (1, 2, 0, 1)), _IMAGE),
@@ -335,15 +310,4 @@ PAD = OpRule(
     ),
 )
 
-RULES = (
-    CAT,
-    IDENTITY,
-    RESHAPE,
-    PERMUTE,
-    SLICE,
-    SELECT,
-    EXPAND,
-    SPLIT,
-    GETITEM,
-    PAD,
-)
+RULES = (CAT, IDENTITY, RESHAPE, PERMUTE, SLICE, SELECT, EXPAND, SPLIT, GETITEM, PAD)

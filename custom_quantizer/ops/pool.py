@@ -242,9 +242,4 @@ AVG_POOL = OpRule(
     ),
 )
 
-RULES = (
-    MAX_POOL,
-    AVG_POOL,
-    ADAPTIVE_AVG_POOL,
-    MEAN,
-)
+RULES = (MAX_POOL, AVG_POOL, ADAPTIVE_AVG_POOL, MEAN)

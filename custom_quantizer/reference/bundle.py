@@ -577,11 +577,7 @@ def _matmul(op: QuantizedOp) -> Entry:
 
 
 def _activation(op: QuantizedOp) -> Entry:
-    limits = cast("Callable[[Node], tuple[float | None, float | None]]", op.match.rule.bounds)
-    low, high = limits(op.node)
-    bounds = FIXED_POINT.clamp_bounds(
-        -math.inf if low is None else low, math.inf if high is None else high, op.output
-    )
+    bounds = FIXED_POINT.clamp_bounds(*cast("tuple[float, float]", op.match.bounds), op.output)
     if op.inputs[0].same_grid(op.output):
         return {"op": "clamp", "clamp": list(bounds)}
     return _requantize_fields(op.node, op.inputs[0], op.output, bounds)

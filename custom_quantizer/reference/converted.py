@@ -29,7 +29,7 @@ from custom_quantizer.core.graph import (
     qparams_of,
 )
 from custom_quantizer.errors import ConversionError
-from custom_quantizer.ops import OpRule, PatternMatch, QParamSharing, QuantizedOp, rule_of
+from custom_quantizer.ops import OpRule, PatternMatch, QParamSharing, QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend, BackendLike, get_backend
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.movement import GETITEM, SPLIT
@@ -185,11 +185,10 @@ def _with_output(
     if rule is SPLIT:
         return QuantizedOp(match, inputs, inputs[0], node)
     users = effective_users(node)
-    clamp = rule_of(users[0]) if len(users) == 1 else None
-    fuses = may_fuse and clamp is not None and clamp.family in rule.fuses
-    if clamp is not None and clamp.bounds is not None and fuses and _binds(clamp, users[0]):
-        output_node = users[0]
-        bounds = clamp.bounds(output_node)
+    clamp = match_of(users[0]) if len(users) == 1 and may_fuse else None
+    if clamp is not None and clamp.rule.bounds is not None and clamp.rule.family in rule.fuses:
+        output_node = clamp.node
+        bounds = clamp.rule.bounds(output_node)
         users = effective_users(output_node)
     if len(users) != 1 or not is_quantize(users[0]):
         return "its result is used in float"
@@ -218,10 +217,6 @@ def _with_output(
         bias=bias,
         bounds=bounds,
     )
-
-
-def _binds(rule: OpRule, node: Node) -> bool:
-    return not isinstance(rule.match(rule, node), str)
 
 
 def _bias_integers(model: GraphModule, match: PatternMatch) -> Tensor | str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -37,6 +36,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.errors import LoweringError, ProgramError, VerificationError
 from custom_quantizer.ops import QParamSharing, QuantizedOp
+from custom_quantizer.ops._rule import as_limits
 from custom_quantizer.ops.gemm import CONV, expand_channels
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph
@@ -312,13 +312,7 @@ _INT8 = (-128, 127)
 
 def _real_bounds(op: QuantizedOp) -> tuple[float, float] | None:
     """Bounds of the op's activation, or of the op if it is one, in units of the float output."""
-    bounds = op.bounds
-    if bounds is None and op.match.rule.bounds is not None:
-        bounds = op.match.rule.bounds(op.node)
-    if bounds is None:
-        return None
-    low, high = bounds
-    return -math.inf if low is None else low, math.inf if high is None else high
+    return op.match.bounds if op.bounds is None else as_limits(*op.bounds)
 
 
 def _holds(node: DelegateOp, low: float, high: float) -> bool:

@@ -52,7 +52,7 @@ from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.threads import exclusive, interruption_point, tools
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError, first_line
-from custom_quantizer.ops import QuantizedOp, rule_of
+from custom_quantizer.ops import QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend, Kernel, cautions
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 
@@ -724,6 +724,5 @@ def _has_bias(op: QuantizedOp | FloatOp) -> bool:
     """Whether a layer adds a bias, integer or not."""
     if isinstance(op, QuantizedOp):
         return op.bias is not None
-    rule = rule_of(op.node)
-    bound = "unknown" if rule is None else rule.match(rule, op.node)
-    return not isinstance(bound, str) and bound.weight is not None and bound.bias is not None
+    match = match_of(op.node)
+    return match is not None and match.weight is not None and match.bias is not None

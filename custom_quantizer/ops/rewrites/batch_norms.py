@@ -30,7 +30,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.rewriting import ORIGINAL_NAME, Insertion, replace, rewrite_calls
-from custom_quantizer.ops import PatternMatch, rule_of
+from custom_quantizer.ops import PatternMatch, match_of
 from custom_quantizer.ops.gemm import CONV_TRANSPOSE, LINEAR
 
 __all__ = [
@@ -60,9 +60,8 @@ def layer_before(norm: Node) -> PatternMatch | None:
     layer = norm.args[0]
     if not isinstance(layer, Node) or effective_users(layer) != [norm]:
         return None
-    rule = rule_of(layer)
-    match = rule.match(rule, layer) if rule is not None else None
-    if not isinstance(match, PatternMatch) or not is_constant(match.weight):
+    match = match_of(layer)
+    if match is None or not is_constant(match.weight):
         return None
     if match.bias is not None and not is_constant(match.bias):
         return None
@@ -71,7 +70,7 @@ def layer_before(norm: Node) -> PatternMatch | None:
         return None
     # A norm has its channels on axis 1: a linear layer only in a matrix, a convolution not
     # where there is no batch.
-    rank = 2 if rule is LINEAR else weight.dim()
+    rank = 2 if match.rule is LINEAR else weight.dim()
     return match if result.dim() == rank else None
 
 
