@@ -7,10 +7,12 @@ render that document without looking at anything else, so a saved report shows t
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
@@ -44,7 +46,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import InputError, ProgramError
-from custom_quantizer.ops import PatternMatch, QuantizedOp, rule_of
+from custom_quantizer.ops import PatternMatch, QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.placement import Placement, Tally, tally
@@ -60,7 +62,6 @@ from custom_quantizer.report import views as _views
 if TYPE_CHECKING:
     from custom_quantizer.backends.xnnpack import LoweredProgram
     from custom_quantizer.backends.xnnpack.op_record import RecordedOp
-    from custom_quantizer.backends.xnnpack.program import OpBackend
     from custom_quantizer.backends.xnnpack.readback import (
         DelegateContents,
         DelegateOp,
@@ -178,8 +179,39 @@ class BiasRecord:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class OpRow:
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What the rows of both reports say of an op.
+
+    Attributes:
+        compute: ``"integer"``; ``"dynamic"``: integer, with scales chosen at run time; ``"float"``;
+            ``"convert"``: between float and integers.
+        reason: the rule that decided, or why the op is float.
+        inputs: activations, in argument order.
+        weight: of convolutions and linear layers.
+        bias: likewise; ``None``: the op has none.
+        low: bound of the fused activation, a real number; ``None``: unbounded.
+        high: likewise.
+        accumulator_bits: signed bits its accumulator needs in the worst case.
+    """
+
+    compute: Compute
+    reason: str
+    inputs: tuple[TensorRecord, ...]
+    weight: TensorRecord | None
+    bias: BiasRecord | None
+    low: float | None
+    high: float | None
+    accumulator_bits: int | None
+
+    @property
+    def integer(self) -> bool:
+        """Whether it computes on integers whose scales are known before it runs."""
+        return self.compute == "integer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpRow(_Row):
     """One op of a converted graph.
 
     Attributes:
@@ -189,16 +221,8 @@ class OpRow:
         target: the aten overload.
         fused: node of the activation that is part of the op.
         fused_family: what that activation is.
-        low: bound of the fused activation, a real number; ``None``: unbounded.
-        high: likewise.
         scheme: name, where the quantizer recorded one.
-        compute: ``"integer"``; ``"dynamic"``: integer, with scales chosen at run time; ``"float"``.
-        reason: the rule that decided, or why the op is float.
-        inputs: activations, in argument order.
-        weight: of convolutions and linear layers.
-        bias: likewise; ``None``: the op has none.
         output: what it hands on.
-        accumulator_bits: signed bits its accumulator needs in the worst case.
         backend: where it runs, if the graph was lowered.
         backend_reason: why it is not a plain int8 kernel.
         written: name of the captured call that it is a part of; its own, if it is all of it.
@@ -213,29 +237,16 @@ class OpRow:
     target: str
     fused: str | None
     fused_family: str | None
-    low: float | None
-    high: float | None
     scheme: str | None
-    compute: Compute
-    reason: str
-    inputs: tuple[TensorRecord, ...]
-    weight: TensorRecord | None
-    bias: BiasRecord | None
     output: TensorRecord
-    accumulator_bits: int | None
     backend: str | None = None
     backend_reason: str | None = None
     written: str = ""
     placement: str | None = None
 
-    @property
-    def integer(self) -> bool:
-        """Whether it computes on integers whose scales are known before it runs."""
-        return self.compute == "integer"
 
-
-@dataclass(frozen=True)
-class ProgramRow:
+@dataclass(frozen=True, kw_only=True)
+class ProgramRow(_Row):
     """One call of a ``.pte``: a node inside a delegate, or a kernel outside.
 
     Attributes:
@@ -245,15 +256,7 @@ class ProgramRow:
         method: entry point it belongs to.
         delegate: position among the delegates of the method; ``None``: outside.
         kind: of the delegate's node, or operator and overload of the kernel.
-        compute: as of :class:`OpRow`; ``"convert"``: between float and integers.
-        reason: why it is float.
-        inputs: activations, in argument order.
-        weight: of convolutions and linear layers.
-        bias: likewise.
         outputs: what it computes.
-        low: bound of a fused activation, a real number; ``None``: unbounded.
-        high: likewise.
-        accumulator_bits: signed bits its accumulator needs in the worst case.
         op: name of the captured call that it is a part of; empty: the file does not say.
         path: module path of that.
     """
@@ -262,22 +265,9 @@ class ProgramRow:
     method: str
     delegate: int | None
     kind: str
-    compute: Compute
-    reason: str
-    inputs: tuple[TensorRecord, ...]
-    weight: TensorRecord | None
-    bias: BiasRecord | None
     outputs: tuple[TensorRecord, ...]
-    low: float | None
-    high: float | None
-    accumulator_bits: int | None
     op: str = ""
     path: str = ""
-
-    @property
-    def integer(self) -> bool:
-        """Whether it computes on integers whose scales are in the file."""
-        return self.compute == "integer"
 
 
 @dataclass(frozen=True)
@@ -591,10 +581,9 @@ def _integer_row(model: GraphModule, op: QuantizedOp, backend: Backend) -> OpRow
 
 def _float_row(model: GraphModule, op: FloatOp, backend: Backend) -> OpRow:
     node = op.node
-    rule = rule_of(node)
-    match = rule.match(rule, node) if rule is not None else "unknown"
+    match = match_of(node)
     chosen, reason = _recorded(node)
-    if isinstance(match, PatternMatch):
+    if match is not None:
         inputs = tuple(_tensor(model, source) for source in match.inputs)
         weight = None if match.weight is None else _tensor(model, match.weight)
     else:
@@ -619,7 +608,7 @@ def _float_row(model: GraphModule, op: FloatOp, backend: Backend) -> OpRow:
         reason=reason or op.reason,
         inputs=inputs,
         weight=weight,
-        bias=_any_bias(model, match, inputs, weight) if isinstance(match, PatternMatch) else None,
+        bias=None if match is None else _any_bias(model, match, inputs, weight),
         output=_tensor(model, users[0] if len(users) == 1 and is_quantize(users[0]) else node),
         accumulator_bits=None,
         written=_written(node),
@@ -673,19 +662,25 @@ def _model_input(model: GraphModule, node: Node) -> TensorRecord:
 
 def _tensor(model: GraphModule, node: Node) -> TensorRecord:
     """The record of what ``node`` computes, reading through quantize and dequantize nodes."""
+    dtype = _dtype(node)
     if node.target is DEQUANTIZE_GROUPED:
-        return _grouped(model, node)
+        values, block, scale = node.args[:3]
+        low, high = (int(cast(int, bound)) for bound in node.args[5:7])
+        stored = _dtype_name(dtype or torch.int8)
+        record = TensorRecord(cast(Node, values).name, _shape(model, node), stored)
+        scales, size = constant_of(model, cast(Node, scale)), int(cast("list[int]", block)[-1])
+        return _with_group_scales(record, scales, low, high, 0, size)
     if not (is_quantize(node) or is_dequantize(node)):
         meta = tensor_meta(node)
-        dtype = torch.float32 if meta is None else meta.dtype
-        return TensorRecord(node.name, _shape(model, node), _dtype_name(dtype))
+        real = torch.float32 if meta is None else meta.dtype
+        return TensorRecord(node.name, _shape(model, node), _dtype_name(real))
     if is_static(node):
-        return _quantized(model, node, qparams_of(model, node), _dtype(node))
+        return _quantized(model, node, qparams_of(model, node), dtype)
     low, high = (int(cast(int, bound)) for bound in node.args[3:5])
     return TensorRecord(
         source_of(node).name,
         _shape(model, node),
-        _dtype_name(_dtype(node) or torch.int8),
+        _dtype_name(dtype or torch.int8),
         bits=range_bits(low, high),
         quant_min=low,
         quant_max=high,
@@ -738,28 +733,30 @@ def _with_scales(
     )
 
 
-def _grouped(model: GraphModule, node: Node) -> TensorRecord:
-    """A weight with one scale for each group of input channels."""
-    values, block, scale = node.args[:3]
-    scales = constant_of(model, cast(Node, scale))
-    low, high = (int(cast(int, bound)) for bound in node.args[5:7])
-    largest = float(scales.max())
-    return TensorRecord(
-        cast(Node, values).name,
-        _shape(model, node),
-        _dtype_name(_dtype(node) or torch.int8),
-        bits=range_bits(low, high),
+def _with_group_scales(
+    record: TensorRecord,
+    scales: Tensor | np.ndarray[Any, Any],
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+) -> TensorRecord:
+    """The record of a weight with one scale for each group of input channels, zero point 0."""
+    smallest, largest = float(scales.min()), float(scales.max())
+    return replace(
+        record,
+        bits=range_bits(quant_min, quant_max),
         granularity="per_group",
-        scale_min=float(scales.min()),
+        scale_min=smallest,
         scale_max=largest,
         zero_point=0,
-        quant_min=low,
-        quant_max=high,
-        real_min=low * largest,
-        real_max=high * largest,
-        axis=0,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        real_min=quant_min * largest,
+        real_max=quant_max * largest,
+        axis=axis,
         channels=int(scales.shape[0]),
-        group_size=int(cast("list[int]", block)[-1]),
+        group_size=group_size,
     )
 
 
@@ -877,23 +874,22 @@ def _with_lowering(report: Report, lowered: LoweredProgram) -> Report:
             "what lower(converted, example) returned for this one"
         )
     rows = tuple(
-        _lowered_row(row, found[row.node]) if row.node in found else row for row in report.rows
+        replace(
+            row,
+            backend=op.backend.label,
+            backend_reason=op.reason,
+            written=op.written,
+            placement=op.backend.placement.value,
+        )
+        if (op := found.get(row.node)) is not None
+        else row
+        for row in report.rows
     )
     program = lowered.report
     summary = LoweringRecord(
         program.delegates, tuple(program.outside), program.size_bytes, _integer_biases(lowered)
     )
     return replace(report, rows=rows, lowering=summary)
-
-
-def _lowered_row(row: OpRow, op: OpBackend) -> OpRow:
-    return replace(
-        row,
-        backend=op.backend.label,
-        backend_reason=op.reason,
-        written=op.written,
-        placement=op.backend.placement.value,
-    )
 
 
 def _integer_biases(lowered: LoweredProgram) -> tuple[str, ...]:
@@ -927,28 +923,27 @@ def inspect_program(source: str | os.PathLike[str] | bytes) -> ProgramReport:
     from custom_quantizer.backends.xnnpack.readback import DelegateCall, read_program
 
     contents = read_program(source)
-    names = _Names()
+    names: Counter[str] = Counter()
     rows: list[ProgramRow] = []
     ops: list[ProgramOp] = []
     for method in contents.methods:
-        calls = 0
-        found: list[ProgramRow] = []
         recorded = (contents.ops or {}).get(method.name, ())
-        origins = _Origins(recorded)
+        # What is folded into another op may share the nodes of that one; of others, the first has
+        # the name.
+        kept = [op for op in reversed(recorded) if op.placement is not Placement.FOLDED]
+        by_handle = {handle: op for op in kept for handle in op.handles}
+        by_call = {position: op for op in kept for position in op.calls}
+        outside = itertools.count()
+        found: list[ProgramRow] = []
         for call in method.calls:
             if isinstance(call, DelegateCall):
                 delegate = method.delegates[call.delegate]
-                found += (
-                    origins.named(
-                        _delegate_row(op.kind, method.name, call.delegate, delegate, op),
-                        origins.of_handle(op.debug_handle),
-                    )
-                    for op in delegate.ops
-                )
+                for node in delegate.ops:
+                    row = _delegate_row(method.name, call.delegate, delegate, node)
+                    found.append(_part_of(row, by_handle.get(node.debug_handle)))
             else:
-                row = _kernel_row(call.name, method.name, call)
-                found.append(origins.named(row, origins.of_call(calls)))
-                calls += 1
+                row = _kernel_row(method.name, call)
+                found.append(_part_of(row, by_call.get(next(outside))))
         prefix = f"{method.name}: " if len(contents.methods) > 1 and recorded else ""
         rows += _with_names(found, names, prefix, bool(recorded))
         ops += _program_ops(method.name, recorded)
@@ -963,29 +958,13 @@ def inspect_program(source: str | os.PathLike[str] | bytes) -> ProgramReport:
     )
 
 
-class _Origins:
-    """Which op of the converted graph stands behind a call of a program, as its record says."""
-
-    def __init__(self, recorded: Sequence[RecordedOp]) -> None:
-        # What is folded into another op may share the nodes of that one; of others, the first has
-        # the name.
-        kept = [op for op in reversed(recorded) if op.placement is not Placement.FOLDED]
-        self._by_handle = {handle: op for op in kept for handle in op.handles}
-        self._by_call = {position: op for op in kept for position in op.calls}
-
-    def of_handle(self, handle: int) -> RecordedOp | None:
-        return self._by_handle.get(handle)
-
-    def of_call(self, position: int) -> RecordedOp | None:
-        return self._by_call.get(position)
-
-    @staticmethod
-    def named(row: ProgramRow, op: RecordedOp | None) -> ProgramRow:
-        return row if op is None else replace(row, op=op.written, path=op.path)
+def _part_of(row: ProgramRow, op: RecordedOp | None) -> ProgramRow:
+    """The row with the op of the converted graph that stands behind it, if the file says which."""
+    return row if op is None else replace(row, op=op.written, path=op.path)
 
 
 def _with_names(
-    rows: Sequence[ProgramRow], names: Callable[[str], str], prefix: str, recorded: bool
+    rows: Sequence[ProgramRow], names: Counter[str], prefix: str, recorded: bool
 ) -> Iterator[ProgramRow]:
     """Give each row a name: the main one of an op that of the op.
 
@@ -997,12 +976,12 @@ def _with_names(
             main[row.op] = row
     for row in rows:
         if not recorded:
-            yield replace(row, name=names(row.kind))
+            yield replace(row, name=_numbered(row.kind, names))
         elif main.get(row.op) is row:
             yield replace(row, name=prefix + row.op)
         else:
             where = row.op or ("kernel" if row.delegate is None else "delegate")
-            yield replace(row, name=names(f"{prefix}{where}/{row.kind}"))
+            yield replace(row, name=_numbered(f"{prefix}{where}/{row.kind}", names))
 
 
 def _program_ops(method: str, recorded: Sequence[RecordedOp]) -> Iterator[ProgramOp]:
@@ -1025,22 +1004,17 @@ def _program_ops(method: str, recorded: Sequence[RecordedOp]) -> Iterator[Progra
         )
 
 
-class _Names:
-    """Unique names of rows: ``conv2d``, ``conv2d_1``, of each kind in execution order."""
-
-    def __init__(self) -> None:
-        self._count: dict[str, int] = {}
-
-    def __call__(self, kind: str) -> str:
-        count = self._count.get(kind, 0)
-        self._count[kind] = count + 1
-        return f"{kind}_{count}" if count else kind
+def _numbered(kind: str, names: Counter[str]) -> str:
+    """A unique name: ``conv2d``, ``conv2d_1``, of each kind in execution order."""
+    count = names[kind]
+    names[kind] += 1
+    return f"{kind}_{count}" if count else kind
 
 
 _NO_TENSORS = frozenset({"int", "double", "bool", "string", "null"})
 
 
-def _kernel_row(name: str, method: str, call: KernelCall) -> ProgramRow:
+def _kernel_row(method: str, call: KernelCall) -> ProgramRow:
     tensors = tuple(
         TensorRecord("", argument.shape, argument.dtype)
         for argument in call.arguments
@@ -1054,7 +1028,7 @@ def _kernel_row(name: str, method: str, call: KernelCall) -> ProgramRow:
             outputs, tensors = count, tensors[:-count]
             break
     return ProgramRow(
-        name=name,
+        name=call.name,
         method=method,
         delegate=None,
         kind=call.name,
@@ -1071,11 +1045,7 @@ def _kernel_row(name: str, method: str, call: KernelCall) -> ProgramRow:
 
 
 def _delegate_row(
-    name: str,
-    method: str,
-    index: int,
-    delegate: DelegateContents,
-    op: DelegateOp,
+    method: str, index: int, delegate: DelegateContents, op: DelegateOp
 ) -> ProgramRow:
     inputs = tuple(_stored(delegate.tensors[i]) for i in op.inputs)
     outputs = tuple(_stored(delegate.tensors[i]) for i in op.outputs)
@@ -1085,7 +1055,7 @@ def _delegate_row(
     if op.bias is not None:
         bias = _stored_bias(delegate, op, inputs, weight, compute)
     return ProgramRow(
-        name=name,
+        name=op.kind,
         method=method,
         delegate=index,
         kind=op.kind,
@@ -1138,22 +1108,7 @@ def _stored(tensor: DelegateTensor) -> TensorRecord:
     if tensor.quantization != "per_channel_group":
         values = tuple(float(scale) for scale in scales.reshape(-1))
         return _with_scales(record, values, tensor.zero_point or 0, low, high, tensor.channel_axis)
-    largest = float(scales.max())
-    return replace(
-        record,
-        bits=bits,
-        granularity="per_group",
-        scale_min=float(scales.min()),
-        scale_max=largest,
-        zero_point=tensor.zero_point,
-        quant_min=low,
-        quant_max=high,
-        real_min=low * largest,
-        real_max=high * largest,
-        axis=tensor.channel_axis,
-        channels=int(scales.shape[0]),
-        group_size=tensor.group_size,
-    )
+    return _with_group_scales(record, scales, low, high, tensor.channel_axis, tensor.group_size)
 
 
 def _stored_bias(
