@@ -475,17 +475,20 @@ class Arithmetic(Protocol):
     @property
     def continues_in_float32(self) -> bool:
         """Whether accumulators may come as float32 that holds integers below 2**24."""
-        ...
+        return False
 
     def quantize_table(self, values: Tensor, q: QParams, ulps: float) -> Tensor:
         """Store the values of a function for all integers of its input, float32, without NaN.
+
+        As :meth:`quantize`, where the table is made once, here, and shipped.
 
         Args:
             values: of every entry, in order.
             q: of the result.
             ulps: how far kernels may be off, in units of ``2**-24`` of the largest value.
         """
-        ...
+        del ulps
+        return self.quantize(values, q)
 
     def dequantize(self, x: Tensor, q: QParams) -> Tensor:
         """Give the float32 reals that stored integers stand for."""
@@ -552,8 +555,8 @@ class Arithmetic(Protocol):
     def square(
         self, a: Tensor, qa: QParams, out: QParams, *, bounds: Bounds | None = None
     ) -> Tensor:
-        """Store ``a * a``."""
-        ...
+        """Store ``a * a``: :meth:`mul` of the tensor with itself, unless the mode differs."""
+        return self.mul(a, a, qa, qa, out, bounds=bounds)
 
     def mean(self, total: Tensor, count: int, src: QParams, dst: QParams) -> Tensor:
         """Store the mean of ``count`` elements, whose stored integers sum to ``total``."""

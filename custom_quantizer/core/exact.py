@@ -71,7 +71,7 @@ def _scale_ratio(scale: Tensor) -> tuple[_Objects, _Objects]:
     return tops, bottoms
 
 
-class ExactArithmetic:
+class ExactArithmetic(Arithmetic):
     """Rational arithmetic (mode ``exact``): the real result over the scale, rounded once.
 
     float32 scales are exact rationals. ``RNE(real / scale)`` is rounded half to even before the
@@ -80,7 +80,6 @@ class ExactArithmetic:
     """
 
     name: Final = "exact"
-    continues_in_float32: Final = False
 
     def quantize(self, x: Tensor, q: QParams) -> Tensor:
         """``RNE(x / s) + zp``; infinities saturate.
@@ -98,10 +97,6 @@ class ExactArithmetic:
         stored = _store_exact(numerator, (bottom, top * 2**173), q)
         stored = torch.where(torch.isposinf(x), q.quant_max, stored)
         return torch.where(torch.isneginf(x), q.quant_min, stored)
-
-    def quantize_table(self, values: Tensor, q: QParams, _ulps: float) -> Tensor:
-        """As :meth:`quantize`: the table is made once, here, and shipped."""
-        return self.quantize(values, q)
 
     def dequantize(self, x: Tensor, q: QParams) -> Tensor:
         """The float32 nearest to ``(q - zp) * s``, half to even."""
@@ -178,12 +173,6 @@ class ExactArithmetic:
         offset_b = _objects(as_integers(b, "The second operand") - qb.zero_point)
         ratio = Fraction(scale_of(qa)) * Fraction(scale_of(qb)) / Fraction(scale_of(out))
         return _store_exact(offset_a * offset_b, ratio.as_integer_ratio(), out, bounds)
-
-    def square(
-        self, a: Tensor, qa: QParams, out: QParams, *, bounds: Bounds | None = None
-    ) -> Tensor:
-        """:meth:`mul` of the tensor with itself."""
-        return self.mul(a, a, qa, qa, out, bounds=bounds)
 
     def mean(self, total: Tensor, count: int, src: QParams, dst: QParams) -> Tensor:
         """``RNE((total - n * zi) * s_in / (n * s_out)) + zo``."""

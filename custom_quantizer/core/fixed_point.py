@@ -190,11 +190,8 @@ def multiply_by_quantized_multiplier_int64(
     References:
         ``MultiplyByQuantizedMultiplier(int64_t, ...)`` in ``common.cc``.
     """
-    value, factor, power = (
-        as_integers(x, "The accumulator"),
-        _as_int64(multiplier),
-        _as_int64(shift),
-    )
+    value = as_integers(x, "The accumulator")
+    factor, power = _as_int64(multiplier), _as_int64(shift)
     _check_shift(factor, power, largest=7)
     if bool(((value < -(1 << 47)) | (value >= 1 << 47)).any()):
         raise InputError("An accumulator exceeds the 48 bits of the 16x8 path")
@@ -204,7 +201,7 @@ def multiply_by_quantized_multiplier_int64(
     return saturate((value * reduced + half) >> total_shift, *INT32)
 
 
-class FixedPointArithmetic:
+class FixedPointArithmetic(Arithmetic):
     """gemmlowp and TensorFlow Lite (mode ``fixed_point``): integer multipliers and shifts.
 
     Multipliers come from scales in double precision, offline. Where TFLite chooses by storage
@@ -213,7 +210,6 @@ class FixedPointArithmetic:
     """
 
     name: Final = "fixed_point"
-    continues_in_float32: Final = False
 
     def quantize(self, x: Tensor, q: QParams) -> Tensor:
         """``fl(x / s)`` rounded half away from zero, plus the zero point, saturated.
@@ -230,10 +226,6 @@ class FixedPointArithmetic:
         whole = torch.trunc(scaled)
         away = torch.where((scaled - whole).abs() >= 0.5, torch.sign(scaled), 0.0)
         return store(float_to_integers(whole + away) + q.zero_point, q)
-
-    def quantize_table(self, values: Tensor, q: QParams, _ulps: float) -> Tensor:
-        """As :meth:`quantize`: the table is made once, here, and shipped."""
-        return self.quantize(values, q)
 
     def dequantize(self, x: Tensor, q: QParams) -> Tensor:
         """``(q - zp) * s`` in double, rounded to float32."""
@@ -356,12 +348,6 @@ class FixedPointArithmetic:
         )
         scaled = multiply(offset_a * offset_b, multiplier, shift)
         return store(scaled.to(torch.int64) + out.zero_point, out, bounds)
-
-    def square(
-        self, a: Tensor, qa: QParams, out: QParams, *, bounds: Bounds | None = None
-    ) -> Tensor:
-        """:meth:`mul` of the tensor with itself."""
-        return self.mul(a, a, qa, qa, out, bounds=bounds)
 
     def mean(self, total: Tensor, count: int, src: QParams, dst: QParams) -> Tensor:
         """Multiply ``total - n * zp`` by ``s_in / (s_out * n)``, with ``1 / n`` in the multiplier.

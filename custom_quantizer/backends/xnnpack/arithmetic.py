@@ -258,7 +258,7 @@ def tie_break_offset(values: Tensor, ulps: float, q: QParams) -> float:
     return 0.0
 
 
-class XnnpackArithmetic:
+class XnnpackArithmetic(Arithmetic):
     """The arithmetic of the XNNPACK delegate on x86-64 (mode ``xnnpack``).
 
     Ranges within int8 take the int8 kernels: saturation to 8 bits, then to a narrower range if
