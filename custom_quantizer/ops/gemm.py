@@ -81,14 +81,15 @@ def symmetric_padding(node: Node) -> tuple[list[int], list[int]]:
     if isinstance(padding, str):
         if padding == "valid":
             return [0] * dims, [0] * dims
-        dilation = _per_dim(argument(node, 5, "dilation", 1), dims)
+        dilation = per_dim(argument(node, 5, "dilation", 1), dims)
         total = [d * (k - 1) for d, k in zip(dilation, meta.shape[2:], strict=True)]
         return [t // 2 for t in total], [t - t // 2 for t in total]
-    both = _per_dim(padding, dims)
+    both = per_dim(padding, dims)
     return both, list(both)
 
 
-def _per_dim(value: Any, dims: int) -> list[int]:
+def per_dim(value: Any, dims: int) -> list[int]:
+    """An argument with one number for all dims, or one each."""
     values = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
     return values * dims if len(values) == 1 else values
 
@@ -181,8 +182,8 @@ def _conv_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) ->
     node = op.node
     before, after = symmetric_padding(node)
     dims = len(before)
-    stride = _per_dim(argument(node, 3, "stride", 1), dims)
-    dilation = _per_dim(argument(node, 5, "dilation", 1), dims)
+    stride = per_dim(argument(node, 3, "stride", 1), dims)
+    dilation = per_dim(argument(node, 5, "dilation", 1), dims)
     conv = F.conv1d if dims == 1 else F.conv2d
 
     def contract(data: Tensor, integers: Tensor) -> Tensor:
@@ -200,10 +201,10 @@ def _conv_transpose_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arit
     node = op.node
     dims = inputs[0].dim() - 2
     conv = F.conv_transpose1d if dims == 1 else F.conv_transpose2d
-    stride = _per_dim(argument(node, 3, "stride", 1), dims)
-    padding = _per_dim(argument(node, 4, "padding", 0), dims)
-    output_padding = _per_dim(argument(node, 5, "output_padding", 0), dims)
-    dilation = _per_dim(argument(node, 7, "dilation", 1), dims)
+    stride = per_dim(argument(node, 3, "stride", 1), dims)
+    padding = per_dim(argument(node, 4, "padding", 0), dims)
+    output_padding = per_dim(argument(node, 5, "output_padding", 0), dims)
+    dilation = per_dim(argument(node, 7, "dilation", 1), dims)
 
     def contract(data: Tensor, integers: Tensor) -> Tensor:
         weight = integers.to(data.dtype)

@@ -20,7 +20,7 @@ from custom_quantizer.core.arithmetic import QParams, accumulator_bits
 from custom_quantizer.core.formats import signed_bits
 from custom_quantizer.core.graph import argument, module_path, shape_of
 from custom_quantizer.ops import QuantizedOp
-from custom_quantizer.ops.gemm import _per_dim
+from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.pool import adaptive_kernel, is_global_pool, pool_window
 from custom_quantizer.reference.converted import read_converted
 
@@ -217,6 +217,6 @@ def _weights_that_meet(op: QuantizedOp) -> Iterable[Tensor]:
     if op.match.rule.family != "conv_transpose":
         return (weight,)
     dims = weight.dim() - 2
-    stride = _per_dim(argument(op.node, 3, "stride", 1), dims)
-    dilation = _per_dim(argument(op.node, 7, "dilation", 1), dims)
+    stride = per_dim(argument(op.node, 3, "stride", 1), dims)
+    dilation = per_dim(argument(op.node, 7, "dilation", 1), dims)
     return phases_of(weight, op.match.groups, stride, dilation)

@@ -47,7 +47,7 @@ from custom_quantizer.errors import ConversionError, InputError, SchemeError
 from custom_quantizer.ops import QuantizedOp, functions
 from custom_quantizer.ops.backend import INTEGERS
 from custom_quantizer.ops.functions import levels
-from custom_quantizer.ops.gemm import _per_dim, expand_channels, symmetric_padding
+from custom_quantizer.ops.gemm import expand_channels, per_dim, symmetric_padding
 from custom_quantizer.ops.movement import padding_of
 from custom_quantizer.ops.pool import (
     adaptive_kernel,
@@ -517,9 +517,9 @@ def _conv(op: QuantizedOp) -> Entry:
     before, after = symmetric_padding(node)
     return {
         "op": "conv",
-        "stride": _per_dim(argument(node, 3, "stride", 1), len(before)),
+        "stride": per_dim(argument(node, 3, "stride", 1), len(before)),
         "padding": {"before": before, "after": after},
-        "dilation": _per_dim(argument(node, 5, "dilation", 1), len(before)),
+        "dilation": per_dim(argument(node, 5, "dilation", 1), len(before)),
         "groups": op.match.groups,
         **_gemm_requantization(op),
     }
@@ -527,16 +527,16 @@ def _conv(op: QuantizedOp) -> Entry:
 
 def _conv_transpose(op: QuantizedOp) -> Entry:
     node, dims = op.node, cast(Tensor, op.weight).dim() - 2
-    padding = _per_dim(argument(node, 4, "padding", 0), dims)
-    added = _per_dim(argument(node, 5, "output_padding", 0), dims)
+    padding = per_dim(argument(node, 4, "padding", 0), dims)
+    added = per_dim(argument(node, 5, "output_padding", 0), dims)
     return {
         "op": "conv_transpose",
-        "stride": _per_dim(argument(node, 3, "stride", 1), dims),
+        "stride": per_dim(argument(node, 3, "stride", 1), dims),
         "crop": {
             "before": padding,
             "after": [p - extra for p, extra in zip(padding, added, strict=True)],
         },
-        "dilation": _per_dim(argument(node, 7, "dilation", 1), dims),
+        "dilation": per_dim(argument(node, 7, "dilation", 1), dims),
         "groups": op.match.groups,
         **_gemm_requantization(op),
     }

@@ -26,12 +26,6 @@ def is_static(sizes: Sequence[Any]) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def per_dim(value: Any, count: int) -> list[int]:
-    """An argument with one number for all dims, or one each."""
-    values = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
-    return values * count if len(values) == 1 else values
-
-
 def window_bounds(size: int, steps: int) -> list[tuple[int, int]]:
     """``(start, stop)`` of the windows of adaptive pooling along one dim."""
     return [(i * size // steps, -(-(i + 1) * size // steps)) for i in range(steps)]

@@ -16,8 +16,9 @@ from custom_quantizer.core.graph import (
     shape_of,
 )
 from custom_quantizer.core.rewriting import Insertion
+from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.rewrites.batch_norms import has_constants, norm_constants
-from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static, per_dim
+from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static
 
 aten = torch.ops.aten
 

@@ -12,11 +12,11 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, shape_of
 from custom_quantizer.core.rewriting import Insertion, replace
+from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.rewrites.legalization._common import (
     adds_window,
     float_input,
     is_static,
-    per_dim,
     window_bounds,
 )
 
