@@ -556,22 +556,14 @@ def _add(op: QuantizedOp) -> Entry:
     }
 
 
-def _mul(op: QuantizedOp) -> Entry:
+def _product(op: QuantizedOp) -> Entry:
+    """An elementwise product, or one of matrices."""
+    family = op.match.rule.family
+    wide = mul_width(op) == 64 if family == "mul" else op.is_wide
     real = _scale(op.inputs[0]) * _scale(op.inputs[1]) / _scale(op.output)
-    rule = _INT32_RULE if mul_width(op) == 32 else _INT64_RULE
     return {
-        "op": "mul",
-        "requantization": _factor(op.node, real, rule),
-        "clamp": _clamp_of(op),
-    }
-
-
-def _matmul(op: QuantizedOp) -> Entry:
-    real = _scale(op.inputs[0]) * _scale(op.inputs[1]) / _scale(op.output)
-    rule = _INT64_RULE if op.is_wide else _INT32_RULE
-    return {
-        "op": "matmul",
-        "requantization": _factor(op.node, real, rule),
+        "op": family,
+        "requantization": _factor(op.node, real, _INT64_RULE if wide else _INT32_RULE),
         "clamp": _clamp_of(op),
     }
 
@@ -805,8 +797,8 @@ _FIELDS: Mapping[str, Callable[[QuantizedOp], Entry]] = {
     "linear": lambda op: {"op": "linear", **_gemm_requantization(op)},
     "add": _add,
     "sub": _add,
-    "mul": _mul,
-    "matmul": _matmul,
+    "mul": _product,
+    "matmul": _product,
     "relu": _activation,
     "clamp": _activation,
     "max_pool2d": _max_pool,

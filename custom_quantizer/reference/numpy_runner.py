@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
@@ -73,6 +74,8 @@ MOST_TAPS = 2**20
 """Positions of a kernel."""
 
 Array: TypeAlias = npt.NDArray[Any]
+Op: TypeAlias = "Mapping[str, Any]"
+"""Entry of an op in the file."""
 Wide: TypeAlias = npt.NDArray[np.int64]
 
 _Reference = TypeVar("_Reference", bound="NumpyReference")
@@ -232,7 +235,7 @@ class Call(NamedTuple):
         bias: Stored integers, in units of the accumulator.
     """
 
-    op: Mapping[str, Any]
+    op: Op
     inputs: Sequence[Array]
     infos: Sequence[TensorInfo]
     output: TensorInfo
@@ -299,7 +302,7 @@ def _view(
     return (..., *steps)
 
 
-def _pad(x: Array, op: Mapping[str, Any], value: int) -> Array:
+def _pad(x: Array, op: Op, value: int) -> Array:
     """Pad the last dimensions as ``op`` says."""
     before, after = op["padding"]["before"], op["padding"]["after"]
     rest = [(0, 0)] * (x.ndim - len(before))
@@ -530,15 +533,13 @@ def _bounded_work(terms: int) -> None:
         raise BundleError(f"it adds up {terms:,} terms, {MOST_TERMS:,} at most; use fewer at once")
 
 
-def _spatial(op: Mapping[str, Any], rank: int, *lists: Sequence[int]) -> None:
+def _spatial(op: Op, rank: int, *lists: Sequence[int]) -> None:
     """All lists of a window have one number per spatial dimension."""
     wrong = [values for values in lists if len(values) != rank]
     _need(not wrong, f"it has {rank} spatial dimensions, not {len(wrong[0]) if wrong else 0}")
 
 
-def _windows(
-    op: Mapping[str, Any], x: Sizes, kernel: Sequence[int], dilation: Sequence[int]
-) -> Sizes:
+def _windows(op: Op, x: Sizes, kernel: Sequence[int], dilation: Sequence[int]) -> Sizes:
     """Sizes of the last dimensions of ``x`` after a kernel went over them."""
     stride, before, after = op["stride"], op["padding"]["before"], op["padding"]["after"]
     rank = len(kernel)
@@ -561,7 +562,7 @@ def _windows(
     return sizes
 
 
-def _filled(op: Mapping[str, Any], x: Sizes, sizes: Sizes, dilation: Sequence[int]) -> None:
+def _filled(op: Op, x: Sizes, sizes: Sizes, dilation: Sequence[int]) -> None:
     """Every window of a pool holds a value of the image."""
     for n, out, k, s, d, before in zip(
         x[-len(sizes) :],
@@ -581,7 +582,7 @@ def _filled(op: Mapping[str, Any], x: Sizes, sizes: Sizes, dilation: Sequence[in
         _need(bool(np.all((first < n) & (first <= last))), "one of its windows holds padding only")
 
 
-def _conv_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], weight: Sequence[int]) -> Sizes:
+def _conv_sizes(op: Op, inputs: Sequence[Sizes], weight: Sequence[int]) -> Sizes:
     (x,), (out, inner, *kernel), groups = inputs, weight, op["groups"]
     _need(
         len(x) == len(weight) and _agree(x[1], inner * groups) and out % groups == 0,
@@ -593,9 +594,7 @@ def _conv_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], weight: Sequence
     return sizes
 
 
-def _conv_transpose_sizes(
-    op: Mapping[str, Any], inputs: Sequence[Sizes], weight: Sequence[int]
-) -> Sizes:
+def _conv_transpose_sizes(op: Op, inputs: Sequence[Sizes], weight: Sequence[int]) -> Sizes:
     (x,), (channels, outer, *kernel), groups = inputs, weight, op["groups"]
     stride, dilation = op["stride"], op["dilation"]
     before, after = op["crop"]["before"], op["crop"]["after"]
@@ -623,7 +622,7 @@ def _conv_transpose_sizes(
     return (*sizes, *cropped)
 
 
-def _linear_sizes(_op: Mapping[str, Any], inputs: Sequence[Sizes], weight: Sequence[int]) -> Sizes:
+def _linear_sizes(_op: Op, inputs: Sequence[Sizes], weight: Sequence[int]) -> Sizes:
     (x,) = inputs
     _need(
         len(weight) == 2 and x and _agree(x[-1], weight[1]),
@@ -644,13 +643,11 @@ def _broadcast(a: Sizes, b: Sizes) -> Sizes:
     return tuple(result)
 
 
-def _elementwise_sizes(
-    _op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]
-) -> Sizes:
+def _elementwise_sizes(_op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     return _broadcast(*inputs)
 
 
-def _matmul_sizes(_op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _matmul_sizes(_op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     a, b = inputs
     _need(
         min(len(a), len(b)) >= 2 and _agree(a[-1], b[-2]),
@@ -661,11 +658,11 @@ def _matmul_sizes(_op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequ
     return sizes
 
 
-def _same_sizes(_op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _same_sizes(_op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     return inputs[0]
 
 
-def _table_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _table_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     (x,), axis = inputs, op["axis"]
     if axis is not None:
         _need_axis(axis, x)
@@ -676,7 +673,7 @@ def _table_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequen
     return x
 
 
-def _mean_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _mean_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     (x,), axes = inputs, op["axes"]
     for axis in axes:
         _need_axis(axis, x)
@@ -690,9 +687,7 @@ def _mean_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequenc
     return tuple(n for axis, n in enumerate(x) if axis not in axes)
 
 
-def _avg_pool_sizes(
-    op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]
-) -> Sizes:
+def _avg_pool_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     (x,), one = inputs, [1] * len(op["kernel"])
     sizes = _windows(op, x, op["kernel"], one)
     _filled(op, x, sizes, one)
@@ -725,9 +720,7 @@ def _held(
     return set((np.minimum(start + kernel, high) - np.maximum(start, low)).tolist())
 
 
-def _max_pool_sizes(
-    op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]
-) -> Sizes:
+def _max_pool_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     (x,) = inputs
     sizes = _windows(op, x, op["kernel"], op["dilation"])
     _filled(op, x, sizes, op["dilation"])
@@ -735,7 +728,7 @@ def _max_pool_sizes(
     return (*x[:-2], *sizes)
 
 
-def _pad_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _pad_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     (x,), before, after = inputs, op["padding"]["before"], op["padding"]["after"]
     kept = len(x) - len(before)
     _need(len(before) == len(after) and kept >= 0, "its padding has another number of dimensions")
@@ -743,7 +736,7 @@ def _pad_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence
     return (*x[:kept], *(None if n is None else n + b + a for n, b, a in padded))
 
 
-def _cat_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _cat_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     first, axis = inputs[0], op["axis"]
     _need_axis(axis, first)
     for other in inputs[1:]:
@@ -767,7 +760,7 @@ def _sum(sizes: Iterable[int | None]) -> int:
     return sum(n or 0 for n in sizes)
 
 
-def _reshape_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _reshape_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     (x,), wanted = inputs, op["shape"]
     _need(
         wanted.count(-1) <= 1 and all(n != 0 or i < len(x) for i, n in enumerate(wanted)),
@@ -789,7 +782,7 @@ def _reshape_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequ
     return tuple(sizes)
 
 
-def _permute_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _permute_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     (x,), axes = inputs, op["axes"]
     _need(
         sorted(axes) == list(range(len(x))),
@@ -798,7 +791,7 @@ def _permute_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequ
     return tuple(x[axis] for axis in axes)
 
 
-def _slice_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _slice_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     (x,), axis = inputs, op["axis"]
     _need_axis(axis, x)
     size = x[axis]
@@ -808,7 +801,7 @@ def _slice_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequen
     return (*x[:axis], kept, *x[axis + 1 :])
 
 
-def _select_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _select_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     (x,), axis, index = inputs, op["axis"], op["index"]
     _need_axis(axis, x)
     size = x[axis]
@@ -819,7 +812,7 @@ def _select_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Seque
     return (*x[:axis], *x[axis + 1 :])
 
 
-def _expand_sizes(op: Mapping[str, Any], inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+def _expand_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
     (x,), wanted = inputs, op["shape"]
     missing = len(wanted) - len(x)
     fits = missing >= 0 and -1 not in wanted[:missing]
@@ -851,7 +844,7 @@ class _Operands(NamedTuple):
         offset: Integers of the bias.
     """
 
-    op: Mapping[str, Any]
+    op: Op
     infos: Sequence[TensorInfo]
     output: TensorInfo
     shapes: Sequence[Sizes]
@@ -911,16 +904,8 @@ def _window_factors(call: _Operands) -> Factors:
     return {"requantization": [call.scale() / float(call.output.scale) / n for n in counts]}
 
 
-def _no_factors(_call: _Operands) -> Factors:
-    return {}
-
-
 Extremes: TypeAlias = "tuple[int, int] | None"
 """Smallest and largest value an accumulator takes; ``None``: not known, or there is none."""
-
-
-def _no_extremes(_call: _Operands) -> Extremes:
-    return None
 
 
 def _gemm_extremes(call: _Operands) -> Extremes:
@@ -940,7 +925,7 @@ def _gemm_extremes(call: _Operands) -> Extremes:
     return min(ends), max(ends)
 
 
-def _weights_that_meet(op: Mapping[str, Any], weight: Array) -> Iterator[Array]:
+def _weights_that_meet(op: Op, weight: Array) -> Iterator[Array]:
     """Weights that one sum can meet at once, output channels first.
 
     A transposed convolution of stride ``s`` gives neighbouring outputs different taps: those whose
@@ -1053,46 +1038,37 @@ class _Integer(NamedTuple):
         )
 
 
-class _Positive:
-    """A number above 0, which float32 can express."""
+class _Scalar(NamedTuple):
+    """What ``holds`` is true of."""
+
+    legal: str
+    holds: Callable[[Any], bool]
 
     def check(self, value: Any, at: str) -> None:
-        if type(value) not in (int, float) or not 0.0 < value < 2.0**128:
-            _wrong(at, "a number above 0", value)
+        if not self.holds(value):
+            _wrong(at, self.legal, value)
 
 
-class _Boolean:
-    def check(self, value: Any, at: str) -> None:
-        if type(value) is not bool:
-            _wrong(at, "true or false", value)
+def _text(least: int = 1, most: int = 4096) -> _Scalar:
+    legal = f"text of {least} to {most} characters"
+    return _Scalar(legal, lambda value: type(value) is str and least <= len(value) <= most)
 
 
-class _Text(NamedTuple):
-    least: int = 1
-    most: int = 4096
-
-    def check(self, value: Any, at: str) -> None:
-        if type(value) is not str or not self.least <= len(value) <= self.most:
-            _wrong(at, f"text of {self.least} to {self.most} characters", value)
-
-
-class _Digits(NamedTuple):
+def _digits(length: int) -> _Scalar:
     """Hexadecimal digits, in small letters."""
-
-    length: int
-
-    def check(self, value: Any, at: str) -> None:
-        legal = type(value) is str and len(value) == self.length
-        if not legal or not set(value) <= set("0123456789abcdef"):
-            _wrong(at, f"{self.length} hexadecimal digits", value)
+    found = re.compile(f"[0-9a-f]{{{length}}}")
+    legal = f"{length} hexadecimal digits"
+    return _Scalar(legal, lambda v: type(v) is str and found.fullmatch(v) is not None)
 
 
-class _OneOf(NamedTuple):
-    values: tuple[str, ...]
+def _one_of(*values: str) -> _Scalar:
+    legal = " or ".join(map(json.dumps, values))
+    return _Scalar(legal, lambda value: type(value) is str and value in values)
 
-    def check(self, value: Any, at: str) -> None:
-        if type(value) is not str or value not in self.values:
-            _wrong(at, " or ".join(map(json.dumps, self.values)), value)
+
+_BOOLEAN = _Scalar("true or false", lambda value: type(value) is bool)
+# Which float32 can express.
+_POSITIVE = _Scalar("a number above 0", lambda v: type(v) in (int, float) and 0.0 < v < 2.0**128)
 
 
 class _OrNull(NamedTuple):
@@ -1145,7 +1121,7 @@ class _Names(NamedTuple):
         if not isinstance(value, Mapping):
             _wrong(at, "a mapping", value)
         for key, item in value.items():
-            _Text().check(key, f"a name in {at}")
+            _text().check(key, f"a name in {at}")
             self.field.check(item, _inside(at, key))
 
 
@@ -1186,18 +1162,22 @@ class _Op:
             raise BundleError(f"{at} has a requantization when its rounding is multiply, only then")
 
 
+def _padding(before: _Field, after: _Field | None = None) -> _Record:
+    return _Record({"before": before, "after": after or before})
+
+
 _SIZE = _Integer(0, MOST_ELEMENTS)
 _RANK = 16
 _AXIS = _Integer(0, _RANK - 1)
 _INT32_FIELD = _Integer(_INT32_MIN, _INT32_MAX)
 _INT64 = _Integer(-(2**63), 2**63 - 1)
 _SHAPE = _List(_OrNull(_SIZE), 0, _RANK)
-_NAME = _Text()
+_NAME = _text()
 _FROM_ONE = _List(_Integer(1, _INT32_MAX), 1, 3)
 _FROM_ZERO = _List(_SIZE, 1, 3)
 _PAIR = _List(_Integer(1, _INT32_MAX), 2, 2)
-_PAIR_PADDING = _Record({"before": _List(_SIZE, 2, 2), "after": _List(_SIZE, 2, 2)})
-_RULE = _OneOf(tuple(_RULES))
+_PAIR_PADDING = _padding(_List(_SIZE, 2, 2))
+_RULE = _one_of(*_RULES)
 # The rule int64_one_rounding takes left shifts of up to 7 only: see _check_factors.
 _MULTIPLIER, _SHIFT = _Integer(0, _INT32_MAX), _Integer(-31, 30)
 _FACTOR = _Record({"rule": _RULE, "multiplier": _MULTIPLIER, "shift": _SHIFT})
@@ -1212,12 +1192,14 @@ _WEIGHTED: dict[str, _Field] = {
     **_CLAMP,
 }
 _BOTH_SCALED: dict[str, _Field] = {"requantization_a": _FACTOR, "requantization_b": _FACTOR}
+_EXTREMUM: dict[str, _Field] = {**_BOTH_SCALED, **_CLAMP}
+_TO_SHAPE: dict[str, _Field] = {"shape": _List(_Integer(-1, MOST_ELEMENTS), 0, _RANK)}
 _OF_EVERY_OP: dict[str, _Field] = {
     "name": _NAME,
-    "module": _Text(0),
-    "source": _Text(0),
-    "family": _Text(0),
-    "op": _Text(),
+    "module": _text(0),
+    "source": _text(0),
+    "family": _text(0),
+    "op": _text(),
     "inputs": _List(_NAME, 1),
     "output": _NAME,
 }
@@ -1235,27 +1217,24 @@ class _Kind(NamedTuple):
         fields: Of its entry, besides those of every op.
         inputs: How many there may be, at least and at most.
         moves: Whether its result holds integers of its inputs, and padding, in their scale.
-        factors: What its multipliers and shifts stand for.
-        extremes: Of its accumulator.
+        factors: What its multipliers and shifts stand for, if it has any.
+        extremes: Of its accumulator, if it has one.
     """
 
     compute: Callable[[Call], Array]
-    sizes: Callable[[Mapping[str, Any], Sequence[Sizes], Sequence[int]], Sizes]
+    sizes: Callable[[Op, Sequence[Sizes], Sequence[int]], Sizes]
     fields: Mapping[str, _Field]
     inputs: tuple[int, int] = (1, 1)
     moves: bool = False
-    factors: Callable[[_Operands], Factors] = _no_factors
-    extremes: Callable[[_Operands], Extremes] = _no_extremes
+    factors: Callable[[_Operands], Factors] | None = None
+    extremes: Callable[[_Operands], Extremes] | None = None
 
     @property
     def record(self) -> _Record:
         """All fields of its entry."""
-        sums = {} if self.extremes is _no_extremes else _ACCUMULATOR
+        sums = {} if self.extremes is None else _ACCUMULATOR
         # A pool on one grid divides; products over a size that is not known have no bound.
-        optional = {
-            "accumulator",
-            *(() if self.compute is not _avg_pool2d else ("requantization",)),
-        }
+        optional = {"accumulator", *(["requantization"] if self.compute is _avg_pool2d else [])}
         return _Record({**_OF_EVERY_OP, **self.fields, **sums}, frozenset(optional))
 
 
@@ -1265,7 +1244,7 @@ _OPS: Mapping[str, _Kind] = {
         _conv_sizes,
         {
             "stride": _FROM_ONE,
-            "padding": _Record({"before": _FROM_ZERO, "after": _FROM_ZERO}),
+            "padding": _padding(_FROM_ZERO),
             "dilation": _FROM_ONE,
             "groups": _Integer(1, MOST_ELEMENTS),
             **_WEIGHTED,
@@ -1278,12 +1257,7 @@ _OPS: Mapping[str, _Kind] = {
         _conv_transpose_sizes,
         {
             "stride": _FROM_ONE,
-            "crop": _Record(
-                {
-                    "before": _FROM_ZERO,
-                    "after": _List(_Integer(-MOST_ELEMENTS, MOST_ELEMENTS), 1, 3),
-                }
-            ),
+            "crop": _padding(_FROM_ZERO, _List(_Integer(-MOST_ELEMENTS, MOST_ELEMENTS), 1, 3)),
             "dilation": _FROM_ONE,
             "groups": _Integer(1, MOST_ELEMENTS),
             **_WEIGHTED,
@@ -1306,40 +1280,24 @@ _OPS: Mapping[str, _Kind] = {
         ),
     ),
     "mul": _Kind(
-        _mul,
-        _elementwise_sizes,
-        _SCALED,
-        (2, 2),
-        factors=_product_factors,
-        extremes=_mul_extremes,
+        _mul, _elementwise_sizes, _SCALED, (2, 2), factors=_product_factors, extremes=_mul_extremes
     ),
     "matmul": _Kind(
-        _matmul,
-        _matmul_sizes,
-        _SCALED,
-        (2, 2),
-        factors=_product_factors,
-        extremes=_matmul_extremes,
+        _matmul, _matmul_sizes, _SCALED, (2, 2), factors=_product_factors, extremes=_matmul_extremes
     ),
     "requantize": _Kind(_requantize, _same_sizes, _SCALED, factors=_ratio_factors),
     "clamp": _Kind(_clamp, _same_sizes, _CLAMP),
     "table": _Kind(_table, _table_sizes, {"axis": _OrNull(_AXIS), "table": _Table(_INT32_FIELD)}),
     **dict.fromkeys(
         ("maximum", "minimum"),
-        _Kind(
-            _extremum,
-            _elementwise_sizes,
-            {**_BOTH_SCALED, **_CLAMP},
-            (2, 2),
-            factors=_extremum_factors,
-        ),
+        _Kind(_extremum, _elementwise_sizes, _EXTREMUM, (2, 2), factors=_extremum_factors),
     ),
     "mean": _Kind(
         _mean,
         _mean_sizes,
         {
             "axes": _List(_AXIS, 1, _RANK),
-            "keepdims": _Boolean(),
+            "keepdims": _BOOLEAN,
             "count": _Integer(1, MOST_ELEMENTS),
             **_SCALED,
         },
@@ -1353,8 +1311,8 @@ _OPS: Mapping[str, _Kind] = {
             "kernel": _PAIR,
             "stride": _PAIR,
             "padding": _PAIR_PADDING,
-            "count_padding": _Boolean(),
-            "rounding": _OneOf(("divide_half_away", "multiply")),
+            "count_padding": _BOOLEAN,
+            "rounding": _one_of("divide_half_away", "multiply"),
             "requantization": _COUNTED,
             **_CLAMP,
         },
@@ -1370,7 +1328,7 @@ _OPS: Mapping[str, _Kind] = {
     "pad": _Kind(
         lambda call: _pad(call.inputs[0], call.op, call.infos[0].zero_point),
         _pad_sizes,
-        {"padding": _Record({"before": _List(_SIZE, 0, _RANK), "after": _List(_SIZE, 0, _RANK)})},
+        {"padding": _padding(_List(_SIZE, 0, _RANK))},
         moves=True,
     ),
     "cat": _Kind(
@@ -1381,12 +1339,7 @@ _OPS: Mapping[str, _Kind] = {
         moves=True,
     ),
     "identity": _Kind(lambda call: call.inputs[0], _same_sizes, {}, moves=True),
-    "reshape": _Kind(
-        _reshape,
-        _reshape_sizes,
-        {"shape": _List(_Integer(-1, MOST_ELEMENTS), 0, _RANK)},
-        moves=True,
-    ),
+    "reshape": _Kind(_reshape, _reshape_sizes, _TO_SHAPE, moves=True),
     "permute": _Kind(
         lambda call: call.inputs[0].transpose(call.op["axes"]),
         _permute_sizes,
@@ -1410,21 +1363,16 @@ _OPS: Mapping[str, _Kind] = {
         {"axis": _AXIS, "index": _Integer(-MOST_ELEMENTS, MOST_ELEMENTS)},
         moves=True,
     ),
-    "expand": _Kind(
-        _expand,
-        _expand_sizes,
-        {"shape": _List(_Integer(-1, MOST_ELEMENTS), 0, _RANK)},
-        moves=True,
-    ),
+    "expand": _Kind(_expand, _expand_sizes, _TO_SHAPE, moves=True),
 }
 
 _TENSOR = _Record(
     {
-        "kind": _OneOf(("activation", "weight", "bias", "constant")),
-        "dtype": _OneOf(("int8", "int16", "int32")),
+        "kind": _one_of("activation", "weight", "bias", "constant"),
+        "dtype": _one_of("int8", "int16", "int32"),
         "bits": _Integer(1, 32),
         "shape": _SHAPE,
-        "scale": _Record({"bits": _OneOrList(_Digits(8)), "decimal": _OneOrList(_Positive())}),
+        "scale": _Record({"bits": _OneOrList(_digits(8)), "decimal": _OneOrList(_POSITIVE)}),
         "axis": _OrNull(_AXIS),
         "zero_point": _INT32_FIELD,
         "quant_min": _INT32_FIELD,
@@ -1433,17 +1381,17 @@ _TENSOR = _Record(
 )
 _DOCUMENT = _Record(
     {
-        "format": _OneOf((FORMAT,)),
+        "format": _one_of(FORMAT),
         "version": _Integer(1, VERSION),
-        "checksum": _Digits(64),
-        "arithmetic": _OneOf(("fixed_point",)),
-        "weights": _Record({"file": _Text(), "sha256": _Digits(64)}),
+        "checksum": _digits(64),
+        "arithmetic": _one_of("fixed_point"),
+        "weights": _Record({"file": _text(), "sha256": _digits(64)}),
         "inputs": _List(
             _Record(
                 {
                     "name": _NAME,
-                    "dtype": _OneOf(("float32",)),
-                    "rule": _OneOf(("divide_float32_half_away",)),
+                    "dtype": _one_of("float32"),
+                    "rule": _one_of("divide_float32_half_away"),
                     "shape": _SHAPE,
                     "tensors": _List(_NAME),
                 }
@@ -1453,8 +1401,8 @@ _DOCUMENT = _Record(
             _Record(
                 {
                     "tensor": _NAME,
-                    "dtype": _OneOf(("float32",)),
-                    "rule": _OneOf(("multiply_float64",)),
+                    "dtype": _one_of("float32"),
+                    "rule": _one_of("multiply_float64"),
                     "shape": _SHAPE,
                 }
             )
@@ -1609,7 +1557,7 @@ def _check_range(at: str, array: Array, info: TensorInfo) -> None:
 
 
 def _operands(
-    op: Mapping[str, Any],
+    op: Op,
     tensors: Mapping[str, TensorInfo],
     constants: Mapping[str, Array],
     known: Mapping[str, Sizes],
@@ -1642,7 +1590,7 @@ def _operands(
     )
 
 
-def _result(op: Mapping[str, Any], inputs: Sequence[Sizes], weight: Sequence[int]) -> Sizes:
+def _result(op: Op, inputs: Sequence[Sizes], weight: Sequence[int]) -> Sizes:
     """Sizes of the result of an op.
 
     Raises:
@@ -1679,9 +1627,9 @@ def _check_numbers(call: _Operands) -> None:
         _check_table(call)
     if call.weight is not None:
         _check_weighted(call)
-    for key, reals in kind.factors(call).items():
+    for key, reals in (kind.factors(call) if kind.factors else {}).items():
         _check_factors(op[key], reals, key)
-    extremes = kind.extremes(call)
+    extremes = kind.extremes(call) if kind.extremes else None
     if extremes is not None:
         bits = _signed_bits(*extremes)
         # Never above 64: factors have 16 and 17 bits, and there are 2**28 of them.
@@ -1905,7 +1853,7 @@ class NumpyReference:
             except BundleError as exc:
                 raise BundleError(f"{op['name']} ({op['op']}): {exc}") from exc
 
-    def _compute(self, op: Mapping[str, Any], values: Mapping[str, Array]) -> Array:
+    def _compute(self, op: Op, values: Mapping[str, Array]) -> Array:
         call = Call(
             op,
             [values[name] for name in op["inputs"]],
