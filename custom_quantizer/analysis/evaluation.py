@@ -487,23 +487,13 @@ def _batch_limits(model: Model) -> tuple[int, int | None]:
 
 def _record(score: ModelScore) -> dict[str, Any]:
     return {
-        "name": score.name,
-        "samples": score.samples,
-        "correct": score.correct,
+        **asdict(score),
         "top1": score.top1,
-        "correct5": score.correct5,
         "top5": score.top5,
-        "agreeing": score.agreeing,
         "agreement": score.agreement,
-        "tied": score.tied,
-        "slices": list(score.slices),
         "against_first": _difference_record(score.against_first),
         "metrics": [
-            {
-                "name": metric.name,
-                "value": metric.value,
-                "against_first": _difference_record(metric.against_first),
-            }
+            {**asdict(metric), "against_first": _difference_record(metric.against_first)}
             for metric in score.metrics
         ],
     }

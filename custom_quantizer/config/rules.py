@@ -92,7 +92,7 @@ def _names(node: Node, scope: Scope) -> Iterable[str]:
         return (node.name,) if original is None else (node.name, original)
     if scope is Scope.OPERATOR_TYPE:
         captured = node.meta.get("original_target", node.target)
-        return (target_name(captured), target_name(node.target))
+        return (str(captured), str(node.target))
     stack = module_stack(node)
     if scope is Scope.MODULE_TYPE:
         return [kind for _, kind in stack]
@@ -151,11 +151,6 @@ _MOST_HINTS = 20
 _LONGEST_WORD = 200
 
 
-def target_name(target: Any) -> str:
-    """``aten.conv2d.default`` for an overload."""
-    return str(target)
-
-
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
     """``; did you mean a, b or c?``, or nothing when nothing is near."""
     if len(word) > _LONGEST_WORD:  # difflib takes the square of the length
@@ -172,12 +167,12 @@ def operator_names(operator_type: Any) -> list[str]:
     """
     # Families also claim Python functions (getitem), which have no name to write in a file.
     targets = {*known_targets(), *decompositions.REWRITTEN, *LEGALIZATIONS}
-    known = {target_name(t) for t in targets if isinstance(t, torch._ops.OpOverload)}
+    known = {str(t) for t in targets if isinstance(t, torch._ops.OpOverload)}
     overloads = getattr(operator_type, "overloads", None)
     if overloads is not None:  # an OpOverloadPacket: all its overloads that are known
-        names = [target_name(getattr(operator_type, o)) for o in overloads()]
+        names = [str(getattr(operator_type, o)) for o in overloads()]
     else:
-        names = [target_name(operator_type)]
+        names = [str(operator_type)]
     names = [name for name in names if _functional_name(name) in known]
     if not names:
         raise ConfigError(

@@ -155,6 +155,16 @@ class QParams:
         """Width of the stored integers, as signed ones."""
         return signed_bits(self.quant_min, self.quant_max)
 
+    @property
+    def offsets(self) -> tuple[int, int]:
+        """Smallest and largest value of ``q - zero_point``."""
+        return self.quant_min - self.zero_point, self.quant_max - self.zero_point
+
+    @property
+    def reach(self) -> int:
+        """Largest absolute value of ``q - zero_point``."""
+        return max(map(abs, self.offsets))
+
     def same_grid(self, other: QParams) -> bool:
         """Whether equal integers stand for equal reals: same scale and zero point, any range."""
         mine, theirs = self._key(), other._key()

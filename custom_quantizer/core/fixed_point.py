@@ -343,7 +343,7 @@ class FixedPointArithmetic(Arithmetic):
         offset_b = as_integers(b, "The second operand") - qb.zero_point
         multiply = (
             multiply_by_quantized_multiplier
-            if _largest_offset(qa) * _largest_offset(qb) <= INT32[1]
+            if qa.reach * qb.reach <= INT32[1]
             else multiply_by_quantized_multiplier_int64
         )
         scaled = multiply(offset_a * offset_b, multiplier, shift)
@@ -416,10 +416,6 @@ class FixedPointArithmetic(Arithmetic):
         else:
             mean = multiply_by_quantized_multiplier_int64(offset, scaled, shift - extra)
         return store(mean.to(torch.int64) + dst.zero_point, dst)
-
-
-def _largest_offset(q: QParams) -> int:
-    return max(q.quant_max - q.zero_point, q.zero_point - q.quant_min)
 
 
 FIXED_POINT: Arithmetic = FixedPointArithmetic()

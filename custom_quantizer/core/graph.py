@@ -73,11 +73,12 @@ DEQUANTIZE_GROUPED = torch.ops.torchao.dequantize_affine.default
 _QUANTIZE = (QUANTIZE_PER_TENSOR, QUANTIZE_PER_CHANNEL, _q.quantize_per_tensor.tensor)
 _DEQUANTIZE = (DEQUANTIZE_PER_TENSOR, DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_DYNAMIC)
 
-_ASSERTIONS = (
+ASSERTIONS = (
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten.sym_size.int,
 )
+"""Checks and size queries: they compute nothing of the network."""
 
 
 def is_quantize(node: object) -> bool:
@@ -243,7 +244,7 @@ def reads_sizes(node: Node) -> bool:
 
 def effective_users(node: Node) -> list[Node]:
     """Users of the value; checks and size queries do not count."""
-    return [user for user in node.users if user.target not in _ASSERTIONS]
+    return [user for user in node.users if user.target not in ASSERTIONS]
 
 
 def written_inputs(node: Node) -> list[Node]:

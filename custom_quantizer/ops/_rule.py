@@ -196,10 +196,6 @@ Target = Any
 Integers = Sequence[Tensor]
 
 
-def _always(_match: PatternMatch, _scheme: OpScheme) -> Verdict:
-    return ACCEPTED
-
-
 class Trait(Enum):
     """What planning has to know of a family beyond its integers."""
 
@@ -242,7 +238,7 @@ class OpRule:
     sharing: QParamSharing = QParamSharing.OWN
     fuses: frozenset[str] = frozenset()
     bounds: Callable[[Node], tuple[float | None, float | None]] | None = None
-    accepts: Callable[[PatternMatch, OpScheme], Verdict] = _always
+    accepts: Callable[[PatternMatch, OpScheme], Verdict] = lambda _match, _scheme: ACCEPTED
     traits: frozenset[Trait] = frozenset()
     title: str = ""
     cases: tuple[Case, ...] = field(default=(), repr=False)

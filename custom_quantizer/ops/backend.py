@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -92,22 +92,6 @@ class Delegation:
     caution: str = ""
 
 
-def _any_scheme(_match: PatternMatch, _scheme: OpScheme) -> Verdict:
-    return ACCEPTED
-
-
-def _any_scales(_op: QuantizedOp) -> Verdict:
-    return ACCEPTED
-
-
-def _any_spelling(_match: PatternMatch) -> str:
-    return ""
-
-
-def _as_asked(scheme: OpScheme, _match: PatternMatch) -> TensorScheme:
-    return scheme.weight
-
-
 @dataclass(frozen=True)
 class Support:
     """What a backend does with one op family.
@@ -129,23 +113,15 @@ class Support:
     """
 
     delegation: Callable[[PatternMatch, Formats], Delegation]
-    refuses: Callable[[PatternMatch], str] = _any_spelling
-    accepts: Callable[[PatternMatch, OpScheme], Verdict] = _any_scheme
-    runs: Callable[[QuantizedOp], Verdict] = _any_scales
+    refuses: Callable[[PatternMatch], str] = lambda _match: ""
+    accepts: Callable[[PatternMatch, OpScheme], Verdict] = lambda _match, _scheme: ACCEPTED
+    runs: Callable[[QuantizedOp], Verdict] = lambda _op: ACCEPTED
     requires_symmetric: frozenset[int] = frozenset()
     fuses: bool = True
-    weight: Callable[[OpScheme, PatternMatch], TensorScheme] = _as_asked
+    weight: Callable[[OpScheme, PatternMatch], TensorScheme] = lambda scheme, _match: scheme.weight
     weight_reason: str = ""
     integers: Callable[[QuantizedOp, Integers, Arithmetic], Tensor] | None = None
     float_reason: str = ""
-
-
-def _any_tensor(_node: Node) -> str:
-    return ""
-
-
-def _no_rewrites(_model: GraphModule, _training: bool) -> None:
-    return None
 
 
 _ANY_BIAS = BiasLimits(WIDE_BIAS, WIDE_BIAS)
@@ -168,9 +144,6 @@ class Backend:
         legalize: rewrites of a captured graph that this backend needs; told whether parameters
             are trained.
         refuses_tensor: why no kernel takes a tensor, whatever the op; empty: they do.
-        lower: from a converted graph and an example to a checked program.
-        load: a program from its file.
-        read_back: what a program's bytes hold.
     """
 
     name: str
@@ -182,11 +155,8 @@ class Backend:
     outside: Kernel | None = None
     wide: Kernel | None = None
     limits: BiasLimits = _ANY_BIAS
-    legalize: Callable[[GraphModule, bool], object] = _no_rewrites
-    refuses_tensor: Callable[[Node], str] = _any_tensor
-    lower: Callable[..., Any] | None = field(default=None, repr=False)
-    load: Callable[..., Any] | None = field(default=None, repr=False)
-    read_back: Callable[..., Any] | None = field(default=None, repr=False)
+    legalize: Callable[[GraphModule, bool], object] = lambda _model, _training: None
+    refuses_tensor: Callable[[Node], str] = lambda _node: ""
 
     def support(self, rule: OpRule) -> Support:
         """What becomes of a family; for one without an entry, that it is float."""

@@ -122,9 +122,8 @@ def _accumulate(op: QuantizedOp, data: Tensor, contract: Callable[..., Tensor]) 
     2**53 (float64), exact in any order. The worst case over all inputs decides the type.
     """
     (qx,) = op.inputs
-    reach = max(abs(qx.quant_max - qx.zero_point), abs(qx.quant_min - qx.zero_point))
     largest_bias = 0 if op.bias is None else int(op.bias.to(torch.int64).abs().max())
-    bound = reach * _largest_row(op) + largest_bias
+    bound = qx.reach * _largest_row(op) + largest_bias
     dtype = next((dtype for dtype, limit in _EXACT if bound < limit), None)
     if dtype is None:
         raise ConversionError(

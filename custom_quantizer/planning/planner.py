@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.config.rules import Config, Decision, returned_nodes, target_name
+from custom_quantizer.config.rules import Config, Decision, nearest, returned_nodes
 from custom_quantizer.core.formats import IntFormat
 from custom_quantizer.core.graph import (
     FOLDED_KEY,
@@ -28,6 +28,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
 from custom_quantizer.core.text_table import table_lines
+from custom_quantizer.errors import ConfigError
 from custom_quantizer.ops import (
     OF_TARGET,
     Formats,
@@ -202,9 +203,6 @@ class Plan:
         Raises:
             ConfigError: there is none.
         """
-        from custom_quantizer.config.rules import nearest
-        from custom_quantizer.errors import ConfigError
-
         for op in self.parts:
             if node in (op.node, op.fused):
                 return op
@@ -443,7 +441,7 @@ def _settle(op: _Op, backend: Backend) -> None:
     if op.reason:
         return
     if op.rule is None:
-        op.reason = f"no integer form of {target_name(op.node.target)} is known"
+        op.reason = f"no integer form of {op.node.target} is known"
         if isinstance(op.node.target, torch._ops.HigherOrderOperator):
             op.reason = f"{op.node.target} is control flow: the graphs it runs stay in float"
         return
@@ -777,7 +775,7 @@ class _Annotator:
             fused=op.fused.name if op.fused is not None else None,
             path=module_path(op.node),
             family=op.rule.family if op.rule is not None else None,
-            target=target_name(op.node.target),
+            target=str(op.node.target),
             scheme=scheme,
             reason=op.reason,
             placement=kernel.placement.value,
@@ -902,7 +900,7 @@ def _joined(found: list[tuple[Node, OpPlan]]) -> OpPlan:
         fused=plans[-1].fused,
         path=first.path,
         family=None if rule is None else rule.family,
-        target=target_name(target),
+        target=str(target),
         scheme=scheme,
         reason=decisive.reason,
         placement=placement,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from custom_quantizer.core.arithmetic import QParams, accumulator_bits
+from custom_quantizer.core.arithmetic import accumulator_bits
 from custom_quantizer.core.formats import signed_bits
 from custom_quantizer.core.graph import argument, module_path, shape_of
 from custom_quantizer.ops import QuantizedOp
@@ -86,7 +86,7 @@ def accumulator_of(op: QuantizedOp) -> Accumulator | None:
             bias=op.bias,
         )
         return _accumulator(op, bits, 64 if op.is_wide else 32)
-    extremes = [_offsets(q) for q in op.inputs]
+    extremes = [q.offsets for q in op.inputs]
     if family == "mul":
         products = [a * b for a in extremes[0] for b in extremes[1]]
         return _accumulator(op, signed_bits(min(products), max(products)), mul_width(op))
@@ -126,12 +126,7 @@ def left_shift(op: QuantizedOp) -> int:
 
 def mul_width(op: QuantizedOp) -> int:
     """Bits of the accumulator of a product: 64 where 32 could overflow."""
-    reach = math.prod(max(-low, high) for low, high in map(_offsets, op.inputs))
-    return 32 if reach < 1 << 31 else 64
-
-
-def _offsets(q: QParams) -> tuple[int, int]:
-    return q.quant_min - q.zero_point, q.quant_max - q.zero_point
+    return 32 if math.prod(q.reach for q in op.inputs) < 1 << 31 else 64
 
 
 def _summed(op: QuantizedOp) -> int | None:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import derived_scale
 from custom_quantizer.core.graph import (
+    ASSERTIONS,
     constant_of,
     describe,
     effective_users,
@@ -35,14 +36,6 @@ from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.movement import GETITEM, SPLIT
 
 __all__ = ["ConvertedGraph", "FloatOp", "read_converted"]
-
-_CHECKS = frozenset(
-    {
-        torch.ops.aten._assert_tensor_metadata.default,
-        torch.ops.aten._assert_scalar.default,
-        torch.ops.aten.sym_size.int,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ def read_converted(model: GraphModule, backend: BackendLike = "xnnpack") -> Conv
     floating: list[FloatOp] = []
     consumed: set[Node] = set()
     for node in model.graph.nodes:
-        if node.op != "call_function" or node.target in _CHECKS or node in consumed:
+        if node.op != "call_function" or node.target in ASSERTIONS or node in consumed:
             continue
         if is_quantize(node) or is_dequantize(node) or is_run_time_quantization(node):
             continue

@@ -91,25 +91,11 @@ _QUANTIZED = _names(
 )
 _TORCHAO = frozenset({"dequantize_affine.default"})
 
+_OPERATORS = _names("add eq floordiv ge gt le lt mod mul ne neg sub truediv")
+_OF_SIZES = _names("sym_float sym_max sym_min sym_not sym_sum")
 SYMBOLIC: Mapping[str, Callable[..., Any]] = {
-    "operator.add": operator.add,
-    "operator.eq": operator.eq,
-    "operator.floordiv": operator.floordiv,
-    "operator.ge": operator.ge,
-    "operator.gt": operator.gt,
-    "operator.le": operator.le,
-    "operator.lt": operator.lt,
-    "operator.mod": operator.mod,
-    "operator.mul": operator.mul,
-    "operator.ne": operator.ne,
-    "operator.neg": operator.neg,
-    "operator.sub": operator.sub,
-    "operator.truediv": operator.truediv,
-    "torch.sym_float": torch.sym_float,
-    "torch.sym_max": torch.sym_max,
-    "torch.sym_min": torch.sym_min,
-    "torch.sym_not": torch.sym_not,
-    "torch.sym_sum": torch.sym_sum,
+    **{f"operator.{name}": getattr(operator, name) for name in _OPERATORS},
+    **{f"torch.{name}": getattr(torch, name) for name in _OF_SIZES},
 }
 """Arithmetic on sizes."""
 

@@ -1,4 +1,4 @@
-"""XNNPACK as a :class:`~custom_quantizer.ops.backend.Backend`; executorch is imported on use.
+"""XNNPACK as a :class:`~custom_quantizer.ops.backend.Backend`; executorch is not imported.
 
 XNNPACK computes on the integers of batches of images: convolutions, linear layers, pooling and
 means in two dims, and moves. So all of ``LEGALIZATIONS`` (:mod:`custom_quantizer.ops.rewrites`)
@@ -14,8 +14,6 @@ are taken; of those that are not for want of a kernel:
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
 from custom_quantizer.backends.xnnpack.kernels import (
@@ -33,24 +31,6 @@ from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS, legalize_b
 __all__ = ["BACKEND"]
 
 
-def _lower(*args: Any, **kwargs: Any) -> Any:
-    from custom_quantizer.backends.xnnpack.lowering import lower
-
-    return lower(*args, **kwargs)
-
-
-def _load(*args: Any, **kwargs: Any) -> Any:
-    from custom_quantizer.backends.xnnpack.program import load_program
-
-    return load_program(*args, **kwargs)
-
-
-def _read_back(*args: Any, **kwargs: Any) -> Any:
-    from custom_quantizer.backends.xnnpack.readback import read_program
-
-    return read_program(*args, **kwargs)
-
-
 BACKEND = Backend(
     name="xnnpack",
     title="XNNPACK",
@@ -63,7 +43,4 @@ BACKEND = Backend(
     limits=BiasLimits(MAX_EXACT_BIAS, WIDE_BIAS),
     legalize=lambda model, training: legalize_by(model, LEGALIZATIONS, training=training),
     refuses_tensor=refuses_tensor,
-    lower=_lower,
-    load=_load,
-    read_back=_read_back,
 )

@@ -20,9 +20,9 @@ from custom_quantizer.core.arithmetic import QParams, scale_of
 from custom_quantizer.core.graph import argument, is_constant, shape_of, tensor_meta
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import SchemeError
-from custom_quantizer.ops import Formats, OpRule, PatternMatch, QuantizedOp, Verdict, functions
+from custom_quantizer.ops import Formats, PatternMatch, QuantizedOp, Verdict, functions
 from custom_quantizer.ops._rule import ACCEPTED, refused
-from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
+from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL
 from custom_quantizer.ops.backend import Delegation, Kernel, Support
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
 from custom_quantizer.ops.embedding import EMBEDDING
@@ -39,13 +39,6 @@ from custom_quantizer.ops.movement import (
     SLICE,
     SPLIT,
     slice_of,
-)
-from custom_quantizer.ops.normalization import (
-    GROUP_NORM,
-    INSTANCE_NORM,
-    LAYER_NORM,
-    RMS_NORM,
-    VECTOR_NORM,
 )
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import (
@@ -383,14 +376,6 @@ def _functions() -> dict[str, Support]:
 # ---------------------------------------------------------------------------------------------
 
 
-def _in_float(rule: OpRule) -> Support:
-    """A family that XNNPACK computes in float only."""
-    return Support(
-        _always(FLOAT),
-        float_reason=f"XNNPACK has no integer {rule.noun}",
-    )
-
-
 FLOAT_TARGETS = frozenset(
     {
         aten.sin.default,
@@ -436,17 +421,6 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         PAD.family: Support(_always(FLOAT, "XNNPACK pads in float; zeros stay exact")),
         **_functions(),
         **{
-            rule.family: _in_float(rule)
-            for rule in (
-                SOFTMAX,
-                LAYER_NORM,
-                RMS_NORM,
-                GROUP_NORM,
-                INSTANCE_NORM,
-                VECTOR_NORM,
-            )
-        },
-        **{
             rule.family: Support(
                 _always(PORTABLE), float_reason=f"XNNPACK has no {rule.noun} at all"
             )
@@ -459,4 +433,5 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         ),
     }
 )
-"""By op family, what XNNPACK does with it."""
+"""By op family, what XNNPACK does with it; it computes softmax and norms, which have no entry, in
+float."""
