@@ -661,6 +661,3 @@ def _tensors(values: Sequence[object], path: Path) -> tuple[Tensor, ...]:
         if not isinstance(value, Tensor):
             raise InputError(f"{path} holds {type(value).__name__} where a tensor should be")
     return tuple(cast("Sequence[Tensor]", values))
-
-
-# --- shared ---------------------------------------------------------------------------------

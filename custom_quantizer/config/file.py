@@ -460,14 +460,8 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
 def _to_config(file: ConfigFile, document: Document) -> Config:
     rules: list[Rule] = []
     if "global_" in file.model_fields_set:
-        rules.append(
-            Rule(
-                Scope.GLOBAL,
-                "",
-                cast("OpScheme | None", file.global_),
-                document.source(("global",)),
-            )
-        )
+        overall = cast("OpScheme | None", file.global_)
+        rules.append(Rule(Scope.GLOBAL, "", overall, document.source(("global",))))
     for index, entry in enumerate(file.rules):
         (selector,) = entry.model_fields_set - {"scheme"}
         line = document.source(("rules", index))
@@ -534,31 +528,27 @@ def _translate(error: ErrorDetails, document: Document) -> Mistake:
     if kind == "string_type":
         hint = document.quote_hint(path) if path[-1] in _SELECTORS else ""
         return Mistake(path, f"must be text, not {shown}{hint}")
-    if kind == "greater_than_equal":
-        return Mistake(path, f"must be at least {context['ge']}, not {shown}")
-    if kind == "too_long":
-        most, actual = context["max_length"], context["actual_length"] or "more"
-        return Mistake(path, f"at most {most:,} entries are read, not {actual}")
-    if kind == "string_too_long":
-        return Mistake(path, f"at most {context['max_length']:,} characters are read")
-    if kind == "less_than_equal":
-        return Mistake(path, f"must be at most {context['le']}, not {shown}")
-    if kind == "literal_error":
-        return Mistake(path, f"must be {context['expected']}, not {shown}")
-    if kind in _KINDS:
-        return Mistake(path, f"must be {_KINDS[kind]}, not {shown}")
+    if kind == "too_long" and context["actual_length"] is None:
+        context = {**context, "actual_length": "more"}
+    if kind in _SAID:
+        return Mistake(path, _SAID[kind].format(**context, shown=shown))
     text = error["msg"]
     return Mistake(path, f"{text[:1].lower()}{text[1:]}, got {shown}")
 
 
-_KINDS = {
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "list_type": "a list of rules",
-    "model_type": "a mapping",
-    "scheme_kind": "the name of a scheme, a mapping or null",
-    "format_kind": "the name of a format, or a mapping from names to formats",
-    "string_too_short": "a name",
+_SAID = {
+    "greater_than_equal": "must be at least {ge}, not {shown}",
+    "less_than_equal": "must be at most {le}, not {shown}",
+    "literal_error": "must be {expected}, not {shown}",
+    "too_long": "at most {max_length:,} entries are read, not {actual_length}",
+    "string_too_long": "at most {max_length:,} characters are read",
+    "bool_type": "must be true or false, not {shown}",
+    "int_type": "must be a whole number, not {shown}",
+    "list_type": "must be a list of rules, not {shown}",
+    "model_type": "must be a mapping, not {shown}",
+    "scheme_kind": "must be the name of a scheme, a mapping or null, not {shown}",
+    "format_kind": "must be the name of a format, or a mapping from names to formats, not {shown}",
+    "string_too_short": "must be a name, not {shown}",
 }
 _MISSING = {"scheme": ": name one, or write null to leave the selected ops in float"}
 

@@ -250,9 +250,7 @@ class _Writer:
             value = constant_of(model, node)
         except Exception as error:
             raise FormatError(f"{describe(node)} reads {name!r}, which is no tensor") from error
-        held: Any = model
-        for part in name.split("."):
-            held = getattr(held, part)
+        held = operator.attrgetter(name)(model)
         key = self._known.get(id(held))
         if key is None:
             key = self._known[id(held)] = f"c{len(self._known)}"
@@ -549,13 +547,11 @@ def _plain(entry: Any, where: str) -> Any:
     raise FormatError(f"{where}: {str(entry)[:80]!r} is no value")
 
 
-def _spec_of(entry: Any, depth: int = 0) -> TreeSpec:
-    if depth > _DEEPEST:
-        raise FormatError("inputs or outputs nested too deep")
-    return pytree.tree_structure(_tree_of(entry, depth))
+def _spec_of(entry: Any) -> TreeSpec:
+    return pytree.tree_structure(_tree_of(entry))
 
 
-def _tree_of(entry: Any, depth: int) -> Any:
+def _tree_of(entry: Any, depth: int = 0) -> Any:
     if depth > _DEEPEST:
         raise FormatError("inputs or outputs nested too deep")
     if entry == "*":
@@ -726,9 +722,7 @@ class _Sizes:
         if node.op == "output":
             return args[0]
         if node.op == "get_attr":
-            held: Any = model
-            for part in str(node.target).split("."):
-                held = getattr(held, part)
+            held = operator.attrgetter(str(node.target))(model)
             if isinstance(held, GraphModule):
                 return held
             return self._mode.from_tensor(held, static_shapes=True)
