@@ -21,6 +21,7 @@ from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.run import GraphInputs
+from custom_quantizer.core.arithmetic import along
 from custom_quantizer.core.graph import size_bounds, state_of, tensor_meta
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, first_line
@@ -143,11 +144,7 @@ def _on_grid(observer: nn.Module, x: Tensor) -> Tensor:
         if observer.scheme.group_size is not None:
             grouped = x.reshape(len(x), -1, observer.scheme.group_size)
             return _rounded(grouped, found.unsqueeze(-1)).reshape(x.shape)
-        if found.dim():
-            shape = [1] * x.dim()
-            shape[observer.ch_axis] = -1
-            found = found.reshape(shape)
-        scale = found
+        scale = along(found, observer.ch_axis, x)
     elif not isinstance(observer, ActivationObserver) or x.numel() == 0:
         return x  # a bias is rounded far more finely than anything else
     elif observer.is_dynamic:

@@ -34,6 +34,7 @@ __all__ = [
     "input_tuples",
     "is_constant",
     "is_dequantize",
+    "is_empty",
     "is_quantize",
     "is_run_time_quantization",
     "is_static",
@@ -140,6 +141,12 @@ def tensor_meta(node: Node) -> torch.Tensor | None:
         node = cast(Node, node.args[0])
         value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
+
+
+def is_empty(node: Node) -> bool:
+    """Whether the tensor of ``node`` has no elements."""
+    meta = tensor_meta(node)
+    return meta is not None and any(isinstance(size, int) and size == 0 for size in meta.shape)
 
 
 def check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:

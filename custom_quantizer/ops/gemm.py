@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from custom_quantizer.core.arithmetic import Arithmetic
+from custom_quantizer.core.arithmetic import Arithmetic, along
 from custom_quantizer.core.graph import argument, describe, is_constant, tensor_meta
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.errors import ConversionError
@@ -132,9 +132,7 @@ def _accumulate(op: QuantizedOp, data: Tensor, contract: Callable[..., Tensor]) 
         )
     acc = contract((data - qx.zero_point).to(dtype), cast(Tensor, op.weight))
     if op.bias is not None:
-        shape = [1] * acc.dim()
-        shape[-1 if op.match.rule is LINEAR else 1] = -1
-        acc += op.bias.to(dtype).reshape(shape)
+        acc += along(op.bias.to(dtype), -1 if op.match.rule is LINEAR else 1, acc)
     return acc
 
 

@@ -22,6 +22,7 @@ from custom_quantizer.core.graph import (
     describe,
     effective_users,
     is_constant,
+    is_empty,
     module_path,
     tensor_meta,
 )
@@ -598,16 +599,11 @@ def _left_in_float(op: _Op, backend: Backend) -> bool:
             op.reason = f"{describe(tensor)} is {meta.dtype}; only float32 tensors are quantized"
             op.reason += _to_float(meta)
             return True
-    refusal = backend.refuses_tensor(op.node) if _is_empty(op.node) else ""
+    refusal = backend.refuses_tensor(op.node) if is_empty(op.node) else ""
     if refusal:
         op.reason = f"its result {refusal}"
         return True
     return False
-
-
-def _is_empty(node: Node) -> bool:
-    meta = tensor_meta(node)
-    return meta is not None and any(isinstance(size, int) and size == 0 for size in meta.shape)
 
 
 def _follow_producers(

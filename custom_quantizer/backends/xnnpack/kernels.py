@@ -17,7 +17,7 @@ from torch.fx import Node
 from custom_quantizer.backends.xnnpack.arithmetic import xnnpack_add_parameters, xnnpack_multiplier
 from custom_quantizer.backends.xnnpack.tables import gelu_integers, silu_integers
 from custom_quantizer.core.arithmetic import QParams, scale_of
-from custom_quantizer.core.graph import argument, is_constant, shape_of, tensor_meta
+from custom_quantizer.core.graph import argument, is_constant, is_empty, shape_of, tensor_meta
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import SchemeError
 from custom_quantizer.ops import Formats, PatternMatch, QuantizedOp, Verdict, functions
@@ -101,16 +101,11 @@ def _legal(parameters: Callable[[], object]) -> Verdict:
     return ACCEPTED
 
 
-def _is_empty(node: Node) -> bool:
-    meta = tensor_meta(node)
-    return meta is not None and any(isinstance(size, int) and size == 0 for size in meta.shape)
-
-
 def refuses_tensor(node: Node) -> str:
     """Why no kernel takes a tensor."""
     meta = tensor_meta(node)
     what = ""
-    if _is_empty(node):
+    if is_empty(node):
         what = "elements"
     elif meta is not None and meta.dim() == 0 and not is_constant(node):
         what = "dimensions"

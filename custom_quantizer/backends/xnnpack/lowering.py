@@ -292,8 +292,7 @@ def describe_program(
     rows = {
         name: _rows(rewritten.graph, edge, bare.method(name)) for name, rewritten in methods.items()
     }
-    recorded = {name: tuple(op.recorded for op in ops) for name, ops in rows.items()}
-    data = seal(data + encode(recorded, len(data)))
+    data = seal(data + encode(rows, len(data)))
     contents = read_program(data)
     contents = replace(contents, methods=(contents.method(method),))
     graph = methods[method].graph
@@ -711,9 +710,11 @@ def _row(
         path=module_path(op.node),
         family=op.match.rule.family if isinstance(op, QuantizedOp) else str(op.node.target),
         backend=backend,
+        placement=backend.placement,
+        kernel=backend.label,
         reason=reason,
         written=op.node.meta.get(ORIGINAL_NAME, op.node.name),
-        handles=frozenset(handles),
+        handles=tuple(sorted(handle for handle in handles if handle >= 0)),
         outside=tuple(dict.fromkeys(map(called, outside))),
         calls=tuple(calls[node] for node in outside if node in calls),
         has_bias=_has_bias(op),

@@ -16,7 +16,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -81,9 +81,9 @@ class RecordedOp:
     placement: Placement
     kernel: str
     reason: str
-    handles: tuple[int, ...] = ()
-    calls: tuple[int, ...] = ()
-    has_bias: bool = False
+    handles: tuple[int, ...] = field(default=(), repr=False)
+    calls: tuple[int, ...] = field(default=(), repr=False)
+    has_bias: bool = field(default=False, repr=False)
 
 
 OpsOfMethods: TypeAlias = Mapping[str, tuple[RecordedOp, ...]]

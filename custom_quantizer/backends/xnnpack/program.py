@@ -45,49 +45,17 @@ INTEGER_BACKENDS = frozenset({kernels.INT8, kernels.PACKED_INT4, kernels.INT8_CO
 """Backends whose results the integer reference gives exactly (unless inputs are dynamic)."""
 
 
-@dataclass(frozen=True)
-class OpBackend:
-    """Where and how one op of the converted graph runs.
+@dataclass(frozen=True, kw_only=True)
+class OpBackend(RecordedOp):
+    """Where and how one op of the converted graph runs: what the program records, and more.
 
     Attributes:
-        node: its anchor in the converted graph.
-        path: module path.
-        family: of the registry, or the aten overload.
         backend: where it runs.
-        reason: why it is not plain int8, empty if it is.
-        written: name of the captured call that it is a part of; its own, if it is all of it.
-        handles: debug handles of the delegate's nodes that stand for it.
         outside: ops that it calls outside delegates, such as ``aten::sort``.
-        calls: positions of these among the kernels that the program calls outside delegates.
-        has_bias: whether it adds one.
     """
 
-    node: str
-    path: str
-    family: str
     backend: Kernel
-    reason: str
-    written: str
-    handles: frozenset[int] = field(default_factory=frozenset, repr=False)
     outside: tuple[str, ...] = field(default=(), repr=False)
-    calls: tuple[int, ...] = field(default=(), repr=False)
-    has_bias: bool = field(default=False, repr=False)
-
-    @property
-    def recorded(self) -> RecordedOp:
-        """What the program's own record says of it."""
-        return RecordedOp(
-            node=self.node,
-            path=self.path,
-            family=self.family,
-            written=self.written,
-            placement=self.backend.placement,
-            kernel=self.backend.label,
-            reason=self.reason,
-            handles=tuple(sorted(handle for handle in self.handles if handle >= 0)),
-            calls=self.calls,
-            has_bias=self.has_bias,
-        )
 
 
 @dataclass(frozen=True)

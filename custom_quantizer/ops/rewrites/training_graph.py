@@ -25,7 +25,6 @@ import contextlib
 import itertools
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -80,6 +79,7 @@ MODE_NAME = "batch_norm_mode"
 _TRAINED_KEY = "custom_quantizer_trained"
 
 _BATCH_NORM_KEY = "custom_quantizer_batch_norm"
+"""Of a folded layer: its bias, and what else :func:`normalize` takes behind it."""
 
 _SMALLEST_FACTOR = 1e-8
 """A batch norm that multiplies by less cannot be undone, so it multiplies by this."""
@@ -190,21 +190,6 @@ def normalize(
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _BatchNorm:
-    """A batch norm behind a layer, its arguments by name; kept on the layer's node."""
-
-    bias: Node | None
-    gamma: Node | None
-    beta: Node | None
-    running_mean: Node
-    running_var: Node
-    momentum: float
-    eps: float
-    factor: Node
-    folded_bias: Node
-
-
 def fold_batch_norms(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
     """Fold the batch norms behind the layers that ``wanted`` selects, in place.
 
@@ -268,9 +253,8 @@ def _fold(model: GraphModule, match: PatternMatch, norm: Node, mode: Node) -> No
     args[1], args[2] = folded_weight, folded_bias
     layer.kwargs = {k: v for k, v in layer.kwargs.items() if k not in ("weight", "bias")}
     layer.args = tuple(args)
-    layer.meta[_BATCH_NORM_KEY] = _BatchNorm(
-        bias, gamma, beta, cast(Node, mean), cast(Node, var), momentum, eps, factor, folded_bias
-    )  # fmt: skip
+    rest = (bias, factor, gamma, beta, mean, var, mode, momentum, eps)
+    layer.meta[_BATCH_NORM_KEY] = folded_bias, rest
     norm.replace_all_uses_with(layer)
     model.graph.erase_node(norm)
 
@@ -410,21 +394,16 @@ def insert_normalization(model: GraphModule) -> dict[Node, tuple[Node, Node]]:
         ``(layer, folded bias)`` of every such call, also of earlier ones; whoever annotates the
         graph has to move the annotation of the layer's output to the call.
     """
-    modes = [node for node in model.graph.nodes if node.target == MODE_NAME]
     for layer in list(model.graph.nodes):
         norm = layer.meta.pop(_BATCH_NORM_KEY, None)
         if norm is None:
             continue
-        users = list(layer.users)
+        users, (folded_bias, rest) = list(layer.users), norm
         # Annotations belong to pairs of nodes: what is not to be rounded is a node of its own.
         with model.graph.inserting_before(layer):
-            exact = model.graph.node_copy(norm.folded_bias)
+            exact = model.graph.node_copy(folded_bias)
         with model.graph.inserting_after(layer):
-            call = model.graph.call_function(
-                normalize,
-                (layer, norm.folded_bias, exact, norm.bias, norm.factor, norm.gamma,
-                 norm.beta, norm.running_mean, norm.running_var, modes[0], norm.momentum, norm.eps),
-            )  # fmt: skip
+            call = model.graph.call_function(normalize, (layer, folded_bias, exact, *rest))
         call.meta = {
             key: layer.meta[key] for key in ("val", "nn_module_stack") if key in layer.meta
         }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.core.arithmetic import scale_along
 from custom_quantizer.core.formats import signed_bits
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
@@ -174,9 +175,6 @@ def dequantized_constant(model: GraphModule, dequantize: Node, before: Node) -> 
     source = cast(Node, dequantize.args[0])
     qparams = qparams_of(model, dequantize)
     integers = constant_of(model, source).to(torch.float32) - qparams.zero_point
-    scale = torch.as_tensor(qparams.scale, dtype=torch.float32)
-    if qparams.axis is not None:
-        shape = [1] * integers.dim()
-        shape[qparams.axis] = -1
-        scale = scale.reshape(shape)
-    return add_constant(model, f"{source.target}_float", integers * scale, before)
+    return add_constant(
+        model, f"{source.target}_float", integers * scale_along(qparams, integers), before
+    )
