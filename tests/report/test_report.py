@@ -541,7 +541,7 @@ def test_a_bias_of_another_scale_is_seen(lowered: LoweredProgram) -> None:
     tensors[op.bias] = dataclasses.replace(tensor, scale=scale)
     changed = dataclasses.replace(delegate, tensors=tuple(tensors))
     for contents, derived in ((delegate, True), (changed, False)):
-        row = report_module._delegate_row("linear", "forward", 0, contents, op)
+        row = report_module._delegate_row("forward", 0, contents, op)
         assert row.bias is not None
         assert row.bias.derived is derived
 
