@@ -21,9 +21,10 @@ multiply with an add would change results.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -247,13 +248,7 @@ def wrap_int32(x: Tensor) -> Tensor:
 
 def store(x: Tensor, q: QParams, bounds: Bounds | None = None) -> Tensor:
     """Saturate int64 values, zero point included, to the range of ``q`` and then to ``bounds``."""
-    stored = saturate(x, q.quant_min, q.quant_max)
-    if bounds is None:
-        return stored
-    low, high = bounds
-    if low > high:
-        raise SchemeError(f"The activation bounds [{low}, {high}] are empty")
-    return stored.clamp(low, high)
+    return _activated(saturate(x, q.quant_min, q.quant_max), bounds)
 
 
 def along(values: Tensor, axis: int, like: Tensor) -> Tensor:
@@ -314,10 +309,19 @@ def checked_count(count: int) -> int:
 
 @dataclass(frozen=True)
 class PoolWindows:
-    """The taps of a pooling window, kernel column outermost, and how many are not padding."""
+    """The taps of a pooling window, kernel column outermost, and how many of them count.
+
+    Attributes:
+        taps: one tensor for each position of the kernel.
+        counts: how many values the windows divide by.
+        rows: height of the kernel.
+        counts_padding: whether there is padding, and it counts.
+    """
 
     taps: list[Tensor]
     counts: Tensor
+    rows: int
+    counts_padding: bool
 
     def total(self) -> Tensor:
         """Sum of the taps of each window."""
@@ -358,7 +362,7 @@ def pool_windows(
     counts = torch.stack(taps_of(inside)).sum(0)
     if count_include_pad:
         counts = torch.full_like(counts, kernel_h * kernel_w)
-    return PoolWindows(taps_of(x), counts)
+    return PoolWindows(taps_of(x), counts, kernel_h, count_include_pad and any(padding))
 
 
 def float_to_integers(rounded: Tensor) -> Tensor:
@@ -463,7 +467,7 @@ def accumulator_bits(
 # The interface -----------------------------------------------------------------------------------
 
 
-class Arithmetic(Protocol):
+class Arithmetic(ABC):
     """The operators of quantized inference on stored integers, in one rounding mode.
 
     Stored integers in: any integer dtype. Stored integers out: int32, saturated to the range of
@@ -471,21 +475,21 @@ class Arithmetic(Protocol):
     All methods raise :class:`~custom_quantizer.errors.InputError` for a tensor of the wrong dtype
     or shape, and :class:`~custom_quantizer.errors.SchemeError` for parameters that the mode
     cannot compute with.
+
+    A mode writes the methods that are abstract; the others say what is the same in all modes.
+
+    Attributes:
+        name: the name :func:`get_arithmetic` knows the mode by.
+        continues_in_float32: whether accumulators may come as float32 that holds integers below
+            2**24.
     """
 
-    @property
-    def name(self) -> str:
-        """The name :func:`get_arithmetic` knows the mode by."""
-        ...
+    name: ClassVar[str]
+    continues_in_float32: ClassVar[bool] = False
 
+    @abstractmethod
     def quantize(self, x: Tensor, q: QParams) -> Tensor:
         """Store float32 reals as integers."""
-        ...
-
-    @property
-    def continues_in_float32(self) -> bool:
-        """Whether accumulators may come as float32 that holds integers below 2**24."""
-        return False
 
     def quantize_table(self, values: Tensor, q: QParams, ulps: float) -> Tensor:
         """Store the values of a function for all integers of its input, float32, without NaN.
@@ -500,9 +504,9 @@ class Arithmetic(Protocol):
         del ulps
         return self.quantize(values, q)
 
+    @abstractmethod
     def dequantize(self, x: Tensor, q: QParams) -> Tensor:
         """Give the float32 reals that stored integers stand for."""
-        ...
 
     def requantize_accumulator(
         self,
@@ -527,13 +531,25 @@ class Arithmetic(Protocol):
             bounds: Limits of a fused activation.
             accumulator_width: Bits of the accumulator, 32 or 64 (for 16-bit activations).
         """
-        ...
+        base, weight = checked_scale(input_scale, "input_scale"), checked_weight_scale(weight_scale)
+        stored = self._requantize_accumulator(
+            acc, base, weight, channel_axis, out, accumulator_width
+        )
+        return _activated(stored, bounds)
+
+    @abstractmethod
+    def _requantize_accumulator(
+        self, acc: Tensor, input_scale: float, weight: Tensor, axis: int, out: QParams, width: int
+    ) -> Tensor: ...
 
     def requantize(
         self, x: Tensor, src: QParams, dst: QParams, *, bounds: Bounds | None = None
     ) -> Tensor:
         """Move stored integers from one scale and zero point to another."""
-        ...
+        return _activated(self._requantize(x, src, dst), bounds)
+
+    @abstractmethod
+    def _requantize(self, x: Tensor, src: QParams, dst: QParams) -> Tensor: ...
 
     def add(
         self,
@@ -547,7 +563,12 @@ class Arithmetic(Protocol):
         bounds: Bounds | None = None,
     ) -> Tensor:
         """Store ``a + b``, or ``a - b``; the tensors broadcast."""
-        ...
+        return _activated(self._add(a, b, qa, qb, out, subtract), bounds)
+
+    @abstractmethod
+    def _add(
+        self, a: Tensor, b: Tensor, qa: QParams, qb: QParams, out: QParams, subtract: bool
+    ) -> Tensor: ...
 
     def mul(
         self,
@@ -560,17 +581,23 @@ class Arithmetic(Protocol):
         bounds: Bounds | None = None,
     ) -> Tensor:
         """Store ``a * b``; the tensors broadcast. For one operand twice, see :meth:`square`."""
-        ...
+        return _activated(self._mul(a, b, qa, qb, out), bounds)
+
+    @abstractmethod
+    def _mul(self, a: Tensor, b: Tensor, qa: QParams, qb: QParams, out: QParams) -> Tensor: ...
 
     def square(
         self, a: Tensor, qa: QParams, out: QParams, *, bounds: Bounds | None = None
     ) -> Tensor:
         """Store ``a * a``: :meth:`mul` of the tensor with itself, unless the mode differs."""
-        return self.mul(a, a, qa, qa, out, bounds=bounds)
+        return _activated(self._square(a, qa, out), bounds)
 
+    def _square(self, a: Tensor, qa: QParams, out: QParams) -> Tensor:
+        return self._mul(a, a, qa, qa, out)
+
+    @abstractmethod
     def mean(self, total: Tensor, count: int, src: QParams, dst: QParams) -> Tensor:
         """Store the mean of ``count`` elements, whose stored integers sum to ``total``."""
-        ...
 
     def avg_pool2d(
         self,
@@ -584,12 +611,31 @@ class Arithmetic(Protocol):
         count_include_pad: bool = True,
     ) -> Tensor:
         """Average-pool stored integers of shape (..., H, W); sizes are (height, width) pairs."""
-        ...
+        values = self._pooled(x, src)
+        windows = pool_windows(values, kernel_size, stride, padding, count_include_pad)
+        return self._avg_pool2d(windows, src, dst)
 
+    def _pooled(self, x: Tensor, src: QParams) -> Tensor:
+        """What windows sum, of which padding is 0."""
+        return as_integers(x, "The tensor to pool") - src.zero_point
+
+    @abstractmethod
+    def _avg_pool2d(self, windows: PoolWindows, src: QParams, dst: QParams) -> Tensor: ...
+
+    @abstractmethod
     def clamp(self, x: Tensor, src: QParams, dst: QParams, low: float, high: float) -> Tensor:
         """Store ``min(max(x, low), high)``: an activation that is an operator of its own."""
-        ...
 
+    @abstractmethod
     def clamp_bounds(self, low: float, high: float, q: QParams) -> Bounds:
         """Give the stored integers of a fused activation's real limits, which may be infinite."""
-        ...
+
+
+def _activated(stored: Tensor, bounds: Bounds | None) -> Tensor:
+    """Stored integers behind a fused activation."""
+    if bounds is None:
+        return stored
+    low, high = bounds
+    if low > high:
+        raise SchemeError(f"The activation bounds [{low}, {high}] are empty")
+    return stored.clamp(low, high)

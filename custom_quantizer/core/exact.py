@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +15,13 @@ from custom_quantizer.core.arithmetic import (
     INT32,
     Arithmetic,
     Bounds,
+    PoolWindows,
     QParams,
     along,
     as_integers,
     as_reals,
     checked_count,
     checked_limits,
-    checked_scale,
-    checked_weight_scale,
-    pool_windows,
     refuse_nan,
     round_to_24_bits,
     scale_along,
@@ -52,15 +49,13 @@ def _round_half_even(numerator: Any, denominator: Any) -> Any:
     return floor + up
 
 
-def _store_exact(
-    numerator: Any, ratio: tuple[Any, Any], q: QParams, bounds: Bounds | None = None
-) -> Tensor:
+def _store_exact(numerator: Any, ratio: tuple[Any, Any], q: QParams) -> Tensor:
     """Store ``numerator * ratio[0] / ratio[1]``, which is in units of the scale of ``q``."""
     top, bottom = ratio
     stored = np.asarray(_round_half_even(numerator * top, bottom) + q.zero_point, dtype=object)
     # Object arrays of no dimension turn into scalars under arithmetic: keep the shape.
     limited = np.asarray(np.minimum(np.maximum(stored, q.quant_min), q.quant_max), dtype=object)
-    return store(torch.from_numpy(limited.reshape(stored.shape).astype(np.int64)), q, bounds)
+    return store(torch.from_numpy(limited.reshape(stored.shape).astype(np.int64)), q)
 
 
 def _scale_ratio(scale: Tensor) -> tuple[_Objects, _Objects]:
@@ -79,7 +74,7 @@ class ExactArithmetic(Arithmetic):
     a microsecond per element.
     """
 
-    name: Final = "exact"
+    name = "exact"
 
     def quantize(self, x: Tensor, q: QParams) -> Tensor:
         """``RNE(x / s) + zp``; infinities saturate.
@@ -109,44 +104,25 @@ class ExactArithmetic(Arithmetic):
         units = torch.from_numpy(np.asarray(np.ldexp(1.0, -shift.numpy())))
         return (rounded.to(torch.float64) * units).to(torch.float32)
 
-    def requantize_accumulator(
-        self,
-        acc: Tensor,
-        input_scale: float,
-        weight_scale: float | Tensor,
-        channel_axis: int,
-        out: QParams,
-        *,
-        bounds: Bounds | None = None,
-        accumulator_width: int = 32,
+    def _requantize_accumulator(
+        self, acc: Tensor, input_scale: float, weight: Tensor, axis: int, out: QParams, width: int
     ) -> Tensor:
         """``RNE(acc * sx * sw / s_out) + zp``; the accumulator never wraps."""
-        del accumulator_width
+        del width
         numerator = _objects(as_integers(acc, "The accumulator"))
-        common = Fraction(checked_scale(input_scale, "input_scale")) / Fraction(scale_of(out))
-        weight = along(checked_weight_scale(weight_scale), channel_axis, acc)
-        top, bottom = _scale_ratio(weight)
+        common = Fraction(input_scale) / Fraction(scale_of(out))
+        top, bottom = _scale_ratio(along(weight, axis, acc))
         ratio = (top * common.numerator, bottom * common.denominator)
-        return _store_exact(numerator, ratio, out, bounds)
+        return _store_exact(numerator, ratio, out)
 
-    def requantize(
-        self, x: Tensor, src: QParams, dst: QParams, *, bounds: Bounds | None = None
-    ) -> Tensor:
+    def _requantize(self, x: Tensor, src: QParams, dst: QParams) -> Tensor:
         """``RNE((q - zp) * s_in / s_out) + zp``."""
         offset = _objects(as_integers(x, "The tensor to requantize") - src.zero_point)
         ratio = Fraction(scale_of(src)) / Fraction(scale_of(dst))
-        return _store_exact(offset, ratio.as_integer_ratio(), dst, bounds)
+        return _store_exact(offset, ratio.as_integer_ratio(), dst)
 
-    def add(
-        self,
-        a: Tensor,
-        b: Tensor,
-        qa: QParams,
-        qb: QParams,
-        out: QParams,
-        *,
-        subtract: bool = False,
-        bounds: Bounds | None = None,
+    def _add(
+        self, a: Tensor, b: Tensor, qa: QParams, qb: QParams, out: QParams, subtract: bool
     ) -> Tensor:
         """``RNE(((a - za) * sa +- (b - zb) * sb) / so) + zo``."""
         ratio_a = Fraction(scale_of(qa)) / Fraction(scale_of(out))
@@ -156,23 +132,14 @@ class ExactArithmetic(Arithmetic):
         offset_a = _objects(as_integers(a, "The first operand") - qa.zero_point)
         offset_b = _objects(as_integers(b, "The second operand") - qb.zero_point)
         total = offset_a * weight_a + offset_b * (-weight_b if subtract else weight_b)
-        return _store_exact(total, (1, common), out, bounds)
+        return _store_exact(total, (1, common), out)
 
-    def mul(
-        self,
-        a: Tensor,
-        b: Tensor,
-        qa: QParams,
-        qb: QParams,
-        out: QParams,
-        *,
-        bounds: Bounds | None = None,
-    ) -> Tensor:
+    def _mul(self, a: Tensor, b: Tensor, qa: QParams, qb: QParams, out: QParams) -> Tensor:
         """``RNE((a - za) * (b - zb) * sa * sb / so) + zo``."""
         offset_a = _objects(as_integers(a, "The first operand") - qa.zero_point)
         offset_b = _objects(as_integers(b, "The second operand") - qb.zero_point)
         ratio = Fraction(scale_of(qa)) * Fraction(scale_of(qb)) / Fraction(scale_of(out))
-        return _store_exact(offset_a * offset_b, ratio.as_integer_ratio(), out, bounds)
+        return _store_exact(offset_a * offset_b, ratio.as_integer_ratio(), out)
 
     def mean(self, total: Tensor, count: int, src: QParams, dst: QParams) -> Tensor:
         """``RNE((total - n * zi) * s_in / (n * s_out)) + zo``."""
@@ -180,20 +147,8 @@ class ExactArithmetic(Arithmetic):
         ratio = Fraction(scale_of(src)) / Fraction(scale_of(dst)) / count
         return _store_exact(offset, ratio.as_integer_ratio(), dst)
 
-    def avg_pool2d(
-        self,
-        x: Tensor,
-        src: QParams,
-        dst: QParams,
-        *,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int] = (0, 0),
-        count_include_pad: bool = True,
-    ) -> Tensor:
+    def _avg_pool2d(self, windows: PoolWindows, src: QParams, dst: QParams) -> Tensor:
         """:meth:`mean` of each window."""
-        offset = as_integers(x, "The tensor to pool") - src.zero_point
-        windows = pool_windows(offset, kernel_size, stride, padding, count_include_pad)
         ratio = Fraction(scale_of(src)) / Fraction(scale_of(dst))
         bottom = _objects(windows.counts) * ratio.denominator
         return _store_exact(_objects(windows.total()), (ratio.numerator, bottom), dst)

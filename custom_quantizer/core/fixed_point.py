@@ -14,8 +14,6 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from custom_quantizer.core.arithmetic import (
     INT32,
     Arithmetic,
     Bounds,
+    PoolWindows,
     QParams,
     along,
     as_integers,
@@ -32,10 +31,7 @@ from custom_quantizer.core.arithmetic import (
     check_width,
     checked_count,
     checked_limits,
-    checked_scale,
-    checked_weight_scale,
     float_to_integers,
-    pool_windows,
     refuse_nan,
     saturate,
     scale_along,
@@ -209,7 +205,7 @@ class FixedPointArithmetic(Arithmetic):
     behave as int8, others as int16.
     """
 
-    name: Final = "fixed_point"
+    name = "fixed_point"
 
     def quantize(self, x: Tensor, q: QParams) -> Tensor:
         """``fl(x / s)`` rounded half away from zero, plus the zero point, saturated.
@@ -232,16 +228,8 @@ class FixedPointArithmetic(Arithmetic):
         offset = (as_integers(x, "The tensor to dequantize") - q.zero_point).to(torch.float64)
         return (offset * scale_along(q, x).to(torch.float64)).to(torch.float32)
 
-    def requantize_accumulator(
-        self,
-        acc: Tensor,
-        input_scale: float,
-        weight_scale: float | Tensor,
-        channel_axis: int,
-        out: QParams,
-        *,
-        bounds: Bounds | None = None,
-        accumulator_width: int = 32,
+    def _requantize_accumulator(
+        self, acc: Tensor, input_scale: float, weight: Tensor, axis: int, out: QParams, width: int
     ) -> Tensor:
         """Multiply by ``sx * sw / s_out``, add the zero point, saturate.
 
@@ -252,23 +240,18 @@ class FixedPointArithmetic(Arithmetic):
             ``ConvPerChannel`` in ``integer_ops/conv.h``; the multipliers as in
             ``PopulateConvolutionQuantizationParams``, ``kernel_util.cc``.
         """
-        check_width(accumulator_width)
-        weight = checked_weight_scale(weight_scale)
-        base = checked_scale(input_scale, "input_scale")
-        pairs = torch.tensor(
-            [quantize_multiplier(base * w / scale_of(out)) for w in weight.reshape(-1).tolist()]
-        )
-        multiplier = along(pairs[:, 0].reshape(weight.shape), channel_axis, acc)
-        shift = along(pairs[:, 1].reshape(weight.shape), channel_axis, acc)
-        if accumulator_width == 32:
+        check_width(width)
+        reals = [input_scale * w / scale_of(out) for w in weight.reshape(-1).tolist()]
+        pairs = torch.tensor([quantize_multiplier(real) for real in reals])
+        multiplier = along(pairs[:, 0].reshape(weight.shape), axis, acc)
+        shift = along(pairs[:, 1].reshape(weight.shape), axis, acc)
+        if width == 32:
             scaled = multiply_by_quantized_multiplier(wrap_int32(acc), multiplier, shift)
         else:
             scaled = multiply_by_quantized_multiplier_int64(acc, multiplier, shift)
-        return store(scaled.to(torch.int64) + out.zero_point, out, bounds)
+        return store(scaled.to(torch.int64) + out.zero_point, out)
 
-    def requantize(
-        self, x: Tensor, src: QParams, dst: QParams, *, bounds: Bounds | None = None
-    ) -> Tensor:
+    def _requantize(self, x: Tensor, src: QParams, dst: QParams) -> Tensor:
         """Multiply ``q - zp`` by ``s_in / s_out``, add the zero point, saturate.
 
         References:
@@ -277,18 +260,10 @@ class FixedPointArithmetic(Arithmetic):
         multiplier, shift = quantize_multiplier(scale_of(src) / scale_of(dst))
         offset = as_integers(x, "The tensor to requantize") - src.zero_point
         scaled = multiply_by_quantized_multiplier(offset, multiplier, shift)
-        return store(scaled.to(torch.int64) + dst.zero_point, dst, bounds)
+        return store(scaled.to(torch.int64) + dst.zero_point, dst)
 
-    def add(
-        self,
-        a: Tensor,
-        b: Tensor,
-        qa: QParams,
-        qb: QParams,
-        out: QParams,
-        *,
-        subtract: bool = False,
-        bounds: Bounds | None = None,
+    def _add(
+        self, a: Tensor, b: Tensor, qa: QParams, qb: QParams, out: QParams, subtract: bool
     ) -> Tensor:
         """Bring both operands to twice the larger scale, add, bring the sum to the output's.
 
@@ -317,18 +292,9 @@ class FixedPointArithmetic(Arithmetic):
         # Each of them is below 2**30 with at most 16 bits: their int32 sum holds.
         raw = scaled_a - scaled_b if subtract else scaled_a + scaled_b
         stored = multiply_by_quantized_multiplier(raw, *quantize_multiplier(output))
-        return store(stored.to(torch.int64) + out.zero_point, out, bounds)
+        return store(stored.to(torch.int64) + out.zero_point, out)
 
-    def mul(
-        self,
-        a: Tensor,
-        b: Tensor,
-        qa: QParams,
-        qb: QParams,
-        out: QParams,
-        *,
-        bounds: Bounds | None = None,
-    ) -> Tensor:
+    def _mul(self, a: Tensor, b: Tensor, qa: QParams, qb: QParams, out: QParams) -> Tensor:
         """Multiply the integers, then by ``sa * sb / so``.
 
         TFLite requires zero point 0 for int16, which keeps the product in 32 bits. Where the
@@ -347,7 +313,7 @@ class FixedPointArithmetic(Arithmetic):
             else multiply_by_quantized_multiplier_int64
         )
         scaled = multiply(offset_a * offset_b, multiplier, shift)
-        return store(scaled.to(torch.int64) + out.zero_point, out, bounds)
+        return store(scaled.to(torch.int64) + out.zero_point, out)
 
     def mean(self, total: Tensor, count: int, src: QParams, dst: QParams) -> Tensor:
         """Multiply ``total - n * zp`` by ``s_in / (s_out * n)``, with ``1 / n`` in the multiplier.
@@ -361,17 +327,7 @@ class FixedPointArithmetic(Arithmetic):
         offset = as_integers(total, "The sum") - checked_count(count) * src.zero_point
         return self._scaled_mean(offset, torch.tensor(count), src, dst)
 
-    def avg_pool2d(
-        self,
-        x: Tensor,
-        src: QParams,
-        dst: QParams,
-        *,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int] = (0, 0),
-        count_include_pad: bool = True,
-    ) -> Tensor:
+    def _avg_pool2d(self, windows: PoolWindows, src: QParams, dst: QParams) -> Tensor:
         """Divide the sum of the stored integers by the count, ties away from zero.
 
         That is TFLite on one grid, its only case; between two grids, :meth:`mean` of each window.
@@ -379,8 +335,6 @@ class FixedPointArithmetic(Arithmetic):
         References:
             ``AveragePool`` in ``integer_ops/pooling.h``.
         """
-        offset = as_integers(x, "The tensor to pool") - src.zero_point
-        windows = pool_windows(offset, kernel_size, stride, padding, count_include_pad)
         total, counts = windows.total(), windows.counts
         if not src.same_grid(dst):
             return self._scaled_mean(total, counts, src, dst)

@@ -12,8 +12,6 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from custom_quantizer.core.arithmetic import (
     SMALLEST_NORMAL,
     Arithmetic,
     Bounds,
+    PoolWindows,
     QParams,
     along,
     as_integers,
@@ -36,7 +35,6 @@ from custom_quantizer.core.arithmetic import (
     checked_weight_scale,
     f32,
     float_to_integers,
-    pool_windows,
     refuse_nan,
     round_to_24_bits,
     round_to_float32,
@@ -196,11 +194,11 @@ def xnnpack_add_parameters(
     return multiplier_a, -multiplier_b if subtract else multiplier_b, shift
 
 
-def _store_emulated(real: Tensor, q: QParams, bounds: Bounds | None) -> Tensor:
+def _store_emulated(real: Tensor, q: QParams) -> Tensor:
     """Store float64 reals as the float32 emulation does: half up above 8 bits, even below."""
     scaled = real / scale_of(q)
     rounded = torch.round(scaled) if q.fits_int8 else torch.floor(scaled + 0.5)
-    return store(float_to_integers(rounded) + q.zero_point, q, bounds)
+    return store(float_to_integers(rounded) + q.zero_point, q)
 
 
 def _require_int8(q: QParams) -> None:
@@ -267,8 +265,8 @@ class XnnpackArithmetic(Arithmetic):
     means then have no defined order of summation, and are computed in float64.
     """
 
-    name: Final = "xnnpack"
-    continues_in_float32: Final = True
+    name = "xnnpack"
+    continues_in_float32 = True
 
     def quantize(self, x: Tensor, q: QParams) -> Tensor:
         """``A(x)``; NaN gives the largest integer; :func:`quantize_emulated_int16` if wider."""
@@ -288,60 +286,38 @@ class XnnpackArithmetic(Arithmetic):
         offset = (as_integers(x, "The tensor to dequantize") - q.zero_point).to(torch.float32)
         return offset * scale_along(q, x)
 
-    def requantize_accumulator(
-        self,
-        acc: Tensor,
-        input_scale: float,
-        weight_scale: float | Tensor,
-        channel_axis: int,
-        out: QParams,
-        *,
-        bounds: Bounds | None = None,
-        accumulator_width: int = 32,
+    def _requantize_accumulator(
+        self, acc: Tensor, input_scale: float, weight: Tensor, axis: int, out: QParams, width: int
     ) -> Tensor:
         """``sat8(RNE(fl(fl(wrap32(acc)) * S)) + zp)``, ``S`` from :func:`xnnpack_multiplier`.
 
         ``acc`` may also be float32 that holds integers below 2**24, which it then does exactly.
 
-        With an ``accumulator_width`` of 64 or a wider output there is no integer kernel: the
+        With a ``width`` of 64 or a wider output there is no integer kernel: the
         delegate multiplies and sums in float32, whose order of summation is not defined. The
         result here is that of float64, rounded as :func:`quantize_emulated_int16` does, which the
         delegate's agrees with to within one unit (see ``docs/device_arithmetic.md``).
         """
-        check_width(accumulator_width)
-        if accumulator_width != 32 or not out.fits_int8:
-            weight = along(checked_weight_scale(weight_scale), channel_axis, acc)
-            unit = weight.to(torch.float64) * checked_scale(input_scale, "input_scale")
+        check_width(width)
+        if width != 32 or not out.fits_int8:
+            unit = along(weight, axis, acc).to(torch.float64) * input_scale
             total = as_integers(acc, "The accumulator").to(torch.float64)
-            return _store_emulated(total * unit, out, bounds)
-        multiplier = xnnpack_multiplier(input_scale, weight_scale, scale_of(out))
+            return _store_emulated(total * unit, out)
+        multiplier = along(xnnpack_multiplier(input_scale, weight, scale_of(out)), axis, acc)
         if acc.dtype == torch.float32:
-            scaled = acc * along(multiplier, channel_axis, acc)
             # Beyond 2**24 the sum with the zero point rounds, far outside of what is stored.
-            low, high = (out.quant_min, out.quant_max) if bounds is None else bounds
-            stored = scaled.round_().add_(float(out.zero_point)).clamp_(*INT8)
-            stored = stored.clamp_(out.quant_min, out.quant_max).clamp_(low, high)
-            return stored.to(torch.int32)
-        scaled = wrap_int32(acc).to(torch.float32) * along(multiplier, channel_axis, acc)
+            stored = (acc * multiplier).round_().add_(float(out.zero_point)).clamp_(*INT8)
+            return stored.clamp_(out.quant_min, out.quant_max).to(torch.int32)
+        scaled = wrap_int32(acc).to(torch.float32) * multiplier
         rounded = float_to_integers(torch.round(scaled))
-        return store(saturate(rounded + out.zero_point, *INT8), out, bounds)
+        return store(saturate(rounded + out.zero_point, *INT8), out)
 
-    def requantize(
-        self, x: Tensor, src: QParams, dst: QParams, *, bounds: Bounds | None = None
-    ) -> Tensor:
+    def _requantize(self, x: Tensor, src: QParams, dst: QParams) -> Tensor:
         """``A(dequantize(x))``."""
-        return store(self.quantize(self.dequantize(x, src), dst), dst, bounds)
+        return store(self.quantize(self.dequantize(x, src), dst), dst)
 
-    def add(
-        self,
-        a: Tensor,
-        b: Tensor,
-        qa: QParams,
-        qb: QParams,
-        out: QParams,
-        *,
-        subtract: bool = False,
-        bounds: Bounds | None = None,
+    def _add(
+        self, a: Tensor, b: Tensor, qa: QParams, qb: QParams, out: QParams, subtract: bool
     ) -> Tensor:
         """``sat8(sat16((ma*(a-za) + mb*(b-zb) + 2**(sh-1)) >> sh) + zo)``: half goes up.
 
@@ -350,7 +326,7 @@ class XnnpackArithmetic(Arithmetic):
         if not (qa.fits_int8 and qb.fits_int8 and out.fits_int8):
             real_a, real_b = self.dequantize(a, qa), self.dequantize(b, qb)
             real = real_a - real_b if subtract else real_a + real_b
-            return store(self.quantize(real, out), out, bounds)
+            return store(self.quantize(real, out), out)
         multiplier_a, multiplier_b, shift = xnnpack_add_parameters(qa, qb, out, subtract=subtract)
         acc = (
             multiplier_a * (as_integers(a, "The first operand") - qa.zero_point)
@@ -358,38 +334,27 @@ class XnnpackArithmetic(Arithmetic):
             + (1 << (shift - 1))
         )
         shifted = (acc >> shift).clamp(*INT16)
-        return store(saturate(shifted + out.zero_point, *INT8), out, bounds)
+        return store(saturate(shifted + out.zero_point, *INT8), out)
 
-    def mul(
-        self,
-        a: Tensor,
-        b: Tensor,
-        qa: QParams,
-        qb: QParams,
-        out: QParams,
-        *,
-        bounds: Bounds | None = None,
-    ) -> Tensor:
+    def _mul(self, a: Tensor, b: Tensor, qa: QParams, qb: QParams, out: QParams) -> Tensor:
         """``sat8(sat16(RNE(fl((a-za)*(b-zb) * S))) + zo)``, ``S = fl(fl(sa * sb) / so)``."""
         if not (qa.fits_int8 and qb.fits_int8 and out.fits_int8):
             real = self.dequantize(a, qa) * self.dequantize(b, qb)
-            return store(self.quantize(real, out), out, bounds)
+            return store(self.quantize(real, out), out)
         multiplier = xnnpack_multiplier(scale_of(qa), scale_of(qb), scale_of(out))
         product = as_integers(a, "The first operand") - qa.zero_point
         product = product * (as_integers(b, "The second operand") - qb.zero_point)
         rounded = float_to_integers(torch.round(product.to(torch.float32) * multiplier)).clamp(
             *INT16
         )
-        return store(saturate(rounded + out.zero_point, *INT8), out, bounds)
+        return store(saturate(rounded + out.zero_point, *INT8), out)
 
-    def square(
-        self, a: Tensor, qa: QParams, out: QParams, *, bounds: Bounds | None = None
-    ) -> Tensor:
+    def _square(self, a: Tensor, qa: QParams, out: QParams) -> Tensor:
         """``B(fl(x * x))`` of the dequantized values: a multiply of a tensor by itself."""
         real = self.dequantize(a, qa)
         real = real * real
         stored = _quantize_b(real, out) if out.fits_int8 else self.quantize(real, out)
-        return store(stored, out, bounds)
+        return store(stored, out)
 
     def mean(self, total: Tensor, count: int, src: QParams, dst: QParams) -> Tensor:
         """``sat8(RNE(fl(fl(fl(total) * S) + Z)))``, a global average pool.
@@ -400,7 +365,7 @@ class XnnpackArithmetic(Arithmetic):
         if not (src.fits_int8 and dst.fits_int8):
             offset = as_integers(total, "The sum") - checked_count(count) * src.zero_point
             mean = offset.to(torch.float64) * (scale_of(src) / count)
-            return _store_emulated(mean, dst, None)
+            return _store_emulated(mean, dst)
         number = np.float32(checked_count(count))
         with np.errstate(over="ignore", under="ignore"):
             ratio = np.float32(scale_of(src)) / np.float32(scale_of(dst))
@@ -415,17 +380,10 @@ class XnnpackArithmetic(Arithmetic):
         rounded = float_to_integers(torch.round(scaled + f32(float(offset))))
         return store(saturate(rounded, *INT8), dst)
 
-    def avg_pool2d(
-        self,
-        x: Tensor,
-        src: QParams,
-        dst: QParams,
-        *,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int] = (0, 0),
-        count_include_pad: bool = True,
-    ) -> Tensor:
+    def _pooled(self, x: Tensor, src: QParams) -> Tensor:
+        return self.dequantize(x, src)
+
+    def _avg_pool2d(self, windows: PoolWindows, src: QParams, dst: QParams) -> Tensor:
         """``A(fl(sum * fl(1 / count)))``, the sum in float32 in the order of the kernel.
 
         Taps come kernel column by kernel column, in chunks of nine of which each is
@@ -434,12 +392,9 @@ class XnnpackArithmetic(Arithmetic):
         With padding that counts, the delegate leaves the pooling to ExecuTorch's portable kernel:
         ``A(fl(sum / count))``, the sum row by row, one tap at a time.
         """
-        windows = pool_windows(
-            self.dequantize(x, src), kernel_size, stride, padding, count_include_pad
-        )
         counts = windows.counts.to(torch.float32)
-        if count_include_pad and any(padding):
-            rows = kernel_size[0]
+        if windows.counts_padding:
+            rows = windows.rows
             by_row = [tap for row in range(rows) for tap in windows.taps[row::rows]]
             return self.quantize(sum(by_row, f32(0.0)) / counts, dst)
         total = zero = f32(0.0)
