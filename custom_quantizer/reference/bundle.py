@@ -76,7 +76,7 @@ from custom_quantizer.reference.numpy_runner import (
     checksum,
 )
 
-__all__ = ["IntegerBundle", "load_integers", "save_integers"]
+__all__ = ["IntegerBundle", "integers_of", "load_integers", "save_integers"]
 
 aten = torch.ops.aten
 
@@ -107,17 +107,13 @@ def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
             exceeds a limit of the format.
         InputError: the files cannot be written.
     """
-    description, arrays = _described(read_converted(converted, None))
+    description, arrays = integers_of(converted)
     json_file, weights_file = bundle_files(path)
     data = safetensors.numpy.save(arrays)
     description["weights"] = {
         "file": os.path.basename(weights_file),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    try:
-        check_description(description, arrays)
-    except BundleError as exc:
-        raise ConversionError(f"the network is out of reach of the format: {exc}") from exc
     text = (_dumps(description) + "\n").encode("utf-8")
     if len(text) > MOST_BYTES:
         raise ConversionError(
@@ -128,6 +124,23 @@ def save_integers(converted: GraphModule, path: str | os.PathLike[str]) -> None:
     digits = description["checksum"]
     text = text.replace(digits.encode(), checksum(text, digits).encode(), 1)
     write_files_atomic({weights_file: data, json_file: text})
+
+
+def integers_of(converted: GraphModule) -> tuple[Entry, dict[str, Array]]:
+    """What :func:`save_integers` writes, checked: the document, and stored integers by tensor name.
+
+    Args:
+        converted: what ``convert_pt2e`` returns; every op of it in integers.
+
+    Raises:
+        ConversionError: as :func:`save_integers`.
+    """
+    description, arrays = _described(read_converted(converted, None))
+    try:
+        check_description(description, arrays)
+    except BundleError as exc:
+        raise ConversionError(f"the network is out of reach of the format: {exc}") from exc
+    return description, arrays
 
 
 def load_integers(path: str | os.PathLike[str]) -> IntegerBundle:
@@ -208,7 +221,7 @@ def _described(graph: ConvertedGraph) -> tuple[Entry, dict[str, Array]]:
         "version": VERSION,
         "checksum": "0" * 64,
         "arithmetic": FIXED_POINT.name,
-        "weights": {},
+        "weights": {"file": "none", "sha256": "0" * 64},  # until they are written
         "inputs": list(writer.inputs.values()),
         "outputs": writer.outputs,
         "tensors": writer.tensors,

@@ -1834,7 +1834,7 @@ class NumpyReference:
             _check_shape(f"tensor {name}", info.shape, array)
             _check_range(f"tensor {name}", array, info)
         values = {**self.constants, **stored}
-        self._check_sizes(values)
+        self.sizes({name: array.shape for name, array in stored.items()})
         for index, op in enumerate(self.description["ops"]):
             values[op["output"]] = self._compute(op, values)
             if not keep:
@@ -1842,16 +1842,22 @@ class NumpyReference:
                     del values[name]
         return {name: value for name, value in values.items() if name not in self.constants}
 
-    def _check_sizes(self, values: Mapping[str, Array]) -> None:
-        """Every op fits inputs of these sizes, before any of them is computed."""
-        sizes: dict[str, Sizes] = {name: value.shape for name, value in values.items()}
+    def sizes(self, inputs: Mapping[str, Sizes]) -> dict[str, Sizes]:
+        """Sizes of every tensor, from those of the inputs, by tensor name; nothing is computed.
+
+        Raises:
+            BundleError: An op does not fit its inputs, or needs too much memory.
+        """
+        sizes: dict[str, Sizes] = {name: value.shape for name, value in self.constants.items()}
+        sizes |= inputs
         for op in self.description["ops"]:
             weight = () if "weight" not in op else self.constants[op["weight"]].shape
-            inputs = [sizes[name] for name in op["inputs"]]
+            read = [sizes[name] for name in op["inputs"]]
             try:
-                sizes[op["output"]] = _result(op, inputs, weight)
+                sizes[op["output"]] = _result(op, read, weight)
             except BundleError as exc:
                 raise BundleError(f"{op['name']} ({op['op']}): {exc}") from exc
+        return sizes
 
     def _compute(self, op: Op, values: Mapping[str, Array]) -> Array:
         call = Call(
