@@ -70,10 +70,12 @@ if TYPE_CHECKING:
         load_integers,
         save_integers,
     )
+    from custom_quantizer.reference.c_code import CCode, save_c
     from custom_quantizer.report.record import ProgramReport, Report, inspect, inspect_program
 
 __all__ = [
     "Accumulator",
+    "CCode",
     "CalibrationError",
     "CalibrationSummary",
     "CaptureError",
@@ -130,6 +132,7 @@ __all__ = [
     "merge_statistics",
     "quantize",
     "read_program",
+    "save_c",
     "save_graph",
     "save_integers",
     "save_statistics",
@@ -153,6 +156,7 @@ _NAMES = {
         "load_integers",
         "save_integers",
     ),
+    "reference.c_code": ("CCode", "save_c"),
     "app.pipeline": ("QuantizationResult", "quantize"),
     "planning.planner": ("OpPlan", "Plan", "TensorPlan"),
     "planning.quantizer": ("IntegerQuantizer",),

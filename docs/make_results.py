@@ -151,6 +151,7 @@ def arm() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "arm": arm,
     "bit_widths": as_stored("bit_widths"),
+    "c_code": as_stored("c_code"),
     "calibration_batches": as_stored("calibration_batches"),
     "calibration_cost": as_stored("calibration_cost"),
     "calibration_low_bits": as_stored("calibration_low_bits"),

@@ -25,6 +25,7 @@ PAGES = {page.name: page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.m
 BENCHMARKS = {
     "arm": "arm",
     "bit_widths": "bit_widths",
+    "c_code": "c_code",
     "calibration_cost": "calibration_cost",
     "torchvision_models": "torchvision_table",
     **{f"calibration_{name}": "calibration_studies" for name in ("batches", "low_bits")},

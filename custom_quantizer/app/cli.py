@@ -26,6 +26,7 @@ from custom_quantizer.errors import CustomQuantizerError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.fx import GraphModule
 
     from custom_quantizer.app.data import DataSource, Preprocess
     from custom_quantizer.app.pipeline import QuantizationResult, SavedFiles
@@ -646,6 +647,73 @@ def verify_command(
         raise SystemExit(1)
 
 
+_graph_argument = click.argument("graph", metavar="GRAPH", type=click.Path(path_type=Path))
+
+
+@cli.command(
+    "export-integers",
+    epilog=_examples(
+        "custom-quantizer export-integers resnet18.pte integers/resnet18",
+        "custom-quantizer export-integers resnet18.graph.safetensors integers/resnet18",
+    ),
+)
+@_graph_argument
+@click.argument("output", metavar="PATH", type=click.Path(path_type=Path))
+@_debug_option
+def export_integers_command(graph: Path, output: Path) -> None:
+    """Write a network as integers for other hardware.
+
+    GRAPH is the converted graph that `quantize` wrote, or the program beside it. PATH.json says
+    what to compute with which multipliers and shifts, PATH.safetensors holds weights, biases and
+    constants; docs/integer_bundle.md describes both, and runs them with NumPy alone.
+
+    Every op has to be integer; an error names those that are not.
+    """
+    from custom_quantizer.reference.bundle import save_integers
+    from custom_quantizer.reference.numpy_runner import bundle_files
+
+    save_integers(_load_converted(graph), output)
+    click.echo("\n".join(f"wrote {file}" for file in bundle_files(output)))
+
+
+@cli.command(
+    "export-c",
+    epilog=_examples(
+        "custom-quantizer export-c digits.pte firmware/digits --name digits",
+        "make -C firmware/digits test",
+    ),
+)
+@_graph_argument
+@click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--name", default="net", show_default=True, help="Prefix of files and C names.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="First dimension of the inputs.  [default: the captured one]",
+)
+@click.option(
+    "--vectors",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Test vectors: random inputs, and the integers that NumPy computes from them.",
+)
+@_debug_option
+def export_c_command(graph: Path, folder: Path, name: str, batch: int | None, vectors: int) -> None:
+    """Write a network as C99 that computes on integers alone, for a microcontroller.
+
+    GRAPH is the converted graph that `quantize` wrote, or the program beside it. The code needs no
+    float, no allocation and no library; its memory is static and its sizes are printed. A test with
+    embedded inputs and outputs comes along: `make test` in FOLDER runs it.
+
+    Every op has to be integer; an error names those that are not.
+    """
+    from custom_quantizer.reference.c_code import save_c
+
+    code = save_c(_load_converted(graph), folder, name=name, batch=batch, vectors=vectors)
+    click.echo(str(code))
+
+
 # ---------------------------------------------------------------------------------------------
 # What commands share
 # ---------------------------------------------------------------------------------------------
@@ -663,6 +731,13 @@ def _graph_beside(program: Path) -> Path:
     graph, old = program.with_suffix(GRAPH_SUFFIX), program.with_suffix(".pt2")
     # Naming it gives the message that says why it is not read.
     return old if old.is_file() and not graph.exists() else graph
+
+
+def _load_converted(graph: Path) -> GraphModule:
+    """A saved graph by its own name, or by that of the program beside it."""
+    from custom_quantizer.app.saved_graph import load_graph
+
+    return load_graph(_graph_beside(graph) if graph.suffix == ".pte" else graph)[0]
 
 
 def _refuse_others(ctx: click.Context, option: str, besides: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ import importlib.resources
 import math
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ _KEYWORDS = frozenset({
 })
 # fmt: on
 _ALIGNMENT = 4
+_SHORT = 16
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def _place(spans: Sequence[_Span]) -> int:
 
 @dataclass
 class _Constants:
-    """Constant arrays of the network, each written once.
+    """Constant arrays of the network; long ones that are equal are written once.
 
     Attributes:
         total: bytes of all.
@@ -260,10 +262,15 @@ class _Constants:
         """Name of an array of these values."""
         dtype = np.dtype(ctype.removesuffix("_t"))
         array = np.ascontiguousarray(values, dtype=dtype).reshape(-1)
-        key = (ctype, array.tobytes())
+        # What is as short as a name is not worth being read under another's.
+        key = (ctype, (name.encode() if array.size <= _SHORT else b"") + array.tobytes())
         if key not in self._names:
-            self._names[key] = name
-            self._arrays[name] = (ctype, array)
+            count, free = 1, name
+            while free in self._arrays:  # a.b and a_b are different tensors
+                free = f"{name}_{count}"
+                count += 1
+            self._names[key] = free
+            self._arrays[free] = (ctype, array)
             self.total += array.nbytes
         return self._names[key]
 
@@ -495,7 +502,11 @@ class _Network:
         """Define a constant struct; a pointer to it."""
         arrays: list[str] = []
         body = _initializer(members, name, arrays)
-        self._structs += [*arrays, f"static const {ctype} {name} = {body};"]
+        lines = textwrap.wrap(
+            body[1:-1], 96, break_long_words=False, break_on_hyphens=False
+        )
+        inside = [f"    {line}" for line in lines]
+        self._structs += [*arrays, f"static const {ctype} {name} = {{", *inside, "};"]
         return f"&{name}"
 
     def _copy_outputs(self) -> None:
@@ -668,7 +679,7 @@ def _label(op: Mapping[str, Any]) -> str:
 
 
 def _real(value: float) -> str:
-    return f"{np.float32(value)}f"  # as few digits as give the same float
+    return f"{np.float32(value)!s}f"  # as few digits as give the same float
 
 
 def _initializer(members: Fields, name: str, arrays: list[str]) -> str:
