@@ -198,6 +198,17 @@ def test_layers_of_unusual_geometry_run_with_numpy_bit_for_bit(
     assert_bundle_equals_fixed_point(converted, tmp_path / "layer", 2 * x)
 
 
+def test_a_depthwise_transposed_convolution_has_one_scale(tmp_path: Path) -> None:
+    """Its weight has one channel a group, and so one scale; its bias an integer for each."""
+    build = lambda: nn.ConvTranspose2d(8, 8, 2, stride=2, groups=8)  # noqa: E731
+    quantizer = cq.IntegerQuantizer(backend=None).set_global("a8w8")
+    converted = converted_network(build, ((2, 8, 5, 4),), quantizer)
+    (x,) = random_inputs(((2, 8, 5, 4),), 2)
+    description = assert_bundle_equals_fixed_point(converted, tmp_path / "depthwise", 2 * x)
+    (bias,) = (t for t in description["tensors"].values() if t["kind"] == "bias")
+    assert (bias["shape"], bias["axis"]) == ([8], None)
+
+
 @pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
 @pytest.mark.parametrize(
     ("function", "expected"),
