@@ -61,7 +61,7 @@ def expand_channels(scale: Tensor, match: PatternMatch) -> Tensor:
     A grouped transposed convolution stores ``out_channels / groups`` channels on axis 1, used by
     every group in turn, so the scales repeat group by group.
     """
-    if match.rule is CONV_TRANSPOSE and scale.numel() > 1:
+    if match.rule is CONV_TRANSPOSE and scale.ndim > 0:
         return scale.repeat(match.groups)
     return scale
 

@@ -394,8 +394,7 @@ class _Writer:
         names: Entry = {"weight": self._weights[key], "bias": None}
         if op.bias is not None:
             unit = derived_scale(cast(float, op.inputs[0].scale), _weight_scales(op))
-            # A depthwise transposed convolution has one channel a group, and so one scale in all.
-            axis = 0 if unit.dim() and unit.numel() == op.bias.numel() else None
+            axis = None if unit.dim() == 0 else 0
             scale = float(unit) if axis is None else unit
             bias = QParams(scale, 0, *_INT32, axis=axis)
             name = f"{op.node.name}.bias"

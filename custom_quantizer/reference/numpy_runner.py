@@ -866,7 +866,7 @@ def _gemm_factors(call: _Operands) -> Factors:
     if call.weight is None:
         return {}
     scales = call.weight.scale.astype(np.float64).reshape(-1).tolist()
-    if call.op["op"] == "conv_transpose" and len(scales) > 1:
+    if call.op["op"] == "conv_transpose" and call.weight.scale.ndim:
         scales *= call.op["groups"]  # each group uses the same scales in turn
     return {"requantization": [call.scale() * s / float(call.output.scale) for s in scales]}
 
@@ -1673,7 +1673,7 @@ def _check_weighted(call: _Operands) -> None:
         f"its weight must have one scale, or one for each entry of dimension {axis}",
     )
     scales = weight.scale.reshape(-1)
-    if transposed and len(scales) > 1:
+    if transposed and weight.scale.ndim:
         scales = np.tile(scales, op["groups"])
     if bias is None:
         return

@@ -199,14 +199,14 @@ def test_layers_of_unusual_geometry_run_with_numpy_bit_for_bit(
 
 
 def test_a_depthwise_transposed_convolution_has_one_scale(tmp_path: Path) -> None:
-    """Its weight has one channel a group, and so one scale; its bias an integer for each."""
+    """Its weight has one channel a group, and so one scale, which all output channels have."""
     build = lambda: nn.ConvTranspose2d(8, 8, 2, stride=2, groups=8)  # noqa: E731
     quantizer = cq.IntegerQuantizer(backend=None).set_global("a8w8")
     converted = converted_network(build, ((2, 8, 5, 4),), quantizer)
     (x,) = random_inputs(((2, 8, 5, 4),), 2)
     description = assert_bundle_equals_fixed_point(converted, tmp_path / "depthwise", 2 * x)
     (bias,) = (t for t in description["tensors"].values() if t["kind"] == "bias")
-    assert (bias["shape"], bias["axis"]) == ([8], None)
+    assert (bias["shape"], bias["axis"], len(set(bias["scale"]["bits"]))) == ([8], 0, 1)
 
 
 @pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
