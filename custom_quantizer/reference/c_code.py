@@ -502,9 +502,7 @@ class _Network:
         """Define a constant struct; a pointer to it."""
         arrays: list[str] = []
         body = _initializer(members, name, arrays)
-        lines = textwrap.wrap(
-            body[1:-1], 96, break_long_words=False, break_on_hyphens=False
-        )
+        lines = textwrap.wrap(body[1:-1], 96, break_long_words=False, break_on_hyphens=False)
         inside = [f"    {line}" for line in lines]
         self._structs += [*arrays, f"static const {ctype} {name} = {{", *inside, "};"]
         return f"&{name}"

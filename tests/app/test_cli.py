@@ -16,10 +16,15 @@ from PIL import Image
 from support.flow import small_images, small_labels, small_model, small_result
 
 from custom_quantizer.app.cli import cli
+from custom_quantizer.app.saved_graph import load_graph
 from custom_quantizer.backends.xnnpack import load_program
 from custom_quantizer.planning.quantizer import IntegerQuantizer
+from custom_quantizer.reference.bundle import load_integers
+from custom_quantizer.reference.interpreter import integer_reference
 
-COMMANDS = ["demo", "evaluate", "inspect", "plan", "quantize", "verify"]
+COMMANDS = [
+    *("demo", "evaluate", "export-c", "export-integers", "inspect", "plan", "quantize", "verify"),
+]
 
 
 def run(*args: object) -> Result:
@@ -181,6 +186,26 @@ def test_verify(work: Path, program: Path, tmp_path: Path) -> None:
     assert "error: " in result.stderr or "bit-exact: NO" in result.stdout
 
 
+@pytest.mark.parametrize("suffix", [".pte", ".graph.safetensors"])
+def test_export_integers(work: Path, program: Path, tmp_path: Path, suffix: str) -> None:
+    text = ok("export-integers", program.with_suffix(suffix), tmp_path / "net")
+    assert text.split() == [
+        *("wrote", str(tmp_path / "net.json"), "wrote", str(tmp_path / "net.safetensors"))
+    ]
+    converted, _ = load_graph(program.with_suffix(".graph.safetensors"))
+    images = small_images(1)
+    (expected,) = integer_reference(converted, "fixed_point")(images)
+    np.testing.assert_array_equal(load_integers(tmp_path / "net")(images.numpy())[0], expected)
+
+
+def test_export_c(program: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "firmware"
+    text = ok("export-c", program, folder, "--name", "small", "--vectors", 1, "--batch", 3)
+    assert text.startswith(f"{folder}: 8 files; ")
+    done = subprocess.run(["make", "-s", "-C", folder, "test"], capture_output=True, text=True)
+    assert done.stdout == "0 of 9 values differ\n", done
+
+
 def test_evaluate_compares_programs(work: Path, program: Path, tmp_path: Path) -> None:
     copy = tmp_path / program.name
     copy.write_bytes(program.read_bytes())
@@ -294,6 +319,12 @@ OURS: dict[str, tuple[Args, list[str]]] = {
     "no JSON": (plain("inspect", "WORK/broken.json"), ["broken.json is not JSON"]),
     "other JSON": (plain("inspect", "WORK/other.json"), ["not a 'graph' report"]),
     "JSON list": (plain("inspect", "WORK/list.json"), ["not a 'graph' report"]),
+    "no graph to export": (plain("export-c", "WORK/no.pte", "WORK/c"), ["no.graph.safetensors"]),
+    "no C name": (plain("export-c", "WORK/net.pte", "WORK/c", "--name", "1st"), ["'1st'"]),
+    "integers in no directory": (
+        plain("export-integers", "WORK/net.pte", "WORK/no/net"),
+        ["no does not exist", "create it first"],
+    ),
     "no graph beside the program": (
         plain("verify", "WORK/net.pte", "--graph", "WORK/no.graph.safetensors"),
         ["no.graph.safetensors"],

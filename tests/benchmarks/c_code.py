@@ -35,8 +35,13 @@ CORTEX_M4 = ("arm-none-eabi-gcc", "-std=c99", "-Os", "-mcpu=cortex-m4", "-mthumb
 SECTIONS = ("-ffunction-sections", "-fdata-sections")
 
 # What a bare machine lacks, so that the size is that of all the network needs.
-BARE = """
+STRING = """
 #include <stddef.h>
+void *memcpy(void *to, const void *from, size_t size);
+void *memset(void *to, int value, size_t size);
+"""
+BARE = """
+#include <string.h>
 #include "net.h"
 void *memcpy(void *to, const void *from, size_t size)
 {
@@ -74,7 +79,7 @@ int main(void)
 def networks() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     """Float models, 100 images each, and images to calibrate on."""
     digits = load_digits_data()
-    trained = train_digits(digits, progress=False)
+    trained = train_digits(progress=False, data=digits)
     return {
         "digits CNN": (trained, digits.test_images[:100], digits.train_images[:128]),
         "ResNet-20": (resnet20(), cifar10_test(100)[0], cifar10_calibration(128)[0]),
@@ -84,7 +89,7 @@ def networks() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
 def measure_one(model: nn.Module, images: Tensor, calibration: Tensor, scheme: str) -> Any:
     quantizer = cq.IntegerQuantizer().set_global(scheme)
     example = (images[:1],)
-    graph = convert(model, example, quantizer, [(calibration,)]).graph
+    graph = convert(model, example, quantizer, [(image,) for image in calibration.split(1)]).graph
     with tempfile.TemporaryDirectory() as folder:
         row: dict[str, Any] = {"images": len(images), **compare(graph, images, Path(folder) / "x")}
         one = Path(folder) / "one"
@@ -113,10 +118,11 @@ def compare(graph: torch.fx.GraphModule, images: Tensor, folder: Path) -> dict[s
 
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of flash and RAM, of everything that is linked."""
+    (folder / "string.h").write_text(STRING)
     (folder / "bare.c").write_text(BARE)
     names = ("net.c", "net_constants.c", "cq_kernels.c", "bare.c")
     linked = folder / "bare.elf"
-    command = [*CORTEX_M4, *SECTIONS, "-Wl,--gc-sections", "-nostdlib"]
+    command = [*CORTEX_M4, *SECTIONS, f"-I{folder}", "-Wl,--gc-sections", "-nostdlib"]
     subprocess.run(
         [*command, *(folder / name for name in names), "-lgcc", "-o", linked], check=True
     )
