@@ -10,6 +10,7 @@ import custom_quantizer as cq
 
 NAMES = [
     "Accumulator",
+    "CCode",
     "CalibrationError",
     "CalibrationSummary",
     "CaptureError",
@@ -66,6 +67,7 @@ NAMES = [
     "merge_statistics",
     "quantize",
     "read_program",
+    "save_c",
     "save_graph",
     "save_integers",
     "save_statistics",

@@ -54,7 +54,7 @@ def test_the_two_commands() -> None:
 
 
 def test_every_command_is_listed() -> None:
-    assert set(re.findall(r"^\| `custom-quantizer (\w+)", README, re.MULTILINE)) == set(
+    assert set(re.findall(r"^\| `custom-quantizer ([\w-]+)", README, re.MULTILINE)) == set(
         cli.commands
     )
 
