@@ -10,7 +10,6 @@ import math
 import re
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -36,6 +35,7 @@ from executorch.exir._serialize._program import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.graphs import Function
 from support.program_text import describe
 from torch import nn
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
@@ -465,20 +465,34 @@ def test_linear_with_transposed_weight_flag(small_pte: bytes) -> None:
     assert (op.inputs, op.weight, op.bias, op.outputs) == ((0,), 1, None, (2,))
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv_transpose2d"])
-def test_float_weight_layouts(kind: str, groups: int) -> None:
+LAYOUTS: dict[str, Any] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+}
+
+
+def test_float_weight_layouts() -> None:
     """Groups times kinds, on float weights: the layout does not depend on the dtype."""
     torch.manual_seed(4)
-    cls = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv_transpose2d": nn.ConvTranspose2d}[kind]
-    module = cls(6, 12, 3, groups=groups, bias=False)
-    example = (torch.randn(1, 6, *([9] if kind == "conv1d" else [9, 8])),)
-    (delegate,) = read_program(lower(module.eval(), example)).delegates
-    (op,) = (op for op in delegate.ops if op.weight is not None)
-    weight = delegate.weight(op)
-    expected = module.weight.detach().numpy()
-    np.testing.assert_array_equal(weight.reshape(expected.shape), expected)
-    assert weight.ndim == 4
+    layers = nn.ModuleDict(
+        {
+            f"{kind}_{groups}": make(6, 12, 3, groups=groups, bias=False)
+            for kind, make in LAYOUTS.items()
+            for groups in (1, 2, 3)
+        }
+    )
+    model = Function(
+        lambda s, x: [layer(x[:, :, 0] if "1d" in name else x) for name, layer in s.layers.items()],
+        layers=layers,
+    )
+    (delegate,) = read_program(lower(model.eval(), (torch.randn(1, 6, 9, 8),))).delegates
+    found = [delegate.weight(op) for op in delegate.ops if op.weight is not None]
+    assert len(found) == len(layers)
+    for (name, layer), weight in zip(layers.items(), found, strict=True):
+        expected = layer.weight.detach().numpy()
+        np.testing.assert_array_equal(weight.reshape(expected.shape), expected, name)
+        assert weight.ndim == 4, name
 
 
 # --------------------------------------------------------------------------------------------
@@ -854,18 +868,16 @@ def test_truncation_of_a_larger_program(lowered: Lowered) -> None:
             read_program(lowered.pte[:cut])
 
 
-def corrupted(pte: bytes) -> Iterator[tuple[int, bytes]]:
-    for position in range(len(pte)):
-        for flip in (0x01, 0x80, 0xFF):
-            changed = bytearray(pte)
-            changed[position] ^= flip
-            yield position, bytes(changed)
-
-
-def test_one_wrong_byte_anywhere(small_pte: bytes) -> None:
+@pytest.mark.parametrize(
+    "flip", [0xFF, *(pytest.param(flip, marks=pytest.mark.slow) for flip in (0x01, 0x80))]
+)
+def test_one_wrong_byte_anywhere(small_pte: bytes, flip: int) -> None:
     """It reads, or says why not; describing and unpacking what was read never fails otherwise."""
     refused = 0
-    for _, pte in corrupted(small_pte):
+    for position in range(len(small_pte)):
+        changed = bytearray(small_pte)
+        changed[position] ^= flip
+        pte = bytes(changed)
         try:
             contents = read_program(pte)
             describe(contents)
@@ -876,7 +888,7 @@ def test_one_wrong_byte_anywhere(small_pte: bytes) -> None:
                         delegate.bias(op)
         except ProgramError:
             refused += 1
-    assert refused > len(small_pte)
+    assert refused > len(small_pte) / 3
 
 
 @given(st.data())

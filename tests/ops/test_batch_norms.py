@@ -211,7 +211,25 @@ def test_what_others_read_is_not_folded_into(name: str) -> None:
     assert not fidelity.warnings
 
 
-@pytest.mark.parametrize("name", [name for name in SHARED if name != "a norm a level, 3d"])
+# Of each kind of sharing one, and each kind of layer once: preparing for training takes a second.
+IN_TRAINING = (
+    "a norm a level, 1d",
+    "norm(z) and z",
+    "without and with",
+    "tied weights",
+    "transposed in groups",
+    "linear over rows",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in IN_TRAINING else pytest.mark.slow)
+        for name in SHARED
+        if name != "a norm a level, 3d"
+    ],
+)
 def test_nor_in_training(name: str) -> None:
     """Convolutions over volumes stay in float there."""
     captured, prepared, x = prepare(name, training=True)

@@ -184,6 +184,10 @@ STATIC: dict[str, dict[str, Any]] = {
 }
 
 
+# XNNPACKQuantizer takes a second, most of it for capturing its patterns.
+IN_SHORT = ("qat per channel", "full range", "5-bit activations")
+
+
 def _gemms(graph: GraphModule) -> dict[str, Node]:
     targets = (aten.conv2d.default, aten.conv1d.default, aten.linear.default)
     return {n.name: n for t in targets for n in calls(graph, t)}
@@ -204,7 +208,10 @@ class Gemms(nn.Module):
         return cast(Tensor, self.linear(x.permute(0, 2, 3, 1)))
 
 
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.slow) for name in STATIC],
+)
 def test_convolutions_and_linear_layers_are_quantized_as_xnnpackquantizer_does(name: str) -> None:
     config = get_symmetric_quantization_config(**STATIC[name])
     x = image()
