@@ -11,6 +11,7 @@ import torch
 from support.cifar_models import resnet20
 from support.models import Converted, convert, randomize_batch_norms, torchvision_model
 from support.registry import Surrounded
+from support.selection import slow_but
 from torch import Tensor, nn
 
 import custom_quantizer as cq
@@ -50,9 +51,9 @@ GRID = [
     for w in WEIGHTS
     for granularity in ("", "-per_tensor")
 ]
-# A cross through the grid by default; the rest is slow.
-QUICK = {"a8w8-per_tensor", "a8w4", "a4w4", "a6w2-per_tensor", "a8w16", "a16w8", "a16w16"}
-SCHEMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in GRID]
+# By default int8 with narrow weights, both narrow, and both wide; a8w8 is in every other test.
+QUICK = {"a8w4", "a6w2-per_tensor", "a16w16"}
+SCHEMES = slow_but(QUICK, GRID)
 
 
 @cache
@@ -188,7 +189,9 @@ def test_packed_weights_halve_the_file() -> None:
     assert size("a8w4") <= 0.56 * size("a8w8")
 
 
-@pytest.mark.parametrize("name", ["dyn8w8", "dyn8w4", "dyn8w4g32"])
+@pytest.mark.parametrize(
+    "name", slow_but(["dyn8w8", "dyn8w4g32"], ["dyn8w8", "dyn8w4", "dyn8w4g32"])
+)
 def test_dynamic_linear(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
@@ -263,7 +266,7 @@ def test_input_and_output_formats() -> None:
         convert(nn.Conv2d(3, 4, 3), example, quantizer)
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", slow_but([8], [4, 8, 16]))
 def test_narrow_bias_keeps_its_leading_bits(bits: int) -> None:
     torch.manual_seed(0)
     model = nn.Conv2d(3, 8, 3)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from support.fuzz import check_each_tensor, check_plan
 from support.graphs import lowered_exactly
 from support.models import convert, randomize_batch_norms
+from support.selection import slow_but
 from torch import Tensor, nn
 
 import custom_quantizer as cq
@@ -170,7 +171,11 @@ def built(build: Build) -> nn.Module:
     return randomize_batch_norms(build()).eval()
 
 
-@pytest.mark.parametrize("name", EXACT)
+# Of the others tests/ops checks the parts.
+QUICK = ("residual", "inverted residual", "u-net")
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, EXACT))
 def test_every_output_is_the_references(name: str) -> None:
     """Bit for bit, for inputs that saturate too; no op is in float, nothing runs outside."""
     build, shape = EXACT[name]

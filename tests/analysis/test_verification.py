@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import Converted, convert
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -117,7 +118,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("sabotage", "node", "path", "what"), CASES)
+@pytest.mark.parametrize(
+    ("sabotage", "node", "path", "what"), slow_but([CASES[0], CASES[3]], CASES)
+)
 def test_a_broken_program_is_caught_and_the_op_named(
     converted: Converted,
     sabotage: Callable[[GraphModule], None],
@@ -157,7 +160,7 @@ def test_no_inputs_is_an_error(converted: Converted) -> None:
         cq.verify(converted.graph, lowered, [])
 
 
-@pytest.mark.parametrize("scheme", ["a16w8", "a16w4", "a12w8"])
+@pytest.mark.parametrize("scheme", slow_but(["a12w8"], ["a16w8", "a16w4", "a12w8"]))
 def test_emulated_int16_is_within_one_unit(scheme: str) -> None:
     torch.manual_seed(0)
     model = nn.Conv2d(16, 24, 3, padding=1)

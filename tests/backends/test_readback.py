@@ -37,6 +37,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.graphs import Function
 from support.program_text import describe
+from support.selection import slow_but
 from torch import nn
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
 from torchao.quantization.granularity import PerGroup
@@ -868,9 +869,7 @@ def test_truncation_of_a_larger_program(lowered: Lowered) -> None:
             read_program(lowered.pte[:cut])
 
 
-@pytest.mark.parametrize(
-    "flip", [0xFF, *(pytest.param(flip, marks=pytest.mark.slow) for flip in (0x01, 0x80))]
-)
+@pytest.mark.parametrize("flip", slow_but([0xFF], [0x01, 0x80, 0xFF]))
 def test_one_wrong_byte_anywhere(small_pte: bytes, flip: int) -> None:
     """It reads, or says why not; describing and unpacking what was read never fails otherwise."""
     refused = 0

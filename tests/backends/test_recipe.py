@@ -72,7 +72,8 @@ def export(model: Any, made: ExportRecipe, **options: Any) -> ExportSession:
     return executorch.export.export(model, [EXAMPLE], made, **options)
 
 
-def _case(kind: cq.IntegerRecipe, slow: bool = False, **options: Any) -> Any:
+def _case(kind: cq.IntegerRecipe, slow: bool = True, **options: Any) -> Any:
+    """In the default run: one without options, and one with all widths, also of weights alone."""
     marks = [pytest.mark.slow] if slow else []
     return pytest.param(kind, options, id="-".join((kind.value, *options)), marks=marks)
 
@@ -81,13 +82,13 @@ def _case(kind: cq.IntegerRecipe, slow: bool = False, **options: Any) -> Any:
     ("kind", "options"),
     [
         _case(cq.IntegerRecipe.A8W8),
-        _case(cq.IntegerRecipe.A8W8_PER_TENSOR, slow=True),
+        _case(cq.IntegerRecipe.A8W8_PER_TENSOR),
         _case(cq.IntegerRecipe.A8W4),
         _case(cq.IntegerRecipe.A16W8),
-        _case(cq.IntegerRecipe.DYN8W8),
-        _case(cq.IntegerRecipe.DYN8W4, slow=True),
-        _case(CUSTOM, slow=True, scheme="a8w8-percentile99.9"),
-        _case(CUSTOM, config=MIXED),
+        _case(cq.IntegerRecipe.DYN8W8, slow=False),
+        _case(cq.IntegerRecipe.DYN8W4),
+        _case(CUSTOM, scheme="a8w8-percentile99.9"),
+        _case(CUSTOM, slow=False, config=MIXED),
     ],
 )
 def test_the_program_is_that_of_lower(kind: cq.IntegerRecipe, options: dict[str, Any]) -> None:

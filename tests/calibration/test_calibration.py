@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import subprocess
@@ -557,12 +558,13 @@ def test_a_killed_process_goes_on_in_another(tmp_path: Path) -> None:
 
 def test_observers_of_torchao_resume_too(tmp_path: Path) -> None:
     """Those of a stock flow: per-channel weights, a histogram that changes its range."""
+    torch.manual_seed(0)
+    program = torch.export.export(Conv().eval(), (IMAGES[:8],))
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(True))
+    prepared = prepare_pt2e(program.module(), quantizer)
 
     def make() -> GraphModule:
-        torch.manual_seed(0)
-        program = torch.export.export(Conv().eval(), (IMAGES[:8],))
-        quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(True))
-        return prepare_pt2e(program.module(), quantizer)
+        return copy.deepcopy(prepared)
 
     data = [CHUNKS[0], CHUNKS[1] * 3, CHUNKS[2] * 10]
     path = tmp_path / "calibration.safetensors"

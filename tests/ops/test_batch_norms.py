@@ -9,6 +9,7 @@ import pytest
 import torch
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
 from support.graphs import Function, calls, capture, lowered_exactly, quantized
+from support.selection import slow_but
 from support.shared_layers import SHARED, norm, shared_layer
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -223,12 +224,7 @@ IN_TRAINING = (
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in IN_TRAINING else pytest.mark.slow)
-        for name in SHARED
-        if name != "a norm a level, 3d"
-    ],
+    "name", slow_but(IN_TRAINING, (name for name in SHARED if name != "a norm a level, 3d"))
 )
 def test_nor_in_training(name: str) -> None:
     """Convolutions over volumes stay in float there."""
@@ -272,7 +268,9 @@ def test_each_use_has_its_own_weight_and_bias() -> None:
         assert torch.equal(bias, (beta - mean * factor).float())
 
 
-@pytest.mark.parametrize("name", ["a norm a level", "norm(z) + z", "tied weights"])
+@pytest.mark.parametrize(
+    "name", slow_but(["norm(z) + z"], ["a norm a level", "norm(z) + z", "tied weights"])
+)
 def test_the_program_computes_its_graph(name: str) -> None:
     model, x = shared_layer(name)
     lowered = lowered_exactly(quantized(model, (x,)), (x,), [])

@@ -13,6 +13,7 @@ aten = torch.ops.aten
 
 
 class TestContract(IntegerContract):
+    together = True
     families = ("add", "sub", "mul", "relu", "clamp")
 
 

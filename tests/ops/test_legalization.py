@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.graphs import Function, calls, canonicalize, capture, differences, quantized, stress
 from support.models import randomize_batch_norms
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -299,45 +300,54 @@ def test_maxima_whose_indices_are_used_stay() -> None:
     assert len(calls(graph, aten.amax.default)) == 2
 
 
-# Another case of the same form takes the same path to the runtime, with other numbers.
+# Another case of the same form takes the same path to the runtime, with other numbers or ranks.
 LIKE_ANOTHER = {
     "adaptive max of signals",
     "adaptive max of volumes",
     "adaptive, larger",
     "adaptive, signal",
+    "adaptive, volume",
     "average of volumes",
     "average of volumes, padded",
+    "average of volumes, padding not counted",
+    "channel shuffle",
     "conv3d",
+    "conv3d in groups",
     "conv3d of one volume",
     "conv3d of points",
     "conv3d, dilated",
+    "counted padding of one image",
+    "largest of a batch",
     "largest of channels",
     "largest of points",
     "largest over far dims",
+    "max pool of one image",
     "max pool of one signal",
     "max_pool3d, dilated",
     "max_pool3d, rounding up",
     "mean of a signal",
+    "mean of one image",
     "mean over far dims",
     "mean over rows",
+    "mean over the batch",
+    "nearest by an odd factor",
     "nearest down",
     "nearest of a signal",
     "nearest to a size",
+    "norm of rows",
     "norm of signals",
     "norm of volumes",
     "norm without affine",
+    "own divisor of volumes",
     "patches of one image",
     "roll by nothing",
     "sum over channels",
 }
 GROUPS = [
-    names[i::2]
-    for names in (sorted(CASES.keys() - LIKE_ANOTHER), sorted(LIKE_ANOTHER))
-    for i in range(2)
+    sorted(CASES.keys() - LIKE_ANOTHER),
+    *(sorted(LIKE_ANOTHER)[i::2] for i in range(2)),
 ]
-GROUP = pytest.mark.parametrize(
-    "group", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in (2, 3))]
-)
+GROUP = pytest.mark.parametrize("group", slow_but([0], range(3)))
 
 
 @cache

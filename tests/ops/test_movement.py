@@ -56,6 +56,7 @@ def test_moves_are_merged(
 
 
 class TestContract(IntegerContract):
+    together = True
     families = (
         "cat",
         "identity",

@@ -14,6 +14,7 @@ from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
     get_symmetric_quantization_config,
 )
 from support.graphs import Function, calls, capture, differences, quantized
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -208,10 +209,7 @@ class Gemms(nn.Module):
         return cast(Tensor, self.linear(x.permute(0, 2, 3, 1)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.slow) for name in STATIC],
-)
+@pytest.mark.parametrize("name", slow_but(IN_SHORT, STATIC))
 def test_convolutions_and_linear_layers_are_quantized_as_xnnpackquantizer_does(name: str) -> None:
     config = get_symmetric_quantization_config(**STATIC[name])
     x = image()

@@ -20,12 +20,18 @@ WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "matmul", "prelu"})
 def cases_and_schemes(*schemes: str, of_weights: str) -> list[Any]:
     """Parameters ``(rule, case, scheme)``: every case of integers in every scheme that matters.
 
+    Slow is what is neither in the first scheme nor the first case of its family.
+
     Args:
         schemes: for all families.
         of_weights: one that differs from the first in the weights only.
     """
     return [
-        pytest.param(rule, case, scheme, id=f"{rule.family}-{case.name}-{scheme}")
+        pytest.param(
+            *(rule, case, scheme),
+            id=f"{rule.family}-{case.name}-{scheme}",
+            marks=() if scheme == schemes[0] or case is rule.cases[0] else pytest.mark.slow,
+        )
         for rule in REGISTRY
         for case in rule.cases
         for scheme in (*schemes, *((of_weights,) if rule.family in WEIGHTED else ()))

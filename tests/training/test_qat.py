@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support.selection import slow_but
 from support.training import (
     Everything,
     Grouped,
@@ -53,12 +54,21 @@ SCHEMES = (
     "a8w8-biasfloat",
     "a2w2",
 )
+# Of each: scales per channel and per tensor, observed and learned, narrow, wide; biases, too.
+QUICK = ("a8w4-bias8", "a8w8-per_tensor-lsq", "a16w8")
 
 
 @pytest.mark.parametrize(
     ("scheme", "train"),
     [
-        *(pytest.param(scheme, True, id=f"captured in train-{scheme}") for scheme in SCHEMES),
+        *(
+            pytest.param(
+                *(scheme, True),
+                id=f"captured in train-{scheme}",
+                marks=() if scheme in QUICK else pytest.mark.slow,
+            )
+            for scheme in SCHEMES
+        ),
         *(
             # How a model was captured is no matter of the scheme.
             pytest.param(
@@ -90,11 +100,14 @@ def test_what_is_evaluated_in_training_is_what_is_converted(scheme: str, train: 
 @pytest.mark.parametrize(
     ("scheme", "build"),
     [
-        # Every scheme and every network once; all pairs are slow.
+        # Every network once, and a narrow bias; all pairs are slow.
         pytest.param(
             *(scheme, build),
             id=f"{scheme}-{build.__name__}",
-            marks=() if build is Everything or scheme == "a8w8" else pytest.mark.slow,
+            marks=()
+            if (build is Everything) == (scheme == "a8w6-bias16")
+            and scheme in ("a8w8", "a8w6-bias16")
+            else pytest.mark.slow,
         )
         for scheme in ("a8w8", "a8w8-per_tensor", "a4w4-lsq", "a8w6-bias16")
         for build in (Everything, Layered, Grouped)
@@ -137,7 +150,7 @@ def test_the_integers_of_a_folded_bias() -> None:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["a8w8", "a4w4-lsq", pytest.param("a8w8-per_tensor-histogram", marks=pytest.mark.slow)],
+    slow_but(["a8w8"], ["a8w8", "a4w4-lsq", "a8w8-per_tensor-histogram"]),
 )
 def test_the_program_computes_what_the_reference_does(scheme: str) -> None:
     prepared = prepared_for(scheme)
