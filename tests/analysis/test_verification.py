@@ -129,9 +129,8 @@ def test_a_broken_program_is_caught_and_the_op_named(
     what: str,
 ) -> None:
     with sabotaged(sabotage):
+        # That lowering itself complains is tested in tests/backends/test_lowering_checks.py.
         broken = cq.lower(converted.graph, converted.example, check=False)
-        with pytest.raises(cq.VerificationError, match=rf"{node} \({path}\): {what}"):
-            cq.lower(converted.graph, converted.example)
     checked = cq.verify(converted.graph, broken, converted.example)
     assert not checked.bit_exact
     assert checked.first is not None

@@ -124,5 +124,12 @@ def test_a_wrong_rewrite_is_caught_and_the_op_named(
     sabotaged(monkeypatch, at, change)
     with pytest.raises(VerificationError, match=message):
         cq.lower(graph, example)
-    # Only if asked not to look does it return one.
+
+
+def test_a_wrong_program_is_returned_only_if_asked_not_to_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph, example = right_so_far()
+    at, change, _ = SABOTAGE["bias off by one"]
+    sabotaged(monkeypatch, at, change)
     assert isinstance(cq.lower(graph, example, check=False), cq.LoweredProgram)

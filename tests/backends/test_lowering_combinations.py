@@ -17,6 +17,7 @@ from support.graphs import (
     stress,
 )
 from support.models import conv
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
@@ -183,7 +184,7 @@ def cancelling() -> nn.Module:
 @pytest.mark.parametrize(
     ("function", "refused"),
     [
-        (lambda s, x: F.relu(x * 1e5 - x * 1e5), {"sub"}),
+        pytest.param(*(lambda s, x: F.relu(x * 1e5 - x * 1e5), {"sub"}), marks=pytest.mark.slow),
         (lambda s, x: s.head(x * 1e5 - x * 1e5), {"sub"}),
         (lambda s, x: s.head(s.layer(torch.cat([x, x], 1))), {"conv2d"}),
         (lambda s, x: F.relu6(x * 1e9 * (x - x)), {"mul_1"}),
@@ -221,7 +222,7 @@ WITHOUT_KERNEL: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", WITHOUT_KERNEL)
+@pytest.mark.parametrize("name", slow_but(["sorted indices", "no out variant"], WITHOUT_KERNEL))
 def test_an_op_that_nothing_computes_is_named(name: str) -> None:
     function, node, kernel = WITHOUT_KERNEL[name]
     model = Function(lambda s, x: function(s.part(x)), part=nn.Linear(6, 4))

@@ -16,6 +16,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
 from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
 from support.graphs import differences
 from support.models import convert
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
@@ -69,7 +70,7 @@ def run(data: bytes, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return StoredProgram(data, "the program", isolated=False).run(*inputs)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", slow_but(["a8w4", "dyn8w8"], SCHEMES))
 def test_the_standard_call_gives_the_program_that_lower_gives(scheme: str) -> None:
     graph = converted(scheme)
     lowered = cq.lower(graph, images())
@@ -138,7 +139,9 @@ def convert_captured(graph: GraphModule) -> GraphModule:
     return cast(GraphModule, convert_pt2e(prepared))
 
 
-@pytest.mark.parametrize("route", ["lower", "standard call", "exported"])
+@pytest.mark.parametrize(
+    "route", slow_but(["standard call"], ["lower", "standard call", "exported"])
+)
 def test_every_route_gives_a_program_of_contiguous_inputs(route: str) -> None:
     """An image whose pixels hold all their channels together is no other example."""
     graph = converted()

@@ -14,6 +14,7 @@ from executorch.backends.xnnpack.recipes import XNNPackRecipeType
 from executorch.export import ExportRecipe, ExportSession, StageType, recipe_registry
 from support.graphs import Function, differences
 from support.models import convert
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -154,6 +155,7 @@ def test_a_quantizer_with_rules_of_its_own() -> None:
     assert len(program.integer_biases()) == 2
 
 
+@pytest.mark.slow  # the mixed case above has the same as a dictionary
 def test_a_config_file(tmp_path: Path) -> None:
     path = tmp_path / "mixed.yaml"
     path.write_text("version: 1\nglobal: a8w8\nrules: [{module_name: head, scheme: a8w4}]\n")
@@ -238,7 +240,7 @@ def test_several_methods() -> None:
         cq.session_program(session)
 
 
-@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("check", slow_but([True], [True, False]))
 def test_a_wrong_program_is_found(check: bool) -> None:
     def shift_first_bias(_method: str, exported: Any) -> Any:
         name = next(name for name in exported.state_dict if name.endswith("_folded"))

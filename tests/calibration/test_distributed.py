@@ -59,7 +59,8 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 TWO = pytest.param("11,9", id="two ranks")
-THREE = pytest.param("13,0,7", id="three ranks, one without data")
+# Slow: each rank is an interpreter of its own.
+THREE = pytest.param("13,0,7", id="three ranks, one without data", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("finished", [TWO, THREE], indirect=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from typing import cast
 
 import torch
@@ -98,11 +100,19 @@ def captured(model: nn.Module) -> GraphModule:
     return torch.export.export(model, (images(4),), dynamic_shapes=shapes).module()
 
 
+@cache
+def _prepared(scheme: str, build: Callable[[], nn.Module], train: bool) -> GraphModule:
+    quantizer = cq.IntegerQuantizer().set_global(scheme)
+    return prepare_qat_pt2e(captured(made(build, train)), quantizer)
+
+
 def prepared_for(
     scheme: str = "a8w8", build: Callable[[], nn.Module] = Everything, train: bool = True
 ) -> GraphModule:
-    quantizer = cq.IntegerQuantizer().set_global(scheme)
-    return prepare_qat_pt2e(captured(made(build, train)), quantizer)
+    """A graph to train, new to each caller; preparing takes a second, copying it does not."""
+    prepared = copy.deepcopy(_prepared(scheme, build, train))
+    torch.manual_seed(3)  # whoever was first
+    return prepared
 
 
 def some_steps(prepared: GraphModule, count: int = 6) -> None:

@@ -206,14 +206,15 @@ def test_another_process_resumes(tmp_path: Path) -> None:
     """What tells one training from another says nothing of the process it ran in."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_finetune as t\n"
-        "t.qat.finetune(t.prepared_for('a4w4-lsq'), t.loader(), checkpoint=sys.argv[2])"
+        "prepared = t.prepared_for('a4w4-lsq', t.Flat)\n"
+        "t.qat.finetune(prepared, t.loader(), checkpoint=sys.argv[2])"
     )
     path = tmp_path / "training.safetensors"
     arguments = [sys.executable, "-c", script, str(Path(__file__).parent), str(path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     subprocess.run(arguments, check=True, capture_output=True, env=environment)
     before = path.read_bytes()
-    summary = qat.finetune(prepared_for("a4w4-lsq"), loader(), checkpoint=path)
+    summary = qat.finetune(prepared_for("a4w4-lsq", Flat), loader(), checkpoint=path)
     assert summary.resumed == summary.steps == 6
     assert path.read_bytes() == before
 
@@ -288,15 +289,15 @@ def test_bad_recipes_are_refused(options: dict[str, Any]) -> None:
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "training.safetensors"
-    qat.finetune(prepared_for(), loader(), checkpoint=path)
+    qat.finetune(prepared_for(build=Flat), loader(), checkpoint=path)
     for scheme, epochs, message in (("a8w8", 2, "another recipe"), ("a4w4", 1, "another graph")):
         with pytest.raises(TrainingError, match=message):
-            qat.finetune(prepared_for(scheme), loader(), epochs=epochs, checkpoint=path)
+            qat.finetune(prepared_for(scheme, Flat), loader(), epochs=epochs, checkpoint=path)
     path.write_bytes(b"nothing")
     with pytest.raises(TrainingError, match="damaged"):
-        qat.finetune(prepared_for(), loader(), checkpoint=path)
+        qat.finetune(prepared_for(build=Flat), loader(), checkpoint=path)
     with pytest.raises(InputError, match="Cannot read"):
-        qat.finetune(prepared_for(), loader(), checkpoint=tmp_path)
+        qat.finetune(prepared_for(build=Flat), loader(), checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize("function", [qat.training_mode, qat.evaluation_mode, qat.freeze_observers])
