@@ -391,7 +391,7 @@ def test_constants_used_outside_of_convolutions_keep_their_values() -> None:
     lowered_exactly(graph, (x,))
 
 
-@pytest.mark.parametrize("groups", slow_but([2], [1, 2, 4]))
+@pytest.mark.parametrize("groups", slow_but([2, 4], [1, 2, 4]))
 @pytest.mark.parametrize("out", slow_but([4], [4, 8]))
 @pytest.mark.parametrize("scheme", ["a8w8", "a8w8-per_tensor"])
 def test_transposed_convolutions_keep_the_order_of_their_channels(

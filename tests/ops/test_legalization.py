@@ -310,6 +310,7 @@ LIKE_ANOTHER = {
     "average of volumes",
     "average of volumes, padded",
     "average of volumes, padding not counted",
+    "cat of one",
     "channel shuffle",
     "conv3d",
     "conv3d in groups",
@@ -317,6 +318,7 @@ LIKE_ANOTHER = {
     "conv3d of points",
     "conv3d, dilated",
     "counted padding of one image",
+    "flip",
     "largest of a batch",
     "largest of channels",
     "largest of points",
@@ -341,6 +343,7 @@ LIKE_ANOTHER = {
     "own divisor of volumes",
     "patches of one image",
     "roll by nothing",
+    "stack",
     "sum over channels",
 }
 GROUPS = [
@@ -406,16 +409,21 @@ def test_integers_are_close_to_the_float_model(name: str, mode: str) -> None:
 @pytest.mark.parametrize(
     ("build", "shape", "backend"),
     [
-        (module(lambda: nn.AvgPool2d(2, ceil_mode=True)), (2, 4, 7, 7), kernels.PORTABLE),
         (module(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True)), (1, 4, 8, 8), kernels.PORTABLE),
-        (
-            module(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=2)),
-            (1, 4, 8, 8),
-            kernels.PORTABLE,
-        ),
         (module(lambda: nn.Upsample(scale_factor=2, mode="bilinear")), IMAGE, kernels.FLOAT),
-        (module(lambda: nn.InstanceNorm2d(4)), IMAGE, kernels.FLOAT),
         (module(lambda: nn.GroupNorm(2, 4)), IMAGE, kernels.FLOAT),
+        *(
+            pytest.param(module(build), shape, kernel, marks=pytest.mark.slow)
+            for build, shape, kernel in (
+                (lambda: nn.AvgPool2d(2, ceil_mode=True), (2, 4, 7, 7), kernels.PORTABLE),
+                (
+                    lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=2),
+                    (1, 4, 8, 8),
+                    kernels.PORTABLE,
+                ),
+                (lambda: nn.InstanceNorm2d(4), IMAGE, kernels.FLOAT),
+            )
+        ),
     ],
 )
 def test_what_has_no_integer_form_runs_in_float_and_is_reported(
@@ -458,7 +466,7 @@ def test_a_linear_layer_that_would_be_too_large_is_not_made(
     "mean",
     [
         lambda x: x.mean((2, 3)),
-        lambda x: x.mean((2, 3), keepdim=True),
+        pytest.param(lambda x: x.mean((2, 3), keepdim=True), marks=pytest.mark.slow),
         lambda x: F.adaptive_avg_pool2d(x, 1),
     ],
 )
