@@ -5,12 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from functools import cache
-from typing import Any
 
 import pytest
 import torch
-import torch._export.utils
 from hypothesis import Phase, settings
 
 # "explore" looks for new examples; CI must not fail on a Tuesday for what passed on Monday.
@@ -27,6 +24,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 logging.getLogger("torch.__trace").propagate = False
 
 
+def pytest_configure() -> None:
+    from support import remembered  # not before its asserts are rewritten
+
+    remembered.composite_ops()
+    remembered.training_patterns()
+
+
 def pytest_collection_finish() -> None:
     """Spare the garbage collector what lives as long as the tests: it took a fifth of their time.
 
@@ -39,28 +43,6 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # or nanobind complains on the way out of what is left
-
-
-def remember_composite_ops() -> None:
-    """Spare every lowering what took a fifth of it: to list the composite ops of each library.
-
-    PyTorch lists them three times in every lowering, as a library may have registered more by then;
-    this lists them again when one has.
-    """
-    listed = torch._export.utils._collect_all_valid_cia_ops_for_namespace
-
-    @cache
-    def remembered(namespace: Any, _registered: int) -> Any:
-        return listed(namespace)
-
-    def composite_ops(namespace: Any) -> Any:
-        registrations = torch._C._dispatch_get_registrations_for_dispatch_key
-        return remembered(namespace, len(registrations("CompositeImplicitAutograd")))
-
-    torch._export.utils._collect_all_valid_cia_ops_for_namespace = composite_ops
-
-
-remember_composite_ops()
 
 
 @pytest.fixture(autouse=True)
