@@ -6,12 +6,15 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch._export.utils
+import torchao.quantization.pt2e.utils
 from executorch.backends.xnnpack._passes.insert_pad_qdq import InsertPadQDQPass
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from hypothesis import given
 from hypothesis import strategies as st
+from support import remembered
 from support.models import convert
 from torch import Tensor, nn
 from torch.export.exported_program import _override_composite_implicit_decomp
@@ -449,3 +452,28 @@ def test_an_interrupted_export_keeps_the_decompositions_it_exchanged() -> None:
         op.py_kernels.clear()
         op.py_kernels.update(kernels)
         op._dispatch_cache.clear()
+
+
+def test_what_the_tests_remember_is_what_upstream_computes() -> None:
+    """torch 2.15 and torchao 0.18; see ``tests/support/remembered.py``."""
+    listed, captured = remembered.OF_UPSTREAM
+    now = torch._export.utils._collect_all_valid_cia_ops_for_namespace
+    assert now is not listed
+    for namespace in (torch.ops.aten, torch.ops.quantized_decomposed):
+        assert now(namespace) == now(namespace) == listed(namespace)
+
+    class Pattern(nn.Module):
+        def __init__(self, train: bool) -> None:
+            super().__init__()
+            self.fn = lambda x: torch.dropout(x, 0.5, train)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.fn(x))
+
+    again = torchao.quantization.pt2e.utils._get_aten_graph_module_for_pattern
+    assert again is not captured
+    x = (torch.randn(1),)
+    for train in (True, False, True):
+        graph = again(Pattern(train), x).graph
+        assert str(graph) == str(captured(Pattern(train), x).graph)
+        graph.erase_node(graph.output_node())  # what the caller does with it is its own

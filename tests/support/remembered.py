@@ -13,7 +13,13 @@ import torch
 import torch._export.utils
 import torchao.quantization.pt2e.utils
 
-__all__ = ["composite_ops", "training_patterns"]
+__all__ = ["OF_UPSTREAM", "composite_ops", "training_patterns"]
+
+OF_UPSTREAM = (
+    torch._export.utils._collect_all_valid_cia_ops_for_namespace,
+    torchao.quantization.pt2e.utils._get_aten_graph_module_for_pattern,
+)
+"""The functions themselves, for the test that compares what they give with what is remembered."""
 
 
 def composite_ops() -> None:
@@ -22,7 +28,7 @@ def composite_ops() -> None:
     PyTorch lists them three times in every lowering, as a library may have registered more by then;
     here they are listed again when one has.
     """
-    listed = torch._export.utils._collect_all_valid_cia_ops_for_namespace
+    listed = OF_UPSTREAM[0]
 
     @cache
     def remembered(namespace: Any, _registered: int) -> Any:
@@ -40,7 +46,7 @@ def training_patterns() -> None:
 
     It captures a dropout and a batch norm in both modes, which are always the same.
     """
-    capture = torchao.quantization.pt2e.utils._get_aten_graph_module_for_pattern
+    capture = OF_UPSTREAM[1]
     known: dict[Any, Any] = {}
 
     def pattern_graph(pattern: Any, inputs: tuple[Any, ...], *device: bool, **kwargs: Any) -> Any:
