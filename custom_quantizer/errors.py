@@ -19,6 +19,9 @@ Every message says what was wrong, where (node and module path, or file), and wh
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 __all__ = [
     "CalibrationError",
     "CaptureError",
@@ -83,3 +86,20 @@ def first_line(error: BaseException) -> str:
     """Class and first line of somebody else's error, without a period, to be put into ours."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}"
+
+
+_LONGEST_WORD = 200
+
+
+def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
+    """``; did you mean a, b or c?``, or nothing when nothing is near."""
+    if len(word) > _LONGEST_WORD:  # difflib takes the square of the length
+        return ""
+    near = difflib.get_close_matches(word, list(candidates), n=count, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def some(names: Sequence[str], limit: int = 6) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

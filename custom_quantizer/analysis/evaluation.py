@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -34,7 +34,7 @@ from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
-from custom_quantizer.errors import InputError
+from custom_quantizer.errors import InputError, some
 from custom_quantizer.reference import IntegerReference
 
 __all__ = [
@@ -122,9 +122,11 @@ class Evaluation:
 
     Attributes:
         scores: in the order of the models.
+        notes: what a reader of the scores has to know.
     """
 
     scores: tuple[ModelScore, ...]
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ModelScore:
         for score in self.scores:
@@ -158,6 +160,7 @@ class Evaluation:
                 "confidence": CONFIDENCE,
                 "models": [_record(score) for score in self.scores],
                 "conclusions": list(self.conclusions),
+                "notes": list(self.notes),
             },
             indent=2,
             allow_nan=False,
@@ -180,8 +183,8 @@ class Evaluation:
         lines = table_lines(self.rows())
         if any(score.slices for score in self.scores):
             lines += ["", *self.slice_lines()]
-        if self.conclusions:
-            lines += ["", *self.conclusions]
+        if self.conclusions or self.notes:
+            lines += ["", *self.conclusions, *self.notes]
         return "\n".join(lines)
 
     def slice_lines(self) -> list[str]:
@@ -201,6 +204,7 @@ def evaluate(
     data: Iterable[Any],
     *,
     metrics: Mapping[str, Metric] | Metric | None = None,
+    output: int | None = None,
     slices: int = 1,
     progress: bool | None = None,
 ) -> Evaluation:
@@ -211,8 +215,8 @@ def evaluate(
 
     Args:
         models: by name: modules, converted graphs, integer references, ``LoweredProgram``,
-            ``StoredProgram``, or any callable. The first tensor a model returns holds its scores,
-            shape ``(batch, classes)``.
+            ``StoredProgram``, or any callable. One of the tensors that a model returns holds its
+            scores, shape ``(batch, classes)``.
         data: batches: a :class:`~custom_quantizer.app.sources.DataSource`, or an iterable of input
             tensors, or of pairs of inputs (a tensor or a tuple of tensors) and integer labels of
             shape ``(batch,)``.
@@ -221,14 +225,17 @@ def evaluate(
             ``(batch,)``) or one number. Scores per sample are compared between models; numbers
             are only averaged. With metrics every pair is inputs and labels, labels may be any
             tensor with the batch first, and outputs need not be scores of classes.
+        output: which tensor holds the scores, from 0; ``None`` is the first, and a note says so
+            where there are several.
         slices: into how many disjoint parts of equal size the samples are dealt, one after the
             other, for the accuracy on each.
         progress: True shows a bar, None does so at a terminal.
 
     Raises:
         InputError: no model or no sample; a batch, the scores or what a metric returns have the
-            wrong form; scores are NaN; labels are no class; only some batches have labels; there
-            are more slices than samples.
+            wrong form; scores are NaN; labels are no class; the folders of ``data`` are other
+            classes than the model's; only some batches have labels; there are more slices than
+            samples; there is no such output.
 
     Example:
         >>> evaluate({"float": model, "int8": lowered.run}, source, slices=5)
@@ -242,7 +249,8 @@ def evaluate(
     metrics = metrics or {}
     samples = 0
     labelled: bool | None = None
-    tallies = {name: _Tally(name, metrics) for name in models}
+    tallies = {name: _Tally(name, metrics, output) for name in models}
+    folders = tuple(getattr(data, "classes", ()))
     with _states_kept(models.values()):
         for batch in track(data, "evaluate", enabled=progress):
             inputs, labels = _inputs_and_labels(batch, any_labels=bool(metrics))
@@ -256,23 +264,31 @@ def evaluate(
             for name, model in models.items():
                 classes = tallies[name].add(_outputs(name, model, inputs), labels, first)
                 first = classes if first is None else first
+                tallies[name].check_folders(folders)
     if not samples:
         raise InputError("the data to evaluate on holds no sample")
     if slices > samples:
         raise InputError(f"{samples} samples do not make {slices} slices")
     reference = next(iter(tallies.values()))
-    return Evaluation(tuple(tally.score(reference, slices) for tally in tallies.values()))
+    scores = tuple(tally.score(reference, slices) for tally in tallies.values())
+    several = max(tally.outputs for tally in tallies.values())
+    if output is not None or several == 1 or not reference.is_classifier:
+        return Evaluation(scores)
+    note = f"scores are those of output 0, the first of {several}; output=N chooses another"
+    return Evaluation(scores, (note,))
 
 
 class _Tally:
     """What is counted of one model: a few bytes per sample."""
 
-    def __init__(self, name: str, metrics: Mapping[str, Metric]) -> None:
+    def __init__(self, name: str, metrics: Mapping[str, Metric], output: int | None) -> None:
         self.name = name
+        self.outputs = 0
         self._metrics = metrics
+        self._output = output or 0
         self._samples = self._agreeing = self._tied = 0
         self._classes = 0
-        self._is_classifier = True
+        self.is_classifier = True
         self._ranks: list[Tensor] = []
         self._values: dict[str, list[Tensor]] = {metric: [] for metric in metrics}
         self._sums: dict[str, list[float]] = {}
@@ -280,7 +296,12 @@ class _Tally:
     def add(self, outputs: Any, labels: Tensor | None, first: Tensor | None) -> Tensor | None:
         """Count a batch; returns the class of each sample, where there are classes."""
         leaves = pytree.tree_leaves(outputs)
-        scores = leaves[0]
+        self.outputs = len(leaves)
+        if not 0 <= self._output < len(leaves):
+            raise InputError(
+                f"{self.name} has no output {self._output}: it returns {len(leaves)}, from 0"
+            )
+        scores = leaves[self._output]
         size = len(scores)
         self._samples += size
         for metric, function in self._metrics.items():
@@ -291,7 +312,7 @@ class _Tally:
                     f"{self.name} returns scores of shape {tuple(scores.shape)}, not "
                     "(batch, classes); pass metrics= for outputs of another kind"
                 )
-            self._is_classifier = False
+            self.is_classifier = False
             return None
         # Models may be on several devices; what is compared is in one place.
         scores = scores.detach().cpu()
@@ -305,6 +326,16 @@ class _Tally:
         if labels is not None and _are_labels(labels):
             self._ranks.append(self._rank(scores, labels.cpu()))
         return classes
+
+    def check_folders(self, names: Sequence[str]) -> None:
+        """Refuse folders that cannot be the model's classes: their numbers mean something else."""
+        if names and self.is_classifier and self._ranks and len(names) != self._classes:
+            raise InputError(
+                f"the data has folders of {len(names)} classes ({some(names)}) and {self.name} "
+                f"scores {self._classes}: folders in the order of their names are not its classes; "
+                "say which are, in the order of the model: load_data(..., classes=names), or "
+                "--classes FILE"
+            )
 
     def _rank(self, scores: Tensor, labels: Tensor) -> Tensor:
         """How many classes come before the label's, equal scores in the order of the classes."""
@@ -339,7 +370,7 @@ class _Tally:
         correct = correct5 = None
         shares: tuple[float, ...] = ()
         difference = None
-        if self._ranks and self._is_classifier:
+        if self._ranks and self.is_classifier:
             ranks = torch.cat(self._ranks)
             right = ranks == 0
             correct = int(right.sum())
@@ -352,7 +383,7 @@ class _Tally:
             self.name,
             self._samples,
             correct,
-            self._agreeing if self._is_classifier and first._is_classifier else None,
+            self._agreeing if self.is_classifier and first.is_classifier else None,
             correct5,
             self._tied,
             shares,

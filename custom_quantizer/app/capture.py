@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from inspect import signature
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -74,11 +77,41 @@ def capture(
         largest = DEFAULT_MAX_BATCH if dynamic_batch is True else dynamic_batch
         shapes = _by_parameter(eager, _dynamic_batch(example, largest))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _no_graph_dumps():
             exported = torch.export.export(eager, example, dynamic_shapes=shapes)
     except Exception as error:
         raise _refused(eager, example, bool(dynamic_batch), error) from error
     return capture(exported, example)
+
+
+class _NoGraphs:
+    """Standard error without the graphs that are printed before an error is raised."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._dropped = False
+
+    def write(self, text: str) -> int:
+        line_end = self._dropped and text == "\n"  # print() writes it apart
+        self._dropped = "\ndef forward(self, " in text
+        return len(text) if self._dropped or line_end else int(self._stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _no_graph_dumps() -> Iterator[None]:
+    """Keep torch 2.15's ``export`` from printing half a graph, and that twice, before it raises.
+
+    The error says what is wrong in a line. There is no option against it:
+    ``torch/export/_trace.py`` prints an exception's ``partial_fx_graph`` to standard error.
+    """
+    if sys.stderr is None:
+        yield
+        return
+    with redirect_stderr(cast("TextIO", _NoGraphs(sys.stderr))):
+        yield
 
 
 def _eval_copy(model: nn.Module) -> nn.Module:
@@ -152,7 +185,7 @@ def _refused(
     except Exception as own:
         return InputError(
             f"{name} does not run on the example inputs ({_shapes(example)}): {first_line(own)}; "
-            "pass what its forward takes, batch first"
+            f"pass what its forward takes, batch first{_layout_hint(example)}"
         )
     text = f"torch.export cannot capture {name}: {first_line(error)}; "
     if dynamic and ("specialized" in str(error) or "Constraints violated" in str(error)):
@@ -169,6 +202,17 @@ def _refused(
         text + "make torch.export.export(model.eval(), example_inputs) work first; "
         "torch.export.draft_export lists everything in the way"
     )
+
+
+def _layout_hint(example: tuple[Any, ...]) -> str:
+    """What images are most often given as instead."""
+    for value in pytree.tree_leaves(example):
+        shape = list(value.shape) if isinstance(value, Tensor) else []
+        if len(shape) == 4 and shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4):
+            return f"; {shape} looks channels-last: images are [N, C, H, W], x.permute(0, 3, 1, 2)"
+        if len(shape) == 3 and shape[0] in (1, 3, 4):
+            return f"; {shape} has no batch: one image is {[1, *shape]}"
+    return ""
 
 
 def _shapes(example: tuple[Any, ...]) -> str:

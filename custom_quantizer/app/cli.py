@@ -3,7 +3,8 @@
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once. A command
 imports what it needs when it needs it: first what finds a user's mistakes, last the backend.
 
-Exit codes: 0 done, 1 an error that the message explains, 2 a wrong use of the command.
+Exit codes: 0 done, 1 an error that the message explains, 2 a wrong use of the command, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def main() -> None:
     """Run the command line."""
     if "--debug" not in sys.argv:
         _silence_upstream()
+    from custom_quantizer.core.progress import print_lines
+
+    print_lines(_SECONDS_PER_LINE)
     cli(prog_name="custom-quantizer")
 
 
@@ -57,8 +61,17 @@ def _silence_upstream() -> None:
     logging.disable(logging.ERROR)
 
 
+_SECONDS_PER_LINE = 15.0
+"""Of progress, where standard error is a file."""
+
+
+def _colors() -> bool | None:
+    """No colors where the user wants none (https://no-color.org); else as the terminal can."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 def _say(kind: str, text: str) -> None:
-    click.secho(f"{kind}: ", fg="yellow", nl=False, err=True)
+    click.secho(f"{kind}: ", fg="yellow", nl=False, err=True, color=_colors())
     click.echo(text, err=True)
 
 
@@ -68,8 +81,12 @@ class _Failure(click.ClickException):
     exit_code = 1
 
     def show(self, file: Any = None) -> None:
-        click.secho("error: ", fg="red", nl=False, err=True)
+        click.secho("error: ", fg="red", nl=False, err=True, color=_colors())
         click.echo(self.message, err=True)
+
+
+_INTERRUPTED = 130
+"""Exit code of a process that SIGINT ended, as shells count: 128 + 2."""
 
 
 class _Cli(click.Group):
@@ -80,6 +97,11 @@ class _Cli(click.Group):
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
             raise _Failure(str(error)) from error
+        except KeyboardInterrupt:
+            if ctx.meta.get(_DEBUG):
+                traceback.print_exc()
+            click.echo("interrupted", err=True)
+            sys.exit(_INTERRUPTED)
 
     def main(self, *args: Any, **options: Any) -> Any:
         try:
@@ -379,6 +401,7 @@ def plan_command(
     help="Program to write; beside it go the report, OUT.json, and the graph, "
     "OUT.graph.safetensors.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_debug_option
 def quantize_command(
     model: str,
@@ -395,6 +418,7 @@ def quantize_command(
     shapes: tuple[tuple[int, ...], ...],
     dynamic_batch: bool,
     output: Path,
+    as_json: bool,
 ) -> None:
     """Quantize MODEL and write a checked ExecuTorch program.
 
@@ -413,7 +437,11 @@ def quantize_command(
 
     _start_runtime()
     result = quantize(module, example, data, config=quantizer, dynamic_batch=dynamic_batch)
-    _summarize(model, result, result.save(output))
+    files = result.save(output)
+    if as_json:
+        click.echo(files.report.read_text())
+    else:
+        _summarize(model, result, files)
 
 
 @cli.command(
@@ -471,6 +499,20 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Use at most that many, drawn evenly.")
 @click.option(
+    "--classes",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Names of the model's classes, one a line, in the order of its scores: for folders of "
+    "some of them.  [default: the folders in the order of their names]",
+)
+@click.option(
+    "--output",
+    "output_index",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Which output holds the scores, of a model with several.  [default: 0]",
+)
+@click.option(
     "--graph",
     type=click.Path(path_type=Path),
     metavar="GRAPH",
@@ -493,6 +535,8 @@ def evaluate_command(
     programs: tuple[Path, ...],
     data: str,
     samples: int | None,
+    classes: Path | None,
+    output_index: int | None,
     graph: Path | None,
     isolated: bool,
     model: str | None,
@@ -515,7 +559,8 @@ def evaluate_command(
     graph as PyTorch computes it and the integer reference are shown the same samples.
     """
     _check_float_model(model, weights, model_args)
-    source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+    names = None if classes is None else _lines(classes)
+    source = _load_data(data, _preprocess(resize, crop, mean, std), samples, names)
     if source.labels is None and model is None and len(programs) == 1:
         raise InputError(
             f"{data} has no labels, so there is nothing to measure; name folders by class, save "
@@ -542,12 +587,13 @@ def evaluate_command(
         models[program.name if unique else str(program)] = load_program(
             program, isolated=isolated or None
         ).run
-    evaluation = evaluate(models, source, slices=slices)
+    evaluation = evaluate(models, source, output=output_index, slices=slices)
     if as_json:
         click.echo(evaluation.to_json())
     else:
         make_console().print(accuracy_table(evaluation))
-        for line in (*evaluation.slice_lines(), *evaluation.conclusions):
+        notes = (note.replace("output=N", "--output N") for note in evaluation.notes)
+        for line in (*evaluation.slice_lines(), *evaluation.conclusions, *notes):
             click.echo(line)
 
 
@@ -786,10 +832,28 @@ def _load_model(model: str, weights: str | None, model_args: dict[str, object]) 
     return load_model(model, weights, **model_args)
 
 
-def _load_data(path: str, preprocess: Preprocess, limit: int | None) -> DataSource:
+def _load_data(
+    path: str, preprocess: Preprocess, limit: int | None, classes: list[str] | None = None
+) -> DataSource:
+    """Read data, and tell what is done to them: a wrong scale shows in nothing but the accuracy."""
     from custom_quantizer.app.data import load_data
 
-    return load_data(path, preprocess=preprocess, limit=limit)
+    source = load_data(path, preprocess=preprocess, limit=limit, classes=classes)
+    click.echo(f"{path}: {source.num_examples} samples of {source.treatment}", err=True)
+    return source
+
+
+_MOST_CLASSES_BYTES = 2**24
+
+
+def _lines(file: Path) -> list[str]:
+    from custom_quantizer.core.files import read_bytes
+
+    try:
+        text = read_bytes(file, _MOST_CLASSES_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is no text ({error}); write one class a line, in UTF-8") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _preprocess(
@@ -878,6 +942,8 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
     for warning in filter(None, warnings):
         _say("warning", warning)
     click.echo(f"wrote {files.program} ({size_text(report.size_bytes)}) and {files.report}")
+    if files.graph is not None:
+        click.echo(f"wrote {files.graph}, which verify, export-c and export-integers read")
 
 
 _SHOWN = 10

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file, some
+from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file
 from custom_quantizer.core.batch import Batch
 from custom_quantizer.core.files import check_regular, memory_limit, open_regular, printable
-from custom_quantizer.errors import InputError
+from custom_quantizer.errors import InputError, some
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Batch", "DataSource", "Preprocess", "load_data"]
 
@@ -86,6 +86,15 @@ class Preprocess:
                 f"mean={self.mean}, std={self.std}: both must be finite, and std above 0"
             )
 
+    def __str__(self) -> str:
+        sizes = [
+            f"{name} {size if isinstance(size, int) else f'{size[0]}x{size[1]}'}"
+            for name, size in (("resized to", self.resize), ("cropped to", self.crop))
+            if size is not None
+        ]
+        mean, std = (", ".join(f"{x:g}" for x in values) for values in (self.mean, self.std))
+        return ", ".join([*sizes, f"scaled to [0, 1], less mean {mean}, by std {std}"])
+
     def fit(self, image: Any) -> Any:
         """Resize and crop.
 
@@ -136,6 +145,9 @@ class _Reader(Protocol):
     """Where examples come from. Reading the same indices twice gives the same tensors."""
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]: ...
+
+    @property
+    def treatment(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +232,11 @@ class DataSource:
         return len(self._order)
 
     @property
+    def treatment(self) -> str:
+        """What is done to the values on their way to the model, in a few words."""
+        return self._reader.treatment
+
+    @property
     def inputs(self) -> InputBatches:
         """The batches without their labels, as calibration takes them."""
         return InputBatches(self)
@@ -301,6 +318,7 @@ def load_data(
     shuffle: bool = False,
     seed: int = 0,
     split: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> DataSource:
     """Read examples from images or tensors.
 
@@ -323,6 +341,9 @@ def load_data(
         shuffle: Whether to shuffle them (once: every iteration has the same order).
         seed: For ``limit`` and ``shuffle``.
         split: Folder inside ``path`` to read, such as ``"val"``.
+        classes: Names of the model's classes, in the order of its scores, for folders that are
+            named by class; a class may have no folder. Default: the folders in the order of their
+            names, which are the model's classes only if none is missing.
 
     A file may come from anywhere: what takes more than half of the memory, packed or unpacked,
     is refused before it is read, and so is an image of more than ``PIL.Image.MAX_IMAGE_PIXELS``
@@ -330,16 +351,18 @@ def load_data(
 
     Raises:
         InputError: The path is missing, empty, of an unknown kind or unreadable, too large, or its
-            content is not as above. An image that cannot be decoded raises while iterating.
+            content is not as above; a folder is none of ``classes``. An image that cannot be
+            decoded raises while iterating.
     """
     path = Path(path)
     preprocess = preprocess or Preprocess()
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".zip":
-        source = _image_source(path, preprocess, batch_size, split)
+        source = _image_source(path, preprocess, batch_size, split, classes)
     elif suffix in _TENSOR_SUFFIXES:
-        if split is not None:
-            raise InputError(f"{path}: split={split!r} is for folders and archives of images")
+        if split is not None or classes is not None:
+            what = "classes" if split is None else f"split={split!r}"
+            raise InputError(f"{path}: {what} is for folders and archives of images")
         inputs, labels = _named_tensors(read_tensor_file(path, "data", _TENSOR_SUFFIXES), path)
         source = DataSource.from_tensors(
             inputs, labels, batch_size=batch_size, preprocess=preprocess, name=str(path)
@@ -390,6 +413,10 @@ class _ImageReader:
     root: Path
     names: tuple[str, ...]
     preprocess: Preprocess
+
+    @property
+    def treatment(self) -> str:
+        return f"8-bit images, {self.preprocess}"
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         first: tuple[str, torch.Size] | None = None
@@ -476,7 +503,11 @@ def _open_image(file: IO[bytes]) -> Iterator[Image.Image]:
 
 
 def _image_source(
-    path: Path, preprocess: Preprocess, batch_size: int, split: str | None
+    path: Path,
+    preprocess: Preprocess,
+    batch_size: int,
+    split: str | None,
+    asked: Sequence[str] | None,
 ) -> DataSource:
     if len(preprocess.mean) not in (1, 3):
         raise InputError(
@@ -504,6 +535,8 @@ def _image_source(
             f"{', '.join(sorted(_IMAGE_SUFFIXES))}"
         )
     classes, labels = _classes([name.split("/")[:-1] for name in images], path)
+    if asked is not None:
+        classes, labels = _as_asked(tuple(asked), classes, labels, path)
     reader = _ImageReader(path, images, preprocess)
     order = torch.arange(len(images))
     return DataSource(str(path), batch_size, classes, labels, order, reader)
@@ -545,6 +578,25 @@ def _classes(folders: list[list[str]], path: Path) -> tuple[tuple[str, ...], Ten
     return tuple(names), torch.tensor([indices[folder[0]] for folder in folders])
 
 
+def _as_asked(
+    asked: tuple[str, ...], folders: tuple[str, ...], labels: Tensor | None, path: Path
+) -> tuple[tuple[str, ...], Tensor]:
+    """Classes in the order of the model, and the label of each image among them."""
+    if labels is None:
+        raise InputError(f"{path} has no folder per class, so classes= means nothing for it")
+    twice = sorted({name for name in asked if asked.count(name) > 1})
+    if twice:
+        raise InputError(f"classes holds {some(twice)} twice; each class has one number")
+    unknown = [name for name in folders if name not in set(asked)]
+    if unknown:
+        raise InputError(
+            f"{path}: {some(unknown)} is none of the {len(asked)} classes; add it to them, or take "
+            "the folder away"
+        )
+    numbers = torch.tensor([asked.index(name) for name in folders])
+    return asked, numbers[labels]
+
+
 def _open_zip(path: Path) -> zipfile.ZipFile:
     if not path.exists():
         raise InputError(f"No file {path}")
@@ -569,6 +621,18 @@ class _TensorReader:
 
     tensors: tuple[Tensor, ...]
     preprocess: Preprocess
+
+    @property
+    def treatment(self) -> str:
+        return "; ".join(dict.fromkeys(map(self._treatment, self.tensors)))
+
+    def _treatment(self, tensor: Tensor) -> str:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dtype == torch.uint8:
+            return f"{dtype} images, {self.preprocess}"
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            return f"{dtype} values, converted to float32, not scaled"
+        return f"{dtype} values, taken as they are"
 
     def read(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         for batch in batches:

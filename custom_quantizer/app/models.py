@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,8 +25,8 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
-from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file, some
-from custom_quantizer.errors import InputError, first_line
+from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file
+from custom_quantizer.errors import InputError, first_line, some
 
 __all__ = ["check_model_name", "load_model", "load_weights"]
 
@@ -241,7 +242,7 @@ def _user_model(spec: str, left: str, name: str, kwargs: Mapping[str, object]) -
         try:
             model = target(**kwargs)
         except Exception as exc:
-            raise InputError(f"Calling {spec} failed: {described(exc)}") from exc
+            raise InputError(f"Calling {spec} failed: {described(exc)}{_where(exc)}") from exc
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec} returned {type(model).__name__}, not an nn.Module")
     return model
@@ -259,6 +260,19 @@ def _import_module(name: str) -> ModuleType:
         raise InputError(f"Importing {name} failed: {described(exc)}") from exc
     except Exception as exc:
         raise InputError(f"Importing {name} failed: {described(exc)}") from exc
+
+
+def _where(exc: Exception) -> str:
+    """File and line that raised ``exc``, of the user's code if it is there."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and _PACKAGE not in f.filename]
+    own = [f for f in own if not f.filename.startswith("<")]
+    if isinstance(exc, SyntaxError) or not own:
+        return ""  # it names its line itself
+    return f", at {own[-1].filename}:{own[-1].lineno}"
+
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 def _is_python_file(left: str) -> bool:
@@ -284,7 +298,7 @@ def _import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as exc:
         del sys.modules[name]
-        raise InputError(f"Running {path} failed: {described(exc)}") from exc
+        raise InputError(f"Running {path} failed: {described(exc)}{_where(exc)}") from exc
     return module
 
 

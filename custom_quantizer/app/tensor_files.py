@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from custom_quantizer.core.files import check_regular, memory_limit
 from custom_quantizer.errors import InputError
 
-__all__ = ["WEIGHT_SUFFIXES", "described", "read_tensor_file", "some"]
+__all__ = ["WEIGHT_SUFFIXES", "described", "read_tensor_file"]
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth"})
 """Endings of files that hold a state dict."""
@@ -120,9 +119,3 @@ def described(exc: Exception, limit: int = 500) -> str:
     text = text.rpartition("WeightsUnpickler error: ")[2]
     text = "".join(filter(str.isprintable, text))
     return f"{type(exc).__name__}: {text[:limit]}"
-
-
-def some(names: Sequence[str], limit: int = 6) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

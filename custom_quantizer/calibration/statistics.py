@@ -26,10 +26,9 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.ranges import BINS, Kind, Statistics
-from custom_quantizer.config.rules import nearest
 from custom_quantizer.core.rewriting import is_inner
 from custom_quantizer.core.tensor_file import read_tensors, write_tensors
-from custom_quantizer.errors import CalibrationError, InputError
+from custom_quantizer.errors import CalibrationError, InputError, nearest
 from custom_quantizer.ops.rewrites.training_graph import dropouts_behind, planned_tensor
 
 __all__ = [

@@ -8,7 +8,6 @@ in ``docs/config.md`` are generated from them.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -43,14 +42,14 @@ from custom_quantizer.config.located import (
     read_document,
     shown,
 )
-from custom_quantizer.config.rules import Config, Rule, Scope, nearest, operator_names
+from custom_quantizer.config.rules import Config, Rule, Scope, operator_names
 from custom_quantizer.core.files import write_text_atomic
 from custom_quantizer.core.schemes import (
+    COMMON_SCHEMES,
     FORMAT_PATTERN,
     OBSERVERS,
     PERCENTILE_PATTERN,
     SCHEME_PATTERN,
-    SUFFIXES,
     Granularity,
     OpScheme,
     TensorScheme,
@@ -58,7 +57,7 @@ from custom_quantizer.core.schemes import (
     observer_name,
     scheme,
 )
-from custom_quantizer.errors import ConfigError, SchemeError
+from custom_quantizer.errors import ConfigError, SchemeError, nearest
 
 __all__ = ["FORMAT_VERSION", "dump_config", "json_schema", "load_config", "save_config"]
 
@@ -75,45 +74,14 @@ _BEGIN = f"begin with `version: {FORMAT_VERSION}`"
 
 # -- names of schemes and formats ---------------------------------------------------------------
 
-_COMMON_SCHEMES = (
-    *("a8w8", "a8w8-per_tensor", "a8w4", "a8w2", "a4w4", "a16w8", "a16w16"),
-    *("dyn8w8", "dyn8w4", "dyn8w4g32"),
-)
-"""What editors offer first; the pattern allows all others."""
-
 
 def _parse_scheme(name: str) -> OpScheme:
-    """Parse ``name``; an error also says what it may have been meant to be."""
+    """Parse ``name``; an error also says which name it is about."""
     try:
         return scheme(name)
     except SchemeError as exc:
-        text = str(exc) if repr(name) in str(exc) else f"{name!r}: {exc}"
-        raise SchemeError(f"{text}{_scheme_hint(name)}") from None
-
-
-_LOOSE = re.compile(r"(?:(a|dyn)(\d+)w(\d+)|w(\d+)a(\d+))(g\d+)?[_-]*(.*)")
-
-
-def _scheme_hint(name: str) -> str:
-    """What ``w8a8``, ``a8w8_pertensor`` and the like were meant to be."""
-    if name.lower() in ("none", "float", "float32", "fp32"):
-        return "; to leave ops in float, write null"
-    match = _LOOSE.fullmatch(name.strip().lower())
-    if match is None:
-        return nearest(name.lower(), _COMMON_SCHEMES)
-    kind, act, weight, swapped_weight, swapped_act, group, rest = match.groups()
-    parts = [f"{kind or 'a'}{act or swapped_act}w{weight or swapped_weight}{group or ''}"]
-    for word in rest.split("-") if rest else ():
-        if word in ("per_group", "pergroup"):  # a group has a size
-            parts[0] += "g32"
-            continue
-        parts += difflib.get_close_matches(word, SUFFIXES, n=1, cutoff=0.75) or [word]
-    meant = "-".join(parts)
-    try:
-        scheme(meant)
-    except SchemeError:
-        return ""
-    return f"; did you mean {meant}?" if meant != name else ""
+        text = str(exc)
+        raise SchemeError(text if repr(name) in text else f"{name!r}: {text}") from None
 
 
 def _parse_format(name: str) -> TensorScheme:
@@ -283,7 +251,7 @@ _SchemeValue = (
                 {
                     "title": "scheme name",
                     "anyOf": [
-                        {"enum": list(_COMMON_SCHEMES)},
+                        {"enum": list(COMMON_SCHEMES)},
                         {"type": "string", "pattern": SCHEME_PATTERN},
                     ],
                 }

@@ -12,9 +12,8 @@ from typing import Any, NoReturn, cast
 
 import yaml
 
-from custom_quantizer.config.rules import nearest
 from custom_quantizer.core.files import printable, read_bytes
-from custom_quantizer.errors import ConfigError, InputError
+from custom_quantizer.errors import ConfigError, InputError, nearest
 
 __all__ = [
     "MOST_BYTES",

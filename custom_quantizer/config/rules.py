@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -16,12 +15,12 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.core.graph import module_stack
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
-from custom_quantizer.errors import ConfigError
+from custom_quantizer.errors import ConfigError, nearest
 from custom_quantizer.ops import known_targets
 from custom_quantizer.ops.rewrites import decompositions
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 
-__all__ = ["Config", "Decision", "Rule", "Scope", "nearest", "operator_names"]
+__all__ = ["Config", "Decision", "Rule", "Scope", "operator_names"]
 
 
 class Scope(IntEnum):
@@ -148,15 +147,6 @@ class Decision:
 
 
 _MOST_HINTS = 20
-_LONGEST_WORD = 200
-
-
-def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
-    """``; did you mean a, b or c?``, or nothing when nothing is near."""
-    if len(word) > _LONGEST_WORD:  # difflib takes the square of the length
-        return ""
-    near = difflib.get_close_matches(word, list(candidates), n=count, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def operator_names(operator_type: Any) -> list[str]:

@@ -506,6 +506,8 @@ def _cannot_write(path: AnyPath, exc: OSError) -> InputError:
     folder = os.path.dirname(os.path.realpath(path))
     if isinstance(exc, NotADirectoryError) or os.path.isfile(folder):
         why, fix = f"{folder} is a file, not a directory", "name a file in a directory"
+    elif isinstance(exc, FileNotFoundError) and os.path.isdir(folder):
+        why, fix = f"no file can be made in {folder}", "name a file in another directory"
     elif isinstance(exc, FileNotFoundError):
         why, fix = f"the directory {folder} does not exist", "create it first"
     elif isinstance(exc, PermissionError) and _is_writable(folder):

@@ -1,4 +1,4 @@
-"""Progress bars on standard error, for people at a terminal only.
+"""Progress on standard error: bars at a terminal; elsewhere nothing, or a line now and then.
 
 All bars of the process share one display, because two of them on one terminal overwrite each
 other: a loop inside a stage adds its bar below and takes it away when it ends.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import length_hint
@@ -21,9 +22,10 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
-__all__ = ["stages", "track"]
+__all__ = ["print_lines", "stages", "track"]
 
 T = TypeVar("T")
 
@@ -48,7 +50,11 @@ def track(
         The items, unchanged.
     """
     if not _is_enabled(enabled):
-        yield from iterable
+        count = length_hint(iterable) if total is None else total
+        for done, item in enumerate(iterable, 1):
+            yield item
+            if enabled is None:
+                _LINES.say(f"{description}: {done:,}" + (f" of {count:,}" if count else ""))
         return
     with _DISPLAY.task(description, total or length_hint(iterable) or None) as (progress, task):
         for item in iterable:
@@ -79,7 +85,7 @@ def stages(
         A function to call with a stage's name when it begins; the one before then counts as done.
     """
     if not _is_enabled(enabled):
-        yield lambda name: None
+        yield lambda name: _LINES.say(f"{description}: {name}") if enabled is None else None
         return
     with _DISPLAY.task(description, total) as (progress, task):
         begun = 0
@@ -91,6 +97,28 @@ def stages(
 
         yield stage
         progress.update(task, description=description, completed=begun)
+
+
+def print_lines(seconds: float) -> None:
+    """Where standard error is no terminal, tell of progress in lines, one in so many seconds.
+
+    For commands, whose output ends up in the log of a job; a library says nothing there.
+    """
+    _LINES.every = seconds
+
+
+class _Lines:
+    every: float | None = None
+    _last = time.monotonic()
+
+    def say(self, text: str) -> None:
+        now = time.monotonic()
+        if self.every is not None and sys.stderr and now - self._last >= self.every:
+            self._last = now
+            print(text, file=sys.stderr, flush=True)
+
+
+_LINES = _Lines()
 
 
 def _is_enabled(enabled: bool | None) -> bool:
@@ -124,6 +152,7 @@ class _Display:
                     BarColumn(),
                     MofNCompleteColumn(),
                     TimeElapsedColumn(),
+                    TimeRemainingColumn(),
                     console=Console(stderr=True),
                     # Else rich would send what is printed to a pipe to the terminal instead.
                     redirect_stdout=bool(sys.stdout and sys.stdout.isatty()),

@@ -7,6 +7,7 @@ and keeps 16 bits of bias.
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,10 +25,11 @@ from torchao.quantization.pt2e import (
 from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
 
 from custom_quantizer.core.formats import IntFormat
-from custom_quantizer.errors import SchemeError
+from custom_quantizer.errors import SchemeError, nearest
 
 __all__ = [
     "ACTIVATION_SUFFIXES",
+    "COMMON_SCHEMES",
     "FORMAT_PATTERN",
     "INT32_BIAS",
     "PERCENTILE_PATTERN",
@@ -238,7 +240,7 @@ def scheme(
     base, *suffixes = name.split("-") if isinstance(name, str) else ("",)
     match = _NAME.fullmatch(base)
     if match is None:
-        raise SchemeError(f"{name!r} is no scheme name; a name is {_GRAMMAR}")
+        raise SchemeError(f"{name!r} is no scheme name; a name is {_GRAMMAR}{_meant(name)}")
     options: dict[str, Any] = {}
     for suffix in suffixes:
         said = _suffix(name, suffix)
@@ -261,6 +263,12 @@ def scheme(
 
     dynamic = match["kind"] == "dyn"
     act_bits, weight_bits = int(match["act"]), int(match["weight"])
+    for what, bits in (("activations", act_bits), ("weights", weight_bits)):
+        if not _LEAST_BITS <= bits <= _MOST_BITS:
+            raise SchemeError(
+                f"{name!r}: {what} have {_LEAST_BITS} to {_MOST_BITS} bits, not {bits}"
+                f"{_meant(name)}"
+            )
     group = options.get("group_size")
     granularity = options.get("weight_granularity", "per_channel" if group is None else "per_group")
     bias_option = options.get("bias", "float" if dynamic else 32)
@@ -285,6 +293,45 @@ def scheme(
         bias=None if bias_option == "float" else IntFormat(bias_option),
         dynamic=dynamic,
     )
+
+
+COMMON_SCHEMES = (
+    *("a8w8", "a8w8-per_tensor", "a8w4", "a8w2", "a4w4", "a16w8", "a16w16"),
+    *("dyn8w8", "dyn8w4", "dyn8w4g32"),
+)
+"""What editors offer first; the pattern allows all others."""
+
+_LEAST_BITS, _MOST_BITS = 2, 16
+_LOOSE = re.compile(r"(?:(a|dyn)(\d+)w(\d+)|w(\d+)a(\d+))(g\d+)?[_-]*(.*)")
+_OTHER_NAMES = {
+    **{"int8": "a8w8", "w8": "a8w8", "a8": "a8w8", "8": "a8w8", "int4": "a8w4", "w4": "a8w4"},
+    **{"int16": "a16w8", "16x8": "a16w8", "a16": "a16w8", "int2": "a8w2", "w2": "a8w2"},
+}
+
+
+def _meant(name: object) -> str:
+    """What ``int8``, ``w8a8``, ``a8w8_pertensor``, ``a8w44`` and the like were meant to be."""
+    if not isinstance(name, str):
+        return ""
+    word = name.strip().lower()
+    if word in ("none", "float", "float32", "fp32"):
+        return "; to leave ops in float, write null"
+    if other := _OTHER_NAMES.get(word):
+        return f"; did you mean {other}?"
+    match = _LOOSE.fullmatch(word)
+    if match is None:
+        return nearest(word, COMMON_SCHEMES)
+    kind, act, weight, swapped_weight, swapped_act, group, rest = match.groups()
+    parts = [f"{kind or 'a'}{act or swapped_act}w{weight or swapped_weight}{group or ''}"]
+    for part in rest.split("-") if rest else ():
+        if part in ("per_group", "pergroup"):  # a group has a size
+            parts[0] += "g32"
+            continue
+        parts += difflib.get_close_matches(part, SUFFIXES, n=1, cutoff=0.75) or [part]
+    meant = "-".join(parts)
+    if re.fullmatch(SCHEME_PATTERN, meant):
+        return f"; did you mean {meant}?" if meant != name else ""
+    return nearest(meant, COMMON_SCHEMES)
 
 
 def activation_scheme(name: str | TensorScheme) -> TensorScheme:
@@ -312,7 +359,9 @@ def _suffix(name: str, suffix: str) -> dict[str, Any]:
         return {"bias": int(match[1])}
     if re.fullmatch(PERCENTILE_PATTERN, suffix):
         return {"observer": suffix}
-    raise SchemeError(f"{name!r}: {suffix!r} says nothing about a scheme; a name is {_GRAMMAR}")
+    raise SchemeError(
+        f"{name!r}: {suffix!r} says nothing about a scheme; a name is {_GRAMMAR}{_meant(name)}"
+    )
 
 
 def observer_name(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.config.rules import Config, Decision, nearest, returned_nodes
+from custom_quantizer.config.rules import Config, Decision, returned_nodes
 from custom_quantizer.core.formats import IntFormat
 from custom_quantizer.core.graph import (
     FOLDED_KEY,
@@ -29,7 +29,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
 from custom_quantizer.core.text_table import table_lines
-from custom_quantizer.errors import ConfigError
+from custom_quantizer.errors import ConfigError, nearest
 from custom_quantizer.ops import (
     OF_TARGET,
     Formats,

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.calibration.observers import META_KEY
-from custom_quantizer.config.rules import nearest, returned_nodes
+from custom_quantizer.config.rules import returned_nodes
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, derived_scale
 from custom_quantizer.core.files import write_text_atomic
@@ -45,7 +45,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import scheme
-from custom_quantizer.errors import InputError, ProgramError
+from custom_quantizer.errors import InputError, ProgramError, nearest
 from custom_quantizer.ops import PatternMatch, QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.gemm import expand_channels

@@ -49,11 +49,18 @@ def _as_in_main() -> Iterator[None]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model file, its weights, and data, as a user would have them."""
     folder = tmp_path_factory.mktemp("work")
-    (folder / "net.py").write_text("from support.flow import Small, small_model\n")
+    (folder / "net.py").write_text(
+        "from support.flow import Small, small_model\n\ndef raises():\n    raise ValueError('no')\n"
+        "class Heads(Small):\n    def forward(self, x):\n"
+        "        y = super().forward(x)\n        return y[:, :2], y\n"
+    )
     torch.save(small_model().state_dict(), folder / "net.pt")
     images, labels = small_images(40), small_labels(40)
     np.savez(folder / "data.npz", images=images.numpy(), labels=labels.numpy())
     np.save(folder / "unlabelled.npy", images.numpy())
+    np.save(folder / "last.npy", images.movedim(1, -1).numpy())
+    (folder / "all.txt").write_text("b\na\nc\n")
+    (folder / "abc.txt").write_text("b\n\nc\n d\n")
     config = IntegerQuantizer().set_global("a8w8").set_module_name("linear", None).to_config()
     (folder / "mixed.yaml").write_text(json.dumps(config))
     for name in ("a", "b"):
@@ -186,6 +193,58 @@ def test_verify(work: Path, program: Path, tmp_path: Path) -> None:
     assert "error: " in result.stderr or "bit-exact: NO" in result.stdout
 
 
+def test_a_model_with_two_heads(work: Path, program: Path, tmp_path: Path) -> None:
+    heads = tmp_path / "heads.pte"
+    quantized = ("quantize", f"{work}/net.py:Heads", "--weights", work / "net.pt")
+    text = ok(*quantized, "--calibration", work / "data.npz", "-o", heads, "--json")
+    assert json.loads(text) == json.loads(heads.with_suffix(".json").read_text())
+    data = ("evaluate", heads, "--data", work / "data.npz")
+    note = "scores are those of output 0, the first of 2; --output N chooses another"
+    assert note in ok(*data)
+    assert note not in ok(*data, "--output", 0)
+    one, two = (
+        json.loads(ok(*args, "--json"))["models"][0]
+        for args in ((*data, "--output", 1), ("evaluate", program, "--data", work / "data.npz"))
+    )
+    assert one["correct"] == two["correct"]
+    other = run("verify", program, "--graph", heads.with_suffix(".graph.safetensors"))
+    assert other.exit_code == 1
+    assert "error: the program was not made of this graph" in other.stderr
+
+
+def test_what_is_done_to_data_is_said(work: Path, program: Path) -> None:
+    said = run("evaluate", program, "--data", work / "images", *GRAY, "--classes", work / "all.txt")
+    assert said.exit_code == 0, said.output
+    assert said.stderr.startswith(
+        f"{work}/images: 6 samples of 8-bit images, resized to 8x8, scaled to [0, 1], "
+        "less mean 0.5, by std 0.5\n"
+    )
+    for dtype, words in (
+        ("float64", "float64 values, converted to float32, not scaled"),
+        ("float32", "float32 values, taken as they are"),
+        ("uint8", "uint8 images, scaled to [0, 1], less mean 0.5, by std 0.5"),
+    ):
+        np.save(work / "typed.npy", small_images(2).numpy().astype(dtype))
+        said = run("verify", program, "--data", work / "typed.npy", *GRAY[:4])
+        assert f"typed.npy: 2 samples of {words}\n" in said.stderr
+
+
+def test_interrupted_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("custom_quantizer.app.models.check_model_name", interrupted)
+    result = run("plan", "resnet18")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch, no_color: str) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    result = CliRunner().invoke(cli, ["inspect", "no.pte"], color=True)
+    assert ("\x1b[31m" in result.stderr) == (no_color == "")
+
+
 @pytest.mark.parametrize("suffix", [".pte", ".graph.safetensors"])
 def test_export_integers(work: Path, program: Path, tmp_path: Path, suffix: str) -> None:
     text = ok("export-integers", program.with_suffix(suffix), tmp_path / "net")
@@ -264,6 +323,8 @@ def plain(*args: object) -> Args:
     return lambda work: [str(arg).replace("WORK", str(work)) for arg in args]
 
 
+GRAY = ("--mean", "0.5", "--std", "0.5", "--resize", "8,8")
+
 OURS: dict[str, tuple[Args, list[str]]] = {
     "unknown model": (
         plain("quantize", "resnt18", "--calibration", "x", "-o", "WORK/x.pte"),
@@ -324,6 +385,39 @@ OURS: dict[str, tuple[Args, list[str]]] = {
     "integers in no directory": (
         plain("export-integers", "WORK/net.pte", "WORK/no/net"),
         ["no does not exist", "create it first"],
+    ),
+    "folders of some classes": (
+        plain("evaluate", "WORK/net.pte", "--data", "WORK/images", *GRAY),
+        ["2 classes (a, b)", "scores 3", "--classes FILE"],
+    ),
+    "a folder that is no class": (
+        plain("evaluate", "WORK/net.pte", "--data", "WORK/images", "--classes", "WORK/abc.txt"),
+        ["a is none of the 3 classes"],
+    ),
+    "an output that is not there": (
+        plain("evaluate", "WORK/net.pte", "--data", "WORK/data.npz", "--output", 1),
+        ["has no output 1", "returns 1, from 0"],
+    ),
+    "channels last": (
+        quantize("net.py:Small", "last.npy"),
+        ["looks channels-last", "permute(0, 3, 1, 2)"],
+    ),
+    "channels last to verify": (
+        plain("verify", "WORK/net.pte", "--data", "WORK/last.npy"),
+        ["looks channels-last", "movedim"],
+    ),
+    "images of another size to verify": (
+        plain("verify", "WORK/net.pte", "--data", "WORK/images", *GRAY[:4]),
+        ["must have shape (1, 1, 8, 8)", "--resize"],
+    ),
+    "a place for no files": (
+        lambda work: [*quantize()(work)[:-2], "-o", "/proc/o.pte"],
+        ["no file can be made in /proc"],
+    ),
+    "a model that raises": (quantize("net.py:raises"), ["ValueError: no", "net.py:4"]),
+    "a graph to inspect": (
+        plain("inspect", "WORK/net.graph.safetensors"),
+        ["is a .safetensors file, not a .pte", "beside it"],
     ),
     "no graph beside the program": (
         plain("verify", "WORK/net.pte", "--graph", "WORK/no.graph.safetensors"),

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from custom_quantizer.backends.xnnpack.readback import (
     read_program,
 )
 from custom_quantizer.core.files import write_bytes_atomic
-from custom_quantizer.core.graph import check_input, flatten_inputs
+from custom_quantizer.core.graph import check_input, flatten_inputs, shape_hint
 from custom_quantizer.errors import InputError, ProgramError
 from custom_quantizer.ops.backend import Kernel
 from custom_quantizer.ops.placement import Tally, tally
@@ -174,7 +175,7 @@ class LoweredProgram:
             isolated: as for :func:`load_program`.
 
         Raises:
-            ProgramError: ``data`` is not a program.
+            ProgramError: ``data`` is not a program, or is one of another graph.
         """
         twin = copy.copy(self)
         twin._data, twin.contents, twin._method = data, read_program(data), None
@@ -182,7 +183,29 @@ class LoweredProgram:
         if len(twin.contents.methods) > 1:
             method = twin.contents.method(self.contents.methods[0].name)
             twin.contents = replace(twin.contents, methods=(method,))
+        twin._check_graph(self)
         return twin
+
+    def _check_graph(self, own: LoweredProgram) -> None:
+        """Raise ``ProgramError`` if the file was made of another graph than ``own`` was."""
+        recorded = (self.contents.ops or {}).get(self.contents.methods[0].name, ())
+        there, here = (
+            tuple((op.node, op.path) for op in ops) for ops in (recorded, own.report.ops)
+        )
+        sizes = [
+            (len(program.contents.inputs), len(program.contents.outputs)) for program in (self, own)
+        ]
+        if there and there != here:
+            first = next((a for a, b in zip_longest(there, here) if a != b), None)
+            what = "it lacks ops" if first is None else f"its op {first[0]} is not there"
+        elif sizes[0] != sizes[1]:
+            what = "it has {} inputs and {} outputs, not {} and {}".format(*sizes[0], *sizes[1])
+        else:
+            return
+        raise ProgramError(
+            f"the program was not made of this graph: {what}; name the graph that was written "
+            "beside it (--graph)"
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the ``.pte``; either all of it or nothing.
@@ -320,7 +343,8 @@ def _check_shapes(inputs: list[Any], contents: ProgramContents) -> None:
         )
         if not fits:
             at_most = " at most" if info.dynamic else ""
-            raise InputError(f"input {i} must have shape{at_most} {most}, got {given}")
+            hint = "" if info.dynamic else shape_hint(most, given)
+            raise InputError(f"input {i} must have shape{at_most} {most}, got {given}{hint}")
 
 
 def missing_kernels(contents: ProgramContents) -> list[str]:

@@ -513,11 +513,23 @@ def _corrupt(problem: str) -> _Unreadable:
     )
 
 
+_OTHER_FILES = {
+    b"PK\x03\x04": (0, "a zip archive, as .pt2 and .pt are, not a .pte; lower the model first"),
+    b"\x00\x00\x00\x00{": (4, "a .safetensors file, not a .pte; name the .pte beside it"),
+    b"BP08": (4, "a .bpte, a program bundled with inputs; name the .pte that it was made of"),
+    b"{": (0, "JSON; a report of this package ends in .json"),
+}
+"""What people name instead: how it begins, and where."""
+
+
 def _read_container(data: memoryview) -> ProgramContents:
     if not data:
         raise _Unreadable("is empty; lower the model again")
     schema = _program_schema()
     if bytes(data[4:8]) != schema.identifier:
+        for kind, (begin, hint) in _OTHER_FILES.items():
+            if bytes(data[begin : begin + len(kind)]) == kind:
+                raise _Unreadable(f"is {hint}")
         raise _Unreadable(
             f"is not a .pte of this version: bytes 4 to 8 are {bytes(data[4:8])!r}, not "
             f"{schema.identifier!r}; give a file written by to_executorch()"

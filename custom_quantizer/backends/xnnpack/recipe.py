@@ -48,7 +48,6 @@ from custom_quantizer.backends.xnnpack.lowering import (
 )
 from custom_quantizer.backends.xnnpack.partition import partitioner
 from custom_quantizer.backends.xnnpack.program import LoweredProgram
-from custom_quantizer.config.rules import nearest
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import (
@@ -56,6 +55,7 @@ from custom_quantizer.errors import (
     ConfigError,
     InputError,
     LoweringError,
+    nearest,
 )
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 
