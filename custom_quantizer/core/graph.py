@@ -134,12 +134,14 @@ def tensor_meta(node: Node) -> torch.Tensor | None:
     """The fake tensor that capture recorded for ``node``, if its value is one tensor.
 
     ``convert_pt2e`` records none for the dequantize nodes it makes: they have the shape of what
-    was quantized.
+    was quantized. Nor does it for the constants it folds: these are tensors of the module.
     """
-    value = node.meta.get("val")
-    while value is None and (is_dequantize(node) or is_quantize(node)):
-        node = cast(Node, node.args[0])
-        value = node.meta.get("val")
+    value, last = node.meta.get("val"), node
+    while value is None and (is_dequantize(last) or is_quantize(last)):
+        last = cast(Node, last.args[0])
+        value = last.meta.get("val")
+    if value is None and last.op == "get_attr":
+        value = _shape_of_constant(last, torch.float32 if is_dequantize(node) else None)
     return value if isinstance(value, torch.Tensor) else None
 
 
@@ -147,6 +149,17 @@ def is_empty(node: Node) -> bool:
     """Whether the tensor of ``node`` has no elements."""
     meta = tensor_meta(node)
     return meta is not None and any(isinstance(size, int) and size == 0 for size in meta.shape)
+
+
+def _shape_of_constant(node: Node, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """A tensor without memory like the one that a ``get_attr`` node reads."""
+    try:
+        value = operator.attrgetter(str(node.target))(node.graph.owning_module)
+    except AttributeError:
+        return None
+    if not isinstance(value, torch.Tensor):
+        return None
+    return torch.empty(value.shape, dtype=dtype or value.dtype, device="meta")
 
 
 def check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:

@@ -10,7 +10,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import add_constant, reads_sizes, shape_of, view_sizes
+from custom_quantizer.core.graph import (
+    FOLDED_KEY,
+    add_constant,
+    constant_of,
+    reads_sizes,
+    shape_of,
+    view_sizes,
+)
 
 __all__ = ["ORIGINAL_NAME", "Insertion", "Rewrite", "is_inner", "replace", "rewrite_calls"]
 
@@ -30,11 +37,13 @@ class Insertion:
     Attributes:
         model: the graph.
         node: the call that is replaced.
+        training: parameters change, so nothing that is computed from them is a constant.
     """
 
-    def __init__(self, model: GraphModule, node: Node) -> None:
+    def __init__(self, model: GraphModule, node: Node, *, training: bool = False) -> None:
         self.model = model
         self.node = node
+        self.training = training
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Insert a call of ``target`` before the node."""
@@ -61,6 +70,27 @@ class Insertion:
         constant.meta["nn_module_stack"] = self.node.meta.get("nn_module_stack", {})
         return constant
 
+    def settled(self, value: Node, name: str) -> Node:
+        """What is computed from parameters alone, as a constant; while they change, as it is.
+
+        Args:
+            value: a parameter, or a function of some.
+            name: of the constant, behind that of the node.
+        """
+        if value.op == "get_attr" or any(not isinstance(size, int) for size in shape_of(value)):
+            return value
+        if self.training:
+            value.meta[FOLDED_KEY] = True
+            return value
+        return self.constant(name, self._evaluate(value))
+
+    def _evaluate(self, value: Node) -> Tensor:
+        if value.op == "get_attr":
+            return constant_of(self.model, value)
+        args, kwargs = cast(Any, torch.fx.node.map_arg((value.args, value.kwargs), self._evaluate))
+        with torch.no_grad():
+            return cast(Tensor, cast("Callable[..., Any]", value.target)(*args, **kwargs))
+
     def reshape(self, value: Node, shape: Sequence[Any]) -> Node:
         """Reshape unless the shape is that already; at most one size is symbolic."""
         if tuple(shape) == tuple(shape_of(value)):
@@ -85,8 +115,15 @@ Rewrite = Callable[[Insertion], "Node | None"]
 """Makes what a call is replaced by; ``None``: the call stays."""
 
 
-def rewrite_calls(model: GraphModule, rewrites: Mapping[Any, Rewrite]) -> int:
+def rewrite_calls(
+    model: GraphModule, rewrites: Mapping[Any, Rewrite], *, training: bool = False
+) -> int:
     """Replace calls by what the rewrite of their target makes, in place.
+
+    Args:
+        model: the graph.
+        rewrites: by overload.
+        training: parameters change.
 
     Returns:
         The number of calls that were replaced.
@@ -98,7 +135,8 @@ def rewrite_calls(model: GraphModule, rewrites: Mapping[Any, Rewrite]) -> int:
             continue  # no form has a window or a shift that only the inputs tell
         # What an earlier rewrite took along has no users any more.
         alive = rewrite is not None and bool(node.users)
-        result = cast(Rewrite, rewrite)(Insertion(model, node)) if alive else None
+        insert = Insertion(model, node, training=training)
+        result = cast(Rewrite, rewrite)(insert) if alive else None
         if result is not None:
             replace(model, node, result)
             count += 1

@@ -60,7 +60,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
     fold_constants(model, parameters=not training)
     keep_own_statistics(model)
     _functionalize(model)
-    decompose(model)
+    decompose(model, training=training)
     if not training:
         fold_into_layers(model)
     legalize(model, training)

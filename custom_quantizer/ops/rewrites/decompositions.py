@@ -25,6 +25,12 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
+from custom_quantizer.ops.rewrites.products import (
+    einsum,
+    product,
+    sum_and_product,
+    written_product,
+)
 
 __all__ = ["REWRITTEN", "decompose"]
 
@@ -39,9 +45,17 @@ becomes uniform instead of NaN.
 """
 
 
-def decompose(model: GraphModule) -> int:
-    """Apply all rewrites of this module in place; returns how many calls were rewritten."""
-    return rewrite_calls(model, _REWRITES)
+def decompose(model: GraphModule, *, training: bool = False) -> int:
+    """Apply all rewrites of this module in place.
+
+    Args:
+        model: a captured graph.
+        training: parameters change.
+
+    Returns:
+        How many calls were rewritten.
+    """
+    return rewrite_calls(model, _REWRITES, training=training)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -77,13 +91,13 @@ def _attention(insert: Insertion) -> Node | None:
         mask = insert.constant("causal_mask", bias)
     elif mask is not None:
         mask = _additive(insert, cast(Node, mask))
-    scores = insert.call(aten.matmul.default, query, _swap_last(insert, key))
+    scores = product(insert, query, _swap_last(insert, key))
     if scale != 1.0:
         scores = insert.call(aten.mul.Tensor, scores, float(scale))
     if mask is not None:
         scores = insert.call(aten.add.Tensor, scores, mask)
     weights = insert.call(aten.softmax.int, scores, -1)
-    return insert.call(aten.matmul.default, weights, value)
+    return product(insert, weights, value)
 
 
 def _swap_last(insert: Insertion, tensor: Node) -> Node:
@@ -120,98 +134,6 @@ def _softmax(insert: Insertion) -> Node | None:
                 finite = Insertion(insert.model, added).constant("mask", value.clamp(min=MASKED))
                 added.update_arg(position, finite)
     return None
-
-
-# ---------------------------------------------------------------------------------------------
-# Products of matrices
-# ---------------------------------------------------------------------------------------------
-
-
-def _einsum(insert: Insertion) -> Node | None:
-    """A contraction of two tensors: permute, reshape, one batched product, and back.
-
-    It is how PyTorch computes it. Operands with a repeated index, or with one that stands nowhere
-    else, are left alone.
-    """
-    equation, operands = insert.node.args[:2]
-    plan = _contraction(str(equation), len(cast("Sequence[Node]", operands)))
-    if plan is None:
-        return None
-    left, right = cast("Sequence[Node]", operands)
-    (left_labels, right_labels), output, batch, summed, rows, columns = plan
-    sizes = dict(zip(left_labels, shape_of(left), strict=True))
-    sizes.update(zip(right_labels, shape_of(right), strict=True))
-    if not all(isinstance(size, int) for size in sizes.values()):
-        return None
-
-    def matrix(tensor: Node, labels: str, groups: tuple[str, ...]) -> Node:
-        order = [labels.index(label) for group in groups for label in group]
-        if order != sorted(order):
-            tensor = insert.call(aten.permute.default, tensor, order)
-        last = [math.prod(sizes[label] for label in group) for group in groups[1:]]
-        shape = [sizes[label] for label in groups[0]] + last
-        if list(shape_of(tensor)) != shape:
-            tensor = insert.call(aten.reshape.default, tensor, shape)
-        return tensor
-
-    a = matrix(left, left_labels, (batch, rows, summed))
-    b = matrix(right, right_labels, (batch, summed, columns))
-    product = insert.call(aten.matmul.default, a, b)
-    labels = batch + rows + columns
-    shape = [sizes[label] for label in labels]
-    if list(shape_of(product)) != shape:
-        product = insert.call(aten.reshape.default, product, shape)
-    order = [labels.index(label) for label in output]
-    return product if order == sorted(order) else insert.call(aten.permute.default, product, order)
-
-
-def _contraction(
-    equation: str, count: int
-) -> tuple[tuple[str, str], str, str, str, str, str] | None:
-    """``(inputs, output, batch, summed, rows, columns)`` of an equation of two operands."""
-    equation = equation.replace(" ", "")
-    if count != 2 or "..." in equation:
-        return None
-    inputs, arrow, output = equation.partition("->")
-    left, _, right = inputs.partition(",")
-    if not arrow:
-        both = left + right
-        output = "".join(sorted(label for label in set(both) if both.count(label) == 1))
-    if any(len(set(part)) != len(part) for part in (left, right, output)):
-        return None
-    batch = "".join(label for label in output if label in left and label in right)
-    summed = "".join(label for label in left if label in right and label not in output)
-    rows = "".join(label for label in left if label not in right)
-    columns = "".join(label for label in right if label not in left)
-    if not set(rows + columns) <= set(output) or not summed:
-        return None
-    return (left, right), output, batch, summed, rows, columns
-
-
-def _product(insert: Insertion) -> Node | None:
-    """A product with a constant matrix is a linear layer; the rest are spelled ``matmul``."""
-    left, right = (cast(Node, arg) for arg in insert.node.args[:2])
-    if is_constant(right) and len(shape_of(right)) == 2 and not is_constant(left):
-        weight = insert.constant("weight", constant_of(insert.model, right).t().contiguous())
-        return insert.call(aten.linear.default, left, weight)
-    if insert.node.target is aten.matmul.default:
-        return None
-    return insert.call(aten.matmul.default, left, right)
-
-
-def _sum_and_product(insert: Insertion) -> Node | None:
-    """``addmm`` and ``baddbmm``: a product, and a sum. Roundings differ in the last bit."""
-    node = insert.node
-    added, left, right = (cast(Node, arg) for arg in node.args[:3])
-    if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
-        return None
-    if is_constant(right) and len(shape_of(right)) == 2:
-        weight = insert.constant("weight", constant_of(insert.model, right).t().contiguous())
-        if is_constant(added) and len(shape_of(added)) == 1:
-            return insert.call(aten.linear.default, left, weight, added)
-        return insert.call(aten.add.Tensor, insert.call(aten.linear.default, left, weight), added)
-    product = insert.call(aten.matmul.default, left, right)
-    return insert.call(aten.add.Tensor, product, added)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -374,12 +296,14 @@ def _result(insert: Insertion) -> Node | None:
 _REWRITES: dict[Any, Rewrite] = {
     aten.scaled_dot_product_attention.default: _attention,
     aten.softmax.int: _softmax,
-    aten.einsum.default: _einsum,
-    aten.matmul.default: _product,
-    aten.mm.default: _product,
-    aten.bmm.default: _product,
-    aten.addmm.default: _sum_and_product,
-    aten.baddbmm.default: _sum_and_product,
+    aten.einsum.default: einsum,
+    aten.matmul.default: written_product,
+    aten.mm.default: written_product,
+    aten.bmm.default: written_product,
+    aten.mv.default: written_product,
+    aten.dot.default: written_product,
+    aten.addmm.default: sum_and_product,
+    aten.baddbmm.default: sum_and_product,
     aten.swapaxes.default: _swap,
     aten.swapdims.default: _swap,
     aten.mT.default: _matrix_transpose,
