@@ -10,7 +10,8 @@ quantized, simulated and lowered like any other:
 - pooling, norms and convolutions over one or three dims become those over two;
 - maxima over dims are max pools, and powers are products or roots;
 - layers and pools of one sample are those of a batch of one;
-- shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves;
+- shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves, and so is whatever
+  else only moves values, by any of its names;
 - patches of images are depthwise convolutions that pick values, and their sums transposed ones.
 
 Moves and max pools are the same values bit for bit. Sums are added in another order: last bits of
@@ -31,6 +32,7 @@ from torch.fx import GraphModule
 
 from custom_quantizer.core.rewriting import Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.legalization import layers, maxima, moves, patches, powers, sums
+from custom_quantizer.ops.rewrites.legalization.arrangements import ARRANGEMENTS
 from custom_quantizer.ops.rewrites.legalization.batches import batched
 
 __all__ = ["LEGALIZATIONS", "legalize_by"]
@@ -38,6 +40,7 @@ __all__ = ["LEGALIZATIONS", "legalize_by"]
 aten = torch.ops.aten
 
 _FORMS: dict[Any, Rewrite] = {
+    **ARRANGEMENTS,
     aten.conv1d.default: batched(1),
     aten.conv1d.padding: batched(1),
     aten.conv2d.default: batched(2),
@@ -68,8 +71,16 @@ _FORMS: dict[Any, Rewrite] = {
     aten.pixel_unshuffle.default: moves.pixel_unshuffle,
     aten.upsample_nearest1d.vec: moves.upsample_nearest,
     aten.upsample_nearest2d.vec: moves.upsample_nearest,
+    aten.upsample_nearest3d.vec: moves.upsample_nearest,
     aten.upsample_nearest1d.default: moves.upsample_nearest,
     aten.upsample_nearest2d.default: moves.upsample_nearest,
+    aten.upsample_nearest3d.default: moves.upsample_nearest,
+    aten._upsample_nearest_exact1d.vec: moves.upsample_nearest,
+    aten._upsample_nearest_exact2d.vec: moves.upsample_nearest,
+    aten._upsample_nearest_exact3d.vec: moves.upsample_nearest,
+    aten._upsample_nearest_exact1d.default: moves.upsample_nearest,
+    aten._upsample_nearest_exact2d.default: moves.upsample_nearest,
+    aten._upsample_nearest_exact3d.default: moves.upsample_nearest,
     aten.repeat.default: moves.repeat,
     aten.im2col.default: batched(2, patches.unfold),
     aten.col2im.default: patches.fold,

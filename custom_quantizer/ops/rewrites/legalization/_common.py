@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import tensor_meta
+from custom_quantizer.core.graph import shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion
+
+aten = torch.ops.aten
 
 MAX_PIECES = 64
 """Most slices that one op is cut into."""
@@ -35,3 +38,16 @@ def adds_window(size: int, kernel: int, stride: int, padding: int, dilation: int
     """Whether rounding the output size up adds a window; the last one must begin inside."""
     room = size + 2 * padding - dilation * (kernel - 1) - 1
     return room % stride != 0 and (room // stride + 1) * stride < size + padding
+
+
+def spread(insert: Insertion, value: Node, dim: int, factor: int) -> Node:
+    """Repeat every entry of a dim."""
+    if factor == 1:
+        return value
+    shape = list(shape_of(value))
+    # As few dims as can be: runtimes take six or so.
+    rest = math.prod(shape[dim + 1 :])
+    lines = insert.reshape(value, [*shape[: dim + 1], 1, rest])
+    spread = insert.call(aten.expand.default, lines, [*[-1] * (dim + 1), factor, rest])
+    shape[dim] *= factor
+    return insert.reshape(spread, shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from custom_quantizer.ops.rewrites.legalization._common import (
     MAX_PIECES,
     float_input,
     is_static,
+    spread,
 )
 
 aten = torch.ops.aten
@@ -125,26 +125,13 @@ def upsample_nearest(insert: Insertion) -> Node | None:
     for dim in range(2, len(shape)):
         size, wanted = int(shape[dim]), int(out[dim])
         if wanted % size == 0:
-            value = _spread(insert, value, dim, wanted // size)
+            value = spread(insert, value, dim, wanted // size)
         elif wanted > MAX_PIECES:
             return None
         else:
             pieces = [insert.slice(value, dim, i, i + 1) for i in _nearest(node, dim)]
             value = insert.call(aten.cat.default, pieces, dim)
     return value
-
-
-def _spread(insert: Insertion, value: Node, dim: int, factor: int) -> Node:
-    """Repeat every entry of a dim."""
-    if factor == 1:
-        return value
-    shape = list(shape_of(value))
-    # As few dims as can be: runtimes take six or so.
-    rest = math.prod(shape[dim + 1 :])
-    lines = insert.reshape(value, [*shape[: dim + 1], 1, rest])
-    spread = insert.call(aten.expand.default, lines, [*[-1] * (dim + 1), factor, rest])
-    shape[dim] *= factor
-    return insert.reshape(spread, shape)
 
 
 def _nearest(node: Node, dim: int) -> list[int]:

@@ -1,0 +1,386 @@
+"""Any op that only moves values, told by what it does with numbered values.
+
+PyTorch has some hundred ways to say "the same values in another order": views and their copies,
+splits, flips, gathers by constant indices, paddings that repeat. Each is run once on a tensor whose
+values are their own positions; the result says where every value comes from. That is taken apart
+into the moves that have integers: slices, concatenations, permutes, reshapes and expands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from custom_quantizer.core.graph import argument, constant_of, is_constant, shape_of
+from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.ops.rewrites.legalization._common import (
+    MAX_PIECES,
+    float_input,
+    is_static,
+    spread,
+)
+from custom_quantizer.ops.rewrites.legalization.sums import MAX_WEIGHTS
+
+__all__ = ["ARRANGEMENTS"]
+
+aten = torch.ops.aten
+
+MAX_VALUES = 1 << 24
+"""Largest tensor that is numbered: 128 MB for a moment."""
+
+_RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
+_LIKE_ANOTHER = frozenset({aten.view_as.default, aten.reshape_as.default, aten.expand_as.default})
+"""Their second argument gives a shape, and no values."""
+
+
+# ---------------------------------------------------------------------------------------------
+# One result
+# ---------------------------------------------------------------------------------------------
+
+
+def arrangement(insert: Insertion) -> Node | None:
+    """The moves that a call stands for; ``None``: it computes, or is no few of them."""
+    node, data = insert.node, float_input(insert)
+    if data is None:
+        return None
+    source, result = _sizes(data), _sizes(node)
+    if source is None or result is None or 0 in source + result:
+        return None
+    if max(math.prod(source), math.prod(result)) > MAX_VALUES:
+        return None
+    numbers = torch.arange(math.prod(source), dtype=torch.float64).reshape(source)
+    places = _applied(insert, data, numbers)
+    if places is None or list(places.shape) != result:
+        return None
+    places = places.to(torch.int64)
+    if torch.equal(places.flatten(), torch.arange(math.prod(source))):
+        return _reshaped(insert, data, shape_of(node))
+    found = _Gather.of(places, source)
+    if found is not None:
+        return found.written(insert, data)
+    return _flat(insert, data, places)
+
+
+def _sizes(node: Node) -> list[int] | None:
+    """Sizes of a tensor, dynamic ones as capture's example had them."""
+    sizes: list[int] = []
+    for size in cast("tuple[Any, ...]", shape_of(node)):
+        known = size if isinstance(size, int) else size.node.hint
+        if known is None or (known < 2 and not isinstance(size, int)):
+            return None
+        sizes.append(int(known))
+    return sizes
+
+
+def _applied(insert: Insertion, data: Node, numbers: Tensor) -> Tensor | None:
+    """What the call makes of numbered values; ``None``: it depends on other values."""
+    node = insert.node
+    values: dict[Node, Tensor] = {data: numbers}
+    for source in node.all_input_nodes:
+        if source is data:
+            continue
+        origin = source
+        while origin.target in _RESTATEMENTS:
+            origin = cast(Node, origin.args[0])
+        if is_constant(origin) and origin.op == "get_attr":
+            values[source] = constant_of(insert.model, origin)
+        elif node.target in _LIKE_ANOTHER and (sizes := _sizes(source)) is not None:
+            values[source] = torch.empty(sizes)
+        else:
+            return None
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    moved = cast("Callable[..., Any]", node.target)(*args, **kwargs)
+    return moved if isinstance(moved, Tensor) else None
+
+
+def _reshaped(insert: Insertion, data: Node, shape: Sequence[Any]) -> Node | None:
+    """A reshape; ``None``: it has two dynamic sizes."""
+    if sum(not isinstance(size, int) for size in shape) > 1:
+        return None
+    return insert.reshape(data, shape) if shape else insert.call(aten.reshape.default, data, [])
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """A call that takes entries of each dim of its input on their own.
+
+    Attributes:
+        taken: by dim of the input, which entries.
+        dims: by dim of the result, the dim of the input it shows; ``None``: it repeats.
+        shape: of the result.
+    """
+
+    taken: list[list[int]]
+    dims: list[int | None]
+    shape: list[int]
+
+    @classmethod
+    def of(cls, places: Tensor, source: Sequence[int]) -> _Gather | None:
+        """Find it; ``None``: the places are not of this form."""
+        first = places[(0,) * places.dim()]
+        sums = first
+        lines: list[Tensor] = []
+        for d in range(places.dim()):
+            line = places[(0,) * d + (slice(None),) + (0,) * (places.dim() - d - 1)]
+            lines.append(line)
+            steps = (line - first).reshape([-1 if i == d else 1 for i in range(places.dim())])
+            sums = sums + steps
+        if not torch.equal(sums.expand_as(places), places):
+            return None
+        taken = [[int(c)] for c in torch.unravel_index(first, tuple(source))]
+        dims: list[int | None] = []
+        for line in lines:
+            coordinates = torch.unravel_index(line, tuple(source))
+            moving = [j for j, c in enumerate(coordinates) if int(c.min()) != int(c.max())]
+            if len(moving) > 1 or (moving and moving[0] in dims):
+                return None
+            dims.append(moving[0] if moving else None)
+            if moving:
+                taken[moving[0]] = [int(c) for c in coordinates[moving[0]]]
+        return cls(taken, dims, list(places.shape))
+
+    def written(self, insert: Insertion, data: Node) -> Node | None:
+        """Slices, then a permute, then an expand."""
+        shape: tuple[Any, ...] = shape_of(data)
+        out: tuple[Any, ...] = shape_of(insert.node)
+        value: Node | None = data
+        for dim, entries in enumerate(self.taken):
+            if entries == list(range(len(entries))) and not isinstance(shape[dim], int):
+                # All of a dynamic size, which stands where it stood in the result.
+                if dim not in self.dims or out[self.dims.index(dim)] != shape[dim]:
+                    return None
+                continue
+            if not isinstance(shape[dim], int):
+                return None
+            value = pieces(insert, cast(Node, value), dim, entries)
+            if value is None:
+                return None
+        shown = [dim for dim in self.dims if dim is not None]
+        kept = sorted(shown)
+        moved = _reshaped(insert, cast(Node, value), [shape_of(cast(Node, value))[d] for d in kept])
+        if moved is None:
+            return None
+        moved = insert.permute(moved, [kept.index(dim) for dim in shown])
+        ones = [1 if dim is None else size for dim, size in zip(self.dims, out, strict=True)]
+        moved = _reshaped(insert, moved, ones)
+        repeats = [size if dim is None else -1 for dim, size in zip(self.dims, out, strict=True)]
+        if moved is None or not is_static(repeats):
+            return None
+        if all(size in (-1, 1) for size in repeats):
+            return moved
+        return insert.call(aten.expand.default, moved, repeats)
+
+
+def _flat(insert: Insertion, data: Node, places: Tensor) -> Node | None:
+    """Any other move: entries of the values one behind the other, sample by sample if it can be."""
+    shape, out = shape_of(data), shape_of(insert.node)
+    rest = math.prod(places.shape[1:])
+    each = math.prod(_sizes(data) or []) // places.shape[0] if places.dim() else 0
+    if places.dim() > 1 and len(shape) > 1 and places.shape[0] == (_sizes(data) or [0])[0]:
+        rows = places.reshape(places.shape[0], rest)
+        starts = torch.arange(places.shape[0]).unsqueeze(1) * each
+        if torch.equal(rows - starts, rows[:1].expand_as(rows)) and out[0] == shape[0]:
+            if not is_static(shape[1:]):
+                return None
+            flat = insert.reshape(data, [shape[0], each])
+            taken = pieces(insert, flat, 1, rows[0].tolist())
+            return None if taken is None else _reshaped(insert, taken, out)
+    if not is_static(shape):
+        return None
+    flat = insert.reshape(data, [math.prod(shape)])
+    taken = pieces(insert, flat, 0, places.flatten().tolist())
+    return None if taken is None else _reshaped(insert, taken, out)
+
+
+# ---------------------------------------------------------------------------------------------
+# Entries of one dim
+# ---------------------------------------------------------------------------------------------
+
+
+def pieces(insert: Insertion, data: Node, dim: int, entries: Sequence[int]) -> Node | None:
+    """Entries of a dim of static size: slices, one behind the other.
+
+    Where these are too many a layer picks them, whose weights are 0 and 1.
+
+    Returns:
+        ``None``: there are too many for that, too.
+    """
+    size = int(shape_of(data)[dim])
+    if list(entries) == list(range(size)):
+        return data
+    if size == 1:
+        shape = [-1] * len(shape_of(data))
+        shape[dim] = len(entries)
+        return insert.call(aten.expand.default, data, shape)
+    each = next((i for i, e in enumerate(entries) if e != entries[0]), len(entries))
+    if each > 1 and list(entries) == [e for e in entries[::each] for _ in range(each)]:
+        value = pieces(insert, data, dim, entries[::each])
+        return None if value is None else spread(insert, value, dim, each)
+    runs = _runs(entries)
+    if len(runs) > MAX_PIECES:
+        return _picked(insert, data, dim, entries)
+    slices = {
+        run: insert.slice(data, dim, run.start, run.stop)
+        if run.step == 1
+        else insert.call(aten.slice.Tensor, data, dim, run.start, run.stop, run.step)
+        for run in runs
+    }
+    if len(runs) == 1:
+        return slices[runs[0]]
+    return insert.call(aten.cat.default, [slices[run] for run in runs], dim)
+
+
+def _runs(entries: Sequence[int]) -> list[range]:
+    """Entries as ranges: as long as they go on by the same step, from the front."""
+    runs: list[range] = []
+    start = 0
+    while start < len(entries):
+        stop, step = start + 1, 1
+        if stop < len(entries) and entries[stop] > entries[start]:
+            step = entries[stop] - entries[start]
+            # A larger step is worth a slice of its own only for more than a pair of entries.
+            more = stop + 1 < len(entries) and entries[stop + 1] - entries[stop] == step
+            if step == 1 or more or stop + 1 == len(entries):
+                while stop < len(entries) and entries[stop] - entries[stop - 1] == step:
+                    stop += 1
+            else:
+                step = 1
+        runs.append(range(entries[start], entries[stop - 1] + 1, step))
+        start = stop
+    return runs
+
+
+def _picked(insert: Insertion, data: Node, dim: int, entries: Sequence[int]) -> Node | None:
+    """A linear layer along a dim whose weights pick one entry each."""
+    shape = list(shape_of(data))
+    size, last = int(shape[dim]), len(shape) - 1
+    if size * len(entries) > MAX_WEIGHTS:
+        return None
+    picks = torch.zeros(len(entries), size)
+    picks[torch.arange(len(entries)), torch.tensor(list(entries))] = 1.0
+    order = [d for d in range(len(shape)) if d != dim] + [dim]
+    rows = insert.permute(data, order)
+    taken = insert.call(aten.linear.default, rows, insert.constant("picks", picks))
+    return insert.permute(taken, [*range(dim), last, *range(dim, last)])
+
+
+# ---------------------------------------------------------------------------------------------
+# Several results
+# ---------------------------------------------------------------------------------------------
+
+
+def split(insert: Insertion) -> Node | None:
+    """Splits by any name are splits along a dim into pieces of given sizes."""
+    node, data = insert.node, float_input(insert)
+    parts = node.meta.get("val")
+    if data is None or not isinstance(parts, (list, tuple)) or not parts:
+        return None
+    name = cast(Any, node.target)._schema.name.removeprefix("aten::")
+    rank = len(shape_of(data))
+    if name in ("hsplit", "vsplit", "dsplit"):
+        dim = {"hsplit": min(1, rank - 1), "vsplit": 0, "dsplit": 2}[name]
+    else:
+        dim = int(argument(node, 1 if name == "unbind_copy" else 2, "dim", 0)) % rank
+    if name == "unbind_copy":
+        return insert.call(aten.unbind.int, data, dim)
+    sizes = [part.shape[dim] for part in parts]
+    if not is_static(sizes) or 0 in sizes:
+        return None
+    return insert.call(aten.split_with_sizes.default, data, sizes, dim)
+
+
+def _pad(insert: Insertion) -> Node | None:
+    """A pad that repeats values of the image; one with a constant is an op of its own."""
+    if argument(insert.node, 2, "mode", "constant") == "constant":
+        return None
+    return arrangement(insert)
+
+
+_SPLITS = (
+    aten.hsplit.array,
+    aten.hsplit.int,
+    aten.vsplit.array,
+    aten.vsplit.int,
+    aten.dsplit.array,
+    aten.dsplit.int,
+    aten.split_copy.Tensor,
+    aten.split_with_sizes_copy.default,
+    aten.tensor_split.indices,
+    aten.tensor_split.sections,
+    aten.unbind_copy.int,
+    aten.unsafe_chunk.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+)
+_MOVES = (
+    aten._reshape_alias.default,
+    aten._reshape_alias_copy.default,
+    aten._reshape_copy.default,
+    aten._unsafe_index.Tensor,
+    aten._unsafe_view.default,
+    aten.alias_copy.default,
+    aten.as_strided.default,
+    aten.as_strided_copy.default,
+    aten.atleast_1d.default,
+    aten.atleast_2d.default,
+    aten.atleast_3d.default,
+    aten.broadcast_to.default,
+    aten.detach_copy.default,
+    aten.diag.default,
+    aten.diagonal.default,
+    aten.diagonal_copy.default,
+    aten.expand_copy.default,
+    aten.fliplr.default,
+    aten.flipud.default,
+    aten.gather.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.linalg_diagonal.default,
+    aten.matrix_H.default,
+    aten.moveaxis.int,
+    aten.moveaxis.intlist,
+    aten.movedim.int,
+    aten.narrow_copy.default,
+    aten.permute_copy.default,
+    aten.ravel.default,
+    aten.reflection_pad1d.default,
+    aten.reflection_pad2d.default,
+    aten.reflection_pad3d.default,
+    aten.repeat_interleave.self_int,
+    aten.replication_pad1d.default,
+    aten.replication_pad2d.default,
+    aten.replication_pad3d.default,
+    aten.reshape_as.default,
+    aten.rot90.default,
+    aten.select_copy.int,
+    aten.slice_copy.Tensor,
+    aten.squeeze_copy.default,
+    aten.squeeze_copy.dim,
+    aten.squeeze_copy.dims,
+    aten.t_copy.default,
+    aten.take.default,
+    aten.take_along_dim.default,
+    aten.tile.default,
+    aten.transpose_copy.int,
+    aten.unfold.default,
+    aten.unfold_copy.default,
+    aten.unsqueeze_copy.default,
+    aten.view_as.default,
+    aten.view_copy.default,
+)
+
+ARRANGEMENTS: Mapping[Any, Rewrite] = MappingProxyType(
+    {
+        **dict.fromkeys(_MOVES, arrangement),
+        **dict.fromkeys(_SPLITS, split),
+        aten.pad.default: _pad,
+    }
+)
+"""By overload. ``tests/ops/test_arrangements.py`` runs all of aten to find one that is missing."""
