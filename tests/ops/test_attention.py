@@ -329,14 +329,16 @@ def test_the_rule_that_the_warning_names_leaves_no_product_in_integers() -> None
 
 
 def test_products_of_other_shapes_say_why_they_stay_in_float() -> None:
-    cases: tuple[tuple[Callable[..., Any], tuple[tuple[int, ...], ...], str], ...] = (
-        (torch.matmul, ((2, 3, 4), (4,)), "is a vector"),
-        (torch.matmul, ((2, 3, 4), (1, 4, 5)), "batch dimensions of its operands differ"),
-        (lambda x, y: x @ x + y, ((4, 4), (4, 4)), "the same tensor"),
+    sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}, None)
+    cases: tuple[tuple[Callable[..., Any], tuple[tuple[int, ...], ...], Any, str], ...] = (
+        (torch.matmul, ((2, 3, 4), (4,)), sizes, "is a vector"),
+        (torch.matmul, ((2, 3, 4, 4), (4, 5)), sizes, "batch dimensions of its operands differ"),
+        (lambda x, y: x @ x + y, ((4, 4), (4, 4)), None, "the same tensor"),
     )
-    for function, shapes, reason in cases:
+    for function, shapes, dynamic, reason in cases:
         model = Function(lambda s, a, b, f=function: (f(a, b), s.layer(a)), layer=nn.Linear(4, 2))
-        plan = convert(model, tuple(torch.randn(shape) for shape in shapes)).plan
+        inputs = tuple(torch.randn(shape) for shape in shapes)
+        plan = convert(model, inputs, dynamic_shapes=dynamic and (dynamic,)).plan
         (op,) = (op for op in plan.ops if op.family == "matmul")
         assert op.scheme is None
         assert reason in op.reason

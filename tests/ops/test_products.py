@@ -188,9 +188,7 @@ def test_learned_queries_are_weights() -> None:
         queries = model.learned.weights[0].expand(len(x), -1, -1)
         return F.scaled_dot_product_attention(queries, keys, keys)
 
-    model = Function(
-        attend, layer=nn.Linear(8, 8), learned=Parametrized(lambda: None, [(1, 5, 8)])
-    )
+    model = Function(attend, layer=nn.Linear(8, 8), learned=Parametrized(lambda: None, [(1, 5, 8)]))
     graph = quantized(model, (torch.randn(X),))
     report = cq.lower(graph, (torch.randn(X),)).report
     assert (report.delegates, report.outside) == (1, ())

@@ -25,6 +25,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
+from custom_quantizer.ops.rewrites.arithmetic import ARITHMETIC
 from custom_quantizer.ops.rewrites.products import (
     einsum,
     product,
@@ -294,6 +295,7 @@ def _result(insert: Insertion) -> Node | None:
 
 
 _REWRITES: dict[Any, Rewrite] = {
+    **ARITHMETIC,
     aten.scaled_dot_product_attention.default: _attention,
     aten.softmax.int: _softmax,
     aten.einsum.default: einsum,

@@ -28,16 +28,27 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.rewriting import Rewrite, rewrite_calls
+from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.legalization import layers, maxima, moves, patches, powers, sums
-from custom_quantizer.ops.rewrites.legalization.arrangements import ARRANGEMENTS
+from custom_quantizer.ops.rewrites.legalization.arrangements import ARRANGEMENTS, arrangement
 from custom_quantizer.ops.rewrites.legalization.batches import batched
 
 __all__ = ["LEGALIZATIONS", "legalize_by"]
 
 aten = torch.ops.aten
+
+
+def _result(insert: Insertion) -> Node | None:
+    """One of several results of an op."""
+    return maxima.without_indices(insert) or moves.broadcast_result(insert)
+
+
+def _moved(rewrite: Rewrite) -> Rewrite:
+    """A form of its own if it has one, else the moves that numbered values tell."""
+    return lambda insert: rewrite(insert) or arrangement(insert)
+
 
 _FORMS: dict[Any, Rewrite] = {
     **ARRANGEMENTS,
@@ -59,29 +70,36 @@ _FORMS: dict[Any, Rewrite] = {
     aten.max_pool2d.default: batched(2, maxima.max_pool2d),
     aten.max_pool3d.default: batched(3, maxima.max_pool3d),
     aten.amax.default: maxima.largest,
-    getitem: maxima.without_indices,
+    getitem: _result,
     aten.pow.Tensor_Scalar: powers.power,
     aten.square.default: powers.square,
     aten.cat.default: moves.cat,
+    aten.concat.default: moves.cat,
+    aten.concatenate.default: moves.cat,
+    aten.column_stack.default: moves.stack_along,
+    aten.dstack.default: moves.stack_along,
+    aten.hstack.default: moves.stack_along,
+    aten.row_stack.default: moves.stack_along,
+    aten.vstack.default: moves.stack_along,
     aten.stack.default: moves.stack,
-    aten.roll.default: moves.roll,
-    aten.flip.default: moves.flip,
-    aten.channel_shuffle.default: moves.channel_shuffle,
-    aten.pixel_shuffle.default: moves.pixel_shuffle,
-    aten.pixel_unshuffle.default: moves.pixel_unshuffle,
-    aten.upsample_nearest1d.vec: moves.upsample_nearest,
-    aten.upsample_nearest2d.vec: moves.upsample_nearest,
-    aten.upsample_nearest3d.vec: moves.upsample_nearest,
-    aten.upsample_nearest1d.default: moves.upsample_nearest,
-    aten.upsample_nearest2d.default: moves.upsample_nearest,
-    aten.upsample_nearest3d.default: moves.upsample_nearest,
-    aten._upsample_nearest_exact1d.vec: moves.upsample_nearest,
-    aten._upsample_nearest_exact2d.vec: moves.upsample_nearest,
-    aten._upsample_nearest_exact3d.vec: moves.upsample_nearest,
-    aten._upsample_nearest_exact1d.default: moves.upsample_nearest,
-    aten._upsample_nearest_exact2d.default: moves.upsample_nearest,
-    aten._upsample_nearest_exact3d.default: moves.upsample_nearest,
-    aten.repeat.default: moves.repeat,
+    aten.roll.default: _moved(moves.roll),
+    aten.flip.default: _moved(moves.flip),
+    aten.channel_shuffle.default: _moved(moves.channel_shuffle),
+    aten.pixel_shuffle.default: _moved(moves.pixel_shuffle),
+    aten.pixel_unshuffle.default: _moved(moves.pixel_unshuffle),
+    aten.upsample_nearest1d.vec: _moved(moves.upsample_nearest),
+    aten.upsample_nearest2d.vec: _moved(moves.upsample_nearest),
+    aten.upsample_nearest3d.vec: _moved(moves.upsample_nearest),
+    aten.upsample_nearest1d.default: _moved(moves.upsample_nearest),
+    aten.upsample_nearest2d.default: _moved(moves.upsample_nearest),
+    aten.upsample_nearest3d.default: _moved(moves.upsample_nearest),
+    aten._upsample_nearest_exact1d.vec: _moved(moves.upsample_nearest),
+    aten._upsample_nearest_exact2d.vec: _moved(moves.upsample_nearest),
+    aten._upsample_nearest_exact3d.vec: _moved(moves.upsample_nearest),
+    aten._upsample_nearest_exact1d.default: _moved(moves.upsample_nearest),
+    aten._upsample_nearest_exact2d.default: _moved(moves.upsample_nearest),
+    aten._upsample_nearest_exact3d.default: _moved(moves.upsample_nearest),
+    aten.repeat.default: _moved(moves.repeat),
     aten.im2col.default: batched(2, patches.unfold),
     aten.col2im.default: patches.fold,
 }

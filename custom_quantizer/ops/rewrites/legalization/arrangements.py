@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, constant_of, is_constant, shape_of
+from custom_quantizer.core.graph import argument, constant_of, is_constant, shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.rewrites.legalization._common import (
     MAX_PIECES,
@@ -28,7 +28,7 @@ from custom_quantizer.ops.rewrites.legalization._common import (
 )
 from custom_quantizer.ops.rewrites.legalization.sums import MAX_WEIGHTS
 
-__all__ = ["ARRANGEMENTS"]
+__all__ = ["ARRANGEMENTS", "arrangement"]
 
 aten = torch.ops.aten
 
@@ -36,8 +36,16 @@ MAX_VALUES = 1 << 24
 """Largest tensor that is numbered: 128 MB for a moment."""
 
 _RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
-_LIKE_ANOTHER = frozenset({aten.view_as.default, aten.reshape_as.default, aten.expand_as.default})
-"""Their second argument gives a shape, and no values."""
+_LIKE_ANOTHER = frozenset(
+    {
+        aten.expand_as.default,
+        aten.reshape_as.default,
+        aten.to.other,
+        aten.type_as.default,
+        aten.view_as.default,
+    }
+)
+"""Their second argument gives a shape or a dtype, and no values."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -51,6 +59,9 @@ def arrangement(insert: Insertion) -> Node | None:
     if data is None:
         return None
     source, result = _sizes(data), _sizes(node)
+    meta = tensor_meta(node)
+    if meta is None or meta.dtype != torch.float32:
+        return None
     if source is None or result is None or 0 in source + result:
         return None
     if max(math.prod(source), math.prod(result)) > MAX_VALUES:
@@ -92,7 +103,7 @@ def _applied(insert: Insertion, data: Node, numbers: Tensor) -> Tensor | None:
         if is_constant(origin) and origin.op == "get_attr":
             values[source] = constant_of(insert.model, origin)
         elif node.target in _LIKE_ANOTHER and (sizes := _sizes(source)) is not None:
-            values[source] = torch.empty(sizes)
+            values[source] = torch.empty(sizes, dtype=cast(Tensor, tensor_meta(source)).dtype)
         else:
             return None
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
@@ -320,6 +331,7 @@ _SPLITS = (
     aten.unsafe_split_with_sizes.default,
 )
 _MOVES = (
+    aten._pad_circular.default,
     aten._reshape_alias.default,
     aten._reshape_alias_copy.default,
     aten._reshape_copy.default,
@@ -328,10 +340,14 @@ _MOVES = (
     aten.alias_copy.default,
     aten.as_strided.default,
     aten.as_strided_copy.default,
+    aten._to_copy.default,
     aten.atleast_1d.default,
     aten.atleast_2d.default,
     aten.atleast_3d.default,
     aten.broadcast_to.default,
+    aten.conj.default,
+    aten.conj_physical.default,
+    aten.data.default,
     aten.detach_copy.default,
     aten.diag.default,
     aten.diagonal.default,
@@ -342,22 +358,30 @@ _MOVES = (
     aten.gather.default,
     aten.index.Tensor,
     aten.index_select.default,
+    aten.lift.default,
+    aten.lift_fresh.default,
     aten.linalg_diagonal.default,
     aten.matrix_H.default,
     aten.moveaxis.int,
     aten.moveaxis.intlist,
     aten.movedim.int,
     aten.narrow_copy.default,
+    aten.native_channel_shuffle.default,
     aten.permute_copy.default,
+    aten.positive.default,
     aten.ravel.default,
+    aten.real.default,
     aten.reflection_pad1d.default,
     aten.reflection_pad2d.default,
     aten.reflection_pad3d.default,
+    aten.repeat_interleave.self_Tensor,
     aten.repeat_interleave.self_int,
     aten.replication_pad1d.default,
     aten.replication_pad2d.default,
     aten.replication_pad3d.default,
     aten.reshape_as.default,
+    aten.resolve_conj.default,
+    aten.resolve_neg.default,
     aten.rot90.default,
     aten.select_copy.int,
     aten.slice_copy.Tensor,
@@ -368,7 +392,10 @@ _MOVES = (
     aten.take.default,
     aten.take_along_dim.default,
     aten.tile.default,
+    aten.to.dtype_layout,
+    aten.to.other,
     aten.transpose_copy.int,
+    aten.type_as.default,
     aten.unfold.default,
     aten.unfold_copy.default,
     aten.unsqueeze_copy.default,

@@ -22,18 +22,63 @@ from custom_quantizer.ops.rewrites.legalization._common import (
 aten = torch.ops.aten
 
 
-def cat(insert: Insertion) -> Node | None:
-    """A concatenation of one tensor is that tensor."""
-    tensors = cast("Sequence[Node]", insert.node.args[0])
-    return tensors[0] if len(tensors) == 1 else None
-
-
 def stack(insert: Insertion) -> Node | None:
     """Stacking is concatenation along a new dim."""
     tensors = cast("Sequence[Node]", insert.node.args[0])
     dim = int(argument(insert.node, 1, "dim", 0)) % len(shape_of(insert.node))
     pieces = [insert.call(aten.unsqueeze.default, tensor, dim) for tensor in tensors]
     return pieces[0] if len(pieces) == 1 else insert.call(aten.cat.default, pieces, dim)
+
+
+_RANKS: dict[Any, int] = {
+    aten.column_stack.default: 2,
+    aten.dstack.default: 3,
+    aten.hstack.default: 1,
+    aten.row_stack.default: 2,
+    aten.vstack.default: 2,
+}
+
+
+def stack_along(insert: Insertion) -> Node | None:
+    """Stacking by the name of a direction: tensors of some rank at least, one behind the other."""
+    target = insert.node.target
+    tensors = cast("Sequence[Node]", insert.node.args[0])
+    rank = _RANKS[target]
+    pieces = []
+    for tensor in tensors:
+        shape = list(shape_of(tensor))
+        if target is aten.column_stack.default:
+            shape += [1] * (rank - len(shape))
+        elif len(shape) < rank:
+            # Rows first, then columns, depth last.
+            shape = ([1] * (min(rank, 2) - len(shape)) + shape + [1])[:rank]
+        pieces.append(insert.reshape(tensor, shape))
+    by_rows = target in (aten.vstack.default, aten.row_stack.default)
+    depth = 2 if target is aten.dstack.default else min(1, len(shape_of(pieces[0])) - 1)
+    dim = 0 if by_rows else depth
+    return pieces[0] if len(pieces) == 1 else insert.call(aten.cat.default, pieces, dim)
+
+
+def cat(insert: Insertion) -> Node | None:
+    """``cat`` by any of its names; a concatenation of one tensor is that tensor."""
+    tensors = cast("Sequence[Node]", insert.node.args[0])
+    if len(tensors) == 1:
+        return tensors[0]
+    if insert.node.target is aten.cat.default:
+        return None
+    return insert.call(aten.cat.default, tensors, argument(insert.node, 1, "dim", 0))
+
+
+def broadcast_result(insert: Insertion) -> Node | None:
+    """One of several tensors that are broadcast to one shape."""
+    source, index = insert.node.args
+    if not isinstance(source, Node) or source.target is not aten.broadcast_tensors.default:
+        return None
+    tensor = cast("Sequence[Node]", source.args[0])[cast(int, index)]
+    shape = shape_of(insert.node)
+    if tuple(shape_of(tensor)) == tuple(shape):
+        return tensor
+    return insert.call(aten.expand.default, tensor, list(shape)) if is_static(shape) else None
 
 
 def roll(insert: Insertion) -> Node | None:

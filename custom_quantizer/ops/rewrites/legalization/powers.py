@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.rewriting import Insertion
+from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.rewrites.legalization._common import float_input
 
 __all__ = ["power", "square"]
@@ -35,7 +35,8 @@ def _function(target: Any) -> Callable[[Insertion], Node | None]:
     return apply
 
 
-_EXPONENTS = {
+_EXPONENTS: dict[float, Rewrite] = {
+    1.0: float_input,
     2.0: square,
     3.0: _cube,
     0.5: _function(aten.sqrt.default),

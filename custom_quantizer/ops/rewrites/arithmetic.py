@@ -1,0 +1,142 @@
+"""Arithmetic in one op each of sums, differences, products and quotients.
+
+``addcmul``, ``lerp`` or ``tril`` are a few of these, and ``multiply`` is one by another name. Last
+bits of float32 may differ where two roundings become three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch.fx import Node
+
+from custom_quantizer.core.graph import argument, shape_of, tensor_meta
+from custom_quantizer.core.rewriting import Insertion, Rewrite
+
+__all__ = ["ARITHMETIC"]
+
+aten = torch.ops.aten
+
+_MAX_SUMMED = 1 << 11
+"""Longest dim that is summed up step by step: a layer with as many rows and columns."""
+
+
+def _named(target: Any) -> Rewrite:
+    """The same op by the name that families know."""
+    return lambda insert: insert.call(target, *insert.node.args, **insert.node.kwargs)
+
+
+def _added(insert: Insertion, start: Any, term: Node, factor: float) -> Node:
+    if factor != 1:
+        term = insert.call(aten.mul.Tensor, term, float(factor))
+    return insert.call(aten.add.Tensor, start, term)
+
+
+def _addcmul(insert: Insertion) -> Node:
+    start, left, right = insert.node.args[:3]
+    product = insert.call(aten.mul.Tensor, left, right)
+    return _added(insert, start, product, float(argument(insert.node, 3, "value", 1)))
+
+
+def _addcdiv(insert: Insertion) -> Node:
+    start, left, right = insert.node.args[:3]
+    quotient = insert.call(aten.div.Tensor, left, right)
+    return _added(insert, start, quotient, float(argument(insert.node, 3, "value", 1)))
+
+
+def _lerp(insert: Insertion) -> Node:
+    start, end, weight = insert.node.args[:3]
+    way = insert.call(aten.sub.Tensor, end, start)
+    return insert.call(aten.add.Tensor, start, insert.call(aten.mul.Tensor, way, weight))
+
+
+def _plain_quotient(insert: Insertion) -> Node | None:
+    if argument(insert.node, 2, "rounding_mode") is not None:
+        return None
+    return insert.call(aten.div.Tensor, *insert.node.args[:2])
+
+
+def _triangle(insert: Insertion) -> Node | None:
+    """A triangle of a matrix is a product with ones and zeros."""
+    node = insert.node
+    data = cast(Node, node.args[0])
+    meta = tensor_meta(data)
+    sizes = shape_of(data)[-2:]
+    if meta is None or meta.dtype != torch.float32 or not all(isinstance(s, int) for s in sizes):
+        return None
+    cut = torch.tril if node.target is aten.tril.default else torch.triu
+    ones = cut(torch.ones(*sizes), int(argument(node, 1, "diagonal", 0)))
+    return insert.call(aten.mul.Tensor, data, insert.constant("ones", ones))
+
+
+def _differences(insert: Insertion) -> Node | None:
+    """Each value less the one before it."""
+    node = insert.node
+    data = cast(Node, node.args[0])
+    shape = shape_of(data)
+    order = int(argument(node, 1, "n", 1))
+    dim = int(argument(node, 2, "dim", -1)) % len(shape)
+    if any(argument(node, i, name) is not None for i, name in ((3, "prepend"), (4, "append"))):
+        return None
+    if not isinstance(shape[dim], int) or not 0 <= order < shape[dim]:
+        return None
+    for _ in range(order):
+        size = int(shape_of(data)[dim])
+        later = insert.slice(data, dim, 1, size)
+        data = insert.call(aten.sub.Tensor, later, insert.slice(data, dim, 0, size - 1))
+    return data
+
+
+def _sums_so_far(insert: Insertion) -> Node | None:
+    """Sums of what stands before are a linear layer along a dim, whose weights are 0 and 1."""
+    node = insert.node
+    data = cast(Node, node.args[0])
+    meta, shape = tensor_meta(data), shape_of(data)
+    if meta is None or meta.dtype != torch.float32 or argument(node, 2, "dtype") is not None:
+        return None
+    if not shape:
+        return None
+    dim, last = int(cast(int, node.args[1])) % len(shape), len(shape) - 1
+    if not isinstance(shape[dim], int) or shape[dim] > _MAX_SUMMED:
+        return None
+    weight = insert.constant("weight", torch.ones(shape[dim], shape[dim]).tril())
+    rows = insert.permute(data, [*(d for d in range(len(shape)) if d != dim), dim])
+    sums = insert.call(aten.linear.default, rows, weight)
+    return insert.permute(sums, [*range(dim), last, *range(dim, last)])
+
+
+ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
+    {
+        aten.absolute.default: _named(aten.abs.default),
+        aten.add.Scalar: _named(aten.add.Tensor),
+        aten.addcdiv.default: _addcdiv,
+        aten.addcmul.default: _addcmul,
+        aten.clip.default: _named(aten.clamp.default),
+        aten.cumsum.default: _sums_so_far,
+        aten.diff.default: _differences,
+        aten.div.Scalar: _named(aten.div.Tensor),
+        aten.div.Scalar_mode: _plain_quotient,
+        aten.div.Tensor_mode: _plain_quotient,
+        aten.divide.Scalar: _named(aten.div.Tensor),
+        aten.divide.Scalar_mode: _plain_quotient,
+        aten.divide.Tensor: _named(aten.div.Tensor),
+        aten.divide.Tensor_mode: _plain_quotient,
+        aten.lerp.Scalar: _lerp,
+        aten.lerp.Tensor: _lerp,
+        aten.mul.Scalar: _named(aten.mul.Tensor),
+        aten.multiply.Scalar: _named(aten.mul.Tensor),
+        aten.multiply.Tensor: _named(aten.mul.Tensor),
+        aten.negative.default: _named(aten.neg.default),
+        aten.sub.Scalar: _named(aten.sub.Tensor),
+        aten.subtract.Scalar: _named(aten.sub.Tensor),
+        aten.subtract.Tensor: _named(aten.sub.Tensor),
+        aten.tril.default: _triangle,
+        aten.triu.default: _triangle,
+        aten.true_divide.Scalar: _named(aten.div.Tensor),
+        aten.true_divide.Tensor: _named(aten.div.Tensor),
+    }
+)
+"""By overload."""
