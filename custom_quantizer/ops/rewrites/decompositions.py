@@ -32,6 +32,7 @@ from custom_quantizer.ops.rewrites.products import (
     sum_and_product,
     written_product,
 )
+from custom_quantizer.ops.rewrites.recurrent import RECURRENT
 
 __all__ = ["REWRITTEN", "decompose"]
 
@@ -296,6 +297,7 @@ def _result(insert: Insertion) -> Node | None:
 
 _REWRITES: dict[Any, Rewrite] = {
     **ARITHMETIC,
+    **RECURRENT,
     aten.scaled_dot_product_attention.default: _attention,
     aten.softmax.int: _softmax,
     aten.einsum.default: einsum,
