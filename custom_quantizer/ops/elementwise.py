@@ -187,9 +187,10 @@ WHERE = OpRule(
     targets=frozenset({aten.where.self}),
     match=_match_where,
     cases=(
-        _case("compared", lambda x, y: torch.where(x > y, x, y), _IMAGE, _IMAGE),
-        _case("number", lambda x: torch.where(x > 0.25, x, x * x), _IMAGE),
-        _case("broadcast", lambda x, y: torch.where(y > 0, x, y), _IMAGE, (1, 8, 1, 1)),
+        # Of two finite tensors, a sum of products is planned instead.
+        _case("compared", lambda x, y: torch.where(x > y, x, y.exp()), _IMAGE, _IMAGE),
+        _case("number", lambda x: torch.where(x > 0.25, x, x.exp()), _IMAGE),
+        _case("broadcast", lambda x, y: torch.where(y > 0, x.exp(), y), _IMAGE, (1, 8, 1, 1)),
     ),
 )
 

@@ -20,7 +20,7 @@ import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.passes import PASSES
 from custom_quantizer.core.graph import is_constant, is_dequantize, is_quantize
-from custom_quantizer.ops.rewrites.decompositions import MASKED
+from custom_quantizer.ops.rewrites.masks import MASKED
 
 aten = torch.ops.aten
 PASS = {graph_pass.name: graph_pass for graph_pass in PASSES}
@@ -171,9 +171,14 @@ def torch_baddbmm(_self: Any, added: Tensor, a: Tensor, b: Tensor) -> Tensor:
         (lambda s, x: F.pad(x, (-1, 2, 1, -2)), aten.pad.default, aten.constant_pad_nd.default),
         (lambda s, x: F.pad(x, (0, -1), value=3.0), aten.pad.default, aten.slice.Tensor),
         (
-            lambda s, x: F.pad(x, (1, -1), value=3.0),
+            lambda s, x: F.pad(x, (1, -1), value=float("-inf")),
             aten.pad.default,
             aten.constant_pad_nd.default,
+        ),
+        (
+            lambda s, x: F.pad(x, (1, -1), value=3.0),
+            aten.pad.default,
+            aten.cat.default,
         ),
         (lambda s, x: x.T, aten.numpy_T.default, aten.permute.default),
         (lambda s, x: x.mH, aten.mH.default, aten.transpose.int),

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
@@ -26,6 +25,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.arithmetic import ARITHMETIC
+from custom_quantizer.ops.rewrites.masks import MASKED, MASKS, added_mask
 from custom_quantizer.ops.rewrites.products import (
     einsum,
     product,
@@ -37,14 +37,6 @@ from custom_quantizer.ops.rewrites.recurrent import RECURRENT
 __all__ = ["REWRITTEN", "decompose"]
 
 aten = torch.ops.aten
-
-MASKED = -1e9
-"""Added to scores that a mask leaves out, in place of minus infinity.
-
-``exp`` of it is 0 in float32, as that of minus infinity is, but ``-inf - (-inf)`` is no number: the
-softmax kernels subtract the largest score first. A row that is masked out completely
-becomes uniform instead of NaN.
-"""
 
 
 def decompose(model: GraphModule, *, training: bool = False) -> int:
@@ -92,7 +84,7 @@ def _attention(insert: Insertion) -> Node | None:
         bias = torch.full((rows, columns), MASKED).triu(1)
         mask = insert.constant("causal_mask", bias)
     elif mask is not None:
-        mask = _additive(insert, cast(Node, mask))
+        mask = added_mask(insert, cast(Node, mask))
     scores = product(insert, query, _swap_last(insert, key))
     if scale != 1.0:
         scores = insert.call(aten.mul.Tensor, scores, float(scale))
@@ -105,37 +97,6 @@ def _attention(insert: Insertion) -> Node | None:
 def _swap_last(insert: Insertion, tensor: Node) -> Node:
     rank = len(shape_of(tensor))
     return insert.call(aten.transpose.int, tensor, rank - 2, rank - 1)
-
-
-def _additive(insert: Insertion, mask: Node) -> Node:
-    """A mask as numbers to add; minus infinity becomes :data:`MASKED`."""
-    meta = cast(Tensor, tensor_meta(mask))
-    if is_constant(mask):
-        value = constant_of(insert.model, mask)
-        if value.dtype == torch.bool:
-            value = torch.zeros(value.shape).masked_fill(~value, MASKED)
-        elif bool(torch.isfinite(value).all()):
-            return mask
-        return insert.constant("mask", value.clamp(min=MASKED))
-    if meta.dtype == torch.bool:
-        left_out = insert.call(aten.logical_not.default, mask)
-        zeros = insert.call(aten.zeros_like.default, mask, dtype=torch.float32)
-        return insert.call(aten.masked_fill.Scalar, zeros, left_out, MASKED)
-    return insert.call(aten.clamp_min.default, mask, MASKED)
-
-
-def _softmax(insert: Insertion) -> Node | None:
-    """Constant minus infinity before a softmax becomes :data:`MASKED`: see there."""
-    added = insert.node.args[0]
-    if not isinstance(added, Node) or added.target is not aten.add.Tensor:
-        return None
-    for position, term in enumerate(added.args[:2]):
-        if isinstance(term, Node) and is_constant(term):
-            value = constant_of(insert.model, term)
-            if value.is_floating_point() and bool((value == -math.inf).any()):
-                finite = Insertion(insert.model, added).constant("mask", value.clamp(min=MASKED))
-                added.update_arg(position, finite)
-    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,9 +258,9 @@ def _result(insert: Insertion) -> Node | None:
 
 _REWRITES: dict[Any, Rewrite] = {
     **ARITHMETIC,
+    **MASKS,
     **RECURRENT,
     aten.scaled_dot_product_attention.default: _attention,
-    aten.softmax.int: _softmax,
     aten.einsum.default: einsum,
     aten.matmul.default: written_product,
     aten.mm.default: written_product,

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.core.graph import argument
 from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.legalization import layers, maxima, moves, patches, powers, sums
 from custom_quantizer.ops.rewrites.legalization.arrangements import ARRANGEMENTS, arrangement
@@ -43,6 +44,12 @@ aten = torch.ops.aten
 def _result(insert: Insertion) -> Node | None:
     """One of several results of an op."""
     return maxima.without_indices(insert) or moves.broadcast_result(insert)
+
+
+def _pad(insert: Insertion) -> Node | None:
+    """A pad of any mode."""
+    constant = argument(insert.node, 2, "mode", "constant") == "constant"
+    return moves.pad(insert) if constant else arrangement(insert)
 
 
 def _moved(rewrite: Rewrite) -> Rewrite:
@@ -82,6 +89,8 @@ _FORMS: dict[Any, Rewrite] = {
     aten.row_stack.default: moves.stack_along,
     aten.vstack.default: moves.stack_along,
     aten.stack.default: moves.stack,
+    aten.constant_pad_nd.default: moves.pad,
+    aten.pad.default: _pad,
     aten.roll.default: _moved(moves.roll),
     aten.flip.default: _moved(moves.flip),
     aten.channel_shuffle.default: _moved(moves.channel_shuffle),

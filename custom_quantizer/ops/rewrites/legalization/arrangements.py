@@ -307,13 +307,6 @@ def split(insert: Insertion) -> Node | None:
     return insert.call(aten.split_with_sizes.default, data, sizes, dim)
 
 
-def _pad(insert: Insertion) -> Node | None:
-    """A pad that repeats values of the image; one with a constant is an op of its own."""
-    if argument(insert.node, 2, "mode", "constant") == "constant":
-        return None
-    return arrangement(insert)
-
-
 _SPLITS = (
     aten.hsplit.array,
     aten.hsplit.int,
@@ -407,7 +400,6 @@ ARRANGEMENTS: Mapping[Any, Rewrite] = MappingProxyType(
     {
         **dict.fromkeys(_MOVES, arrangement),
         **dict.fromkeys(_SPLITS, split),
-        aten.pad.default: _pad,
     }
 )
 """By overload. ``tests/ops/test_arrangements.py`` runs all of aten to find one that is missing."""

@@ -1,0 +1,221 @@
+"""Masks in sums and products: what is left out by a condition is computed with numbers.
+
+No integer kernel chooses between two values. A mask that is known when the model is captured is a
+constant to multiply with or to add; one that is an input becomes numbers once, for all layers that
+share it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from custom_quantizer.core.graph import constant_of, is_constant, shape_of, tensor_meta
+from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.ops import rule_of
+from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
+from custom_quantizer.ops.elementwise import WHERE
+from custom_quantizer.ops.functions import DIV, EXP, LOG, RECIPROCAL, RSQRT, SQRT
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
+
+__all__ = ["MASKED", "MASKS", "added_mask"]
+
+aten = torch.ops.aten
+
+MASKED = -1e9
+"""Added to scores that a mask leaves out, in place of minus infinity.
+
+``exp`` of it is 0 in float32, as that of minus infinity is, but ``-inf - (-inf)`` is no number: the
+softmax kernels subtract the largest score first. A row that is masked out completely
+becomes uniform instead of NaN.
+"""
+
+_LEFT_OUT = -1e4
+"""From here on a score is taken to be masked out: exp of it is 0 next to any score of a network."""
+
+_SHARED = "custom_quantizer_mask"
+"""Marks, in ``meta``, what was made of a mask: it stands before all others who read that mask."""
+
+
+def added_mask(insert: Insertion, mask: Node) -> Node:
+    """A mask of attention as numbers to add to scores; minus infinity becomes :data:`MASKED`."""
+    if is_constant(mask):
+        value = constant_of(insert.model, mask)
+        if value.dtype == torch.bool:
+            value = torch.zeros(value.shape).masked_fill(~value, MASKED)
+        elif bool(torch.isfinite(value).all()):
+            return mask
+        return insert.constant("mask", value.clamp(min=MASKED))
+    if cast(Tensor, tensor_meta(mask)).dtype == torch.bool:
+        return _left_out(insert, mask, where=False)
+    return insert.call(aten.clamp_min.default, mask, MASKED)
+
+
+def _left_out(insert: Insertion, condition: Node, *, where: bool) -> Node:
+    """:data:`MASKED` where a condition is ``where``, else 0."""
+    numbers = _numbers(insert, condition, where=where)
+    return _once(insert, numbers, aten.mul.Tensor, numbers, MASKED)
+
+
+def _numbers(insert: Insertion, condition: Node, *, where: bool) -> Node:
+    """1 where a condition is ``where``, else 0."""
+    numbers = _once(insert, condition, aten.to.dtype, condition, torch.float32)
+    return numbers if where else _once(insert, numbers, aten.rsub.Scalar, numbers, 1)
+
+
+def _once(insert: Insertion, source: Node, target: Any, *args: Any) -> Node:
+    """A call that all layers that share a mask share."""
+    for user in source.users:
+        if _SHARED in user.meta and user.target is target and user.args == args:
+            return user
+    call = insert.call(target, *args)
+    call.meta[_SHARED] = True
+    return call
+
+
+def _softmax(insert: Insertion) -> Node | None:
+    """Constant minus infinity before a softmax becomes :data:`MASKED`: see there."""
+    added = insert.node.args[0]
+    if not isinstance(added, Node) or added.target is not aten.add.Tensor:
+        return None
+    for position, term in enumerate(added.args[:2]):
+        if isinstance(term, Node) and is_constant(term):
+            value = constant_of(insert.model, term)
+            if value.is_floating_point() and bool((value == -math.inf).any()):
+                finite = Insertion(insert.model, added).constant("mask", value.clamp(min=MASKED))
+                added.update_arg(position, finite)
+    return None
+
+
+def _masked_fill(insert: Insertion) -> Node | None:
+    data, condition, value = cast("tuple[Node, Node, Any]", insert.node.args[:3])
+    return _chosen(insert, condition, value, data)
+
+
+def _where(insert: Insertion) -> Node | None:
+    condition, left, right = insert.node.args[:3]
+    return _chosen(insert, cast(Node, condition), left, right)
+
+
+def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node | None:
+    """``left`` where a condition holds, else ``right``, by sums and products.
+
+    Both are multiplied by 0 where they are not wanted, so they must be finite there.
+    """
+    meta = tensor_meta(insert.node)
+    kind = tensor_meta(condition)
+    if meta is None or meta.dtype != torch.float32 or kind is None or kind.dtype != torch.bool:
+        return None
+    left, right = (_number(insert, side) for side in (left, right))
+    for data, number, where in ((right, left, True), (left, right, False)):
+        if isinstance(data, Node) and isinstance(number, float) and number <= _LEFT_OUT:
+            return _without(insert, data, condition, where=where)
+    sides = (left, right)
+    if any(isinstance(side, Node) and not _is_finite(insert, side) for side in sides):
+        return None
+    if any(isinstance(side, float) and abs(side) >= -_LEFT_OUT for side in sides):
+        return None
+    if insert.training and not is_constant(condition):
+        return None
+    wanted = [_part(insert, condition, left, where=True)]
+    wanted.append(_part(insert, condition, right, where=False))
+    parts = [part for part in wanted if part is not None]
+    total = parts[0] if len(parts) == 1 else insert.call(aten.add.Tensor, *parts)
+    return total if tuple(shape_of(total)) == tuple(shape_of(insert.node)) else None
+
+
+def _without(insert: Insertion, data: Node, condition: Node, *, where: bool) -> Node | None:
+    """Scores before a softmax, those left out that a condition names."""
+    if not _only_softmax_reads(insert.node):
+        return None
+    if not is_constant(condition):
+        mask = _left_out(insert, condition, where=where)
+    else:
+        value = constant_of(insert.model, condition)
+        out = value if where else ~value
+        mask = insert.constant("mask", torch.zeros(out.shape).masked_fill(out, MASKED))
+    total = insert.call(aten.add.Tensor, data, mask)
+    return total if tuple(shape_of(total)) == tuple(shape_of(insert.node)) else None
+
+
+_MOVES = frozenset({aten.clone.default, aten.contiguous.default, aten.view.default})
+
+
+def _only_softmax_reads(node: Node) -> bool:
+    users = list(node.users)
+    return bool(users) and all(
+        user.target in (aten.softmax.int, aten._softmax.default)
+        or (user.target in _MOVES and _only_softmax_reads(user))
+        for user in users
+    )
+
+
+def _number(insert: Insertion, side: Any) -> Any:
+    """A number, also if it was written as a tensor."""
+    if isinstance(side, Node) and is_constant(side) and side.op == "get_attr":
+        value = constant_of(insert.model, side)
+        return float(value) if value.numel() == 1 and value.is_floating_point() else side
+    return side if isinstance(side, Node) else float(side)
+
+
+def _part(insert: Insertion, condition: Node, side: Any, *, where: bool) -> Node | None:
+    """One side where it is wanted, else 0; ``None``: it is 0 everywhere."""
+    if side == 0.0:
+        return None
+    if is_constant(condition):
+        value = constant_of(insert.model, condition)
+        numbers = (value if where else ~value).to(torch.float32)
+        if isinstance(side, float):
+            return insert.constant("filled" if where else "filled_else", numbers * side)
+        kept = insert.constant("kept" if where else "kept_else", numbers)
+        return insert.call(aten.mul.Tensor, side, kept)
+    ones = _numbers(insert, condition, where=where)
+    factors = (ones, side) if isinstance(side, float) else (side, ones)
+    return insert.call(aten.mul.Tensor, *factors)
+
+
+_UNBOUNDED = (DIV, EXP, LOG, LOG_SOFTMAX, RECIPROCAL, RSQRT, SQRT, WHERE)
+"""Families that make infinities, or no numbers, of ordinary ones."""
+
+
+_SUMS = frozenset({CONV, CONV_TRANSPOSE, LINEAR, MATMUL, SOFTMAX})
+"""Families that mix values: one that is no number in there spoils results anyway."""
+
+
+def _is_finite(insert: Insertion, side: Node) -> bool:
+    """Whether nothing between a tensor and the layers before it makes infinities."""
+    waiting, seen = [side], {side}
+    while waiting:
+        node = waiting.pop()
+        if is_constant(node):
+            if not bool(torch.isfinite(constant_of(insert.model, node)).all()):
+                return False
+            continue
+        rule = rule_of(node)
+        if node.op == "placeholder" or rule in _SUMS:
+            continue
+        if rule is None or rule in _UNBOUNDED:
+            return False
+        waiting += [source for source in node.all_input_nodes if source not in seen]
+        seen.update(node.all_input_nodes)
+    return True
+
+
+MASKS: Mapping[Any, Rewrite] = MappingProxyType(
+    {
+        aten.masked_fill.Scalar: _masked_fill,
+        aten.masked_fill.Tensor: _masked_fill,
+        aten.softmax.int: _softmax,
+        aten.where.Scalar: _where,
+        aten.where.ScalarOther: _where,
+        aten.where.ScalarSelf: _where,
+        aten.where.self: _where,
+    }
+)
+"""By overload."""

@@ -1,0 +1,113 @@
+"""Masks as sums and products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.graphs import Function, calls, canonicalize, capture, lowered_exactly, quantized
+from torch import Tensor, nn
+
+from custom_quantizer.ops import match_of
+
+aten = torch.ops.aten
+
+SCORES = (2, 3, 4, 4)
+CAUSAL = torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)
+KEPT = torch.tensor([True, False, True, True])
+
+
+def soft(scores: Tensor) -> Tensor:
+    return torch.softmax(scores, -1)
+
+
+# What the mask does, how many of its ops have no family: a condition that is an input.
+CASES: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "causal": (lambda x, m: soft(x.masked_fill(CAUSAL, float("-inf"))), 0),
+    "causal, by where": (lambda x, m: soft(torch.where(~CAUSAL, x, torch.tensor(-1e9))), 0),
+    "causal, smallest number": (
+        lambda x, m: soft(x.masked_fill(CAUSAL, torch.finfo(torch.float32).min)),
+        0,
+    ),
+    "given": (lambda x, m: soft(x.masked_fill(m, float("-inf"))), 1),
+    "given, kept": (lambda x, m: soft(torch.where(m, x, -1e9)), 1),
+    "zeros": (lambda x, m: x.masked_fill(~KEPT, 0.0), 0),
+    "a number": (lambda x, m: x.masked_fill(~KEPT, 1.5), 0),
+    "a number first": (lambda x, m: torch.where(KEPT, 0.25, x), 0),
+    "of two": (lambda x, m: torch.where(KEPT, x, x * 2), 0),
+    "of two, given": (lambda x, m: torch.where(m, x, x * 2), 1),
+    "tril": (lambda x, m: x.tril(), 0),
+    "triu": (lambda x, m: x.triu(1), 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mask_is_numbers(name: str) -> None:
+    function, outside = CASES[name]
+    model = Function(lambda s, x, m: function(x, m))
+    x, given = torch.randn(SCORES) * 10, torch.rand(SCORES) > 0.6
+    given[..., 0] = "kept" in name  # no row is left out completely
+    graph = canonicalize(capture(model, (x, given)))
+    left = [n for n in graph.graph.nodes if n.op == "call_function"]
+    unknown = [n for n in left if match_of(n) is None]
+    assert len(unknown) == outside
+    assert torch.equal(graph(x, given), model(x, given))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.where(KEPT, torch.log(x), 0.0),  # no number where it is not wanted
+        lambda x: torch.where(KEPT, 1 / x, x),
+        lambda x: x.masked_fill(~KEPT, -1e9),  # no softmax reads it
+        lambda x: x.masked_fill(~KEPT, float("inf")),
+    ],
+)
+def test_what_cannot_be_numbers_stays(function: Callable[[Tensor], Tensor]) -> None:
+    model = Function(lambda s, x: function(x))
+    x = torch.randn(SCORES)
+    x[0, 0, 0, 1] = 0.0
+    graph = canonicalize(capture(model, (x,)))
+    got, want = graph(x), model(x)
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+
+
+class Layers(nn.Module):
+    """Two layers of attention that share a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    def forward(self, x: Tensor, kept: Tensor) -> Any:
+        for query in self.queries:
+            x = x + F.scaled_dot_product_attention(query(x), x * 0.5, x + 1, attn_mask=kept)
+        return x
+
+
+def test_layers_share_what_a_mask_becomes() -> None:
+    x, kept = torch.randn(2, 4, 8), torch.rand(2, 4, 4) > 0.4
+    kept[..., 0] = True
+    model = Layers().eval()
+    graph = canonicalize(capture(model, (x, kept)))
+    assert len(calls(graph, aten.to.dtype)) == 1
+    torch.testing.assert_close(graph(x, kept), model(x, kept), rtol=1e-5, atol=1e-5)
+
+
+def test_constant_masks_and_pads_run_as_integers_in_one_delegate() -> None:
+    model = Function(
+        lambda s, x: (
+            torch.where(KEPT, x * 1.5, x + 0.5).masked_fill(~KEPT, 0.75),
+            F.pad(x * 2, (1, 2, 0, 1), value=0.5),
+            (x * 3).tril(),
+        )
+    )
+    x = torch.randn(SCORES)
+    program = lowered_exactly(quantized(model, (x,)), (x,))
+    assert program.report.delegates == 1
+    assert program.report.not_integer() == ()
+    for got, want in zip(program.run(x), model(x), strict=True):
+        assert float((got - want).abs().max()) < 0.03 * float(want.abs().max())
