@@ -58,6 +58,7 @@ MATMUL = OpRule(
     cases=(
         _case("bmm", torch.bmm, (3, 5, 8), (3, 8, 7)),
         _case("matmul", torch.matmul, (2, 3, 5, 8), (2, 3, 8, 7)),
+        _case("many columns", torch.matmul, (2, 3, 5, 8), (2, 3, 8, 12)),
         _case("rank2", torch.mm, (5, 8), (8, 7)),
         _case("transposed", lambda a, b: a @ b.transpose(-2, -1), (2, 3, 5, 8), (2, 3, 7, 8)),
         _case(

@@ -8,7 +8,7 @@ meaning on integers is computed on integers.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import MappingProxyType
@@ -48,7 +48,6 @@ __all__ = [
     "Kernel",
     "Support",
     "backend_names",
-    "cautions",
     "get_backend",
     "get_mode",
 ]
@@ -79,17 +78,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Delegation:
-    """How a backend runs an op, and why not on plain integers where it does not.
-
-    Attributes:
-        kernel: what it runs on.
-        reason: why not on plain integers; empty if it does.
-        caution: where the kernel is known to be wrong, and what to do; empty if nowhere.
-    """
+    """How a backend runs an op, and why not on plain integers where it does not."""
 
     kernel: Kernel
     reason: str = ""
-    caution: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,7 +187,7 @@ class Backend:
             if self.wide is None or formats.activation_bits == 8 or found.reason:
                 return found
             reason = f"int{formats.activation_bits} activations: clamped to their range"
-            return replace(found, reason=reason)
+            return Delegation(found.kernel, reason)
         if match.rule.sharing is QParamSharing.SAME:
             found = delegation(match, formats)
             if found.kernel.placement in (Placement.FOLDED, Placement.OUTSIDE):
@@ -222,24 +214,6 @@ class Backend:
         if integers is None:
             raise ConversionError(f"{describe(op.node)}: {support.float_reason}")
         return integers(op, inputs, self.arithmetic)
-
-
-def cautions(found: Iterable[tuple[str, Delegation]]) -> tuple[str, ...]:
-    """One sentence for each caution, with the ops that it is about.
-
-    Args:
-        found: of each op, how to name it and how it runs.
-    """
-    names: dict[str, list[str]] = {}
-    for name, delegation in found:
-        if delegation.caution:
-            names.setdefault(delegation.caution, []).append(name)
-    return tuple(f"{_some(ops)}: {caution}" for caution, ops in names.items())
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 BackendLike: TypeAlias = "str | Backend | None"

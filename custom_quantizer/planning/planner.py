@@ -39,7 +39,7 @@ from custom_quantizer.ops import (
     Trait,
     rule_of,
 )
-from custom_quantizer.ops.backend import Backend, Delegation, Support, cautions
+from custom_quantizer.ops.backend import Backend, Delegation, Support
 from custom_quantizer.ops.placement import Placement, Tally, tally
 from custom_quantizer.ops.rewrites.canonical import overwritten_by
 from custom_quantizer.planning.insertion import ANNOTATION_KEY
@@ -679,7 +679,6 @@ class _Annotator:
         self._ops = ops
         self._producer = producer
         self._io = io
-        self._cautions: list[tuple[str, Delegation]] = []
         self._backend = backend
         self._groups = _Groups()
         self._numbers: dict[_Key, int] = {}
@@ -704,7 +703,7 @@ class _Annotator:
         }
         if outputs:
             annotations[self._io.node.name] = NodeAnnotation(outputs, None)
-        return Plan(plans, (*warnings, *cautions(self._cautions)), annotations)
+        return Plan(plans, warnings, annotations)
 
     def _input_keys(self, op: _Op) -> list[_Key]:
         inputs = cast(PatternMatch, op.match).inputs
@@ -763,8 +762,6 @@ class _Annotator:
         if op.moves_values and op.follows is not None:
             scheme = f"a{op.follows.format.bits}"
         delegation = _predict(op, self._backend) if op.activation is not None else None
-        if delegation is not None:
-            self._cautions.append((describe(op.node), delegation))
         kernel = self._backend.in_float(op.node) if delegation is None else delegation.kernel
         return OpPlan(
             node=op.node.name,

@@ -309,30 +309,6 @@ def test_a_rule_for_attention_reaches_what_it_is_written_out_to() -> None:
     assert plan.op("linear").scheme == "a8w8"
 
 
-def test_wide_products_come_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """XNNPACK's kernel is wrong on most ARM CPUs where the second operand has many columns."""
-    shapes = {"wide": ((3, 5, 8), (3, 8, 9)), "narrow": ((3, 5, 8), (3, 8, 8))}
-    for name, pair in shapes.items():
-        done = convert(Function(lambda _s, a, b: a @ b), tuple(torch.randn(s) for s in pair))
-        caplog.clear()
-        lowered = cq.lower(done.graph, done.example)
-        assert lowered.report.ops[-1].backend is kernels.INT8
-        logged = [record.getMessage() for record in caplog.records if "ARM" in record.getMessage()]
-        assert logged == [text for text in done.plan.warnings if "ARM" in text]
-        assert len(logged) == (name == "wide")
-        assert all(text.startswith("matmul: on ARM CPUs but those") for text in logged)
-
-
-def test_the_rule_that_the_warning_names_leaves_no_product_in_integers() -> None:
-    quantizer = (
-        cq.IntegerQuantizer().set_global("a8w8").set_operator_type(aten.matmul.default, None)
-    )
-    model = Function(lambda s, q, k, v: SDPA(q + q, k + k, v + v) @ (v + v).transpose(1, 2))
-    plan = convert(model, tuple(torch.randn(2, 12, 16) for _ in range(3)), quantizer).plan
-    assert [op.scheme for op in plan.parts if op.family == "matmul"] == [None] * 3
-    assert plan.warnings == ()
-
-
 def test_products_of_other_shapes_say_why_they_stay_in_float() -> None:
     sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}, None)
     cases: tuple[tuple[Callable[..., Any], tuple[tuple[int, ...], ...], Any, str], ...] = (

@@ -41,6 +41,8 @@ def _op_line(delegate: DelegateContents, op: DelegateOp) -> str:
         operands.append(f"bias {_tensor_text(delegate.tensors[op.bias])}")
     results = ", ".join(_tensor_text(delegate.tensors[i]) for i in op.outputs)
     params = " ".join(f"{name}={value}" for name, value in op.params.items())
+    if op.is_transposed:
+        params += " (second matrix transposed)"
     return f"{op.kind}({', '.join(operands)}) -> {results}  {params}"
 
 

@@ -66,7 +66,7 @@ class Difference:
         node: anchor of the op in the converted graph.
         where: node and module path, for messages.
         what: ``weight``, ``weight scale``, ``bias``, ``input scale``, ``output scale``, ``clamp``,
-            ``missing``.
+            ``second factor``, ``missing``.
         detail: both values.
     """
 
@@ -232,6 +232,7 @@ def _parameters(contents: ProgramContents, op: QuantizedOp, row: OpBackend) -> I
         return
     yield from _grids(op, nodes)
     yield from _clamps(op, nodes)
+    yield from _second_factors(op, nodes)
 
 
 _Nodes = list[tuple[DelegateContents, DelegateOp]]
@@ -305,6 +306,22 @@ def _clamps(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
         yield _difference(
             op, "clamp", f"the graph clamps to the integers {wanted}, the program to {low, high}"
         )
+
+
+def _second_factors(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
+    """Products that this machine may compute rightly, and many ARM CPUs do not."""
+    for delegate, node in nodes:
+        if node.kind != "batch_matrix_multiply" or node.is_transposed:
+            continue
+        columns = delegate.tensors[node.outputs[0]].shape[-1]
+        if columns > kernels.WIDEST_PRODUCT:
+            yield _difference(
+                op,
+                "second factor",
+                f"its {columns} columns are not stored transposed, so that XNNPACK multiplies them "
+                "wrongly on many ARM CPUs; the program was written without the visitors of "
+                "custom_quantizer.backends.xnnpack.visitors",
+            )
 
 
 _INT8 = (-128, 127)

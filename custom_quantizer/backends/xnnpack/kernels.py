@@ -63,6 +63,7 @@ __all__ = [
     "PORTABLE",
     "SUPPORT",
     "TABLE",
+    "WIDEST_PRODUCT",
     "can_be_batched",
     "matmul_batch",
     "packable_features",
@@ -248,21 +249,12 @@ def can_be_batched(node: Node) -> bool:
 
 
 WIDEST_PRODUCT = 8
-"""Columns of a second operand that every CPU's kernel packs at once."""
+"""Columns of an int8 second factor that every CPU's kernel packs at once, as they lie in memory.
 
-
-def _matmul(match: PatternMatch, _formats: Formats) -> Delegation:
-    columns = shape_of(match.node)[-1]
-    if isinstance(columns, int) and columns <= WIDEST_PRODUCT:
-        return Delegation(INT8)
-    # xnn_pack_qs8_weights_and_biases (92a7ad50) ignores the distance between rows of the operand.
-    return Delegation(
-        INT8,
-        caution="on ARM CPUs but those with dot products and no more, such as Cortex-A76, XNNPACK "
-        f"multiplies int8 matrices of more than {WIDEST_PRODUCT} columns wrongly; for those leave "
-        "products of activations in float with set_operator_type(torch.ops.aten.matmul.default, "
-        "None) (docs/device_arithmetic.md)",
-    )
+XNNPACK (92a7ad50) packs more columns wrongly where its gemm config keeps
+``xnn_pack_qs8_weights_and_biases``, which ignores the distance between rows: on ARM CPUs but those
+with dot products and no more. A factor that lies transposed is packed by another function.
+"""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -390,7 +382,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         CONV_TRANSPOSE.family: _GEMM,
         LINEAR.family: _GEMM,
         MATMUL.family: Support(
-            _matmul,
+            _int8,
             refuses=_refuses_matmul,
             runs=_runs_product,
             requires_symmetric=frozenset({1}),

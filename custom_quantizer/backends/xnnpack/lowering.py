@@ -53,7 +53,7 @@ from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.threads import exclusive, interruption_point, tools
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, match_of, rule_of
-from custom_quantizer.ops.backend import Backend, Kernel, cautions
+from custom_quantizer.ops.backend import Backend, Kernel
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 
 __all__ = ["lower"]
@@ -134,15 +134,6 @@ def lower_graph(
     return program
 
 
-def _warn_of_kernels(graph: ConvertedGraph) -> None:
-    """Say where kernels of the program are known to be wrong on other CPUs than this one."""
-    found = (
-        (describe(op.node), graph.backend.predict(op.match, op.formats)) for op in graph.integer
-    )
-    for caution in cautions(found):
-        logger.warning("%s", caution)
-
-
 def _warn_of_state(converted: GraphModule) -> None:
     """Say so, if buffers hold what a loop over calibration data left in them."""
     held = converted.meta.get(STATE_KEY, {})
@@ -181,6 +172,7 @@ def rewrite(
     say: Callable[[str], None] = lambda _stage: None,
     *,
     widest: bool = False,
+    skip: frozenset[str] = frozenset(),
 ) -> Rewritten:
     """Apply all passes to a copy of a converted graph and export that.
 
@@ -192,15 +184,15 @@ def rewrite(
         widest: trace dynamic sizes at their upper bounds, for a caller that cannot keep upstream
             from making limits of the example's sizes (see :func:`_no_size_guards`): a limit that
             holds at the upper bound is a lower one, which no runtime looks at.
+        skip: names of passes to leave out.
 
     Raises:
         LoweringError: a pass failed, or ``torch.export`` refused the result.
     """
-    _warn_of_kernels(graph)
     say("rewriting the graph")
     _check_writable(graph.model)
     model = detached_copy(graph.model)
-    applied = run_passes(model, graph)
+    applied = run_passes(model, graph, skip=skip)
     say("exporting")
     exported = export_again(model, example, dynamic_max, widest=widest)
     for node in state_of(exported.graph):

@@ -16,6 +16,7 @@ from executorch.backends.xnnpack.partition.config.generic_node_configs import BM
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
+from custom_quantizer.backends.xnnpack import visitors as _visitors  # noqa: F401  # registers them
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
 
 __all__ = ["configurations", "partitioner"]

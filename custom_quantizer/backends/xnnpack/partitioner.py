@@ -33,6 +33,7 @@ from custom_quantizer.backends.xnnpack.lowering import (
     to_bytes,
 )
 from custom_quantizer.backends.xnnpack.partition import configurations
+from custom_quantizer.backends.xnnpack.passes import FOR_OUR_PARTITIONER
 from custom_quantizer.backends.xnnpack.readback import read_file
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
 from custom_quantizer.core.graph import is_dequantize
@@ -108,7 +109,8 @@ def export_converted(
     """
     graph = read_converted(converted, BACKEND)
     example = check_example(converted, example_inputs)
-    return rewrite(graph, example, dynamic_max, widest=True).exported
+    rewritten = rewrite(graph, example, dynamic_max, widest=True, skip=FOR_OUR_PARTITIONER)
+    return rewritten.exported
 
 
 @tools()

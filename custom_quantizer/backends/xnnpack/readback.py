@@ -75,7 +75,7 @@ _T = TypeVar("_T")
 _INVALID_ID = 2**32 - 1  # XNN_INVALID_VALUE_ID: an operand that is not there
 _NAMED = 2**64 - 1  # a constant with this offset is found by its name
 _EXTERNAL_INPUT, _EXTERNAL_OUTPUT = 1, 2  # XNN_VALUE_FLAG_*
-_TRANSPOSE_WEIGHTS = 1  # XNN_FLAG_TRANSPOSE_WEIGHTS, on a fully connected node
+_TRANSPOSED = 1  # XNN_FLAG_TRANSPOSE_WEIGHTS of a fully connected node, XNN_FLAG_TRANSPOSE_B of bmm
 
 _XNN_DTYPES = {
     "xnn_datatype_fp32": "float32",
@@ -255,6 +255,17 @@ class DelegateOp:
     params: Mapping[str, ParamValue] = field(hash=False)
     debug_handle: int
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the second matrix lies transposed in memory.
+
+        That is the weight of a fully connected node, then (I, O), or the second factor of a
+        batch_matrix_multiply node, then (batch, columns, rows).
+        """
+        flags = self.params.get("flags", 0)
+        kinds = ("fully_connected", "batch_matrix_multiply")
+        return self.kind in kinds and isinstance(flags, int) and bool(flags & _TRANSPOSED)
+
 
 @dataclass(frozen=True)
 class DelegateContents:
@@ -305,9 +316,7 @@ class DelegateContents:
                 f"{groups}, not {dims} dimensions; the file was not written by a known version"
             )
         if op.kind == "fully_connected":
-            flags = op.params.get("flags", 0)
-            transposed = isinstance(flags, int) and bool(flags & _TRANSPOSE_WEIGHTS)
-            return _frozen(stored.T if transposed else stored)
+            return _frozen(stored.T if op.is_transposed else stored)
         if op.kind == "depthwise_conv2d":
             return _frozen(stored.transpose(3, 0, 1, 2))
         if op.kind == "conv_transpose2d":

@@ -31,15 +31,27 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
     ORIGIN,
     GraphPass,
+    is_operand_transpose,
     origin_of,
     set_origin,
 )
-from custom_quantizer.core.graph import is_dequantize, is_quantize
+from custom_quantizer.core.graph import is_dequantize, is_quantize, record_constants
 from custom_quantizer.errors import CustomQuantizerError, LoweringError, first_line
 from custom_quantizer.ops.rewrites.canonical import mark_overwritten
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
-__all__ = ["GEMMS", "ORIGIN", "PASSES", "STAGES", "GraphPass", "ordered", "origin_of", "run_passes"]
+__all__ = [
+    "FOR_OUR_PARTITIONER",
+    "GEMMS",
+    "ORIGIN",
+    "PASSES",
+    "STAGES",
+    "GraphPass",
+    "is_operand_transpose",
+    "ordered",
+    "origin_of",
+    "run_passes",
+]
 
 STAGES: Mapping[str, tuple[GraphPass, ...]] = {
     "constants": (
@@ -71,6 +83,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         movement.expands_to_cats,
         pool.means_keep_dims,
         movement.reshapes_to_views,
+        merging.transpose_second_factors,
         merging.merge_moves,
         functions.tie_break_offsets,
         functions.silu_products,
@@ -122,12 +135,22 @@ PASSES = tuple(graph_pass for stage in STAGES.values() for graph_pass in ordered
 """All passes, in the order in which they run."""
 
 
-def run_passes(model: GraphModule, graph: ConvertedGraph | None = None) -> dict[str, int]:
+FOR_OUR_PARTITIONER = frozenset({merging.transpose_second_factors.name})
+"""Passes that only cost time where upstream's partitioner follows: it has products in float."""
+
+
+def run_passes(
+    model: GraphModule,
+    graph: ConvertedGraph | None = None,
+    *,
+    skip: frozenset[str] = frozenset(),
+) -> dict[str, int]:
     """Apply all passes to ``model`` in place.
 
     Args:
         model: a copy of a converted graph.
         graph: what was read from the converted graph, if somebody did; else it is read here.
+        skip: names of passes to leave out.
 
     Returns:
         Pass name -> number of places changed, for the passes that changed any.
@@ -139,9 +162,12 @@ def run_passes(model: GraphModule, graph: ConvertedGraph | None = None) -> dict[
         if node.op == "call_function" and not (is_quantize(node) or is_dequantize(node)):
             set_origin(node, node.name)
     mark_overwritten(model)
+    record_constants(model)
     float_fallback.mark_fallbacks(model, graph or read_converted(model))
     applied: dict[str, int] = {}
     for graph_pass in PASSES:
+        if graph_pass.name in skip:
+            continue
         try:
             changed = graph_pass.run(model)
         except CustomQuantizerError:

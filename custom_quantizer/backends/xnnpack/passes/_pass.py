@@ -31,6 +31,9 @@ aten = torch.ops.aten
 ORIGIN = "custom_quantizer_op"
 """Key in ``node.meta["custom"]``: name of the converted graph's op a node stands for."""
 
+_OPERAND_TRANSPOSE = "custom_quantizer_operand_transpose"
+"""Key in ``node.meta["custom"]`` of a permute that is written as a flag of a product."""
+
 GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 """Calls with a weight and a bias."""
 
@@ -78,6 +81,17 @@ def origin_of(node: Node) -> str | None:
 
 def set_origin(node: Node, name: str) -> None:
     node.meta["custom"] = {**(node.meta.get("custom") or {}), ORIGIN: name}
+
+
+def mark_operand_transpose(permute: Node) -> None:
+    """Say that a permute, of which a product reads the result, shall be a flag of the product."""
+    permute.meta["custom"] = {**(permute.meta.get("custom") or {}), _OPERAND_TRANSPOSE: True}
+
+
+def is_operand_transpose(node: Node) -> bool:
+    """Whether :func:`mark_operand_transpose` was called for a node, across export and passes."""
+    custom = node.meta.get("custom")
+    return isinstance(custom, dict) and custom.get(_OPERAND_TRANSPOSE) is True
 
 
 class Builder:

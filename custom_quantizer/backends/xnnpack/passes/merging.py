@@ -8,17 +8,31 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.backends.xnnpack.kernels import WIDEST_PRODUCT
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
     calls,
     graph_pass,
+    is_operand_transpose,
+    is_wide,
+    mark_operand_transpose,
     origin_of,
     quantized_neighbours,
     replace,
     set_origin,
     then_move,
 )
-from custom_quantizer.core.graph import is_dequantize, is_quantize, shape_of, view_sizes
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    add_constant,
+    constant_of,
+    effective_users,
+    is_constant,
+    is_dequantize,
+    is_quantize,
+    shape_of,
+    view_sizes,
+)
 from custom_quantizer.ops.movement import PERMUTE, SLICE, is_split_evenly, slice_of
 
 aten = torch.ops.aten
@@ -30,15 +44,17 @@ _MOVES = frozenset({_VIEW, _PERMUTE})
 @graph_pass(
     "views of views, permutes of permutes, moves that change nothing",
     "one view or permute, or none",
-    requires={"strided_slices_to_views", "reshapes_to_views"},
+    requires={"strided_slices_to_views", "reshapes_to_views", "transpose_second_factors"},
 )
 def merge_moves(model: GraphModule) -> int:
     """A view of a view is one view, a permute of a permute one permute; what undoes itself goes."""
     count = 0
     for node in calls(model, PERMUTE.targets):
-        if _drop_single_sizes(model, node):
+        if not is_operand_transpose(node) and _drop_single_sizes(model, node):
             count += 1
     for node in calls(model, _MOVES):
+        if is_operand_transpose(node):
+            continue
         while (inner := _move_before(node)) is not None:
             source = cast(Node, inner.args[0])
             if node.target is _PERMUTE:
@@ -108,7 +124,11 @@ def _is_viewed(node: Node) -> bool:
 
 def _across_boundary(node: Node) -> Node | None:
     """What makes the input of a move, seen through a q/dq pair that changes nothing."""
-    source = node.args[0]
+    return maker_of(node.args[0])
+
+
+def maker_of(source: object) -> Node | None:
+    """What makes a tensor, seen through a q/dq pair that changes nothing."""
     if not isinstance(source, Node):
         return None
     if not is_dequantize(source):
@@ -148,6 +168,85 @@ def _drop(node: Node) -> None:
     for user in users:
         if is_quantize(user) and user.args[1:] == source.args[1:]:
             replace(user, cast(Node, source.args[0]))
+
+
+@graph_pass(
+    "integer products by matrices of many columns",
+    "products by transposed matrices, which every CPU multiplies rightly",
+    requires={"matmuls_to_bmms", "reshapes_to_views"},
+)
+def transpose_second_factors(model: GraphModule) -> int:
+    """Second factors of integer products are stored transposed, if they have many columns.
+
+    See :data:`~custom_quantizer.backends.xnnpack.kernels.WIDEST_PRODUCT`. The factor is transposed
+    twice: once in memory, which is merged into moves before it, and back by what the file writes as
+    a flag of the product (:class:`~custom_quantizer.backends.xnnpack.visitors.ProductVisitor`).
+    """
+    count = 0
+    for node in calls(model, frozenset({aten.bmm.default})):
+        factor = cast(Node, node.args[1])
+        columns = shape_of(node)[-1]
+        if isinstance(columns, int) and columns <= WIDEST_PRODUCT:
+            continue
+        if not _is_integer_product(node) or _is_marked(maker_of(factor)):
+            continue
+        build = Builder(model, node)
+        swapped = _swapped(build, factor)
+        back = build.call(_PERMUTE, swapped, [0, 2, 1])
+        mark_operand_transpose(back)
+        node.update_arg(1, build.requantized(back, factor))
+        count += 1
+    return count
+
+
+def _is_integer_product(node: Node) -> bool:
+    """Whether XNNPACK multiplies integers: of at most 8 bits, and without a second zero point."""
+    users = effective_users(node)
+    left, right = cast("tuple[Node, Node]", node.args[:2])
+    return (
+        len(users) == 1
+        and is_quantize(users[0])
+        and is_dequantize(left)
+        and is_dequantize(right)
+        and bool(right.args[2] == 0)
+        and not any(is_wide(tensor) for tensor in (left, right, users[0]))
+    )
+
+
+def _is_marked(node: Node | None) -> bool:
+    return node is not None and is_operand_transpose(node)
+
+
+def _swapped(build: Builder, factor: Node) -> Node:
+    """``factor`` with rows and columns swapped, before its batch dimensions became one if so."""
+    view = maker_of(factor)
+    inner = factor
+    if view is not None and view.target is _VIEW and isinstance(view.args[0], Node):
+        source = view.args[0]
+        if len(shape_of(source)) >= 3 and shape_of(source)[-2:] == shape_of(factor)[-2:]:
+            inner = source if is_dequantize(source) else factor
+    order = list(range(len(shape_of(inner))))
+    order[-2:] = order[:-3:-1]
+    if is_constant(inner.args[0]):
+        swapped = _swapped_constant(build, inner)
+    else:
+        swapped = build.requantized(build.call(_PERMUTE, inner, order), factor)
+    if inner is factor:
+        return swapped
+    batch, rows, columns = shape_of(factor)
+    viewed = build.call(_VIEW, swapped, view_sizes([batch, columns, rows]))
+    return build.requantized(viewed, factor)
+
+
+def _swapped_constant(build: Builder, dequantize: Node) -> Node:
+    """A constant with rows and columns swapped."""
+    integers = cast(Node, dequantize.args[0])
+    value = constant_of(build.model, integers).transpose(-1, -2)
+    constant = add_constant(build.model, f"{integers.target}_transposed", value, build.anchor)
+    swapped = build.call(DEQUANTIZE_PER_TENSOR, constant, *dequantize.args[1:])
+    if (meta := constant.meta.get("val")) is not None:
+        swapped.meta["val"] = meta.to(torch.float32)
+    return swapped
 
 
 @graph_pass("strided slices of dimensions that their step divides", "views and slices")

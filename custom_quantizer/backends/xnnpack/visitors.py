@@ -1,0 +1,124 @@
+"""How the delegate's file says what XNNPACK can compute and ExecuTorch (1.5.1) does not write.
+
+ExecuTorch writes each op of a delegate with the ``NodeVisitor`` that is registered for it. Those of
+this module take the place of three of its own and differ from them only at nodes that our passes
+marked (``node.meta["custom"]``), so that graphs of other flows are written as before.
+
+A product whose second operand was transposed by a marked permute is written with
+``XNN_FLAG_TRANSPOSE_B``, and reads what the permute reads; the permute itself is not written.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import executorch.backends.xnnpack.operators  # noqa: F401  # registers ExecuTorch's own visitors
+from executorch.backends.xnnpack.operators.node_visitor import (
+    NodeVisitor,
+    get_node_visitors,
+    register_node_visitor,
+)
+from executorch.backends.xnnpack.operators.quant_params import QuantParams
+from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
+    XNNBatchMatrixMultiply,
+    XNode,
+)
+from executorch.backends.xnnpack.utils.quant_utils import (
+    is_dequant,
+    is_quant,
+    is_tagged_as_implicit_q_dq,
+)
+from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_FLAG_TRANSPOSE_B
+from torch.fx import Node
+
+from custom_quantizer.backends.xnnpack.passes import is_operand_transpose
+from custom_quantizer.errors import LoweringError
+
+__all__ = ["VISITORS"]
+
+
+def _registered(target: str) -> Any:
+    """The visitor that writes an op so far; upstream's modules do not keep the name of the class.
+
+    Raises:
+        LoweringError: there is none, so that this is another ExecuTorch than is known here.
+    """
+    found = get_node_visitors(None, {}, None).get(target)
+    if found is None:
+        raise LoweringError(
+            f"ExecuTorch {version('executorch')} has no XNNPACK visitor for {target}; install "
+            "executorch 1.5.1"
+        )
+    return type(found)
+
+
+_Permute: Any = _registered("aten.permute_copy.default")
+_Product: Any = _registered("aten.bmm.default")
+
+
+class TransposeVisitor(_Permute):  # type: ignore[misc]  # ExecuTorch is untyped
+    """A permute, unless the product behind it does without."""
+
+    def define_node(self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
+        """Write a permute; nothing, if only products read it, and read what is before it."""
+        readers = _readers(node)
+        if not readers or any(_transpose_before(reader) is not node for reader in readers):
+            super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
+
+
+class ProductVisitor(_Product):  # type: ignore[misc]
+    """A batch of products; of a second operand that a marked permute transposed, with a flag."""
+
+    def define_node(self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
+        """Write the products."""
+        transpose = _transpose_before(node)
+        if transpose is None:
+            super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
+            return
+        operands = (node.args[0], transpose.args[0])
+        outputs = QuantParams.from_outputs(node)
+        self.define_tensor(node, xnn_graph, vals_to_ids, quant_params=outputs)
+        for operand in operands:
+            inputs = QuantParams.from_inputs(operand, self._exported_program)
+            self.define_tensor(operand, xnn_graph, vals_to_ids, quant_params=inputs)
+        product = XNNBatchMatrixMultiply(
+            input1_id=vals_to_ids[operands[0]],
+            input2_id=vals_to_ids[operands[1]],
+            output_id=vals_to_ids[node],
+            flags=XNN_FLAG_TRANSPOSE_B,
+        )
+        xnn_graph.xnodes.append(XNode(xnode_union=product, debug_handle=debug_handle))
+
+
+def _transpose_before(node: Node) -> Node | None:
+    """The marked permute of a product's second operand, if only integers stand between the two."""
+    if getattr(node.target, "__name__", "") != _Product.target:
+        return None
+    dequantize: Any = node.args[1]
+    if not (is_dequant(dequantize) and is_tagged_as_implicit_q_dq(dequantize)):
+        return None
+    quantize = dequantize.args[0]
+    if not (is_quant(quantize) and is_tagged_as_implicit_q_dq(quantize)):
+        return None
+    found: Node = quantize.args[0]
+    return found if is_operand_transpose(found) else None
+
+
+def _readers(transpose: Node) -> list[Node]:
+    """What reads the result of a marked permute, behind quantize and dequantize."""
+    if not is_operand_transpose(transpose):
+        return []
+    return [
+        reader
+        for quantize in transpose.users
+        for dequantize in (quantize.users if is_quant(quantize) else [quantize])
+        for reader in (dequantize.users if is_dequant(dequantize) else [dequantize])
+    ]
+
+
+VISITORS: tuple[type[NodeVisitor], ...] = (TransposeVisitor, ProductVisitor)
+"""Registered when this module is imported; each writes what is not marked as the one before it."""
+
+for _visitor in VISITORS:
+    register_node_visitor(_visitor)
