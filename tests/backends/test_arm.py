@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from support.device import CPUS, MATMUL_BUG, Cpu, missing, run_on
+from support.device import CPUS, Cpu, missing, run_on
 from support.device_programs import PROGRAMS, DeviceProgram
 
 from custom_quantizer.reference.device_manifest import read_manifest
@@ -44,10 +44,7 @@ def test_a_program_computes_the_integers_of_the_reference(
     program, kit = written(folder, name, scheme)
     run_on(cpu, kit, "program.pte", folder)
     judged = program.judge(kit, cpu.machine)
-    if cpu.columns is not None and program.network.columns > cpu.columns:
-        assert judged.wrong, f"right by now, so this can go: {MATMUL_BUG}"
-    else:
-        assert judged.wrong == ()
+    assert judged.wrong == ()
     assert (judged.ties > 0) == (cpu.machine == "aarch64" and name == "all pairs, with ties")
 
 

@@ -82,8 +82,6 @@ class Cpu:
         machine: its instruction set, as QEMU's programs are named.
         model: QEMU's ``-cpu``.
         kernels: the extension by which XNNPACK chooses its kernels there.
-        columns: how many columns, at most, the second factor of an int8 product of two activations
-            may have; ``None``: any number. See :data:`MATMUL_BUG`.
         since: first major version of QEMU that emulates it as it is. SME of version 7.2 is wrong:
             programs that are wrong there are right with version 10.0, by the same instructions.
     """
@@ -92,24 +90,16 @@ class Cpu:
     machine: str
     model: str
     kernels: str
-    columns: int | None = None
     since: int = 7
 
 
-MATMUL_BUG = (
-    "XNNPACK (92a7ad50) packs the second factor tile by tile, and xnn_pack_qs8_weights_and_biases "
-    "takes the width of the tile for that of the matrix (its k_stride is unused): all products of "
-    "more columns than a tile has are wrong where the gemm config keeps that function"
-)
-"""Dot product kernels have a packing function of their own, x86-64 as well."""
-
 CPUS = (
-    Cpu("Cortex-A53", "aarch64", "cortex-a53", "NEON", columns=16),
+    Cpu("Cortex-A53", "aarch64", "cortex-a53", "NEON"),
     Cpu("Cortex-A76", "aarch64", "cortex-a76", "NEON, dot product"),
     Cpu("Neoverse N1", "aarch64", "neoverse-n1", "NEON, dot product"),
-    Cpu("A64FX", "aarch64", "a64fx", "NEON, SVE", columns=8),
-    Cpu("Cortex-A710", "aarch64", "cortex-a710", "NEON, dot product, i8mm", columns=16, since=9),
-    Cpu("Armv9 with SME", "aarch64", "max", "NEON, dot product, i8mm, SME", columns=16, since=10),
+    Cpu("A64FX", "aarch64", "a64fx", "NEON, SVE"),
+    Cpu("Cortex-A710", "aarch64", "cortex-a710", "NEON, dot product, i8mm", since=9),
+    Cpu("Armv9 with SME", "aarch64", "max", "NEON, dot product, i8mm, SME", since=10),
     Cpu("Haswell", "x86_64", "Haswell", "AVX2"),
     Cpu("Sandy Bridge", "x86_64", "SandyBridge", "AVX"),
     Cpu("Penryn", "x86_64", "Penryn", "SSE4.1"),

@@ -113,14 +113,12 @@ class Network:
         inputs: by seed; 0 to 3 calibrate, the others are computed on the device.
         samples: how many are computed.
         product: output that is the product of the two inputs, rounded once.
-        columns: most columns of the second factor of a product of two matrices of activations.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Inputs]
     samples: int = 2
     product: int | None = None
-    columns: int = 0
 
 
 NETWORKS = {
@@ -128,21 +126,19 @@ NETWORKS = {
     "ResNet-20": Network(lambda: resnet20(pretrained=False), random_inputs((1, 3, 32, 32))),
     **{
         f"transformer block, {tokens} tokens": Network(
-            Transformer, random_inputs((4, tokens, 32)), samples=4, columns=tokens
+            Transformer, random_inputs((4, tokens, 32)), samples=4
         )
         for tokens in (8, 24)
     },
     "products of matrices": Network(
-        lambda: Function(lambda _self, a, b: a @ b),
-        random_inputs((3, 5, 16), (3, 16, 40)),
+        lambda: Function(lambda _self, a, b, c, d: (a @ b, c @ d, d.mT @ c.mT)),
+        random_inputs((3, 5, 16), (3, 16, 40), (2, 3, 25, 16), (2, 3, 16, 40)),
         samples=4,
-        columns=40,
     ),
     "narrow products": Network(
         lambda: Function(lambda _self, a, b: a @ b),
         random_inputs((3, 5, 16), (3, 16, 8)),
         samples=4,
-        columns=8,
     ),
     "elementwise": Network(Elementwise, random_inputs((2, 3, 12, 12)), samples=4),
     "tables": Network(Tables, random_inputs((2, 3, 12, 12)), samples=4),

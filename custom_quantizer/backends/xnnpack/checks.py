@@ -311,7 +311,7 @@ def _clamps(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
 def _second_factors(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
     """Products that this machine may compute rightly, and many ARM CPUs do not."""
     for delegate, node in nodes:
-        if node.kind != "batch_matrix_multiply" or node.is_transposed:
+        if node.kind != "batch_matrix_multiply" or _stays_transposed(delegate, node):
             continue
         columns = delegate.tensors[node.outputs[0]].shape[-1]
         if columns > kernels.WIDEST_PRODUCT:
@@ -322,6 +322,20 @@ def _second_factors(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
                 "wrongly on many ARM CPUs; the program was written without the visitors of "
                 "custom_quantizer.backends.xnnpack.visitors",
             )
+
+
+def _stays_transposed(delegate: DelegateContents, product: DelegateOp) -> bool:
+    """Whether the second factor lies transposed, and XNNPACK does not undo that.
+
+    It does (92a7ad50, ``optimize_common_subgraphs_gemm_rhs_transpose``) where a transpose of the
+    last two dims alone computes the factor.
+    """
+    factor = product.inputs[1]
+    maker = next((op for op in delegate.ops if factor in op.outputs), None)
+    perm = maker.params.get("perm") if maker is not None else None
+    same = tuple(range(len(perm))) if isinstance(perm, tuple) else ()
+    undone = bool(same) and perm == (*same[:-2], same[-1], same[-2])
+    return product.is_transposed and not undone
 
 
 _INT8 = (-128, 127)

@@ -6,14 +6,21 @@ marked (``node.meta["custom"]``), so that graphs of other flows are written as b
 
 A product whose second operand was transposed by a marked permute is written with
 ``XNN_FLAG_TRANSPOSE_B``, and reads what the permute reads; the permute itself is not written.
+XNNPACK (92a7ad50, ``optimize_common_subgraphs_gemm_rhs_transpose``) takes such a flag back where
+the operand comes from a transpose of its last two dims alone, so a copy is written between them.
+
+A marked pointwise convolution is written as a fully connected layer: both read channels last, and
+only the latter takes 4-bit weights. Sums, requantization and clamps are the same.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from importlib.metadata import version
 from typing import Any
 
 import executorch.backends.xnnpack.operators  # noqa: F401  # registers ExecuTorch's own visitors
+from executorch.backends.xnnpack._passes.fuse_activation_pass import FuseActivationPass
 from executorch.backends.xnnpack.operators.node_visitor import (
     NodeVisitor,
     get_node_visitors,
@@ -22,6 +29,8 @@ from executorch.backends.xnnpack.operators.node_visitor import (
 from executorch.backends.xnnpack.operators.quant_params import QuantParams
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNBatchMatrixMultiply,
+    XNNFullyConnected,
+    XNNStaticTranspose,
     XNode,
 )
 from executorch.backends.xnnpack.utils.quant_utils import (
@@ -29,10 +38,13 @@ from executorch.backends.xnnpack.utils.quant_utils import (
     is_quant,
     is_tagged_as_implicit_q_dq,
 )
-from executorch.backends.xnnpack.utils.xnnpack_constants import XNN_FLAG_TRANSPOSE_B
+from executorch.backends.xnnpack.utils.xnnpack_constants import (
+    XNN_FLAG_TRANSPOSE_B,
+    XNN_INVALID_VALUE_ID,
+)
 from torch.fx import Node
 
-from custom_quantizer.backends.xnnpack.passes import is_operand_transpose
+from custom_quantizer.backends.xnnpack.passes import is_operand_transpose, is_packed
 from custom_quantizer.errors import LoweringError
 
 __all__ = ["VISITORS"]
@@ -55,6 +67,7 @@ def _registered(target: str) -> Any:
 
 _Permute: Any = _registered("aten.permute_copy.default")
 _Product: Any = _registered("aten.bmm.default")
+_Convolution: Any = _registered("aten.convolution.default")
 
 
 class TransposeVisitor(_Permute):  # type: ignore[misc]  # ExecuTorch is untyped
@@ -84,11 +97,69 @@ class ProductVisitor(_Product):  # type: ignore[misc]
             self.define_tensor(operand, xnn_graph, vals_to_ids, quant_params=inputs)
         product = XNNBatchMatrixMultiply(
             input1_id=vals_to_ids[operands[0]],
-            input2_id=vals_to_ids[operands[1]],
+            input2_id=_behind_a_copy(vals_to_ids[operands[1]], xnn_graph, debug_handle),
             output_id=vals_to_ids[node],
             flags=XNN_FLAG_TRANSPOSE_B,
         )
         xnn_graph.xnodes.append(XNode(xnode_union=product, debug_handle=debug_handle))
+
+
+class ConvolutionVisitor(_Convolution):  # type: ignore[misc]
+    """A convolution; a marked one as a fully connected layer with two weights to a byte."""
+
+    def define_node(self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
+        """Write the layer."""
+        if not is_packed(node):
+            super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
+            return
+        data, weight, bias = node.args[:3]
+        inputs = QuantParams.from_inputs(data, self._exported_program)
+        nhwc = {"convert_to_nhwc": True}
+        self.define_tensor(data, xnn_graph, vals_to_ids, quant_params=inputs, **nhwc)
+        weights = QuantParams.from_weights(weight, self._exported_program)
+        weights.is_qc4w = True
+        self.define_tensor(weight, xnn_graph, vals_to_ids, quant_params=weights)
+        stored = xnn_graph.xvalues[vals_to_ids[weight]].xvalue_union.tensor_value
+        stored.num_dims, stored.dims = 2, stored.dims[:2]
+        if bias is not None:
+            biases = QuantParams.from_bias(bias, weights, inputs)
+            self.define_tensor(bias, xnn_graph, vals_to_ids, quant_params=biases)
+        outputs = QuantParams.from_outputs(node)
+        self.define_tensor(node, xnn_graph, vals_to_ids, quant_params=outputs, **nhwc)
+        layer = XNNFullyConnected(
+            input1_id=vals_to_ids[data],
+            filter_id=vals_to_ids[weight],
+            bias_id=XNN_INVALID_VALUE_ID if bias is None else vals_to_ids[bias],
+            output_id=vals_to_ids[node],
+            flags=0,
+        )
+        bounds = FuseActivationPass.get_fused_activation(node)
+        written = XNode(xnode_union=layer, debug_handle=debug_handle, output_min_max=bounds)
+        xnn_graph.xnodes.append(written)
+
+
+def _behind_a_copy(operand: int, xnn_graph: Any, debug_handle: int) -> int:
+    """The id of a value that no transpose of the last two dims alone computes."""
+    makers = (node.xnode_union for node in xnn_graph.xnodes)
+    maker = next((m for m in makers if getattr(m, "output_id", None) == operand), None)
+    if not isinstance(maker, XNNStaticTranspose):
+        return operand
+    same = list(range(maker.num_dims))
+    if list(maker.perm) != [*same[:-2], same[-1], same[-2]]:
+        return operand
+    copied = deepcopy(xnn_graph.xvalues[operand])
+    result = len(xnn_graph.xvalues)
+    copied.xvalue_union.tensor_value.id_out = result
+    xnn_graph.xvalues.append(copied)
+    copy = XNNStaticTranspose(
+        num_dims=len(same),
+        perm=same,
+        input_id=operand,
+        output_id=result,
+        flags=0,
+    )
+    xnn_graph.xnodes.append(XNode(xnode_union=copy, debug_handle=debug_handle))
+    return result
 
 
 def _transpose_before(node: Node) -> Node | None:
@@ -117,7 +188,7 @@ def _readers(transpose: Node) -> list[Node]:
     ]
 
 
-VISITORS: tuple[type[NodeVisitor], ...] = (TransposeVisitor, ProductVisitor)
+VISITORS: tuple[type[NodeVisitor], ...] = (TransposeVisitor, ProductVisitor, ConvolutionVisitor)
 """Registered when this module is imported; each writes what is not marked as the one before it."""
 
 for _visitor in VISITORS:

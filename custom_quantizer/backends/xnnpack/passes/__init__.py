@@ -32,6 +32,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     ORIGIN,
     GraphPass,
     is_operand_transpose,
+    is_packed,
     origin_of,
     set_origin,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "STAGES",
     "GraphPass",
     "is_operand_transpose",
+    "is_packed",
     "ordered",
     "origin_of",
     "run_passes",

@@ -34,6 +34,9 @@ ORIGIN = "custom_quantizer_op"
 _OPERAND_TRANSPOSE = "custom_quantizer_operand_transpose"
 """Key in ``node.meta["custom"]`` of a permute that is written as a flag of a product."""
 
+_PACKED = "custom_quantizer_packed"
+"""Key in ``node.meta["custom"]`` of a convolution that is written with two weights to a byte."""
+
 GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 """Calls with a weight and a bias."""
 
@@ -85,13 +88,31 @@ def set_origin(node: Node, name: str) -> None:
 
 def mark_operand_transpose(permute: Node) -> None:
     """Say that a permute, of which a product reads the result, shall be a flag of the product."""
-    permute.meta["custom"] = {**(permute.meta.get("custom") or {}), _OPERAND_TRANSPOSE: True}
+    _mark(permute, _OPERAND_TRANSPOSE)
 
 
 def is_operand_transpose(node: Node) -> bool:
     """Whether :func:`mark_operand_transpose` was called for a node, across export and passes."""
+    return _is_marked(node, _OPERAND_TRANSPOSE)
+
+
+def mark_packed(conv: Node) -> None:
+    """Say that a pointwise convolution shall be written as a layer of packed 4-bit weights."""
+    _mark(conv, _PACKED)
+
+
+def is_packed(node: Node) -> bool:
+    """Whether :func:`mark_packed` was called for a node, across export and passes."""
+    return _is_marked(node, _PACKED)
+
+
+def _mark(node: Node, key: str) -> None:
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), key: True}
+
+
+def _is_marked(node: Node, key: str) -> bool:
     custom = node.meta.get("custom")
-    return isinstance(custom, dict) and custom.get(_OPERAND_TRANSPOSE) is True
+    return isinstance(custom, dict) and custom.get(key) is True
 
 
 class Builder:
