@@ -1,4 +1,4 @@
-"""Products by matrices that lie transposed: in every route, and in no graph but ours."""
+"""What our visitors write: in every route, and in no graph but ours."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import visitors
 from custom_quantizer.backends.xnnpack.program import StoredProgram
 from custom_quantizer.backends.xnnpack.readback import DelegateOp, ProgramContents
 from custom_quantizer.backends.xnnpack.visitors import VISITORS
@@ -68,7 +69,7 @@ class Constant(nn.Module):
 
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], bool, int]] = {
     "narrow": (lambda _s, a, b: a @ b, ((3, 5, 16), (3, 16, 8)), False, 0),
-    "wide": (lambda _s, a, b: a @ b, ((3, 5, 16), (3, 16, 9)), True, 1),
+    "wide": (lambda _s, a, b: a @ b, ((3, 5, 16), (3, 16, 9)), True, 2),
     "two batch dims": (lambda _s, a, b: a @ b, (LEFT, RIGHT), True, 1),
     "transposed": (lambda _s, a, b: a @ b.transpose(-1, -2), (LEFT, (2, 3, 40, 16)), True, 0),
     "transposed, of one batch": (lambda _s, a, b: a @ b.mT, ((3, 5, 16), (3, 40, 16)), True, 0),
@@ -81,7 +82,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], bool,
         1,
     ),
 }
-"""A function, shapes, whether its product is written transposed, and the transposes in memory."""
+"""A function, shapes, whether its product is written transposed, and the transposes in memory.
+
+A transpose of the last two dims alone is followed by a copy, or XNNPACK takes it and the flag away.
+"""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -152,7 +156,7 @@ def test_every_route_writes_products_transposed() -> None:
     done = attention()
     program = cq.lower(done.graph, done.example)
     assert are_transposed(program.contents) == [True, True]
-    assert len(kinds(program.contents, "static_transpose")) == 1  # of the values
+    assert len(kinds(program.contents, "static_transpose")) == 2  # of the values, and a copy
     edge = stock_call(done.graph, cq.XnnpackPartitioner())
     assert are_transposed(cq.read_program(bytes(edge.to_executorch().buffer))) == [True, True]
     both = torch.export.export(done.graph, inputs(TOKENS))
@@ -201,6 +205,131 @@ def test_any_number_of_tokens() -> None:
     for size in (2, 20, 7):
         batch = inputs((2, size, 16), seed=size)
         assert differences(program.run(*batch), reference(*batch)) == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Pointwise convolutions
+# ---------------------------------------------------------------------------------------------
+
+POINTWISE: dict[str, tuple[nn.Module, tuple[int, ...], str, bool]] = {
+    "image": (nn.Conv2d(8, 12, 1), (2, 8, 5, 6), "a8w4", True),
+    "without a bias, clamped": (
+        nn.Sequential(nn.Conv2d(8, 12, 1, bias=False), nn.ReLU6()),
+        (2, 8, 5, 6),
+        "a8w4",
+        True,
+    ),
+    "one scale": (nn.Conv2d(8, 12, 1), (2, 8, 5, 6), "a8w4-per_tensor", True),
+    "full range": (nn.Conv2d(8, 12, 1), (2, 8, 5, 6), "a8w4-full", True),
+    "2 bits": (nn.Conv2d(8, 12, 1, padding="same"), (2, 8, 5, 6), "a4w2-bias16", True),
+    "signal": (nn.Conv1d(8, 12, 1), (2, 8, 9), "a8w4", True),
+    "3 bits": (nn.Conv2d(4, 6, 1), (2, 4, 5, 6), "a8w3", True),
+    "5 bits": (nn.Conv2d(8, 12, 1), (2, 8, 5, 6), "a8w5", False),
+    "odd number of channels": (nn.Conv2d(7, 12, 1), (2, 7, 5, 6), "a8w4", False),
+    "one output channel": (nn.Conv2d(8, 1, 1), (2, 8, 5, 6), "a8w4", False),
+    "stride": (nn.Conv2d(8, 12, 1, 2), (2, 8, 5, 6), "a8w4", False),
+    "padding": (nn.Conv2d(8, 12, 1, padding=(0, 1)), (2, 8, 5, 6), "a8w4", False),
+    "groups": (nn.Conv2d(8, 12, 1, groups=2), (2, 8, 5, 6), "a8w4", False),
+    "two taps": (nn.Conv2d(8, 12, (1, 2)), (2, 8, 5, 6), "a8w4", False),
+}
+"""A layer, the shape of its input, a scheme, and whether two weights share a byte."""
+
+
+def layers(contents: ProgramContents) -> list[tuple[str, str]]:
+    """Kind of each weighted op, and dtype of its weight."""
+    return [
+        (op.kind, delegate.tensors[op.weight].dtype)
+        for delegate in contents.delegates
+        for op in delegate.ops
+        if op.weight is not None
+    ]
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise_convolutions_of_4_bits_are_packed(name: str) -> None:
+    layer, shape, scheme, packed = POINTWISE[name]
+    done = convert(layer.eval(), inputs(shape), scheme)
+    (planned,) = (op.backend for op in done.plan.quantized if op.family == "conv")
+    program = cq.lower(done.graph, done.example)
+    assert (program.report.delegates, program.report.outside) == (1, ())
+    (row,) = (row for row in program.report.ops if row.family == "conv")
+    assert planned == row.kernel
+    assert (row.kernel == "xnnpack packed int4") is packed
+    assert layers(program.contents) == [
+        ("fully_connected", "int4") if packed else ("conv2d", "int8")
+    ]
+    reference = cq.integer_reference(done.graph)
+    for seed in (1, 2):
+        batch = tuple(2 * x for x in inputs(shape, seed=seed))
+        assert differences(program.run(*batch), reference(*batch)) == []
+
+
+class Shared(nn.Module):
+    """One weight of three convolutions, one of which cannot be packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        strided = torch.conv2d(x, self.weight, stride=2)
+        return torch.conv2d(torch.conv2d(strided, self.weight), self.weight)
+
+
+def test_a_shared_weight_is_packed_where_it_can_be() -> None:
+    torch.manual_seed(0)
+    done = convert(Shared(), inputs((2, 8, 6, 6)), "a8w4")
+    program = cq.lower(done.graph, done.example)
+    packed = ("fully_connected", "int4")
+    assert layers(program.contents) == [("conv2d", "int8"), packed, packed]
+    batch = inputs((2, 8, 6, 6), seed=1)
+    reference = cq.integer_reference(done.graph)
+    assert differences(program.run(*batch), reference(*batch)) == []
+
+
+def pointwise_net() -> Any:
+    torch.manual_seed(0)
+    blocks = (
+        nn.Conv2d(16, 64, 1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, groups=64),
+        nn.Conv2d(64, 16, 1),
+    )
+    return convert(nn.Sequential(*blocks).eval(), inputs(IMAGE), "a8w4")
+
+
+IMAGE = (1, 16, 8, 8)
+PACKED = [("fully_connected", "int4"), ("depthwise_conv2d", "int8"), ("fully_connected", "int4")]
+CONTAINERS = [("conv2d", "int8"), ("depthwise_conv2d", "int8"), ("conv2d", "int8")]
+
+
+def test_every_route_packs_pointwise_convolutions() -> None:
+    done = pointwise_net()
+    program = cq.lower(done.graph, done.example)
+    assert layers(program.contents) == PACKED
+    exported = torch.export.export(done.graph, done.example)
+    edge = to_edge_transform_and_lower(exported, partitioner=[cq.XnnpackPartitioner()])
+    cq.check(edge, done.graph, done.example)
+    assert layers(cq.read_program(bytes(edge.to_executorch().buffer))) == PACKED
+    exported = cq.export_converted(done.graph, done.example)
+    edge = to_edge_transform_and_lower(exported, partitioner=[UpstreamPartitioner()])
+    data = bytes(edge.to_executorch().buffer)
+    assert layers(cq.read_program(data)) == PACKED
+    batch = inputs(IMAGE, seed=1)
+    outputs = StoredProgram(data, "the program", isolated=False).run(*batch)
+    assert differences(outputs, cq.integer_reference(done.graph)(*batch)) == []
+
+
+def test_without_our_visitors_a_pointwise_convolution_is_right_and_larger() -> None:
+    """As in a process that got what ``export_converted`` gave and does not know this package."""
+    done = pointwise_net()
+    exported = cq.export_converted(done.graph, done.example)
+    with upstream_s_visitors():
+        edge = to_edge_transform_and_lower(exported, partitioner=[UpstreamPartitioner()])
+        data = bytes(edge.to_executorch().buffer)
+    assert layers(cq.read_program(data)) == CONTAINERS
+    cq.check(data, done.graph, done.example)
+    assert len(data) - len(cq.lower(done.graph, done.example).buffer) > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -257,6 +386,14 @@ def test_other_graphs_are_written_as_upstream_writes_them() -> None:
                 edge = to_edge_transform_and_lower(exported, partitioner=[UpstreamPartitioner()])
                 written.append(bytes(edge.to_executorch().buffer))
     assert written[0] == written[1] == written[2]
+
+
+def test_a_flag_that_xnnpack_takes_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no copy between a transpose of the last two dims and the product."""
+    done = convert(Function(lambda _s, a, b: a @ b), inputs((3, 5, 16), (3, 16, 40)))
+    monkeypatch.setattr(visitors, "_behind_a_copy", lambda operand, *_: operand)
+    with pytest.raises(cq.VerificationError, match=r"second factor: its 40 columns are not"):
+        cq.lower(done.graph, done.example)
 
 
 def test_a_program_without_the_flag_is_found() -> None:

@@ -26,7 +26,7 @@ from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL
 from custom_quantizer.ops.backend import Delegation, Kernel, Support
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
 from custom_quantizer.ops.embedding import EMBEDDING
-from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, per_dim, symmetric_padding
 from custom_quantizer.ops.movement import (
     CAT,
     EXPAND,
@@ -65,6 +65,7 @@ __all__ = [
     "TABLE",
     "WIDEST_PRODUCT",
     "can_be_batched",
+    "is_pointwise",
     "matmul_batch",
     "packable_features",
     "refuses_tensor",
@@ -160,7 +161,7 @@ def _gemm(match: PatternMatch, formats: Formats) -> Delegation:
         )
     if bits == 8:
         return Delegation(INT8)
-    if match.rule is LINEAR and bits <= 4:
+    if bits <= 4 and (match.rule is LINEAR or is_pointwise(match)):
         if packable_features(match) is not None:
             return Delegation(PACKED_INT4, f"int{bits} weights, two to a byte")
         return Delegation(
@@ -171,8 +172,21 @@ def _gemm(match: PatternMatch, formats: Formats) -> Delegation:
     return Delegation(INT8_CONTAINER, f"int{bits} weights stored as int8")
 
 
+def is_pointwise(match: PatternMatch) -> bool:
+    """Whether a convolution is a linear layer over channels: one tap, stride 1, one group."""
+    meta = tensor_meta(cast(Node, match.weight))
+    if match.rule is not CONV or match.groups != 1 or meta is None:
+        return False
+    dims = meta.dim() - 2
+    before, after = symmetric_padding(match.node)
+    strides = per_dim(argument(match.node, 3, "stride", 1), dims)
+    sizes = [int(size) for size in meta.shape[2:]]
+    # ExecuTorch's packing takes away all dims of size 1.
+    return sizes == strides == [1] * dims and not any(before + after) and int(meta.shape[0]) > 1
+
+
 def packable_features(match: PatternMatch) -> int | None:
-    """Input features of a linear layer if its 4-bit weights can be packed: an even number."""
+    """Input features of a layer if its 4-bit weights can be packed: an even number."""
     meta = tensor_meta(cast(Node, match.weight))
     features = None if meta is None else int(meta.shape[1])
     return features if features is not None and features % 2 == 0 else None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.groups import join_factor, joined
+from custom_quantizer.backends.xnnpack.kernels import is_pointwise
 from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
     calls,
@@ -17,6 +18,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     graph_pass,
     is_wide,
     is_wide_gemm,
+    mark_packed,
     stored_bits,
 )
 from custom_quantizer.core.graph import (
@@ -111,14 +113,16 @@ def float_fallbacks(model: GraphModule) -> int:
 
 @graph_pass(
     "weights of 2 to 7 bits",
-    "packed int4 for linear layers, int8 elsewhere",
+    "packed int4 for linear layers and pointwise convolutions, int8 elsewhere",
     requires={"float_fallbacks"},
 )
 def weight_containers(model: GraphModule) -> int:
     """Weights of 2 to 7 bits are declared int8, those of linear layers up to 4 bits packed int4.
 
     To XNNPACK the range [-8, 7] per channel means "packed 4-bit"; it must not see it on anything
-    but a linear layer with an even number of input features.
+    but a linear layer with an even number of input features. A pointwise convolution is declared
+    int8, which is right for any serializer, and marked for
+    :class:`~custom_quantizer.backends.xnnpack.visitors.ConvolutionVisitor`.
     """
     count = 0
     for node in calls(model, GEMMS):
@@ -136,9 +140,18 @@ def weight_containers(model: GraphModule) -> int:
         if bits == 8 and not spread:
             continue
         integers = constant_of(model, cast(Node, weight.args[0]))
-        pack = node.target in LINEAR.targets and bits <= 4 and integers.shape[1] % 2 == 0
-        low, high = (-8, 7) if pack else (-128, 127)
-        args = (*weight.args[:-3], low, high, torch.int8)
+        even = bits <= 4 and integers.shape[1] % 2 == 0
+        linear = even and node.target in LINEAR.targets
+        pointwise = even and _is_pointwise(node)
+        pack = linear or pointwise
+        stored = weight.args[0]
+        if pointwise:
+            mark_packed(node)
+            # Not shared with a layer that reads them otherwise.
+            name = f"{cast(Node, stored).target}_packed"
+            stored = add_constant(model, name, integers, node)
+        low, high = (-8, 7) if linear else (-128, 127)
+        args = (stored, *weight.args[1:-3], low, high, torch.int8)
         target: Any = weight.target
         if (pack or spread) and target is DEQUANTIZE_PER_TENSOR:
             # These kernels want one scale a channel: the same one for all.
@@ -147,7 +160,7 @@ def weight_containers(model: GraphModule) -> int:
             zeros = torch.zeros(integers.shape[0], dtype=torch.int64)
             target = DEQUANTIZE_PER_CHANNEL
             args = (
-                weight.args[0],
+                stored,
                 add_constant(model, f"{prefix}_scales", scales, node),
                 add_constant(model, f"{prefix}_zeros", zeros, node),
                 0,
@@ -161,6 +174,11 @@ def weight_containers(model: GraphModule) -> int:
         node.replace_input_with(weight, declared)
         count += 1
     return count
+
+
+def _is_pointwise(node: Node) -> bool:
+    bound = CONV.match(CONV, node) if node.target in CONV.targets else ""
+    return not isinstance(bound, str) and is_pointwise(bound)
 
 
 @graph_pass(
