@@ -127,6 +127,7 @@ class Backend:
         name: by which :func:`get_backend` finds it, and which messages and labels carry.
         title: its name in a sentence.
         arithmetic: how it rounds.
+        others: how it rounds on other machines; their names begin with its own and a hyphen.
         kernels: op family -> what it does with it. A family without an entry is float.
         missing: how it runs what has no entry.
         float_targets: overloads of no family that it computes in float.
@@ -143,6 +144,7 @@ class Backend:
     arithmetic: Arithmetic
     kernels: Mapping[str, Support]
     missing: Kernel
+    others: tuple[Arithmetic, ...] = ()
     float_targets: frozenset[Any] = frozenset()
     outside: Kernel | None = None
     wide: Kernel | None = None
@@ -304,7 +306,8 @@ def get_mode(name: str) -> Backend:
     """The backend whose arithmetic a mode is.
 
     Args:
-        name: ``fixed_point`` or ``exact``, which are pure integers; or the name of a backend.
+        name: ``fixed_point`` or ``exact``, which are pure integers; the name of a backend; or that
+            of its arithmetic on other machines.
 
     Raises:
         SchemeError: no mode has that name.
@@ -313,7 +316,12 @@ def get_mode(name: str) -> Backend:
     if name in modes:
         return modes[name]
     names = backend_names()
-    if name not in names:
-        legal = ", ".join((*names, *modes))
+    if name in names:
+        return get_backend(name)
+    backends = [get_backend(known) for known in names]
+    others = {other.name: (backend, other) for backend in backends for other in backend.others}
+    if name not in others:
+        legal = ", ".join((*names, *others, *modes))
         raise SchemeError(f"Unknown arithmetic {name!r}: choose one of {legal}")
-    return get_backend(name)
+    backend, arithmetic = others[name]
+    return replace(backend, arithmetic=arithmetic)

@@ -104,6 +104,7 @@ class DeviceManifest(_Entry):
         method: of the program.
         verified_program: SHA-256 of the program that the test is for: the same, or, if the test is
             of every op, the one without the additional outputs.
+        mode: arithmetic of the reference that gave the outputs.
         bundled: the same program for ExecuTorch's own runners.
         exact: whether every output has to be equal, bit for bit.
         inexact: ops that are float or emulated, and why; empty if ``exact``.
@@ -116,6 +117,7 @@ class DeviceManifest(_Entry):
     program: FileEntry
     method: str
     verified_program: str = _Sha256
+    mode: str = "xnnpack"
     bundled: FileEntry | None
     exact: bool
     inexact: tuple[str, ...]

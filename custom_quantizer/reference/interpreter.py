@@ -41,7 +41,8 @@ def integer_reference(converted: GraphModule, mode: str = "xnnpack") -> IntegerR
 
     Args:
         converted: what ``convert_pt2e`` returns.
-        mode: the arithmetic: the name of a backend (``xnnpack``: what its delegate computes),
+        mode: the arithmetic: the name of a backend (``xnnpack``: what its delegate computes on
+            x86-64; ``xnnpack-neon``: on ARM, where products of two tensors round half up),
             ``fixed_point`` (integer multiplier and shift) or ``exact`` (rational numbers). The last
             two are pure integers: no backend's limits apply.
 

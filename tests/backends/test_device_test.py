@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from click.testing import CliRunner
 from executorch.extension.pybindings import portable_lib
 from support.device import HOST_RUNTIME, needs_compiler, run_device_test
+from support.device_programs import MODES, DeviceProgram
 from support.graphs import quantized
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -117,6 +118,35 @@ def test_files_hold_inputs_and_outputs_of_the_reference(kit: Path) -> None:
                 assert entry.dtype == "float32"
     shapes = (kit / "inputs" / "shapes.txt").read_text()
     assert shapes == "[1,3,6,6] [1,4,6,6]\n" * SAMPLES
+
+
+def test_a_test_for_arm_expects_ties_to_be_rounded_up(tmp_path: Path) -> None:
+    program = DeviceProgram("all pairs, with ties", "a8w8")
+    kits = {machine: program.save(tmp_path / machine, machine) for machine in MODES}
+    found = {machine: read_manifest(kit) for machine, kit in kits.items()}
+    assert {machine: manifest.mode for machine, manifest in found.items()} == MODES
+    here, there = (
+        [
+            tensor_from_bytes((kits[machine] / "expected" / entry.file).read_bytes(), entry, "")
+            for entry in found[machine].samples[0].outputs
+        ]
+        for machine in ("x86_64", "aarch64")
+    )
+    scale = found["x86_64"].outputs[0].scale
+    up = (there[0] - here[0]) / scale
+    assert up.unique().tolist() == [0.0, 1.0]
+    assert all(torch.equal(a, b) for a, b in zip(here[1:], there[1:], strict=True))
+    assert "mode `xnnpack-neon`" in (kits["aarch64"] / "README.md").read_text()
+    shutil.copytree(kits["aarch64"] / "expected", kits["x86_64"] / "outputs")
+    wrong = program.judge(kits["x86_64"]).wrong
+    assert [line.split(" of ")[0] for line in wrong] == [f"sample 0, output 0: {int(up.sum())}"]
+
+
+def test_a_mode_that_no_cpu_computes_is_refused(tmp_path: Path) -> None:
+    _, lowered = two_heads()
+    with pytest.raises(InputError, match=r"'exact': an XNNPACK program computes xnnpack or"):
+        lowered.save_device_test(tmp_path / "kit", BATCHES, mode="exact")
+    assert not (tmp_path / "kit").exists()
 
 
 def test_every_file_is_known(kit: Path) -> None:

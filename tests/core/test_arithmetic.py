@@ -23,6 +23,7 @@ from torch import Tensor
 from custom_quantizer.backends.xnnpack import arithmetic as xnnpack_arithmetic
 from custom_quantizer.backends.xnnpack.arithmetic import (
     XNNPACK,
+    XNNPACK_NEON,
     quantize_emulated_int16,
     requantize_integer_only,
     xnnpack_add_parameters,
@@ -292,13 +293,46 @@ def test_width_of_a_range(low: int, high: int, signed: int, own: int) -> None:
     assert range_bits(low, high) == own
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", [*MODES, XNNPACK_NEON], ids=lambda mode: mode.name)
 def test_modes_are_found_by_name(mode: Arithmetic) -> None:
     assert get_mode(mode.name).arithmetic is mode
 
 
+def neon_product(product: int, multiplier: float) -> int:
+    """A product requantized by NEON's instructions: ``vqshl``, ``vqdmulh``, ``vrshl``."""
+    mantissa, exponent = math.frexp(multiplier)
+    bits, shift = int(mantissa * 2**31), -exponent
+    after = max(shift, 1)
+    high = ((product << (after - shift)) * bits) >> 31
+    return (high + (1 << (after - 1))) >> after
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [(2**-5, 2**-5, 2**-5), (2**-5, 2**-5, 2**-9), (0.03, 0.011, 0.0007), (0.03, 0.011, 0.9)],
+)
+def test_products_on_neon_are_those_of_its_instructions(
+    scales: tuple[float, float, float],
+) -> None:
+    """Every pair; ties, multipliers of one half and more, small ones."""
+    qa, qb, out = (qparams(scale, zero) for scale, zero in zip(scales, (3, -7, 11), strict=True))
+    every = torch.arange(-128, 128)
+    a, b = every.repeat_interleave(256), every.repeat(256)
+    got = XNNPACK_NEON.mul(a, b, qa, qb, out)
+    multiplier = float(xnnpack_multiplier(*(float(scale_of(q)) for q in (qa, qb, out))))
+    for x, y, stored in zip(a.tolist(), b.tolist(), got.tolist(), strict=True):
+        rounded = neon_product((x - 3) * (y + 7), multiplier)
+        assert stored == min(max(rounded + 11, -128), 127), (x, y)
+    other = XNNPACK.mul(a, b, qa, qb, out)
+    assert set((got - other).unique().tolist()) <= {-1, 0, 1}
+    powers_of_two = scales[0] == scales[1]
+    assert not powers_of_two or bool((got > other).any())
+
+
 def test_unknown_mode() -> None:
-    with pytest.raises(SchemeError, match=r"'cmsis': choose one of xnnpack, fixed_point, exact"):
+    with pytest.raises(
+        SchemeError, match=r"'cmsis': choose one of xnnpack, xnnpack-neon, fixed_point, exact"
+    ):
         get_mode("cmsis")
 
 

@@ -1,12 +1,16 @@
-"""What the XNNPACK delegate computes on x86-64, step by step in float32: mode ``xnnpack``.
+"""What the XNNPACK delegate computes, step by step in float32.
+
+Mode ``xnnpack`` is that of x86-64, mode ``xnnpack-neon`` that of ARM, which rounds products of two
+tensors in another way and is equal otherwise.
 
 ``fl()`` below is one float32 rounding, ``RNE`` rounds half to even, ``sat8``/``sat16`` saturate to
 8/16 signed bits. The conventions are those of :mod:`custom_quantizer.core.arithmetic`.
 
 References:
-    XNNPACK at commit 92a7ad50: ``src/microparams-init.c`` (add, mul), ``src/operators/reduce-nd.c``
-    (mean), ``src/f32-avgpool/avgpool.c.in`` and ``src/indirection.c`` (tap order),
-    ``src/f32-qs8-vcvt`` (quantize), ``src/qs8-gemm`` with fp32 requantization.
+    XNNPACK at commit 92a7ad50: ``src/microparams-init.c`` (add, mul: ``scalar``, ``rndnu_neon``),
+    ``src/operators/reduce-nd.c`` (mean), ``src/f32-avgpool/avgpool.c.in`` and
+    ``src/indirection.c`` (tap order), ``src/f32-qs8-vcvt`` (quantize), ``src/qs8-gemm`` with fp32
+    requantization.
 """
 
 from __future__ import annotations
@@ -50,7 +54,9 @@ from custom_quantizer.errors import SchemeError
 
 __all__ = [
     "XNNPACK",
+    "XNNPACK_NEON",
     "XnnpackArithmetic",
+    "XnnpackNeonArithmetic",
     "quantize_emulated_int16",
     "requantize_integer_only",
     "tie_break_offset",
@@ -344,10 +350,12 @@ class XnnpackArithmetic(Arithmetic):
         multiplier = xnnpack_multiplier(scale_of(qa), scale_of(qb), scale_of(out))
         product = as_integers(a, "The first operand") - qa.zero_point
         product = product * (as_integers(b, "The second operand") - qb.zero_point)
-        rounded = float_to_integers(torch.round(product.to(torch.float32) * multiplier)).clamp(
-            *INT16
-        )
+        rounded = self._rounded_product(product, multiplier).clamp(*INT16)
         return store(saturate(rounded + out.zero_point, *INT8), out)
+
+    def _rounded_product(self, product: Tensor, multiplier: Tensor) -> Tensor:
+        """``RNE(fl(product * S))``."""
+        return float_to_integers(torch.round(product.to(torch.float32) * multiplier))
 
     def _square(self, a: Tensor, qa: QParams, out: QParams) -> Tensor:
         """``B(fl(x * x))`` of the dequantized values: a multiply of a tensor by itself."""
@@ -434,4 +442,25 @@ class XnnpackArithmetic(Arithmetic):
         return lower, upper
 
 
+class XnnpackNeonArithmetic(XnnpackArithmetic):
+    """The arithmetic of the XNNPACK delegate on ARM (mode ``xnnpack-neon``).
+
+    Products of two tensors round half up, without a step in float32; all else is
+    :class:`XnnpackArithmetic`'s.
+    """
+
+    name = "xnnpack-neon"
+
+    def _rounded_product(self, product: Tensor, multiplier: Tensor) -> Tensor:
+        """``floor(product * S + 1/2)``, as ``vqdmulh`` and ``vrshl`` have it.
+
+        With ``S = m * 2**(-31 - n)`` and ``m`` its 24 bits shifted left by 7, NEON computes
+        ``floor(floor(product * m / 2**31) / 2**n + 1/2)``. ``n`` is 1 at least (the product is
+        shifted left before, if ``S`` reaches one half), so that the inner floor changes nothing.
+        """
+        # 17 bits times 24 bits, and one half: exact in float64.
+        return float_to_integers(torch.floor(product.to(torch.float64) * multiplier + 0.5))
+
+
 XNNPACK: Arithmetic = XnnpackArithmetic()
+XNNPACK_NEON: Arithmetic = XnnpackNeonArithmetic()

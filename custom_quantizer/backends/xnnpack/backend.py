@@ -15,7 +15,7 @@ are taken; of those that are not for want of a kernel:
 
 from __future__ import annotations
 
-from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
+from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, XNNPACK_NEON
 from custom_quantizer.backends.xnnpack.kernels import (
     EMULATED,
     FLOAT,
@@ -35,6 +35,7 @@ BACKEND = Backend(
     name="xnnpack",
     title="XNNPACK",
     arithmetic=XNNPACK,
+    others=(XNNPACK_NEON,),
     kernels=SUPPORT,
     missing=FLOAT,
     float_targets=FLOAT_TARGETS,

@@ -25,6 +25,7 @@ from executorch.devtools.bundled_program.serialize import (
 )
 from torch import Tensor
 
+from custom_quantizer.backends.xnnpack.backend import BACKEND
 from custom_quantizer.backends.xnnpack.checks import (
     inexact_ops,
     instrumented,
@@ -38,6 +39,7 @@ from custom_quantizer.core.files import json_bytes, new_directory, write_files_a
 from custom_quantizer.core.graph import flatten_inputs, input_tuples, module_path
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import InputError, VerificationError, first_line
+from custom_quantizer.ops.backend import Backend, get_mode
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.device_manifest import (
@@ -67,6 +69,7 @@ def write_device_test(
     *,
     name: str,
     every_op: bool,
+    mode: str,
 ) -> Path:
     """:meth:`LoweredProgram.save_device_test`, which says what is written.
 
@@ -78,7 +81,9 @@ def write_device_test(
         inputs: as for :func:`custom_quantizer.verify`.
         name: of the program's file.
         every_op: make every quantized tensor an output.
+        mode: of the reference.
     """
+    backend = _backend(mode)
     _check_folder(folder)
     if not _is_file_name(f"{name}.pte"):
         raise InputError(
@@ -89,10 +94,10 @@ def write_device_test(
         raise InputError("there are no inputs to test on; pass at least one tuple of inputs")
     with exclusive(), torch.no_grad():
         feeds = [flatten_inputs(in_spec, batch, {}) for batch in batches]
-        expected = _expected(lowered, graph, batches)
+        expected = _expected(lowered, graph, batches, backend)
         program, outputs = lowered, [NumericOutput(scale=s) for s in output_scales(graph.model)]
         if every_op:
-            program, outputs, expected = _with_every_op(graph, feeds)
+            program, outputs, expected = _with_every_op(graph, feeds, backend)
     files: _Files = {f"{name}.pte": program.buffer}
     samples = tuple(
         Sample(
@@ -112,6 +117,7 @@ def write_device_test(
         program=_entry(files, f"{name}.pte"),
         method=method,
         verified_program=sha256_of(lowered.buffer),
+        mode=mode,
         bundled=None if bundle is None else _entry(files, f"{name}.bpte"),
         exact=exact,
         inexact=() if exact else inexact_ops(graph, lowered),
@@ -149,6 +155,7 @@ def _readme(manifest: DeviceManifest, name: str, why_not: str) -> str:
         samples=len(manifest.samples),
         executorch=version("executorch").partition("+")[0],  # as the package index names it
         exact=exact,
+        mode=manifest.mode,
         bundled=bundle,
     )
 
@@ -170,8 +177,23 @@ def _check_folder(folder: str | os.PathLike[str]) -> None:
         )
 
 
+def _backend(mode: str) -> Backend:
+    """XNNPACK with the arithmetic of a mode.
+
+    Raises:
+        InputError: that is another backend's, or no mode.
+    """
+    names = [arithmetic.name for arithmetic in (BACKEND.arithmetic, *BACKEND.others)]
+    if mode not in names:
+        raise InputError(f"mode={mode!r}: an XNNPACK program computes {' or '.join(names)}")
+    return get_mode(mode)
+
+
 def _expected(
-    lowered: LoweredProgram, graph: ConvertedGraph, batches: Sequence[tuple[Any, ...]]
+    lowered: LoweredProgram,
+    graph: ConvertedGraph,
+    batches: Sequence[tuple[Any, ...]],
+    backend: Backend,
 ) -> list[list[Any]]:
     """What the integer reference returns, once the runtime of this machine agreed to it.
 
@@ -179,6 +201,7 @@ def _expected(
         VerificationError: it does not, although every op runs on integers.
     """
     reference = IntegerReference(graph)
+    there = IntegerReference(read_converted(graph.model, backend))
     exact = is_exact(lowered, graph)
     expected = []
     lowered.reset()
@@ -191,13 +214,13 @@ def _expected(
                     f"output {i} of sample {n} differs from the integer reference on this machine "
                     "already; custom_quantizer.verify names the op"
                 )
-        expected.append(want)
+        expected.append(pytree.tree_leaves(there(*batch)))
     lowered.reset()
     return expected
 
 
 def _with_every_op(
-    graph: ConvertedGraph, feeds: Sequence[list[Any]]
+    graph: ConvertedGraph, feeds: Sequence[list[Any]], backend: Backend
 ) -> tuple[LoweredProgram, list[NumericOutput], list[list[Any]]]:
     """The graph lowered with every quantized tensor as an output, in graph order."""
     tapped, taps = instrumented(graph.model)
@@ -211,7 +234,7 @@ def _with_every_op(
         for name, scale in taps
     ]
     program = lower(tapped, tuple(feeds[0]), check=False)
-    reference = IntegerReference(read_converted(tapped))
+    reference = IntegerReference(read_converted(tapped, backend))
     return program, outputs, [pytree.tree_leaves(reference(*feed)) for feed in feeds]
 
 

@@ -223,6 +223,7 @@ class LoweredProgram:
         *,
         name: str = "program",
         every_op: bool = False,
+        mode: str = "xnnpack",
     ) -> Path:
         """Write all that it takes to check this program on a device, in a new folder.
 
@@ -239,20 +240,30 @@ class LoweredProgram:
             name: of the program's file.
             every_op: give the device a program that also returns every quantized tensor, so that
                 the first op that differs there can be named.
+            mode: of the integer reference: ``xnnpack-neon`` for an ARM CPU, where a product of two
+                tensors is rounded up if it lies at the middle between two integers. The manifest
+                and the README say which.
 
         Returns:
             The folder.
 
         Raises:
             InputError: the folder is not empty or cannot be written; there are no inputs, or they
-                do not fit the program.
+                do not fit the program; or ``mode`` is no arithmetic of XNNPACK.
             ProgramError: the program does not run on this machine.
             VerificationError: it is wrong on this machine already.
         """
         from custom_quantizer.backends.xnnpack.device_test import write_device_test
 
         return write_device_test(
-            self, self._graph, self._in_spec, folder, inputs, name=name, every_op=every_op
+            self,
+            self._graph,
+            self._in_spec,
+            folder,
+            inputs,
+            name=name,
+            every_op=every_op,
+            mode=mode,
         )
 
     def run(self, *inputs: Any, **named: Any) -> Any:

@@ -118,10 +118,12 @@ def _largest(q: QParams) -> float:
     return (q.quant_max - q.zero_point) * scale_of(q)
 
 
-def product_table(src: QParams, sigmoid: QParams, dst: QParams) -> Tensor:
+def product_table(
+    src: QParams, sigmoid: QParams, dst: QParams, arithmetic: Arithmetic = XNNPACK
+) -> Tensor:
     """The entries of ``x * sigmoid(x)`` with an int8 sigmoid, as the delegate multiplies."""
-    stored = levels(src)
-    return XNNPACK.mul(stored, table(SIGMOID_FUNCTION, src, sigmoid, XNNPACK), src, sigmoid, dst)
+    entries = table(SIGMOID_FUNCTION, src, sigmoid, XNNPACK)
+    return arithmetic.mul(levels(src), entries, src, sigmoid, dst)
 
 
 def silu_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
@@ -129,4 +131,5 @@ def silu_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> 
     if op.is_wide:
         return _function_integers(SILU_FUNCTION, op, inputs, arithmetic)
     src = op.inputs[0]
-    return look_up(op, inputs[0], product_table(src, sigmoid_qparams(src, op.output), op.output))
+    entries = product_table(src, sigmoid_qparams(src, op.output), op.output, arithmetic)
+    return look_up(op, inputs[0], entries)
