@@ -447,6 +447,11 @@ class _Walk:
                 self._converted, self._ops, self._tensors, self._twin_of, exact.seen
             )
             outputs = _leaves(quantized.run(*values, enable_io_processing=False))
+        if [a.shape for a in exact_outputs] != [b.shape for b in outputs]:
+            raise ConversionError(
+                "the float model returns something else than the converted graph: pass the model "
+                "that was quantized, best as the captured graph"
+            )
         self._outputs = self._outputs or [Noise() for _ in outputs]
         for noise, a, b in zip(self._outputs, exact_outputs, outputs, strict=True):
             noise.add(a, b)

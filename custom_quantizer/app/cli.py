@@ -697,6 +697,65 @@ _graph_argument = click.argument("graph", metavar="GRAPH", type=click.Path(path_
 
 
 @cli.command(
+    "diagnose",
+    epilog=_examples(
+        "custom-quantizer diagnose resnet18.pte --model resnet18 --weights w.pth \\",
+        "    --data val/ --resize 256 --crop 224 --plot resnet18.svg",
+    ),
+)
+@_graph_argument
+@click.option("--model", metavar="MODEL", required=True, help="The float model it was made of.")
+@_model_options
+@click.option(
+    "--data", metavar="DATA", required=True, help="Samples, rather not those of the calibration."
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Use at most that many, drawn evenly. Each is computed about ten times.",
+)
+@_preprocess_options
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw it, as .svg or .png."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@_debug_option
+def diagnose_command(
+    graph: Path,
+    model: str,
+    weights: str | None,
+    model_args: dict[str, object],
+    data: str,
+    samples: int,
+    resize: tuple[int, ...] | None,
+    crop: tuple[int, ...] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Find the ops that lose accuracy.
+
+    GRAPH is the converted graph that `quantize` wrote, or the program beside it. Every quantized
+    tensor and weight is compared with its float twin on the same samples: the error that an op adds
+    itself, what it inherits, the values that are cut off. docs/accuracy.md says how to read it.
+    """
+    _check_model(model)
+    floating = _load_model(model, weights, model_args)
+    source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+    converted = _load_converted(graph)
+    from custom_quantizer.analysis.diagnosis import diagnose
+
+    found = diagnose(floating, converted, source.inputs)
+    if plot is not None:
+        found.plot(plot)
+        click.echo(f"wrote {plot}", err=True)
+    click.echo(found.to_json() if as_json else str(found))
+
+
+@cli.command(
     "export-integers",
     epilog=_examples(
         "custom-quantizer export-integers resnet18.pte integers/resnet18",

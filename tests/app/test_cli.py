@@ -23,7 +23,17 @@ from custom_quantizer.reference.bundle import load_integers
 from custom_quantizer.reference.interpreter import integer_reference
 
 COMMANDS = [
-    *("demo", "evaluate", "export-c", "export-integers", "inspect", "plan", "quantize", "verify"),
+    *(
+        "demo",
+        "diagnose",
+        "evaluate",
+        "export-c",
+        "export-integers",
+        "inspect",
+        "plan",
+        "quantize",
+        "verify",
+    ),
 ]
 
 
@@ -243,6 +253,19 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch, no_color: str) -
     monkeypatch.setenv("NO_COLOR", no_color)
     result = CliRunner().invoke(cli, ["inspect", "no.pte"], color=True)
     assert ("\x1b[31m" in result.stderr) == (no_color == "")
+
+
+def test_diagnose(work: Path, program: Path, tmp_path: Path) -> None:
+    model = ("--model", f"{work}/net.py:Small", "--weights", work / "net.pt")
+    data = ("--data", work / "data.npz", "--samples", 8)
+    text = ok("diagnose", program, *model, *data, "--plot", tmp_path / "errors.svg")
+    assert text.startswith("8 samples; SQNR in dB\n")
+    assert "</svg>" in (tmp_path / "errors.svg").read_text()
+    found = json.loads(ok("diagnose", program, *model, *data, "--json"))
+    assert found["kind"] == "diagnosis"
+    other = run("diagnose", program, "--model", f"{work}/net.py:Heads", *data)
+    assert (other.exit_code, other.stdout) == (1, "")
+    assert "error: " in other.stderr
 
 
 @pytest.mark.parametrize("suffix", [".pte", ".graph.safetensors"])
