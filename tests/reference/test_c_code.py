@@ -376,7 +376,7 @@ def test_other_machines_compute_the_same(machine: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["a8w8", "a8w4", "a16w8"])
 def test_resnet20_on_a_hundred_images(scheme: str, tmp_path: Path) -> None:
-    images, prepared_with = cifar10_test(100)[0], cifar10_calibration(64)[0]
+    images, prepared_with = cifar10_test(100)[0], cifar10_calibration(100)[0]
     quantizer = cq.IntegerQuantizer(backend=None).set_global(scheme)
     graph = convert(resnet20(), (images,), quantizer, [(prepared_with,)]).graph
     code = save_c(graph, tmp_path, inputs=(images,), vectors=1)
