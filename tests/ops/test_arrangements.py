@@ -374,6 +374,7 @@ def test_what_computes_is_no_move() -> None:
     for function, inputs in (
         (lambda x, i: torch.gather(x, 1, i), (x, index)),
         (lambda x: x.to(torch.int64), (x,)),
+        (torch.diag, (torch.randn(3),)),  # zeros beside the diagonal
         (lambda x, y: x.type_as(y), (x, torch.zeros(2, dtype=torch.int32))),
     ):
         model = Function(lambda s, *given, f=function: f(*given))

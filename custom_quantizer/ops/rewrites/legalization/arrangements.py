@@ -66,11 +66,12 @@ def arrangement(insert: Insertion) -> Node | None:
         return None
     if max(math.prod(source), math.prod(result)) > MAX_VALUES:
         return None
-    numbers = torch.arange(math.prod(source), dtype=torch.float64).reshape(source)
-    places = _applied(insert, data, numbers)
-    if places is None or list(places.shape) != result:
+    # From 1 on: a zero is none of the values, as beside the diagonal of torch.diag.
+    numbers = torch.arange(1, math.prod(source) + 1, dtype=torch.float64).reshape(source)
+    numbered = _applied(insert, data, numbers)
+    if numbered is None or list(numbered.shape) != result or bool((numbered == 0).any()):
         return None
-    places = places.to(torch.int64)
+    places = numbered.to(torch.int64) - 1
     if torch.equal(places.flatten(), torch.arange(math.prod(source))):
         return _reshaped(insert, data, shape_of(node))
     found = _Gather.of(places, source)
