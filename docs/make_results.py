@@ -157,6 +157,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration_observers": as_stored("calibration_observers"),
     "calibration_samples": as_stored("calibration_samples"),
     "mutation_score": as_stored("mutation_score"),
+    "packed_layers": as_stored("packed_layers"),
     "qat_bias": qat_bias,
     "qat_networks": qat_networks,
     "qat_rates": qat_rates,

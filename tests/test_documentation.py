@@ -33,6 +33,7 @@ BENCHMARKS = {
     "calibration_samples": "calibration_studies",
     **{f"qat_{name}": "qat_studies" for name in ("bias", "networks", "rates", "widths")},
     "mutation_score": "mutation_score",
+    "packed_layers": "packed_layers",
     "shared_layers": "shared_layers",
 }
 """Which benchmark renders the page of a stored result."""

@@ -30,14 +30,7 @@ from support.models import convert, randomize_batch_norms, torchvision_model
 import custom_quantizer as cq
 from custom_quantizer.core.files import write_json_atomic, write_text_atomic
 
-NETWORKS = (
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "efficientnet_b0",
-    "shufflenet_v2_x0_5",
-    "squeezenet1_1",
-    "resnet50",
-)
+NETWORKS = ("mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0")
 
 SECONDS = 0.05
 """Of each program in each turn."""
