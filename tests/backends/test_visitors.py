@@ -56,17 +56,6 @@ def lowered(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> cq.Low
     return program
 
 
-class Constant(nn.Module):
-    """A batch of products by a parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 16, 40))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
-
-
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], bool, int]] = {
     "narrow": (lambda _s, a, b: a @ b, ((3, 5, 16), (3, 16, 8)), False, 0),
     "wide": (lambda _s, a, b: a @ b, ((3, 5, 16), (3, 16, 9)), True, 2),
@@ -95,19 +84,6 @@ def test_wide_products_read_what_lies_transposed(name: str) -> None:
     (product,) = kinds(contents, "batch_matrix_multiply")
     assert product.is_transposed is transposed
     assert len(kinds(contents, "static_transpose")) == moves
-
-
-def test_a_constant_is_stored_transposed() -> None:
-    """As a linear layer is one product, this is one of a batch."""
-    torch.manual_seed(0)
-    done = convert(Constant(), inputs((3, 5, 16)))
-    contents = cq.lower(done.graph, done.example).contents
-    (product,) = kinds(contents, "batch_matrix_multiply")
-    (delegate,) = contents.delegates
-    second = delegate.tensors[product.inputs[1]]
-    assert product.is_transposed
-    assert (second.dtype, second.shape) == ("int8", (3, 40, 16))
-    assert kinds(contents, "static_transpose") == []
 
 
 def test_a_product_in_float_is_not_transposed() -> None:

@@ -23,11 +23,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     then_move,
 )
 from custom_quantizer.core.graph import (
-    DEQUANTIZE_PER_TENSOR,
-    add_constant,
-    constant_of,
     effective_users,
-    is_constant,
     is_dequantize,
     is_quantize,
     shape_of,
@@ -227,26 +223,12 @@ def _swapped(build: Builder, factor: Node) -> Node:
             inner = source if is_dequantize(source) else factor
     order = list(range(len(shape_of(inner))))
     order[-2:] = order[:-3:-1]
-    if is_constant(inner.args[0]):
-        swapped = _swapped_constant(build, inner)
-    else:
-        swapped = build.requantized(build.call(_PERMUTE, inner, order), factor)
+    swapped = build.requantized(build.call(_PERMUTE, inner, order), factor)
     if inner is factor:
         return swapped
     batch, rows, columns = shape_of(factor)
     viewed = build.call(_VIEW, swapped, view_sizes([batch, columns, rows]))
     return build.requantized(viewed, factor)
-
-
-def _swapped_constant(build: Builder, dequantize: Node) -> Node:
-    """A constant with rows and columns swapped."""
-    integers = cast(Node, dequantize.args[0])
-    value = constant_of(build.model, integers).transpose(-1, -2)
-    constant = add_constant(build.model, f"{integers.target}_transposed", value, build.anchor)
-    swapped = build.call(DEQUANTIZE_PER_TENSOR, constant, *dequantize.args[1:])
-    if (meta := constant.meta.get("val")) is not None:
-        swapped.meta["val"] = meta.to(torch.float32)
-    return swapped
 
 
 @graph_pass("strided slices of dimensions that their step divides", "views and slices")
