@@ -227,6 +227,7 @@ def quantize(
         # prepare_pt2e folds batch norms into the graph it is given.
         with tools():
             prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
+            quantizer.check_plan()
             plan = quantizer.last_plan
         for warning in plan.warnings:
             logger.warning("%s", warning)

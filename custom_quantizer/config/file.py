@@ -181,8 +181,8 @@ class SchemeOptions(_Model):
     weights: int = Field(ge=2, le=16, description="Bits of the weight.")
     dynamic: bool = Field(
         False,
-        description="Quantize activations at run time (8 bits, linear layers only); the bias "
-        "stays float.",
+        description="Quantize activations at run time (8 bits; linear layers, and convolutions "
+        "over two dims without groups); the bias stays float.",
     )
     weight_granularity: Granularity = Field(
         "per_channel",

@@ -94,7 +94,8 @@ class OpScheme:
         activation: inputs and output; ``None`` never occurs in a static scheme.
         weight: the weight of convolutions and linear layers.
         bias: format of the derived bias, or ``None`` for a bias left in float.
-        dynamic: activations are quantized at run time, per call (linear layers only).
+        dynamic: activations are quantized at run time, per call (linear layers, and convolutions
+            over two dims without groups).
     """
 
     activation: TensorScheme

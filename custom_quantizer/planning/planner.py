@@ -455,7 +455,7 @@ def _settle(op: _Op, backend: Backend) -> None:
         op.reason = op.decision.reason
         return
     if scheme.dynamic and op.match.weight is None:
-        op.reason = f"{scheme.name} quantizes linear layers; everything else stays in float"
+        op.reason = f"{scheme.name} quantizes layers with weights; everything else stays in float"
         return
     for tensor in (*op.match.inputs, op.output):
         meta = tensor_meta(tensor)

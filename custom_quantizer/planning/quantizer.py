@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -65,6 +66,8 @@ from custom_quantizer.training.fake_quantize import (
 )
 
 __all__ = ["IntegerQuantizer"]
+
+logger = logging.getLogger(__name__)
 
 SchemeLike: TypeAlias = str | OpScheme | QuantizationConfig | None
 
@@ -224,7 +227,17 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             model = copy.deepcopy(exported)
         with tools():
             prepare_pt2e(model, self)
+            self.check_plan()
             return self.last_plan
+
+    def check_plan(self) -> None:
+        """Make sure that something is quantized.
+
+        Raises:
+            ConfigError: the last plan has nothing to quantize.
+        """
+        if not self.last_plan.quantized:
+            raise ConfigError(_nothing_to_quantize(self.last_plan, self._config))
 
     # -- what prepare_pt2e calls --------------------------------------------------------------
 
@@ -254,15 +267,19 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
     def annotate(self, model: GraphModule) -> GraphModule:
         """Write the plan's annotations into the graph.
 
+        A graph in which rules for all ops find nothing stays as it is, with a warning.
+
         Raises:
-            ConfigError: a rule names something that does not exist, or no rule selects anything.
+            ConfigError: a rule names something that does not exist, or none selects anything.
         """
         training = prepares_for_training()
         with as_evaluated(model) if training else contextlib.nullcontext():
             plan = make_plan(model, self._config, self._backend)
         self._plan = plan
         if not plan.quantized:
-            raise ConfigError(_nothing_to_quantize(plan, self._config))
+            if not _is_for_all(self._config):
+                self.check_plan()
+            logger.warning("%s", _nothing_to_quantize(plan, self._config))
         _apply(plan, model, training, self._backend.limits)
         return model
 
@@ -279,13 +296,21 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
 keep_from_folding(IntegerQuantizer)
 
 
+def _is_for_all(config: Config) -> bool:
+    """Whether rules ask for all ops, and name none."""
+    wanted = [rule for rule in config.rules if rule.scheme is not None]
+    return bool(wanted) and all(rule.scope is Scope.GLOBAL for rule in wanted)
+
+
 def _nothing_to_quantize(plan: Plan, config: Config) -> str:
     if not plan.ops:
         return "there is nothing to quantize: the graph has no ops"
     reasons = dict.fromkeys(f"{op.node}: {op.reason}" for op in plan.ops)
     shown = "; ".join(list(reasons)[:5])
-    all_are = any(rule.scope is Scope.GLOBAL and rule.scheme is not None for rule in config.rules)
-    hint = "" if all_are else "; set_global('a8w8') selects all ops"
+    wanted = [rule for rule in config.rules if rule.scheme is not None]
+    all_are = any(rule.scope is Scope.GLOBAL for rule in wanted)
+    scheme = wanted[0].scheme.name if wanted and wanted[0].scheme is not None else "a8w8"
+    hint = "" if all_are else f"; set_global('{scheme}') selects all ops"
     return f"there is nothing to quantize in the graph{hint} ({shown})"
 
 

@@ -380,6 +380,23 @@ def test_a_graph_with_nothing_to_quantize(
         made.plan(torch.export.export(model, (torch.randn(2, 3),)))
 
 
+def test_stock_scripts_go_on_where_nothing_is_quantized(caplog: pytest.LogCaptureFixture) -> None:
+    """A rule for all ops that finds none is a warning, one that names an op an error."""
+    model, x = Function(lambda s, x: torch.sin(x)), torch.randn(2, 3)
+    for scheme in ("a8w8", "dyn8w8"):
+        caplog.clear()
+        made = cq.IntegerQuantizer().set_global(scheme)
+        prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), made)
+        prepared(x)
+        assert torch.equal(convert_pt2e(prepared)(x), model(x))
+        messages = [record.getMessage() for record in caplog.records]
+        assert sum("nothing to quantize in the graph (sin: " in text for text in messages) == 1
+    model = Function(lambda s, x: torch.softmax(x, -1))
+    made = cq.IntegerQuantizer().set_operator_type(torch.ops.aten.softmax.int, "a8w8")
+    with pytest.raises(ConfigError, match="there is nothing to quantize"):
+        prepare_pt2e(torch.export.export(model, (x,)).module(), made)
+
+
 def test_a_quantizer_without_rules_says_which_to_set() -> None:
     with pytest.raises(ConfigError, match=r"set_global\('a8w8'\) selects all ops"):
         cq.IntegerQuantizer().plan(torch.export.export(net(), (image(),)))

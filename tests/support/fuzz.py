@@ -366,6 +366,7 @@ def converted(sample: Sample) -> Converted:
     quantizer = quantizer_of(sample, capture.module())
     try:
         prepared = prepare_pt2e(capture.module(), quantizer)
+        quantizer.check_plan()
     except cq.ConfigError as error:
         if "there is nothing to quantize" not in str(error):
             raise

@@ -125,8 +125,11 @@ def _accepts_gemm(match: PatternMatch, scheme: OpScheme) -> Verdict:
     unbatched = data is not None and meta is not None and data.dim() < meta.dim()
     if unbatched and match.rule is not LINEAR:
         return refused("its input has no batch dimension, which XNNPACK needs")
-    if scheme.dynamic and match.rule is not LINEAR:
-        return refused("activations are quantized at run time for linear layers only")
+    if scheme.dynamic and not (match.rule is LINEAR or _is_dense_image_conv(match)):
+        return refused(
+            "activations are quantized at run time for linear layers and for convolutions over two "
+            "dims without groups only; a scheme with ranges from data (a8w8) takes it"
+        )
     group = scheme.weight.group_size
     if group is not None:
         features = int(meta.shape[1]) if meta is not None else group
@@ -142,6 +145,12 @@ def _accepts_gemm(match: PatternMatch, scheme: OpScheme) -> Verdict:
     return ACCEPTED
 
 
+def _is_dense_image_conv(match: PatternMatch) -> bool:
+    """Whether XNNPACK has a kernel that quantizes the images of a convolution itself."""
+    meta = tensor_meta(cast(Node, match.weight))
+    return match.rule is CONV and match.groups == 1 and meta is not None and meta.dim() == 4
+
+
 def _runs_gemm(op: QuantizedOp) -> Verdict:
     scale = cast(QParams, op.weight_qparams).scale
     given, out = scale_of(op.inputs[0]), scale_of(op.output)
@@ -151,6 +160,9 @@ def _runs_gemm(op: QuantizedOp) -> Verdict:
 def _gemm(match: PatternMatch, formats: Formats) -> Delegation:
     bits = formats.weight_bits or 8
     if formats.dynamic:
+        if match.rule is not LINEAR:
+            each = "image by image"
+            return Delegation(DYNAMIC_INT8, f"activations are quantized at run time, {each}")
         packed = bits <= 4 and packable_features(match) is not None
         kernel = PACKED_INT4 if packed else DYNAMIC_INT8
         return Delegation(kernel, "activations are quantized at run time, row by row")

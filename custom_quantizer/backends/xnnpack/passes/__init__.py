@@ -108,6 +108,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         boundaries.quantize_pads,
         boundaries.tell_copies_apart,
         boundaries.dedicate_dequantize,
+        boundaries.dedicate_run_time,
     ),
 }
 """Constants first, then ops as kernels have them, then widths, then what stands between the two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import cast
 
@@ -16,6 +17,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     origin_of,
 )
 from custom_quantizer.core.graph import (
+    CHOOSE_QPARAMS,
     DEQUANTIZE_GROUPED,
     add_constant,
     is_constant,
@@ -85,6 +87,35 @@ def tell_copies_apart(model: GraphModule) -> int:
     return count
 
 
+@graph_pass(
+    "quantizations at run time that several layers read",
+    "one for each",
+    requires={"dedicate_dequantize"},
+)
+def dedicate_run_time(model: GraphModule) -> int:
+    """Each layer whose input is quantized at run time has the whole of that for itself.
+
+    ExecuTorch's partitioner (1.5.1) makes one atom of all layers that share a scale chosen at run
+    time, and begins a new delegate behind it.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        if not is_dequantize(node) or is_static(node):
+            continue
+        quantize = cast(Node, node.args[0])
+        chosen = cast(Node, cast(Node, quantize.args[1]).args[0])
+        if not is_quantize(quantize) or len(quantize.users) == 1:
+            continue
+        build = Builder(model, node, origin_of(node))
+        again = build.call(chosen.target, *chosen.args)
+        scale, zero_point = (build.call(operator.getitem, again, i) for i in range(2))
+        limits = quantize.args[3:]
+        value = build.call(quantize.target, quantize.args[0], scale, zero_point, *limits)
+        node.args = (value, scale, zero_point, *node.args[3:])
+        count += 1
+    return count
+
+
 @graph_pass("pads between int8 and float", "pads of integers")
 def quantize_pads(model: GraphModule) -> int:
     """A pad of a quantized tensor that float ops read is quantized at once, which is exact.
@@ -136,10 +167,34 @@ def keep_convs_float(model: GraphModule) -> int:
         if one is None and edges:
             one = add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
         for reader, source in edges:
+            if is_quantize(reader) and not is_static(reader):
+                count += _view_for_run_time(model, source)
+                continue
             build = Builder(model, reader, origin_of(node) or node.name)
             reader.replace_input_with(source, build.call(aten.mul.Tensor, source, one))
             count += 1
     return count
+
+
+def _view_for_run_time(model: GraphModule, source: Node) -> int:
+    """A view between a float tensor and its quantization at run time.
+
+    XNNPACK takes a product there for one whose result is quantized, and refuses it.
+    """
+    readers = [
+        user
+        for user in source.users
+        if user.target is CHOOSE_QPARAMS or (is_quantize(user) and not is_static(user))
+    ]
+    shape = view_sizes(shape_of(source))
+    if not readers or shape.count(-1) > 1:
+        return 0
+    first = next(node for node in model.graph.nodes if node in readers)
+    build = Builder(model, first, origin_of(source) or source.name)
+    view = build.call(aten.view_copy.default, source, shape)
+    for reader in readers:
+        reader.replace_input_with(source, view)
+    return 1
 
 
 @graph_pass(

@@ -1,0 +1,67 @@
+"""Activations that are quantized at run time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.models import convert
+from torch import Tensor, nn
+
+import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import kernels
+
+
+class Images(nn.Module):
+    """Convolutions of all kinds: dense, depthwise, over one dim, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.wider = nn.Conv2d(8, 16, 2, 2)
+        self.signal = nn.Conv1d(16, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.depthwise(torch.relu(self.stem(x))))
+        return self.head(torch.relu(self.signal(torch.relu(self.wider(x)).flatten(2))).mean(2))
+
+
+@pytest.mark.parametrize(("scheme", "decibels"), [("dyn8w8", 35.0), ("dyn8w4", 15.0)])
+def test_dense_convolutions_and_linear_layers_in_one_delegate(scheme: str, decibels: float) -> None:
+    torch.manual_seed(0)
+    model = Images().eval()
+    x = torch.randn(3, 3, 8, 8) * torch.tensor([0.1, 1.0, 10.0]).reshape(3, 1, 1, 1)
+    converted = convert(model, (x,), scheme)
+    plan, program = converted.plan, cq.lower(converted.graph, (x,))
+    assert program.report.delegates == 1
+    assert program.report.outside == ()
+    run = {op.node for op in program.report.ops if op.backend is kernels.DYNAMIC_INT8}
+    assert {"conv2d", "conv2d_2"} <= run
+    assert "conv2d_1" not in run
+    assert "without groups" in plan.op("conv2d_1").reason
+    want, got = model(x), program.run(x)
+    for image in range(3):  # each has a scale of its own
+        noise = (got[image] - want[image]).norm() / want[image].norm()
+        assert -20 * float(torch.log10(noise)) > decibels
+
+
+class Gated(nn.Module):
+    """Two layers that read one tensor, as in the feed-forward part of a language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(x) * x
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x)) + x
+
+
+def test_layers_that_share_an_input_are_one_delegate() -> None:
+    torch.manual_seed(0)
+    model, x = Gated().eval(), torch.randn(2, 5, 8)
+    program = cq.lower(convert(model, (x,), "dyn8w8").graph, (x,))
+    assert program.report.delegates == 1
+    noise = (program.run(x) - model(x)).norm() / model(x).norm()
+    assert float(noise) < 0.02
