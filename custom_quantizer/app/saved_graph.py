@@ -8,6 +8,7 @@ it; lowering what was read gives the same bytes as lowering what was saved. See 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def serialize_graph(
     dynamic_max: int = DEFAULT_DYNAMIC_MAX,
 ) -> bytes:
     """The bytes that :func:`save_graph` writes; its arguments and errors."""
-    read_converted(converted)
-    example = pytree.tree_leaves(check_example(converted, example_inputs))
+    # The file holds the graph as convert_pt2e returned it: float32 at its border.
+    graph = replace(read_converted(converted), model=converted)
+    example = pytree.tree_leaves(check_example(graph, example_inputs))
     try:
         data = pack(*document_of(converted, example, dynamic_max))
         # What cannot be read again must not be written.

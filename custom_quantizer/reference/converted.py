@@ -17,6 +17,12 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import derived_scale
+from custom_quantizer.core.borders import (
+    Borders,
+    borders_of,
+    is_border_call,
+    with_integer_borders,
+)
 from custom_quantizer.core.graph import (
     ASSERTIONS,
     constant_of,
@@ -58,7 +64,7 @@ class ConvertedGraph:
     """The ops of a converted graph, in graph order.
 
     Attributes:
-        model: the graph.
+        model: the graph, with integers at its border where ``set_io(integer=True)`` asked for them.
         backend: whose kernels decide what can be integer.
         integer: ops that compute on integers.
         floating: all others.
@@ -75,6 +81,11 @@ class ConvertedGraph:
         by_node.update({op.node: op for op in self.floating})
         return (by_node[node] for node in self.model.graph.nodes if node in by_node)
 
+    @property
+    def borders(self) -> Borders:
+        """Which inputs and outputs are integers."""
+        return borders_of(self.model)
+
     def with_bias(self) -> tuple[QuantizedOp, ...]:
         """Integer ops that carry an integer bias."""
         return tuple(op for op in self.integer if op.bias is not None)
@@ -89,9 +100,10 @@ def read_converted(model: GraphModule, backend: BackendLike = "xnnpack") -> Conv
 
     Raises:
         ConversionError: the graph has observers, so it was prepared but not converted; or it
-            quantizes nothing.
+            quantizes nothing; or an input or output that shall be integers is not quantized.
     """
     _check_converted(model)
+    model = with_integer_borders(model)
     backend = get_backend(backend)
     integer: dict[Node, QuantizedOp] = {}
     floating: list[FloatOp] = []
@@ -100,6 +112,8 @@ def read_converted(model: GraphModule, backend: BackendLike = "xnnpack") -> Conv
         if node.op != "call_function" or node.target in ASSERTIONS or node in consumed:
             continue
         if is_quantize(node) or is_dequantize(node) or is_run_time_quantization(node):
+            continue
+        if is_border_call(node):
             continue
         if isinstance(node.meta.get("val"), (torch.SymInt, int)):
             continue  # arithmetic on sizes

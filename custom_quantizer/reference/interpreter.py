@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.arithmetic import Arithmetic
+from custom_quantizer.core.borders import is_border_call
 from custom_quantizer.core.graph import (
     check_input,
     constant_of,
@@ -60,10 +61,15 @@ class IntegerReference:
 
     Attributes:
         graph: its ops, and the backend they are read for.
+        borders: which inputs and outputs are integers.
     """
 
     def __init__(self, graph: ConvertedGraph) -> None:
         self.graph = graph
+        self.borders = graph.borders
+        placeholders = [node for node in graph.model.graph.nodes if node.op == "placeholder"]
+        pairs = zip(placeholders, self.borders.inputs, strict=True)
+        self._inputs = {node: border for node, border in pairs if border is not None}
         self._state: dict[Node, Tensor] = {}
         self.reset()
         self._ops = {op.node: op for op in graph.integer}
@@ -85,7 +91,10 @@ class IntegerReference:
         return self.graph.floating
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """Outputs as the device returns them: float32, dequantized."""
+        """Outputs as the device returns them: float32, dequantized, or the integers of a border.
+
+        An input that is integers takes these, or float32, which is quantized to them.
+        """
         return self._run(inputs, named, None)
 
     def reset(self) -> None:
@@ -111,7 +120,7 @@ class IntegerReference:
         self, inputs: tuple[Any, ...], named: dict[str, Any], record: dict[str, Tensor] | None
     ) -> Any:
         model = self.graph.model
-        flat = _flatten_inputs(model, inputs, named)
+        flat = _flatten_inputs(self.graph, inputs, named)
         values: dict[Node, Any] = {}
         last_use = self._last_uses()
         feed = iter(flat)
@@ -120,6 +129,9 @@ class IntegerReference:
             for node in model.graph.nodes:
                 if node.op == "placeholder":
                     values[node] = next(feed)
+                    border = self._inputs.get(node)
+                    if record is not None and border is not None:
+                        record[node.name] = values[node].to(torch.int32) - border.offset
                 elif node in self._state:
                     values[node] = self._state[node]
                 elif node.op == "get_attr":
@@ -127,12 +139,21 @@ class IntegerReference:
                 elif node.op == "call_function":
                     values[node] = self._evaluate(node, values, record)
                 elif node.op == "output":
-                    result = torch.fx.node.map_arg(node.args[0], lambda n: values[n])
+                    result = self._results(node, values)
                 for done in last_use.get(node, ()):
                     values.pop(done, None)
         if self._state:  # what is returned does not change with the next call
             result = pytree.tree_map_only(Tensor, torch.clone, pytree.tree_map(_real, result))
         return _unflatten_outputs(model, result)
+
+    def _results(self, output: Node, values: dict[Node, Any]) -> Any:
+        """What the graph returns, integers of a border in their dtype."""
+        leaves, structure = pytree.tree_flatten(output.args[0])
+        leaves = [values[leaf] if isinstance(leaf, Node) else leaf for leaf in leaves]
+        for i, border in enumerate(self.borders.outputs):
+            if border is not None:
+                leaves[i] = leaves[i].to(border.dtype)
+        return pytree.tree_unflatten(leaves, structure)
 
     def _evaluate(
         self, node: Node, values: dict[Node, Any], record: dict[str, Tensor] | None
@@ -153,10 +174,13 @@ class IntegerReference:
             return stored
         if is_dequantize(node) and node in self._qparams:
             users = [user for user in node.users if user not in self._ops]
+            source = cast(Node, node.args[0])
+            stored = values[source]
+            if source in self._inputs or is_border_call(source):
+                stored = stored.to(torch.int32)  # as all integers in between
             # Integer ops read the integers; only float ops and outputs need real numbers.
             if not users:
-                return values[cast(Node, node.args[0])]
-            stored = values[cast(Node, node.args[0])]
+                return stored
             return _Boundary(stored, self._qparams[node], self.arithmetic)
         op = self._ops.get(node)
         if op is not None:
@@ -221,13 +245,14 @@ def _bind(args: Any, values: dict[Node, Any]) -> Any:
 
 
 def _flatten_inputs(
-    model: GraphModule, inputs: tuple[Any, ...], named: dict[str, Any]
+    graph: ConvertedGraph, inputs: tuple[Any, ...], named: dict[str, Any]
 ) -> list[Any]:
     """Inputs as the placeholders take them.
 
     Raises:
         InputError: number, dtype or shape of the inputs is wrong.
     """
+    model = graph.model
     info = getattr(model.graph._codegen, "pytree_info", None)
     flat = flatten_inputs(None if info is None else info.in_spec, inputs, named)
     wanted = [node for node in model.graph.nodes if node.op == "placeholder"]
@@ -236,6 +261,7 @@ def _flatten_inputs(
             f"the model takes {len(wanted)} input tensors ({', '.join(n.name for n in wanted)}), "
             f"got {len(flat)}"
         )
+    flat = graph.borders.integers(flat, graph.backend.arithmetic.quantize)
     for i, (value, node) in enumerate(zip(flat, wanted, strict=True)):
         check_input(i, value, tensor_meta(node))
     return flat

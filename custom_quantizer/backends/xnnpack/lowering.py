@@ -119,7 +119,7 @@ def lower_graph(
             progress(stage)
 
     _warn_of_state(graph.model)
-    example = check_example(graph.model, example_inputs)
+    example = check_example(graph, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, say)
     say("partitioning for XNNPACK")
     edge = _to_edge(rewritten.exported, validate=not check)
@@ -230,8 +230,9 @@ def rewrite_exported(exported: torch.export.ExportedProgram, dynamic_max: int) -
         # converted graph, too.
         set_state(model, held)
     args, kwargs = exported.example_inputs
-    example = check_example(model, (*args, *kwargs.values()))
-    return rewrite(read_converted(model, BACKEND), example, dynamic_max, widest=True)
+    graph = read_converted(model, BACKEND)
+    example = check_example(graph, (*args, *kwargs.values()))
+    return rewrite(graph, example, dynamic_max, widest=True)
 
 
 def _check_writable(model: GraphModule) -> None:
@@ -299,8 +300,8 @@ def describe_program(
     return LoweredProgram(data, report, contents, graph, _specs(graph.model), metas)
 
 
-def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The example with contiguous tensors.
+def check_example(graph: ConvertedGraph, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The example with contiguous tensors, and integers where the program takes these.
 
     Raises:
         InputError: it does not fit the graph.
@@ -310,8 +311,8 @@ def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tu
             f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"
             " for one tensor x write (x,)"
         )
-    metas = _placeholder_metas(converted)
-    flat = pytree.tree_leaves(tuple(example_inputs))
+    metas = _placeholder_metas(graph.model)
+    flat, structure = pytree.tree_flatten(tuple(example_inputs))
     for i, (value, meta) in enumerate(zip(flat, metas, strict=False)):
         if meta is None and not isinstance(value, (int, float, type(None))):
             raise InputError(
@@ -320,9 +321,10 @@ def check_example(converted: GraphModule, example_inputs: tuple[Any, ...]) -> tu
             )
     if len(flat) != len(metas):
         raise InputError(f"the graph takes {len(metas)} inputs, the example has {len(flat)}")
+    flat = graph.borders.integers(flat, graph.backend.arithmetic.quantize)
     for i, (value, meta) in enumerate(zip(flat, metas, strict=True)):
         check_input(i, value, meta)
-    return tuple(pytree.tree_map(lambda v: _contiguous(v), tuple(example_inputs)))
+    return cast("tuple[Any, ...]", pytree.tree_unflatten(map(_contiguous, flat), structure))
 
 
 def _contiguous(value: Any) -> Any:

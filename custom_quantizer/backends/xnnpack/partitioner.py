@@ -108,7 +108,7 @@ def export_converted(
         LoweringError: it could not be rewritten or exported.
     """
     graph = read_converted(converted, BACKEND)
-    example = check_example(converted, example_inputs)
+    example = check_example(graph, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, widest=True, skip=FOR_OUR_PARTITIONER)
     return rewritten.exported
 
@@ -141,9 +141,9 @@ def check(
         ProgramError: the file is damaged.
         VerificationError: names the first op, or the output, that is not what the graph says.
     """
-    example = check_example(converted, example_inputs)
+    graph = read_converted(converted, BACKEND)
+    example = check_example(graph, example_inputs)
     if isinstance(program, EdgeProgramManager):
-        graph = read_converted(converted, BACKEND)
         if method not in program.methods:
             names = ", ".join(sorted(program.methods))
             raise InputError(f"the program has no method {method!r}; it has {names}")
@@ -155,7 +155,7 @@ def check(
     if method != "forward":
         raise InputError(f"a finished program is checked by its method 'forward', not {method!r}")
     twin = lower(converted, example, check=False).with_bytes(_bytes(program))
-    check_program(twin, read_converted(converted, BACKEND), example)
+    check_program(twin, graph, example)
 
 
 def _bytes(program: Program) -> bytes:

@@ -135,6 +135,7 @@ class LoweredProgram:
     Attributes:
         report: what became of each op.
         contents: the program, read back from its bytes.
+        borders: which of its inputs and outputs are integers.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class LoweredProgram:
         self._graph = graph
         self._in_spec, self._out_spec = specs
         self._metas = metas
+        self.borders = graph.borders
         self._method: Any = None
         self._isolated = False
 
@@ -278,6 +280,7 @@ class LoweredProgram:
         flat = flatten_inputs(self._in_spec, inputs, named)
         if len(flat) != len(self._metas):
             raise InputError(f"the program takes {len(self._metas)} inputs, got {len(flat)}")
+        flat = self.borders.integers(flat, self._graph.backend.arithmetic.quantize)
         for i, (value, meta) in enumerate(zip(flat, self._metas, strict=True)):
             check_input(i, value, meta)
         _check_shapes(flat, self.contents)

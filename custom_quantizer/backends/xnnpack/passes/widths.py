@@ -23,6 +23,7 @@ from custom_quantizer.core.graph import (
     add_constant,
     is_constant,
     is_dequantize,
+    is_quantize,
     tensor_meta,
 )
 from custom_quantizer.ops import QParamSharing, rule_of
@@ -49,11 +50,13 @@ def narrow_activations(model: GraphModule) -> int:
             declared.args = (*declared.args[:3], -128, 127, torch.int8)
         count += 1
     for node in list(model.graph.nodes):
-        # Constants need no clamp, only the declaration.
-        if node.target is DEQUANTIZE_PER_TENSOR and is_constant(node.args[0]):
-            users = list(node.users)
-            if node.args[-1] == torch.int8 and not any(u.target in GEMMS for u in users):
-                node.args = (*node.args[:3], -128, 127, torch.int8)
+        # Constants, and inputs that are integers, need no clamp, only the declaration.
+        if node.target is not DEQUANTIZE_PER_TENSOR or node.args[-1] != torch.int8:
+            continue
+        source = cast(Node, node.args[0])
+        weight = is_constant(source) and any(user.target in GEMMS for user in node.users)
+        if not weight and not is_quantize(source):
+            node.args = (*node.args[:3], -128, 127, torch.int8)
     return count
 
 
@@ -108,14 +111,22 @@ def emulate_wide(model: GraphModule) -> int:
     count = 0
     constants: dict[tuple[float, ...], Node] = {}
     for node in list(model.graph.nodes):
-        if node.target is DEQUANTIZE_PER_TENSOR and is_wide(node) and is_constant(node.args[0]):
-            node.replace_all_uses_with(dequantized_constant(model, node, node))
-            count += 1
+        if node.target is DEQUANTIZE_PER_TENSOR and is_wide(node):
+            source = cast(Node, node.args[0])
+            if is_constant(source):
+                node.replace_all_uses_with(dequantized_constant(model, node, node))
+                count += 1
+            elif source.op == "placeholder":
+                node.replace_all_uses_with(_dequantized_input(model, node, source, constants))
+                count += 1
         if node.target is not QUANTIZE_PER_TENSOR or not is_wide(node):
             continue
         value = cast(Node, node.args[0])
-        if not _passes_on(node):
-            value = _round_to_grid(model, node, value, constants)
+        returned = [user for user in node.users if user.op == "output"]
+        if returned or not _passes_on(node):
+            value, steps = _round_to_grid(model, node, value, constants)
+            for user in returned:
+                user.replace_input_with(node, _as_dtype(model, node, steps, node.args[-1]))
         for user in list(node.users):
             user.replace_all_uses_with(value)
         count += 1
@@ -123,9 +134,25 @@ def emulate_wide(model: GraphModule) -> int:
     return count
 
 
+def _dequantized_input(
+    model: GraphModule, node: Node, source: Node, constants: dict[tuple[float, ...], Node]
+) -> Node:
+    """The float32 values of an input of integers above 8 bits, whose zero point is 0."""
+    build = Builder(model, node, node.name)
+    single = torch.tensor([cast(float, node.args[1])], dtype=torch.float32)
+    steps = _as_dtype(model, node, source, torch.float32)
+    return build.call(aten.mul.Tensor, steps, _number(build, single, constants))
+
+
+def _as_dtype(model: GraphModule, before: Node, value: Node, dtype: Any) -> Node:
+    """The same numbers in another dtype: a kernel outside the delegate, and part of no op."""
+    return Builder(model, before, before.name).call(aten.to.dtype, value, dtype)
+
+
 def _round_to_grid(
     model: GraphModule, node: Node, value: Node, constants: dict[tuple[float, ...], Node]
-) -> Node:
+) -> tuple[Node, Node]:
+    """The value rounded to its grid, and the number of steps of the grid that it is."""
     scale = cast(float, node.args[1])
     low, high = cast(int, node.args[3]), cast(int, node.args[4])
     build = Builder(model, node, origin_of(value))
@@ -134,7 +161,7 @@ def _round_to_grid(
     shifted = build.call(aten.add.Tensor, scaled, _number(build, torch.tensor([0.5]), constants))
     floored = build.call(aten.floor.default, shifted)
     clamped = build.call(aten.hardtanh.default, floored, float(low), float(high))
-    return build.call(aten.mul.Tensor, clamped, _number(build, single, constants))
+    return build.call(aten.mul.Tensor, clamped, _number(build, single, constants)), clamped
 
 
 def _number(build: Builder, value: Tensor, constants: dict[tuple[float, ...], Node]) -> Node:
