@@ -42,7 +42,14 @@ from custom_quantizer.config.located import (
     read_document,
     shown,
 )
-from custom_quantizer.config.rules import Config, Rule, Scope, operator_names
+from custom_quantizer.config.rules import (
+    BORDER_KINDS,
+    Config,
+    Rule,
+    Scope,
+    border_kind,
+    operator_names,
+)
 from custom_quantizer.core.files import write_text_atomic
 from custom_quantizer.core.schemes import (
     COMMON_SCHEMES,
@@ -151,6 +158,16 @@ def _check_bias(value: object) -> object:
     if value == "float" or (type(value) is int and 4 <= value <= 32):
         return value
     raise _problem(ConfigError(f"must be 4 to 32 bits or the word float, not {shown(value)}"))
+
+
+_BORDER_DTYPES = BORDER_KINDS[1:-1]
+
+
+def _parse_border(value: object) -> str:
+    try:
+        return border_kind(value)
+    except ConfigError as exc:
+        raise _problem(exc) from None
 
 
 def _kind(value: object) -> str | None:
@@ -279,6 +296,22 @@ _Formats = Annotated[
     ),
 ]
 
+_BorderKind = Annotated[
+    Any,
+    BeforeValidator(_parse_border),
+    WithJsonSchema(
+        {
+            "title": "`true`, `false` or " + ", ".join(f"`{kind}`" for kind in _BORDER_DTYPES),
+            "anyOf": [{"type": "boolean"}, {"enum": list(_BORDER_DTYPES)}],
+        }
+    ),
+]
+_BorderKinds = Annotated[
+    Annotated[_BorderKind, Tag("name")]
+    | Annotated[dict[_Name, _BorderKind], Field(max_length=MOST_FORMATS), Tag("mapping")],
+    Discriminator(lambda value: "mapping" if _kind(value) == "mapping" else "name"),
+]
+
 _SELECTORS = {scope.name.lower(): scope for scope in Scope if scope is not Scope.GLOBAL}
 
 
@@ -364,6 +397,20 @@ class ConfigFile(_Model):
         examples=["a8", "a16"],
         json_schema_extra=_without_default,
     )
+    integer_inputs: _BorderKinds = Field(
+        {},
+        description="Whether the program takes integers in place of float32: for all inputs, or a "
+        "mapping from input names. `true` is int8, or int16 above 8 bits; `uint8` is int8 with 128 "
+        "added, as images have it. Default: float32.",
+        examples=[True, "uint8"],
+        json_schema_extra=_without_default,
+    )
+    integer_outputs: _BorderKinds = Field(
+        {},
+        description="Likewise, whether it returns integers; outputs are named by position.",
+        examples=[True],
+        json_schema_extra=_without_default,
+    )
 
 
 class _Schema(GenerateJsonSchema):
@@ -425,6 +472,9 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
     return _to_config(file, document)
 
 
+_IO_FIELDS = ("inputs", "outputs", "integer_inputs", "integer_outputs")
+
+
 def _to_config(file: ConfigFile, document: Document) -> Config:
     rules: list[Rule] = []
     if "global_" in file.model_fields_set:
@@ -436,13 +486,10 @@ def _to_config(file: ConfigFile, document: Document) -> Config:
         key: str = getattr(entry, selector)
         rules.append(Rule(_SELECTORS[selector], key, cast("OpScheme | None", entry.scheme), line))
     config = Config(rules)
-    for kind, given, target in (
-        ("inputs", file.inputs, config.inputs),
-        ("outputs", file.outputs, config.outputs),
-    ):
-        formats = given if isinstance(given, dict) else {"*": given}
-        for name, fmt in cast("dict[str, TensorScheme]", formats).items():
-            target[name] = fmt
+    for kind in _IO_FIELDS:
+        given, target = getattr(file, kind), getattr(config, kind)
+        for name, value in (given if isinstance(given, dict) else {"*": given}).items():
+            target[name] = value
             # Without a mapping this is the line of the key itself.
             line = document.source((kind, name))
             if line is not None:
@@ -563,11 +610,17 @@ def dump_config(config: Config) -> dict[str, Any]:
     ]
     if rules:
         data["rules"] = rules
-    for key, formats in (("inputs", config.inputs), ("outputs", config.outputs)):
-        names = {name: _format_name(fmt) for name, fmt in formats.items()}
+    for key in _IO_FIELDS:
+        written = _format_name if key in ("inputs", "outputs") else _border_value
+        names = {name: written(value) for name, value in getattr(config, key).items()}
         if names:
             data[key] = names["*"] if list(names) == ["*"] else names
     return data
+
+
+def _border_value(kind: str) -> bool | str:
+    """What :func:`~custom_quantizer.config.rules.border_kind` reads."""
+    return {"integer": True, "float": False}.get(kind, kind)
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:

@@ -20,7 +20,15 @@ from custom_quantizer.ops import known_targets
 from custom_quantizer.ops.rewrites import decompositions
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 
-__all__ = ["Config", "Decision", "Rule", "Scope", "operator_names"]
+__all__ = [
+    "BORDER_KINDS",
+    "Config",
+    "Decision",
+    "Rule",
+    "Scope",
+    "border_kind",
+    "operator_names",
+]
 
 
 class Scope(IntEnum):
@@ -146,7 +154,27 @@ class Decision:
     aimed: bool = False
 
 
+BORDER_KINDS = ("integer", "int8", "uint8", "int16", "float")
+"""What an input or output of the program can be: ``integer`` is int8, or int16 above 8 bits."""
+
+
 _MOST_HINTS = 20
+
+
+def border_kind(value: object) -> str:
+    """One of :data:`BORDER_KINDS`, for ``True``, ``False`` or the name of a dtype.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if isinstance(value, bool):
+        return "integer" if value else "float"
+    if isinstance(value, str) and value in BORDER_KINDS[1:-1]:
+        return value
+    legal = ", ".join(BORDER_KINDS[1:-1])
+    raise ConfigError(
+        f"an input or output is integer: true, false, or one of {legal}; not {value!r}"
+    )
 
 
 def operator_names(operator_type: Any) -> list[str]:
@@ -186,17 +214,22 @@ class Config:
     Attributes:
         rules: later ones win within a scope.
         filter_function: if given, nodes for which it is false stay in float.
-        inputs: formats of the model's inputs by name, ``"*"`` for all others; an input that is
-            not named takes what the ops that read it want.
-        outputs: formats of the model's outputs by position (``"0"``), ``"*"`` for all others; an
-            output that is not named keeps what the op that makes it gives.
-        io_sources: where a file says so, by ``("inputs", name)`` or ``("outputs", position)``.
+        inputs: formats of the model's inputs by name or position (``"0"``), ``"*"`` for all others;
+            an input that is not named takes what the ops that read it want.
+        outputs: formats of the model's outputs by position, ``"*"`` for all others; an output that
+            is not named keeps what the op that makes it gives.
+        integer_inputs: what the program takes for an input, one of :data:`BORDER_KINDS`, by name or
+            position, ``"*"`` for all others; float32 where nothing is said.
+        integer_outputs: likewise, what it returns.
+        io_sources: where a file says so, by the name of the field and of the input or output.
     """
 
     rules: list[Rule] = field(default_factory=list)
     filter_function: Callable[[Node], bool] | None = None
     inputs: dict[str, TensorScheme] = field(default_factory=dict)
     outputs: dict[str, TensorScheme] = field(default_factory=dict)
+    integer_inputs: dict[str, str] = field(default_factory=dict)
+    integer_outputs: dict[str, str] = field(default_factory=dict)
     io_sources: dict[tuple[str, str], str] = field(default_factory=dict, compare=False, repr=False)
     _index: _Index | None = field(default=None, init=False, compare=False, repr=False)
 
@@ -259,16 +292,34 @@ class Config:
     def _check_io(self, model: GraphModule) -> None:
         inputs = [node.name for node in model.graph.nodes if node.op == "placeholder"]
         outputs = [str(i) for i in range(len(returned_nodes(model)))]
-        for kind, given, known in (
-            ("input", self.inputs, inputs),
-            ("output", self.outputs, outputs),
+        positions = [str(i) for i in range(len(inputs))]
+        for kind, field_name, legal, known in (
+            ("input", "inputs", [*inputs, *positions], inputs),
+            ("output", "outputs", outputs, outputs),
+            ("input", "integer_inputs", [*inputs, *positions], inputs),
+            ("output", "integer_outputs", outputs, outputs),
         ):
-            for name in given:
-                if name != "*" and name not in known:
-                    place = self.io_sources.get((f"{kind}s", name), "set_io")
+            for name in getattr(self, field_name):
+                if name != "*" and name not in legal:
                     raise ConfigError(
-                        f"{place}: the model has no {kind} {name!r}; it has {', '.join(known)}"
+                        f"{self.io_place(field_name, name)}: the model has no {kind} {name!r}; it "
+                        f"has {', '.join(known)}"
                     )
+
+    def io_place(self, field_name: str, name: str) -> str:
+        """Where something was said about an input or output, for messages."""
+        return self.io_sources.get((field_name, name), "set_io")
+
+    def of_input(self, field_name: str, node: Node, position: int) -> tuple[str, Any] | None:
+        """What ``inputs`` or ``integer_inputs`` says of an input, and under which name."""
+        given = getattr(self, field_name)
+        names = (node.name, str(position), "*")
+        return next(((name, given[name]) for name in names if name in given), None)
+
+    def of_output(self, field_name: str, position: int) -> tuple[str, Any] | None:
+        """What ``outputs`` or ``integer_outputs`` says of an output, and under which name."""
+        given = getattr(self, field_name)
+        return next(((name, given[name]) for name in (str(position), "*") if name in given), None)
 
 
 def returned_nodes(model: GraphModule) -> list[Node]:

@@ -25,7 +25,6 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import (
-    DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
     describe,
     is_constant,

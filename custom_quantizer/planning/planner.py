@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.config.rules import Config, Decision, returned_nodes
@@ -27,7 +29,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
-from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
+from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme, activation_scheme
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.errors import ConfigError, nearest
 from custom_quantizer.ops import (
@@ -165,11 +167,15 @@ class Plan:
         ops: as they were written, each once, in graph order; one that runs as several has parts.
         warnings: rules that select nothing, and the like.
         annotations: by node name, what the quantizer writes into the graph.
+        integer_inputs: dtypes of the inputs that the program takes as integers, by position.
+        integer_outputs: of the outputs that it returns as integers, likewise.
     """
 
     ops: tuple[OpPlan, ...]
     warnings: tuple[str, ...] = ()
     annotations: dict[str, NodeAnnotation] = field(default_factory=dict, repr=False)
+    integer_inputs: Mapping[int, str] = field(default_factory=dict)
+    integer_outputs: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[OpPlan, ...]:
@@ -214,7 +220,13 @@ class Plan:
     def to_json(self) -> str:
         """The ops and warnings as JSON."""
         return json.dumps(
-            {"ops": [asdict(op) for op in self.ops], "warnings": list(self.warnings)}, indent=2
+            {
+                "ops": [asdict(op) for op in self.ops],
+                "integer_inputs": {str(i): dtype for i, dtype in self.integer_inputs.items()},
+                "integer_outputs": {str(i): dtype for i, dtype in self.integer_outputs.items()},
+                "warnings": list(self.warnings),
+            },
+            indent=2,
         )
 
     def __str__(self) -> str:
@@ -233,6 +245,11 @@ class Plan:
         header = ("node", "module", "op", "scheme", "runs as", "bytes", "why")
         lines = table_lines([header, *rows], left=range(len(header)))
         lines.append(f"{self.tally}; {self.size_bytes:,} bytes of constants (estimated)")
+        for verb, borders in (("takes", self.integer_inputs), ("returns", self.integer_outputs)):
+            if borders:
+                side = "input" if verb == "takes" else "output"
+                each = ", ".join(f"{side} {i} as {dtype}" for i, dtype in borders.items())
+                lines.append(f"the program {verb} {each}")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
@@ -334,39 +351,152 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
             _settle(op, backend)
     _leave_sums_in_float(ops, anchors)
     _leave_divisors_in_float(ops, producer)
-    io = _model_io(model, config)
+    io = _model_io(model, config, ops)
     _leave_unprofitable_in_float(ops, io, backend)
     _center(ops, producer)
     # What integers it is given comes first; what its consumers want only where it is given none.
     _follow_producers(ops, producer, io.inputs, backend)
     _follow_consumers(ops, anchors)
+    _return_integers(io, config, producer)
     return _Annotator(ops, producer, io, backend).plan(tuple(warnings))
 
 
-@dataclass(frozen=True)
+_Asked = tuple[str, str]
+"""The name under which a config says something of an input or output, and what it says."""
+
+
+@dataclass
 class _ModelIO:
-    """Formats that the config asks of the model's own inputs and outputs."""
+    """What the config asks of the model's own inputs and outputs.
+
+    Attributes:
+        inputs: formats.
+        outputs: formats.
+        node: what returns them.
+        returned: outputs that shall be integers, by position among all that the model returns.
+        integer_inputs: dtypes of those that are integers, by position.
+        integer_outputs: likewise, once the formats of all ops are known.
+    """
 
     inputs: dict[Node, TensorScheme]
     outputs: list[tuple[Node, TensorScheme]]
     node: Node
+    returned: dict[int, tuple[Node, _Asked]] = field(default_factory=dict)
+    integer_inputs: dict[int, str] = field(default_factory=dict)
+    integer_outputs: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> list[Node]:
+        """Tensors that the model returns as integers, or rounded to them."""
+        return [node for node, _ in (*self.outputs, *self.returned.values())]
 
 
-def _model_io(model: GraphModule, config: Config) -> _ModelIO:
-    def wanted(formats: dict[str, TensorScheme], name: str) -> TensorScheme | None:
-        return formats.get(name, formats.get("*"))
-
-    inputs, outputs = {}, []
-    for node in model.graph.nodes:
-        fmt = wanted(config.inputs, node.name) if node.op == "placeholder" else None
-        if fmt is not None and _is_float32(node):
-            inputs[node] = fmt
-    for i, node in enumerate(returned_nodes(model)):
-        fmt = wanted(config.outputs, str(i))
-        if fmt is not None and _is_float32(node):
-            outputs.append((node, fmt))
+def _model_io(model: GraphModule, config: Config, ops: list[_Op]) -> _ModelIO:
     (output,) = (node for node in model.graph.nodes if node.op == "output")
-    return _ModelIO(inputs, outputs, output)
+    io = _ModelIO({}, [], output)
+    anchors = {op.node: op for op in ops}
+    placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
+    for i, node in enumerate(placeholders):
+        asked = _border(config, "integer_inputs", config.of_input("integer_inputs", node, i), node)
+        if not _is_float32(node):
+            continue
+        found = config.of_input("inputs", node, i)
+        fmt: TensorScheme | None = None if found is None else found[1]
+        if asked is not None:
+            fmt = fmt or _wanted_by_readers(node, anchors)
+            io.integer_inputs[i] = _border_dtype(config, "integer_inputs", asked, node, fmt)
+        if fmt is not None:
+            io.inputs[node] = fmt
+    positions = [i for i, v in enumerate(pytree.tree_leaves(output.args[0])) if isinstance(v, Node)]
+    for i, node in enumerate(returned_nodes(model)):
+        found = config.of_output("outputs", i)
+        if found is not None and _is_float32(node):
+            io.outputs.append((node, found[1]))
+        asked = _border(config, "integer_outputs", config.of_output("integer_outputs", i), node)
+        if asked is not None:
+            io.returned[positions[i]] = (node, asked)
+    return io
+
+
+_DEFAULT_BORDER = activation_scheme("a8")
+"""Format of integers at the border of a model for which nothing else decides."""
+
+
+def _border(
+    config: Config, field_name: str, found: tuple[str, Any] | None, node: Node
+) -> _Asked | None:
+    """What is asked of an input or output, if it shall be integers.
+
+    Raises:
+        ConfigError: it is named, and cannot be quantized.
+    """
+    if found is None or found[1] == "float":
+        return None
+    if not _is_float32(node):
+        if found[0] == "*":
+            return None  # indices, masks: they stay as they are
+        meta = tensor_meta(node)
+        kind = "no tensor" if meta is None else str(meta.dtype)
+        raise ConfigError(
+            f"{config.io_place(field_name, found[0])}: {describe(node)} is {kind}; only float32 "
+            "inputs and outputs become integers"
+        )
+    return found
+
+
+def _border_dtype(
+    config: Config, field_name: str, asked: _Asked, node: Node, fmt: TensorScheme
+) -> str:
+    """The dtype of an input or output that is integers of a format.
+
+    Raises:
+        ConfigError: another one is asked for.
+    """
+    name, kind = asked
+    wide = fmt.format.bits > 8
+    if kind == "integer":
+        return "int16" if wide else "int8"
+    if wide != (kind == "int16"):
+        other = "a8" if wide else "a16"
+        side = field_name.removeprefix("integer_")
+        raise ConfigError(
+            f"{config.io_place(field_name, name)}: {describe(node)} has {fmt.format.bits} bits, so "
+            f"it cannot be {kind}; give it another format, set_io({side}={{{name!r}: {other!r}}})"
+        )
+    return kind
+
+
+def _wanted_by_readers(node: Node, anchors: dict[Node, _Op]) -> TensorScheme:
+    """The widest format that the readers of an input want, through ops that move values."""
+    wanted: list[TensorScheme] = []
+    seen, waiting = {node}, [node]
+    while waiting:
+        tensor = waiting.pop()
+        for user in effective_users(tensor):
+            op = anchors.get(user)
+            if op is None or op.match is None or tensor not in op.match.inputs:
+                continue
+            if op.moves_values and op.output not in seen:
+                seen.add(op.output)
+                waiting.append(op.output)
+            elif not op.moves_values and op.activation is not None and not _is_dynamic(op):
+                wanted.append(op.wanted(op.match.inputs.index(tensor)))
+    # One with zero point 0 cannot become another one for free; the other way round it is the same.
+    key = lambda fmt: (fmt.format.bits, not fmt.symmetric)  # noqa: E731
+    return max(wanted, key=key, default=_DEFAULT_BORDER)
+
+
+def _return_integers(io: _ModelIO, config: Config, producer: dict[Node, _Op]) -> None:
+    """Settle the dtypes of integer outputs; those of a float op are quantized for it."""
+    formats = dict(io.outputs)
+    for position, (node, asked) in io.returned.items():
+        source = producer.get(node)
+        made = None if source is None or _is_dynamic(source) else source.made
+        fmt = formats.get(node) or made or io.inputs.get(node)
+        if fmt is None:
+            fmt = formats[node] = _DEFAULT_BORDER
+            io.outputs.append((node, fmt))
+        io.integer_outputs[position] = _border_dtype(config, "integer_outputs", asked, node, fmt)
 
 
 def _is_float32(node: Node) -> bool:
@@ -556,7 +686,7 @@ def _leave_unprofitable_in_float(ops: list[_Op], io: _ModelIO, backend: Backend)
         )
         for op in ops
     ]
-    refused = unprofitable(steps, io.inputs, [node for node, _ in io.outputs])
+    refused = unprofitable(steps, io.inputs, io.wanted)
     for op in ops:
         if op.node in refused:
             op.scheme = None
@@ -703,7 +833,13 @@ class _Annotator:
         }
         if outputs:
             annotations[self._io.node.name] = NodeAnnotation(outputs, None)
-        return Plan(plans, warnings, annotations)
+        return Plan(
+            plans,
+            warnings,
+            annotations,
+            self._io.integer_inputs,
+            self._io.integer_outputs,
+        )
 
     def _input_keys(self, op: _Op) -> list[_Key]:
         inputs = cast(PatternMatch, op.match).inputs

@@ -30,7 +30,8 @@ from custom_quantizer.calibration.observers import (
     WeightObserver,
 )
 from custom_quantizer.config.file import dump_config, load_config
-from custom_quantizer.config.rules import Config, Rule, Scope, operator_names
+from custom_quantizer.config.rules import Config, Rule, Scope, border_kind, operator_names
+from custom_quantizer.core import borders
 from custom_quantizer.core.bias import BiasLimits
 from custom_quantizer.core.graph import (
     STATE_KEY,
@@ -70,6 +71,7 @@ __all__ = ["IntegerQuantizer"]
 logger = logging.getLogger(__name__)
 
 SchemeLike: TypeAlias = str | OpScheme | QuantizationConfig | None
+Format: TypeAlias = str | TensorScheme
 
 
 class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
@@ -171,23 +173,50 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
 
     def set_io(
         self,
-        inputs: str | TensorScheme | Mapping[str, str | TensorScheme] | None = None,
-        outputs: str | TensorScheme | Mapping[str, str | TensorScheme] | None = None,
+        inputs: Format | Mapping[str | int, Format | None] | None = None,
+        outputs: Format | Mapping[str | int, Format | None] | None = None,
+        *,
+        integer: bool | str | None = None,
     ) -> IntegerQuantizer:
         """Set the format of the model's inputs and outputs.
 
         An input is quantized to its format first, whatever its consumers want; an output is
         requantized to its format last.
 
+        With ``integer=True`` the program itself takes and returns integers in place of float32:
+        int8, or int16 above 8 bits. Scale and zero point are in the report and in the program. An
+        input without a format gets the widest one that its readers want. What is not float32, such
+        as indices, stays as it is.
+
         Args:
-            inputs: a format (``"a8"``, ``"a16"``) for all inputs, or one for each input name.
-            outputs: likewise, by position: ``{"0": "a16"}``.
+            inputs: a format (``"a8"``, ``"a16"``) for all inputs, or one for each name or position
+                of an input; ``None`` for what its readers want.
+            outputs: likewise, by position: ``{0: "a16"}``.
+            integer: for the inputs and outputs of this call, or all of them if it names none:
+                ``True``, ``False`` (float32), or a dtype: ``"uint8"`` for int8 with 128 added, as
+                images have it. ``None`` leaves it as it was.
+
+        Raises:
+            ConfigError: ``integer`` is something else.
+            SchemeError: a format is none.
+
+        Example::
+
+            quantizer.set_io(integer=True)
+            quantizer.set_io(inputs={"image": "a8"}, integer="uint8")
         """
-        for given, target in ((inputs, self._config.inputs), (outputs, self._config.outputs)):
-            if given is None:
+        given = {"inputs": inputs, "outputs": outputs}
+        for field, formats in given.items():
+            if formats is None and (integer is None or any(v is not None for v in given.values())):
                 continue
-            formats = given if isinstance(given, Mapping) else {"*": given}
-            target.update({str(name): activation_scheme(fmt) for name, fmt in formats.items()})
+            named = formats if isinstance(formats, Mapping) else {"*": formats}
+            wanted = {str(name): fmt for name, fmt in named.items()}
+            getattr(self._config, field).update(
+                {name: activation_scheme(f) for name, f in wanted.items() if f is not None}
+            )
+            if integer is not None:
+                kind = border_kind(integer)
+                getattr(self._config, f"integer_{field}").update(dict.fromkeys(wanted, kind))
         return self
 
     def _add(self, scope: Scope, key: str, scheme: SchemeLike) -> IntegerQuantizer:
@@ -281,6 +310,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
                 self.check_plan()
             logger.warning("%s", _nothing_to_quantize(plan, self._config))
         _apply(plan, model, training, self._backend.limits)
+        borders.mark(model, plan.integer_inputs, plan.integer_outputs)
         return model
 
     def validate(self, model: GraphModule) -> None:
