@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         XnnpackPartitioner,
         check,
         export_converted,
+        io_constants,
     )
     from custom_quantizer.backends.xnnpack.recipe import IntegerRecipe, session_program
     from custom_quantizer.calibration.run import CalibrationSummary, calibrate
@@ -122,6 +123,7 @@ __all__ = [
     "inspect",
     "inspect_program",
     "integer_reference",
+    "io_constants",
     "load_data",
     "load_graph",
     "load_integers",
@@ -179,7 +181,12 @@ _NAMES = {
         "lower",
         "read_program",
     ),
-    "backends.xnnpack.partitioner": ("XnnpackPartitioner", "check", "export_converted"),
+    "backends.xnnpack.partitioner": (
+        "XnnpackPartitioner",
+        "check",
+        "export_converted",
+        "io_constants",
+    ),
     "backends.xnnpack.recipe": ("IntegerRecipe", "session_program"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

@@ -40,6 +40,7 @@ __all__ = [
     "DTYPES",
     "Border",
     "Borders",
+    "Role",
     "borders_of",
     "is_border_call",
     "mark",
@@ -80,7 +81,7 @@ class Border:
     Attributes:
         role: which of the two.
         index: position among the inputs, or outputs.
-        name: of the input; of the node that computes an output.
+        name: of the input; of the node that computes an output; empty: nothing says it.
         dtype: of the integers.
         scale: a float32.
         zero_point: of integers of that dtype.
@@ -146,7 +147,9 @@ class Border:
         return dequantize(value.to(torch.int32) - self.offset, self.qparams)
 
     def __str__(self) -> str:
-        return f"{self.role} {self.index} ({self.name})"
+        return (
+            f"{self.role} {self.index} ({self.name})" if self.name else f"{self.role} {self.index}"
+        )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
+from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checksum import seal
 from custom_quantizer.backends.xnnpack.op_record import encode
 from custom_quantizer.backends.xnnpack.partition import partitioner
@@ -122,7 +123,8 @@ def lower_graph(
     example = check_example(graph, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, say)
     say("partitioning for XNNPACK")
-    edge = _to_edge(rewritten.exported, validate=not check)
+    constants = border_constants(graph.borders, "forward")
+    edge = _to_edge(rewritten.exported, constants, validate=not check)
     say("writing the program")
     data = to_bytes(edge, graph)
     program = describe_program(data, edge, {"forward": rewritten})
@@ -440,11 +442,14 @@ def _no_size_guards() -> Iterator[None]:
                 torch._C._set_mkldnn_enabled(onednn)
 
 
-def _to_edge(exported: torch.export.ExportedProgram, *, validate: bool) -> EdgeProgramManager:
+def _to_edge(
+    exported: torch.export.ExportedProgram, constants: dict[str, int | float], *, validate: bool
+) -> EdgeProgramManager:
     """Partition a graph.
 
     Args:
         exported: what is left of the converted graph after all passes.
+        constants: numbers that the program returns when it is asked for them by name.
         validate: have ExecuTorch validate the graph after each of its passes: a seventh of the
             time, for nothing if the finished program is compared with the reference. ExecuTorch's
             own examples for quantized models leave it out (examples/xnnpack/aot_compiler.py).
@@ -454,7 +459,10 @@ def _to_edge(exported: torch.export.ExportedProgram, *, validate: bool) -> EdgeP
     try:
         with _no_size_guards():
             return to_edge_transform_and_lower(
-                exported, partitioner=[partitioner()], compile_config=config
+                exported,
+                partitioner=[partitioner()],
+                compile_config=config,
+                constant_methods=constants or None,
             )
     except Exception as error:
         raise LoweringError(

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from custom_quantizer.backends.xnnpack.backend import BACKEND
+from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checks import check_program
 from custom_quantizer.backends.xnnpack.lowering import (
     DEFAULT_DYNAMIC_MAX,
@@ -41,7 +42,7 @@ from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import InputError
 from custom_quantizer.reference.converted import read_converted
 
-__all__ = ["XnnpackPartitioner", "check", "export_converted"]
+__all__ = ["XnnpackPartitioner", "check", "export_converted", "io_constants"]
 
 Program: TypeAlias = (
     "EdgeProgramManager | ExecutorchProgramManager | bytes | str | os.PathLike[str]"
@@ -111,6 +112,27 @@ def export_converted(
     example = check_example(graph, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, widest=True, skip=FOR_OUR_PARTITIONER)
     return rewritten.exported
+
+
+def io_constants(converted: GraphModule, *, method: str = "forward") -> dict[str, int | float]:
+    """What the integer inputs and outputs of a program stand for, for ``constant_methods``.
+
+    ``to_edge_transform_and_lower(..., constant_methods=cq.io_constants(converted))`` adds methods
+    that return these numbers, under the names that ExecuTorch's own pass for integer inputs gives
+    them: ``forward_input0_scale``, ``_zp``, ``_quant_min``, ``_quant_max`` and ``_dtype``, and the
+    same of outputs. :func:`~custom_quantizer.lower` and our recipes add them themselves.
+
+    Args:
+        converted: what ``convert_pt2e`` returned.
+        method: which one of the program it becomes.
+
+    Returns:
+        The numbers by name; empty without an integer input or output.
+
+    Raises:
+        ConversionError: the graph is not a converted one.
+    """
+    return border_constants(read_converted(converted, BACKEND).borders, method)
 
 
 @tools()

@@ -18,6 +18,8 @@ from executorch.runtime import Runtime
 from torch import Tensor
 
 from custom_quantizer.backends.xnnpack import kernels
+from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
+from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.isolation import IsolatedMethod
 from custom_quantizer.backends.xnnpack.op_record import RecordedOp
 from custom_quantizer.backends.xnnpack.readback import (
@@ -271,7 +273,9 @@ class LoweredProgram:
     def run(self, *inputs: Any, **named: Any) -> Any:
         """Run the program; returns what the model returns.
 
-        Inputs may have any memory layout; the runtime is given contiguous ones.
+        Inputs may have any memory layout; the runtime is given contiguous ones. An input that is
+        integers takes these, or float32, which is quantized to them; an output that is integers is
+        returned as such (``borders`` says what they stand for).
 
         Raises:
             InputError: number, dtype or shape of the inputs is wrong.
@@ -413,16 +417,21 @@ class StoredProgram:
 
     Attributes:
         contents: the program, read back.
+        borders: which of its inputs and outputs are integers, and what these stand for.
         isolated: whether it runs in a process of its own.
     """
 
     def __init__(self, data: bytes, what: str, isolated: bool | None = None) -> None:
         self.contents = read_program(data, name=what)
+        self.borders = borders_in(self.contents.main, self.contents.constants)
         self.isolated = not self.contents.has_checksum if isolated is None else isolated
         self._method = _load_method(data, what, isolated=self.isolated)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the program on a flat list of inputs; returns the flat list of outputs.
+
+        An input that is integers takes these, or float32, which is quantized to them; an output
+        that is integers is returned as such (``borders`` says what they stand for).
 
         Raises:
             InputError: number, dtype or shape of the inputs is wrong.
@@ -431,11 +440,12 @@ class StoredProgram:
         infos = self.contents.inputs
         if len(inputs) != len(infos):
             raise InputError(f"the program takes {len(infos)} inputs, got {len(inputs)}")
-        for i, (value, info) in enumerate(zip(inputs, infos, strict=True)):
+        given = self.borders.integers(inputs, XNNPACK.quantize)
+        for i, (value, info) in enumerate(zip(given, infos, strict=True)):
             if str(value.dtype) != f"torch.{info.dtype}":
                 raise InputError(f"input {i} must be {info.dtype}, got {value.dtype}")
-        _check_shapes(list(inputs), self.contents)
-        return tuple(_execute(self._method, list(inputs)))
+        _check_shapes(given, self.contents)
+        return tuple(_execute(self._method, given))
 
 
 def load_program(path: str | os.PathLike[str], *, isolated: bool | None = None) -> StoredProgram:

@@ -365,7 +365,7 @@ class ProgramContents:
     """What a ``.pte`` holds.
 
     Attributes:
-        methods: In file order.
+        methods: In file order, those that only return a constant number excepted.
         size_bytes: Of the whole file.
         constant_bytes: Of the constants in it: those of kernels, named data (each blob counted
             once) and those inside XNNPACK blobs; alignment padding excluded.
@@ -374,6 +374,7 @@ class ProgramContents:
         ops: what became of the ops of the graph that the file was made of, by method; ``None``:
             the file has no record of them that can be read.
         ops_note: why it cannot, where there is one.
+        constants: methods that take nothing and return one constant number, and that number.
     """
 
     methods: tuple[MethodContents, ...]
@@ -382,6 +383,7 @@ class ProgramContents:
     has_checksum: bool = False
     ops: OpsOfMethods | None = field(default=None, repr=False)
     ops_note: str = ""
+    constants: Mapping[str, int | float] = field(default_factory=dict, hash=False, repr=False)
 
     def method(self, name: str = "forward") -> MethodContents:
         """Return the method called ``name``.
@@ -408,15 +410,16 @@ class ProgramContents:
     @property
     def inputs(self) -> tuple[ValueInfo, ...]:
         """The inputs of the only method, else of ``forward``."""
-        return self._main.inputs
+        return self.main.inputs
 
     @property
     def outputs(self) -> tuple[ValueInfo, ...]:
         """The outputs of the only method, else of ``forward``."""
-        return self._main.outputs
+        return self.main.outputs
 
     @property
-    def _main(self) -> MethodContents:
+    def main(self) -> MethodContents:
+        """The only method, else ``forward``."""
         return self.methods[0] if len(self.methods) == 1 else self.method()
 
 
@@ -569,7 +572,12 @@ def _read_container(data: memoryview) -> ProgramContents:
     inline = program.children("backend_delegate_data")
     known: dict[tuple[str, str, int], tuple[DelegateContents, int]] = {}
     methods = []
+    constants: dict[str, int | float] = {}
     for plan in program.children("execution_plan"):
+        number = _constant_number(plan)
+        if number is not None:
+            constants[plan.text("name")] = number
+            continue
         delegates = []
         for entry in plan.children("delegates"):
             place = entry.required("processed")
@@ -586,7 +594,9 @@ def _read_container(data: memoryview) -> ProgramContents:
             delegates.append(contents)
             constant_bytes += inline_constants
         methods.append(_read_method(plan, tuple(delegates)))
-    return ProgramContents(tuple(methods), len(data), constant_bytes)
+    return ProgramContents(
+        tuple(methods), len(data), constant_bytes, constants=MappingProxyType(constants)
+    )
 
 
 def _split_segments(data: memoryview) -> tuple[memoryview, memoryview]:
@@ -608,6 +618,19 @@ def _split_segments(data: memoryview) -> tuple[memoryview, memoryview]:
         if end != len(data):
             raise _corrupt(f"the program ends at byte {end} of {len(data)}")
     return _slice(data, 0, program_size, "the program"), data[min(base, len(data)) :]
+
+
+def _constant_number(plan: _Table) -> int | float | None:
+    """What a method returns that takes nothing, calls nothing and returns one number."""
+    values, outputs = plan.children("values"), plan.integers("outputs")
+    if plan.integers("inputs") or len(outputs) != 1:
+        return None
+    if any(chain.children("instructions") for chain in plan.children("chains")):
+        return None
+    kind, value = _item(values, outputs[0], "value").member("val")
+    if kind == "Int":
+        return value.integer("int_val")
+    return value.real("double_val") if kind == "Double" else None
 
 
 def _read_method(plan: _Table, delegates: tuple[DelegateContents, ...]) -> MethodContents:

@@ -37,6 +37,7 @@ from executorch.export import (
     recipe_registry,
 )
 
+from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checks import check_program
 from custom_quantizer.backends.xnnpack.lowering import (
     DEFAULT_DYNAMIC_MAX,
@@ -286,6 +287,8 @@ class _Lowering:
             )
         methods = {name: self._methods.pop(name) for name in sorted(edge.methods)}
         _REWRITTEN[edge] = methods
+        for name, rewritten in methods.items():
+            add_constants(edge, border_constants(rewritten.graph.borders, name))
         # Writing leaves marks in the graph that fix dynamic sizes when it is written again.
         data = to_bytes(copy.deepcopy(edge))
         for name, rewritten in methods.items():
@@ -293,6 +296,16 @@ class _Lowering:
             if self._check:
                 check_program(program, rewritten.graph, rewritten.example)
         return []
+
+
+def add_constants(edge: EdgeProgramManager, constants: Mapping[str, int | float]) -> None:
+    """Add constant methods to a partitioned program.
+
+    ExecuTorch (1.5.1) takes them when the program is partitioned, and that is not our call here;
+    its own pass for integer inputs (``exir/passes/quantize_io_pass.py``) adds them in this way.
+    """
+    if constants:
+        edge._config_methods = {**(edge._config_methods or {}), **constants}
 
 
 def session_program(session: ExportSession, method: str = "forward") -> LoweredProgram:
