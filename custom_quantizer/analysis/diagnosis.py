@@ -390,7 +390,7 @@ class _Walk:
     def __init__(self, twin: GraphModule, converted: GraphModule) -> None:
         self._twin, self._converted = twin, converted
         self._by_name: dict[str, Node] = {node.name: node for node in twin.graph.nodes}
-        graph = read_converted(converted)
+        graph = read_converted(converted, integer_io=False)
         self._ops = {op.node: op for op in graph.integer}
         producers = {op.output_node: op for op in graph.integer}
         self._tensors: dict[Node, _Tensor] = {}

@@ -216,7 +216,8 @@ def evaluate(
     Args:
         models: by name: modules, converted graphs, integer references, ``LoweredProgram``,
             ``StoredProgram``, or any callable. One of the tensors that a model returns holds its
-            scores, shape ``(batch, classes)``.
+            scores, shape ``(batch, classes)``. Programs and references whose inputs and outputs are
+            integers take the same float32 data, and what they return is dequantized.
         data: batches: a :class:`~custom_quantizer.app.sources.DataSource`, or an iterable of input
             tensors, or of pairs of inputs (a tensor or a tuple of tensors) and integer labels of
             shape ``(batch,)``.
@@ -450,7 +451,7 @@ def _outputs(name: str, model: Model, inputs: tuple[Tensor, ...]) -> Any:
     structure: Any = None
     for chunk, count in _chunks(inputs, *_batch_limits(model)):
         with exclusive(), torch.no_grad():
-            leaves, structure = pytree.tree_flatten(model(*chunk))
+            leaves, structure = pytree.tree_flatten(_dequantized(model, model(*chunk)))
         scores = leaves[0] if leaves else None
         if not isinstance(scores, Tensor) or scores.shape[:1] != chunk[0].shape[:1]:
             raise InputError(f"{name} returns no tensor of scores with the batch first")
@@ -463,6 +464,14 @@ def _outputs(name: str, model: Model, inputs: tuple[Tensor, ...]) -> Any:
         for column in zip(*parts, strict=True)
     ]
     return pytree.tree_unflatten(joined, structure)
+
+
+def _dequantized(model: Model, outputs: Any) -> Any:
+    """Outputs in float32, so that metrics see the same of all models."""
+    owner = getattr(model, "__self__", model)
+    if isinstance(owner, (LoweredProgram, StoredProgram, IntegerReference)):
+        return owner.dequantized(outputs)
+    return outputs
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -151,7 +151,8 @@ def verify(
     Args:
         converted: what ``convert_pt2e`` returned.
         lowered: what :func:`custom_quantizer.lower` made of it.
-        inputs: one tuple of inputs, or an iterable of such tuples (or of single tensors).
+        inputs: one tuple of inputs, or an iterable of such tuples (or of single tensors). Where the
+            program takes integers: these, or float32.
         float_model: for the SQNR against it.
 
     Raises:
@@ -168,8 +169,10 @@ def verify(
     lowered.reset()
     with exclusive(), torch.no_grad(), state_kept(converted), _state_kept(float_model):
         for batch in batches:
-            got = pytree.tree_leaves(lowered.run(*batch))
-            want = pytree.tree_leaves(reference(*batch))
+            # Of integers at the border the float32 values, equal if and only if these are.
+            got = pytree.tree_leaves(lowered.dequantized(lowered.run(*batch)))
+            want = pytree.tree_leaves(reference.dequantized(reference(*batch)))
+            batch = _reals(graph, batch)
             eager = pytree.tree_leaves(converted(*batch))
             real = pytree.tree_leaves(float_model(*batch)) if float_model is not None else None
             for i, check in enumerate(checks):
@@ -184,6 +187,19 @@ def verify(
     elif exact and any(output.mismatches for output in outputs):
         first = _first_wrong_tensor(graph, batches)
     return Verification(outputs, found is None, exact, first, inexact_ops(graph, lowered))
+
+
+def _reals(graph: ConvertedGraph, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs for a model that takes float32, of those of a program that may take integers."""
+    values, structure = pytree.tree_flatten(batch)
+    dequantize = graph.backend.arithmetic.dequantize
+    reals = (
+        value
+        if border is None or not isinstance(value, Tensor) or value.is_floating_point()
+        else border.real(value, dequantize)
+        for value, border in zip(values, graph.borders.inputs, strict=True)
+    )
+    return cast("tuple[Any, ...]", pytree.tree_unflatten(reals, structure))
 
 
 def _state_kept(model: object) -> AbstractContextManager[None]:

@@ -220,6 +220,11 @@ _scheme_options = _options(
         type=click.Path(dir_okay=False, path_type=Path),
         help="YAML or JSON file with a scheme per op.",
     ),
+    click.option(
+        "--integer-io",
+        is_flag=True,
+        help="Let the program take and return int8 (int16 above 8 bits) in place of float32.",
+    ),
 )
 
 _preprocess_options = _options(
@@ -335,6 +340,7 @@ def plan_command(
     model_args: dict[str, object],
     scheme: str | None,
     config: Path | None,
+    integer_io: bool,
     shapes: tuple[tuple[int, ...], ...],
     as_json: bool,
 ) -> None:
@@ -345,7 +351,7 @@ def plan_command(
     """
     asked = _one_of(scheme, config)
     _check_model(model)
-    quantizer = _quantizer(asked)
+    quantizer = _quantizer(asked, integer_io)
     with warnings.catch_warnings():
         # The plan does not depend on the weights, so random ones need no warning.
         warnings.filterwarnings("ignore", message=".*random weights")
@@ -360,6 +366,8 @@ def plan_command(
         return
     make_console().print(plan_table(plan))
     click.echo(f"{plan.tally}; about {size_text(plan.size_bytes)} of constants")
+    for line in plan.borders:
+        click.echo(line)
     for warning in plan.warnings:
         _say("warning", warning)
 
@@ -415,6 +423,7 @@ def quantize_command(
     std: tuple[float, ...],
     scheme: str | None,
     config: Path | None,
+    integer_io: bool,
     shapes: tuple[tuple[int, ...], ...],
     dynamic_batch: bool,
     output: Path,
@@ -429,7 +438,7 @@ def quantize_command(
     _check_output(output)
     asked = _one_of(scheme, config)
     _check_model(model)
-    quantizer = _quantizer(asked)
+    quantizer = _quantizer(asked, integer_io)
     module = _load_model(model, weights, model_args)
     data = _load_data(calibration, _preprocess(resize, crop, mean, std), calibration_samples)
     example = _random_inputs(shapes) if shapes else data.example_inputs(1)
@@ -863,10 +872,11 @@ def _one_of(scheme: str | None, config: Path | None) -> str | Path:
     return config or scheme or "a8w8"
 
 
-def _quantizer(asked: str | Path) -> IntegerQuantizer:
+def _quantizer(asked: str | Path, integer_io: bool) -> IntegerQuantizer:
     from custom_quantizer.app.configuration import as_quantizer
 
-    return as_quantizer(asked)
+    quantizer = as_quantizer(asked)
+    return quantizer.set_io(integer=True) if integer_io else quantizer
 
 
 def _check_model(model: str) -> None:
@@ -995,6 +1005,8 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
         biases += f"; the int32 ones are {checked}" if ";" in biases else f", {checked}"
     click.echo(biases)
     click.echo(f"delegate calls: {report.delegates}; kernels outside: {len(report.outside)}")
+    for border in lowered.borders:
+        click.echo(f"{border}: {border.meaning}")
     for output in result.fidelity.outputs:
         click.echo(f"{output}")
     warnings = (*result.plan.warnings, *result.fidelity.warnings, files.graph_reason)

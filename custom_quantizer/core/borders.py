@@ -44,6 +44,8 @@ __all__ = [
     "borders_of",
     "is_border_call",
     "mark",
+    "marks_of",
+    "output_of",
     "with_integer_borders",
 ]
 
@@ -102,6 +104,15 @@ class Border:
     def offset(self) -> int:
         """What was added to the integers that the network computes with."""
         return _TOP_BIT if self.dtype == torch.uint8 else 0
+
+    @property
+    def meaning(self) -> str:
+        """Dtype, scale and zero point, in words."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{dtype} in [{self.quant_min}, {self.quant_max}], scale {self.scale:.9g}, zero point "
+            f"{self.zero_point}"
+        )
 
     @property
     def qparams(self) -> QParams:
@@ -179,14 +190,14 @@ class Borders:
             for value, border in zip(values, self.inputs, strict=True)
         ]
 
-    def reals(
-        self, values: Sequence[Any], dequantize: Callable[[Tensor, QParams], Tensor]
-    ) -> list[Any]:
-        """Outputs with float32 values in the place of a border's integers."""
-        return [
+    def reals(self, outputs: Any, dequantize: Callable[[Tensor, QParams], Tensor]) -> Any:
+        """Outputs, in their structure, with float32 values in the place of a border's integers."""
+        values, structure = pytree.tree_flatten(outputs)
+        reals = (
             value if border is None else border.real(value, dequantize)
             for value, border in zip(values, self.outputs, strict=True)
-        ]
+        )
+        return pytree.tree_unflatten(reals, structure)
 
 
 def mark(model: GraphModule, inputs: Marks, outputs: Marks) -> None:
@@ -208,7 +219,7 @@ def marks_of(model: GraphModule) -> tuple[Marks, Marks]:
 def borders_of(model: GraphModule) -> Borders:
     """The integer borders of a graph that :func:`with_integer_borders` returned."""
     inputs = (node for node in model.graph.nodes if node.op == "placeholder")
-    outputs = pytree.tree_leaves(_output(model).args[0])
+    outputs = pytree.tree_leaves(output_of(model).args[0])
     return Borders(
         tuple(_border_of(node, "input", i) for i, node in enumerate(inputs)),
         tuple(_border_of(value, "output", i) for i, value in enumerate(outputs)),
@@ -242,10 +253,10 @@ def with_integer_borders(model: GraphModule) -> GraphModule:
     placeholders = [node for node in copy.graph.nodes if node.op == "placeholder"]
     for index, dtype in inputs.items():
         _take_integers(copy, placeholders[index], index, DTYPES[dtype])
-    values, structure = pytree.tree_flatten(_output(copy).args[0])
+    values, structure = pytree.tree_flatten(output_of(copy).args[0])
     for index, dtype in outputs.items():
         values[index] = _returned(copy, values[index], index, DTYPES[dtype])
-    _output(copy).args = (pytree.tree_unflatten(values, structure),)
+    output_of(copy).args = (pytree.tree_unflatten(values, structure),)
     copy.graph.eliminate_dead_code()
     copy.recompile()
     return copy
@@ -254,12 +265,13 @@ def with_integer_borders(model: GraphModule) -> GraphModule:
 def _copied(model: GraphModule) -> torch.fx.Graph:
     graph = torch.fx.Graph()
     result = graph.graph_copy(model.graph, {})
-    graph.output(result).meta = dict(_output(model).meta)
+    graph.output(result).meta = dict(output_of(model).meta)
     graph.set_codegen(model.graph._codegen)
     return graph
 
 
-def _output(model: GraphModule) -> Node:
+def output_of(model: GraphModule) -> Node:
+    """The node that a graph returns its results with."""
     (output,) = (node for node in model.graph.nodes if node.op == "output")
     return cast(Node, output)
 
@@ -308,7 +320,7 @@ def _returned(model: GraphModule, value: Any, index: int, dtype: torch.dtype) ->
         )
     source = stored.args[0] if is_quantize(stored) else stored
     border = _border(model, value, "output", index, cast(Node, source).name, dtype)
-    output = _output(model)
+    output = output_of(model)
     if dtype == torch.uint8:
         stored = _flipped(model, stored, output, torch.uint8)
     stored.meta[_BORDER] = {**stored.meta.get(_BORDER, {}), ("output", index): border}

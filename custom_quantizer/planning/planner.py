@@ -198,6 +198,19 @@ class Plan:
         return tuple(op for op in self.ops if op.scheme is None)
 
     @property
+    def borders(self) -> tuple[str, ...]:
+        """One sentence each for what the program takes and returns as integers."""
+        sides = (
+            ("takes", "input", self.integer_inputs),
+            ("returns", "output", self.integer_outputs),
+        )
+        return tuple(
+            f"the program {verb} {', '.join(f'{side} {i} as {dtype}' for i, dtype in found.items())}"
+            for verb, side, found in sides
+            if found
+        )
+
+    @property
     def size_bytes(self) -> int:
         """Estimated bytes of all constants in the program."""
         return sum(op.size_bytes for op in self.ops)
@@ -245,11 +258,7 @@ class Plan:
         header = ("node", "module", "op", "scheme", "runs as", "bytes", "why")
         lines = table_lines([header, *rows], left=range(len(header)))
         lines.append(f"{self.tally}; {self.size_bytes:,} bytes of constants (estimated)")
-        for verb, borders in (("takes", self.integer_inputs), ("returns", self.integer_outputs)):
-            if borders:
-                side = "input" if verb == "takes" else "output"
-                each = ", ".join(f"{side} {i} as {dtype}" for i, dtype in borders.items())
-                lines.append(f"the program {verb} {each}")
+        lines += self.borders
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 

@@ -29,6 +29,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import derived_scale
+from custom_quantizer.core.borders import Border, is_border_call
 from custom_quantizer.core.files import write_files_atomic
 from custom_quantizer.core.fixed_point import FIXED_POINT, quantize_multiplier
 from custom_quantizer.core.formats import IntFormat
@@ -248,6 +249,7 @@ class _Writer:
         self.ops: list[Entry] = []
         self.arrays: dict[str, Array] = {}
         self._model = graph.model
+        self._borders = graph.borders
         self._by_node = {op.node: op for op in graph.integer}
         self._names: dict[Node, str] = {}
         self._weights: dict[Any, str] = {}
@@ -255,13 +257,18 @@ class _Writer:
     def add(self, node: Node) -> None:
         """Describe one node of the graph."""
         if node.op == "placeholder":
+            border = self._borders.inputs[len(self.inputs)]
             self.inputs[node] = {
                 "name": str(node.target),
-                "dtype": "float32",
-                "rule": "divide_float32_half_away",
+                **_border_fields(border, "divide_float32_half_away"),
                 "shape": _sizes(shape_of(node)),
                 "tensors": [],
             }
+            if border is not None:
+                self._names[node] = self._activation(node, border.qparams)
+                self.inputs[node]["tensors"].append(self._names[node])
+        elif is_border_call(node):
+            self._names[node] = self._names[cast(Node, node.args[0])]
         elif node.op == "output":
             for value in _leaves(node.args[0]):
                 self._output(value)
@@ -297,7 +304,8 @@ class _Writer:
 
     def _output(self, value: Any) -> None:
         index = len(self.outputs)
-        if not isinstance(value, Node) or not is_dequantize(value):
+        border = self._borders.outputs[index]
+        if border is None and not (isinstance(value, Node) and is_dequantize(value)):
             what = describe(value) if isinstance(value, Node) else repr(value)
             raise ConversionError(
                 f"output {index} of the model is {what}, which is not the result of an integer op; "
@@ -305,9 +313,8 @@ class _Writer:
             )
         self.outputs.append(
             {
-                "tensor": self._read(value),
-                "dtype": "float32",
-                "rule": "multiply_float64",
+                "tensor": self._read(value) if border is None else self._names[value],
+                **_border_fields(border, "multiply_float64"),
                 "shape": _sizes(shape_of(value)),
             }
         )
@@ -413,6 +420,16 @@ def _entry(node: Node, family: str, operands: Entry, fields: Entry) -> Entry:
         "op": fields["op"],
         **operands,
         **fields,
+    }
+
+
+def _border_fields(border: Border | None, rule: str) -> Entry:
+    """Dtype and rule of an input or output; ``rule``: of float32."""
+    if border is None:
+        return {"dtype": "float32", "rule": rule}
+    return {
+        "dtype": str(border.dtype).removeprefix("torch."),
+        "rule": f"stored_plus_{border.offset}" if border.offset else "stored",
     }
 
 

@@ -91,19 +91,24 @@ class ConvertedGraph:
         return tuple(op for op in self.integer if op.bias is not None)
 
 
-def read_converted(model: GraphModule, backend: BackendLike = "xnnpack") -> ConvertedGraph:
+def read_converted(
+    model: GraphModule, backend: BackendLike = "xnnpack", *, integer_io: bool = True
+) -> ConvertedGraph:
     """Find the integer ops of a converted graph.
 
     Args:
         model: what ``convert_pt2e`` returns.
         backend: whose kernels they run on; ``None``: pure integers, which take any scales.
+        integer_io: let inputs and outputs be integers where ``set_io(integer=True)`` asked for
+            them; otherwise the nodes are those of ``model``, which takes and returns float32.
 
     Raises:
         ConversionError: the graph has observers, so it was prepared but not converted; or it
             quantizes nothing; or an input or output that shall be integers is not quantized.
     """
     _check_converted(model)
-    model = with_integer_borders(model)
+    if integer_io:
+        model = with_integer_borders(model)
     backend = get_backend(backend)
     integer: dict[Node, QuantizedOp] = {}
     floating: list[FloatOp] = []

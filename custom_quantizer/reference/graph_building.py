@@ -34,6 +34,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from torchao.quantization.pt2e import FROM_NODE_KEY
 
 from custom_quantizer.calibration.observers import META_KEY
+from custom_quantizer.core.borders import mark, marks_of
 from custom_quantizer.core.graph import (
     constant_of,
     describe,
@@ -147,6 +148,7 @@ class _Writer:
         names = [str(node.target) for node in flat] if info is None else list(info.orig_args)
         structure = pytree.tree_structure((tuple(flat), {})) if info is None else info.in_spec
         returned = None if info is None else info.out_spec
+        marks: list[Any] = [{str(i): kind for i, kind in side.items()} for side in marks_of(model)]
         document = Document(
             graph=graph,
             dims=self._dims,
@@ -155,6 +157,8 @@ class _Writer:
             outputs=None if returned is None else {"tree": _spec_entry(returned, "")},
             constants=self._constants,
             example=[self._example(i, value) for i, value in enumerate(example)],
+            integer_inputs=marks[0],
+            integer_outputs=marks[1],
         )
         return document, self._tensors
 
@@ -362,6 +366,7 @@ def build(document: Document, tensors: Mapping[str, Tensor]) -> tuple[GraphModul
     model = _graph_module(document.graph, 0, root, frozenset(document.constants))
     _check_dims(document)
     _set_structure(model, document)
+    _mark_borders(model, document)
     _Sizes(document).record(model, example)
     model.recompile()
     structure = _spec_of(document.inputs)
@@ -605,6 +610,18 @@ def _set_structure(model: GraphModule, document: Document) -> None:
         if returned.num_leaves != count:
             raise FormatError("the outputs of the graph and their structure do not fit")
     model.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(names), spec, returned)))
+
+
+def _mark_borders(model: GraphModule, document: Document) -> None:
+    """Note which inputs and outputs shall be integers."""
+    inputs = sum(node.op == "placeholder" for node in model.graph.nodes)
+    outputs = len(pytree.tree_leaves(model.graph.output_node().args[0]))
+    marks = []
+    for given, count in ((document.integer_inputs, inputs), (document.integer_outputs, outputs)):
+        marks.append({int(i): dtype for i, dtype in given.items()})
+        if any(i >= count for i in marks[-1]):
+            raise FormatError("an input or output that shall be integers does not exist")
+    mark(model, *marks)
 
 
 def _check_dims(document: Document) -> None:

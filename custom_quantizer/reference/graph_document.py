@@ -137,6 +137,15 @@ class NodeEntry(_Model):
     overwritten: Text | None = None
 
 
+_Borders = Annotated[
+    dict[
+        Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,5})$")],
+        Literal["int8", "uint8", "int16"],
+    ],
+    Field(max_length=4096),
+]
+
+
 class GraphEntry(_Model):
     """Nodes, and the graphs that control flow among them runs."""
 
@@ -163,6 +172,8 @@ class Document(_Model):
         outputs: how what is returned nests.
         constants: attribute -> tensor.
         example: one entry per input: the name of a tensor, or a value.
+        integer_inputs: dtypes of the inputs that a program takes as integers, by position.
+        integer_outputs: of the outputs that it returns as integers, likewise.
     """
 
     graph: GraphEntry
@@ -172,6 +183,8 @@ class Document(_Model):
     outputs: Any
     constants: dict[Path, ConstantEntry]
     example: Annotated[list[dict[str, Any]], Field(max_length=4096)]
+    integer_inputs: _Borders = {}
+    integer_outputs: _Borders = {}
 
 
 def pack(document: Document, tensors: dict[str, Tensor]) -> bytes:

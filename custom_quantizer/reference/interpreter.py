@@ -97,6 +97,10 @@ class IntegerReference:
         """
         return self._run(inputs, named, None)
 
+    def dequantized(self, outputs: Any) -> Any:
+        """What it returned, with float32 values in the place of integers of a border."""
+        return self.borders.reals(outputs, self.arithmetic.dequantize)
+
     def reset(self) -> None:
         """Give buffers that the model writes what the graph holds now, as a program just loaded."""
         model = self.graph.model

@@ -1379,6 +1379,9 @@ _TENSOR = _Record(
         "quant_max": _INT32_FIELD,
     }
 )
+_BORDER_DTYPES = ("int8", "uint8", "int16")
+_BORDER_OFFSETS = {"stored": 0, "stored_plus_128": 128}
+"""Rules of inputs and outputs that are integers: what is added to those of their tensor."""
 _DOCUMENT = _Record(
     {
         "format": _one_of(FORMAT),
@@ -1390,8 +1393,8 @@ _DOCUMENT = _Record(
             _Record(
                 {
                     "name": _NAME,
-                    "dtype": _one_of("float32"),
-                    "rule": _one_of("divide_float32_half_away"),
+                    "dtype": _one_of("float32", *_BORDER_DTYPES),
+                    "rule": _one_of("divide_float32_half_away", *_BORDER_OFFSETS),
                     "shape": _SHAPE,
                     "tensors": _List(_NAME),
                 }
@@ -1401,8 +1404,8 @@ _DOCUMENT = _Record(
             _Record(
                 {
                     "tensor": _NAME,
-                    "dtype": _one_of("float32"),
-                    "rule": _one_of("multiply_float64"),
+                    "dtype": _one_of("float32", *_BORDER_DTYPES),
+                    "rule": _one_of("multiply_float64", *_BORDER_OFFSETS),
                     "shape": _SHAPE,
                 }
             )
@@ -1446,6 +1449,7 @@ def check_description(
             at = f"inputs[{index}].tensors"
             _check_made(name, tensors, known, at)
             _same_shape(at, entry["shape"], tensors[name].shape)
+            _check_border(f"inputs[{index}]", entry, tensors[name])
             known[name] = tensors[name].shape
     for index, op in enumerate(description["ops"]):
         at = f"ops[{index}]"
@@ -1464,9 +1468,21 @@ def check_description(
         if tensors[entry["tensor"]].kind in ("weight", "bias"):
             raise BundleError(f"{at}.tensor: {_shown(entry['tensor'])} is a parameter")
         _same_shape(f"{at}.shape", entry["shape"], tensors[entry["tensor"]].shape)
+        _check_border(at, entry, tensors[entry["tensor"]])
     if absent := tensors.keys() - known.keys():
         raise BundleError(f"tensors: nothing computes {_listed(absent)}")
     return tensors
+
+
+def _check_border(at: str, entry: Mapping[str, Any], info: TensorInfo) -> None:
+    """Refuse a dtype and a rule of an input or output that do not go together."""
+    offset = _BORDER_OFFSETS.get(entry["rule"])
+    wanted = "float32" if offset is None else "uint8" if offset else info.dtype
+    if entry["dtype"] != wanted or (offset and info.dtype != "int8"):
+        raise BundleError(
+            f"{at}.dtype: {entry['dtype']} does not go with the rule {entry['rule']} and a tensor "
+            f"of {info.dtype}"
+        )
 
 
 def _listed(names: Iterable[str], most: int = 5) -> str:
@@ -1780,11 +1796,12 @@ class NumpyReference:
         """Compute the network.
 
         Args:
-            inputs: float32 arrays in the order of ``description["inputs"]``. Sizes are those of
-                capture, except that the first dimension, the batch, may differ.
+            inputs: arrays of the dtypes of ``description["inputs"]``, in their order. Sizes are
+                those of capture, except that the first dimension, the batch, may differ.
 
         Returns:
-            float32: one array, or a tuple where the network has several outputs.
+            One array, or a tuple where the network has several outputs, of the dtypes of
+            ``description["outputs"]``.
 
         Raises:
             BundleError: Number, dtype or shape of the inputs do not fit, or they hold NaN.
@@ -1807,7 +1824,7 @@ class NumpyReference:
             array = np.asarray(value)
             _check_shape(f"input {entry['name']}", entry["shape"], array)
             for name in entry["tensors"]:
-                stored[name] = quantize(array, self.tensors[name])
+                stored[name] = _taken(array, entry, self.tensors[name])
         return stored
 
     def run(self, stored: Mapping[str, Array], *, keep: bool = False) -> dict[str, Array]:
@@ -1874,12 +1891,34 @@ class NumpyReference:
             raise BundleError(f"{op['name']} ({op['op']}) of shapes {shapes}: {exc}") from exc
 
     def _dequantized(self, values: Mapping[str, Array]) -> Array | tuple[Array, ...]:
-        names = [entry["tensor"] for entry in self.description["outputs"]]
+        entries = self.description["outputs"]
+        names = [entry["tensor"] for entry in entries]
         stored = (values[name] if name in values else self.constants[name] for name in names)
-        reals = tuple(
-            dequantize(x, self.tensors[name]) for x, name in zip(stored, names, strict=True)
+        results = tuple(
+            _returned(x, entry, self.tensors[name])
+            for x, entry, name in zip(stored, entries, names, strict=True)
         )
-        return reals[0] if len(reals) == 1 else reals
+        return results[0] if len(results) == 1 else results
+
+
+def _taken(x: Array, entry: Mapping[str, Any], info: TensorInfo) -> Array:
+    """Stored integers of an input: of float32 by its scale, of integers as they are."""
+    offset = _BORDER_OFFSETS.get(entry["rule"])
+    if offset is None:
+        return quantize(x, info)
+    if x.dtype != entry["dtype"]:
+        raise BundleError(f"input {entry['name']} is of dtype {entry['dtype']}, got {x.dtype}")
+    stored: Array = (x.astype(np.int64) - offset).astype(info.dtype)
+    return stored
+
+
+def _returned(x: Array, entry: Mapping[str, Any], info: TensorInfo) -> Array:
+    """What the network returns for stored integers of an output."""
+    offset = _BORDER_OFFSETS.get(entry["rule"])
+    if offset is None:
+        return dequantize(x, info)
+    result: Array = (x.astype(np.int64) + offset).astype(entry["dtype"])
+    return result
 
 
 def _check_shape(what: str, wanted: Sequence[int | None], array: Array) -> None:

@@ -14,18 +14,20 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.calibration.observers import META_KEY
-from custom_quantizer.config.rules import returned_nodes
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, derived_scale
+from custom_quantizer.core.borders import Border, output_of
 from custom_quantizer.core.files import write_text_atomic
 from custom_quantizer.core.formats import range_bits
 from custom_quantizer.core.graph import (
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
         DelegateOp,
         DelegateTensor,
         KernelCall,
+        ValueInfo,
     )
 
 __all__ = [
@@ -120,6 +123,7 @@ class TensorRecord:
         group_size: input channels that share a scale, with ``per_group``.
         dynamic: scale and zero point are chosen while the program runs.
         raised: of a weight, ``(channel, factor)`` where its scale was raised so that a bias fits.
+        border: of an input or output of the program: it is handed over as integers, not as float32.
     """
 
     source: str
@@ -140,6 +144,7 @@ class TensorRecord:
     group_size: int | None = None
     dynamic: bool = False
     raised: tuple[tuple[int, float], ...] = ()
+    border: bool = False
 
 
 @dataclass(frozen=True)
@@ -487,6 +492,9 @@ class ProgramReport(_Document):
         constant_bytes: of the constants in it.
         ops: of the graph it was made of, in graph order; ``None``: the file does not say.
         note: why it does not, where more is known than that there is no record.
+        inputs: of the program, method by method, quantized where it says what its integers stand
+            for.
+        outputs: likewise.
     """
 
     kind: ClassVar[str] = "program"
@@ -498,6 +506,8 @@ class ProgramReport(_Document):
     constant_bytes: int
     ops: tuple[ProgramOp, ...] | None = None
     note: str = ""
+    inputs: tuple[TensorRecord, ...] = ()
+    outputs: tuple[TensorRecord, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -535,14 +545,21 @@ def report_of(graph: ConvertedGraph, lowered: LoweredProgram | None = None) -> R
             rows.append(_float_row(converted, found, graph.backend))
         elif is_quantize(node) and is_dequantize(node.args[0]) and is_static(node):
             rows.append(_requantize_row(converted, node))
+    borders = graph.borders
+    placeholders = [node for node in converted.graph.nodes if node.op == "placeholder"]
+    leaves = pytree.tree_leaves(output_of(converted).args[0])
     report = Report(
         tuple(rows),
         tuple(
-            _model_input(converted, node)
-            for node in converted.graph.nodes
-            if node.op == "placeholder" and tensor_meta(node) is not None
+            _model_input(converted, node) if border is None else _border(converted, node, border)
+            for node, border in zip(placeholders, borders.inputs, strict=True)
+            if tensor_meta(node) is not None
         ),
-        tuple(_tensor(converted, node) for node in returned_nodes(converted)),
+        tuple(
+            _tensor(converted, value) if border is None else _border(converted, value, border)
+            for value, border in zip(leaves, borders.outputs, strict=True)
+            if isinstance(value, Node)
+        ),
     )
     return report if lowered is None else _with_lowering(report, lowered)
 
@@ -658,6 +675,17 @@ def _model_input(model: GraphModule, node: Node) -> TensorRecord:
     records = [_tensor(model, user) for user in effective_users(node) if user.op == "call_function"]
     same = len(set(records)) == 1 and records[0].bits is not None
     return replace(records[0] if same else _tensor(model, node), source=node.name)
+
+
+def _border(model: GraphModule, node: Node, border: Border) -> TensorRecord:
+    """An input or output that is handed over as integers."""
+    return _border_record(border.name, _shape(model, node), border)
+
+
+def _border_record(source: str, shape: tuple[int | str, ...], border: Border) -> TensorRecord:
+    record = TensorRecord(source, shape, _dtype_name(border.dtype), border=True)
+    ends = (border.quant_min, border.quant_max)
+    return _with_scales(record, (border.scale,), border.zero_point, *ends, None)
 
 
 def _tensor(model: GraphModule, node: Node) -> TensorRecord:
@@ -920,9 +948,12 @@ def inspect_program(source: str | os.PathLike[str] | bytes) -> ProgramReport:
         ProgramError: it cannot be read.
     """
     # Reading a file needs the package that knows executorch; inspecting a graph does not.
+    from custom_quantizer.backends.xnnpack.border_constants import borders_in
     from custom_quantizer.backends.xnnpack.readback import DelegateCall, read_program
 
     contents = read_program(source)
+    inputs: list[TensorRecord] = []
+    outputs: list[TensorRecord] = []
     names: Counter[str] = Counter()
     rows: list[ProgramRow] = []
     ops: list[ProgramOp] = []
@@ -945,6 +976,12 @@ def inspect_program(source: str | os.PathLike[str] | bytes) -> ProgramReport:
                 row = _kernel_row(method.name, call)
                 found.append(_part_of(row, by_call.get(next(outside))))
         prefix = f"{method.name}: " if len(contents.methods) > 1 and recorded else ""
+        borders = borders_in(method, contents.constants)
+        for records, values, found_borders in (
+            (inputs, method.inputs, borders.inputs),
+            (outputs, method.outputs, borders.outputs),
+        ):
+            records += starmap(_program_border, zip(values, found_borders, strict=True))
         rows += _with_names(found, names, prefix, bool(recorded))
         ops += _program_ops(method.name, recorded)
     return ProgramReport(
@@ -955,7 +992,16 @@ def inspect_program(source: str | os.PathLike[str] | bytes) -> ProgramReport:
         contents.constant_bytes,
         None if contents.ops is None else tuple(ops),
         contents.ops_note,
+        tuple(inputs),
+        tuple(outputs),
     )
+
+
+def _program_border(value: ValueInfo, border: Border | None) -> TensorRecord:
+    """An input or output of a program."""
+    if border is None:
+        return TensorRecord("", value.shape, value.dtype)
+    return _border_record("", value.shape, border)
 
 
 def _part_of(row: ProgramRow, op: RecordedOp | None) -> ProgramRow:

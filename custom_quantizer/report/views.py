@@ -201,7 +201,7 @@ def _graph_view(document: Json) -> View:
             f"{lowering['size_bytes']:,} bytes"
         )
     for role in ("inputs", "outputs"):
-        summary += [f"{role[:-1]} {_tensor(record)}" for record in document[role]]
+        summary += [_border(role, record) for record in document[role]]
     return View(
         "Converted graph",
         tuple(summary),
@@ -209,6 +209,12 @@ def _graph_view(document: Json) -> View:
         tuple(_graph_row(row, lowering is not None) for row in rows),
         _graph_notes(rows),
     )
+
+
+def _border(role: str, record: Json) -> str:
+    """An input or output of the model or program."""
+    kind = "integer " if record["border"] else ""
+    return f"{kind}{role[:-1]} {_tensor(record)}"
 
 
 def _graph_row(row: Json, lowered: bool) -> Row:
@@ -282,6 +288,8 @@ def _program_view(document: Json) -> View:
         f"{document['size_bytes']:,} bytes, {document['constant_bytes']:,} of them constants",
         _node_counts(rows),
     ]
+    for role in ("inputs", "outputs"):
+        summary += [_border(role, record) for record in document[role] if record["border"]]
     if ops is None:
         why = document["note"] or "the file does not say of which ops it was made"
         summary.append(f"{why}: names below are the delegate's own, not those of a graph")

@@ -378,7 +378,8 @@ def _check_outputs(
     exact = is_exact(program, graph)
     # Of integers at the border the float32 values, which are equal if and only if these are.
     dequantize = graph.backend.arithmetic.dequantize
-    reference, outputs = (graph.borders.reals(v, dequantize) for v in (reference, outputs))
+    reference = graph.borders.reals(reference, dequantize)
+    outputs = graph.borders.reals(outputs, dequantize)
     for i, (want, got) in enumerate(zip(reference, outputs, strict=True)):
         if not isinstance(want, Tensor):
             continue

@@ -93,7 +93,11 @@ def write_device_test(
     if not batches:
         raise InputError("there are no inputs to test on; pass at least one tuple of inputs")
     with exclusive(), torch.no_grad():
-        feeds = [flatten_inputs(in_spec, batch, {}) for batch in batches]
+        quantize = graph.backend.arithmetic.quantize
+        feeds = [
+            graph.borders.integers(flatten_inputs(in_spec, batch, {}), quantize)
+            for batch in batches
+        ]
         expected = _expected(lowered, graph, batches, backend)
         program, outputs = lowered, [NumericOutput(scale=s) for s in output_scales(graph.model)]
         if every_op:

@@ -298,6 +298,10 @@ class LoweredProgram:
 
     __call__ = run
 
+    def dequantized(self, outputs: Any) -> Any:
+        """What it returned, with float32 values in the place of integers of a border."""
+        return self.borders.reals(outputs, XNNPACK.dequantize)
+
     def reset(self) -> None:
         """Load the program anew for the next run: buffers that it writes are as they were."""
         self._method = None
@@ -446,6 +450,10 @@ class StoredProgram:
                 raise InputError(f"input {i} must be {info.dtype}, got {value.dtype}")
         _check_shapes(given, self.contents)
         return tuple(_execute(self._method, given))
+
+    def dequantized(self, outputs: Any) -> Any:
+        """What it returned, with float32 values in the place of integers of a border."""
+        return self.borders.reals(outputs, XNNPACK.dequantize)
 
 
 def load_program(path: str | os.PathLike[str], *, isolated: bool | None = None) -> StoredProgram:
