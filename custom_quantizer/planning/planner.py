@@ -205,7 +205,7 @@ class Plan:
             ("returns", "output", self.integer_outputs),
         )
         return tuple(
-            f"the program {verb} {', '.join(f'{side} {i} as {dtype}' for i, dtype in found.items())}"
+            f"the program {verb} " + ", ".join(f"{side} {i} as {kind}" for i, kind in found.items())
             for verb, side, found in sides
             if found
         )
