@@ -172,9 +172,7 @@ def border_kind(value: object) -> str:
     if isinstance(value, str) and value in BORDER_KINDS[1:-1]:
         return value
     legal = ", ".join(BORDER_KINDS[1:-1])
-    raise ConfigError(
-        f"an input or output is integer: true, false, or one of {legal}; not {value!r}"
-    )
+    raise ConfigError(f"integer is true, false or the name of a dtype ({legal}), not {value!r}")
 
 
 def operator_names(operator_type: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 import custom_quantizer as cq
+from custom_quantizer.analysis.device_outputs import check_device_outputs
 from custom_quantizer.app.cli import cli
 from custom_quantizer.backends.xnnpack.program import StoredProgram
 from custom_quantizer.core.borders import _MARKS, mark
@@ -92,6 +94,16 @@ def float_program(kind: str) -> cq.LoweredProgram:
     return cq.lower(plain(graph(kind)), (images(), INDEX))
 
 
+@cache
+def small(integer: str | bool, scheme: str = "a8w8") -> tuple[GraphModule, cq.LoweredProgram]:
+    """A network without an op outside the delegate, and its program."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    quantizer = cq.IntegerQuantizer().set_global(scheme).set_io(integer=integer)
+    converted = convert(model, (torch.randn(2, 4),), quantizer).graph
+    return converted, cq.lower(converted, (torch.zeros(2, 4),))
+
+
 def by_lower(kind: str) -> bytes:
     return lowered(kind).buffer
 
@@ -123,17 +135,17 @@ def by_recipe(kind: str) -> bytes:
     return bytes(session.get_pte_buffer())
 
 
+QUICK = [(by_lower, "a8w8-uint8")]
 ROUTES = [by_lower, by_standard_call, by_upstreams_partitioner, by_recipe]
 CASES = [
     pytest.param(
         route,
         kind,
         id=f"{route.__name__}-{kind}",
-        marks=[] if route is by_lower or kind == "a8w8" else [pytest.mark.slow],
+        marks=[] if kind == "a8w8" or (route, kind) in QUICK else [pytest.mark.slow],
     )
     for route in ROUTES
     for kind in KINDS
-    # Upstream's partitioner has no kernel for what stands between integers and a dynamic op.
 ]
 
 
@@ -160,7 +172,10 @@ def test_the_program_is_the_float_one_without_its_ends(route: Any, kind: str) ->
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("kind", ["a8w8", "a8w8-uint8", "a8w4", "a4w4"])
+@pytest.mark.parametrize(
+    "kind",
+    ["a8w8", "a8w8-uint8", *(pytest.param(k, marks=pytest.mark.slow) for k in ("a8w4", "a4w4"))],
+)
 def test_the_reference_takes_and_returns_the_same_integers(kind: str) -> None:
     reference = cq.integer_reference(graph(kind))
     border = reference.borders.inputs[0]
@@ -180,7 +195,8 @@ def test_nothing_is_quantized_at_the_border() -> None:
     program = lowered("a8w8")
     (delegate,) = program.contents.delegates
     borders = [delegate.tensors[i].dtype for i in (*delegate.inputs, *delegate.outputs)]
-    assert borders.count("int8") == 3  # the image and two outputs
+    # The image, two outputs, and the table's rows, which a kernel outside looks up as int8.
+    assert borders == ["int8"] * 4
     assert program.report.outside == float_program("a8w8").report.outside
     converts = [op for op in delegate.ops if op.kind == "convert"]
     (other,) = float_program("a8w8").contents.delegates
@@ -286,11 +302,19 @@ def test_an_input_without_a_format_gets_the_widest_that_its_readers_want(
 
 def test_outputs_of_float_ops_are_quantized() -> None:
     class Float(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.softmax(x, -1), torch.erfinv(x * 0.1)
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(8, 8)
 
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.stem(x)
+            return torch.softmax(x, -1), torch.cumsum(x, -1)
+
+    torch.manual_seed(5)
     x = torch.rand(2, 8) * 2 - 1
-    converted = convert(Float(), (x,), ours().set_io(integer=True)).graph
+    converted = convert(
+        Float(), (x,), ours().set_io(outputs={0: None, 1: None}, integer=True)
+    ).graph
     program = cq.lower(converted, (x,))
     assert [value.dtype for value in program.contents.outputs] == ["int8", "int8"]
     for mine, theirs in zip(program.dequantized(program.run(x)), converted(x), strict=True):
@@ -349,14 +373,14 @@ def test_a_file_says_which(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("takes", ["program", "reference", "stored", "lower"])
 def test_what_is_not_integers_of_the_border_is_refused(takes: str) -> None:
-    kind = "a4w4"
+    model, program = small(True, "a4w4")
     call: Any = {
-        "program": lowered(kind).run,
-        "reference": cq.integer_reference(graph(kind)),
-        "stored": StoredProgram(lowered(kind).buffer, "the program", isolated=False).run,
-        "lower": lambda *given: cq.lower(graph(kind), given),
+        "program": program.run,
+        "reference": cq.integer_reference(model),
+        "stored": StoredProgram(program.buffer, "the program", isolated=False).run,
+        "lower": lambda *given: cq.lower(model, given),
     }[takes]
-    zeros = torch.zeros(images().shape, dtype=torch.int8)
+    zeros = torch.zeros(2, 4, dtype=torch.int8)
     for given, message in (
         (zeros.to(torch.uint8), r"must be torch.int8, or torch.float32 .*, got torch.uint8"),
         (zeros.double(), r"input 0.* must be torch.int8, or torch.float32"),
@@ -366,7 +390,7 @@ def test_what_is_not_integers_of_the_border_is_refused(takes: str) -> None:
         (3, "must be a tensor, got int"),
     ):
         with pytest.raises(cq.InputError, match=message):
-            call(given, INDEX)
+            call(given)
 
 
 def test_nothing_marked_is_left_in_float_silently() -> None:
@@ -512,9 +536,10 @@ def test_reports_say_what_the_integers_stand_for(tmp_path: Path) -> None:
 
 
 def test_a_saved_graph_keeps_its_borders(tmp_path: Path) -> None:
-    path = cq.save_graph(graph("a8w8-uint8"), (images(), INDEX), tmp_path / "net.graph.safetensors")
+    model, program = small("uint8")
+    path = cq.save_graph(model, (torch.zeros(2, 4),), tmp_path / "net.graph.safetensors")
     loaded, example = cq.load_graph(path)
-    assert cq.lower(loaded, example).buffer == lowered("a8w8-uint8").buffer
+    assert cq.lower(loaded, example).buffer == program.buffer
 
 
 def test_verify_and_evaluate_compare_real_numbers() -> None:
@@ -545,36 +570,86 @@ def test_verify_and_evaluate_compare_real_numbers() -> None:
     assert others == pytest.approx([first, first])
 
 
-def test_a_wrong_program_is_noticed() -> None:
-    """A program whose table of integers at the border is shifted by one."""
-    model = graph("a8w8")
-    other = plain(model)
-    mark(other, {0: "uint8"}, {0: "int8", 1: "int8", 2: "int8"})
-    program = cq.lower(other, (images(), INDEX))
-    with pytest.raises(cq.InputError, match=r"must be torch.uint8"):
-        program.run(torch.zeros(2, 3, 6, 6, dtype=torch.int8), INDEX)
+def test_a_program_that_says_something_else_of_its_integers_is_noticed() -> None:
+    model, program = small(True)
+    constants = cq.io_constants(model)
+    assert program.contents.constants == constants
+    exported = torch.export.export(model, (torch.zeros(2, 4),))
+    for key, unit in (("forward_output0_zp", 1), ("forward_input0_quant_min", 1)):
+        edge = to_edge_transform_and_lower(
+            exported,
+            partitioner=[cq.XnnpackPartitioner()],
+            constant_methods={**constants, key: constants[key] + unit},
+        )
+        with pytest.raises(cq.VerificationError, match=f"{key.split('_')[1][:-1]} 0: the program"):
+            cq.check(edge, model, (torch.zeros(2, 4),))
 
 
-@pytest.mark.parametrize("kind", ["a8w8", "a8w8-uint8"])
-def test_a_device_test_holds_integers(kind: str, tmp_path: Path) -> None:
-    kit = lowered(kind).save_device_test(tmp_path / "kit", [(images(7), INDEX)])
+def test_integers_off_by_one_are_noticed() -> None:
+    """Bytes for signed ones: a program that flips no bit, said to be one that does."""
+    model, _ = small("uint8")
+    with pytest.raises(cq.CustomQuantizerError):
+        cq.check(small(True)[1].buffer, model, (torch.zeros(2, 4),))
+
+
+def check_bundle(data: bytes, samples: int) -> None:
+    """ExecuTorch's own check of each sample, without any tolerance; it raises."""
+    bundle = portable_lib._load_bundled_program_from_buffer(data)
+    for n in range(samples):
+        bundle.verify_result_with_bundled_expected_output("forward", n, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("integer", "scheme", "dtype"),
+    [(True, "a8w8", "int8"), ("uint8", "a8w8", "uint8"), (True, "a16w8", "int16")],
+)
+def test_a_device_test_holds_integers(
+    integer: Any, scheme: str, dtype: str, tmp_path: Path
+) -> None:
+    model, program = small(integer, scheme)
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(4))
+    kit = program.save_device_test(tmp_path / "kit", [x, x + 1])
     manifest = read_manifest(kit)
-    (sample,) = manifest.samples
-    dtype = KINDS[kind][2][0]
-    assert [entry.dtype for entry in sample.inputs] == [dtype, "int64"]
-    assert [entry.dtype for entry in sample.outputs[:3]] == [dtype] * 3
-    assert (kit / "inputs" / "0_0.bin").stat().st_size == images().numel()
+    reference = cq.integer_reference(model)
+    for sample, given in zip(manifest.samples, (x, x + 1), strict=True):
+        for (entry,), folder in ((sample.inputs, "inputs"), (sample.outputs, "expected")):
+            assert entry.dtype == dtype
+            data = bytearray((kit / folder / entry.file).read_bytes())
+            stored = torch.frombuffer(data, dtype=getattr(torch, dtype)).reshape(entry.shape)
+            border = reference.borders.inputs[0]
+            assert border is not None
+            want = border.integers(given, reference.arithmetic.quantize)
+            assert torch.equal(stored, want if folder == "inputs" else reference(want))
+    assert manifest.bundled is not None
+    check_bundle((kit / manifest.bundled.file).read_bytes(), samples=2)
+    # What a device computed is read back: here what is expected, and then one unit more.
+    shutil.copytree(kit / "expected", kit / "outputs")
+    program.save(tmp_path / "net.pte")
+    assert check_device_outputs(tmp_path / "net.pte", kit).bit_exact
+    path = kit / "outputs" / "1_0.bin"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    (found,) = check_device_outputs(tmp_path / "net.pte", kit).outputs
+    assert (found.mismatches, found.max_units) == (1, 1)
 
 
-def test_executorchs_bundled_program_holds_integers(tmp_path: Path) -> None:
-    model = convert(nn.Linear(4, 3), (torch.randn(2, 4),), ours().set_io(integer=True)).graph
-    program = cq.lower(model, (torch.randn(2, 4),))
-    kit = program.save_device_test(tmp_path / "kit", [torch.randn(2, 4)], every_op=True)
-    assert read_manifest(kit).samples[0].inputs[0].dtype == "int8"
-    kit = program.save_device_test(tmp_path / "other", [torch.randn(2, 4)])
-    bundle = portable_lib._load_bundled_program_from_buffer((kit / "program.bpte").read_bytes())
-    loaded = portable_lib._load_for_executorch_from_bundled_program(bundle)
-    assert loaded.verify_result_with_bundled_expected_output("forward", 0, 0.0, 0.0) == "Ok"
+@pytest.mark.parametrize("integer", [True, "uint8"])
+def test_a_device_test_of_every_op_takes_integers(integer: Any, tmp_path: Path) -> None:
+    model, program = small(integer)
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(4))
+    kit = program.save_device_test(tmp_path / "kit", [x], every_op=True)
+    manifest = read_manifest(kit)
+    (entry,) = manifest.samples[0].inputs
+    assert entry.dtype == KINDS["a8w8" if integer is True else "a8w8-uint8"][2][0]
+    assert [output.node for output in manifest.outputs] == ["relu", "linear_1"]
+    assert manifest.bundled is not None
+    check_bundle((kit / manifest.bundled.file).read_bytes(), samples=1)
+    _, integers = cq.integer_reference(model).with_integers(x)
+    for output, found in zip(manifest.outputs, manifest.samples[0].outputs, strict=True):
+        want = integers[output.node]
+        data = bytearray((kit / "expected" / found.file).read_bytes())
+        real = torch.frombuffer(data, dtype=torch.float32).reshape(found.shape)
+        assert output.scale is not None
+        assert torch.equal(real.div(output.scale).round().diff(), want.float().diff())
 
 
 @pytest.mark.parametrize(("integer", "offset"), [(True, 0), ("uint8", 128)])

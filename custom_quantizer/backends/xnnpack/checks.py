@@ -15,6 +15,7 @@ from torch.fx.graph import CodeGen
 
 from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
+from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.groups import joined
 from custom_quantizer.backends.xnnpack.program import (
     INTEGER_BACKENDS,
@@ -97,7 +98,21 @@ def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple
             f"{found}; the program is not the graph; leave the op in float with "
             f"set_node_name({found.node!r}, None), and please report the model"
         )
+    _check_borders(program, graph)
     _check_outputs(program, graph, example)
+
+
+def _check_borders(program: LoweredProgram, graph: ConvertedGraph) -> None:
+    """What the file says of its integer inputs and outputs, where it says anything."""
+    known = {(border.role, border.index): border for border in graph.borders}
+    for told in borders_in(program.contents.main, program.contents.constants):
+        border = known.get((told.role, told.index))
+        if border is None or replace(border, name=told.name) != told:
+            meaning = "float32" if border is None else border.meaning
+            raise VerificationError(
+                f"{told.role} {told.index}: the program says {told.meaning}, the graph {meaning}; "
+                "give constant_methods what io_constants returns for this graph"
+            )
 
 
 def _check_kernels(program: LoweredProgram) -> None:
