@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         save_integers,
     )
     from custom_quantizer.reference.c_code import CCode, save_c
+    from custom_quantizer.report.profiles import Profile, profile
     from custom_quantizer.report.record import ProgramReport, Report, inspect, inspect_program
 
 __all__ = [
@@ -101,6 +102,7 @@ __all__ = [
     "OutputFidelity",
     "Plan",
     "Preprocess",
+    "Profile",
     "ProgramError",
     "ProgramReport",
     "QuantizationResult",
@@ -132,6 +134,7 @@ __all__ = [
     "load_statistics",
     "lower",
     "merge_statistics",
+    "profile",
     "quantize",
     "read_program",
     "save_c",
@@ -162,6 +165,7 @@ _NAMES = {
     "app.pipeline": ("QuantizationResult", "quantize"),
     "planning.planner": ("OpPlan", "Plan", "TensorPlan"),
     "planning.quantizer": ("IntegerQuantizer",),
+    "report.profiles": ("Profile", "profile"),
     "report.record": ("ProgramReport", "Report", "inspect", "inspect_program"),
     "app.saved_graph": ("load_graph", "save_graph"),
     "core.schemes": ("OpScheme", "TensorScheme", "scheme"),

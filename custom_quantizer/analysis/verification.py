@@ -236,23 +236,72 @@ def _path(graph: ConvertedGraph, name: str) -> str:
 def _first_wrong_tensor(
     graph: ConvertedGraph, batches: Sequence[tuple[Any, ...]]
 ) -> FirstDifference:
-    """Lower the graph with every quantized tensor as an output and compare them in order."""
-    tapped, taps = instrumented(graph.model)
-    flat = tuple(pytree.tree_leaves(batches[0]))
     try:
-        program = lower(tapped, flat, check=False)
-        got = pytree.tree_leaves(program.run(*flat))
+        tensors = tensor_differences(graph, batches[:1])
     except CustomQuantizerError as error:
         return FirstDifference("", "", "unknown", f"the graph cannot be taken apart: {error}")
-    want = pytree.tree_leaves(integer_reference(tapped)(*flat))
-    for (name, scale), mine, theirs in zip(taps, want, got, strict=True):
-        wrong = int((mine != theirs).sum())
-        if wrong:
-            lsb = float((mine - theirs).abs().max()) / scale
-            detail = f"{wrong} of {mine.numel()} values differ, by up to {lsb:.0f} LSB"
-            return FirstDifference(name, _path(graph, name), "output", detail)
+    for found in tensors:
+        if found.mismatches:
+            return FirstDifference(found.node, _path(graph, found.node), "output", str(found))
     return FirstDifference(
         "", "", "unknown", "every op alone is right, so the program is not of this graph"
+    )
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One quantized tensor: what the runtime computes, next to the integer reference.
+
+    Attributes:
+        node: that computes it.
+        values: how many were compared.
+        mismatches: how many differ.
+        max_lsb: largest difference, in steps of its scale.
+    """
+
+    node: str
+    values: int
+    mismatches: int
+    max_lsb: float
+
+    def __str__(self) -> str:
+        return f"{self.mismatches} of {self.values} values differ, by up to {self.max_lsb:.0f} LSB"
+
+
+def tensor_differences(
+    graph: ConvertedGraph, batches: Sequence[tuple[Any, ...]]
+) -> tuple[TensorDifference, ...]:
+    """Lower the graph with every quantized tensor as an output and compare these, in graph order.
+
+    That is another program than the graph's own: XNNPACK cannot merge ops across an output.
+
+    Args:
+        graph: to lower.
+        batches: inputs.
+
+    Raises:
+        LoweringError: the graph cannot be lowered so.
+        ProgramError: the program does not run.
+    """
+    tapped, taps = instrumented(graph.model)
+    if not taps:
+        return ()
+    flat = [tuple(pytree.tree_leaves(batch)) for batch in batches]
+    program, reference = lower(tapped, flat[0], check=False), integer_reference(tapped)
+    counts = [(0, 0, 0.0)] * len(taps)
+    for inputs in flat:
+        got, want = (pytree.tree_leaves(run(*inputs)) for run in (program.run, reference))
+        for i, ((_, scale), mine, theirs) in enumerate(zip(taps, want, got, strict=True)):
+            values, wrong, most = counts[i]
+            lsb = float((mine - theirs).abs().max()) / scale if mine.numel() else 0.0
+            counts[i] = (
+                values + mine.numel(),
+                wrong + int((mine != theirs).sum()),
+                max(most, lsb),
+            )
+    return tuple(
+        TensorDifference(name, values, wrong, float(round(most)))
+        for (name, _), (values, wrong, most) in zip(taps, counts, strict=True)
     )
 
 

@@ -828,6 +828,84 @@ def export_c_command(graph: Path, folder: Path, name: str, batch: int | None, ve
     click.echo(str(code))
 
 
+@cli.command(
+    "profile",
+    epilog=_examples(
+        "custom-quantizer profile resnet18.pte",
+        "custom-quantizer profile resnet18.pte --data val/ --resize 256 --crop 224 \\",
+        "    --plot times.svg",
+    ),
+)
+@click.argument("program", metavar="PROGRAM.pte", type=click.Path(path_type=Path))
+@click.option(
+    "--graph",
+    type=click.Path(path_type=Path),
+    metavar="GRAPH",
+    help="Converted graph that `quantize` wrote.  [default: PROGRAM.graph.safetensors, if it is "
+    "there]",
+)
+@click.option("--data", metavar="DATA", help="Inputs to run on.  [default: random ones]")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Samples of DATA to compare on; the first is timed.",
+)
+@_preprocess_options
+@click.option(
+    "--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Runs to measure."
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw the times: .svg, .png or .pdf.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_debug_option
+def profile_command(
+    program: Path,
+    graph: Path | None,
+    data: str | None,
+    samples: int,
+    resize: tuple[int, ...] | None,
+    crop: tuple[int, ...] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    runs: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Show how long each op of a program takes, and whether it computes its integers.
+
+    Times are those that ExecuTorch and XNNPACK note themselves, on this machine, in a process of
+    its own. With the graph beside the program, or with --graph, the output of each op is compared
+    with the integer reference, too: in a second program that returns all of them.
+    """
+    from custom_quantizer.report.profiles import profile
+
+    _start_runtime()
+    beside = _graph_beside(program)
+    if graph is None and beside.exists():
+        graph = beside
+    subject: Any = program
+    if graph is not None:
+        from custom_quantizer.app.saved_graph import load_lowered
+
+        _, subject = load_lowered(program, graph)
+    inputs: list[Any] | None = None
+    if data is not None:
+        source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+        batch = (None if graph is None else subject.batch_size) or 1
+        inputs = list(source.with_batch_size(batch).inputs)
+    found = profile(subject, inputs, runs=runs)
+    if plot is not None:
+        found.plot(plot)
+        click.echo(f"wrote {plot}", err=True)
+    click.echo(found.to_json() if as_json else str(found))
+
+
 # ---------------------------------------------------------------------------------------------
 # What commands share
 # ---------------------------------------------------------------------------------------------

@@ -37,6 +37,9 @@ COMMANDS = [
 ]
 
 
+COMMANDS = ["demo", "evaluate", "inspect", "plan", "profile", "quantize", "verify"]
+
+
 def run(*args: object) -> Result:
     return CliRunner().invoke(cli, [str(arg) for arg in args], prog_name="custom-quantizer")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from typing import IO, Any
 
 if __name__ == "__main__":
@@ -92,14 +93,24 @@ def _bindings() -> Any:
     return bindings
 
 
+def _dump(program: Any) -> torch.Tensor:
+    """The bytes of the ETDump of all runs so far."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "etdump")
+        program.write_etdump_result_to_file(path, "")
+        with open(path, "rb") as file:
+            return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+
+
 def _serve() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # native code prints
     bindings = _bindings()
-    bindings._threadpool_get_thread_count()  # the stacks of its threads are no part of the program
+    # Starts them, so that their stacks are no part of the program.
+    threads = bindings._threadpool_get_thread_count()
     _limit_memory(int(sys.argv[1]))
     requests = sys.stdin.buffer
-    send(replies, {"ready": True})
+    send(replies, {"threads": threads})
     message, values = receive(requests, 1 << 62)
     data = values[0].numpy().tobytes()
     method: Any = None
@@ -109,11 +120,13 @@ def _serve() -> None:
             if method is None:
                 program = bindings._load_program_from_buffer(
                     data,
-                    enable_etdump=False,
+                    enable_etdump=message["traced"],
                     debug_buffer_size=0,
                     program_verification=bindings.Verification.InternalConsistency,
                 )
                 method, outputs = program.load_method(message["method"]), []
+            elif message.get("dump"):
+                outputs = [_dump(program)]
             else:
                 outputs = list(method(values))
             reply = {"error": None}

@@ -45,12 +45,16 @@ class IsolatedMethod:
         data: the program.
         what: what messages call it.
         method: its name.
+        traced: let the runtime note how long each call takes, for :meth:`dump`.
+
+    Attributes:
+        threads: that the runtime computes with.
 
     Raises:
         ProgramError: it does not load, or takes the process down.
     """
 
-    def __init__(self, data: bytes, what: str, method: str) -> None:
+    def __init__(self, data: bytes, what: str, method: str, *, traced: bool = False) -> None:
         self._what = what
         self._failure: str | None = None
         self._memory = memory_limit(len(data))
@@ -73,9 +77,10 @@ class IsolatedMethod:
         self._replies = cast("IO[bytes]", self._process.stdout)
         weakref.finalize(self, _end, self._process)
         with self._limited(START_LIMIT_S, "while its process started"):
-            _child.receive(self._replies, _LARGEST_REPLY)
+            ready, _ = _child.receive(self._replies, _LARGEST_REPLY)
+            self.threads = int(ready["threads"])
         program = torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
-        self._ask({"method": method}, [program], "while it was loaded")
+        self._ask({"method": method, "traced": traced}, [program], "while it was loaded")
 
     def execute(self, inputs: Sequence[Any]) -> list[Any]:
         """Run the method.
@@ -84,6 +89,15 @@ class IsolatedMethod:
             ProgramError: the runtime failed, or the process ended or had to be ended.
         """
         return self._ask({}, list(inputs), "while it ran")
+
+    def dump(self) -> bytes:
+        """What the runtime noted of all runs so far, as ExecuTorch's ETDump.
+
+        Raises:
+            ProgramError: the process ended or had to be ended.
+        """
+        (dump,) = self._ask({"dump": True}, [], "while it wrote its times")
+        return bytes(dump.numpy())
 
     def _ask(self, message: dict[str, Any], values: list[Any], when: str) -> list[Any]:
         if self._failure is not None:

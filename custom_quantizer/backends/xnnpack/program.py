@@ -25,10 +25,12 @@ from custom_quantizer.backends.xnnpack.op_record import RecordedOp
 from custom_quantizer.backends.xnnpack.readback import (
     DelegateContents,
     DelegateOp,
+    MethodContents,
     ProgramContents,
     read_file,
     read_program,
 )
+from custom_quantizer.core.borders import Borders
 from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.core.graph import check_input, flatten_inputs, shape_hint
 from custom_quantizer.errors import InputError, ProgramError
@@ -160,6 +162,11 @@ class LoweredProgram:
         self._isolated = False
 
     @property
+    def graph(self) -> ConvertedGraph:
+        """The converted graph that it was made of."""
+        return self._graph
+
+    @property
     def buffer(self) -> bytes:
         """The bytes of the ``.pte``."""
         return self._data
@@ -287,7 +294,7 @@ class LoweredProgram:
         flat = self.borders.integers(flat, self._graph.backend.arithmetic.quantize)
         for i, (value, meta) in enumerate(zip(flat, self._metas, strict=True)):
             check_input(i, value, meta)
-        _check_shapes(flat, self.contents)
+        _check_shapes(flat, self.contents.main)
         if self._method is None:
             name = self.contents.methods[0].name
             self._method = _load_method(self._data, "the program", name, isolated=self._isolated)
@@ -353,9 +360,27 @@ def quantizes_at_run_time(delegate: DelegateContents, op: DelegateOp) -> bool:
     return any(delegate.tensors[i].quantization == "per_token_dynamic" for i in op.inputs)
 
 
-def _check_shapes(inputs: list[Any], contents: ProgramContents) -> None:
+def fitting_inputs(method: MethodContents, borders: Borders, inputs: Sequence[Any]) -> list[Any]:
+    """A flat list of inputs for a method, with integers where it takes these.
+
+    Raises:
+        InputError: number, dtype or shape of the inputs is wrong.
+    """
+    infos = method.inputs
+    if len(inputs) != len(infos):
+        raise InputError(f"the program takes {len(infos)} inputs, got {len(inputs)}")
+    given = borders.integers(inputs, XNNPACK.quantize)
+    for i, (value, info) in enumerate(zip(given, infos, strict=True)):
+        dtype = getattr(value, "dtype", None)
+        if isinstance(value, Tensor) and str(dtype) != f"torch.{info.dtype}":
+            raise InputError(f"input {i} must be {info.dtype}, got {dtype}")
+    _check_shapes(given, method)
+    return given
+
+
+def _check_shapes(inputs: list[Any], method: MethodContents) -> None:
     """Raise ``InputError`` for a shape the runtime would refuse, with a number only."""
-    for i, (value, info) in enumerate(zip(inputs, contents.inputs, strict=True)):
+    for i, (value, info) in enumerate(zip(inputs, method.inputs, strict=True)):
         if not isinstance(value, Tensor):
             continue
         given, most = tuple(value.shape), info.shape
@@ -441,14 +466,7 @@ class StoredProgram:
             InputError: number, dtype or shape of the inputs is wrong.
             ProgramError: the runtime failed.
         """
-        infos = self.contents.inputs
-        if len(inputs) != len(infos):
-            raise InputError(f"the program takes {len(infos)} inputs, got {len(inputs)}")
-        given = self.borders.integers(inputs, XNNPACK.quantize)
-        for i, (value, info) in enumerate(zip(given, infos, strict=True)):
-            if str(value.dtype) != f"torch.{info.dtype}":
-                raise InputError(f"input {i} must be {info.dtype}, got {value.dtype}")
-        _check_shapes(given, self.contents)
+        given = fitting_inputs(self.contents.main, self.borders, inputs)
         return tuple(_execute(self._method, given))
 
     def dequantized(self, outputs: Any) -> Any:
