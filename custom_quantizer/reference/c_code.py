@@ -97,8 +97,9 @@ def save_c(
         folder: a new directory, or an existing one, whose files of these names are replaced.
         name: prefix of files and names, a C identifier.
         batch: first dimension of the inputs; ``None``: the captured one, 1 if it was dynamic.
-        inputs: float32 inputs of the first test vector, in the order of the model's; the others,
-            and all of them if ``None``, are random integers over the whole range of each input.
+        inputs: of the first test vector, in the order of the model's: float32, or integers where
+            the model takes these; the others, and all of them if ``None``, are random integers
+            over the whole range of each input.
         vectors: number of test vectors.
 
     Raises:
@@ -185,7 +186,14 @@ def _quantized(
     reference: NumpyReference, code: _Network, inputs: Sequence[Any]
 ) -> dict[str, Array]:
     try:
-        stored = reference.quantize(*(np.asarray(value, dtype=np.float32) for value in inputs))
+        # What is an integer at the model's border stays one; too many or too few are refused there.
+        real = [entry["dtype"] == "float32" for entry in reference.description["inputs"]]
+        stored = reference.quantize(
+            *(
+                np.asarray(value, dtype=np.float32 if i >= len(real) or real[i] else None)
+                for i, value in enumerate(inputs)
+            )
+        )
     except (BundleError, TypeError, ValueError) as exc:
         raise InputError(f"inputs: {exc}") from exc
     for name, value in stored.items():

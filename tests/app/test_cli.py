@@ -23,21 +23,9 @@ from custom_quantizer.reference.bundle import load_integers
 from custom_quantizer.reference.interpreter import integer_reference
 
 COMMANDS = [
-    *(
-        "demo",
-        "diagnose",
-        "evaluate",
-        "export-c",
-        "export-integers",
-        "inspect",
-        "plan",
-        "quantize",
-        "verify",
-    ),
+    *("demo", "diagnose", "evaluate", "export-c", "export-integers", "inspect"),
+    *("plan", "profile", "quantize", "verify"),
 ]
-
-
-COMMANDS = ["demo", "evaluate", "inspect", "plan", "profile", "quantize", "verify"]
 
 
 def run(*args: object) -> Result:

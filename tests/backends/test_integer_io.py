@@ -673,6 +673,24 @@ def test_the_integer_bundle_takes_and_returns_integers(
         bundle(images().numpy())
 
 
+@pytest.mark.parametrize("integer", [True, "uint8"])
+def test_c_code_takes_what_the_network_computes_with(integer: Any, tmp_path: Path) -> None:
+    """Its inputs are int8 whatever the border is; test vectors are given as the border has them."""
+    model, _ = small(integer)
+    reference = cq.integer_reference(model)
+    (border,) = reference.borders.inputs
+    assert border is not None
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(4))
+    stored = border.integers(x, reference.arithmetic.quantize)
+    cq.save_c(model, tmp_path / "of_integers", inputs=[stored.numpy()])
+    cq.save_c(plain(model), tmp_path / "of_float", inputs=[x.numpy()])
+    for name in ("net_test.c", "net_constants.c"):
+        code = [(tmp_path / folder / name).read_text() for folder in ("of_integers", "of_float")]
+        assert code[0] == code[1]
+    with pytest.raises(cq.InputError, match=r"is of dtype u?int8, got float32"):
+        cq.save_c(model, tmp_path / "none", inputs=[x.numpy()])
+
+
 def test_the_command_line_asks_for_integers(tmp_path: Path) -> None:
     from support.flow import small_images
 

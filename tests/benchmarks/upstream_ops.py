@@ -99,21 +99,17 @@ def outcomes(file: Path, only: set[str] | None = None) -> dict[str, str]:
     return result.outcomes
 
 
-def measure(files: list[Path]) -> dict[str, Any]:
+def measure(file: Path) -> dict[str, Any]:
     """``file::test -> {"ours": ..., "stock": ...}``; an empty string stands for passed."""
-    tests: dict[str, Any] = {}
-    for file in files:
-        torch.manual_seed(0)
-        with ours():
-            mine = outcomes(file)
-        failed = {name for name, error in mine.items() if error}
-        torch.manual_seed(0)
-        stock = outcomes(file, failed) if failed else {}
-        for name, error in mine.items():
-            tests[name] = {"ours": error, "stock": stock.get(name, "")}
-        differ = [name for name in failed if not stock[name]]
-        print(f"{file.name}: {len(mine)} tests, {len(differ)} differ", flush=True)
-    return {"tests": tests}
+    torch.manual_seed(0)
+    with ours():
+        mine = outcomes(file)
+    failed = {name for name, error in mine.items() if error}
+    torch.manual_seed(0)
+    stock = outcomes(file, failed) if failed else {}
+    differ = [name for name in failed if not stock[name]]
+    print(f"{file.name}: {len(mine)} tests, {len(differ)} differ", flush=True)
+    return {name: {"ours": error, "stock": stock.get(name, "")} for name, error in mine.items()}
 
 
 def render(record: dict[str, Any]) -> str:
@@ -150,9 +146,15 @@ def main() -> None:
     files = sorted(OPS.glob("test_*.py"))
     if options.only:
         files = [file for file in files if file.name in options.only]
-    record = measure(files)
-    (options.output / "upstream_ops.json").write_text(json.dumps(record, indent=2) + "\n")
-    (options.output / "upstream_ops.md").write_text(render(record))
+    stored = options.output / "upstream_ops.json"
+    # With --only, what is known of the other files stays.
+    tests = json.loads(stored.read_text())["tests"] if options.only and stored.is_file() else {}
+    for file in files:
+        tests = {n: found for n, found in tests.items() if not n.startswith(f"{file.name}::")}
+        tests.update(measure(file))
+        record = {"tests": dict(sorted(tests.items()))}
+        stored.write_text(json.dumps(record, indent=2) + "\n")
+        (options.output / "upstream_ops.md").write_text(render(record))
 
 
 if __name__ == "__main__":
