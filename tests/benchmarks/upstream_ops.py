@@ -33,7 +33,23 @@ import custom_quantizer as cq
 
 OPS = Path(upstream.__path__[0]) / "ops"
 
-INTENDED: dict[str, str] = {}
+_DYNAMIC = (
+    "convolutions whose activations are quantized at run time: ours does so for linear layers "
+    "only, and says so"
+)
+INTENDED: dict[str, str] = {
+    **{
+        f"test_conv2d.py::test_dq_conv2d{kind}": _DYNAMIC
+        for kind in ("", "_parallel", "_seq", "_transpose", "_transpose_parallel", "_transpose_seq")
+    },
+    "test_conv2d.py::test_qs8_conv_transpose_2d_quantize_per_channel_multi_axis": (
+        "a graph written by hand, whose scale is no float32: the device would compute with another "
+        "one than PyTorch"
+    ),
+    "test_hardtanh.py::test_qs8_hardtanh": (
+        "counts quantize nodes: ours makes one op of a sum and its clamp, and needs one less"
+    ),
+}
 """``file::test`` -> why it is meant to go another way with ours."""
 
 
