@@ -450,12 +450,12 @@ def add_constant(model: GraphModule, name: str, value: torch.Tensor, before: Nod
 def record_constants(model: GraphModule) -> None:
     """Record shape and dtype of the constants that ``convert_pt2e`` made, which recorded none."""
     for node in model.graph.nodes:
-        if node.op == "get_attr" and "val" not in node.meta and node.users:
+        readers = [user for user in node.users if is_dequantize(user)]
+        if node.op == "get_attr" and "val" not in node.meta and readers:
             integers = constant_of(model, node)
             _record_shape(node, integers)
-            for user in node.users:
-                if is_dequantize(user):
-                    _record_shape(user, integers.to(torch.float32))
+            for reader in readers:
+                _record_shape(reader, integers.to(torch.float32))
 
 
 def _record_shape(node: Node, value: torch.Tensor) -> None:
