@@ -55,10 +55,14 @@ if TYPE_CHECKING:
     from custom_quantizer.calibration.run import CalibrationSummary, calibrate
     from custom_quantizer.calibration.statistics import (
         all_reduce_statistics,
+        freeze_ranges,
         load_statistics,
         merge_statistics,
         save_statistics,
+        set_ranges,
+        set_weight_scales,
     )
+    from custom_quantizer.core.arithmetic import QParams
     from custom_quantizer.core.formats import IntFormat
     from custom_quantizer.core.schemes import OpScheme, TensorScheme, scheme
     from custom_quantizer.planning.planner import OpPlan, Plan, TensorPlan
@@ -105,6 +109,7 @@ __all__ = [
     "Profile",
     "ProgramError",
     "ProgramReport",
+    "QParams",
     "QuantizationResult",
     "Report",
     "SchemeError",
@@ -122,6 +127,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "export_converted",
+    "freeze_ranges",
     "inspect",
     "inspect_program",
     "integer_reference",
@@ -143,6 +149,8 @@ __all__ = [
     "save_statistics",
     "scheme",
     "session_program",
+    "set_ranges",
+    "set_weight_scales",
     "verify",
 ]
 
@@ -152,6 +160,7 @@ _NAMES = {
     "analysis.diagnosis": ("Diagnosis", "diagnose"),
     "analysis.evaluation": ("Evaluation", "evaluate"),
     "analysis.fidelity": ("Fidelity", "FloatCheck", "OutputFidelity", "check_prepared"),
+    "core.arithmetic": ("QParams",),
     "core.formats": ("IntFormat",),
     "reference": (
         "Accumulator",
@@ -173,9 +182,12 @@ _NAMES = {
     "app.models": ("load_model",),
     "calibration.statistics": (
         "all_reduce_statistics",
+        "freeze_ranges",
         "load_statistics",
         "merge_statistics",
         "save_statistics",
+        "set_ranges",
+        "set_weight_scales",
     ),
     "analysis.verification": ("Verification", "verify"),
     "backends.xnnpack": (

@@ -38,6 +38,7 @@ NAMES = [
     "Profile",
     "ProgramError",
     "ProgramReport",
+    "QParams",
     "QuantizationResult",
     "Report",
     "SchemeError",
@@ -55,6 +56,7 @@ NAMES = [
     "diagnose",
     "evaluate",
     "export_converted",
+    "freeze_ranges",
     "inspect",
     "inspect_program",
     "integer_reference",
@@ -76,6 +78,8 @@ NAMES = [
     "save_statistics",
     "scheme",
     "session_program",
+    "set_ranges",
+    "set_weight_scales",
     "verify",
 ]
 

@@ -63,13 +63,30 @@ _PART = 1 << 17
 """Weights that are rounded at a time: 1 MB in float64."""
 
 
-class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
+class _SuppliedBuffers:
+    """Of a module: buffers that are ``None``, also in a ``state_dict``, until they are supplied."""
+
+    _supplied: tuple[str, ...] = ()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in self._supplied:
+            given = state_dict.get(prefix + name)
+            setattr(self, name, None if given is None else given.detach().clone())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+
+class ActivationObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc]  # torchao is untyped
     """What an activation held over all calibration data.
 
     How much is recorded depends on the scheme's observer: the extremes for ``minmax``, their
     averages for ``moving_average``, and for the others the extremes and how often each value
     occurred (:mod:`custom_quantizer.calibration.ranges`). Its memory does not grow with the data.
     All of it is in buffers, so that ``state_dict``, ``deepcopy`` and ``to`` include it.
+
+    Once :meth:`freeze` was called, scale and zero point are what they were then, or what the caller
+    supplied, whatever data come after.
 
     Args:
         scheme: what the range is for.
@@ -83,6 +100,8 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
         count: int64 scalar, number of values.
         counts: int64 ``(65536,)`` where ``kind`` is ``counts``, else ``None``.
         reduced: whether what was recorded is the sum over the ranks of a process group.
+        frozen_scale: float32 scalar once frozen, else ``None``.
+        frozen_zero_point: int64 scalar, likewise.
 
     Raises:
         CalibrationError: a value is NaN or infinite (at :meth:`forward`), or no data was seen
@@ -93,6 +112,9 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
     max_val: Tensor
     count: Tensor
     counts: Tensor | None
+    frozen_scale: Tensor | None
+    frozen_zero_point: Tensor | None
+    _supplied = ("frozen_scale", "frozen_zero_point")
 
     def __init__(
         self,
@@ -117,10 +139,12 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
         self.register_buffer("count", torch.tensor(0, dtype=torch.int64))
         counted = self.kind == "counts" and not self.is_dynamic
         self.register_buffer("counts", torch.zeros(BINS, dtype=torch.int64) if counted else None)
+        for buffer in self._supplied:
+            self.register_buffer(buffer, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Record ``x`` (any shape) and return it unchanged."""
-        if x.numel() == 0 or self.is_dynamic:
+        """Record ``x`` (any shape), unless frozen, and return it unchanged."""
+        if x.numel() == 0 or self.is_dynamic or self.frozen:
             return x
         values = x.detach().to(torch.float32)
         ends = torch.aminmax(values)
@@ -202,12 +226,65 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
         self.kind = "counts"
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=self.count.device)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether scale and zero point stay what they are."""
+        return self.frozen_scale is not None
+
+    def freeze(self, qparams: QParams | None = None) -> None:
+        """Let scale and zero point be ``qparams`` from now on, or what they are now.
+
+        Nothing is recorded any more; what was recorded stays, for :meth:`unfreeze`.
+
+        Args:
+            qparams: one scale, with the integers of the scheme's format.
+
+        Raises:
+            CalibrationError: the range is chosen at run time; ``qparams`` are of another format,
+                or have a zero point where the scheme has none; none are given, and nothing was
+                seen.
+        """
+        if self.is_dynamic:
+            raise CalibrationError(
+                f"{self.name}: its range is chosen at run time, so none can be frozen; use a "
+                "static scheme such as a8w8"
+            )
+        chosen = self.qparams() if qparams is None else qparams
+        if isinstance(chosen.scale, Tensor):
+            raise CalibrationError(
+                f"{self.name}: an activation has one scale, not one per channel; supply a number"
+            )
+        if (chosen.quant_min, chosen.quant_max) != (self.quant_min, self.quant_max):
+            raise CalibrationError(
+                f"{self.name}: its integers are [{self.quant_min}, {self.quant_max}], not "
+                f"[{chosen.quant_min}, {chosen.quant_max}]; supply a range of its own format"
+            )
+        if self.scheme.symmetric and chosen.zero_point != 0:
+            raise CalibrationError(
+                f"{self.name}: its scheme is symmetric, so its zero point is 0, not "
+                f"{chosen.zero_point}; supply a range around 0, or choose an affine scheme"
+            )
+        device = self.count.device
+        self.frozen_scale = torch.tensor(chosen.scale, dtype=torch.float32, device=device)
+        self.frozen_zero_point = torch.tensor(chosen.zero_point, dtype=torch.int64, device=device)
+
+    def unfreeze(self) -> None:
+        """Let the range follow again from what was recorded, and record what comes."""
+        self.frozen_scale = self.frozen_zero_point = None
+
     def qparams(self) -> QParams:
-        """Scale and zero point of what was seen.
+        """Scale and zero point: the frozen ones, or those of what was seen.
 
         Raises:
             CalibrationError: nothing was seen.
         """
+        if self.frozen_scale is not None and self.frozen_zero_point is not None:
+            return QParams(
+                float(self.frozen_scale),
+                int(self.frozen_zero_point),
+                self.quant_min,
+                self.quant_max,
+            )
         if self.count == 0:
             raise CalibrationError(
                 f"{self.name} never saw data, so it has no range; run the prepared model on "
@@ -223,12 +300,14 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
         qparams = self.qparams()
         return torch.tensor([qparams.scale]), torch.tensor([qparams.zero_point])
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._solved = None
 
 
-class _ConstantObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
+class _ConstantObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc]  # torchao is untyped
     """Base of the observers that read a constant and write integers at conversion."""
 
     def __init__(self, name: str = "", **spec: Any) -> None:
@@ -279,7 +358,14 @@ class WeightObserver(_ConstantObserver):
         axis: output-channel axis.
         name: of the op, for messages.
         limits: of the biases that are derived from it.
+
+    Attributes:
+        supplied_scale: float32, of the shape that :meth:`scale` returns, where :meth:`set_scale`
+            supplied one; else ``None``.
     """
+
+    supplied_scale: Tensor | None
+    _supplied = ("supplied_scale",)
 
     def __init__(
         self,
@@ -293,16 +379,69 @@ class WeightObserver(_ConstantObserver):
         self.scheme = scheme
         self.ch_axis = axis
         self.limits = limits or BiasLimits()
+        self.register_buffer("supplied_scale", None)
 
-    def scale(self, weight: Tensor) -> Tensor:
-        """Scales by the largest absolute value: float32, scalar or ``(out_channels,)``.
+    def set_scale(self, scale: Tensor | None) -> None:
+        """Use ``scale`` instead of the one that follows from the largest absolute value.
 
-        No channel's scale is less than 2**-16 of the largest, which keeps the requantization
-        multipliers of dead channels in the range that integer hardware represents.
+        Weights beyond the last integer are clipped to it. Conversion still raises the scale of a
+        channel whose bias would not fit, and reports that.
+
+        Args:
+            scale: float32: a scalar, ``(out_channels,)`` or ``(out_channels, groups)``, as the
+                granularity says; of groups, numbers that bfloat16 represents, since the backend
+                stores those. ``None`` takes a supplied one back.
 
         Raises:
-            CalibrationError: the weight is not finite.
+            CalibrationError: it is not that, or not positive, finite and normal.
         """
+        if scale is None:
+            self.supplied_scale = None
+            return
+        wanted = {"per_tensor": 0, "per_channel": 1, "per_group": 2}[self.scheme.granularity]
+        if scale.dtype != torch.float32 or scale.dim() != wanted:
+            raise CalibrationError(
+                f"{self.name}: a scale of its weight is float32 with {wanted} dimensions "
+                f"({self.scheme.granularity}), not {scale.dtype} with {scale.dim()}"
+            )
+        if not bool((torch.isfinite(scale) & (scale >= _TINY)).all()):
+            raise CalibrationError(
+                f"{self.name}: scales of a weight are positive, finite and normal in float32, from "
+                f"{_TINY:.3g} on; the smallest supplied is {float(scale.min()):g}"
+            )
+        if wanted == 2 and not torch.equal(scale, scale.to(torch.bfloat16).to(torch.float32)):
+            raise CalibrationError(
+                f"{self.name}: scales of weight groups are stored in bfloat16, and a supplied one "
+                "is no such number; round them with .to(torch.bfloat16).to(torch.float32)"
+            )
+        self.supplied_scale = scale.detach().clone()
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """The supplied scales, or those of the largest absolute value.
+
+        No channel's computed scale is less than 2**-16 of the largest, which keeps the
+        requantization multipliers of dead channels in the range that integer hardware represents.
+
+        Args:
+            weight: float, any shape whose ``axis`` are the output channels.
+
+        Returns:
+            float32: a scalar, ``(out_channels,)`` or ``(out_channels, groups)``.
+
+        Raises:
+            CalibrationError: the weight is not finite, or the supplied scale is of another shape.
+        """
+        largest = self._largest_scale(weight)
+        if self.supplied_scale is None:
+            return largest
+        if self.supplied_scale.shape != largest.shape:
+            raise CalibrationError(
+                f"{self.name}: the supplied scale has shape {tuple(self.supplied_scale.shape)}, "
+                f"and its weight needs {tuple(largest.shape)}"
+            )
+        return self.supplied_scale.to(weight.device, copy=True)
+
+    def _largest_scale(self, weight: Tensor) -> Tensor:
         values = weight.detach().to(torch.float32)
         group_size = self.scheme.group_size
         if group_size is not None:

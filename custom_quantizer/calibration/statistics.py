@@ -13,45 +13,56 @@ solves for its scales without new data::
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from operator import add
+from operator import add, attrgetter
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, distributed
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.calibration.observers import ActivationObserver
+from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.ranges import BINS, Kind, Statistics
+from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.rewriting import is_inner
 from custom_quantizer.core.tensor_file import read_tensors, write_tensors
-from custom_quantizer.errors import CalibrationError, InputError, nearest
+from custom_quantizer.errors import CalibrationError, InputError, SchemeError, nearest
 from custom_quantizer.ops.rewrites.training_graph import dropouts_behind, planned_tensor
 
 __all__ = [
     "FORMAT_VERSION",
     "Entry",
+    "FrozenRange",
     "ModelStatistics",
     "Observed",
     "activation_observers",
     "all_reduce_statistics",
+    "freeze_ranges",
     "load_statistics",
     "merge_statistics",
     "read_statistics",
     "record_counts",
     "reset_statistics",
     "save_statistics",
+    "set_ranges",
+    "set_weight_scales",
+    "solved_qparams",
     "statistics_of",
+    "weight_observers",
 ]
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "custom_quantizer.statistics"
 """Key of the version in the metadata of a statistics file."""
 
-FORMAT_VERSION = 2
-"""Version of the file format that is written, and the newest that is read; 1 has no SHA-256."""
+FORMAT_VERSION = 3
+"""The newest version of the file format that is read. 1 has no SHA-256; 3 is written where ranges
+are frozen, which 2 does not know."""
 
 MOST_COUNTED = 8192
 """Entries with counts that a file may have: each takes half a megabyte in memory."""
@@ -168,6 +179,145 @@ def reset_statistics(prepared: GraphModule) -> None:
         observer.statistics = Statistics(observer.kind, counts=counts)
 
 
+def solved_qparams(prepared: GraphModule) -> dict[str, QParams]:
+    """Scale and zero point of every observer that saw data or whose range is frozen.
+
+    Returns:
+        By the names of the observed tensors, joined by ``+``; where several observers watch the
+        same tensors, with ``#2``, ``#3``, ... behind the name from the second on.
+    """
+    return {
+        name: observed.observer.qparams()
+        for name, observed in _by_name(activation_observers(prepared)).items()
+        if observed.observer.count > 0 or observed.observer.frozen
+    }
+
+
+def _by_name(observers: Iterable[Observed]) -> dict[str, Observed]:
+    """Observers by the names of their tensors, as :func:`solved_qparams` says."""
+    named: dict[str, Observed] = {}
+    for observed in observers:
+        name, number = observed.name, 1
+        while name in named:
+            number += 1
+            name = f"{observed.name}#{number}"
+        named[name] = observed
+    return named
+
+
+# -- frozen ranges ------------------------------------------------------------------------------
+
+
+def freeze_ranges(prepared: GraphModule, frozen: bool = True) -> None:
+    """Keep scale and zero point of every activation as they are, or let them follow the data again.
+
+    Raises:
+        CalibrationError: ``prepared`` is not what ``prepare_pt2e`` returns, or an observer never
+            saw data; nothing was changed.
+    """
+    observers = [observed.observer for observed in activation_observers(prepared)]
+    if not frozen:
+        for observer in observers:
+            observer.unfreeze()
+        return
+    chosen = [observer.qparams() for observer in observers]
+    for observer, qparams in zip(observers, chosen, strict=True):
+        observer.freeze(qparams)
+
+
+def set_ranges(prepared: GraphModule, ranges: Mapping[str, QParams]) -> None:
+    """Supply scale and zero point of activations, and freeze them.
+
+    What is derived follows: conversion takes the int32 biases from the supplied scales. Tensors
+    that share an observer share the range.
+
+    Args:
+        prepared: what ``prepare_pt2e`` returns, calibrated or not.
+        ranges: by a name of :func:`solved_qparams`, or that of one of its tensors where only one
+            observer watches it.
+
+    Raises:
+        CalibrationError: a name is not that of an observed tensor, or of several observers; two
+            ranges are given for one observer; or a range is not one of its format. Nothing was
+            changed.
+    """
+    named = _by_name(activation_observers(prepared))
+    single: dict[str, list[Observed]] = {}
+    for observed in named.values():
+        for tensor in observed.tensors:
+            single.setdefault(tensor, []).append(observed)
+    chosen: dict[ActivationObserver, QParams] = {}
+    for name, qparams in ranges.items():
+        found = [named[name]] if name in named else single.get(name, [])
+        if not found:
+            raise CalibrationError(
+                f"{name} is no observed tensor{nearest(name, sorted({*named, *single}))}"
+            )
+        if len(found) > 1:
+            several = [key for key, value in named.items() if value in found]
+            raise CalibrationError(
+                f"{name} is watched by {len(found)} observers; name one: {_listed(several)}"
+            )
+        observer = found[0].observer
+        if chosen.setdefault(observer, qparams) != qparams:
+            raise CalibrationError(
+                f"{name} shares its range with {found[0].name}, for which another one is supplied "
+                "too; supply one of them"
+            )
+    before = {observer: (observer.frozen_scale, observer.frozen_zero_point) for observer in chosen}
+    try:
+        for observer, qparams in chosen.items():
+            observer.freeze(qparams)
+    except CalibrationError:
+        for observer, (scale, zero_point) in before.items():
+            observer.frozen_scale, observer.frozen_zero_point = scale, zero_point
+        raise
+
+
+def weight_observers(prepared: GraphModule) -> dict[str, WeightObserver]:
+    """The observers of weights by the name of the weight in ``state_dict``, in graph order.
+
+    Raises:
+        CalibrationError: ``prepared`` is not what ``prepare_pt2e`` returns.
+    """
+    activation_observers(prepared)  # raises what has to be said about other things
+    return {
+        str(cast(Node, node.args[0]).target): module
+        for node in prepared.graph.nodes
+        if node.op == "call_module"
+        and isinstance(module := prepared.get_submodule(str(node.target)), WeightObserver)
+    }
+
+
+def set_weight_scales(prepared: GraphModule, scales: Mapping[str, Tensor | None]) -> None:
+    """Supply scales of weights; integers and derived biases follow from them at conversion.
+
+    Args:
+        prepared: what ``prepare_pt2e`` returns.
+        scales: by the name of the weight in ``state_dict``; see
+            :meth:`~custom_quantizer.calibration.observers.WeightObserver.set_scale`.
+
+    Raises:
+        CalibrationError: there is no such quantized weight, or a scale does not fit it; nothing was
+            changed.
+    """
+    known = weight_observers(prepared)
+    for name in scales:
+        if name not in known:
+            raise CalibrationError(
+                f"{name} is no quantized weight of the graph{nearest(name, sorted(known))}"
+            )
+    before = {name: known[name].supplied_scale for name in scales}
+    try:
+        for name, scale in scales.items():
+            known[name].set_scale(scale)
+            known[name].scale(attrgetter(name)(prepared))
+    except CalibrationError:
+        for name, scale in before.items():
+            known[name].supplied_scale = scale
+        raise
+
+
 # -- statistics of a model ----------------------------------------------------------------------
 
 
@@ -190,14 +340,34 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class FrozenRange:
+    """A frozen range.
+
+    Attributes:
+        tensors: names of the nodes that have it, sorted.
+        qparams: scale, zero point and integers.
+    """
+
+    tensors: tuple[str, ...]
+    qparams: QParams
+
+    @property
+    def key(self) -> tuple[tuple[str, ...], int, int]:
+        """Tensors and format: a tensor may be quantized to several."""
+        return self.tensors, self.qparams.quant_min, self.qparams.quant_max
+
+
+@dataclass(frozen=True)
 class ModelStatistics:
     """Statistics of the activations of a model.
 
     Attributes:
         entries: sorted by :attr:`Entry.key`, each key once.
+        frozen: ranges that do not follow from them, sorted by :attr:`FrozenRange.key`.
     """
 
     entries: tuple[Entry, ...]
+    frozen: tuple[FrozenRange, ...] = ()
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -270,16 +440,25 @@ def statistics_of(prepared: GraphModule) -> ModelStatistics:
     Raises:
         CalibrationError: ``prepared`` is not what ``prepare_pt2e`` returns.
     """
-    entries = {}
+    entries, frozen = {}, {}
     for observed in activation_observers(prepared):
         entry = Entry(observed.tensors, observed.observer.statistics)
         # Two formats of one tensor see the same values.
         entries[entry.key] = entry
-    return _sorted(entries)
+        if observed.observer.frozen:
+            kept = FrozenRange(observed.tensors, observed.observer.qparams())
+            frozen[kept.key] = kept
+    return _sorted(entries, frozen)
 
 
-def _sorted(entries: Mapping[Any, Entry]) -> ModelStatistics:
-    return ModelStatistics(tuple(entries[key] for key in sorted(entries)))
+def _sorted(
+    entries: Mapping[Any, Entry], frozen: Mapping[Any, FrozenRange] | None = None
+) -> ModelStatistics:
+    frozen = frozen or {}
+    return ModelStatistics(
+        tuple(entries[key] for key in sorted(entries)),
+        tuple(frozen[key] for key in sorted(frozen)),
+    )
 
 
 def _resolve(source: Source) -> ModelStatistics:
@@ -294,11 +473,12 @@ def merge_statistics(sources: Iterable[Source]) -> ModelStatistics:
     The sum is exact and does not depend on the order of the sources.
 
     Args:
-        sources: files, objects or prepared models, which recorded the same tensors.
+        sources: files, objects or prepared models, which recorded the same tensors and froze the
+            same ranges, if any.
 
     Raises:
-        CalibrationError: there are no sources, they recorded different tensors, or one of them
-            holds moving averages.
+        CalibrationError: there are no sources, they recorded different tensors or froze different
+            ranges, or one of them holds moving averages.
         InputError: a file cannot be read.
     """
     resolved = [_resolve(source) for source in sources]
@@ -316,14 +496,21 @@ def merge_statistics(sources: Iterable[Source]) -> ModelStatistics:
             )
         for key, entry in given.items():
             total[key] = Entry(entry.tensors, total[key].statistics + entry.statistics)
-    return _sorted(total)
+        if model.frozen != resolved[0].frozen:
+            raise CalibrationError(
+                f"source {index} and source 0 froze different ranges, of which there is no sum; "
+                "merge before freezing, or unfreeze them"
+            )
+    return _sorted(total, {kept.key: kept for kept in resolved[0].frozen})
 
 
 def load_statistics(prepared: GraphModule, source: Source) -> None:
     """Replace what the observers of a prepared model have seen.
 
     The model may have been prepared with other formats or another observer than the one that
-    recorded the statistics, provided that they hold what the observer needs.
+    recorded the statistics, provided that they hold what the observer needs. Frozen ranges are
+    those of one format: a tensor that has another one here follows its statistics, and a warning
+    says how many do.
 
     Args:
         prepared: what ``prepare_pt2e`` returns.
@@ -349,8 +536,24 @@ def load_statistics(prepared: GraphModule, source: Source) -> None:
             "model, or calibrate again"
         )
     found = [given.for_tensors(o.tensors, o.observer.kind) for o in observers]
+    frozen = {kept.key: kept.qparams for kept in given.frozen}
+    used = set()
     for observed, statistics in zip(observers, found, strict=True):
-        observed.observer.statistics = statistics
+        observer = observed.observer
+        observer.statistics = statistics
+        observer.unfreeze()
+        key = (observed.tensors, observer.quant_min, observer.quant_max)
+        if key in frozen and not (observer.scheme.symmetric and frozen[key].zero_point):
+            observer.freeze(frozen[key])
+            used.add(key)
+    if left := [tensors for tensors, *_ in frozen.keys() - used]:
+        logger.warning(
+            "%d of %d frozen ranges are of other formats than the graph has, or of tensors that "
+            "share theirs with others here (%s); these tensors follow their statistics",
+            len(left),
+            len(frozen),
+            _listed("+".join(tensors) for tensors in left),
+        )
 
 
 # -- files --------------------------------------------------------------------------------------
@@ -361,14 +564,16 @@ def save_statistics(source: GraphModule | ModelStatistics, path: str | os.PathLi
 
     For each entry there are, under its tensors' names and kind, ``count`` (int64), ``range``
     (float32: low, high) and, with counts, ``bins`` (int32) and ``counts`` (int64) of the bins that
-    are not empty; and the SHA-256 of all. Equal statistics give equal files.
+    are not empty; under ``frozen`` and the integers of a format ``scale`` (float32) and
+    ``zero_point`` (int64); and the SHA-256 of all. Equal statistics give equal files.
 
     Raises:
         CalibrationError: ``source`` is not what ``prepare_pt2e`` returns.
         InputError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for entry in _resolve(source):
+    given = _resolve(source)
+    for entry in given:
         statistics = entry.statistics
         prefix = f"{'+'.join(entry.tensors)}/{statistics.kind}"
         tensors[f"{prefix}/count"] = torch.tensor(statistics.count, dtype=torch.int64)
@@ -379,8 +584,13 @@ def save_statistics(source: GraphModule | ModelStatistics, path: str | os.PathLi
             bins = statistics.counts.nonzero().flatten()
             tensors[f"{prefix}/bins"] = bins.to(torch.int32)
             tensors[f"{prefix}/counts"] = statistics.counts[bins]
+    for kept in given.frozen:
+        q = kept.qparams
+        prefix = f"{'+'.join(kept.tensors)}/frozen:{q.quant_min}:{q.quant_max}"
+        tensors[f"{prefix}/scale"] = torch.tensor(q.scale, dtype=torch.float32)
+        tensors[f"{prefix}/zero_point"] = torch.tensor(q.zero_point, dtype=torch.int64)
     # One key: the order of several would change from run to run.
-    write_tensors(path, tensors, {FORMAT: str(FORMAT_VERSION)})
+    write_tensors(path, tensors, {FORMAT: str(3 if given.frozen else 2)})
 
 
 def read_statistics(path: str | os.PathLike[str]) -> ModelStatistics:
@@ -402,14 +612,18 @@ def read_statistics(path: str | os.PathLike[str]) -> ModelStatistics:
     for key, value in tensors.items():
         prefix, _, field = key.rpartition("/")
         groups.setdefault(prefix, {})[field] = value
-    entries = {}
+    entries, frozen = {}, {}
     for prefix, fields in groups.items():
         try:
+            if _FROZEN in prefix:
+                kept = _frozen(prefix, fields)
+                frozen[kept.key] = kept
+                continue
             entry = _entry(prefix, fields)
-        except ValueError as error:
+        except (ValueError, SchemeError) as error:
             raise InputError(f"{path}: {prefix or 'a tensor without a name'}: {error}") from error
         entries[entry.key] = entry
-    return _sorted(entries)
+    return _sorted(entries, frozen)
 
 
 def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str], sealed: bool) -> None:
@@ -429,7 +643,31 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str], sea
         )
 
 
+_FROZEN = "/frozen:"
+
+
+def _frozen(prefix: str, fields: Mapping[str, Tensor]) -> FrozenRange:
+    """One frozen range of a file; ValueError or SchemeError says what is wrong with it."""
+    names, _, text = prefix.partition(_FROZEN)
+    low, _, high = text.partition(":")
+    if not names or fields.keys() != {"scale", "zero_point"}:
+        raise ValueError("is not named as a frozen range")
+    _check_dtypes(fields)
+    if any(value.dim() for value in fields.values()):
+        raise ValueError("scale or zero_point is no number")
+    scale, zero_point = float(fields["scale"]), int(fields["zero_point"])
+    return FrozenRange(tuple(names.split("+")), QParams(scale, zero_point, int(low), int(high)))
+
+
+def _check_dtypes(fields: Mapping[str, Tensor]) -> None:
+    for field, value in fields.items():
+        if value.dtype != _DTYPES[field]:
+            raise ValueError(f"{field} is {value.dtype}, not {_DTYPES[field]}")
+
+
 _DTYPES = {
+    "scale": torch.float32,
+    "zero_point": torch.int64,
     "count": torch.int64,
     "range": torch.float32,
     "bins": torch.int32,
@@ -447,9 +685,7 @@ def _entry(prefix: str, fields: Mapping[str, Tensor]) -> Entry:
     expected = {"count", "range"} | ({"bins", "counts"} if kind == "counts" else set())
     if fields.keys() != expected:
         raise ValueError(f"holds {_listed(fields)} instead of {_listed(expected)}")
-    for field, value in fields.items():
-        if value.dtype != _DTYPES[field]:
-            raise ValueError(f"{field} is {value.dtype}, not {_DTYPES[field]}")
+    _check_dtypes(fields)
     if fields["count"].dim() or fields["range"].shape != (2,):
         raise ValueError("count is no number, or range no pair")
     count, (low, high) = int(fields["count"]), fields["range"].tolist()

@@ -160,7 +160,7 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
             super().forward(x)
         if not self.fake_quant_enabled[0] or x.numel() == 0:
             return x
-        if self.learned:
+        if self.learned and not self.frozen:
             return self._round_and_learn(x)
         qparams = self.qparams()
         return torch.fake_quantize_per_tensor_affine(
@@ -195,6 +195,8 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
         Raises:
             CalibrationError: nothing was seen.
         """
+        if self.frozen:
+            return super().qparams()
         if self.learned and self.initialized:
             scale, zero_point = self._learned_values()
             return self._make(float(scale), int(zero_point))
@@ -256,7 +258,8 @@ class WeightFakeQuantize(WeightObserver, FakeQuantizeBase):  # type: ignore[misc
 
     Its scale always follows the weight, also where observers are disabled, because it is the final
     weight that will be shipped. With a learned scale (``observer="lsq"``) the first one is that of
-    the least squared error.
+    the least squared error. A supplied scale (:meth:`set_scale`) stays, and what is beyond the last
+    integer has no gradient; with a learned scale it is where learning starts.
 
     Args:
         scheme: format, granularity and observer.
@@ -313,7 +316,9 @@ class WeightFakeQuantize(WeightObserver, FakeQuantizeBase):  # type: ignore[misc
             return largest
         if not self.initialized:
             with torch.no_grad():
-                self.scale_parameter.copy_(self._least_error(weight.detach(), largest))
+                given = self.supplied_scale is not None
+                first = largest if given else self._least_error(weight.detach(), largest)
+                self.scale_parameter.copy_(first)
                 self.initialized.fill_(1)
         return self.scale_parameter.detach().abs().clamp_min(_TINY)
 
@@ -330,8 +335,12 @@ class WeightFakeQuantize(WeightObserver, FakeQuantizeBase):  # type: ignore[misc
             spread = self._spread(scale, weight)
             value = integers.to(weight.dtype) * spread
         if not self.learned:
-            # The scale covers the largest weight, so nothing is clipped.
-            return cast(Tensor, _StraightThrough.apply(weight, value, None))
+            mask = None  # a scale that covers the largest weight clips nothing
+            if self.supplied_scale is not None:
+                steps = torch.round(weight.detach() / spread)
+                fmt = self.scheme.format
+                mask = (steps >= fmt.quant_min) & (steps <= fmt.quant_max)
+            return cast(Tensor, _StraightThrough.apply(weight, value, mask))
         live = self.scale_parameter.abs().clamp_min(_TINY)
         # A copy: the bias may change it before the gradients are computed.
         live = self._spread(torch.maximum(live, self.least_scale.clone()), weight)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.ranks import SCHEMES, images, prepared_net, solved_qparams
+from support.ranks import SCHEMES, images, prepared_net
 
 from custom_quantizer.calibration.statistics import (
     all_reduce_statistics,
     read_statistics,
+    solved_qparams,
     statistics_of,
 )
 from custom_quantizer.errors import CalibrationError

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.ranks import solved_qparams
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e import HistogramObserver
@@ -20,6 +19,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationConfig, Quantization
 
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.ranges import Statistics, choose_qparams, solve
+from custom_quantizer.calibration.statistics import solved_qparams
 from custom_quantizer.core.formats import IntFormat
 from custom_quantizer.core.graph import is_dequantize, qparams_of
 from custom_quantizer.core.schemes import (

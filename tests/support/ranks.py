@@ -12,33 +12,14 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from custom_quantizer.calibration.statistics import (
-    activation_observers,
     all_reduce_statistics,
     save_statistics,
+    solved_qparams,
 )
-from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.errors import CalibrationError
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 SCHEMES = ("a8w8", "a8w8-percentile99", "a4w8-histogram", "a8w8-entropy")
-
-
-def solved_qparams(prepared: GraphModule) -> dict[str, QParams]:
-    """Scale and zero point of every observer that saw data.
-
-    Returns:
-        By the names of the observed tensors, joined by ``+``; where several observers watch the
-        same tensors, with ``#2``, ``#3``, ... behind the name from the second on.
-    """
-    solved: dict[str, QParams] = {}
-    for observed in activation_observers(prepared):
-        name, number = observed.name, 1
-        while name in solved:
-            number += 1
-            name = f"{observed.name}#{number}"
-        if observed.observer.count > 0:
-            solved[name] = observed.observer.qparams()
-    return solved
 
 
 def images() -> Tensor:
