@@ -486,6 +486,10 @@ class WeightObserver(_ConstantObserver):
             integers[start : start + rows] = part.clamp_(fmt.quant_min, fmt.quant_max)
         return integers
 
+    def dequantized(self, integers: Tensor, scale: Tensor) -> Tensor:
+        """What ``integers`` stand for, float32, as the converted graph computes it."""
+        return integers.to(torch.float32) * self._spread(scale, integers)
+
     def _spread(self, scale: Tensor, weight: Tensor) -> Tensor:
         """The scale in a shape that multiplies the weight."""
         if self.scheme.group_size is not None:
@@ -577,11 +581,7 @@ class BiasObserver(_ConstantObserver):
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by int32 constants and their dequantization (called by torchao)."""
         fold_for_good(model)
-        (match,) = _consumers(node)
-        bias = self.finite(constant_of(model, cast(Node, node.args[0])))
-        input_scale = _input_scale(model, match)
-        weight_scale = expand_channels(_weight_scale(model, match), match)
-        values, scale = self.derive(bias, input_scale, weight_scale)
+        values, scale = self.derived(model, node, constant_of(model, cast(Node, node.args[0])))
         qparams = QParams(
             scale if scale.dim() else float(scale),
             0,
@@ -590,6 +590,24 @@ class BiasObserver(_ConstantObserver):
             0 if scale.dim() else None,
         )
         self._replace(model, node, values, scale, qparams)
+
+    def derived(self, model: GraphModule, node: Node, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers and scale that a bias gets at conversion.
+
+        Args:
+            model: the prepared graph.
+            node: call of this observer.
+            bias: float, ``(out_channels,)``.
+
+        Returns:
+            As :meth:`derive`.
+
+        Raises:
+            CalibrationError: it has values that are not finite.
+        """
+        (match,) = _consumers(node)
+        weight_scale = expand_channels(_weight_scale(model, match), match)
+        return self.derive(self.finite(bias), _input_scale(model, match), weight_scale)
 
     def finite(self, bias: Tensor) -> Tensor:
         """Return ``bias``.

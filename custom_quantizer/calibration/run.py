@@ -267,6 +267,30 @@ def _calibrate(
     return summary
 
 
+def graph_calls(prepared: GraphModule, data: object, limit: int | None = None) -> list[list[Any]]:
+    """The calls that :func:`calibrate` would make of ``data``: one value per placeholder for each.
+
+    Raises:
+        CalibrationError: as there.
+    """
+    _check_prepared(prepared)
+    graph = GraphInputs.of(prepared)
+    queue = SampleQueue(graph)
+    calls: list[list[Any]] = []
+    passed = 0
+    for index, batch in enumerate(_batches(data)):
+        values = graph.fit(batch, f"batch {index}")
+        size = graph.batch_size(values)
+        if limit is not None and graph.batch is not None and passed + size > limit:
+            size = limit - passed
+            values = graph.take(values, 0, size)
+        passed += size
+        calls.extend(queue.push(values))
+        if limit is not None and passed >= limit:
+            break
+    return calls
+
+
 def _check_prepared(prepared: object) -> None:
     if not isinstance(prepared, GraphModule):
         raise CalibrationError(

@@ -26,7 +26,15 @@ from custom_quantizer.ops._rule import (
     refused,
 )
 
-__all__ = ["CONV", "CONV_TRANSPOSE", "LINEAR", "RULES", "expand_channels", "symmetric_padding"]
+__all__ = [
+    "CONV",
+    "CONV_TRANSPOSE",
+    "LINEAR",
+    "RULES",
+    "expand_channels",
+    "per_dim",
+    "symmetric_padding",
+]
 
 aten = torch.ops.aten
 
@@ -66,23 +74,30 @@ def expand_channels(scale: Tensor, match: PatternMatch) -> Tensor:
     return scale
 
 
-def symmetric_padding(node: Node) -> tuple[list[int], list[int]]:
+def symmetric_padding(
+    node: Node, kernel: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
     """``(before, after)`` padding per spatial dim of a convolution, ``'same'`` resolved.
+
+    Args:
+        node: the call.
+        kernel: sizes of the kernel; by default those recorded for the weight.
 
     Raises:
         ConversionError: the kernel size is not known.
     """
-    weight = cast(Node, node.args[1])
-    meta = tensor_meta(weight)
-    if meta is None:
-        raise ConversionError(f"{describe(node)}: no shape is recorded for its weight")
-    dims = meta.dim() - 2
+    if kernel is None:
+        meta = tensor_meta(cast(Node, node.args[1]))
+        if meta is None:
+            raise ConversionError(f"{describe(node)}: no shape is recorded for its weight")
+        kernel = meta.shape[2:]
+    dims = len(kernel)
     padding = argument(node, 4, "padding", 0)
     if isinstance(padding, str):
         if padding == "valid":
             return [0] * dims, [0] * dims
         dilation = per_dim(argument(node, 5, "dilation", 1), dims)
-        total = [d * (k - 1) for d, k in zip(dilation, meta.shape[2:], strict=True)]
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [t // 2 for t in total], [t - t // 2 for t in total]
     both = per_dim(padding, dims)
     return both, list(both)

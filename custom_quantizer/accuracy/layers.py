@@ -1,0 +1,300 @@
+"""Convolutions and linear layers of a prepared graph as what they are to these algorithms: matrices.
+
+Every layer computes ``rows @ patches + bias`` in each of its groups: ``rows`` is its weight as
+``(groups, outputs, inputs)``, ``patches`` are the inputs that meet it, ``(groups, inputs,
+positions)``. For a convolution these are the columns of im2col; a transposed convolution is one of
+stride 1 over its input with zeros in between, with the kernel turned around.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver, WeightObserver
+from custom_quantizer.core.graph import argument, describe, is_constant
+from custom_quantizer.ops import PatternMatch, rule_of
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, per_dim, symmetric_padding
+
+__all__ = ["Layer", "find_layers"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer whose weight is rounded.
+
+    Attributes:
+        model: the prepared graph.
+        match: the call, its arguments sorted by role.
+        weight_node: call of the weight's observer.
+        observer: of the weight.
+        bias_node: call of the bias's observer, or what reads a bias that stays in float; ``None``
+            without a bias.
+        input_observer: of the activation that it reads; ``None`` where that is in float.
+    """
+
+    model: GraphModule
+    match: PatternMatch
+    weight_node: Node
+    observer: WeightObserver
+    bias_node: Node | None
+    input_observer: ActivationObserver | None
+
+    @property
+    def node(self) -> Node:
+        """The call."""
+        return self.match.node
+
+    @property
+    def name(self) -> str:
+        """Name of the call, as plans and reports have it."""
+        return self.node.name
+
+    @property
+    def where(self) -> str:
+        """Name and module path, for messages."""
+        return describe(self.node)
+
+    @property
+    def input(self) -> Node:
+        """The activation."""
+        return self.match.inputs[0]
+
+    @property
+    def groups(self) -> int:
+        """Channel groups; 1 for linear layers."""
+        return self.match.groups
+
+    @property
+    def bias_observer(self) -> BiasObserver | None:
+        """Of the derived bias; ``None`` where there is no bias, or one in float."""
+        node = self.bias_node
+        module = _module(self.model, node) if node is not None else None
+        return module if isinstance(module, BiasObserver) else None
+
+    # -- parameters -------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight itself, to be read or written in place."""
+        return _attribute(self.model, _constant(self.weight_node))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias itself, ``(out_channels,)``; ``None`` without one."""
+        if self.bias_node is None:
+            return None
+        return _attribute(self.model, _constant(self.bias_node))
+
+    @property
+    def input_scale(self) -> float | None:
+        """Scale of the activation; ``None`` where it is in float or chosen at run time."""
+        observer = self.input_observer
+        if observer is None or observer.is_dynamic:
+            return None
+        return cast(float, observer.qparams().scale)
+
+    def final_scale(self) -> Tensor:
+        """The weight's scale as conversion will have it, raised where a bias needs it."""
+        return self.observer.final_scale(self.model, self.weight_node)
+
+    def rounded_weight(self) -> Tensor:
+        """The weight as conversion will have it, dequantized, float32."""
+        scale = self.final_scale()
+        return self.observer.dequantized(self.observer.integers(self.weight, scale), scale)
+
+    def rounded_bias(self) -> Tensor | None:
+        """The bias as conversion will have it, dequantized; as it is where it stays in float."""
+        bias, observer = self.bias, self.bias_observer
+        if bias is None or observer is None:
+            return None if bias is None else bias.detach()
+        integers, unit = observer.derived(self.model, self.bias_node, bias)
+        return integers.to(torch.float32) * unit
+
+    # -- as matrices ------------------------------------------------------------------------------
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with another input, weight and bias."""
+        args = [x, weight, bias, *self.node.args[3:]]
+        kwargs = {k: v for k, v in self.node.kwargs.items() if k not in ("weight", "bias")}
+        if len(self.node.args) < 3 and bias is None:
+            args = args[:2]
+        return cast(Tensor, cast(Any, self.node.target)(*args, **kwargs))
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """``(groups, outputs per group, inputs)`` of a tensor in the weight's layout."""
+        if self.match.rule is CONV_TRANSPOSE:
+            split = weight.reshape(self.groups, -1, *weight.shape[1:]).transpose(1, 2)
+            return split.flip(tuple(range(3, split.dim()))).flatten(2)
+        return weight.reshape(self.groups, len(weight) // self.groups, -1)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The opposite of :meth:`to_rows`."""
+        shape = self.weight.shape
+        if self.match.rule is CONV_TRANSPOSE:
+            split = rows.reshape(*rows.shape[:2], shape[0] // self.groups, *shape[2:])
+            return split.flip(tuple(range(3, split.dim()))).transpose(1, 2).reshape(shape)
+        return rows.reshape(shape)
+
+    def scale_of_rows(self, scale: Tensor) -> Tensor:
+        """A scale of the weight, in a shape that multiplies rows.
+
+        Args:
+            scale: as the observer has it.
+
+        Returns:
+            ``(1 or groups, 1 or outputs, 1 or inputs)``.
+        """
+        group_size = self.observer.scheme.group_size
+        if group_size is not None:
+            return scale.repeat_interleave(group_size, dim=1).unsqueeze(0)
+        if scale.dim() == 0:
+            return scale.reshape(1, 1, 1)
+        groups = 1 if self.match.rule is CONV_TRANSPOSE else self.groups
+        return scale.reshape(groups, -1, 1)
+
+    @property
+    def positions_per_sample(self) -> int:
+        """A bound on how often the weight meets one sample, for sampling; 1 where not known."""
+        return 1
+
+    def patches(self, x: Tensor) -> Tensor:
+        """What meets the weight, ``(groups, inputs, positions)``, for an input of the layer."""
+        if self.match.rule is LINEAR:
+            return x.reshape(-1, x.shape[-1]).T.unsqueeze(0)
+        x, kernel, stride, dilation = self._as_convolution(x)
+        if all(k == 1 for k in kernel):
+            strided = x[:, :, :: stride[0], :: stride[1]]
+            columns = strided.flatten(2)
+        else:
+            columns = F.unfold(x, kernel, dilation, 0, stride)
+        samples, _, length = columns.shape
+        split = columns.reshape(samples, self.groups, -1, length)
+        return split.permute(1, 2, 0, 3).reshape(self.groups, -1, samples * length)
+
+    def _as_convolution(self, x: Tensor) -> tuple[Tensor, list[int], list[int], list[int]]:
+        """``(padded input, kernel, stride, dilation)`` of a convolution in two dimensions."""
+        node, shape = self.node, self.weight.shape
+        dims = len(shape) - 2
+        kernel = list(shape[2:])
+        stride = per_dim(argument(node, 3, "stride", 1), dims)
+        if self.match.rule is CONV:
+            dilation = per_dim(argument(node, 5, "dilation", 1), dims)
+            before, after = symmetric_padding(node, kernel)
+        else:
+            dilation = per_dim(argument(node, 7, "dilation", 1), dims)
+            padding = per_dim(argument(node, 4, "padding", 0), dims)
+            extra = per_dim(argument(node, 5, "output_padding", 0), dims)
+            x = _with_zeros_between(x, stride)
+            reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            before = [r - p for r, p in zip(reach, padding, strict=True)]
+            after = [b + e for b, e in zip(before, extra, strict=True)]
+            stride = [1] * dims
+        pads = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
+        x = F.pad(x, pads)
+        if dims == 1:
+            return x.unsqueeze(2), [1, *kernel], [1, *stride], [1, *dilation]
+        return x, kernel, stride, dilation
+
+
+def _with_zeros_between(x: Tensor, stride: list[int]) -> Tensor:
+    """``x`` with ``stride - 1`` zeros between its values in each spatial dimension."""
+    if all(s == 1 for s in stride):
+        return x
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *sizes)
+    wide[(..., *(slice(None, None, s) for s in stride))] = x
+    return wide
+
+
+def find_layers(prepared: GraphModule) -> tuple[list[Layer], dict[str, str]]:
+    """The layers whose weights are rounded, in graph order, and why others are left as they are.
+
+    Returns:
+        Layers, and by the name of a call with a weight the reason why it is none.
+    """
+    layers: list[Layer] = []
+    refused: dict[str, str] = {}
+    for node in prepared.graph.nodes:
+        rule = rule_of(node)
+        if rule not in (CONV, CONV_TRANSPOSE, LINEAR) or rule is None:
+            continue
+        match = rule.match(rule, node)
+        if isinstance(match, str):
+            refused[node.name] = match
+            continue
+        found = _layer(prepared, match)
+        if isinstance(found, str):
+            refused[node.name] = found
+        else:
+            layers.append(found)
+    return layers, refused
+
+
+def _layer(model: GraphModule, match: PatternMatch) -> Layer | str:
+    """The layer of a call, or why it is none."""
+    weight = cast(Node, match.weight)
+    observer = _module(model, weight)
+    if not isinstance(observer, WeightObserver):
+        return "it stays in float"
+    if not is_constant(weight.args[0]) or cast(Node, weight.args[0]).op != "get_attr":
+        return "its weight is computed in the graph"
+    if _uses(model, weight) > 1:
+        return "its weight is used more than once, so one layer cannot have it changed"
+    bias = match.bias
+    if bias is not None:
+        source = (
+            cast(Node, bias.args[0]) if isinstance(_module(model, bias), BiasObserver) else bias
+        )
+        if source.op != "get_attr":
+            return "its bias is computed in the graph"
+        if _uses(model, bias) > 1:
+            return "its bias is used more than once, so one layer cannot have it changed"
+    given = _module(model, match.inputs[0])
+    return Layer(
+        model,
+        match,
+        weight,
+        observer,
+        bias,
+        given if isinstance(given, ActivationObserver) else None,
+    )
+
+
+def _uses(model: GraphModule, node: Node) -> int:
+    """How often the constant behind ``node`` is used, under whatever name."""
+    mine = _attribute(model, _constant(node))
+    uses = 0
+    for other in model.graph.nodes:
+        if other.op != "get_attr":
+            continue
+        value = _attribute(model, other)
+        if value is mine or (
+            isinstance(value, Tensor) and value.numel() and value.data_ptr() == mine.data_ptr()
+        ):
+            for user in other.users:
+                uses += len(user.users) if _module(model, user) is not None else 1
+    return uses
+
+
+def _constant(node: Node) -> Node:
+    """The node that reads the constant behind an observer, or is it."""
+    return node if node.op == "get_attr" else cast(Node, node.args[0])
+
+
+def _attribute(model: GraphModule, node: Node) -> Any:
+    return operator.attrgetter(str(node.target))(model)
+
+
+def _module(model: GraphModule, node: Node | None) -> Any:
+    return (
+        model.get_submodule(str(node.target))
+        if node is not None and node.op == "call_module"
+        else None
+    )

@@ -1,0 +1,171 @@
+"""Two versions of a network walked through side by side, op by op, over all data at once.
+
+One version is the float model, the other what the quantized one will compute. Before a layer runs
+it can be changed, knowing what really arrives at it; what follows sees the changed layer.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.accuracy.layers import Layer
+from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver, WeightObserver
+from custom_quantizer.core.graph import is_constant
+
+__all__ = ["Batches", "Stream", "walk"]
+
+
+class Batches(list[Any]):
+    """Values of one node, one for each batch."""
+
+
+class Stream:
+    """One version of a network: what its nodes hold for all batches.
+
+    Args:
+        model: the prepared graph.
+        calls: one value per placeholder, for each batch.
+        rounded: compute what the integers stand for, instead of floats.
+        constants: instead of what ``get_attr`` nodes of these names hold.
+    """
+
+    def __init__(
+        self,
+        model: GraphModule,
+        calls: list[list[Any]],
+        rounded: bool,
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._model = model
+        self._calls = calls
+        self._rounded = rounded
+        self._constants = constants or {}
+        self.values: dict[Node, Any] = {}
+        placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
+        for index, node in enumerate(placeholders):
+            self.values[node] = Batches(call[index] for call in calls)
+
+    def run(self, node: Node) -> None:
+        """Compute a node from those before it."""
+        if node.op == "get_attr":
+            name = str(node.target)
+            value = self._constants.get(name)
+            self.values[node] = operator.attrgetter(name)(self._model) if value is None else value
+        elif node.op == "call_module":
+            self.values[node] = self._module(node)
+        elif node.op == "call_function":
+            self.values[node] = self.mapped(
+                lambda args, kwargs: cast(Any, node.target)(*args, **kwargs), node.args, node.kwargs
+            )
+        elif node.op == "output":
+            self.values[node] = self.mapped(lambda args, _: args, node.args[0], {})
+
+    def run_layer(self, layer: Layer) -> None:
+        """Compute a layer: rounded as conversion would round it now, or with its float weights."""
+        if self._rounded:
+            weight, bias = layer.rounded_weight(), layer.rounded_bias()
+        else:
+            weight = self.values[layer.weight_node]
+            bias = None if layer.bias_node is None else self.values[layer.bias_node]
+        self.values[layer.node] = self.mapped(
+            lambda args, _: layer.compute(args[0], weight, bias), (layer.input,), {}
+        )
+
+    def mapped(self, call: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
+        """The results of ``call`` for each batch; only one if nothing in it varies."""
+        sources: list[Node] = []
+        torch.fx.node.map_arg((args, kwargs), lambda n: sources.append(n))
+        varying = [n for n in sources if isinstance(self.values[n], Batches)]
+        if not varying:
+            return call(*self._bound(args, kwargs, 0))
+        return Batches(call(*self._bound(args, kwargs, i)) for i in range(len(self._calls)))
+
+    def _bound(self, args: Any, kwargs: Any, index: int) -> Any:
+        def value(n: Node) -> Any:
+            held = self.values[n]
+            return held[index] if isinstance(held, Batches) else held
+
+        return torch.fx.node.map_arg((args, kwargs), value)
+
+    def _module(self, node: Node) -> Any:
+        module = self._model.get_submodule(str(node.target))
+        if not isinstance(module, (ActivationObserver, WeightObserver, BiasObserver)):
+            return None  # what checks the inputs
+        source = cast(Node, node.args[0])
+        held = self.values[source]
+        if not self._rounded:
+            return held
+        if isinstance(module, WeightObserver):
+            constant = is_constant(source) and source.op == "get_attr"
+            scale = module.final_scale(self._model, node) if constant else module.scale(held)
+            return module.dequantized(module.integers(held, scale), scale)
+        if isinstance(module, BiasObserver):
+            integers, unit = module.derived(self._model, node, held)
+            return integers.to(torch.float32) * unit
+        return self.mapped(lambda args, _: on_grid(module, args[0]), node.args, {})
+
+
+def on_grid(observer: ActivationObserver, x: Tensor) -> Tensor:
+    """``x`` as the integers of an observed activation stand for it."""
+    if not x.is_floating_point() or x.numel() == 0:
+        return x
+    if observer.is_dynamic:
+        op = torch.ops.quantized_decomposed
+        scale, zero_point = op.choose_qparams.tensor(
+            x, observer.quant_min, observer.quant_max, observer.eps, observer.dtype
+        )
+        return torch.fake_quantize_per_tensor_affine(
+            x,
+            scale.to(torch.float32),
+            zero_point.to(torch.int32),
+            observer.quant_min,
+            observer.quant_max,
+        )
+    qparams = observer.qparams()
+    return torch.fake_quantize_per_tensor_affine(
+        x, cast(float, qparams.scale), qparams.zero_point, observer.quant_min, observer.quant_max
+    )
+
+
+def walk(
+    model: GraphModule,
+    streams: tuple[Stream, ...],
+    layers: list[Layer],
+) -> Iterator[Layer]:
+    """Run all streams through the graph; stop before each layer, and go on with it as it is then.
+
+    Yields:
+        Each layer whose inputs all streams have computed.
+    """
+    of_node = {layer.node: layer for layer in layers}
+    last_use = _last_uses(model)
+    for node in model.graph.nodes:
+        if node in of_node:
+            layer = of_node[node]
+            yield layer
+            for stream in streams:
+                stream.run_layer(layer)
+        else:
+            for stream in streams:
+                stream.run(node)
+        for done in last_use.get(node, ()):
+            for stream in streams:
+                stream.values.pop(done, None)
+
+
+def _last_uses(model: GraphModule) -> dict[Node, list[Node]]:
+    """By node, the values that nobody needs after it."""
+    seen: set[Node] = set()
+    last: dict[Node, list[Node]] = {}
+    for node in reversed(model.graph.nodes):
+        for source in (node, *node.all_input_nodes):
+            if source not in seen and not (source is node and node.users) and node.op != "output":
+                seen.add(source)
+                last.setdefault(node, []).append(source)
+    return last
