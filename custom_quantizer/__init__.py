@@ -25,6 +25,7 @@ from custom_quantizer.errors import (
 )
 
 if TYPE_CHECKING:
+    from custom_quantizer.accuracy.improving import Improvement, improve
     from custom_quantizer.analysis.diagnosis import Diagnosis, diagnose
     from custom_quantizer.analysis.evaluation import Evaluation, evaluate
     from custom_quantizer.analysis.fidelity import (
@@ -93,6 +94,7 @@ __all__ = [
     "Evaluation",
     "Fidelity",
     "FloatCheck",
+    "Improvement",
     "InputError",
     "IntFormat",
     "IntegerQuantizer",
@@ -128,6 +130,7 @@ __all__ = [
     "evaluate",
     "export_converted",
     "freeze_ranges",
+    "improve",
     "inspect",
     "inspect_program",
     "integer_reference",
@@ -156,6 +159,7 @@ __all__ = [
 
 # No module may be called like a public name: importing it would hide what is meant.
 _NAMES = {
+    "accuracy.improving": ("Improvement", "improve"),
     "calibration.run": ("CalibrationSummary", "calibrate"),
     "analysis.diagnosis": ("Diagnosis", "diagnose"),
     "analysis.evaluation": ("Evaluation", "evaluate"),

@@ -264,6 +264,12 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
         "A tensor above 4 GiB, more than 16 GiB at once": "the same",
     },
     "files_and_threads.md": {"torch 2.15": "version", "torchao 0.18": "version"},
+    "improving_accuracy.md": {
+        "arxiv.org/abs/2210.17323": "address",
+        "arxiv.org/abs/2309.01885": "address",
+        "arxiv.org/abs/2504.02692": "address",
+        "arxiv.org/abs/1906.04721": "address",
+    },
     "integer_bundle.md": {
         "an array of the largest size takes 2 GiB": "2**28 numbers of 8 bytes",
         "stands for 0.0": "definition",

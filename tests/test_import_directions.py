@@ -18,6 +18,7 @@ ROOMS = (
     "calibration",
     "training",
     "planning",
+    "accuracy",
     "reference",
     "backends",
     "analysis",

@@ -1,4 +1,4 @@
-"""Convolutions and linear layers of a prepared graph as what they are to these algorithms: matrices.
+"""Convolutions and linear layers of a prepared graph as matrices.
 
 Every layer computes ``rows @ patches + bias`` in each of its groups: ``rows`` is its weight as
 ``(groups, outputs, inputs)``, ``patches`` are the inputs that meet it, ``(groups, inputs,
@@ -9,16 +9,18 @@ stride 1 over its input with zeros in between, with the kernel turned around.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver, WeightObserver
 from custom_quantizer.core.graph import argument, describe, is_constant
+from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.ops import PatternMatch, rule_of
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, per_dim, symmetric_padding
 
@@ -53,8 +55,8 @@ class Layer:
 
     @property
     def name(self) -> str:
-        """Name of the call, as plans and reports have it."""
-        return self.node.name
+        """Name of the captured call, as plans and reports have it."""
+        return original_name(self.node)
 
     @property
     def where(self) -> str:
@@ -83,22 +85,14 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The weight itself, to be read or written in place."""
-        return _attribute(self.model, _constant(self.weight_node))
+        return cast(Tensor, _attribute(self.model, _constant(self.weight_node)))
 
     @property
     def bias(self) -> Tensor | None:
         """The bias itself, ``(out_channels,)``; ``None`` without one."""
         if self.bias_node is None:
             return None
-        return _attribute(self.model, _constant(self.bias_node))
-
-    @property
-    def input_scale(self) -> float | None:
-        """Scale of the activation; ``None`` where it is in float or chosen at run time."""
-        observer = self.input_observer
-        if observer is None or observer.is_dynamic:
-            return None
-        return cast(float, observer.qparams().scale)
+        return cast(Tensor, _attribute(self.model, _constant(self.bias_node)))
 
     def final_scale(self) -> Tensor:
         """The weight's scale as conversion will have it, raised where a bias needs it."""
@@ -114,8 +108,50 @@ class Layer:
         bias, observer = self.bias, self.bias_observer
         if bias is None or observer is None:
             return None if bias is None else bias.detach()
-        integers, unit = observer.derived(self.model, self.bias_node, bias)
+        integers, unit = observer.derived(self.model, cast(Node, self.bias_node), bias)
         return integers.to(torch.float32) * unit
+
+    def constants(self) -> dict[str, Tensor]:
+        """Weight and bias by their names in the graph."""
+        nodes = [self.weight_node, *([] if self.bias_node is None else [self.bias_node])]
+        names = [str(_constant(node).target) for node in nodes]
+        return {name: operator.attrgetter(name)(self.model) for name in names}
+
+    def take_copies(self) -> None:
+        """Give the graph a weight and a bias of its own: a captured model shares them with it."""
+        for name, value in self.constants().items():
+            path, _, attribute = name.rpartition(".")
+            owner = self.model.get_submodule(path)
+            copied = value.detach().clone()
+            if isinstance(value, nn.Parameter):
+                copied = nn.Parameter(copied, requires_grad=value.requires_grad)
+            setattr(owner, attribute, copied)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of ``weight``, ``bias`` and supplied ``scale``, as far as there are any."""
+        held = {"weight": self.weight, "bias": self.bias, "scale": self.observer.supplied_scale}
+        return {key: v.detach().clone() for key, v in held.items() if v is not None}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take on what :meth:`state` returned."""
+        scale = state.get("scale")
+        self.observer.set_scale(None if scale is None else scale.to(self.weight.device))
+        with torch.no_grad():
+            self.weight.copy_(state["weight"])
+            if self.bias is not None:
+                self.bias.copy_(state["bias"])
+
+    def loses_nothing(self) -> bool:
+        """Whether rounding to nearest keeps the weight: beside zeros it has one magnitude a scale.
+
+        So have averages, sums and patches that were written as convolutions.
+        """
+        magnitudes = self.to_rows(self.weight.detach()).abs()
+        scale = self.observer.largest_scale(self.weight) * self.observer.scheme.format.quant_max
+        largest = self.scale_of_rows(scale).expand_as(magnitudes)
+        # The scale is a quotient, rounded: its multiple is the magnitude up to that.
+        q = (magnitudes / largest * 2.0**20).round()
+        return bool(((q == 0) | (q == 2.0**20)).all())
 
     # -- as matrices ------------------------------------------------------------------------------
 
@@ -159,10 +195,30 @@ class Layer:
         groups = 1 if self.match.rule is CONV_TRANSPOSE else self.groups
         return scale.reshape(groups, -1, 1)
 
-    @property
-    def positions_per_sample(self) -> int:
-        """A bound on how often the weight meets one sample, for sampling; 1 where not known."""
-        return 1
+    def sum_by_scale(self, values: Tensor) -> Tensor:
+        """Sums over the rows that share a scale: ``(n, groups, outputs)`` to ``(n, *scale)``."""
+        if self.observer.scheme.group_size is not None:
+            sizes = self.weight.shape[1] // self.observer.scheme.group_size
+            return values[:, 0].unsqueeze(2).expand(-1, -1, sizes)
+        if self.observer.scheme.granularity == "per_tensor":
+            return values.flatten(1).sum(1)
+        return values.sum(1) if self.match.rule is CONV_TRANSPOSE else values.flatten(1)
+
+    def fitting_scale(self, scale: Tensor) -> Tensor:
+        """``scale`` as a caller may supply it, raised where the bias needs it."""
+        if self.observer.scheme.group_size is not None:
+            return scale.to(torch.bfloat16).to(torch.float32)
+        return self.observer.raised(self.model, self.weight_node, scale)
+
+    def channel_means(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Mean of each output channel over all batches, float64."""
+        axis = -1 if self.match.rule is LINEAR else 1
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for y in outputs:
+            flat = y.movedim(axis, 0).flatten(1)
+            total = total.to(flat.device) + flat.sum(1, dtype=torch.float64)
+            count += flat.shape[1]
+        return total / count
 
     def patches(self, x: Tensor) -> Tensor:
         """What meets the weight, ``(groups, inputs, positions)``, for an input of the layer."""
@@ -173,7 +229,7 @@ class Layer:
             strided = x[:, :, :: stride[0], :: stride[1]]
             columns = strided.flatten(2)
         else:
-            columns = F.unfold(x, kernel, dilation, 0, stride)
+            columns = F.unfold(x, tuple(kernel), tuple(dilation), 0, tuple(stride))
         samples, _, length = columns.shape
         split = columns.reshape(samples, self.groups, -1, length)
         return split.permute(1, 2, 0, 3).reshape(self.groups, -1, samples * length)
@@ -209,7 +265,8 @@ def _with_zeros_between(x: Tensor, stride: list[int]) -> Tensor:
         return x
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     wide = x.new_zeros(*x.shape[:2], *sizes)
-    wide[(..., *(slice(None, None, s) for s in stride))] = x
+    places = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+    wide[places] = x
     return wide
 
 
@@ -227,11 +284,11 @@ def find_layers(prepared: GraphModule) -> tuple[list[Layer], dict[str, str]]:
             continue
         match = rule.match(rule, node)
         if isinstance(match, str):
-            refused[node.name] = match
+            refused[original_name(node)] = match
             continue
         found = _layer(prepared, match)
         if isinstance(found, str):
-            refused[node.name] = found
+            refused[original_name(node)] = found
         else:
             layers.append(found)
     return layers, refused

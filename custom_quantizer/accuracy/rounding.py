@@ -15,11 +15,20 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "coordinate_descent", "gptq", "output_error", "refit"]
+__all__ = [
+    "Moments",
+    "MomentsAccumulator",
+    "coordinate_descent",
+    "damped",
+    "gptq",
+    "output_error",
+    "refit",
+]
 
 _BLOCK = 128
 """Columns after which errors are handed on to all others at once."""
@@ -86,16 +95,16 @@ def damped(square: Tensor, share: float = 0.01) -> Tensor:
     return square + torch.diag_embed((share * floor).expand_as(diagonal))
 
 
-def refit(rows: Tensor, moments: Moments, hessian: Tensor) -> Tensor:
+def refit(rows: Tensor, difference: Tensor, hessian: Tensor) -> Tensor:
     """Rows that give on rounded inputs what ``rows`` give on float ones, in the least squares.
 
     Args:
         rows: float64 ``(groups, outputs, inputs)``.
-        moments: of the inputs.
+        difference: moments of float with rounded inputs, less those of rounded ones with
+            themselves.
         hessian: the damped second moments; the damping draws towards ``rows``.
     """
-    difference = rows @ (moments.cross - moments.square)
-    return rows + torch.linalg.solve(hessian, difference, left=False)
+    return rows + cast(Tensor, torch.linalg.solve(hessian, rows @ difference, left=False))
 
 
 def output_error(rows: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:

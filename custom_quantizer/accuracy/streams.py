@@ -1,13 +1,13 @@
-"""Two versions of a network walked through side by side, op by op, over all data at once.
+"""Versions of a network walked through side by side, op by op, over all data at once.
 
-One version is the float model, the other what the quantized one will compute. Before a layer runs
-it can be changed, knowing what really arrives at it; what follows sees the changed layer.
+One version is the float model, another what the quantized one will compute. Before a layer runs it
+can be changed, knowing what really arrives at it; what follows sees the changed layer.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,9 +16,8 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.accuracy.layers import Layer
 from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver, WeightObserver
-from custom_quantizer.core.graph import is_constant
 
-__all__ = ["Batches", "Stream", "walk"]
+__all__ = ["Batches", "Stream", "on_grid", "walk"]
 
 
 class Batches(list[Any]):
@@ -38,12 +37,12 @@ class Stream:
     def __init__(
         self,
         model: GraphModule,
-        calls: list[list[Any]],
+        calls: Sequence[list[Any]],
         rounded: bool,
         constants: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._model = model
-        self._calls = calls
+        self._calls = len(calls)
         self._rounded = rounded
         self._constants = constants or {}
         self.values: dict[Node, Any] = {}
@@ -77,14 +76,18 @@ class Stream:
             lambda args, _: layer.compute(args[0], weight, bias), (layer.input,), {}
         )
 
+    def batches(self, node: Node) -> list[Tensor]:
+        """The values of a node, one for each batch."""
+        held = self.values[node]
+        return held if isinstance(held, Batches) else [held] * self._calls
+
     def mapped(self, call: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
         """The results of ``call`` for each batch; only one if nothing in it varies."""
         sources: list[Node] = []
-        torch.fx.node.map_arg((args, kwargs), lambda n: sources.append(n))
-        varying = [n for n in sources if isinstance(self.values[n], Batches)]
-        if not varying:
+        torch.fx.node.map_arg((args, kwargs), sources.append)
+        if not any(isinstance(self.values[node], Batches) for node in sources):
             return call(*self._bound(args, kwargs, 0))
-        return Batches(call(*self._bound(args, kwargs, i)) for i in range(len(self._calls)))
+        return Batches(call(*self._bound(args, kwargs, i)) for i in range(self._calls))
 
     def _bound(self, args: Any, kwargs: Any, index: int) -> Any:
         def value(n: Node) -> Any:
@@ -102,13 +105,20 @@ class Stream:
         if not self._rounded:
             return held
         if isinstance(module, WeightObserver):
-            constant = is_constant(source) and source.op == "get_attr"
-            scale = module.final_scale(self._model, node) if constant else module.scale(held)
-            return module.dequantized(module.integers(held, scale), scale)
+            return rounded_weight(self._model, node, module, held)
         if isinstance(module, BiasObserver):
             integers, unit = module.derived(self._model, node, held)
             return integers.to(torch.float32) * unit
         return self.mapped(lambda args, _: on_grid(module, args[0]), node.args, {})
+
+
+def rounded_weight(
+    model: GraphModule, node: Node, observer: WeightObserver, held: Tensor
+) -> Tensor:
+    """The weight behind an observer as conversion will have it, dequantized."""
+    constant = cast(Node, node.args[0]).op == "get_attr"
+    scale = observer.final_scale(model, node) if constant else observer.scale(held)
+    return observer.dequantized(observer.integers(held, scale), scale)
 
 
 def on_grid(observer: ActivationObserver, x: Tensor) -> Tensor:
@@ -133,12 +143,11 @@ def on_grid(observer: ActivationObserver, x: Tensor) -> Tensor:
     )
 
 
-def walk(
-    model: GraphModule,
-    streams: tuple[Stream, ...],
-    layers: list[Layer],
-) -> Iterator[Layer]:
-    """Run all streams through the graph; stop before each layer, and go on with it as it is then.
+def walk(model: GraphModule, streams: Sequence[Stream], layers: Sequence[Layer]) -> Iterator[Layer]:
+    """Run all streams through the graph; stop before each layer, so that it can be changed.
+
+    A stream that has not computed the layer when the walk goes on does so then. Values that nobody
+    needs any more are dropped.
 
     Yields:
         Each layer whose inputs all streams have computed.
@@ -147,12 +156,12 @@ def walk(
     last_use = _last_uses(model)
     for node in model.graph.nodes:
         if node in of_node:
-            layer = of_node[node]
-            yield layer
-            for stream in streams:
-                stream.run_layer(layer)
-        else:
-            for stream in streams:
+            yield of_node[node]
+        for stream in streams:
+            if node in of_node:
+                if node not in stream.values:
+                    stream.run_layer(of_node[node])
+            elif node.op != "placeholder":
                 stream.run(node)
         for done in last_use.get(node, ()):
             for stream in streams:
@@ -164,8 +173,8 @@ def _last_uses(model: GraphModule) -> dict[Node, list[Node]]:
     seen: set[Node] = set()
     last: dict[Node, list[Node]] = {}
     for node in reversed(model.graph.nodes):
-        for source in (node, *node.all_input_nodes):
-            if source not in seen and not (source is node and node.users) and node.op != "output":
-                seen.add(source)
-                last.setdefault(node, []).append(source)
+        for value in (node, *node.all_input_nodes):
+            if value not in seen and value.op != "output":
+                seen.add(value)
+                last.setdefault(node, []).append(value)
     return last

@@ -31,7 +31,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from custom_quantizer.analysis.fidelity import Noise, finite, ratio_db
+from custom_quantizer.analysis.fidelity import finite
 from custom_quantizer.analysis.rerun import capture_like
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
@@ -51,6 +51,7 @@ from custom_quantizer.core.graph import (
     source_of,
     state_kept,
 )
+from custom_quantizer.core.noise import Noise, ratio_db
 from custom_quantizer.core.plot import new_figure, save_figure
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines

@@ -42,6 +42,7 @@ from custom_quantizer.analysis.rerun import Rerun, capture_like, copied, is_floa
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
 from custom_quantizer.core.graph import describe
+from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.errors import CalibrationError, InputError, VerificationError
@@ -51,13 +52,11 @@ __all__ = [
     "Fidelity",
     "FirstCalls",
     "FloatCheck",
-    "Noise",
     "OutputFidelity",
     "check_calls",
     "check_prepared",
     "db_text",
     "finite",
-    "ratio_db",
 ]
 
 DEFAULT_SAMPLES = 8
@@ -91,34 +90,6 @@ _JUMPING = frozenset(
 # ---------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------
-
-
-class Noise:
-    """Power of a signal and of its error, in float64, over any number of tensors."""
-
-    def __init__(self) -> None:
-        self.signal = self.error = 0.0
-
-    def add(self, exact: Tensor, other: Tensor) -> None:
-        """Count one pair of tensors; where the exact one is not finite, nothing is counted."""
-        exact, other = exact.detach().double(), other.detach().double()
-        finite = torch.isfinite(exact)
-        if not bool(finite.all()):
-            exact, other = exact[finite], other[finite]
-        self.signal += float((exact * exact).sum())
-        self.error += float(((exact - other) ** 2).sum())
-
-    @property
-    def ratio(self) -> float:
-        """SQNR in dB; infinite where there is no error, minus infinity without a signal."""
-        return ratio_db(self.signal, self.error)
-
-
-def ratio_db(signal: float, error: float) -> float:
-    """``10 log10(signal / error)`` of two powers; infinite where there is no error."""
-    if error == 0:
-        return math.inf
-    return 10 * math.log10(signal / error) if signal > 0 else -math.inf
 
 
 @dataclass(frozen=True)

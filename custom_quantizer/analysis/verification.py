@@ -20,7 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from custom_quantizer.analysis.fidelity import Noise, db_text, finite
+from custom_quantizer.analysis.fidelity import db_text, finite
 from custom_quantizer.backends.xnnpack import LoweredProgram, lower
 from custom_quantizer.backends.xnnpack.checks import (
     differences,
@@ -30,6 +30,7 @@ from custom_quantizer.backends.xnnpack.checks import (
     output_scales,
 )
 from custom_quantizer.core.graph import input_tuples, module_path, state_kept, tensor_meta
+from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import CustomQuantizerError, InputError
 from custom_quantizer.reference import IntegerReference, integer_reference

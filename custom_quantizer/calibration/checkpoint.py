@@ -7,18 +7,16 @@ batch, because going on with another model or other data would give ranges of ne
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from custom_quantizer.calibration.convergence import RangeConvergence
-from custom_quantizer.core.checkpoint import CheckpointFile, part_of
+from custom_quantizer.core.checkpoint import CheckpointFile, fingerprint, part_of
 from custom_quantizer.core.graph import set_state, state_buffers
 from custom_quantizer.errors import CalibrationError
 
@@ -104,14 +102,14 @@ class Checkpoint:
         Raises:
             CalibrationError: it is another one.
         """
-        fingerprint = _fingerprint(value for value in values if isinstance(value, Tensor))
-        if self._data is not None and self._data != fingerprint:
+        found = fingerprint(value for value in values if isinstance(value, Tensor))
+        if self._data is not None and self._data != found:
             raise CalibrationError(
                 f"{self.path} was begun with other data: the first batch is not the same; give the "
                 "same data in the same batches and order (a DataLoader must not shuffle, or "
                 "shuffle with a seed), or remove the file to calibrate from the beginning"
             )
-        self._data = fingerprint
+        self._data = found
 
     def save(self, position: Position, convergence: RangeConvergence) -> None:
         """Write the state of all observers in one step.
@@ -141,15 +139,4 @@ def _fingerprint_of_model(prepared: GraphModule, observers: dict[str, nn.Module]
         # By name: an observer of several tensors is among the children only once.
         if not name.startswith(_OBSERVER) and isinstance(value, Tensor)
     ]
-    return _fingerprint(weights, prepared.code, *schemes)
-
-
-def _fingerprint(tensors: Any, *texts: str) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return fingerprint(weights, prepared.code, *schemes)

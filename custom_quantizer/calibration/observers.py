@@ -431,7 +431,7 @@ class WeightObserver(_ConstantObserver):
         Raises:
             CalibrationError: the weight is not finite, or the supplied scale is of another shape.
         """
-        largest = self._largest_scale(weight)
+        largest = self.largest_scale(weight)
         if self.supplied_scale is None:
             return largest
         if self.supplied_scale.shape != largest.shape:
@@ -441,7 +441,8 @@ class WeightObserver(_ConstantObserver):
             )
         return self.supplied_scale.to(weight.device, copy=True)
 
-    def _largest_scale(self, weight: Tensor) -> Tensor:
+    def largest_scale(self, weight: Tensor) -> Tensor:
+        """:meth:`scale`, whatever was supplied."""
         values = weight.detach().to(torch.float32)
         group_size = self.scheme.group_size
         if group_size is not None:
@@ -502,9 +503,10 @@ class WeightObserver(_ConstantObserver):
 
     def final_scale(self, model: GraphModule, node: Node) -> Tensor:
         """The scale after it was raised for the biases of all ops that use the weight."""
-        return self._raised(model, node, self.scale(constant_of(model, cast(Node, node.args[0]))))
+        return self.raised(model, node, self.scale(constant_of(model, cast(Node, node.args[0]))))
 
-    def _raised(self, model: GraphModule, node: Node, scale: Tensor) -> Tensor:
+    def raised(self, model: GraphModule, node: Node, scale: Tensor) -> Tensor:
+        """``scale``, raised where the bias of an op that uses the weight would not fit."""
         if self.scheme.group_size is not None:
             return scale  # no single scale a channel, so no bias is derived from it
         for match in _consumers(node):
@@ -523,7 +525,7 @@ class WeightObserver(_ConstantObserver):
         fold_for_good(model)
         weight = constant_of(model, cast(Node, node.args[0]))
         own = self.scale(weight)
-        scale = self._raised(model, node, own)
+        scale = self.raised(model, node, own)
         fmt = self.scheme.format
         if self.scheme.group_size is not None:
             self._replace_grouped(model, node, self.integers(weight, scale), scale)

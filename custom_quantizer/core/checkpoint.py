@@ -7,17 +7,20 @@ one, its owner raises an error of its own class that says how to begin again.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from custom_quantizer.core.tensor_file import DamagedFileError, read_tensors, write_tensors
 from custom_quantizer.errors import CustomQuantizerError
 
-__all__ = ["CheckpointFile", "part_of"]
+__all__ = ["CheckpointFile", "fingerprint", "part_of"]
 
 _VERSION = "2"
 _UNSEALED_VERSION = "1"
@@ -110,3 +113,15 @@ class CheckpointFile:
 def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, without it."""
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+
+def fingerprint(tensors: Iterable[Tensor], *texts: str) -> str:
+    """SHA-256 of tensors, in their order, and of texts."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(cast(Any, flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()

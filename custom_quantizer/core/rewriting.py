@@ -19,7 +19,15 @@ from custom_quantizer.core.graph import (
     view_sizes,
 )
 
-__all__ = ["ORIGINAL_NAME", "Insertion", "Rewrite", "is_inner", "replace", "rewrite_calls"]
+__all__ = [
+    "ORIGINAL_NAME",
+    "Insertion",
+    "Rewrite",
+    "is_inner",
+    "original_name",
+    "replace",
+    "rewrite_calls",
+]
 
 aten = torch.ops.aten
 
@@ -145,9 +153,14 @@ def rewrite_calls(
     return count
 
 
+def original_name(node: Node) -> str:
+    """Name of the captured call that the node is, or is a part of."""
+    return str(node.meta.get(ORIGINAL_NAME, node.name))
+
+
 def is_inner(node: Node) -> bool:
     """Whether a node is a part of what a captured call was rewritten to, but not its result."""
-    return bool(node.meta.get(ORIGINAL_NAME, node.name) != node.name)
+    return original_name(node) != node.name
 
 
 def replace(model: GraphModule, node: Node, result: Node) -> None:

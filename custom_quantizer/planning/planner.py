@@ -28,7 +28,7 @@ from custom_quantizer.core.graph import (
     module_path,
     tensor_meta,
 )
-from custom_quantizer.core.rewriting import ORIGINAL_NAME
+from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_name
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme, activation_scheme
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.errors import ConfigError, nearest
@@ -921,7 +921,7 @@ class _Annotator:
             backend=delegation.kernel.label if delegation is not None else None,
             note=delegation.reason if delegation is not None else "",
             size_bytes=_estimate_bytes(op, delegation),
-            written=op.node.meta.get(ORIGINAL_NAME, op.node.name),
+            written=original_name(op.node),
         )
 
     def _annotate(

@@ -45,7 +45,7 @@ from custom_quantizer.core.graph import (
     tensor_args,
     tensor_meta,
 )
-from custom_quantizer.core.rewriting import ORIGINAL_NAME
+from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import InputError, ProgramError, nearest
 from custom_quantizer.ops import PatternMatch, QuantizedOp, match_of, rule_of
@@ -591,7 +591,7 @@ def _integer_row(model: GraphModule, op: QuantizedOp, backend: Backend) -> OpRow
         bias=_integer_bias(model, match),
         output=_quantized(model, op.output_node, op.output, _dtype(*op.output_node.users)),
         accumulator_bits=None if accumulator is None else accumulator.bits,
-        written=_written(node),
+        written=original_name(node),
         placement=backend.predict(match, op.formats).kernel.placement.value,
     )
 
@@ -628,7 +628,7 @@ def _float_row(model: GraphModule, op: FloatOp, backend: Backend) -> OpRow:
         bias=None if match is None else _any_bias(model, match, inputs, weight),
         output=_tensor(model, users[0] if len(users) == 1 and is_quantize(users[0]) else node),
         accumulator_bits=None,
-        written=_written(node),
+        written=original_name(node),
         placement=placement.value,
     )
 
@@ -658,11 +658,6 @@ def _recorded(node: Node) -> tuple[str | None, str]:
     """Scheme and reason that the quantizer left at the node."""
     record = cast("Mapping[str, Any]", node.meta.get(META_KEY) or {})
     return record.get("scheme"), str(record.get("reason") or "")
-
-
-def _written(node: Node) -> str:
-    """Name of the captured call that a node is a part of."""
-    return str(node.meta.get(ORIGINAL_NAME, node.name))
 
 
 def _family(node: Node) -> str:

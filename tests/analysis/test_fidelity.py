@@ -18,8 +18,9 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, 
 
 import custom_quantizer as cq
 from custom_quantizer.analysis import fidelity
-from custom_quantizer.analysis.fidelity import FirstCalls, Noise, ratio_db
+from custom_quantizer.analysis.fidelity import FirstCalls
 from custom_quantizer.core.graph import constant_of
+from custom_quantizer.core.noise import Noise, ratio_db
 from custom_quantizer.errors import CalibrationError, InputError, VerificationError
 
 aten = torch.ops.aten

@@ -33,7 +33,7 @@ from support.graphs import capture
 from support.shared_layers import SHARED, shared_layer
 
 import custom_quantizer as cq
-from custom_quantizer.analysis.fidelity import Noise
+from custom_quantizer.core.noise import Noise
 
 
 def sqnr(name: str, quantizer: Quantizer) -> list[float] | str:

@@ -18,8 +18,8 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, 
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
 import custom_quantizer as cq
-from custom_quantizer.analysis.fidelity import Noise
 from custom_quantizer.core.graph import constant_of
+from custom_quantizer.core.noise import Noise
 from custom_quantizer.ops.rewrites.batch_norms import batch_norms_to_convs
 from custom_quantizer.training import qat
 

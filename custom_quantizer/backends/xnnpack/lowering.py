@@ -50,7 +50,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.names import restore_names
-from custom_quantizer.core.rewriting import ORIGINAL_NAME
+from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.threads import exclusive, interruption_point, tools
 from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, match_of, rule_of
@@ -715,7 +715,7 @@ def _row(
         placement=backend.placement,
         kernel=backend.label,
         reason=reason,
-        written=op.node.meta.get(ORIGINAL_NAME, op.node.name),
+        written=original_name(op.node),
         handles=tuple(sorted(handle for handle in handles if handle >= 0)),
         outside=tuple(dict.fromkeys(map(called, outside))),
         calls=tuple(calls[node] for node in outside if node in calls),

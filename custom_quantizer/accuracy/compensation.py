@@ -1,0 +1,145 @@
+"""What rounding loses in a layer, made up for by its other integers and its bias.
+
+Both look at what arrives at the layer in the float model and in the quantized one, whose layers
+before this one are finished. They need no gradients, and seconds for a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from custom_quantizer.accuracy.layers import Layer
+from custom_quantizer.accuracy.rounding import (
+    Moments,
+    MomentsAccumulator,
+    coordinate_descent,
+    damped,
+    gptq,
+    output_error,
+    refit,
+)
+
+__all__ = ["correct_bias", "input_moments", "round_by_error", "set_integers"]
+
+_POSITIONS = 1 << 16
+"""Places at which second moments of a layer's inputs are taken; more changed nothing."""
+
+_SCALES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52)
+"""Weight scales that are tried, in units of the one that clips nothing."""
+
+
+def input_moments(
+    layer: Layer,
+    rounded: Sequence[Tensor],
+    floating: Sequence[Tensor],
+    generator: torch.Generator,
+    positions: int = _POSITIONS,
+) -> Moments:
+    """Moments of what meets the weight, at places drawn evenly from all batches.
+
+    Args:
+        layer: the layer.
+        rounded: its input in the quantized model, one tensor per batch.
+        floating: the same in the float model.
+        generator: draws the places, on the CPU.
+        positions: how many.
+    """
+    share = -(-positions // len(rounded))
+    sums = MomentsAccumulator()
+    for p, f in zip(rounded, floating, strict=True):
+        patches, float_patches = layer.patches(p), layer.patches(f)
+        if patches.shape[2] > share:
+            places = torch.randperm(patches.shape[2], generator=generator)[:share]
+            places = places.to(patches.device)
+            patches, float_patches = patches[:, :, places], float_patches[:, :, places]
+        sums.add(patches, float_patches)
+    return sums.moments()
+
+
+def round_by_error(layer: Layer, moments: Moments, weight: Tensor, *, centered: bool) -> None:
+    """Give a layer the scales and integers that change its outputs least: GPTQ.
+
+    The weight is first refitted, so that it makes of rounded inputs what the float weight makes of
+    float ones. Then every output channel is rounded with several scales, and keeps the best one.
+
+    Args:
+        layer: the layer; its weight is changed.
+        moments: of its inputs.
+        weight: of the float model.
+        centered: a bias takes up differences of means, so that only deviations from them count.
+
+    References:
+        The refit of float on rounded inputs is the first step of asymmetric calibration in
+        Y. Li et al. GPTAQ: efficient finetuning-free quantization for asymmetric calibration.
+        ICML 2025. https://arxiv.org/abs/2504.02692
+    """
+    square, cross = moments.square, moments.cross
+    if not centered:
+        square = square + moments.mean.unsqueeze(2) * moments.mean.unsqueeze(1)
+        cross = cross + moments.float_mean.unsqueeze(2) * moments.mean.unsqueeze(1)
+    hessian = damped(square)
+    rows = refit(layer.to_rows(weight.to(torch.float64)), cross - square, hessian)
+    observer = layer.observer
+    widest = observer.largest_scale(layer.from_rows(rows))
+    scales = torch.stack([layer.fitting_scale(widest * share) for share in _SCALES])
+    spread = torch.cat(
+        [layer.scale_of_rows(scale).expand_as(rows) for scale in scales.to(torch.float64)], dim=1
+    )
+    many = rows.repeat(1, len(scales), 1)
+    fmt = observer.scheme.format
+    limits = fmt.quant_min, fmt.quant_max
+    integers = gptq(many, spread, hessian, limits)
+    integers = coordinate_descent(many, integers, spread, hessian, limits)
+    errors = output_error(many, integers * spread, square)
+    groups, _, inputs = rows.shape
+    by_scale = errors.reshape(groups, len(scales), -1)
+    best = layer.sum_by_scale(by_scale.movedim(1, 0)).argmin(0)
+    scale = scales.gather(0, best.unsqueeze(0)).squeeze(0)
+    chosen = layer.scale_of_rows(best.to(torch.float64)).expand_as(rows).long()
+    candidates = integers.reshape(groups, len(scales), -1, inputs)
+    rounded = candidates.gather(1, chosen.unsqueeze(1)).squeeze(1)
+    set_integers(layer, layer.from_rows(rounded), scale)
+
+
+def set_integers(layer: Layer, integers: Tensor, scale: Tensor) -> None:
+    """Let conversion find ``integers`` and ``scale``: the weight becomes their product."""
+    layer.observer.set_scale(scale)
+    with torch.no_grad():
+        layer.weight.copy_(layer.observer.dequantized(integers, scale))
+
+
+def correct_bias(layer: Layer, rounded: Sequence[Tensor], floating: Sequence[Tensor]) -> str | None:
+    """Move the bias by the mean difference of the outputs, in units of the derived bias.
+
+    Args:
+        layer: the layer; its bias is changed.
+        rounded: its outputs in the quantized model, one tensor per batch.
+        floating: the same in the float model.
+
+    Returns:
+        Why nothing was changed, or ``None``.
+
+    References:
+        M. Nagel et al. Data-free quantization through weight equalization and bias correction.
+        ICCV 2019, section 4.2 (here with data). https://arxiv.org/abs/1906.04721
+    """
+    bias = layer.bias
+    if bias is None:
+        return "it has no bias"
+    difference = layer.channel_means(floating) - layer.channel_means(rounded)
+    before, scale = bias.detach().clone(), layer.final_scale()
+    ships = layer.rounded_bias()
+    assert ships is not None
+    with torch.no_grad():
+        bias.copy_(ships.to(torch.float64) + difference)
+        ships = layer.rounded_bias()
+        assert ships is not None
+        bias.copy_(ships)
+    if not torch.equal(layer.final_scale(), scale):
+        with torch.no_grad():
+            bias.copy_(before)
+        return "the corrected bias would not fit the weight's scale"
+    return None

@@ -1,0 +1,367 @@
+"""``improve``: better integers for a calibrated network, before it is converted.
+
+The network is walked through layer by layer, in two versions side by side: the float model, and
+what conversion would make of it. Each layer is changed knowing what really arrives at it, since all
+layers before it are rounded and improved already. Ranges of activations are frozen first, since
+what is made up for depends on them.
+
+A part of the data is held back. The result compares each layer's output on it with the float
+model's, before and after.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.accuracy.checkpoint import ImprovementCheckpoint
+from custom_quantizer.accuracy.compensation import correct_bias, input_moments, round_by_error
+from custom_quantizer.accuracy.layers import Layer, find_layers
+from custom_quantizer.accuracy.streams import Stream, walk
+from custom_quantizer.calibration.observers import ActivationObserver
+from custom_quantizer.calibration.run import GraphInputs, graph_calls
+from custom_quantizer.core.graph import module_path, state_of
+from custom_quantizer.core.noise import Noise
+from custom_quantizer.core.progress import track
+from custom_quantizer.core.text_table import table_lines
+from custom_quantizer.core.threads import exclusive
+from custom_quantizer.errors import CalibrationError
+
+__all__ = ["ALGORITHMS", "Improvement", "LayerGain", "NotApplied", "improve"]
+
+logger = logging.getLogger(__name__)
+
+ALGORITHMS = ("gptq", "bias_correction")
+"""Names of all algorithms, in the order in which they run."""
+
+_HELD_BACK = 8
+"""One in so many batches is held back."""
+
+
+@dataclass(frozen=True)
+class LayerGain:
+    """What became of the output of one layer, on data that were held back.
+
+    Attributes:
+        node: name of the call.
+        module: path of its module.
+        algorithms: that changed it, in their order.
+        before: SQNR of its output in dB, against the float model's, with all layers up to it
+            rounded to nearest.
+        after: the same with all layers up to it improved.
+    """
+
+    node: str
+    module: str
+    algorithms: tuple[str, ...]
+    before: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        """In dB."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class NotApplied:
+    """An algorithm that left an op as it was.
+
+    Attributes:
+        node: name of the call.
+        algorithm: its name.
+        reason: why.
+    """
+
+    node: str
+    algorithm: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """What :func:`improve` did.
+
+    Attributes:
+        algorithms: that were asked for, in the order in which they ran.
+        layers: one entry for each layer with a rounded weight, in graph order.
+        not_applied: what was left as it was, and why.
+        samples: that were learned from.
+        held_back: that were only measured on; 0 where there was one batch, which did both.
+        seconds: wall time by algorithm; ``streams`` is running the network itself.
+        resumed: layers that came from a checkpoint.
+    """
+
+    algorithms: tuple[str, ...]
+    layers: tuple[LayerGain, ...]
+    not_applied: tuple[NotApplied, ...]
+    samples: int
+    held_back: int
+    seconds: Mapping[str, float]
+    resumed: int = 0
+
+    def __str__(self) -> str:
+        spent = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
+        last = self.layers[-1] if self.layers else None
+        text = f"improved {len(self.layers)} layers on {self.samples:,} samples ({spent})"
+        if last is not None:
+            text += f"; {last.node}: {last.before:.1f} -> {last.after:.1f} dB"
+        if self.not_applied:
+            text += f"; {len(self.not_applied)} not applied"
+        return text
+
+    def table(self) -> str:
+        """A table of layers, and below it what was not applied, and why."""
+        rows = [("layer", "module", "before, dB", "after, dB", "gain, dB", "by")]
+        for layer in self.layers:
+            numbers = (layer.before, layer.after, layer.gain)
+            before, after, gain = (f"{number:.2f}" for number in numbers)
+            by = " + ".join(layer.algorithms) or "-"
+            rows.append((layer.node, layer.module, before, after, gain, by))
+        lines = list(table_lines(rows))
+        lines += [f"{n.node}: no {n.algorithm}: {n.reason}" for n in self.not_applied]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def improve(
+    prepared: GraphModule,
+    data: object,
+    algorithms: Sequence[str] = ALGORITHMS,
+    *,
+    limit: int | None = 512,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Improvement:
+    """Change weights, scales and biases of a calibrated graph so that it loses less by rounding.
+
+    ``prepared`` is changed in place; ``convert_pt2e`` then finds the improved integers. Ranges of
+    activations are frozen. It runs where the graph is, on the CPU or on a GPU. Equal data and seeds
+    give equal results on one machine.
+
+    Args:
+        prepared: what ``prepare_pt2e`` returns, calibrated.
+        data: as for :func:`~custom_quantizer.calibration.run.calibrate`; no labels are needed. All
+            of it is held in memory, with the activations of a few layers.
+        algorithms: names from :data:`ALGORITHMS`, in any order:
+
+            - ``gptq``: weight scales and integers that change the layer's outputs least.
+            - ``bias_correction``: whole units of the derived bias that take away the mean error.
+        limit: use at most that many samples, the first ones.
+        seed: of what is drawn.
+        checkpoint: a file that keeps the finished layers. If it exists, the work goes on where it
+            stopped, with the result that it would have had; it stays when all is done.
+        progress: True shows a bar, None does so at a terminal.
+
+    Raises:
+        CalibrationError: an algorithm is not known; the graph is not calibrated, is prepared for
+            training, writes buffers, or has no layer with a rounded weight; there are no data or
+            they do not fit; the checkpoint is of something else.
+        InputError: the checkpoint cannot be read or written.
+    """
+    unknown = [name for name in algorithms if name not in ALGORITHMS]
+    if unknown or not algorithms or isinstance(algorithms, str):
+        raise CalibrationError(f"algorithms={algorithms!r}: name some of {', '.join(ALGORITHMS)}")
+    chosen = tuple(name for name in ALGORITHMS if name in algorithms)
+    calls = graph_calls(prepared, data, limit)
+    if not calls:
+        raise CalibrationError("the data hold no full batch of the graph; pass more of them")
+    if state_of(prepared.graph):
+        names = ", ".join(str(node.target) for node in state_of(prepared.graph)[:3])
+        raise CalibrationError(
+            f"the model writes its own buffers ({names}), so layers cannot be run apart from each "
+            "other; improve it without them"
+        )
+    layers, refused = find_layers(prepared)
+    if not layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise CalibrationError(
+            f"the graph has no layer whose weight is a rounded constant{reasons and ': '}{reasons}"
+        )
+    with exclusive(), torch.no_grad():
+        run = _Run(prepared, layers, refused, calls, chosen, seed, checkpoint)
+        return run.run(progress)
+
+
+class _Run:
+    """One call of :func:`improve`."""
+
+    def __init__(
+        self,
+        prepared: GraphModule,
+        layers: list[Layer],
+        refused: dict[str, str],
+        calls: list[list[Any]],
+        algorithms: tuple[str, ...],
+        seed: int,
+        checkpoint: str | os.PathLike[str] | None,
+    ) -> None:
+        self.prepared = prepared
+        self.layers = layers
+        self.algorithms = algorithms
+        self.seed = seed
+        device = layers[0].weight.device
+        self.calls = [[_moved(value, device) for value in call] for call in calls]
+        held = max(1, len(calls) // _HELD_BACK) if len(calls) > 1 else 0
+        self.learned = len(calls) - held
+        self.seconds = dict.fromkeys(("streams", *algorithms), 0.0)
+        self.not_applied = [
+            NotApplied(node, name, reason)
+            for node, reason in refused.items()
+            for name in algorithms
+        ]
+        self.file = (
+            None
+            if checkpoint is None
+            else ImprovementCheckpoint(checkpoint, prepared, layers, calls, algorithms, seed)
+        )
+
+    def run(self, progress: bool | None) -> Improvement:
+        """All of it; nothing, where it does not end."""
+        observers = [m for m in self.prepared.modules() if isinstance(m, ActivationObserver)]
+        thawed = [o for o in observers if not o.is_dynamic and not o.frozen]
+        for layer in self.layers:
+            layer.take_copies()
+        states = [layer.state() for layer in self.layers]
+        try:
+            for observer in thawed:
+                observer.freeze()
+            return self._run(progress)
+        except BaseException:
+            for observer in thawed:
+                observer.unfreeze()
+            for layer, state in zip(self.layers, states, strict=True):
+                layer.load(state)
+            raise
+
+    def _run(self, progress: bool | None) -> Improvement:
+        before = self._measured()
+        finished = 0 if self.file is None else self.file.resume()
+        own = {
+            name: value.detach().clone()
+            for layer in self.layers
+            for name, value in layer.constants().items()
+        }
+        floating = Stream(self.prepared, self.calls, rounded=False, constants=own)
+        rounded = Stream(self.prepared, self.calls, rounded=True)
+        walked = walk(self.prepared, (floating, rounded), self.layers)
+        gains = []
+        steps = track(walked, "improve", len(self.layers), progress)
+        for index, layer in enumerate(self._timed(steps)):
+            floating.run_layer(layer)
+            if self.file is not None and index < finished:
+                applied = self.file.restore(index, layer)
+            else:
+                applied = self._improve(index, layer, floating, rounded)
+                if self.file is not None:
+                    self.file.save(index, layer, applied)
+            rounded.run_layer(layer)
+            after = self._sqnr(layer, floating, rounded)
+            gains.append(
+                LayerGain(layer.name, module_path(layer.node), applied, before[layer.node], after)
+            )
+        return Improvement(
+            self.algorithms,
+            tuple(gains),
+            tuple(self.not_applied),
+            *self._samples(),
+            self.seconds,
+            finished,
+        )
+
+    def _improve(
+        self, index: int, layer: Layer, floating: Stream, rounded: Stream
+    ) -> tuple[str, ...]:
+        """Change one layer; the names of the algorithms that did."""
+        applied = []
+        learned = slice(self.learned)
+        corrects = "bias_correction" in self.algorithms and layer.bias is not None
+        if "gptq" in self.algorithms and layer.loses_nothing():
+            exact = "its weight is exact when rounded to nearest"
+            self.not_applied.append(NotApplied(layer.name, "gptq", exact))
+        elif "gptq" in self.algorithms:
+            with self._timing("gptq"):
+                generator = torch.Generator().manual_seed(self.seed + index)
+                moments = input_moments(
+                    layer,
+                    rounded.batches(layer.input)[learned],
+                    floating.batches(layer.input)[learned],
+                    generator,
+                )
+                weight = floating.values[layer.weight_node]
+                round_by_error(layer, moments, weight, centered=corrects)
+            applied.append("gptq")
+        if "bias_correction" in self.algorithms:
+            with self._timing("bias_correction"):
+                rounded.run_layer(layer)
+                reason = correct_bias(
+                    layer,
+                    rounded.batches(layer.node)[learned],
+                    floating.batches(layer.node)[learned],
+                )
+            if reason is None:
+                applied.append("bias_correction")
+            else:
+                self.not_applied.append(NotApplied(layer.name, "bias_correction", reason))
+        return tuple(applied)
+
+    def _measured(self) -> dict[Node, float]:
+        """SQNR of each layer's output on what is held back, as the graph is now."""
+        held = self.calls[self.learned :] or self.calls
+        floating = Stream(self.prepared, held, rounded=False)
+        rounded = Stream(self.prepared, held, rounded=True)
+        ratios = {}
+        for layer in self._timed(walk(self.prepared, (floating, rounded), self.layers)):
+            floating.run_layer(layer)
+            rounded.run_layer(layer)
+            ratios[layer.node] = _sqnr(floating.batches(layer.node), rounded.batches(layer.node))
+        return ratios
+
+    def _sqnr(self, layer: Layer, floating: Stream, rounded: Stream) -> float:
+        held = slice(self.learned if self.learned < len(self.calls) else 0, None)
+        return _sqnr(floating.batches(layer.node)[held], rounded.batches(layer.node)[held])
+
+    def _samples(self) -> tuple[int, int]:
+        graph = GraphInputs.of(self.prepared)
+        sizes = [graph.batch_size(call) for call in self.calls]
+        return sum(sizes[: self.learned]), sum(sizes[self.learned :])
+
+    @contextmanager
+    def _timing(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begin
+            self.seconds[name] += spent
+            self.seconds["streams"] -= spent
+
+    def _timed(self, steps: Iterator[Layer]) -> Iterator[Layer]:
+        """``steps``; the time until the last one ends counts as that of the streams."""
+        begin = time.perf_counter()
+        yield from steps
+        self.seconds["streams"] += time.perf_counter() - begin
+
+
+def _sqnr(exact: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    noise = Noise()
+    for x, y in zip(exact, other, strict=True):
+        noise.add(x, y)
+    return noise.ratio
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

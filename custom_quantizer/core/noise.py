@@ -1,0 +1,38 @@
+"""How large an error is beside the signal: SQNR, ``10 log10(sum(x^2) / sum((x - y)^2))`` dB."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["Noise", "ratio_db"]
+
+
+class Noise:
+    """Power of a signal and of its error, in float64, over any number of tensors."""
+
+    def __init__(self) -> None:
+        self.signal = self.error = 0.0
+
+    def add(self, exact: Tensor, other: Tensor) -> None:
+        """Count one pair of tensors; where the exact one is not finite, nothing is counted."""
+        exact, other = exact.detach().double(), other.detach().double()
+        finite = torch.isfinite(exact)
+        if not bool(finite.all()):
+            exact, other = exact[finite], other[finite]
+        self.signal += float((exact * exact).sum())
+        self.error += float(((exact - other) ** 2).sum())
+
+    @property
+    def ratio(self) -> float:
+        """SQNR in dB; infinite where there is no error, minus infinity without a signal."""
+        return ratio_db(self.signal, self.error)
+
+
+def ratio_db(signal: float, error: float) -> float:
+    """``10 log10(signal / error)`` of two powers; infinite where there is no error."""
+    if error == 0:
+        return math.inf
+    return 10 * math.log10(signal / error) if signal > 0 else -math.inf

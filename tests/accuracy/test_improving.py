@@ -1,0 +1,227 @@
+"""``improve``, and what conversion makes of its integers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from support.improvement import every_layer, prepared_every_layer, smooth_images
+from torch import Tensor
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+import custom_quantizer as cq
+from custom_quantizer.accuracy import improving
+from custom_quantizer.accuracy.layers import find_layers
+from custom_quantizer.calibration.statistics import (
+    activation_observers,
+    reset_statistics,
+    solved_qparams,
+)
+from custom_quantizer.core.bias import derived_scale
+from custom_quantizer.errors import CalibrationError
+from custom_quantizer.reference.converted import read_converted
+
+DATA = list(smooth_images(64).split(8))
+FRESH = smooth_images(64, seed=77)
+
+
+def _states(prepared: GraphModule) -> dict[str, Tensor]:
+    return {
+        f"{layer.name}.{key}": value
+        for layer in find_layers(prepared)[0]
+        for key, value in layer.state().items()
+    }
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _error(prepared: GraphModule) -> float:
+    model = every_layer()
+    converted = convert_pt2e(copy.deepcopy(prepared))
+    with torch.no_grad():
+        return float((converted(FRESH) - model(FRESH)).square().mean())
+
+
+def test_every_layer_is_better_than_rounded_to_nearest() -> None:
+    prepared = prepared_every_layer()
+    nearest = _error(prepared)
+    ranges = solved_qparams(prepared)
+    result = cq.improve(prepared, DATA)
+    assert [layer.module for layer in result.layers if layer.algorithms] == [
+        "stem", "depthwise", "grouped", "up", "pointwise", "linear",
+    ]  # fmt: skip
+    assert all(layer.gain > 3 for layer in result.layers if layer.algorithms), result.table()
+    assert all(observed.observer.frozen for observed in activation_observers(prepared))
+    assert solved_qparams(prepared) == ranges
+    assert _error(prepared) < nearest / 4
+    assert (result.samples, result.held_back) == (56, 8)
+
+
+@pytest.mark.parametrize("algorithm", improving.ALGORITHMS)
+def test_each_algorithm_alone_helps(algorithm: str) -> None:
+    prepared = prepared_every_layer()
+    nearest = _error(prepared)
+    result = cq.improve(prepared, DATA, [algorithm])
+    assert result.algorithms == (algorithm,)
+    assert result.seconds.keys() == {"streams", algorithm}
+    assert _error(prepared) < nearest
+
+
+def test_biases_and_weights_are_integers_of_the_derived_scales() -> None:
+    prepared = prepared_every_layer()
+    cq.improve(prepared, DATA)
+    layers = {layer.node.name: layer for layer in find_layers(prepared)[0]}
+    expected = {}
+    for name, layer in layers.items():
+        scale = layer.observer.supplied_scale
+        bias = layer.bias
+        assert bias is None or torch.equal(bias, layer.rounded_bias())
+        expected[name] = (None if bias is None else bias.clone(), layer.weight.clone(), scale)
+    ops = {op.node.name: op for op in read_converted(convert_pt2e(prepared)).integer}
+    for name, (bias, weight, scale) in expected.items():
+        op = ops[name]
+        assert op.weight is not None
+        if scale is not None:
+            spread = layers[name].observer.dequantized(op.weight, scale)
+            assert torch.equal(spread, weight)
+        if bias is not None and scale is not None and name != "conv_transpose2d":
+            unit = derived_scale(float(op.inputs[0].scale), scale)
+            assert torch.equal(op.bias.to(torch.float32) * unit, bias)
+
+
+def test_the_program_computes_what_the_reference_does() -> None:
+    prepared = prepared_every_layer()
+    cq.improve(prepared, DATA)
+    layers = find_layers(prepared)[0]
+    biases = {layer.node.name: layer.rounded_bias() for layer in layers}
+    converted = convert_pt2e(prepared)
+    # Lowering reads the biases of the file back and compares them with the graph's.
+    lowered = cq.lower(converted, (FRESH[:8],))
+    reference = cq.integer_reference(converted, "xnnpack")
+    outputs = [lowered.run(x) for x in FRESH.split(8)]
+    assert torch.equal(torch.cat(outputs), torch.cat([reference(x) for x in FRESH.split(8)]))
+    for op in read_converted(converted).integer:
+        if op.bias is not None and op.node.name != "conv_transpose2d":
+            unit = derived_scale(float(op.inputs[0].scale), op.weight_qparams.scale)
+            assert torch.equal(op.bias.to(torch.float32) * unit, biases[op.node.name])
+
+
+def test_the_captured_model_keeps_its_weights() -> None:
+    model = every_layer()
+    exported = torch.export.export(model, (smooth_images(8),)).module()
+    prepared = prepare_pt2e(exported, cq.IntegerQuantizer().set_global("a8w4"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prepared(smooth_images(8))
+    cq.improve(prepared, DATA)
+    assert _equal(model.state_dict(), before)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepared_every_layer()
+    expected = cq.improve(whole, DATA)
+    path = tmp_path / "improvement.safetensors"
+    prepared = prepared_every_layer()
+    before = _states(prepared)
+    improve_layer = improving._Run._improve
+
+    def interrupted(run: improving._Run, index: int, *rest: object) -> tuple[str, ...]:
+        if index == 3:
+            raise KeyboardInterrupt
+        return improve_layer(run, index, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(improving._Run, "_improve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cq.improve(prepared, DATA, checkpoint=path)
+    assert _equal(_states(prepared), before)
+    assert not any(observed.observer.frozen for observed in activation_observers(prepared))
+    result = cq.improve(prepared, DATA, checkpoint=path)
+    assert result.resumed == 3
+    assert result.layers == expected.layers
+    assert _equal(_states(prepared), _states(whole))
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "improvement.safetensors"
+    cq.improve(prepared_every_layer(), DATA, checkpoint=path)
+    again = cq.improve(prepared_every_layer(), DATA, checkpoint=path)
+    assert again.resumed == len(again.layers)
+    with pytest.raises(CalibrationError, match="another seed"):
+        cq.improve(prepared_every_layer(), DATA, seed=1, checkpoint=path)
+    with pytest.raises(CalibrationError, match="other data"):
+        cq.improve(prepared_every_layer(), DATA[1:], checkpoint=path)
+    with pytest.raises(CalibrationError, match="another model"):
+        cq.improve(prepared_every_layer("a8w4"), DATA, checkpoint=path)
+
+
+def test_what_is_not_applied_has_a_reason() -> None:
+    result = cq.improve(prepared_every_layer(), DATA)
+    reasons = {(n.node, n.algorithm): n.reason for n in result.not_applied}
+    assert reasons == {
+        ("mean", "gptq"): "its weight is exact when rounded to nearest",
+        ("mean", "bias_correction"): "it has no bias",
+    }
+    assert "mean: no gptq: its weight is exact" in result.table()
+
+
+def test_shared_weights_are_left_alone() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(6, 6)
+            self.head = torch.nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.linear(torch.relu(self.linear(x))))
+
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    exported = torch.export.export(Twice().eval(), (x,)).module()
+    prepared = prepare_pt2e(exported, cq.IntegerQuantizer().set_global("a8w4"))
+    prepared(x)
+    result = cq.improve(prepared, x)
+    assert [layer.module for layer in result.layers] == ["head"]
+    assert {n.reason for n in result.not_applied} == {
+        "its weight is used more than once, so one layer cannot have it changed"
+    }
+
+
+@pytest.mark.parametrize("scheme", ["dyn8w4g32", "a8w4-biasfloat", "a8w4-bias8", "a8w4-per_tensor"])
+def test_other_schemes(scheme: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)
+        ).eval()
+        x = torch.randn(256, 64) @ torch.randn(64, 64)
+    error = []
+    for improved in (False, True):
+        exported = torch.export.export(model, (x,)).module()
+        prepared = prepare_pt2e(exported, cq.IntegerQuantizer().set_global(scheme))
+        prepared(x)
+        if improved:
+            cq.improve(prepared, x)
+        converted = convert_pt2e(prepared)
+        with torch.no_grad():
+            error.append(float((converted(x) - model(x)).square().mean()))
+    assert error[1] < error[0] / 2
+
+
+def test_what_cannot_be_improved_is_refused() -> None:
+    prepared = prepared_every_layer()
+    with pytest.raises(CalibrationError, match="name some of gptq"):
+        cq.improve(prepared, DATA, ["gptq", "magic"])
+    with pytest.raises(CalibrationError, match="name some of"):
+        cq.improve(prepared, DATA, "gptq")
+    with pytest.raises(CalibrationError, match="no full batch"):
+        cq.improve(prepared, [])
+    unseen = prepared_every_layer()
+    reset_statistics(unseen)
+    with pytest.raises(CalibrationError, match="never saw data"):
+        cq.improve(unseen, DATA)
