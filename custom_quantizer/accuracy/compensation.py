@@ -50,12 +50,15 @@ def input_moments(
     share = -(-positions // len(rounded))
     sums = MomentsAccumulator()
     for p, f in zip(rounded, floating, strict=True):
-        patches, float_patches = layer.patches(p), layer.patches(f)
-        if patches.shape[2] > share:
-            places = torch.randperm(patches.shape[2], generator=generator)[:share]
-            places = places.to(patches.device)
-            patches, float_patches = patches[:, :, places], float_patches[:, :, places]
-        sums.add(patches, float_patches)
+        chosen: list[Tensor | None] = []
+
+        def draw(count: int, chosen: list[Tensor | None] = chosen) -> Tensor | None:
+            if not chosen:  # the same places of both
+                drawn = torch.randperm(count, generator=generator)[:share]
+                chosen.append(drawn if count > share else None)
+            return chosen[0]
+
+        sums.add(layer.patches(p, draw), layer.patches(f, draw))
     return sums.moments()
 
 
@@ -91,8 +94,7 @@ def round_by_error(layer: Layer, moments: Moments, weight: Tensor, *, centered: 
     many = rows.repeat(1, len(scales), 1)
     fmt = observer.scheme.format
     limits = fmt.quant_min, fmt.quant_max
-    integers = gptq(many, spread, hessian, limits)
-    integers = coordinate_descent(many, integers, spread, hessian, limits)
+    integers = gptq(many.float(), spread.float(), hessian, limits).to(torch.float64)
     errors = output_error(many, integers * spread, square)
     groups, _, inputs = rows.shape
     by_scale = errors.reshape(groups, len(scales), -1)
@@ -101,6 +103,8 @@ def round_by_error(layer: Layer, moments: Moments, weight: Tensor, *, centered: 
     chosen = layer.scale_of_rows(best.to(torch.float64)).expand_as(rows).long()
     candidates = integers.reshape(groups, len(scales), -1, inputs)
     rounded = candidates.gather(1, chosen.unsqueeze(1)).squeeze(1)
+    spread = layer.scale_of_rows(scale.to(torch.float64))
+    rounded = coordinate_descent(rows, rounded, spread, hessian, limits)
     set_integers(layer, layer.from_rows(rounded), scale)
 
 

@@ -29,19 +29,17 @@ from custom_quantizer.accuracy.layers import Layer, find_layers
 from custom_quantizer.accuracy.streams import Stream, walk
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, graph_calls
+from custom_quantizer.config.improvement import ALGORITHMS, check_algorithms
 from custom_quantizer.core.graph import module_path, state_of
 from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
-from custom_quantizer.errors import CalibrationError
+from custom_quantizer.errors import CalibrationError, ConfigError
 
-__all__ = ["ALGORITHMS", "Improvement", "LayerGain", "NotApplied", "improve"]
+__all__ = ["Improvement", "LayerGain", "NotApplied", "improve"]
 
 logger = logging.getLogger(__name__)
-
-ALGORITHMS = ("gptq", "bias_correction")
-"""Names of all algorithms, in the order in which they run."""
 
 _HELD_BACK = 8
 """One in so many batches is held back."""
@@ -156,7 +154,7 @@ def improve(
         prepared: what ``prepare_pt2e`` returns, calibrated.
         data: as for :func:`~custom_quantizer.calibration.run.calibrate`; no labels are needed. All
             of it is held in memory, with the activations of a few layers.
-        algorithms: names from :data:`ALGORITHMS`, in any order:
+        algorithms: names, in any order:
 
             - ``gptq``: weight scales and integers that change the layer's outputs least.
             - ``bias_correction``: whole units of the derived bias that take away the mean error.
@@ -167,15 +165,15 @@ def improve(
         progress: True shows a bar, None does so at a terminal.
 
     Raises:
-        CalibrationError: an algorithm is not known; the graph is not calibrated, is prepared for
+        ConfigError: an algorithm is not known, or none is named.
+        CalibrationError: the graph is not calibrated, is prepared for
             training, writes buffers, or has no layer with a rounded weight; there are no data or
             they do not fit; the checkpoint is of something else.
         InputError: the checkpoint cannot be read or written.
     """
-    unknown = [name for name in algorithms if name not in ALGORITHMS]
-    if unknown or not algorithms or isinstance(algorithms, str):
-        raise CalibrationError(f"algorithms={algorithms!r}: name some of {', '.join(ALGORITHMS)}")
-    chosen = tuple(name for name in ALGORITHMS if name in algorithms)
+    chosen = check_algorithms(algorithms)
+    if not chosen:
+        raise ConfigError(f"algorithms is empty; choose from {', '.join(ALGORITHMS)}")
     calls = graph_calls(prepared, data, limit)
     if not calls:
         raise CalibrationError("the data hold no full batch of the graph; pass more of them")

@@ -9,7 +9,7 @@ stride 1 over its input with zeros in between, with the kernel turned around.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -220,19 +220,45 @@ class Layer:
             count += flat.shape[1]
         return total / count
 
-    def patches(self, x: Tensor) -> Tensor:
-        """What meets the weight, ``(groups, inputs, positions)``, for an input of the layer."""
+    def patches(self, x: Tensor, places: Callable[[int], Tensor | None] | None = None) -> Tensor:
+        """What meets the weight: ``(groups, inputs, positions)``.
+
+        Args:
+            x: an input of the layer.
+            places: chooses positions, given how many there are: their indices, or ``None`` for all.
+        """
         if self.match.rule is LINEAR:
-            return x.reshape(-1, x.shape[-1]).T.unsqueeze(0)
+            rows = x.reshape(-1, x.shape[-1])
+            chosen = places(len(rows)) if places is not None else None
+            return (rows if chosen is None else rows[chosen.to(x.device)]).T.unsqueeze(0)
+        windows = self._windows(x)
+        length, height, width = windows.shape[:3]
+        chosen = places(length * height * width) if places is not None else None
+        if chosen is not None:
+            chosen = chosen.to(x.device)
+            row = chosen.div(width, rounding_mode="floor")
+            windows = windows[row.div(height, rounding_mode="floor"), row % height, chosen % width]
+        return windows.reshape(-1, self.groups, self.weight_inputs).permute(1, 2, 0)
+
+    @property
+    def weight_inputs(self) -> int:
+        """Inputs that an output of a group is a sum over."""
+        return self.to_rows(self.weight.detach()).shape[2]
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """Views of what a convolution's kernel sees: ``(N, height, width, channels, *kernel)``."""
         x, kernel, stride, dilation = self._as_convolution(x)
-        if all(k == 1 for k in kernel):
-            strided = x[:, :, :: stride[0], :: stride[1]]
-            columns = strided.flatten(2)
-        else:
-            columns = F.unfold(x, tuple(kernel), tuple(dilation), 0, tuple(stride))
-        samples, _, length = columns.shape
-        split = columns.reshape(samples, self.groups, -1, length)
-        return split.permute(1, 2, 0, 3).reshape(self.groups, -1, samples * length)
+        samples, channels, *sizes = x.shape
+        out = [
+            (n - d * (k - 1) - 1) // s + 1
+            for n, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
+        ]
+        by_sample, by_channel, *by_dim = x.stride()
+        moved = [b * s for b, s in zip(by_dim, stride, strict=True)]
+        spread = [b * d for b, d in zip(by_dim, dilation, strict=True)]
+        return x.as_strided(
+            (samples, *out, channels, *kernel), (by_sample, *moved, by_channel, *spread)
+        )
 
     def _as_convolution(self, x: Tensor) -> tuple[Tensor, list[int], list[int], list[int]]:
         """``(padded input, kernel, stride, dilation)`` of a convolution in two dimensions."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from custom_quantizer.config.improvement import ACCURACIES, ALGORITHMS
 from custom_quantizer.errors import CustomQuantizerError, InputError
 
 if TYPE_CHECKING:
@@ -410,6 +411,18 @@ def plan_command(
     "OUT.graph.safetensors.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option(
+    "--accuracy",
+    type=click.Choice(ACCURACIES),
+    help="What is done beyond rounding to nearest: nothing, what is free, or what seconds to "
+    "minutes buy.  [default: fast]",
+)
+@click.option(
+    "--improve",
+    multiple=True,
+    type=click.Choice(ALGORITHMS),
+    help="An algorithm, instead of those that --accuracy stands for. Repeatable.",
+)
 @_debug_option
 def quantize_command(
     model: str,
@@ -428,6 +441,8 @@ def quantize_command(
     dynamic_batch: bool,
     output: Path,
     as_json: bool,
+    accuracy: str | None,
+    improve: tuple[str, ...],
 ) -> None:
     """Quantize MODEL and write a checked ExecuTorch program.
 
@@ -445,7 +460,15 @@ def quantize_command(
     from custom_quantizer.app.pipeline import quantize
 
     _start_runtime()
-    result = quantize(module, example, data, config=quantizer, dynamic_batch=dynamic_batch)
+    result = quantize(
+        module,
+        example,
+        data,
+        config=quantizer,
+        accuracy=accuracy,
+        improve=improve or None,
+        dynamic_batch=dynamic_batch,
+    )
     files = result.save(output)
     if as_json:
         click.echo(files.report.read_text())
@@ -1077,6 +1100,8 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
     if result.plan.tally != report.tally:
         click.echo(f"the plan expected {result.plan.tally}")
     click.echo(f"calibration: {result.calibration}")
+    if result.improvement is not None:
+        click.echo(f"{result.improvement}")
     checked = "read back from the file and equal"
     biases = result.report.biases
     if lowered.integer_biases():

@@ -2,7 +2,7 @@
 
 ::
 
-    capture -> plan -> prepare -> calibrate -> compare -> convert -> lower -> check
+    capture -> plan -> prepare -> calibrate -> compare -> improve -> convert -> lower -> check
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,9 @@ from torch import nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from custom_quantizer.accuracy.defaults import Remembered, algorithms_for, choose_observers
+from custom_quantizer.accuracy.improving import Improvement
+from custom_quantizer.accuracy.improving import improve as run_improve
 from custom_quantizer.analysis.fidelity import Fidelity, FirstCalls, check_calls
 from custom_quantizer.app.capture import capture
 from custom_quantizer.app.configuration import Configuration, as_quantizer
@@ -29,6 +32,7 @@ from custom_quantizer.app.saved_graph import serialize_graph
 from custom_quantizer.backends.xnnpack import LoweredProgram
 from custom_quantizer.backends.xnnpack.lowering import lower_graph
 from custom_quantizer.calibration.run import CalibrationSummary, calibrate
+from custom_quantizer.config.improvement import check_accuracy, check_algorithms
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, sha256_of
 from custom_quantizer.core.files import json_bytes, new_directory, write_files_atomic
 from custom_quantizer.core.graph import state_kept
@@ -80,6 +84,8 @@ class QuantizationResult:
         exported: the captured float graph.
         plan: what was decided for every op, and why.
         calibration: what the observers were shown.
+        improvement: what :func:`~custom_quantizer.improve` did; ``None`` where all was rounded to
+            nearest.
         fidelity: how far the outputs are from the float model's, on calibration data.
         converted: the quantized graph: integer weights, int32 biases, quantize and dequantize.
         report: one row per op of the converted graph.
@@ -90,6 +96,7 @@ class QuantizationResult:
     exported: GraphModule = field(repr=False)
     plan: Plan = field(repr=False)
     calibration: CalibrationSummary
+    improvement: Improvement | None
     fidelity: Fidelity
     converted: GraphModule = field(repr=False)
     report: Report = field(repr=False)
@@ -102,9 +109,13 @@ class QuantizationResult:
 
     def _to_dict(self) -> dict[str, Any]:
         lowering = None if self.lowered is None else json.loads(self.lowered.report.to_json())
+        improvement = (
+            {} if self.improvement is None else {"improvement": self.improvement.to_dict()}
+        )
         return {
             "version": RESULT_VERSION,
             "calibration": asdict(self.calibration),
+            **improvement,
             "fidelity": self.fidelity.to_dict(),
             "plan": json.loads(self.plan.to_json()),
             "report": json.loads(self.report.to_json()),
@@ -189,6 +200,8 @@ def quantize(
     calibration_data: object,
     *,
     config: Configuration | IntegerQuantizer | None = None,
+    accuracy: str | None = None,
+    improve: Sequence[str] | None = None,
     dynamic_batch: bool | int = False,
     lower: bool = True,
     progress: bool | None = None,
@@ -204,6 +217,16 @@ def quantize(
         calibration_data: see :func:`~custom_quantizer.calibration.run.calibrate`.
         config: a scheme or its name (``None``: ``"a8w8"``), the path of a configuration file or
             its content, or an ``IntegerQuantizer``.
+        accuracy: what is done beyond rounding to nearest (``None``: what ``config`` says, else
+            ``"fast"``). At 8 bits and above, ``"plain"`` and ``"fast"`` are the same.
+
+            - ``"plain"``: nothing.
+            - ``"fast"``: what is free. Below 8 bits, activations whose scheme names no other
+              observer get the range that histogram chooses, and biases are corrected.
+            - ``"best"``: what seconds to minutes buy. Ranges as with ``"fast"``; scales, integers
+              and biases are improved at any width.
+        improve: names of algorithms (see :func:`~custom_quantizer.improve`), instead of those that
+            ``accuracy`` stands for.
         dynamic_batch: let the first dimension of every input vary, up to a batch of 64, or of the
             given number. For modules only: captured graphs have decided already.
         lower: whether to make a program at all.
@@ -220,7 +243,9 @@ def quantize(
         LoweringError: the backend refused the graph, or wrote something wrong.
     """
     quantizer = as_quantizer(config)
-    with stages("quantize", 11 if lower else 6, progress) as stage:
+    wanted = check_accuracy(accuracy or quantizer.accuracy or "fast")
+    named = quantizer.improve if improve is None else check_algorithms(improve)
+    with stages("quantize", 12 if lower else 7, progress) as stage:
         stage("capturing the model")
         exported, example = capture(model, example_inputs, dynamic_batch=dynamic_batch)
         stage("planning")
@@ -232,10 +257,20 @@ def quantize(
         for warning in plan.warnings:
             logger.warning("%s", warning)
         stage("calibrating")
+        algorithms = algorithms_for(wanted, prepared) if named is None else named
+        if wanted != "plain":
+            choose_observers(prepared)
+        data = calibration_data
+        if algorithms and isinstance(data, Iterator):
+            data = Remembered(data)
         with FirstCalls(prepared) as first:
-            summary = calibrate(prepared, calibration_data, progress=progress)
+            summary = calibrate(prepared, data, progress=progress)
         stage("comparing with the float model")
         checked = check_calls(prepared, exported, first.calls)
+        stage("improving")
+        improvement = None
+        if algorithms:
+            improvement = run_improve(prepared, data, algorithms, progress=progress)
         stage("converting")
         # To fold constants convert_pt2e runs writes into buffers too (counters).
         with tools(), state_kept(prepared):
@@ -248,5 +283,13 @@ def quantize(
         stage("reporting")
         report = report_of(graph, lowered)
     return QuantizationResult(
-        exported, plan, summary, fidelity, converted, report, lowered, tuple(example_inputs)
+        exported,
+        plan,
+        summary,
+        improvement,
+        fidelity,
+        converted,
+        report,
+        lowered,
+        tuple(example_inputs),
     )

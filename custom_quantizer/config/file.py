@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -32,6 +32,12 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
+from custom_quantizer.config.improvement import (
+    ACCURACIES,
+    ALGORITHMS,
+    check_accuracy,
+    check_algorithms,
+)
 from custom_quantizer.config.located import (
     MOST_CHARACTERS,
     MOST_MISTAKES,
@@ -180,6 +186,18 @@ def _kind(value: object) -> str | None:
 def _without_default(schema: dict[str, Any]) -> None:
     """For fields whose absence means something that no value says."""
     schema.pop("default")
+
+
+def _choices(names: Sequence[str]) -> Callable[[dict[str, Any]], None]:
+    """For a name, or a list of names, one of these, without a default."""
+
+    def only(schema: dict[str, Any]) -> None:
+        _without_default(schema)
+        (kind,) = (entry for entry in schema.pop("anyOf") if entry["type"] != "null")
+        schema.update(kind)
+        schema.get("items", schema)["enum"] = list(names)
+
+    return only
 
 
 class _Model(BaseModel):
@@ -412,6 +430,19 @@ class ConfigFile(_Model):
         json_schema_extra=_without_default,
     )
 
+    accuracy: Annotated[str | None, _parsed_by(check_accuracy)] = Field(
+        None,
+        description="What `quantize` does beyond rounding to nearest: nothing (`plain`), what is "
+        "free (`fast`), or what seconds to minutes buy (`best`). Default: `fast`.",
+        json_schema_extra=_choices(ACCURACIES),
+    )
+    improve: Annotated[list[str] | None, _parsed_by(check_algorithms)] = Field(
+        None,
+        description="Algorithms that `quantize` improves the rounding with, instead of those that "
+        "`accuracy` stands for.",
+        json_schema_extra=_choices(ALGORITHMS),
+    )
+
 
 class _Schema(GenerateJsonSchema):
     """JSON schema without a title for every field."""
@@ -494,6 +525,8 @@ def _to_config(file: ConfigFile, document: Document) -> Config:
             line = document.source((kind, name))
             if line is not None:
                 config.io_sources[kind, name] = line
+    config.accuracy = file.accuracy
+    config.improve = cast("tuple[str, ...] | None", file.improve)
     return config
 
 
@@ -615,6 +648,10 @@ def dump_config(config: Config) -> dict[str, Any]:
         names = {name: written(value) for name, value in getattr(config, key).items()}
         if names:
             data[key] = names["*"] if list(names) == ["*"] else names
+    if config.accuracy is not None:
+        data["accuracy"] = config.accuracy
+    if config.improve is not None:
+        data["improve"] = list(config.improve)
     return data
 
 

@@ -219,6 +219,8 @@ class Config:
         integer_inputs: what the program takes for an input, one of :data:`BORDER_KINDS`, by name or
             position, ``"*"`` for all others; float32 where nothing is said.
         integer_outputs: likewise, what it returns.
+        accuracy: what ``quantize`` does beyond rounding to nearest, where that was asked for.
+        improve: the algorithms it does it with, likewise.
         io_sources: where a file says so, by the name of the field and of the input or output.
     """
 
@@ -228,6 +230,8 @@ class Config:
     outputs: dict[str, TensorScheme] = field(default_factory=dict)
     integer_inputs: dict[str, str] = field(default_factory=dict)
     integer_outputs: dict[str, str] = field(default_factory=dict)
+    accuracy: str | None = None
+    improve: tuple[str, ...] | None = None
     io_sources: dict[tuple[str, str], str] = field(default_factory=dict, compare=False, repr=False)
     _index: _Index | None = field(default=None, init=False, compare=False, repr=False)
 

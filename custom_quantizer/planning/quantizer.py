@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -30,6 +30,7 @@ from custom_quantizer.calibration.observers import (
     WeightObserver,
 )
 from custom_quantizer.config.file import dump_config, load_config
+from custom_quantizer.config.improvement import check_accuracy, check_algorithms
 from custom_quantizer.config.rules import Config, Rule, Scope, border_kind, operator_names
 from custom_quantizer.core import borders
 from custom_quantizer.core.bias import BiasLimits
@@ -224,6 +225,34 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             raise ConfigError(f"{scope.setter} takes a name, got {key!r}")
         self._config.rules.append(Rule(scope, key, coerce_scheme(scheme)))
         return self
+
+    def set_accuracy(
+        self, accuracy: str | None = None, improve: Sequence[str] | None = None
+    ) -> IntegerQuantizer:
+        """Set what :func:`~custom_quantizer.quantize` does beyond rounding to nearest.
+
+        It has no effect on ``prepare_pt2e`` alone: call :func:`~custom_quantizer.improve` then.
+
+        Args:
+            accuracy: ``"plain"``, ``"fast"`` or ``"best"``.
+            improve: names of algorithms, instead of those that ``accuracy`` stands for.
+
+        Raises:
+            ConfigError: a name is none of these.
+        """
+        self._config.accuracy = None if accuracy is None else check_accuracy(accuracy)
+        self._config.improve = None if improve is None else check_algorithms(improve)
+        return self
+
+    @property
+    def accuracy(self) -> str | None:
+        """As set, or as a config file says."""
+        return self._config.accuracy
+
+    @property
+    def improve(self) -> tuple[str, ...] | None:
+        """Likewise: names of algorithms."""
+        return self._config.improve
 
     # -- planning -----------------------------------------------------------------------------
 

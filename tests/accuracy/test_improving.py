@@ -20,8 +20,9 @@ from custom_quantizer.calibration.statistics import (
     reset_statistics,
     solved_qparams,
 )
+from custom_quantizer.config.improvement import ALGORITHMS
 from custom_quantizer.core.bias import derived_scale
-from custom_quantizer.errors import CalibrationError
+from custom_quantizer.errors import CalibrationError, ConfigError
 from custom_quantizer.reference.converted import read_converted
 
 DATA = list(smooth_images(64).split(8))
@@ -62,7 +63,7 @@ def test_every_layer_is_better_than_rounded_to_nearest() -> None:
     assert (result.samples, result.held_back) == (56, 8)
 
 
-@pytest.mark.parametrize("algorithm", improving.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_each_algorithm_alone_helps(algorithm: str) -> None:
     prepared = prepared_every_layer()
     nearest = _error(prepared)
@@ -215,10 +216,12 @@ def test_other_schemes(scheme: str) -> None:
 
 def test_what_cannot_be_improved_is_refused() -> None:
     prepared = prepared_every_layer()
-    with pytest.raises(CalibrationError, match="name some of gptq"):
-        cq.improve(prepared, DATA, ["gptq", "magic"])
-    with pytest.raises(CalibrationError, match="name some of"):
+    with pytest.raises(ConfigError, match="no algorithm 'gptk'; did you mean gptq"):
+        cq.improve(prepared, DATA, ["bias_correction", "gptk"])
+    with pytest.raises(ConfigError, match="a list of algorithms"):
         cq.improve(prepared, DATA, "gptq")
+    with pytest.raises(ConfigError, match="choose from gptq"):
+        cq.improve(prepared, DATA, [])
     with pytest.raises(CalibrationError, match="no full batch"):
         cq.improve(prepared, [])
     unseen = prepared_every_layer()

@@ -489,3 +489,70 @@ def test_errors(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "\n" not in str(error.value)
     # torch 2.15 prints the graph that it could not capture, twice.
     assert "def forward" not in capsys.readouterr().err
+
+
+# -- accuracy --------------------------------------------------------------------------------------
+
+
+def _improved_by(result: QuantizationResult) -> tuple[str, ...]:
+    return () if result.improvement is None else result.improvement.algorithms
+
+
+def test_what_is_free_is_done_below_eight_bits() -> None:
+    def by(scheme: str, **options: Any) -> QuantizationResult:
+        return quantize(
+            small_model(), EXAMPLE, DATA, config=scheme, lower=False, progress=False, **options
+        )
+
+    assert _improved_by(by("a8w8")) == ()
+    assert _improved_by(by("a8w4")) == ("bias_correction",)
+    assert _improved_by(by("a8w4", accuracy="plain")) == ()
+    assert _improved_by(by("a8w8", accuracy="best")) == ("gptq", "bias_correction")
+    only = by("a8w4", accuracy="best", improve=["gptq"])
+    assert _improved_by(only) == ("gptq",)
+    assert json.loads(only.to_json())["improvement"]["algorithms"] == ["gptq"]
+    assert "improvement" not in json.loads(by("a8w8").to_json())
+
+
+def test_a_config_file_says_how_much_accuracy_is_wanted() -> None:
+    def by(extra: dict[str, Any], **options: Any) -> tuple[str, ...]:
+        config = {"version": 1, "global": "a8w4", **extra}
+        result = quantize(
+            small_model(), EXAMPLE, DATA, config=config, lower=False, progress=False, **options
+        )
+        return _improved_by(result)
+
+    assert by({"accuracy": "plain"}) == ()
+    assert by({"accuracy": "plain"}, accuracy="fast") == ("bias_correction",)
+    assert by({"improve": ["gptq"]}) == ("gptq",)
+    assert by({"improve": []}) == ()
+    with pytest.raises(ConfigError, match="accuracy is one of plain, fast, best, not 'bets'"):
+        by({}, accuracy="bets")
+
+
+def test_a_generator_is_enough_to_improve_with() -> None:
+    def by(data: object) -> Tensor:
+        result = quantize(small_model(), EXAMPLE, data, config="a8w4", lower=False, progress=False)
+        return cast(Tensor, result.converted(*EXAMPLE))
+
+    batches = list(small_images(32).split(4))
+    assert torch.equal(by(batch for batch in batches), by(batches))
+
+
+def test_four_bit_activations_do_not_get_the_whole_range() -> None:
+    def scales(**options: Any) -> dict[str, float]:
+        result = quantize(
+            small_model(), EXAMPLE, DATA, lower=False, progress=False, improve=[], **options
+        )
+        return {
+            op.node.name: float(op.inputs[0].scale)
+            for op in read_converted(result.converted).integer
+            if op.weight is not None
+        }
+
+    chosen, plain = scales(config="a4w8"), scales(config="a4w8", accuracy="plain")
+    assert all(chosen[name] < plain[name] for name in plain)
+    assert chosen == scales(config="a4w8-histogram", accuracy="plain")
+    named = scales(config="a4w8-percentile99")
+    assert named == scales(config="a4w8-percentile99", accuracy="plain")
+    assert scales(config="a8w8") == scales(config="a8w8", accuracy="plain")
