@@ -266,6 +266,7 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
     "files_and_threads.md": {"torch 2.15": "version", "torchao 0.18": "version"},
     "improving_accuracy.md": {
         "arxiv.org/abs/2210.17323": "address",
+        "arxiv.org/abs/2211.10438": "address",
         "arxiv.org/abs/2309.01885": "address",
         "arxiv.org/abs/2504.02692": "address",
         "arxiv.org/abs/1906.04721": "address",

@@ -8,12 +8,14 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
-from custom_quantizer.config.improvement import ALGORITHMS
 
-__all__ = ["SAMPLES", "Remembered", "algorithms_for", "choose_observers"]
+__all__ = ["BEST", "SAMPLES", "Remembered", "algorithms_for", "choose_observers"]
 
 SAMPLES = 512
 """Samples to improve with; more changed nothing that could be told from noise."""
+
+BEST = ("gptq", "bias_correction")
+"""Of all algorithms those that gain something beside each other."""
 
 _NARROW = 8
 """Below this width rounding to nearest loses accuracy."""
@@ -30,7 +32,7 @@ def algorithms_for(accuracy: str, prepared: GraphModule) -> tuple[str, ...]:
     if accuracy == "plain" or not weights:
         return ()
     if accuracy == "best":
-        return ALGORITHMS
+        return BEST
     observers = [m for m in prepared.modules() if isinstance(m, ActivationObserver)]
     widths = [m.scheme.format.bits for m in weights] + [m.scheme.format.bits for m in observers]
     narrow = min(widths) < _NARROW

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,8 +25,19 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.accuracy.checkpoint import ImprovementCheckpoint
 from custom_quantizer.accuracy.compensation import correct_bias, input_moments, round_by_error
+from custom_quantizer.accuracy.defaults import BEST
+from custom_quantizer.accuracy.equalization import (
+    absorb_bias,
+    equalize,
+    extremes,
+    find_norms,
+    find_pairs,
+    parameters_of_norms,
+    put_attribute,
+    smooth,
+)
 from custom_quantizer.accuracy.layers import Layer, find_layers
-from custom_quantizer.accuracy.streams import Stream, walk
+from custom_quantizer.accuracy.streams import Stream, values_of, walk
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, graph_calls
 from custom_quantizer.config.improvement import ALGORITHMS, check_algorithms
@@ -137,7 +148,7 @@ class Improvement:
 def improve(
     prepared: GraphModule,
     data: object,
-    algorithms: Sequence[str] = ALGORITHMS,
+    algorithms: Sequence[str] = BEST,
     *,
     limit: int | None = 512,
     seed: int = 0,
@@ -154,8 +165,14 @@ def improve(
         prepared: what ``prepare_pt2e`` returns, calibrated.
         data: as for :func:`~custom_quantizer.calibration.run.calibrate`; no labels are needed. All
             of it is held in memory, with the activations of a few layers.
-        algorithms: names, in any order:
+        algorithms: names, in any order; by default ``gptq`` and ``bias_correction``:
 
+            - ``equalization``: what a layer divides a channel by, the next one multiplies it
+              with, so that no channel is much smaller than others; ranges in between are measured
+              again. The float network stays what it is.
+            - ``bias_absorption``: what a channel always exceeds goes through the next layer's
+              bias instead.
+            - ``smoothquant``: the same as equalization between a layer norm and linear layers.
             - ``gptq``: weight scales and integers that change the layer's outputs least.
             - ``bias_correction``: whole units of the derived bias that take away the mean error.
         limit: use at most that many samples, the first ones.
@@ -215,6 +232,7 @@ class _Run:
         self.calls = [[_moved(value, device) for value in call] for call in calls]
         held = max(1, len(calls) // _HELD_BACK) if len(calls) > 1 else 0
         self.learned = len(calls) - held
+        self.rescaled: dict[Node, list[str]] = {}
         self.seconds = dict.fromkeys(("streams", *algorithms), 0.0)
         self.not_applied = [
             NotApplied(node, name, reason)
@@ -230,23 +248,89 @@ class _Run:
     def run(self, progress: bool | None) -> Improvement:
         """All of it; nothing, where it does not end."""
         observers = [m for m in self.prepared.modules() if isinstance(m, ActivationObserver)]
-        thawed = [o for o in observers if not o.is_dynamic and not o.frozen]
+        thawed = {o: o.statistics for o in observers if not o.is_dynamic and not o.frozen}
+        norms = parameters_of_norms(self.prepared)
         for layer in self.layers:
             layer.take_copies()
         states = [layer.state() for layer in self.layers]
         try:
+            before = self._measured()
+            self._rescale(thawed)
             for observer in thawed:
                 observer.freeze()
-            return self._run(progress)
+            return self._run(before, progress)
         except BaseException:
-            for observer in thawed:
+            for observer, statistics in thawed.items():
                 observer.unfreeze()
+                observer.statistics = statistics
+            for name, value in norms.items():
+                put_attribute(self.prepared, name, value)
             for layer, state in zip(self.layers, states, strict=True):
                 layer.load(state)
             raise
 
-    def _run(self, progress: bool | None) -> Improvement:
-        before = self._measured()
+    def _rescale(self, thawed: Iterable[ActivationObserver]) -> None:
+        """What changes the float network's numbers, and the ranges that follow from it."""
+        model, changed = self.prepared, set[ActivationObserver]()
+        pairs, alone = find_pairs(model, self.layers)
+        if "equalization" in self.algorithms:
+            with self._timing("equalization"):
+                self._leave("equalization", alone)
+                equalize(pairs)
+            for pair in pairs:
+                self._note("equalization", pair.first, pair.second)
+                changed.update(pair.observers(model))
+        if "bias_absorption" in self.algorithms:
+            with self._timing("bias_absorption"):
+                self._leave("bias_absorption", alone)
+                ends = [pair.between[-1] if pair.between else pair.first.node for pair in pairs]
+                inputs = {node: y[0] for node, y in values_of(model, self.calls[:1], ends)}
+                lowest = extremes(model, self.calls, [pair.first.node for pair in pairs])
+                for pair, end in zip(pairs, ends, strict=True):
+                    reason = absorb_bias(pair, lowest[pair.first.node][0], inputs[end])
+                    if reason is not None:
+                        self._leave("bias_absorption", {pair.first.name: reason})
+                        continue
+                    self._note("bias_absorption", pair.first, pair.second)
+                    changed.update(pair.observers(model))
+        if "smoothquant" in self.algorithms:
+            with self._timing("smoothquant"):
+                norms, others = find_norms(model, self.layers)
+                others = others if norms or others else {"graph": "it has no layer norm"}
+                self._leave("smoothquant", others)
+                reach = extremes(model, self.calls, [found.norm for found in norms])
+                for found in norms:
+                    low, high = reach[found.norm]
+                    smooth(model, found, torch.maximum(high, -low))
+                    self._note("smoothquant", *found.layers)
+                    changed.update(found.observers(model))
+        if changed:
+            self._observe_again(changed, thawed)
+
+    def _observe_again(
+        self, changed: set[ActivationObserver], thawed: Iterable[ActivationObserver]
+    ) -> None:
+        """Measure the ranges of some activations again; the others stay as they are."""
+        for observer in thawed:
+            if observer in changed:
+                observer.forget()
+            else:
+                observer.freeze()
+        graph = GraphInputs.of(self.prepared)
+        for call in self.calls:
+            args, kwargs = graph.arguments(call)
+            self.prepared(*args, **kwargs)
+
+    def _note(self, algorithm: str, *layers: Layer) -> None:
+        for layer in layers:
+            names = self.rescaled.setdefault(layer.node, [])
+            if algorithm not in names:
+                names.append(algorithm)
+
+    def _leave(self, algorithm: str, reasons: Mapping[str, str]) -> None:
+        self.not_applied += [NotApplied(n, algorithm, reason) for n, reason in reasons.items()]
+
+    def _run(self, before: Mapping[Node, float], progress: bool | None) -> Improvement:
         finished = 0 if self.file is None else self.file.resume()
         own = {
             name: value.detach().clone()
@@ -268,8 +352,9 @@ class _Run:
                     self.file.save(index, layer, applied)
             rounded.run_layer(layer)
             after = self._sqnr(layer, floating, rounded)
+            by = (*self.rescaled.get(layer.node, ()), *applied)
             gains.append(
-                LayerGain(layer.name, module_path(layer.node), applied, before[layer.node], after)
+                LayerGain(layer.name, module_path(layer.node), by, before[layer.node], after)
             )
         return Improvement(
             self.algorithms,

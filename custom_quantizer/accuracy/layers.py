@@ -23,6 +23,7 @@ from custom_quantizer.core.graph import argument, describe, is_constant
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.ops import PatternMatch, rule_of
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, per_dim, symmetric_padding
+from custom_quantizer.ops.rewrites.batch_norms import scale_channels
 
 __all__ = ["Layer", "find_layers"]
 
@@ -126,6 +127,38 @@ class Layer:
             if isinstance(value, nn.Parameter):
                 copied = nn.Parameter(copied, requires_grad=value.requires_grad)
             setattr(owner, attribute, copied)
+
+    def scale_outputs(self, factor: Tensor) -> None:
+        """Multiply each output channel, bias included, by its factor ``(out_channels,)``."""
+        match = self.match
+        wide = factor.to(torch.float64)
+        scaled = scale_channels(self.weight.double(), wide, match.weight_axis, match.groups)
+        with torch.no_grad():
+            self.weight.copy_(scaled)
+            if self.bias is not None:
+                self.bias.mul_(factor)
+
+    def scale_inputs(self, factor: Tensor) -> None:
+        """Multiply the weight by the factor of the input channel, ``(in_channels,)``."""
+        weight = self.weight.detach().double()
+        tail = [1] * max(weight.dim() - 2, 0)
+        if self.match.rule is CONV_TRANSPOSE:
+            spread = factor.reshape(-1, 1, *tail)
+        else:
+            spread = factor.reshape(self.groups, 1, -1, *tail)
+            spread = spread.expand(-1, len(weight) // self.groups, -1, *tail).flatten(0, 1)
+        with torch.no_grad():
+            self.weight.copy_(weight * spread.double())
+
+    def reach_of_outputs(self) -> Tensor:
+        """Largest magnitude of the weights of each output channel, ``(out_channels,)``."""
+        return self.to_rows(self.weight.detach()).abs().amax(2).flatten()
+
+    def reach_of_inputs(self) -> Tensor:
+        """Largest magnitude of the weights of each input channel, ``(in_channels,)``."""
+        kernel = self.weight[0, 0].numel() if self.weight.dim() > 2 else 1
+        rows = self.to_rows(self.weight.detach()).abs().amax(1)
+        return rows.reshape(self.groups, -1, kernel).amax(2).flatten()
 
     def state(self) -> dict[str, Tensor]:
         """Copies of ``weight``, ``bias`` and supplied ``scale``, as far as there are any."""

@@ -7,7 +7,7 @@ can be changed, knowing what really arrives at it; what follows sees the changed
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.accuracy.layers import Layer
 from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver, WeightObserver
 
-__all__ = ["Batches", "Stream", "on_grid", "walk"]
+__all__ = ["Batches", "Stream", "on_grid", "values_of", "walk"]
 
 
 class Batches(list[Any]):
@@ -166,6 +166,22 @@ def walk(model: GraphModule, streams: Sequence[Stream], layers: Sequence[Layer])
         for done in last_use.get(node, ()):
             for stream in streams:
                 stream.values.pop(done, None)
+
+
+def values_of(
+    model: GraphModule, calls: Sequence[list[Any]], nodes: Iterable[Node]
+) -> Iterator[tuple[Node, list[Tensor]]]:
+    """What nodes hold in the float model, one tensor for each batch, in graph order."""
+    wanted = set(nodes)
+    stream = Stream(model, calls, rounded=False)
+    last_use = _last_uses(model)
+    for node in model.graph.nodes:
+        if node.op != "placeholder":
+            stream.run(node)
+        if node in wanted:
+            yield node, stream.batches(node)
+        for done in last_use.get(node, ()):
+            stream.values.pop(done, None)
 
 
 def _last_uses(model: GraphModule) -> dict[Node, list[Node]]:

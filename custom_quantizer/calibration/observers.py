@@ -205,6 +205,11 @@ class ActivationObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc] 
         self.reduced = False
         self._solved = None
 
+    def forget(self) -> None:
+        """Forget what was recorded, as if no data had been seen."""
+        counts = None if self.counts is None else torch.zeros(BINS, dtype=torch.int64)
+        self.statistics = Statistics(self.kind, counts=counts)
+
     def record_counts(self) -> None:
         """Count values too, where the scheme's observer does not need it.
 

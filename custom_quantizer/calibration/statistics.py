@@ -173,10 +173,7 @@ def record_counts(prepared: GraphModule) -> None:
 def reset_statistics(prepared: GraphModule) -> None:
     """Forget all that was seen, for instance after calibration was stopped by bad data."""
     for observed in activation_observers(prepared):
-        observer = observed.observer
-        counted = observer.counts is not None
-        counts = torch.zeros(BINS, dtype=torch.int64) if counted else None
-        observer.statistics = Statistics(observer.kind, counts=counts)
+        observed.observer.forget()
 
 
 def solved_qparams(prepared: GraphModule) -> dict[str, QParams]:

@@ -14,13 +14,13 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.accuracy import improving
+from custom_quantizer.accuracy.defaults import BEST
 from custom_quantizer.accuracy.layers import find_layers
 from custom_quantizer.calibration.statistics import (
     activation_observers,
     reset_statistics,
     solved_qparams,
 )
-from custom_quantizer.config.improvement import ALGORITHMS
 from custom_quantizer.core.bias import derived_scale
 from custom_quantizer.errors import CalibrationError, ConfigError
 from custom_quantizer.reference.converted import read_converted
@@ -63,7 +63,7 @@ def test_every_layer_is_better_than_rounded_to_nearest() -> None:
     assert (result.samples, result.held_back) == (56, 8)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", BEST)
 def test_each_algorithm_alone_helps(algorithm: str) -> None:
     prepared = prepared_every_layer()
     nearest = _error(prepared)
@@ -220,7 +220,7 @@ def test_what_cannot_be_improved_is_refused() -> None:
         cq.improve(prepared, DATA, ["bias_correction", "gptk"])
     with pytest.raises(ConfigError, match="a list of algorithms"):
         cq.improve(prepared, DATA, "gptq")
-    with pytest.raises(ConfigError, match="choose from gptq"):
+    with pytest.raises(ConfigError, match="choose from equalization"):
         cq.improve(prepared, DATA, [])
     with pytest.raises(CalibrationError, match="no full batch"):
         cq.improve(prepared, [])
