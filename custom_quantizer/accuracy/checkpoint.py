@@ -57,7 +57,7 @@ class ImprovementCheckpoint:
         self._applied: list[list[str]] = []
 
     def resume(self) -> int:
-        """How many layers are finished; 0 where there is no file.
+        """How many steps are finished; 0 where there is no file.
 
         Raises:
             CalibrationError: it is of something else, or no checkpoint.
@@ -78,20 +78,22 @@ class ImprovementCheckpoint:
             self._applied = json.loads(metadata["applied"])
         return len(self._applied)
 
-    def restore(self, index: int, layer: Layer) -> tuple[str, ...]:
-        """Give a finished layer what the file has; the algorithms that changed it."""
+    def restore(self, index: int, *layers: Layer) -> tuple[str, ...]:
+        """Give layers what a finished step gave them; the algorithms that changed them."""
         with self._file.loading():
-            layer.load(part_of(self._tensors, f"{index}."))
+            for place, layer in enumerate(layers):
+                layer.load(part_of(self._tensors, f"{index}.{place}."))
         return tuple(self._applied[index])
 
-    def save(self, index: int, layer: Layer, applied: Sequence[str]) -> None:
-        """Write a finished layer, and all before it, in one step.
+    def save(self, index: int, applied: Sequence[str], *layers: Layer) -> None:
+        """Write a finished step, and all before it, at once.
 
         Raises:
             InputError: the file cannot be written.
         """
-        for name, value in layer.state().items():
-            self._tensors[f"{index}.{name}"] = value.cpu()
+        for place, layer in enumerate(layers):
+            for name, value in layer.state().items():
+                self._tensors[f"{index}.{place}.{name}"] = value.cpu()
         self._applied.append(list(applied))
         metadata = {**self._fingerprints, "applied": json.dumps(self._applied)}
         self._file.write(self._tensors, metadata)

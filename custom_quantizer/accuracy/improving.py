@@ -11,13 +11,12 @@ model's, before and after.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from custom_quantizer.accuracy.equalization import (
     smooth,
 )
 from custom_quantizer.accuracy.layers import Layer, find_layers
+from custom_quantizer.accuracy.learning import Block, learn_rounding, walk_blocks
 from custom_quantizer.accuracy.streams import Stream, values_of, walk
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, graph_calls
@@ -50,7 +50,10 @@ from custom_quantizer.errors import CalibrationError, ConfigError
 
 __all__ = ["Improvement", "LayerGain", "NotApplied", "improve"]
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_MOST_LAYERS = 12
+"""Layers of a block: where a network has no narrow places, blocks become all of it."""
 
 _HELD_BACK = 8
 """One in so many batches is held back."""
@@ -151,6 +154,7 @@ def improve(
     algorithms: Sequence[str] = BEST,
     *,
     limit: int | None = 512,
+    iterations: int = 2000,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
@@ -174,8 +178,11 @@ def improve(
               bias instead.
             - ``smoothquant``: the same as equalization between a layer norm and linear layers.
             - ``gptq``: weight scales and integers that change the layer's outputs least.
+            - ``adaround``: which neighbour each weight is rounded to, learned layer by layer.
+            - ``brecq``: the same, block by block, with activations rounded; in the end.
             - ``bias_correction``: whole units of the derived bias that take away the mean error.
         limit: use at most that many samples, the first ones.
+        iterations: steps of learning for each layer (``adaround``) or block (``brecq``).
         seed: of what is drawn.
         checkpoint: a file that keeps the finished layers. If it exists, the work goes on where it
             stopped, with the result that it would have had; it stays when all is done.
@@ -207,7 +214,7 @@ def improve(
             f"the graph has no layer whose weight is a rounded constant{reasons and ': '}{reasons}"
         )
     with exclusive(), torch.no_grad():
-        run = _Run(prepared, layers, refused, calls, chosen, seed, checkpoint)
+        run = _Run(prepared, layers, refused, calls, chosen, iterations, seed, checkpoint)
         return run.run(progress)
 
 
@@ -221,13 +228,16 @@ class _Run:
         refused: dict[str, str],
         calls: list[list[Any]],
         algorithms: tuple[str, ...],
+        iterations: int,
         seed: int,
         checkpoint: str | os.PathLike[str] | None,
     ) -> None:
         self.prepared = prepared
         self.layers = layers
         self.algorithms = algorithms
+        self.iterations = iterations
         self.seed = seed
+        self.layer_of = {layer.node: layer for layer in layers}
         device = layers[0].weight.device
         self.calls = [[_moved(value, device) for value in call] for call in calls]
         held = max(1, len(calls) // _HELD_BACK) if len(calls) > 1 else 0
@@ -242,7 +252,9 @@ class _Run:
         self.file = (
             None
             if checkpoint is None
-            else ImprovementCheckpoint(checkpoint, prepared, layers, calls, algorithms, seed)
+            else ImprovementCheckpoint(
+                checkpoint, prepared, layers, calls, algorithms, iterations, seed
+            )
         )
 
     def run(self, progress: bool | None) -> Improvement:
@@ -349,13 +361,16 @@ class _Run:
             else:
                 applied = self._improve(index, layer, floating, rounded)
                 if self.file is not None:
-                    self.file.save(index, layer, applied)
+                    self.file.save(index, applied, layer)
             rounded.run_layer(layer)
             after = self._sqnr(layer, floating, rounded)
             by = (*self.rescaled.get(layer.node, ()), *applied)
             gains.append(
                 LayerGain(layer.name, module_path(layer.node), by, before[layer.node], after)
             )
+        if "brecq" in self.algorithms:
+            del floating, rounded
+            gains = self._reconstruct(own, gains, finished, progress)
         return Improvement(
             self.algorithms,
             tuple(gains),
@@ -387,6 +402,21 @@ class _Run:
                 weight = floating.values[layer.weight_node]
                 round_by_error(layer, moments, weight, centered=corrects)
             applied.append("gptq")
+        if "adaround" in self.algorithms:
+            with self._timing("adaround"):
+                generator = torch.Generator().manual_seed(self.seed + index)
+                block = Block.of_layer(layer)
+                reason = learn_rounding(
+                    self.prepared,
+                    block,
+                    floating,
+                    rounded,
+                    self.learned,
+                    self.iterations,
+                    generator,
+                    drop=0,
+                )
+            self._settle("adaround", layer, reason, applied)
         if "bias_correction" in self.algorithms:
             with self._timing("bias_correction"):
                 rounded.run_layer(layer)
@@ -395,11 +425,66 @@ class _Run:
                     rounded.batches(layer.node)[learned],
                     floating.batches(layer.node)[learned],
                 )
-            if reason is None:
-                applied.append("bias_correction")
-            else:
-                self.not_applied.append(NotApplied(layer.name, "bias_correction", reason))
+            self._settle("bias_correction", layer, reason, applied)
         return tuple(applied)
+
+    def _settle(self, algorithm: str, layer: Layer, reason: str | None, applied: list[str]) -> None:
+        """Note that an algorithm changed a layer, or why it did not."""
+        if reason is None:
+            applied.append(algorithm)
+        else:
+            self._leave(algorithm, {layer.name: reason})
+
+    def _reconstruct(
+        self,
+        own: Mapping[str, Tensor],
+        gains: Sequence[LayerGain],
+        finished: int,
+        progress: bool | None,
+    ) -> list[LayerGain]:
+        """Go through the network once more, block by block."""
+        floating = Stream(self.prepared, self.calls, rounded=False, constants=own)
+        rounded = Stream(self.prepared, self.calls, rounded=True)
+        by_layer = dict(zip((layer.node for layer in self.layers), gains, strict=True))
+        parts = walk_blocks(self.prepared, (floating, rounded), self.layers)
+        steps = track(parts, "improve, blocks", enabled=progress)
+        for index, block in enumerate(self._timed(steps), start=len(self.layers)):
+            if self.file is not None and index < finished:
+                applied = self.file.restore(index, *block.layers)
+            else:
+                applied = self._learn_block(index, block, floating, rounded)
+                if self.file is not None:
+                    self.file.save(index, applied, *block.layers)
+            for node in block.nodes:
+                rounded.run_any(node, self.layer_of)
+                if node in by_layer:
+                    layer, gain = self.layer_of[node], by_layer[node]
+                    after = self._sqnr(layer, floating, rounded)
+                    by = (*gain.algorithms, *applied)
+                    by_layer[node] = replace(gain, algorithms=by, after=after)
+        return list(by_layer.values())
+
+    def _learn_block(
+        self, index: int, block: Block, floating: Stream, rounded: Stream
+    ) -> tuple[str, ...]:
+        if len(block.layers) > _MOST_LAYERS:
+            reason: str | None = f"its block has {len(block.layers)} layers, too many to learn"
+        else:
+            with self._timing("brecq"):
+                generator = torch.Generator().manual_seed(self.seed + index)
+                reason = learn_rounding(
+                    self.prepared,
+                    block,
+                    floating,
+                    rounded,
+                    self.learned,
+                    self.iterations,
+                    generator,
+                )
+        if reason is not None:
+            self._leave("brecq", {layer.name: reason for layer in block.layers})
+            return ()
+        return ("brecq",)
 
     def _measured(self) -> dict[Node, float]:
         """SQNR of each layer's output on what is held back, as the graph is now."""
@@ -432,7 +517,7 @@ class _Run:
             self.seconds[name] += spent
             self.seconds["streams"] -= spent
 
-    def _timed(self, steps: Iterator[Layer]) -> Iterator[Layer]:
+    def _timed(self, steps: Iterator[T]) -> Iterator[T]:
         """``steps``; the time until the last one ends counts as that of the streams."""
         begin = time.perf_counter()
         yield from steps

@@ -76,6 +76,13 @@ class Stream:
             lambda args, _: layer.compute(args[0], weight, bias), (layer.input,), {}
         )
 
+    def run_any(self, node: Node, layers: Mapping[Node, Layer]) -> None:
+        """Compute a node, which may be a layer."""
+        if node in layers:
+            self.run_layer(layers[node])
+        elif node.op != "placeholder":
+            self.run(node)
+
     def batches(self, node: Node) -> list[Tensor]:
         """The values of a node, one for each batch."""
         held = self.values[node]
@@ -158,11 +165,8 @@ def walk(model: GraphModule, streams: Sequence[Stream], layers: Sequence[Layer])
         if node in of_node:
             yield of_node[node]
         for stream in streams:
-            if node in of_node:
-                if node not in stream.values:
-                    stream.run_layer(of_node[node])
-            elif node.op != "placeholder":
-                stream.run(node)
+            if node not in stream.values:
+                stream.run_any(node, of_node)
         for done in last_use.get(node, ()):
             for stream in streams:
                 stream.values.pop(done, None)

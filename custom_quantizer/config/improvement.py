@@ -12,7 +12,10 @@ __all__ = ["ACCURACIES", "ALGORITHMS", "check_accuracy", "check_algorithms"]
 ACCURACIES = ("plain", "fast", "best")
 """``plain`` rounds to nearest; ``fast`` adds what is free, ``best`` what seconds to minutes buy."""
 
-ALGORITHMS = ("equalization", "bias_absorption", "smoothquant", "gptq", "bias_correction")
+ALGORITHMS = (
+    *("equalization", "bias_absorption", "smoothquant"),
+    *("gptq", "adaround", "bias_correction", "brecq"),
+)
 """Names of all algorithms, in the order in which they run."""
 
 

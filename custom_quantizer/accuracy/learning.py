@@ -1,0 +1,296 @@
+"""Learned rounding: which of its two neighbours each weight is rounded to, found by gradients.
+
+A weight between the integers ``n`` and ``n + 1`` becomes ``n + h(v)``, ``h`` a sigmoid stretched
+beyond 0 and 1 and clipped; a penalty that grows while it runs drives ``h`` to 0 or 1. What is made
+small is the squared error of the output of one layer (AdaRound) or of a whole block, a part of the
+network that one tensor enters and one tensor leaves, with its activations rounded (BRECQ). Half of
+these are left in float at random in each step, so that the block does not learn one pattern of
+rounding by heart (QDrop).
+
+It starts from the integers that the layers have, and they stay where it finds no better ones.
+
+References:
+    M. Nagel, R. A. Amjad, M. van Baalen, C. Louizos, T. Blankevoort. Up or down? Adaptive rounding
+    for post-training quantization. ICML 2020. https://arxiv.org/abs/2004.10568
+    Y. Li et al. BRECQ: pushing the limit of post-training quantization by block reconstruction.
+    ICLR 2021. https://arxiv.org/abs/2102.05426
+    X. Wei et al. QDrop: randomly dropping quantization for extremely low-bit post-training
+    quantization. ICLR 2022. https://arxiv.org/abs/2203.05740
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.accuracy.compensation import set_integers
+from custom_quantizer.accuracy.layers import Layer
+from custom_quantizer.accuracy.streams import Stream, on_grid
+from custom_quantizer.calibration.observers import ActivationObserver
+
+__all__ = ["Block", "find_blocks", "learn_rounding", "walk_blocks"]
+
+_LOW, _HIGH = -0.1, 1.1
+"""Ends of the stretched sigmoid."""
+
+_RATE = 0.01
+_WAY = 10.0
+"""Learning rate of Adam, and how far a parameter can go in all steps: few steps are larger."""
+
+_WARM_UP = 0.2
+_SHARPNESS = (20.0, 2.0)
+"""Exponent of the penalty, at the end of the warm-up and at the end."""
+
+_INSIDE = 0.49
+"""How far from its integer a weight may start, in steps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A part of the graph that one activation enters and one leaves.
+
+    Attributes:
+        source: the activation that enters.
+        target: the one that leaves.
+        nodes: the calls in between, and the target, in graph order.
+        layers: of these, those whose weights are rounded.
+    """
+
+    source: Node
+    target: Node
+    nodes: tuple[Node, ...]
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def of_layer(cls, layer: Layer) -> Block:
+        """A layer alone."""
+        return cls(layer.input, layer.node, (layer.node,), (layer,))
+
+
+def find_blocks(model: GraphModule, layers: Sequence[Layer]) -> list[Block]:
+    """Cut a graph wherever only one activation is alive, and no more often than once a layer.
+
+    Calls before the first activation that layers depend on belong to no block.
+    """
+    by_node = {layer.node: layer for layer in layers}
+    order = list(model.graph.nodes)
+    places = {node: place for place, node in enumerate(order)}
+    last = {node: max((places[u] for u in node.users), default=-1) for node in order}
+    varies: set[Node] = set()
+    alive: set[Node] = set()
+    blocks: list[Block] = []
+    source: Node | None = None
+    nodes: list[Node] = []
+    for place, node in enumerate(order):
+        if node.op == "output":
+            break
+        if node.op == "placeholder" or any(n in varies for n in node.all_input_nodes):
+            varies.add(node)
+            alive.add(node)
+            nodes.append(node)
+        alive = {n for n in alive if last[n] > place}
+        if alive != {node}:
+            continue
+        inside = tuple(by_node[n] for n in nodes if n in by_node)
+        if source is not None and inside:
+            blocks.append(Block(source, node, tuple(nodes), inside))
+        elif blocks and source is not None:  # what follows a layer, up to the next one
+            previous = blocks.pop()
+            joined = (*previous.nodes, *nodes)
+            blocks.append(Block(previous.source, node, joined, previous.layers))
+        source, nodes = node, []
+    inside = tuple(by_node[n] for n in nodes if n in by_node)
+    if source is not None and inside:
+        blocks.append(Block(source, nodes[-1], tuple(nodes), inside))
+    return blocks
+
+
+def walk_blocks(
+    model: GraphModule, streams: tuple[Stream, Stream], layers: Sequence[Layer]
+) -> Iterator[Block]:
+    """Run the float and the rounded version; stop before each block, so that it can be changed.
+
+    The first version has run through the block then. Of the second one the caller runs it.
+    """
+    floating = streams[0]
+    by_node = {layer.node: layer for layer in layers}
+    blocks = {block.nodes[0]: block for block in find_blocks(model, layers)}
+    inside = {node for block in blocks.values() for node in block.nodes}
+    for node in model.graph.nodes:  # constants stand anywhere in the graph
+        if node.op != "output" and node not in inside:
+            for stream in streams:
+                if node not in stream.values:
+                    stream.run_any(node, by_node)
+    for block in blocks.values():
+        for node in block.nodes:
+            floating.run_any(node, by_node)
+        yield block
+        for node in (block.source, *block.nodes):
+            if node is not block.target:
+                for stream in streams:
+                    stream.values.pop(node, None)
+
+
+class _SoftWeight:
+    """A weight of a layer whose rounding is being learned."""
+
+    def __init__(self, layer: Layer, floating: Tensor) -> None:
+        self.layer = layer
+        self.scale = layer.final_scale()
+        fmt = layer.observer.scheme.format
+        self.limits = fmt.quant_min, fmt.quant_max
+        integers = layer.observer.integers(layer.weight, self.scale).to(torch.float32)
+        step = layer.observer.dequantized(torch.ones_like(integers), self.scale)
+        # The float weight says which neighbour is next, as far as it rounds to the same integer.
+        start = (floating / step).clamp(integers - _INSIDE, integers + _INSIDE)
+        self.step = step
+        self.lower = start.floor().clamp(fmt.quant_min, fmt.quant_max - 1)
+        share = ((start - self.lower).clamp(0.01, 0.99) - _LOW) / (_HIGH - _LOW)
+        self.logit = torch.logit(share).requires_grad_()
+
+    def raised(self) -> Tensor:
+        """How much of a step each weight is above its lower neighbour, 0 to 1."""
+        return (torch.sigmoid(self.logit) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+    def weight(self) -> Tensor:
+        """The weight as it is now."""
+        return (self.lower + self.raised()) * self.step
+
+    def penalty(self, sharpness: float) -> Tensor:
+        """Mean distance of the shares from 0 and 1."""
+        return (1 - (2 * self.raised() - 1).abs().pow(sharpness)).mean()
+
+    def settle(self) -> None:
+        """Give the layer the integers."""
+        integers = (self.lower + (self.raised() >= 0.5)).clamp(*self.limits)
+        set_integers(self.layer, integers.to(torch.float32), self.scale)
+
+
+def learn_rounding(
+    model: GraphModule,
+    block: Block,
+    floating: Stream,
+    rounded: Stream,
+    batches: int,
+    iterations: int,
+    generator: torch.Generator,
+    drop: float = 0.5,
+) -> str | None:
+    """Learn the rounding of the layers of a block.
+
+    Args:
+        model: the prepared graph.
+        block: the part; its layers are changed.
+        floating: holds the target, and the float weights.
+        rounded: holds the source.
+        batches: learn from that many, the first ones.
+        iterations: steps.
+        generator: chooses samples, on the CPU.
+        drop: share of roundings of activations that are left out in a step.
+
+    Returns:
+        Why nothing was changed, or ``None``.
+    """
+    sources = rounded.batches(block.source)[:batches]
+    targets = floating.batches(block.target)[:batches]
+    run = _Forward(model, block, rounded)
+    before = _loss(run, sources, targets)
+    if before == 0:
+        return "its outputs are exact"
+    states = [layer.state() for layer in block.layers]
+    weights = {
+        layer.node: _SoftWeight(layer, floating.values[layer.weight_node].detach())
+        for layer in block.layers
+        if not layer.loses_nothing()
+    }
+    if not weights:
+        return "its weight is exact when rounded to nearest"
+    parameters = [weight.logit for weight in weights.values()]
+    optimizer = torch.optim.Adam(parameters, lr=max(_RATE, _WAY / max(iterations, 1)))
+    warm = int(_WARM_UP * iterations)
+    with torch.enable_grad():
+        for step in range(iterations):
+            chosen = int(torch.randint(len(sources), (1,), generator=generator))
+            x, target = sources[chosen], targets[chosen]
+            y = run(x, {node: weight.weight() for node, weight in weights.items()}, drop, generator)
+            loss = (y - target).square().mean() / before
+            if step >= warm:
+                done = (step - warm) / max(1, iterations - 1 - warm)
+                sharpness = _SHARPNESS[0] + (_SHARPNESS[1] - _SHARPNESS[0]) * done
+                for weight in weights.values():
+                    loss = loss + weight.penalty(sharpness)
+            gradients = torch.autograd.grad(loss, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    for weight in weights.values():
+        weight.settle()
+    if _loss(run, sources, targets) < before:
+        return None
+    for layer, state in zip(block.layers, states, strict=True):
+        layer.load(state)
+    return "no better integers were found"
+
+
+def _loss(run: _Forward, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    """Mean squared error of the block as conversion would have it now."""
+    total, count = 0.0, 0
+    for x, target in zip(sources, targets, strict=True):
+        total += float((run(x, {}) - target).square().sum(dtype=torch.float64))
+        count += target.numel()
+    return total / max(count, 1)
+
+
+class _Forward:
+    """Runs a block with other weights."""
+
+    def __init__(self, model: GraphModule, block: Block, rounded: Stream) -> None:
+        self._model = model
+        self._block = block
+        self._held = rounded
+        self._layers = {layer.node: layer for layer in block.layers}
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: dict[Node, Tensor],
+        drop: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        values: dict[Node, Any] = {self._block.source: x}
+
+        def value(node: Node) -> Any:
+            return values[node] if node in values else self._held.values[node]
+
+        for node in self._block.nodes:
+            layer = self._layers.get(node)
+            if layer is not None:
+                weight = weights.get(node)
+                weight = layer.rounded_weight() if weight is None else weight
+                values[node] = layer.compute(value(layer.input), weight, layer.rounded_bias())
+            elif node.op == "call_module":
+                module = self._model.get_submodule(str(node.target))
+                held = value(cast(Node, node.args[0]))
+                values[node] = held
+                if isinstance(module, ActivationObserver):
+                    values[node] = _dropped(module, held, drop, generator)
+            else:
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
+                values[node] = cast(Any, node.target)(*args, **kwargs)
+        return cast(Tensor, values[self._block.target])
+
+
+def _dropped(
+    observer: ActivationObserver, x: Tensor, drop: float, generator: torch.Generator | None
+) -> Tensor:
+    """``x`` rounded, but for a share of its values."""
+    rounded = on_grid(observer, x)
+    if drop == 0 or generator is None:
+        return rounded
+    kept = torch.rand(x.shape, generator=generator).to(x.device) >= drop
+    return torch.where(kept, rounded, x)

@@ -1,0 +1,115 @@
+"""Rounding that is learned, layer by layer and block by block."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from support.improvement import every_layer, prepared_every_layer, smooth_images
+from torch import Tensor
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+import custom_quantizer as cq
+from custom_quantizer.accuracy import improving
+from custom_quantizer.accuracy.layers import find_layers
+from custom_quantizer.accuracy.learning import find_blocks
+
+DATA = list(smooth_images(64).split(8))
+FRESH = smooth_images(64, seed=77)
+
+
+def _states(prepared: GraphModule) -> dict[str, Tensor]:
+    return {
+        f"{layer.name}.{key}": value
+        for layer in find_layers(prepared)[0]
+        for key, value in layer.state().items()
+    }
+
+
+def _error(prepared: GraphModule) -> float:
+    converted = convert_pt2e(copy.deepcopy(prepared))
+    with torch.no_grad():
+        return float((converted(FRESH) - every_layer()(FRESH)).square().mean())
+
+
+def test_blocks_are_cut_where_one_tensor_is_alive() -> None:
+    prepared = prepared_every_layer()
+    layers = find_layers(prepared)[0]
+    blocks = find_blocks(prepared, layers)
+    assert [[layer.name for layer in block.layers] for block in blocks] == [
+        ["conv2d"], ["conv2d_1"], ["conv2d_2"], ["conv_transpose2d"], ["conv2d_3"], ["mean"],
+        ["linear"],
+    ]  # fmt: skip
+    for before, after in pairwise(blocks):
+        assert before.target is after.source
+    # The residual connection is inside the second block.
+    assert any(node.name == "add" for node in blocks[1].nodes)
+    nodes = [node for block in blocks for node in block.nodes]
+    assert len(set(nodes)) == len(nodes)
+
+
+@pytest.mark.parametrize("algorithm", ["adaround", "brecq"])
+def test_learned_rounding_is_better_than_nearest(algorithm: str) -> None:
+    prepared = prepared_every_layer("a8w3")
+    before = _states(prepared)
+    result = cq.improve(prepared, DATA, [algorithm], iterations=80)
+    changed = [layer for layer in result.layers if layer.algorithms]
+    assert len(changed) >= 4
+    # The first layer: what follows also depends on what came before it.
+    assert result.layers[0].algorithms == (algorithm,)
+    assert result.layers[0].gain > 3
+    after = _states(prepared)
+    for name, value in before.items():
+        if not name.endswith(".weight"):
+            continue
+        layer = name.removesuffix(".weight")
+        scale = after.get(f"{layer}.scale")
+        if scale is None:
+            continue
+        shape = [1, -1] if layer == "conv_transpose2d" else [-1]
+        spread = scale.reshape(*shape, *[1] * (value.dim() - len(shape)))
+        steps = after[name] / spread
+        assert torch.allclose(steps, steps.round(), atol=1e-5), name
+        # Every weight went to one of its two neighbours.
+        assert bool(((after[name] - value).abs() <= spread * 1.0001).all()), name
+
+
+def test_learning_starts_from_what_gptq_found_and_keeps_the_better() -> None:
+    prepared = prepared_every_layer("a4w3-histogram")
+    cq.improve(prepared, DATA, ["gptq", "bias_correction"])
+    one = _error(prepared)
+    prepared = prepared_every_layer("a4w3-histogram")
+    result = cq.improve(prepared, DATA, ["gptq", "bias_correction", "brecq"], iterations=60)
+    assert any("brecq" in layer.algorithms for layer in result.layers)
+    assert _error(prepared) < one * 1.1
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithms = ["gptq", "bias_correction", "brecq"]
+    whole = prepared_every_layer()
+    expected = cq.improve(whole, DATA, algorithms, iterations=10)
+    path = tmp_path / "improvement.safetensors"
+    prepared = prepared_every_layer()
+    learn_block = improving._Run._learn_block
+    layers = len(expected.layers)
+
+    def interrupted(run: improving._Run, index: int, *rest: object) -> tuple[str, ...]:
+        if index == layers + 2:
+            raise KeyboardInterrupt
+        return learn_block(run, index, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(improving._Run, "_learn_block", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cq.improve(prepared, DATA, algorithms, iterations=10, checkpoint=path)
+    result = cq.improve(prepared, DATA, algorithms, iterations=10, checkpoint=path)
+    assert result.resumed == layers + 2
+    assert result.layers == expected.layers
+    states = _states(whole)
+    assert all(torch.equal(value, states[name]) for name, value in _states(prepared).items())
