@@ -156,6 +156,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration_networks": as_stored("calibration_networks"),
     "calibration_observers": as_stored("calibration_observers"),
     "calibration_samples": as_stored("calibration_samples"),
+    "improve": as_stored("improve"),
     "mutation_score": as_stored("mutation_score"),
     "packed_layers": as_stored("packed_layers"),
     "qat_bias": qat_bias,

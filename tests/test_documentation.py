@@ -32,6 +32,7 @@ BENCHMARKS = {
     **{f"calibration_{name}": "calibration_studies" for name in ("networks", "observers")},
     "calibration_samples": "calibration_studies",
     **{f"qat_{name}": "qat_studies" for name in ("bias", "networks", "rates", "widths")},
+    "improve": "improve",
     "mutation_score": "mutation_score",
     "packed_layers": "packed_layers",
     "shared_layers": "shared_layers",
@@ -266,6 +267,9 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
     "files_and_threads.md": {"torch 2.15": "version", "torchao 0.18": "version"},
     "improving_accuracy.md": {
         "arxiv.org/abs/2210.17323": "address",
+        "arxiv.org/abs/2004.10568": "address",
+        "arxiv.org/abs/2102.05426": "address",
+        "arxiv.org/abs/2203.05740": "address",
         "arxiv.org/abs/2211.10438": "address",
         "arxiv.org/abs/2309.01885": "address",
         "arxiv.org/abs/2504.02692": "address",

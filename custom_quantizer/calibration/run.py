@@ -29,6 +29,7 @@ from custom_quantizer.calibration.convergence import (
     observed_tensors,
     plot_watched,
 )
+from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.core.batch import Batch
 from custom_quantizer.core.graph import STATE_KEY, set_state, size_bounds, state_kept, tensor_meta
 from custom_quantizer.core.progress import track
@@ -264,7 +265,27 @@ def _calibrate(
     )
     if summary.unused:
         logger.warning("calibration: %s", summary)
+    _warn_of_wide_ranges(prepared)
     return summary
+
+
+def _warn_of_wide_ranges(prepared: GraphModule) -> None:
+    """With few integers, a range that takes in every outlier costs more than clipping them."""
+    narrow = [
+        module.name
+        for module in prepared.modules()
+        if isinstance(module, ActivationObserver)
+        and not (module.is_dynamic or module.frozen)
+        and module.scheme.format.bits < 8
+        and module.scheme.observer == "minmax"
+    ]
+    if narrow:
+        logger.warning(
+            "%d activations of less than 8 bits take in all values (minmax), which costs accuracy: "
+            "choose another observer, as in a4w4-histogram (the first is %s)",
+            len(narrow),
+            narrow[0],
+        )
 
 
 def graph_calls(prepared: GraphModule, data: object, limit: int | None = None) -> list[list[Any]]:
