@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     from custom_quantizer.app.models import load_model
     from custom_quantizer.app.pipeline import QuantizationResult, quantize
     from custom_quantizer.app.saved_graph import load_graph, save_graph
+    from custom_quantizer.backends import lower
+    from custom_quantizer.backends.tosa import TosaProgram, TosaReport
     from custom_quantizer.backends.xnnpack import (
         LoweredProgram,
         LoweringReport,
         load_program,
-        lower,
         read_program,
     )
     from custom_quantizer.backends.xnnpack.partitioner import (
@@ -117,6 +118,8 @@ __all__ = [
     "SchemeError",
     "TensorPlan",
     "TensorScheme",
+    "TosaProgram",
+    "TosaReport",
     "TrainingError",
     "Verification",
     "VerificationError",
@@ -194,11 +197,12 @@ _NAMES = {
         "set_weight_scales",
     ),
     "analysis.verification": ("Verification", "verify"),
+    "backends": ("lower",),
+    "backends.tosa": ("TosaProgram", "TosaReport"),
     "backends.xnnpack": (
         "LoweredProgram",
         "LoweringReport",
         "load_program",
-        "lower",
         "read_program",
     ),
     "backends.xnnpack.partitioner": (

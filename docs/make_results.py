@@ -164,6 +164,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qat_rates": qat_rates,
     "qat_widths": qat_widths,
     "scales_by_batch": scales_by_batch,
+    "tosa": as_stored("tosa"),
 }
 
 

@@ -45,6 +45,8 @@ NAMES = [
     "SchemeError",
     "TensorPlan",
     "TensorScheme",
+    "TosaProgram",
+    "TosaReport",
     "TrainingError",
     "Verification",
     "VerificationError",

@@ -157,10 +157,15 @@ def verify(
         float_model: for the SQNR against it.
 
     Raises:
-        InputError: there are no inputs.
+        InputError: there are no inputs, or it is no ExecuTorch program.
         ConversionError: the graph is not a converted one.
         ProgramError: the program does not run.
     """
+    if not isinstance(lowered, LoweredProgram):
+        raise InputError(
+            f"verify compares an ExecuTorch program, got {type(lowered).__name__}; a TosaProgram "
+            "says itself how many values differ: program.differing(inputs)"
+        )
     graph = read_converted(converted)
     batches = list(input_tuples(inputs))
     if not batches:

@@ -36,13 +36,15 @@ def test_ops_know_no_backend_by_name() -> None:
 
 
 def test_backends_are_found_by_name() -> None:
-    assert backend_names() == ("xnnpack",)
+    assert backend_names() == ("tosa", "xnnpack")
     assert get_backend("xnnpack") is get_backend(BACKEND) is BACKEND
     assert get_backend(None) is INTEGERS
 
 
 def test_an_unknown_backend() -> None:
-    with pytest.raises(cq.ConfigError, match="no backend 'tflite'; choose one of xnnpack, or None"):
+    with pytest.raises(
+        cq.ConfigError, match="no backend 'tflite'; choose one of tosa, xnnpack, or"
+    ):
         cq.IntegerQuantizer(backend="tflite")
 
 

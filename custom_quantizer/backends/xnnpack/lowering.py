@@ -39,7 +39,6 @@ from custom_quantizer.backends.xnnpack.program import (
 from custom_quantizer.backends.xnnpack.readback import MethodContents, read_program
 from custom_quantizer.core.graph import (
     STATE_KEY,
-    check_input,
     describe,
     detached_copy,
     module_path,
@@ -56,6 +55,7 @@ from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringEr
 from custom_quantizer.ops import QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend, Kernel
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
+from custom_quantizer.reference.inputs import check_example, placeholder_metas, specs_of
 
 __all__ = ["lower"]
 
@@ -298,57 +298,14 @@ def describe_program(
         contents.size_bytes,
         methods[method].applied,
     )
-    metas = tuple(_placeholder_metas(graph.model))
-    return LoweredProgram(data, report, contents, graph, _specs(graph.model), metas)
-
-
-def check_example(graph: ConvertedGraph, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The example with contiguous tensors, and integers where the program takes these.
-
-    Raises:
-        InputError: it does not fit the graph.
-    """
-    if not isinstance(example_inputs, (tuple, list)):
-        raise InputError(
-            f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"
-            " for one tensor x write (x,)"
-        )
-    metas = _placeholder_metas(graph.model)
-    flat, structure = pytree.tree_flatten(tuple(example_inputs))
-    for i, (value, meta) in enumerate(zip(flat, metas, strict=False)):
-        if meta is None and not isinstance(value, (int, float, type(None))):
-            raise InputError(
-                f"input {i} is a {type(value).__name__}; a program takes tensors and numbers; "
-                "capture a module whose forward sets it"
-            )
-    if len(flat) != len(metas):
-        raise InputError(f"the graph takes {len(metas)} inputs, the example has {len(flat)}")
-    flat = graph.borders.integers(flat, graph.backend.arithmetic.quantize)
-    for i, (value, meta) in enumerate(zip(flat, metas, strict=True)):
-        check_input(i, value, meta)
-    return cast("tuple[Any, ...]", pytree.tree_unflatten(map(_contiguous, flat), structure))
-
-
-def _contiguous(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    # contiguous() keeps ambiguous strides (a channel dim of 1); a fresh copy does not.
-    return value.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _placeholder_metas(model: GraphModule) -> list[torch.Tensor | None]:
-    return [tensor_meta(node) for node in model.graph.nodes if node.op == "placeholder"]
-
-
-def _specs(model: GraphModule) -> tuple[Any, Any]:
-    info = getattr(model.graph._codegen, "pytree_info", None)
-    return (None, None) if info is None else (info.in_spec, info.out_spec)
+    metas = tuple(placeholder_metas(graph.model))
+    return LoweredProgram(data, report, contents, graph, specs_of(graph.model), metas)
 
 
 def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> list[dict[int, Any] | None]:
     """Dynamic dims for exporting again, with the bounds that capture recorded."""
     shapes: list[dict[int, Any] | None] = []
-    for meta in _placeholder_metas(model):
+    for meta in placeholder_metas(model):
         if meta is None:
             shapes.append(None)  # a number, None: export takes no shape for it
             continue
@@ -380,13 +337,13 @@ def export_again(
         LoweringError: ``torch.export`` refused it.
     """
     flat = dynamic_shapes_of(model, dynamic_max)
-    if not all(map(_is_plain, _specs(model))):
+    if not all(map(_is_plain, specs_of(model))):
         # No file names these types, so it takes and returns flat lists.
         model = detached_copy(model)
         model.graph.set_codegen(CodeGen())
         model.recompile()
         example = tuple(pytree.tree_leaves(example))
-    in_spec, _ = _specs(model)
+    in_spec, _ = specs_of(model)
     structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
     shapes: Any = None
     if any(flat):

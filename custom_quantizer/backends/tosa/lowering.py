@@ -1,0 +1,305 @@
+"""Converted graph in, checked TOSA program out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
+from executorch.exir.lowered_backend_module import executorch_call_delegate
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.tosa import kernels
+from custom_quantizer.backends.tosa.backend import BACKEND
+from custom_quantizer.backends.tosa.passes import ORIGIN, PASSES, Work, run_passes
+from custom_quantizer.backends.tosa.program import (
+    TosaOp,
+    TosaProgram,
+    TosaReport,
+    delegates_of,
+    run_flat,
+    unequal,
+)
+from custom_quantizer.backends.tosa.tools import require
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    describe,
+    detached_copy,
+    is_quantize,
+    module_path,
+    state_of,
+)
+from custom_quantizer.core.rewriting import ORIGINAL_NAME
+from custom_quantizer.core.threads import interruption_point, tools
+from custom_quantizer.errors import (
+    CustomQuantizerError,
+    LoweringError,
+    VerificationError,
+    first_line,
+)
+from custom_quantizer.ops import QuantizedOp
+from custom_quantizer.reference import IntegerReference
+from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
+from custom_quantizer.reference.inputs import check_example, placeholder_metas, specs_of
+
+__all__ = ["SPECIFICATION", "lower", "lower_graph"]
+
+SPECIFICATION = "TOSA-1.0+INT+int16+int4"
+"""The integer profile with 16-bit activations and 4-bit weights, as ExecuTorch names it."""
+
+
+@tools()
+def lower(
+    converted: GraphModule,
+    example_inputs: tuple[Any, ...],
+    *,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> TosaProgram:
+    """Lower a converted graph to TOSA through ExecuTorch's arm backend.
+
+    The program is for the sizes of the example: TOSA has no dynamic ones here. Then it is run on
+    Arm's reference model, and its outputs on the example must be those of the integer reference in
+    mode ``tosa``, bit for bit.
+
+    Args:
+        converted: what ``convert_pt2e`` returns, planned for TOSA; it is not changed.
+        example_inputs: one set of inputs, as for the model; those captured by keyword come last.
+        check: run and compare. Without it a wrong program would go unnoticed.
+        progress: called with the name of each stage.
+
+    Raises:
+        ConversionError: the graph is not a converted one.
+        InputError: the example does not fit the graph.
+        LoweringError: the TOSA tools are not installed; ExecuTorch refused the graph; or nothing of
+            it is integer.
+        VerificationError: the program computes other integers; names the first op that does.
+    """
+    require()
+    return lower_graph(
+        read_converted(converted, BACKEND), example_inputs, check=check, progress=progress
+    )
+
+
+@tools()
+def lower_graph(
+    graph: ConvertedGraph,
+    example_inputs: tuple[Any, ...],
+    *,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+    passes: Sequence[Callable[[Work], int]] = PASSES,
+) -> TosaProgram:
+    """:func:`lower`, for whom the graph was read already.
+
+    Args:
+        graph: the graph.
+        example_inputs: as of :func:`lower`.
+        check: likewise.
+        progress: likewise.
+        passes: of :data:`~custom_quantizer.backends.tosa.passes.PASSES`, those to run.
+    """
+
+    def say(stage: str) -> None:
+        interruption_point()
+        if progress is not None:
+            progress(stage)
+
+    example = check_example(graph, example_inputs)
+    _check_writable(graph)
+    say("rewriting the graph")
+    model = detached_copy(graph.model)
+    applied = run_passes(model, graph, passes)
+    say("partitioning for TOSA")
+    edge = _to_edge(_export(model, example))
+    module = edge.exported_program().module()
+    report = _report(graph, edge, module, applied)
+    program = TosaProgram(
+        module, report, graph, specs_of(graph.model), tuple(_sizes(graph.model, example))
+    )
+    if check:
+        say("checking the program")
+        _check(program, graph, example, passes)
+    return program
+
+
+def _sizes(model: GraphModule, example: tuple[Any, ...]) -> list[Tensor | None]:
+    """Inputs that the program takes: those of the example."""
+    metas = placeholder_metas(model)
+    values = pytree.tree_leaves(example)
+    return [
+        value.to("meta") if meta is not None and isinstance(value, Tensor) else None
+        for meta, value in zip(metas, values, strict=True)
+    ]
+
+
+def _check_writable(graph: ConvertedGraph) -> None:
+    if not graph.integer:
+        reasons = "; ".join(f"{describe(op.node)}: {op.reason}" for op in graph.floating[:5])
+        raise LoweringError(
+            f"no op of the graph is integer for TOSA, so there is no program ({reasons}); plan "
+            "with IntegerQuantizer(backend='tosa')"
+        )
+    written = [describe(node) for node in state_of(graph.model.graph)]
+    if written:
+        raise LoweringError(
+            f"the graph writes into {', '.join(written)}, and a TOSA program has no memory of its "
+            "own; make them inputs and outputs"
+        )
+
+
+def _export(model: GraphModule, example: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    in_spec, _ = specs_of(model)
+    structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
+    args, kwargs = pytree.tree_unflatten(pytree.tree_leaves(example), structure)
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs)
+    except CustomQuantizerError:
+        raise
+    except Exception as error:
+        raise LoweringError(
+            f"torch.export refused the rewritten graph: {first_line(error)}"
+        ) from error
+
+
+def _to_edge(exported: torch.export.ExportedProgram) -> EdgeProgramManager:
+    from executorch.backends.arm.tosa.compile_spec import TosaCompileSpec
+    from executorch.backends.arm.tosa.partitioner import TOSAPartitioner
+
+    try:
+        return to_edge_transform_and_lower(
+            exported,
+            partitioner=[TOSAPartitioner(TosaCompileSpec(SPECIFICATION))],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
+    except Exception as error:
+        raise LoweringError(
+            f"ExecuTorch could not lower the graph to TOSA: {first_line(_origin(error))}"
+        ) from error
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What went wrong first: ExecuTorch's own message is a list of 120 passes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+# ---------------------------------------------------------------------------------------------
+# What became of each op
+# ---------------------------------------------------------------------------------------------
+
+
+def _report(
+    graph: ConvertedGraph, edge: EdgeProgramManager, module: GraphModule, applied: dict[str, int]
+) -> TosaReport:
+    outside = [node for node in module.graph.nodes if _computes(node)]
+    beside = {node.meta.get("custom", {}).get(ORIGIN) for node in outside}
+    delegates = delegates_of(module)
+    rows = tuple(_row(graph, op, beside) for op in graph)
+    return TosaReport(
+        rows,
+        len(delegates),
+        tuple(map(_called, outside)),
+        sum(len(delegate.processed_bytes) for delegate in delegates),
+        applied,
+    )
+
+
+def _called(node: Node) -> str:
+    """Name of the op that a node calls, such as ``aten::softmax.int``."""
+    return str(getattr(node.target, "_schema", node.target)).partition("(")[0]
+
+
+def _computes(node: Node) -> bool:
+    if node.op != "call_function" or node.target is executorch_call_delegate:
+        return False
+    return getattr(node.target, "__name__", "") != "getitem"
+
+
+def _row(graph: ConvertedGraph, op: QuantizedOp | FloatOp, beside: set[str | None]) -> TosaOp:
+    kernel, reason = kernels.OUTSIDE, op.reason if isinstance(op, FloatOp) else ""
+    family = str(op.node.target)
+    if isinstance(op, QuantizedOp):
+        predicted = graph.backend.predict(op.match, op.formats)
+        kernel, reason, family = predicted.kernel, predicted.reason, op.match.rule.family
+        if op.node.name in beside:
+            kernel, reason = kernels.OUTSIDE, "ExecuTorch's partitioner left it out"
+    return TosaOp(
+        op.node.name,
+        module_path(op.node),
+        family,
+        op.node.meta.get(ORIGINAL_NAME, op.node.name),
+        kernel,
+        reason,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------
+
+
+def _check(
+    program: TosaProgram,
+    graph: ConvertedGraph,
+    example: tuple[Any, ...],
+    passes: Sequence[Callable[[Work], int]],
+) -> None:
+    left = [op for op in program.report.ops if op.backend is kernels.OUTSIDE]
+    integer = {op.node.name for op in graph.integer}
+    refused = [op.node for op in left if op.node in integer]
+    if refused:
+        raise LoweringError(
+            f"{', '.join(refused[:5])}: planned on integers, but ExecuTorch's partitioner left it "
+            "out of the TOSA program; leave it in float with set_node_name(name, None)"
+        )
+    differ, total = program.differing([example])
+    if differ:
+        where = _first_wrong(graph, example, passes)
+        raise VerificationError(
+            f"{where}: the TOSA program computes other integers than the graph says; {differ:,} of "
+            f"{total:,} outputs differ on the example; leave the op in float with "
+            "set_node_name(name, None), and please report the model"
+        )
+
+
+def _first_wrong(
+    graph: ConvertedGraph, example: tuple[Any, ...], passes: Sequence[Callable[[Work], int]]
+) -> str:
+    """The first op whose integers differ, when the program returns those of every op."""
+    model = detached_copy(graph.model)
+    run_passes(model, graph, passes)
+    by_name = {node.name: node for node in model.graph.nodes}
+    _, wanted = IntegerReference(graph).with_integers(*example)
+    returned: dict[str, Node] = {}
+    for op in graph.integer:
+        stored = next((user for user in op.output_node.users if is_quantize(user)), None)
+        node = None if stored is None else by_name.get(stored.name)
+        if node is not None and op.output_node.name in wanted:
+            # With readers inside and outside of the program a dequantize node splits it.
+            with model.graph.inserting_after(node):
+                real = model.graph.call_function(DEQUANTIZE_PER_TENSOR, (node, *node.args[1:]))
+            returned[op.output_node.name] = real
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    output.args = (tuple(returned.values()),)
+    model.graph.set_codegen(torch.fx.graph.CodeGen())
+    model.recompile()
+    flat = tuple(pytree.tree_leaves(example))
+    try:
+        made = run_flat(_to_edge(_export(model, flat)).exported_program().module(), list(flat))
+    except CustomQuantizerError as error:
+        return f"the program as a whole (with more outputs it is refused: {error})"
+    reference = IntegerReference(graph)
+    for op in graph.integer:
+        name = op.output_node.name
+        if name not in returned:
+            continue
+        given = made[list(returned).index(name)]
+        if unequal(reference.arithmetic.dequantize(wanted[name], op.output), given):
+            return describe(op.node)
+    return "the program as a whole (each op by itself is right)"
