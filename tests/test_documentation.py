@@ -36,7 +36,7 @@ BENCHMARKS = {
     "mutation_score": "mutation_score",
     "packed_layers": "packed_layers",
     "shared_layers": "shared_layers",
-    "tosa": "tosa",
+    "tosa": "tosa_programs",
 }
 """Which benchmark renders the page of a stored result."""
 

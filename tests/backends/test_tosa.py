@@ -371,6 +371,8 @@ def test_a_network_equals_the_reference(name: str, scheme: str) -> None:
     converted = convert(model, (images[:size],), quantizer, batches).graph
     program = cq.lower(converted, (images[:size],), backend="tosa")
     assert program.report.tally.count(Placement.OUTSIDE) == 0
+    one, another = program.run(images[:size])[:2]
+    assert (one != another).float().mean() > 0.5
     outputs = len(images) * (10 if name == "ResNet-20" else 1000)
     assert program.differing([(batch,) for batch in images.split(size)]) == (0, outputs)
 

@@ -275,7 +275,8 @@ def _first_wrong(
     model = detached_copy(graph.model)
     run_passes(model, graph, passes)
     by_name = {node.name: node for node in model.graph.nodes}
-    _, wanted = IntegerReference(graph).with_integers(*example)
+    reference = IntegerReference(graph)
+    _, wanted = reference.with_integers(*example)
     returned: dict[str, Node] = {}
     for op in graph.integer:
         stored = next((user for user in op.output_node.users if is_quantize(user)), None)
@@ -294,7 +295,6 @@ def _first_wrong(
         made = run_flat(_to_edge(_export(model, flat)).exported_program().module(), list(flat))
     except CustomQuantizerError as error:
         return f"the program as a whole (with more outputs it is refused: {error})"
-    reference = IntegerReference(graph)
     for op in graph.integer:
         name = op.output_node.name
         if name not in returned:

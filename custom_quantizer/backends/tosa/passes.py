@@ -75,14 +75,12 @@ class Work:
 
 @dataclass
 class _Placed:
+    """An op and where it is in the copy, which passes change."""
+
     op: QuantizedOp
     anchor: Node
     last: Node
     stored: Node | None
-
-    @property
-    def family(self) -> str:
-        return self.op.match.rule.family
 
     @property
     def clamps(self) -> bool:

@@ -1,8 +1,9 @@
 """TOSA programs of networks: values against the integer reference, and bytes.
 
-    CUSTOM_QUANTIZER_TOSA_TOOLS=FOLDER python tests/benchmarks/tosa.py --output docs/results
+    python tests/benchmarks/tosa_programs.py --output docs/results
 
-Installs the TOSA tools into the folder if they are missing; ResNet-20 needs the shared weights.
+Installs the TOSA tools if they are missing, into the folder that CUSTOM_QUANTIZER_TOSA_TOOLS names;
+ResNet-20 needs the shared weights.
 Writes ``tosa.json`` and, rendered from it, ``tosa.md``.
 """
 
