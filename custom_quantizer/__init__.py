@@ -26,6 +26,8 @@ from custom_quantizer.errors import (
 
 if TYPE_CHECKING:
     from custom_quantizer.accuracy.improving import Improvement, improve
+    from custom_quantizer.allocation.searching import SearchPoint, SearchResult
+    from custom_quantizer.allocation.sensitivity import Loss, Sensitivity
     from custom_quantizer.analysis.diagnosis import Diagnosis, diagnose
     from custom_quantizer.analysis.evaluation import Evaluation, evaluate
     from custom_quantizer.analysis.fidelity import (
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from custom_quantizer.app.saved_graph import load_graph, save_graph
     from custom_quantizer.backends import lower
     from custom_quantizer.backends.tosa import TosaProgram, TosaReport
+    from custom_quantizer.app.widths import search, sensitivity
     from custom_quantizer.backends.xnnpack import (
         LoweredProgram,
         LoweringReport,
@@ -101,6 +104,7 @@ __all__ = [
     "IntegerQuantizer",
     "IntegerRecipe",
     "IntegerReference",
+    "Loss",
     "LoweredProgram",
     "LoweringError",
     "LoweringReport",
@@ -116,6 +120,9 @@ __all__ = [
     "QuantizationResult",
     "Report",
     "SchemeError",
+    "SearchPoint",
+    "SearchResult",
+    "Sensitivity",
     "TensorPlan",
     "TensorScheme",
     "TosaProgram",
@@ -154,6 +161,8 @@ __all__ = [
     "save_integers",
     "save_statistics",
     "scheme",
+    "search",
+    "sensitivity",
     "session_program",
     "set_ranges",
     "set_weight_scales",
@@ -185,6 +194,9 @@ _NAMES = {
     "report.record": ("ProgramReport", "Report", "inspect", "inspect_program"),
     "app.saved_graph": ("load_graph", "save_graph"),
     "core.schemes": ("OpScheme", "TensorScheme", "scheme"),
+    "allocation.searching": ("SearchPoint", "SearchResult"),
+    "allocation.sensitivity": ("Loss", "Sensitivity"),
+    "app.widths": ("search", "sensitivity"),
     "app.data": ("DataSource", "Preprocess", "load_data"),
     "app.models": ("load_model",),
     "calibration.statistics": (

@@ -22,6 +22,7 @@ ROOMS = (
     "reference",
     "backends",
     "analysis",
+    "allocation",
     "report",
     "app",
     "__init__",

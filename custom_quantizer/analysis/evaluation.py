@@ -44,6 +44,7 @@ __all__ = [
     "PairedCounts",
     "PairedDifference",
     "evaluate",
+    "inputs_and_labels",
 ]
 
 Model = Callable[..., Any]
@@ -254,7 +255,7 @@ def evaluate(
     folders = tuple(getattr(data, "classes", ()))
     with _states_kept(models.values()):
         for batch in track(data, "evaluate", enabled=progress):
-            inputs, labels = _inputs_and_labels(batch, any_labels=bool(metrics))
+            inputs, labels = inputs_and_labels(batch, any_labels=bool(metrics))
             if labelled is not None and labelled != (labels is not None):
                 raise InputError("some batches have labels and others do not; give all or none")
             labelled = labels is not None
@@ -416,9 +417,18 @@ def _paired(first: Tensor, second: Tensor) -> PairedCounts:
     )
 
 
-def _inputs_and_labels(
+def inputs_and_labels(
     batch: Any, any_labels: bool = False
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The tensors of a batch and its labels, if it has any.
+
+    Args:
+        batch: as :func:`evaluate` takes it.
+        any_labels: whether labels may be any tensor, and not only integers of shape ``(batch,)``.
+
+    Raises:
+        InputError: it is no batch, or its tensors have different numbers of samples.
+    """
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
     pair = pair and (_are_labels(batch[1]) or (any_labels and isinstance(batch[1], Tensor)))
     inputs, labels = batch if isinstance(batch, Batch) or pair else (batch, None)

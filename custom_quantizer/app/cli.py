@@ -787,6 +787,229 @@ def diagnose_command(
     click.echo(found.to_json() if as_json else str(found))
 
 
+def _budget(
+    _ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, float]:
+    budget: dict[str, float] = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        try:
+            budget[key] = float(text)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise click.BadParameter(f"{value!r} is not KEY=NUMBER, such as size=0.6", param=param)
+    return budget
+
+
+_widths_options = _options(
+    click.option(
+        "--data",
+        metavar="DATA",
+        required=True,
+        help="Folder or .zip of images, or tensors: .pt, .npy, .npz, .safetensors. Folders of "
+        "classes in the order of the model give labels.",
+    ),
+    click.option(
+        "--schemes",
+        default="a8w8,a8w4",
+        show_default=True,
+        metavar="NAME,NAME",
+        help="What to choose from; the most precise is the one to compare with.",
+    ),
+    click.option(
+        "--batch",
+        type=click.IntRange(min=1),
+        default=32,
+        show_default=True,
+        help="Samples that are computed at a time.",
+    ),
+    click.option(
+        "--estimate-only", is_flag=True, help="Leave out the true losses: quicker, less exact."
+    ),
+    click.option(
+        "--checkpoint",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Keep finished batches here; the same command goes on where it stopped.",
+    ),
+    _preprocess_options,
+)
+
+
+@cli.command(
+    "sensitivity",
+    epilog=_examples(
+        "custom-quantizer sensitivity resnet18 --weights w.pth --data images/ \\",
+        "    --resize 256 --crop 224 --schemes a8w8,a8w4,a4w4",
+    ),
+)
+@click.argument("model")
+@_model_options
+@_widths_options
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Use so many."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@_debug_option
+def sensitivity_command(
+    model: str,
+    weights: str | None,
+    model_args: dict[str, object],
+    data: str,
+    schemes: str,
+    batch: int,
+    estimate_only: bool,
+    checkpoint: Path | None,
+    resize: tuple[int, ...] | None,
+    crop: tuple[int, ...] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    samples: int,
+    as_json: bool,
+) -> None:
+    """Measure what each weight and activation of MODEL loses at each width, alone.
+
+    MODEL is a torchvision model, package.module:function or file.py:function. Two numbers are
+    given, in dB of the outputs: the true one, from computing the network with that one value
+    rounded, and an estimate from a few backward passes. docs/search.md says how to read them.
+    """
+    _check_model(model)
+    module = _load_model(model, weights, model_args)
+    source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+    from custom_quantizer.app.widths import sensitivity
+
+    found = sensitivity(
+        module,
+        source.example_inputs(min(batch, source.num_examples)),
+        source,
+        schemes=_names(schemes),
+        samples=samples,
+        estimate_only=estimate_only,
+        checkpoint=checkpoint,
+    )
+    click.echo(found.to_json() if as_json else str(found))
+
+
+@cli.command(
+    "search",
+    epilog=_examples(
+        "custom-quantizer search resnet18 --weights w.pth --data images/ --validation val/ \\",
+        "    --resize 256 --crop 224 --schemes a8w8,a8w4 --budget size=0.6 -o mixed.yaml",
+        "custom-quantizer search net.py:make --weights net.safetensors --data train.npz \\",
+        "    --budget accuracy=0.5 -o mixed.yaml",
+    ),
+)
+@click.argument("model")
+@_model_options
+@_widths_options
+@click.option(
+    "--budget",
+    multiple=True,
+    required=True,
+    callback=_budget,
+    metavar="KEY=NUMBER",
+    help="size, weight_bits, bit_operations or latency: a share of the most precise scheme's "
+    "(up to 1) or the number itself; accuracy: points that may be lost. Repeatable.",
+)
+@click.option(
+    "--validation",
+    metavar="DATA",
+    help="Samples to measure with.  [default: the last quarter of --data]",
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=512, show_default=True, help="Of --data."
+)
+@click.option(
+    "--validation-samples",
+    type=click.IntRange(min=1),
+    default=10_000,
+    show_default=True,
+    help="Of --validation.",
+)
+@click.option(
+    "--latencies",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="JSON of times from your device, {op: {scheme: time}}, for --budget latency.",
+)
+@click.option(
+    "--points",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="Budgets along the curve for which a choice is measured.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="OUT.yaml",
+    help="Write the rules of the best choice, for quantize --config.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@_debug_option
+def search_command(
+    model: str,
+    weights: str | None,
+    model_args: dict[str, object],
+    data: str,
+    schemes: str,
+    batch: int,
+    estimate_only: bool,
+    checkpoint: Path | None,
+    resize: tuple[int, ...] | None,
+    crop: tuple[int, ...] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    budget: dict[str, float],
+    validation: str | None,
+    samples: int,
+    validation_samples: int,
+    latencies: Path | None,
+    points: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Find the widths of MODEL with the least loss under a budget.
+
+    MODEL is a torchvision model, package.module:function or file.py:function. Every choice in the
+    table is quantized and measured on samples held back; each scheme everywhere is among them, so
+    that what is taken is never worse. docs/search.md says more.
+    """
+    if output is not None:
+        from custom_quantizer.config.file import check_suffix
+
+        check_suffix(output)
+    _check_model(model)
+    module = _load_model(model, weights, model_args)
+    preprocess = _preprocess(resize, crop, mean, std)
+    source = _load_data(data, preprocess, samples)
+    held_back = None if validation is None else _load_data(validation, preprocess, None)
+    from custom_quantizer.app.widths import search
+
+    # A part is held back in whole batches.
+    most = source.num_examples if validation is not None else max(1, source.num_examples // 4)
+    found = search(
+        module,
+        source.example_inputs(min(batch, most)),
+        source,
+        budget,
+        schemes=_names(schemes),
+        validation=held_back,
+        latencies=latencies,
+        samples=samples,
+        validation_samples=validation_samples,
+        points=points,
+        estimate_only=estimate_only,
+        checkpoint=checkpoint,
+    )
+    click.echo(found.to_json() if as_json else str(found))
+    if output is not None:
+        found.save(output)
+        click.echo(f"wrote {output}, which quantize --config takes", err=True)
+
+
 @cli.command(
     "export-integers",
     epilog=_examples(
@@ -971,6 +1194,10 @@ def _one_of(scheme: str | None, config: Path | None) -> str | Path:
     if scheme is not None and config is not None:
         raise click.UsageError("--scheme and --config exclude each other: name one")
     return config or scheme or "a8w8"
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _quantizer(asked: str | Path, integer_io: bool) -> IntegerQuantizer:
