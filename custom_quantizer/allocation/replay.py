@@ -46,9 +46,9 @@ class Replay(Rerun):
         self.calls = 0
 
     @property
-    def forwards(self) -> float:
-        """The work done so far, in forwards of one batch."""
-        return self.calls / max(self._ops, 1)
+    def ops(self) -> int:
+        """Ops of one forward."""
+        return max(self._ops, 1)
 
     def start(self, values: Sequence[Any]) -> Any:
         """Run a batch and keep all its values.

@@ -410,7 +410,7 @@ class Searcher:
         allowed = [point for point in self._known.values() if self._allowed(point)]
         if ACCURACY in self._budget:
             if not allowed:
-                nearest = min(self._known.values(), key=self._lost)
+                nearest = min((p for p in self._known.values() if p.in_budget), key=self._lost)
                 raise ConfigError(
                     f"budget: nothing that these schemes make loses at most "
                     f"{self._budget[ACCURACY]:g} {self._unit()}; {nearest.name} loses "

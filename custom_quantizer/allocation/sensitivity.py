@@ -279,11 +279,11 @@ def calibrate_choices(choices: Choices, samples: Samples) -> None:
 class _Sums:
     """What is added up over batches, in float64; all of it goes into the checkpoint."""
 
-    def __init__(self, trials: int, outputs: int, batches: int) -> None:
+    def __init__(self, trials: int, outputs: int) -> None:
         self.errors = torch.zeros(trials, outputs, dtype=torch.float64)
         self.estimates = torch.zeros(trials, dtype=torch.float64)
         self.metrics = torch.zeros(trials + 1, dtype=torch.float64)
-        self.calls = torch.zeros(2, dtype=torch.float64)
+        self.calls = torch.zeros(2, dtype=torch.int64)
         self.done = torch.zeros(1, dtype=torch.int64)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -324,8 +324,7 @@ def measure_sensitivity(
     trials = _trials(choices)
     replay = Replay(choices.prepared)
     signals = _signals(replay, samples)
-    first = replay.forwards
-    sums = _Sums(len(trials), len(signals), len(samples.batches))
+    sums = _Sums(len(trials), len(signals))
     file = None
     if checkpoint is not None:
         file = _Checkpoint(
@@ -338,7 +337,16 @@ def measure_sensitivity(
     for _ in with_progress:
         pass
     return _result(
-        choices, samples, trials, sums, measure.note, metric, estimate_only, first, began, signals
+        choices,
+        samples,
+        trials,
+        sums,
+        measure.note,
+        metric,
+        estimate_only,
+        replay.ops,
+        began,
+        signals,
     )
 
 
@@ -420,14 +428,14 @@ class _Measure:
         for index, (values, labels) in enumerate(samples.batches):
             if index < int(self._sums.done):
                 continue
-            before = self._replay.forwards
+            before = self._replay.calls
             outputs = self._estimate(index, values)
-            self._sums.calls[0] += self._replay.forwards - before
+            self._sums.calls[0] += self._replay.calls - before
             yield
             if not self._estimate_only:
-                before = self._replay.forwards
+                before = self._replay.calls
                 yield from self._true(outputs, labels)
-                self._sums.calls[1] += self._replay.forwards - before
+                self._sums.calls[1] += self._replay.calls - before
             self._sums.done += 1
             if file is not None:
                 file.save(self._sums)
@@ -543,7 +551,7 @@ def _result(
     note: str,
     metric: Metric | None,
     estimate_only: bool,
-    first: float,
+    ops: int,
     began: float,
     signals: Sequence[float],
 ) -> Sensitivity:
@@ -570,10 +578,9 @@ def _result(
         _named(metric),
         _correlations(losses),
         {
-            # Observers and signal powers: twice through the network.
-            "for calibration": 1.0 + first / batches,
-            "for the estimate": float(sums.calls[0]) / batches,
-            "for true losses": float(sums.calls[1]) / batches,
+            "for calibration": 2.0,  # the observers, and the power of the outputs
+            "for the estimate": int(sums.calls[0]) / (batches * ops),
+            "for true losses": int(sums.calls[1]) / (batches * ops),
         },
         time.perf_counter() - began,
         tuple(notes),

@@ -978,7 +978,7 @@ def search_command(
     that what is taken is never worse. docs/search.md says more.
     """
     if output is not None:
-        from custom_quantizer.config.file import check_suffix
+        from custom_quantizer.config.located import check_suffix
 
         check_suffix(output)
     _check_model(model)
