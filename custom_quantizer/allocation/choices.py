@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from custom_quantizer.core.formats import IntFormat
-from custom_quantizer.core.graph import detached_copy, state_of, tensor_meta
+from custom_quantizer.core.graph import detached_copy, state_buffers, tensor_meta
 from custom_quantizer.core.schemes import OpScheme, TensorScheme, coerce_scheme
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import ConfigError, InputError
@@ -222,11 +222,6 @@ def find_choices(
     """
     named = schemes_of(schemes)
     base = max(named, key=lambda name: _precision(named[name]))
-    if state_of(exported.graph):
-        raise InputError(
-            "the model writes its own buffers (a cache, a counter, a recurrent state), so what it "
-            "gives for a sample depends on those before; widths are searched for other models"
-        )
     plans = {}
     prepared: GraphModule | None = None
     for name in (base, *(name for name in named if name != base)):
@@ -236,6 +231,12 @@ def find_choices(
         plans[name] = quantizer.last_plan
         prepared = prepared or cast(GraphModule, model)
     assert prepared is not None
+    # Of the functional graph: before, ops in place look as if they wrote an input.
+    if state_buffers(prepared):
+        raise InputError(
+            "the model writes its own buffers (a cache, a counter, a recurrent state), so what it "
+            "gives for a sample depends on those before; widths are searched for other models"
+        )
     finder = _Finder(named, base, plans, prepared)
     if not finder.units:
         raise ConfigError(f"there is nothing to choose: no op of the graph takes {base}")

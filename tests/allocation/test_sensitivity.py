@@ -308,6 +308,11 @@ def test_schemes_that_cannot_be_used_are_refused(schemes: Any, message: str) -> 
         cq.sensitivity(Layers(), (inputs(8),), inputs(8), schemes=schemes, progress=False)
 
 
+def test_ops_in_place_are_no_state() -> None:
+    found = choices_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU6(inplace=True)), 3, 4)
+    assert [unit.name for unit in found.units] == ["linear"]
+
+
 class Counter(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -25,6 +25,19 @@ from custom_quantizer.reference.interpreter import integer_reference
 COMMANDS = [
     *("demo", "diagnose", "evaluate", "export-c", "export-integers", "inspect"),
     *("plan", "profile", "quantize", "verify"),
+    *(
+        "demo",
+        "diagnose",
+        "evaluate",
+        "export-c",
+        "export-integers",
+        "inspect",
+        "plan",
+        "quantize",
+        "search",
+        "sensitivity",
+        "verify",
+    ),
 ]
 
 
@@ -259,6 +272,27 @@ def test_diagnose(work: Path, program: Path, tmp_path: Path) -> None:
     assert "error: " in other.stderr
 
 
+def test_sensitivity_and_search(work: Path, tmp_path: Path) -> None:
+    model = (f"{work}/net.py:Small", "--weights", work / "net.pt", "--data", work / "data.npz")
+    options = ("--samples", 32, "--batch", 8, "--schemes", "a8w8,a8w4")
+    text = ok("sensitivity", *model, *options)
+    assert text.startswith("32 samples; SQNR of the outputs in dB")
+    found = json.loads(ok("sensitivity", *model, *options, "--estimate-only", "--json"))
+    assert found["kind"] == "sensitivity"
+    file = tmp_path / "mixed.yaml"
+    asked = (*options, "--budget", "weight_bits=0.7", "--points", 1)
+    text = ok("search", *model, *asked, "-o", file)
+    assert "a8w4 everywhere" in text
+    assert "measured on 8 samples held back" in text
+    validation = ("--validation", work / "data.npz", "--validation-samples", 16)
+    found = json.loads(ok("search", *model, *asked, *validation, "--json"))
+    assert (found["kind"], found["held_back"]) == ("search", 16)
+    planned = ok("plan", model[0], "--input-shape", "1,1,8,8", "--config", file, "--json")
+    schemes = {op["node"]: op["scheme"] for op in json.loads(planned)["ops"]}
+    (best,) = (point for point in found["points"] if point["name"] == found["best"])
+    assert {name: schemes[name] for name in best["chosen"]} == best["chosen"]
+
+
 @pytest.mark.parametrize("suffix", [".pte", ".graph.safetensors"])
 def test_export_integers(work: Path, program: Path, tmp_path: Path, suffix: str) -> None:
     text = ok("export-integers", program.with_suffix(suffix), tmp_path / "net")
@@ -394,6 +428,14 @@ OURS: dict[str, tuple[Args, list[str]]] = {
     "no JSON": (plain("inspect", "WORK/broken.json"), ["broken.json is not JSON"]),
     "other JSON": (plain("inspect", "WORK/other.json"), ["not a 'graph' report"]),
     "JSON list": (plain("inspect", "WORK/list.json"), ["not a 'graph' report"]),
+    "a cost that is not known": (
+        plain("search", "WORK/net.py:Small", "--data", "WORK/data.npz", "--budget", "sise=1"),
+        ["unknown key 'sise'", "did you mean size?"],
+    ),
+    "a search into another format": (
+        plain("search", "resnet18", "--data", "x", "--budget", "size=1", "-o", "x.txt"),
+        ["x.txt"],
+    ),
     "no graph to export": (plain("export-c", "WORK/no.pte", "WORK/c"), ["no.graph.safetensors"]),
     "no C name": (plain("export-c", "WORK/net.pte", "WORK/c", "--name", "1st"), ["'1st'"]),
     "integers in no directory": (

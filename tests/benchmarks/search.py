@@ -5,7 +5,7 @@
 The search is shown training images only: some to calibrate and to measure losses with, others to
 choose by. What it takes, and the best scheme everywhere of at most that size, are then compared on
 the test images. Needs the CIFAR-10 images and weights (see ``tests/support/cifar_models.py``).
-Finished batches are kept in ``--work``: run the same command again after an interruption.
+What is finished is kept in ``--work``: run the same command again after an interruption.
 
 Writes ``search.json`` and, rendered from it, ``search.md``.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,10 @@ import custom_quantizer as cq
 from custom_quantizer.core.files import write_json_atomic, write_text_atomic
 
 BATCH = 64
-SAMPLES = 256
-VALIDATION = 512
+SAMPLES = 128
+VALIDATION = 256
 SHARE = 0.6
-SCHEMES = [f"a8w{bits}" for bits in (8, 7, 6, 5, 4, 3, 2)]
+SCHEMES = [f"a8w{bits}" for bits in (8, 6, 5, 4, 3, 2)]
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-20": resnet20,
     "MobileNetV2": cifar_mobilenet_v2,
@@ -58,12 +57,6 @@ def measure(name: str, work: Path, limit: int | None) -> dict[str, Any]:
     held_back = batches(images[SAMPLES:], labels[SAMPLES:])
     example = (images[:BATCH],)
     exported = torch.export.export(model.eval(), example)
-    with torch.no_grad():
-        began = time.perf_counter()
-        for part, _ in used:
-            model(part)
-        forward = time.perf_counter() - began
-    began = time.perf_counter()
     found = cq.search(
         exported,
         example,
@@ -71,54 +64,38 @@ def measure(name: str, work: Path, limit: int | None) -> dict[str, Any]:
         {"weight_bits": SHARE},
         schemes=SCHEMES,
         validation=held_back,
-        points=7,
+        points=4,
         checkpoint=work / f"{name}.safetensors",
         progress=True,
     )
-    seconds = time.perf_counter() - began
     print(found, flush=True)
-    uniform = [p for p in found.points if p.name.endswith("everywhere")]
-    best_uniform = max((p for p in uniform if p.in_budget), key=lambda p: p.costs["weight_bits"])
-    searched = [p for p in found.points if p.in_budget and p.name.startswith("searched")]
-    # What the integer program gives for this very budget, whatever was taken.
-    solved = max(searched, key=lambda p: p.costs["weight_bits"])
-    compared = {"searched": solved, best_uniform.name: best_uniform, "taken": found.best}
-    schemes_of = {
-        label: {**dict.fromkeys(point.chosen, ""), **point.chosen}
-        for label, point in compared.items()
-    }
-    models: dict[str, Any] = {"float": model}
-    graphs: dict[str, Any] = {}
-    for label, chosen in schemes_of.items():
-        key = json.dumps(chosen, sort_keys=True)
-        if key not in graphs:
-            quantizer = cq.IntegerQuantizer().set_global(found.base_scheme)
-            for op, scheme in chosen.items():
-                if scheme != found.base_scheme:
-                    quantizer.set_node_name(op, scheme)
-            graphs[key] = cq.quantize(
-                exported, example, [x for x, _ in used], config=quantizer, lower=False
-            ).converted
-        models[label] = graphs[key]
-    evaluated = cq.evaluate(models, batches(*cifar10_test(limit)), progress=True)
-    print(evaluated, flush=True)
-    against = cq.evaluate(
-        {best_uniform.name: models[best_uniform.name], "taken": models["taken"]},
-        batches(*cifar10_test(limit)),
+    uniform = max(
+        (p for p in found.points if p.in_budget and p.name.endswith("everywhere")),
+        key=lambda point: point.costs["weight_bits"],
     )
+    models: dict[str, Any] = {
+        uniform.name: quantized(exported, example, used, uniform.name.split()[0]),
+        "taken": quantized(exported, example, used, found.quantizer),
+        "float": model,
+    }
+    compared = cq.evaluate(models, batches(*cifar10_test(limit)))
+    print(compared, flush=True)
     document = found.to_dict()
-    del document["config"], document["sensitivity"]["losses"]
     return {
         **document,
-        "best_uniform": best_uniform.name,
-        "float_bits": sum(found.base.values()) and found.base["weight_bits"],
-        "test_images": evaluated.scores[0].samples,
-        "test": {score.name: score.top1 for score in evaluated.scores},
-        "taken_against_uniform": json.loads(against.to_json())["models"][1]["against_first"],
-        "seconds": seconds,
-        "seconds_of_a_forward": forward,
-        "config": dict(found.config),
+        "uniform": uniform.name,
+        "test_images": compared.scores[0].samples,
+        "test": {score.name: score.top1 for score in compared.scores},
+        "against_uniform": json.loads(compared.to_json())["models"][1]["against_first"],
     }
+
+
+def quantized(
+    exported: torch.export.ExportedProgram, example: Any, used: Any, config: Any
+) -> torch.fx.GraphModule:
+    """The converted graph of a scheme or a quantizer."""
+    data = [images for images, _ in used]
+    return cq.quantize(exported, example, data, config=config, lower=False).converted
 
 
 def render(result: dict[str, Any]) -> str:
@@ -133,8 +110,7 @@ def render(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in result["rows"].items():
-        uniform = row["best_uniform"]
-        gain = row["taken_against_uniform"]
+        uniform, gain = row["uniform"], row["against_uniform"]
         lines.append(
             f"| {name} | {row['test']['float']:.2%} | {row['test'][uniform]:.2%} "
             f"({uniform.split()[0]}) | {row['test']['taken']:.2%} | "
@@ -175,8 +151,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=None, help="test images (default: all)")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = {name: measure(name, options.work, options.images) for name in NETWORKS}
-    images = next(iter(rows.values()))["test_images"]
+    rows: dict[str, Any] = {}
+    for name in NETWORKS:
+        kept = options.work / f"{name}.json"
+        if not kept.exists():
+            write_json_atomic(kept, measure(name, options.work, options.images))
+        rows[name] = json.loads(kept.read_text(encoding="utf-8"))
+    images = min(row["test_images"] for row in rows.values())
     result = {"version": 1, "test_images": images, "rows": rows}
     write_json_atomic(options.output / "search.json", result)
     write_text_atomic(options.output / "search.md", render(result))
