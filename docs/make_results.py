@@ -165,6 +165,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qat_widths": qat_widths,
     "scales_by_batch": scales_by_batch,
     "tosa": as_stored("tosa"),
+    "search": as_stored("search"),
 }
 
 

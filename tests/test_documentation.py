@@ -35,6 +35,7 @@ BENCHMARKS = {
     "improve": "improve",
     "mutation_score": "mutation_score",
     "packed_layers": "packed_layers",
+    "search": "search",
     "shared_layers": "shared_layers",
     "tosa": "tosa_programs",
 }

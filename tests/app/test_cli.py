@@ -24,20 +24,7 @@ from custom_quantizer.reference.interpreter import integer_reference
 
 COMMANDS = [
     *("demo", "diagnose", "evaluate", "export-c", "export-integers", "inspect"),
-    *("plan", "profile", "quantize", "verify"),
-    *(
-        "demo",
-        "diagnose",
-        "evaluate",
-        "export-c",
-        "export-integers",
-        "inspect",
-        "plan",
-        "quantize",
-        "search",
-        "sensitivity",
-        "verify",
-    ),
+    *("plan", "profile", "quantize", "search", "sensitivity", "verify"),
 ]
 
 
