@@ -26,8 +26,8 @@ from custom_quantizer.errors import (
 
 if TYPE_CHECKING:
     from custom_quantizer.accuracy.improving import Improvement, improve
-    from custom_quantizer.allocation.searching import SearchPoint, SearchResult
-    from custom_quantizer.allocation.sensitivity import Loss, Sensitivity
+    from custom_quantizer.analysis.allocation.searching import SearchPoint, SearchResult
+    from custom_quantizer.analysis.allocation.sensitivity import Loss, Sensitivity
     from custom_quantizer.analysis.diagnosis import Diagnosis, diagnose
     from custom_quantizer.analysis.evaluation import Evaluation, evaluate
     from custom_quantizer.analysis.fidelity import (
@@ -194,8 +194,8 @@ _NAMES = {
     "report.record": ("ProgramReport", "Report", "inspect", "inspect_program"),
     "app.saved_graph": ("load_graph", "save_graph"),
     "core.schemes": ("OpScheme", "TensorScheme", "scheme"),
-    "allocation.searching": ("SearchPoint", "SearchResult"),
-    "allocation.sensitivity": ("Loss", "Sensitivity"),
+    "analysis.allocation.searching": ("SearchPoint", "SearchResult"),
+    "analysis.allocation.sensitivity": ("Loss", "Sensitivity"),
     "app.widths": ("search", "sensitivity"),
     "app.data": ("DataSource", "Preprocess", "load_data"),
     "app.models": ("load_model",),

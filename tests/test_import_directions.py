@@ -22,7 +22,6 @@ ROOMS = (
     "reference",
     "backends",
     "analysis",
-    "allocation",
     "report",
     "app",
     "__init__",
@@ -66,6 +65,17 @@ def test_imports_go_down() -> None:
         if FLOOR_OF[parts[1]] > FLOOR_OF[room]:
             wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong
+
+
+def test_allocation_stands_above_the_rest_of_analysis() -> None:
+    """It is a room within a room: evaluation and diagnosis know nothing of it."""
+    users = {
+        path.relative_to(ROOT).parts[:2]
+        for _, name, path in imports()
+        if name.startswith("custom_quantizer.analysis.allocation")
+    }
+    assert ("analysis", "allocation") in users
+    assert {user for user in users if user[0] == "analysis"} == {("analysis", "allocation")}
 
 
 def test_only_backends_know_executorch() -> None:

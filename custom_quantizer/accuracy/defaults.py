@@ -8,8 +8,16 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
+from custom_quantizer.core.schemes import TensorScheme
 
-__all__ = ["BEST", "SAMPLES", "Remembered", "algorithms_for", "choose_observers"]
+__all__ = [
+    "BEST",
+    "SAMPLES",
+    "Remembered",
+    "algorithms_for",
+    "choose_observers",
+    "with_chosen_observer",
+]
 
 SAMPLES = 512
 """Samples to improve with; more changed nothing that could be told from noise."""
@@ -39,6 +47,13 @@ def algorithms_for(accuracy: str, prepared: GraphModule) -> tuple[str, ...]:
     return ("bias_correction",) if narrow else ()
 
 
+def with_chosen_observer(scheme: TensorScheme) -> TensorScheme:
+    """The scheme of an activation, with the observer that it gets where it names none itself."""
+    if scheme.format.bits < _NARROW and scheme.observer == "minmax":
+        return replace(scheme, observer="histogram")
+    return scheme
+
+
 def choose_observers(prepared: GraphModule) -> list[str]:
     """Let activations below 8 bits have the range with the least squared error, not all of it.
 
@@ -49,14 +64,12 @@ def choose_observers(prepared: GraphModule) -> list[str]:
     """
     changed = []
     for module in prepared.modules():
-        if (
-            isinstance(module, ActivationObserver)
-            and not module.is_dynamic
-            and module.scheme.format.bits < _NARROW
-            and module.scheme.observer == "minmax"
-        ):
+        if not isinstance(module, ActivationObserver) or module.is_dynamic:
+            continue
+        chosen = with_chosen_observer(module.scheme)
+        if chosen != module.scheme:
             module.record_counts()
-            module.scheme = replace(module.scheme, observer="histogram")
+            module.scheme = chosen
             changed.append(module.name)
     return changed
 

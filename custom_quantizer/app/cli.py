@@ -228,6 +228,20 @@ _scheme_options = _options(
     ),
 )
 
+_accuracy_option = click.option(
+    "--accuracy",
+    type=click.Choice(ACCURACIES),
+    help="What is done beyond rounding to nearest: nothing, what is free, or what seconds to "
+    "minutes buy.  [default: fast]",
+)
+
+_improve_option = click.option(
+    "--improve",
+    multiple=True,
+    type=click.Choice(ALGORITHMS),
+    help="An algorithm, instead of those that --accuracy stands for. Repeatable.",
+)
+
 _preprocess_options = _options(
     click.option(
         "--resize",
@@ -411,18 +425,8 @@ def plan_command(
     "OUT.graph.safetensors.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option(
-    "--accuracy",
-    type=click.Choice(ACCURACIES),
-    help="What is done beyond rounding to nearest: nothing, what is free, or what seconds to "
-    "minutes buy.  [default: fast]",
-)
-@click.option(
-    "--improve",
-    multiple=True,
-    type=click.Choice(ALGORITHMS),
-    help="An algorithm, instead of those that --accuracy stands for. Repeatable.",
-)
+@_accuracy_option
+@_improve_option
 @_debug_option
 def quantize_command(
     model: str,
@@ -833,6 +837,7 @@ _widths_options = _options(
         metavar="FILE",
         help="Keep finished batches here; the same command goes on where it stopped.",
     ),
+    _accuracy_option,
     _preprocess_options,
 )
 
@@ -861,6 +866,7 @@ def sensitivity_command(
     batch: int,
     estimate_only: bool,
     checkpoint: Path | None,
+    accuracy: str | None,
     resize: tuple[int, ...] | None,
     crop: tuple[int, ...] | None,
     mean: tuple[float, ...],
@@ -884,6 +890,7 @@ def sensitivity_command(
         source.example_inputs(min(batch, source.num_examples)),
         source,
         schemes=_names(schemes),
+        accuracy=accuracy,
         samples=samples,
         estimate_only=estimate_only,
         checkpoint=checkpoint,
@@ -940,6 +947,7 @@ def sensitivity_command(
     show_default=True,
     help="Budgets along the curve for which a choice is measured.",
 )
+@_improve_option
 @click.option(
     "-o",
     "--output",
@@ -958,6 +966,7 @@ def search_command(
     batch: int,
     estimate_only: bool,
     checkpoint: Path | None,
+    accuracy: str | None,
     resize: tuple[int, ...] | None,
     crop: tuple[int, ...] | None,
     mean: tuple[float, ...],
@@ -968,6 +977,7 @@ def search_command(
     validation_samples: int,
     latencies: Path | None,
     points: int,
+    improve: tuple[str, ...],
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -997,6 +1007,8 @@ def search_command(
         budget,
         schemes=_names(schemes),
         validation=held_back,
+        accuracy=accuracy,
+        improve=improve or None,
         latencies=latencies,
         samples=samples,
         validation_samples=validation_samples,

@@ -11,13 +11,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from custom_quantizer.allocation.choices import find_choices
-from custom_quantizer.allocation.costs import Latencies, check_budget
-from custom_quantizer.allocation.samples import Samples
-from custom_quantizer.allocation.searching import Quantized, Searcher, SearchResult
-from custom_quantizer.allocation.sensitivity import Metric, Sensitivity, measure_sensitivity
+from custom_quantizer.analysis.allocation.choices import find_choices
+from custom_quantizer.analysis.allocation.costs import Latencies, check_budget
+from custom_quantizer.analysis.allocation.samples import Samples
+from custom_quantizer.analysis.allocation.searching import Quantized, Searcher, SearchResult
+from custom_quantizer.analysis.allocation.sensitivity import (
+    Metric,
+    Sensitivity,
+    measure_sensitivity,
+)
 from custom_quantizer.app.capture import capture
 from custom_quantizer.app.pipeline import quantize
+from custom_quantizer.config.improvement import check_accuracy, check_algorithms
 from custom_quantizer.core.files import read_bytes
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.errors import InputError
@@ -39,6 +44,7 @@ def sensitivity(
     *,
     schemes: Sequence[str | OpScheme] = SCHEMES,
     metric: Metric | None = None,
+    accuracy: str | None = None,
     samples: int = 256,
     estimate_only: bool = False,
     probes: int = 4,
@@ -61,6 +67,8 @@ def sensitivity(
             have one format of activations, all activations together.
         metric: a score where more is better, ``metric(outputs, labels)``, as
             :func:`~custom_quantizer.evaluate` takes it. ``None``: the error of the outputs.
+        accuracy: as for :func:`~custom_quantizer.quantize`, which chooses the observers of
+            activations below 8 bits unless this is ``"plain"``. Weights are rounded to nearest.
         samples: use at most that many, the first ones.
         estimate_only: leave out the true losses.
         probes: backward passes per batch for the estimate.
@@ -77,7 +85,8 @@ def sensitivity(
             return scores; the checkpoint is of another measurement.
     """
     exported, _ = capture(model, example_inputs)
-    choices = find_choices(exported, schemes)
+    plain = check_accuracy(accuracy or "fast") == "plain"
+    choices = find_choices(exported, schemes, named_observers=plain)
     found = Samples.collect(exported, data, samples, any_labels=metric is not None)
     return measure_sensitivity(
         choices,
@@ -100,6 +109,8 @@ def search(
     schemes: Sequence[str | OpScheme] = SCHEMES,
     validation: object = None,
     metric: Metric | None = None,
+    accuracy: str | None = None,
+    improve: Sequence[str] | None = None,
     latencies: Latencies | str | os.PathLike[str] | None = None,
     samples: int = 512,
     validation_samples: int = 10_000,
@@ -124,6 +135,9 @@ def search(
         validation: samples to measure with; ``None``: the last quarter of ``data``, which then is
             not calibrated with.
         metric: as for :func:`sensitivity`; then it is what is maximized.
+        accuracy: as for :func:`~custom_quantizer.quantize`: what every choice is quantized with
+            that is measured, and what the result says for ``quantize`` to do.
+        improve: likewise.
         latencies: time of each op at each scheme, ``{op: {scheme: time}}``, or a JSON file of that.
         samples: of ``data`` to use at most.
         validation_samples: likewise of ``validation``.
@@ -140,8 +154,10 @@ def search(
     if isinstance(latencies, (str, os.PathLike)):
         latencies = _read_latencies(Path(latencies))
     check_budget(budget, latencies)
+    plain = check_accuracy(accuracy or "fast") == "plain"
+    check_algorithms(improve or ())
     exported, example = capture(model, example_inputs)
-    choices = find_choices(exported, schemes)
+    choices = find_choices(exported, schemes, named_observers=plain)
     any_labels = metric is not None
     found = Samples.collect(exported, data, samples, any_labels)
     if validation is None:
@@ -172,6 +188,8 @@ def search(
         held_back,
         metric=metric,
         latencies=latencies,
+        accuracy=accuracy,
+        improve=improve,
         points=points,
         progress=progress,
     ).run()

@@ -13,9 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from custom_quantizer.allocation.choices import Choices, Unit, activation_label, weight_label
-from custom_quantizer.allocation.sensitivity import ALL_ACTIVATIONS, Sensitivity
-from custom_quantizer.allocation.solver import Option, Problem, Tensor
+from custom_quantizer.analysis.allocation.choices import (
+    Choices,
+    Unit,
+    activation_label,
+    weight_label,
+)
+from custom_quantizer.analysis.allocation.sensitivity import ALL_ACTIVATIONS, Sensitivity
+from custom_quantizer.analysis.allocation.solver import Option, Problem, Tensor
 from custom_quantizer.errors import ConfigError, nearest, some
 
 __all__ = ["ACCURACY", "COSTS", "Latencies", "check_budget", "limits_of", "make_problem"]

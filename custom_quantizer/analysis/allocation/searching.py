@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from custom_quantizer.allocation.choices import Choices, activation_label
-from custom_quantizer.allocation.costs import (
+from custom_quantizer.analysis.allocation.choices import Choices, activation_label
+from custom_quantizer.analysis.allocation.costs import (
     ACCURACY,
     Latencies,
     limits_of,
     make_problem,
     picked,
 )
-from custom_quantizer.allocation.samples import Samples
-from custom_quantizer.allocation.sensitivity import (
+from custom_quantizer.analysis.allocation.samples import Samples
+from custom_quantizer.analysis.allocation.sensitivity import (
     Metric,
     Sensitivity,
     float_outputs,
@@ -37,7 +37,7 @@ from custom_quantizer.allocation.sensitivity import (
     relative,
     to_db,
 )
-from custom_quantizer.allocation.solver import Problem, least_cost, solve_problem
+from custom_quantizer.analysis.allocation.solver import Problem, least_cost, solve_problem
 from custom_quantizer.analysis.fidelity import finite
 from custom_quantizer.calibration.run import GraphInputs
 from custom_quantizer.config.file import load_config, save_config
@@ -258,6 +258,8 @@ class Searcher:
         held_back: to measure with.
         metric: more is better.
         latencies: of each op.
+        accuracy: what choices are quantized with, and the result too.
+        improve: likewise.
         points: least number of budgets along the curve, the user's own included.
         progress: True shows a bar, None does so at a terminal.
     """
@@ -273,6 +275,8 @@ class Searcher:
         *,
         metric: Metric | None = None,
         latencies: Latencies | None = None,
+        accuracy: str | None = None,
+        improve: Sequence[str] | None = None,
         points: int = 6,
         progress: bool | None = None,
     ) -> None:
@@ -280,6 +284,7 @@ class Searcher:
         self._budget, self._quantize = dict(budget), quantize
         self._samples, self._metric = held_back, metric
         self._count, self._progress = points, progress
+        self._accuracy, self._improve = accuracy, improve
         self._problem: Problem = make_problem(choices, sensitivity, latencies)
         self._cost = next((key for key in budget if key != ACCURACY), "weight_bits")
         names = tuple(self._problem.options[0][0].costs)
@@ -314,7 +319,7 @@ class Searcher:
             if ACCURACY in self._budget:
                 self._bisect(stage)
         best = self._best()
-        quantizer = self._choices.quantizer(best.chosen)
+        quantizer = self._quantizer(best.chosen)
         points = sorted(self._known.values(), key=lambda p: (-p.costs[self._cost], _noise(p)))
         return SearchResult(
             best,
@@ -447,6 +452,9 @@ class Searcher:
             return f"of {self._sensitivity.metric}"
         return "points" if self.floating.top1 is not None else "points of agreement with float"
 
+    def _quantizer(self, chosen: Mapping[str, str]) -> IntegerQuantizer:
+        return self._choices.quantizer(chosen).set_accuracy(self._accuracy, self._improve)
+
     # -- measuring ----------------------------------------------------------------------------
 
     def _measured(self, chosen: tuple[int, ...], name: str) -> SearchPoint:
@@ -454,7 +462,7 @@ class Searcher:
             return self._known[chosen]
         names = picked(self._choices, chosen)
         costs = {key: self._problem.cost(chosen, key) for key in self._base}
-        made = self._quantize(self._choices.quantizer(names))
+        made = self._quantize(self._quantizer(names))
         outputs = [self._run(made.converted, values) for values, _ in self._samples.batches]
         self._forwards += made.forwards + self._samples.count / self._sensitivity.samples
         point = SearchPoint(

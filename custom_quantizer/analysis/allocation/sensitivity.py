@@ -38,9 +38,9 @@ import torch.utils._pytree as pytree
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from custom_quantizer.allocation.choices import Choices, TensorGroup, Unit
-from custom_quantizer.allocation.replay import Change, Replay
-from custom_quantizer.allocation.samples import Samples
+from custom_quantizer.analysis.allocation.choices import Choices, TensorGroup, Unit
+from custom_quantizer.analysis.allocation.replay import Change, Replay
+from custom_quantizer.analysis.allocation.samples import Samples
 from custom_quantizer.analysis.fidelity import finite
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.ranges import kind_of_observer, solve

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from custom_quantizer.allocation.solver import (
+from custom_quantizer.analysis.allocation.solver import (
     Option,
     Problem,
     Tensor,

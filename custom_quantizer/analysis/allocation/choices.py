@@ -25,6 +25,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+from custom_quantizer.accuracy.defaults import with_chosen_observer
 from custom_quantizer.core.formats import IntFormat
 from custom_quantizer.core.graph import detached_copy, state_buffers, tensor_meta
 from custom_quantizer.core.schemes import OpScheme, TensorScheme, coerce_scheme
@@ -208,6 +209,8 @@ def find_choices(
     exported: GraphModule,
     schemes: Sequence[str | OpScheme],
     backend: BackendLike = "xnnpack",
+    *,
+    named_observers: bool = False,
 ) -> Choices:
     """Find out what can be chosen in a captured graph.
 
@@ -215,6 +218,8 @@ def find_choices(
         exported: what ``torch.export.export(...).module()`` returns; not changed.
         schemes: the candidates.
         backend: what to plan for.
+        named_observers: let activations have the observer of their scheme, and not the one that
+            ``quantize`` chooses below 8 bits where a scheme names none.
 
     Raises:
         ConfigError: the schemes are not usable, or no op takes the most precise of them.
@@ -237,7 +242,7 @@ def find_choices(
             "the model writes its own buffers (a cache, a counter, a recurrent state), so what it "
             "gives for a sample depends on those before; widths are searched for other models"
         )
-    finder = _Finder(named, base, plans, prepared)
+    finder = _Finder(named, base, plans, prepared, named_observers)
     if not finder.units:
         raise ConfigError(f"there is nothing to choose: no op of the graph takes {base}")
     return Choices(
@@ -282,7 +287,9 @@ class _Finder:
         base: str,
         plans: Mapping[str, Plan],
         prepared: GraphModule,
+        named_observers: bool,
     ) -> None:
+        self._observed = (lambda fmt: fmt) if named_observers else with_chosen_observer
         self._schemes, self._base, self._plans = schemes, base, plans
         self._nodes: dict[str, Node] = {node.name: node for node in prepared.graph.nodes}
         self._plan = plans[base]
@@ -380,7 +387,8 @@ class _Finder:
                 for name, scheme in self._schemes.items():
                     there = self._edge(self._plans[name], op, key)
                     if there is not None and there.kind == "activation":
-                        known.setdefault(activation_label(scheme), cast(TensorScheme, there.scheme))
+                        fmt = self._observed(cast(TensorScheme, there.scheme))
+                        known.setdefault(activation_label(scheme), fmt)
         order = {node: i for i, node in enumerate(self._nodes.values())}
         for group in sorted(
             blocks, key=lambda group: min(map(order.__getitem__, observers[group]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ from support.flow import small_images, small_model
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.allocation.choices import activation_label, find_choices, weight_label
-from custom_quantizer.allocation.sensitivity import ALL_ACTIVATIONS
+from custom_quantizer.analysis.allocation.choices import (
+    activation_label,
+    find_choices,
+    weight_label,
+)
+from custom_quantizer.analysis.allocation.sensitivity import ALL_ACTIVATIONS
 from custom_quantizer.app.capture import capture
 from custom_quantizer.calibration.observers import WeightObserver
+from custom_quantizer.calibration.ranges import Statistics, solve
 from custom_quantizer.core.schemes import scheme
 
 SCHEMES = ["a8w8", "a8w4", "a4w4"]
@@ -64,7 +70,9 @@ def test_the_true_loss_is_that_of_the_network_with_one_rounded_weight() -> None:
 
 def test_the_true_loss_of_an_activation_is_that_of_its_rounding() -> None:
     model, x = Layers(), inputs(24)
-    found = cq.sensitivity(model, (x[:8],), x, schemes=SCHEMES, progress=False)
+    options: Any = {"schemes": SCHEMES, "progress": False}
+    found = cq.sensitivity(model, (x[:8],), x, accuracy="plain", **options)
+    chosen = cq.sensitivity(model, (x[:8],), x, **options)
     low, high = torch.aminmax(x)
     scale = float((high - low) / 15)
     zero = round(-8 - float(low) / scale)
@@ -72,6 +80,16 @@ def test_the_true_loss_of_an_activation_is_that_of_its_rounding() -> None:
     with torch.no_grad():
         expected = noise(model(x), model(rounded))
     assert found["x", "a4"].noise == pytest.approx(expected, rel=1e-5)
+    # As quantize does it: the range with the least squared error, at 4 bits and not at 8.
+    fmt = replace(scheme("a4w8").activation, observer="histogram")
+    qparams = solve(Statistics.of(x), fmt)
+    rounded = torch.fake_quantize_per_tensor_affine(
+        x, float(qparams.scale), qparams.zero_point, qparams.quant_min, qparams.quant_max
+    )
+    with torch.no_grad():
+        expected = noise(model(x), model(rounded))
+    assert chosen["x", "a4"].noise == pytest.approx(expected, rel=1e-5)
+    assert chosen["x", "a8"].noise == found["x", "a8"].noise
 
 
 def test_the_estimate_is_exact_where_the_network_is_linear() -> None:

@@ -14,10 +14,10 @@ from support.flow import small_images, small_labels, small_model
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.allocation.choices import Choices, find_choices
-from custom_quantizer.allocation.samples import Samples
-from custom_quantizer.allocation.searching import Quantized, Searcher
-from custom_quantizer.allocation.sensitivity import measure_sensitivity
+from custom_quantizer.analysis.allocation.choices import Choices, find_choices
+from custom_quantizer.analysis.allocation.samples import Samples
+from custom_quantizer.analysis.allocation.searching import Quantized, Searcher
+from custom_quantizer.analysis.allocation.sensitivity import measure_sensitivity
 from custom_quantizer.app.capture import capture
 
 WEIGHTS = ["a8w8", "a8w4", "a8w2"]
@@ -56,6 +56,7 @@ def delicate() -> cq.SearchResult:
         {"weight_bits": 2 / 3},
         schemes=["a8w8", "a8w4"],
         points=3,
+        accuracy="plain",
         progress=False,
     )
 
@@ -91,6 +92,7 @@ def test_the_saved_config_becomes_the_plan_that_was_predicted(tmp_path: Path) ->
     """Planned from the file, lowered, and held against the prediction op by op."""
     found, file = delicate(), tmp_path / "mixed.yaml"
     found.save(file)
+    assert found.config["accuracy"] == "plain"
     result = cq.quantize(Delicate(), (inputs(8),), inputs(64), config=file, progress=False)
     assert [(op.node, op.scheme) for op in result.plan.quantized] == list(found.best.chosen.items())
     assert sum(op.size_bytes for op in result.plan.ops) == found.best.costs["size"]
@@ -130,7 +132,13 @@ def searcher(
 
     def quantized(quantizer: cq.IntegerQuantizer) -> Quantized:
         made = cq.quantize(
-            exported, example, used.inputs(), config=quantizer, lower=False, progress=False
+            exported,
+            example,
+            used.inputs(),
+            config=quantizer,
+            accuracy="plain",
+            lower=False,
+            progress=False,
         )
         return Quantized(made.converted, made.plan, 1.0)
 
@@ -228,7 +236,7 @@ def test_latencies_of_a_table(tmp_path: Path) -> None:
         "linear_2": {"a8w8": 1.0, "a8w4": 1.0},
     }
     table.write_text(json.dumps(times))
-    options: dict[str, Any] = {"schemes": ["a8w8", "a8w4"], "points": 1, "progress": False}
+    options: dict[str, Any] = {"schemes": ["a8w8", "a8w4"], "points": 1, "accuracy": "plain"}
     found = cq.search(Delicate(), (x[:8],), x, {"latency": 0.7}, latencies=table, **options)
     assert found.best.costs["latency"] == 6.0
     assert found.best.chosen == {"linear": "a8w8", "linear_1": "a8w4", "linear_2": "a8w8"}
