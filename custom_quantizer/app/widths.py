@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from custom_quantizer.analysis.allocation.choices import find_choices
-from custom_quantizer.analysis.allocation.costs import Latencies, check_budget
+from custom_quantizer.analysis.allocation.costs import Latencies, check_budget, check_possible
 from custom_quantizer.analysis.allocation.samples import Samples
 from custom_quantizer.analysis.allocation.searching import Quantized, Searcher, SearchResult
 from custom_quantizer.analysis.allocation.sensitivity import (
@@ -158,6 +158,7 @@ def search(
     check_algorithms(improve or ())
     exported, example = capture(model, example_inputs)
     choices = find_choices(exported, schemes, named_observers=plain)
+    check_possible(choices, budget, latencies)
     any_labels = metric is not None
     found = Samples.collect(exported, data, samples, any_labels)
     if validation is None:

@@ -11,7 +11,7 @@ Four costs are known, each a sum over the ops that can be chosen:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from custom_quantizer.analysis.allocation.choices import (
     Choices,
@@ -19,11 +19,27 @@ from custom_quantizer.analysis.allocation.choices import (
     activation_label,
     weight_label,
 )
-from custom_quantizer.analysis.allocation.sensitivity import ALL_ACTIVATIONS, Sensitivity
-from custom_quantizer.analysis.allocation.solver import Option, Problem, Tensor
+from custom_quantizer.analysis.allocation.sensitivity import ALL_ACTIVATIONS, Loss
+from custom_quantizer.analysis.allocation.solver import (
+    Option,
+    Problem,
+    Tensor,
+    least_cost,
+    solve_problem,
+)
 from custom_quantizer.errors import ConfigError, nearest, some
 
-__all__ = ["ACCURACY", "COSTS", "Latencies", "check_budget", "limits_of", "make_problem"]
+__all__ = [
+    "ACCURACY",
+    "COSTS",
+    "Latencies",
+    "base_costs",
+    "check_budget",
+    "check_possible",
+    "limits_of",
+    "make_problem",
+    "picked",
+]
 
 COSTS = ("size", "weight_bits", "bit_operations", "latency")
 """Keys of a budget that limit a cost."""
@@ -98,9 +114,9 @@ def unit_costs(
 
 
 def make_problem(
-    choices: Choices, sensitivity: Sensitivity, latencies: Latencies | None = None
+    choices: Choices, measured: Iterable[Loss] = (), latencies: Latencies | None = None
 ) -> Problem:
-    """The decision as numbers.
+    """The decision as numbers; what was not measured loses nothing.
 
     Raises:
         ConfigError: the table of latencies has gaps.
@@ -108,18 +124,18 @@ def make_problem(
     if latencies is not None:
         _check_latencies(choices, latencies)
     formats = {label: a for a, label in enumerate(choices.activations)}
-    losses = {(row.kind, row.name, row.width): row.loss for row in sensitivity.losses}
+    losses = {(row.kind, row.name, row.width): row.loss for row in measured}
 
     def option(unit: Unit, name: str) -> Option:
         scheme = choices.schemes[name]
         loss = 0.0
         if unit.parameters:
-            loss = losses["weight", unit.name, weight_label(scheme)]
+            loss = losses.get(("weight", unit.name, weight_label(scheme)), 0.0)
         costs = unit_costs(choices, unit, name, latencies)
         return Option(formats[activation_label(scheme)], loss, costs)
 
     if len(formats) == 1:
-        every = losses["activation", ALL_ACTIVATIONS, choices.activations[0]]
+        every = losses.get(("activation", ALL_ACTIVATIONS, choices.activations[0]), 0.0)
         tensors: tuple[Tensor, ...] = (Tensor((choices.units[0].block,), (every,)),)
     else:
         tensors = tuple(
@@ -148,6 +164,43 @@ def limits_of(budget: Mapping[str, float], base: Mapping[str, float]) -> dict[st
         for key, value in budget.items()
         if key != ACCURACY
     }
+
+
+def base_costs(choices: Choices, latencies: Latencies | None = None) -> dict[str, float]:
+    """All costs of the most precise scheme everywhere."""
+    units = [unit_costs(choices, unit, choices.base, latencies) for unit in choices.units]
+    return {name: sum(costs[name] for costs in units) for name in units[0]}
+
+
+def check_possible(
+    choices: Choices, budget: Mapping[str, float], latencies: Latencies | None = None
+) -> None:
+    """Refuse a budget that no choice keeps.
+
+    Raises:
+        ConfigError: what the least is; or the table of latencies has gaps.
+    """
+    problem = make_problem(choices, latencies=latencies)
+    base = base_costs(choices, latencies)
+    limits = limits_of(budget, base)
+    for key, limit in limits.items():
+        least = least_cost(problem, key)
+        if least > limit:
+            whole = base[key] or 1.0
+            hint = ""
+            if key == "size":
+                hint = (
+                    "; the backend stores narrow weights of some ops in whole bytes (weight_bits "
+                    "counts the bits alone)"
+                )
+            raise ConfigError(
+                f"budget: {key} {limit / whole:.3f} of {choices.base} everywhere is not possible: "
+                f"these schemes make at least {least / whole:.3f} ({least:,.0f}){hint}; give more, "
+                "or schemes with fewer bits"
+            )
+    if limits and solve_problem(problem, limits) is None:
+        named = ", ".join(f"{key} {value:,.0f}" for key, value in limits.items())
+        raise ConfigError(f"budget: no choice keeps all of it at once ({named})")
 
 
 def picked(choices: Choices, chosen: Sequence[int]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from custom_quantizer.analysis.allocation.choices import Choices, activation_lab
 from custom_quantizer.analysis.allocation.costs import (
     ACCURACY,
     Latencies,
+    base_costs,
     limits_of,
     make_problem,
     picked,
@@ -102,7 +103,7 @@ class SearchPoint:
         chosen: name of a unit -> name of its scheme.
         costs: by name.
         predicted: loss by the sum of the single ones.
-        measured: on the samples held back; ``None`` where it was not.
+        measured: on the samples held back.
         differences: where the plan of the whole does another thing than was predicted for an op.
         in_budget: whether it keeps all limits.
     """
@@ -111,7 +112,7 @@ class SearchPoint:
     chosen: Mapping[str, str]
     costs: Mapping[str, float]
     predicted: float
-    measured: Measured | None = None
+    measured: Measured
     differences: tuple[str, ...] = ()
     in_budget: bool = True
 
@@ -131,8 +132,10 @@ class SearchResult:
         sensitivity: of single choices.
         floating: the float model on the samples held back.
         held_back: number of these.
-        forwards: cost of all, in float forwards of the samples.
+        forwards: cost of all, in float forwards of the samples; quantizing counts as one for its
+            calibration, without what accuracy algorithms take.
         config: the rules of ``best``, as a configuration file holds them.
+        quantizer: with these rules, as ``quantize(config=...)`` takes it.
     """
 
     best: SearchPoint
@@ -147,12 +150,7 @@ class SearchResult:
     held_back: int
     forwards: float
     config: Mapping[str, Any]
-    _quantizer: IntegerQuantizer = field(repr=False)
-
-    @property
-    def quantizer(self) -> IntegerQuantizer:
-        """The quantizer of the best choice, as ``quantize(config=...)`` takes it."""
-        return self._quantizer
+    quantizer: IntegerQuantizer = field(repr=False)
 
     @property
     def front(self) -> tuple[SearchPoint, ...]:
@@ -214,7 +212,7 @@ class SearchResult:
                 else f"-{point.predicted:.4g}"
             )
             mark = "taken" if point is self.best else "" if point.in_budget else "over the budget"
-            measured = cast(Measured, point.measured)
+            measured = point.measured
             scores = [_score_text(name, getattr(measured, name)) for name, _ in scored]
             rows.append(
                 [point.name, f"{share:.3f}", *scores, f"{measured.sqnr:.1f} dB", predicted, mark]
@@ -243,7 +241,7 @@ def _score_text(name: str, value: float) -> str:
 
 
 def _noise(point: SearchPoint) -> float:
-    return math.inf if point.measured is None else point.measured.noise
+    return point.measured.noise
 
 
 class Searcher:
@@ -285,18 +283,17 @@ class Searcher:
         self._samples, self._metric = held_back, metric
         self._count, self._progress = points, progress
         self._accuracy, self._improve = accuracy, improve
-        self._problem: Problem = make_problem(choices, sensitivity, latencies)
+        self._problem: Problem = make_problem(choices, sensitivity.losses, latencies)
         self._cost = next((key for key in budget if key != ACCURACY), "weight_bits")
-        names = tuple(self._problem.options[0][0].costs)
-        base = self._uniform(choices.base)
-        assert base is not None  # units are found in its plan
-        self._base = {name: self._problem.cost(base, name) for name in names}
+        self._base = base_costs(choices, latencies)
         self._limits = limits_of(self._budget, self._base)
         self._known: dict[tuple[int, ...], SearchPoint] = {}
         self._forwards = 0.0
         self._float_outputs = [self._run(floating, values) for values, _ in held_back.batches]
         self._signals = self._powers()
-        self.floating = self._score([*self._float_outputs])
+        self.floating = self._score(self._float_outputs)
+        if ACCURACY in budget:
+            self._lost(self.floating)  # or an error, before hours of work
 
     # -- choosing -----------------------------------------------------------------------------
 
@@ -304,9 +301,8 @@ class Searcher:
         """Choose, measure, and choose among what was measured.
 
         Raises:
-            ConfigError: no choice keeps the budget.
+            ConfigError: nothing that was measured has the accuracy that the budget asks for.
         """
-        self._check_possible()
         with stages("search", None, self._progress) as stage:
             for name in self._choices.schemes:
                 chosen = self._uniform(name)
@@ -356,26 +352,6 @@ class Searcher:
     def _activation_of(self, name: str) -> int:
         return self._choices.activations.index(activation_label(self._choices.schemes[name]))
 
-    def _check_possible(self) -> None:
-        for key, limit in self._limits.items():
-            least = least_cost(self._problem, key)
-            if least > limit:
-                base = self._base[key] or 1.0
-                hint = ""
-                if key == "size":
-                    hint = (
-                        "; the backend stores narrow weights of some ops in whole bytes "
-                        "(weight_bits counts the bits alone)"
-                    )
-                raise ConfigError(
-                    f"budget: {key} {limit / base:.3f} of {self._choices.base} everywhere is not "
-                    f"possible: these schemes make at least {least / base:.3f} ({least:,.0f})"
-                    f"{hint}; give more, or schemes with fewer bits"
-                )
-        if self._limits and solve_problem(self._problem, self._limits) is None:
-            limits = ", ".join(f"{key} {value:,.0f}" for key, value in self._limits.items())
-            raise ConfigError(f"budget: no choice keeps all of it at once ({limits})")
-
     def _curve(self) -> list[float]:
         """Limits of the first cost, from the least that is possible on, and the user's own."""
         low = least_cost(self._problem, self._cost)
@@ -415,27 +391,32 @@ class Searcher:
         allowed = [point for point in self._known.values() if self._allowed(point)]
         if ACCURACY in self._budget:
             if not allowed:
-                nearest = min((p for p in self._known.values() if p.in_budget), key=self._lost)
+                kept = (point for point in self._known.values() if point.in_budget)
+                least, name = min((self._lost(point.measured), point.name) for point in kept)
                 raise ConfigError(
                     f"budget: nothing that these schemes make loses at most "
-                    f"{self._budget[ACCURACY]:g} {self._unit()}; {nearest.name} loses "
-                    f"{self._lost(nearest):.2f}: give wider schemes, or accuracy algorithms"
+                    f"{self._budget[ACCURACY]:g} {self._unit()}; {name} loses {least:.2f}: give "
+                    "wider schemes, or accuracy algorithms"
                 )
             return min(allowed, key=lambda p: (p.costs[self._cost], self._rank(p)))
         return min(allowed, key=lambda p: (self._rank(p), p.costs[self._cost]))
 
     def _allowed(self, point: SearchPoint) -> bool:
         limit = self._budget.get(ACCURACY)
-        return point.in_budget and (limit is None or self._lost(point) <= limit)
+        return point.in_budget and (limit is None or self._lost(point.measured) <= limit)
 
     def _rank(self, point: SearchPoint) -> float:
         """Less is better: the metric where there is one, else the noise of the outputs."""
-        measured = cast(Measured, point.measured)
+        measured = point.measured
         return measured.noise if measured.metric is None else -measured.metric
 
-    def _lost(self, point: SearchPoint) -> float:
-        """What an accuracy budget limits."""
-        measured, exact = cast(Measured, point.measured), self.floating
+    def _lost(self, measured: Measured) -> float:
+        """What an accuracy budget limits.
+
+        Raises:
+            ConfigError: there is nothing to tell it by.
+        """
+        exact = self.floating
         if exact.metric is not None:
             return exact.metric - cast(float, measured.metric)
         if exact.top1 is not None:

@@ -240,12 +240,30 @@ def test_latencies_of_a_table(tmp_path: Path) -> None:
     found = cq.search(Delicate(), (x[:8],), x, {"latency": 0.7}, latencies=table, **options)
     assert found.best.costs["latency"] == 6.0
     assert found.best.chosen == {"linear": "a8w8", "linear_1": "a8w4", "linear_2": "a8w8"}
+    both = {"weight_bits": 0.5, "latency": 1.0}
+    slow = {op: {"a8w8": 1.0, "a8w4": 2.0} for op in times}
+    with pytest.raises(cq.ConfigError, match=r"no choice keeps all of it at once \(weight_bits"):
+        cq.search(Delicate(), (x[:8],), x, both, latencies=slow, **options)
     del times["linear_2"]["a8w4"]
     with pytest.raises(cq.ConfigError, match="there is no time of linear_2 at a8w4"):
         cq.search(Delicate(), (x[:8],), x, {"latency": 0.7}, latencies=times, **options)
     table.write_text("[1]")
     with pytest.raises(cq.InputError, match="is no table of times"):
         cq.search(Delicate(), (x[:8],), x, {"latency": 0.7}, latencies=table, **options)
+
+
+def test_an_accuracy_that_cannot_be_told_is_an_error_before_anything_is_quantized() -> None:
+    class Image(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    x = torch.randn(8, 1, 6, 6)
+    with pytest.raises(cq.ConfigError, match="accuracy needs labels or outputs that are scores"):
+        cq.search(Image(), (x[:2],), x, {"accuracy": 1.0}, progress=False)
 
 
 def test_one_batch_cannot_be_divided() -> None:
