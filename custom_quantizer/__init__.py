@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from custom_quantizer.app.models import load_model
     from custom_quantizer.app.pipeline import QuantizationResult, quantize
     from custom_quantizer.app.saved_graph import load_graph, save_graph
+    from custom_quantizer.app.widths import search, sensitivity
     from custom_quantizer.backends import lower
     from custom_quantizer.backends.tosa import TosaProgram, TosaReport
-    from custom_quantizer.app.widths import search, sensitivity
     from custom_quantizer.backends.xnnpack import (
         LoweredProgram,
         LoweringReport,

@@ -291,6 +291,10 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
         "exponents 0.5, -0.5 and -1": "arguments",
         "for 8 times the weights": "blocks of 8 channels",
     },
+    "search.md": {
+        "arxiv.org/abs/1911.03852": "address",
+        "arxiv.org/abs/2011.10680": "address",
+    },
     "qat.md": {
         "torchao 0.18": "version",
         "(weight 0.01 for a new batch)": "a constant of the code",

@@ -26,6 +26,7 @@ from custom_quantizer.config.improvement import check_accuracy, check_algorithms
 from custom_quantizer.core.files import read_bytes
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.errors import InputError
+from custom_quantizer.ops.backend import BackendLike
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 __all__ = ["SCHEMES", "search", "sensitivity"]
@@ -44,6 +45,7 @@ def sensitivity(
     *,
     schemes: Sequence[str | OpScheme] = SCHEMES,
     metric: Metric | None = None,
+    backend: BackendLike = "xnnpack",
     accuracy: str | None = None,
     samples: int = 256,
     estimate_only: bool = False,
@@ -67,6 +69,7 @@ def sensitivity(
             have one format of activations, all activations together.
         metric: a score where more is better, ``metric(outputs, labels)``, as
             :func:`~custom_quantizer.evaluate` takes it. ``None``: the error of the outputs.
+        backend: what is planned for, as :class:`~custom_quantizer.IntegerQuantizer` takes it.
         accuracy: as for :func:`~custom_quantizer.quantize`, which chooses the observers of
             activations below 8 bits unless this is ``"plain"``. Weights are rounded to nearest.
         samples: use at most that many, the first ones.
@@ -86,7 +89,7 @@ def sensitivity(
     """
     exported, _ = capture(model, example_inputs)
     plain = check_accuracy(accuracy or "fast") == "plain"
-    choices = find_choices(exported, schemes, named_observers=plain)
+    choices = find_choices(exported, schemes, backend, named_observers=plain)
     found = Samples.collect(exported, data, samples, any_labels=metric is not None)
     return measure_sensitivity(
         choices,
@@ -109,6 +112,7 @@ def search(
     schemes: Sequence[str | OpScheme] = SCHEMES,
     validation: object = None,
     metric: Metric | None = None,
+    backend: BackendLike = "xnnpack",
     accuracy: str | None = None,
     improve: Sequence[str] | None = None,
     latencies: Latencies | str | os.PathLike[str] | None = None,
@@ -135,6 +139,7 @@ def search(
         validation: samples to measure with; ``None``: the last quarter of ``data``, which then is
             not calibrated with.
         metric: as for :func:`sensitivity`; then it is what is maximized.
+        backend: what is planned for; its kernels decide about ``size``.
         accuracy: as for :func:`~custom_quantizer.quantize`: what every choice is quantized with
             that is measured, and what the result says for ``quantize`` to do.
         improve: likewise.
@@ -157,7 +162,7 @@ def search(
     plain = check_accuracy(accuracy or "fast") == "plain"
     check_algorithms(improve or ())
     exported, example = capture(model, example_inputs)
-    choices = find_choices(exported, schemes, named_observers=plain)
+    choices = find_choices(exported, schemes, backend, named_observers=plain)
     check_possible(choices, budget, latencies)
     any_labels = metric is not None
     found = Samples.collect(exported, data, samples, any_labels)

@@ -277,6 +277,15 @@ def test_a_choice_becomes_rules_and_the_plan_does_what_was_predicted() -> None:
     )
 
 
+def test_plans_are_those_of_the_backend() -> None:
+    graph = capture(nn.Conv2d(4, 4, 3), (torch.randn(1, 4, 5, 5),))[0]
+    sizes = {
+        backend: find_choices(graph, ["a8w8", "a8w4"], backend).plans["a8w4"].op("conv2d").backend
+        for backend in ("xnnpack", None)
+    }
+    assert sizes == {"xnnpack": "xnnpack int8 container", None: "integer"}
+
+
 class Multiplications(nn.Module):
     """Every kind of op that multiplies."""
 
