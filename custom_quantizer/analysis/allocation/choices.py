@@ -136,10 +136,25 @@ class Choices:
             chosen: name of a unit -> name of its scheme; ``base`` for units that are left out.
         """
         made = IntegerQuantizer(self.backend).set_global(self.schemes[self.base])
-        for unit in self.units:
-            name = chosen.get(unit.name, self.base)
-            for op in unit.ops if name != self.base else ():
-                made.set_node_name(op, self.schemes[name])
+        wanted = {op: chosen.get(u.name, self.base) for u in self.units for op in u.ops}
+        # A call that became several ops may have given its name to one of them, and a rule with
+        # that name selects them all; so it comes first, and the others get rules of their own.
+        spread = {
+            op.written: op.parts
+            for op in self.plans[self.base].ops
+            if wanted.get(op.written, self.base) != self.base
+        }
+        for name, parts in spread.items():
+            made.set_node_name(name, self.schemes[wanted.pop(name)])
+            for part in parts:
+                if part.node == name:
+                    continue
+                # Of what only moves values any rule but None lets it do so.
+                scheme = None if part.scheme is None else wanted.pop(part.node, self.base)
+                made.set_node_name(part.node, None if scheme is None else self.schemes[scheme])
+        for name, scheme in wanted.items():
+            if scheme != self.base:
+                made.set_node_name(name, self.schemes[scheme])
         return made
 
     def differences(self, chosen: Mapping[str, str], plan: Plan) -> tuple[str, ...]:

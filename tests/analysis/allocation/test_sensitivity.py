@@ -277,6 +277,25 @@ def test_a_choice_becomes_rules_and_the_plan_does_what_was_predicted() -> None:
     )
 
 
+class Attention(nn.Module):
+    """A call that becomes several ops, one of which has its name; and a mask that stays float."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x + 1, x * 2)
+
+
+@pytest.mark.parametrize("name", ["a8w8", "a4w4"])
+def test_ops_that_were_one_call_can_be_chosen_one_by_one(name: str) -> None:
+    graph = capture(Attention(), (torch.randn(1, 2, 4, 8),))[0]
+    found = find_choices(graph, ["a16w16", "a8w8", "a4w4"])
+    parts = [unit.name for unit in found.units if unit.name.startswith("scaled_dot")]
+    assert "scaled_dot_product_attention" in parts
+    assert len(parts) > 1
+    for part in parts:
+        chosen = {part: name}
+        assert found.differences(chosen, found.quantizer(chosen).plan(graph)) == ()
+
+
 def test_plans_are_those_of_the_backend() -> None:
     graph = capture(nn.Conv2d(4, 4, 3), (torch.randn(1, 4, 5, 5),))[0]
     sizes = {
