@@ -17,13 +17,13 @@ from pydantic import ValidationError
 from torch.fx import GraphModule
 
 from custom_quantizer.backends.xnnpack import LoweredProgram, lower
-from custom_quantizer.backends.xnnpack.lowering import DEFAULT_DYNAMIC_MAX
 from custom_quantizer.backends.xnnpack.readback import read_file
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, recorded_hash, sha256_of
 from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import ConversionError, InputError
 from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX
 from custom_quantizer.reference.graph_building import build, document_of
 from custom_quantizer.reference.graph_document import FormatError, first_problem, pack, unpack
 from custom_quantizer.reference.inputs import check_example

@@ -20,7 +20,6 @@ from executorch.exir import (
 )
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.graph import CodeGen
 
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.backends.xnnpack.border_constants import border_constants
@@ -43,7 +42,6 @@ from custom_quantizer.core.graph import (
     detached_copy,
     module_path,
     set_state,
-    size_bounds,
     state_buffers,
     state_of,
     tensor_meta,
@@ -51,18 +49,16 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.threads import exclusive, interruption_point, tools
-from custom_quantizer.errors import CustomQuantizerError, InputError, LoweringError, first_line
+from custom_quantizer.errors import InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend, Kernel
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
+from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX, export_again
 from custom_quantizer.reference.inputs import check_example, placeholder_metas, specs_of
 
 __all__ = ["lower"]
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_DYNAMIC_MAX = 64
-"""Largest size of a dynamic dimension when the captured graph gives none: memory is planned."""
 
 
 @tools()
@@ -259,13 +255,6 @@ def _check_writable(model: GraphModule) -> None:
             )
 
 
-def _is_plain(spec: Any) -> bool:
-    """Whether a structure is made of tuples, lists and dicts, which a file can name."""
-    if spec is None or spec.is_leaf():
-        return True
-    return spec.type in (tuple, list, dict) and all(map(_is_plain, spec.children()))
-
-
 def describe_program(
     data: bytes,
     edge: EdgeProgramManager,
@@ -300,81 +289,6 @@ def describe_program(
     )
     metas = tuple(placeholder_metas(graph.model))
     return LoweredProgram(data, report, contents, graph, specs_of(graph.model), metas)
-
-
-def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> list[dict[int, Any] | None]:
-    """Dynamic dims for exporting again, with the bounds that capture recorded."""
-    shapes: list[dict[int, Any] | None] = []
-    for meta in placeholder_metas(model):
-        if meta is None:
-            shapes.append(None)  # a number, None: export takes no shape for it
-            continue
-        dims: dict[int, Any] = {}
-        sizes: tuple[Any, ...] = tuple(meta.shape)
-        for dim, size in enumerate(sizes):
-            if isinstance(size, int):
-                continue
-            low, high = size_bounds(size)
-            high = dynamic_max if high is None else high
-            dims[dim] = torch.export.Dim.AUTO(min=low, max=high)
-        shapes.append(dims)
-    return shapes
-
-
-@tools()
-def export_again(
-    model: GraphModule, example: tuple[Any, ...], dynamic_max: int, *, widest: bool = False
-) -> torch.export.ExportedProgram:
-    """Export a converted graph with the dynamic sizes it was captured with.
-
-    Args:
-        model: the graph.
-        example: its inputs.
-        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
-        widest: trace at the upper bounds instead of at the sizes of the example.
-
-    Raises:
-        LoweringError: ``torch.export`` refused it.
-    """
-    flat = dynamic_shapes_of(model, dynamic_max)
-    if not all(map(_is_plain, specs_of(model))):
-        # No file names these types, so it takes and returns flat lists.
-        model = detached_copy(model)
-        model.graph.set_codegen(CodeGen())
-        model.recompile()
-        example = tuple(pytree.tree_leaves(example))
-    in_spec, _ = specs_of(model)
-    structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
-    shapes: Any = None
-    if any(flat):
-        args, kwargs = pytree.tree_unflatten(flat, structure)
-        shapes = (*args, *kwargs.values())
-        example = _widened(example, flat, widest)
-    args, kwargs = pytree.tree_unflatten(pytree.tree_leaves(example), structure)
-    try:
-        with torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-    except CustomQuantizerError:
-        raise
-    except Exception as error:
-        raise LoweringError(
-            f"torch.export refused the rewritten graph: {first_line(error)}; check that the "
-            "example inputs fit the dynamic sizes the model was captured with"
-        ) from error
-
-
-def _widened(
-    example: tuple[Any, ...], dynamic: list[dict[int, Any] | None], widest: bool
-) -> tuple[Any, ...]:
-    """Repeat examples of size 1 along dynamic dimensions: export would fix the size at 1."""
-    values, structure = pytree.tree_flatten(example)
-    for i, dims in enumerate(dynamic):
-        for dim, hint in (dims or {}).items():
-            size = values[i].shape[dim]
-            wanted = hint.max if widest else max(size, 2)
-            if size != wanted:
-                values[i] = values[i].index_select(dim, torch.arange(wanted) % size)
-    return cast(tuple[Any, ...], pytree.tree_unflatten(values, structure))
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from custom_quantizer.backends.xnnpack.backend import BACKEND
 from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checks import check_program
 from custom_quantizer.backends.xnnpack.lowering import (
-    DEFAULT_DYNAMIC_MAX,
     Rewritten,
     describe_program,
     lower,
@@ -40,6 +39,7 @@ from custom_quantizer.core.graph import is_dequantize
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import InputError
 from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX
 from custom_quantizer.reference.inputs import check_example
 
 __all__ = ["XnnpackPartitioner", "check", "export_converted", "io_constants"]

@@ -40,7 +40,6 @@ from executorch.export import (
 from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checks import check_program
 from custom_quantizer.backends.xnnpack.lowering import (
-    DEFAULT_DYNAMIC_MAX,
     Rewritten,
     backend_config,
     describe_program,
@@ -59,6 +58,7 @@ from custom_quantizer.errors import (
     nearest,
 )
 from custom_quantizer.planning.quantizer import IntegerQuantizer
+from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX
 
 __all__ = ["IntegerRecipe", "IntegerRecipeProvider", "session_program"]
 

@@ -1,0 +1,110 @@
+"""Exporting a converted graph once more, with the sizes it was captured with.
+
+Whatever hands a converted graph to a tool that takes an ``ExportedProgram`` (ExecuTorch, the
+exporter of ONNX) goes through here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+
+from custom_quantizer.core.graph import detached_copy, size_bounds
+from custom_quantizer.core.threads import tools
+from custom_quantizer.errors import CustomQuantizerError, LoweringError, first_line
+from custom_quantizer.reference.inputs import placeholder_metas, specs_of
+
+__all__ = [
+    "DEFAULT_DYNAMIC_MAX",
+    "dynamic_shapes_of",
+    "export_again",
+]
+
+DEFAULT_DYNAMIC_MAX = 64
+"""Largest size of a dynamic dimension when the captured graph gives none: memory is planned."""
+
+
+def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> list[dict[int, Any] | None]:
+    """Dynamic dims for exporting again, with the bounds that capture recorded."""
+    shapes: list[dict[int, Any] | None] = []
+    for meta in placeholder_metas(model):
+        if meta is None:
+            shapes.append(None)  # a number, None: export takes no shape for it
+            continue
+        dims: dict[int, Any] = {}
+        sizes: tuple[Any, ...] = tuple(meta.shape)
+        for dim, size in enumerate(sizes):
+            if isinstance(size, int):
+                continue
+            low, high = size_bounds(size)
+            high = dynamic_max if high is None else high
+            dims[dim] = torch.export.Dim.AUTO(min=low, max=high)
+        shapes.append(dims)
+    return shapes
+
+
+@tools()
+def export_again(
+    model: GraphModule, example: tuple[Any, ...], dynamic_max: int, *, widest: bool = False
+) -> torch.export.ExportedProgram:
+    """Export a converted graph with the dynamic sizes it was captured with.
+
+    Args:
+        model: the graph.
+        example: its inputs.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        widest: trace at the upper bounds instead of at the sizes of the example.
+
+    Raises:
+        LoweringError: ``torch.export`` refused it.
+    """
+    flat = dynamic_shapes_of(model, dynamic_max)
+    if not all(map(_is_plain, specs_of(model))):
+        # No file names these types, so it takes and returns flat lists.
+        model = detached_copy(model)
+        model.graph.set_codegen(CodeGen())
+        model.recompile()
+        example = tuple(pytree.tree_leaves(example))
+    in_spec, _ = specs_of(model)
+    structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
+    shapes: Any = None
+    if any(flat):
+        args, kwargs = pytree.tree_unflatten(flat, structure)
+        shapes = (*args, *kwargs.values())
+        example = _widened(example, flat, widest)
+    args, kwargs = pytree.tree_unflatten(pytree.tree_leaves(example), structure)
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except CustomQuantizerError:
+        raise
+    except Exception as error:
+        raise LoweringError(
+            f"torch.export refused the rewritten graph: {first_line(error)}; check that the "
+            "example inputs fit the dynamic sizes the model was captured with"
+        ) from error
+
+
+def _widened(
+    example: tuple[Any, ...], dynamic: list[dict[int, Any] | None], widest: bool
+) -> tuple[Any, ...]:
+    """Repeat examples of size 1 along dynamic dimensions: export would fix the size at 1."""
+    values, structure = pytree.tree_flatten(example)
+    for i, dims in enumerate(dynamic):
+        for dim, hint in (dims or {}).items():
+            size = values[i].shape[dim]
+            wanted = hint.max if widest else max(size, 2)
+            if size != wanted:
+                values[i] = values[i].index_select(dim, torch.arange(wanted) % size)
+    return cast(tuple[Any, ...], pytree.tree_unflatten(values, structure))
+
+
+def _is_plain(spec: Any) -> bool:
+    """Whether a structure is made of tuples, lists and dicts, which a file can name."""
+    if spec is None or spec.is_leaf():
+        return True
+    return spec.type in (tuple, list, dict) and all(map(_is_plain, spec.children()))
