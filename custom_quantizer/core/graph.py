@@ -68,10 +68,11 @@ QUANTIZE_PER_TENSOR = _q.quantize_per_tensor.default
 QUANTIZE_PER_CHANNEL = _q.quantize_per_channel.default
 
 CHOOSE_QPARAMS = _q.choose_qparams.tensor
+QUANTIZE_DYNAMIC = _q.quantize_per_tensor.tensor
 DEQUANTIZE_DYNAMIC = _q.dequantize_per_tensor.tensor
 DEQUANTIZE_GROUPED = torch.ops.torchao.dequantize_affine.default
 
-_QUANTIZE = (QUANTIZE_PER_TENSOR, QUANTIZE_PER_CHANNEL, _q.quantize_per_tensor.tensor)
+_QUANTIZE = (QUANTIZE_PER_TENSOR, QUANTIZE_PER_CHANNEL, QUANTIZE_DYNAMIC)
 _DEQUANTIZE = (DEQUANTIZE_PER_TENSOR, DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_DYNAMIC)
 
 ASSERTIONS = (

@@ -8,11 +8,11 @@ passes on, and whoever takes an exported graph puts it back.
 
 from __future__ import annotations
 
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 
-__all__ = ["record_names", "restore_names"]
+__all__ = ["record_names", "recorded_name", "restore_names"]
 
 _NAME = "custom_quantizer_name"
 _WRITTEN = "custom_quantizer_written"
@@ -28,6 +28,12 @@ def record_names(graph: Graph) -> None:
             node.meta["custom"] = {**(node.meta.get("custom") or {}), **recorded}
 
 
+def recorded_name(node: Node) -> str | None:
+    """The name that :func:`record_names` wrote, on a call of a graph that was exported again."""
+    custom = node.meta.get("custom")
+    return custom.get(_NAME) if isinstance(custom, dict) else None
+
+
 def restore_names(model: GraphModule) -> None:
     """Give calls of a graph that was exported again the names they had, in place.
 
@@ -35,9 +41,10 @@ def restore_names(model: GraphModule) -> None:
     """
     wanted = {}
     for node in model.graph.nodes:
-        custom = node.meta.get("custom")
-        if node.op == "call_function" and isinstance(custom, dict) and _NAME in custom:
-            wanted[node] = custom[_NAME]
+        name = recorded_name(node)
+        if node.op == "call_function" and name is not None:
+            wanted[node] = name
+            custom = node.meta["custom"]
             if _WRITTEN in custom:
                 node.meta[ORIGINAL_NAME] = custom[_WRITTEN]
     if len(set(wanted.values())) < len(wanted):
