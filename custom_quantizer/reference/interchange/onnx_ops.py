@@ -1,4 +1,4 @@
-"""Quantize and dequantize nodes in ONNX, for the exporter of PyTorch.
+"""Quantize and dequantize nodes in ONNX, and linear layers, for the exporter of PyTorch.
 
 All other ops are translated by ``torch.onnx`` itself.
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from custom_quantizer.core.formats import IntFormat
 from custom_quantizer.core.graph import (
@@ -25,6 +26,8 @@ from custom_quantizer.core.graph import (
 )
 
 __all__ = ["OPSET", "translations"]
+
+LINEAR = torch.ops.aten.linear.default
 
 OPSET = 21
 """The first opset with int16 and int4 in QuantizeLinear and DequantizeLinear, and with blocks."""
@@ -48,9 +51,12 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def quantize(
         input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int
     ) -> Any:
-        if not _fills(dtype, quant_min, quant_max):
-            # ONNX saturates to the whole type. The bounds are integers times the scale, rounded
-            # once, so that the division gives these integers back.
+        rounded_again = _makes(input, "DequantizeLinear") is not None
+        # ONNX saturates to the whole type. And ONNX Runtime makes one rounding, at a scale of its
+        # own, of two in a row (DoubleQDQPairsRemover), which moves results by several steps: the
+        # Clip, which changes nothing there, keeps them apart.
+        if rounded_again or not _fills(dtype, quant_min, quant_max):
+            # These are integers times the scale, rounded once: dividing gives the integers back.
             low, high = (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
             input = op.Clip(input, float32(low), float32(high))
         return op.QuantizeLinear(input, float32(scale), constant(zero_point, dtype))
@@ -129,7 +135,22 @@ def translations() -> dict[Any, Callable[..., Any]]:
             input, number(scale, ir.DataType.FLOAT), number(zero_point, dtype)
         )
 
+    def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+        if len(input.shape) == 2:
+            return op.Gemm(input, weight, bias, transB=1)
+        if _makes(weight, "DequantizeLinear") is None or _from_int8(input, ir):
+            product = op.MatMul(input, op.Transpose(weight, perm=[1, 0]))
+            return product if bias is None else op.Add(product, bias)
+        # A MatMul of floats by integer weights becomes a MatMulNBits in ONNX Runtime, which rounds
+        # the floats to 8 bits if nobody sets session.qdq_matmulnbits_accuracy_level; a Gemm stays.
+        rows, columns = (int(size) for size in weight.shape)
+        flat = op.Reshape(input, op.Constant(value_ints=[-1, columns]))
+        outer = op.Shape(input, end=-1)
+        shape = op.Concat(outer, op.Constant(value_ints=[rows]), axis=0)
+        return op.Reshape(op.Gemm(flat, weight, bias, transB=1), shape)
+
     return {
+        LINEAR: linear,
         QUANTIZE_PER_TENSOR: quantize,
         DEQUANTIZE_PER_TENSOR: dequantize,
         DEQUANTIZE_PER_CHANNEL: dequantize_per_channel,
@@ -138,6 +159,20 @@ def translations() -> dict[Any, Callable[..., Any]]:
         QUANTIZE_DYNAMIC: quantize_dynamic,
         DEQUANTIZE_DYNAMIC: dequantize_dynamic,
     }
+
+
+def _makes(value: Any, op_type: str) -> Any:
+    """The ONNX node that a value comes from, if it is of a type."""
+    ir_node = value.producer()
+    return ir_node if ir_node is not None and ir_node.op_type == op_type else None
+
+
+def _from_int8(value: Any, ir: Any) -> bool:
+    """Whether a float tensor holds 8-bit integers of a scale that is known ahead."""
+    ir_node = _makes(value, "DequantizeLinear")
+    if ir_node is None or ir_node.inputs[0].dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
+        return False
+    return _makes(ir_node.inputs[1], "Constant") is not None
 
 
 def _fills(dtype: Any, quant_min: int, quant_max: int) -> bool:
