@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         save_integers,
     )
     from custom_quantizer.reference.c_code import CCode, save_c
+    from custom_quantizer.reference.interchange.onnx_file import OnnxSummary, save_onnx
     from custom_quantizer.report.profiles import Profile, profile
     from custom_quantizer.report.record import ProgramReport, Report, inspect, inspect_program
 
@@ -108,6 +109,7 @@ __all__ = [
     "LoweredProgram",
     "LoweringError",
     "LoweringReport",
+    "OnnxSummary",
     "OpPlan",
     "OpScheme",
     "OutputFidelity",
@@ -159,6 +161,7 @@ __all__ = [
     "save_c",
     "save_graph",
     "save_integers",
+    "save_onnx",
     "save_statistics",
     "scheme",
     "search",
@@ -187,6 +190,7 @@ _NAMES = {
         "save_integers",
     ),
     "reference.c_code": ("CCode", "save_c"),
+    "reference.interchange.onnx_file": ("OnnxSummary", "save_onnx"),
     "app.pipeline": ("QuantizationResult", "quantize"),
     "planning.planner": ("OpPlan", "Plan", "TensorPlan"),
     "planning.quantizer": ("IntegerQuantizer",),

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -1087,6 +1087,37 @@ def export_c_command(graph: Path, folder: Path, name: str, batch: int | None, ve
 
 
 @cli.command(
+    "export-onnx",
+    epilog=_examples(
+        "custom-quantizer export-onnx resnet18.pte resnet18.onnx",
+        "custom-quantizer export-onnx resnet18.pte resnet18.onnx --activations int8",
+    ),
+)
+@_graph_argument
+@click.argument("output", metavar="PATH", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--activations",
+    type=click.Choice(["uint8", "int8"]),
+    default="uint8",
+    show_default=True,
+    help="Type of activations of up to 8 bits; uint8 is what ONNX Runtime computes with on x86.",
+)
+@_debug_option
+def export_onnx_command(graph: Path, output: Path, activations: Literal["uint8", "int8"]) -> None:
+    """Write a network as an ONNX model with QuantizeLinear and DequantizeLinear.
+
+    GRAPH is the converted graph that `quantize` wrote, or the program beside it. The model has the
+    integers of the graph's weights and biases, and its scales; what a runtime computes between them
+    may differ by a step, see docs/interchange.md.
+
+    Needs the extra: pip install 'custom-quantizer[onnx]'.
+    """
+    from custom_quantizer.reference.interchange.onnx_file import save_onnx
+
+    click.echo(str(save_onnx(_load_converted(graph), output, activations=activations)))
+
+
+@cli.command(
     "profile",
     epilog=_examples(
         "custom-quantizer profile resnet18.pte",
@@ -1356,7 +1387,7 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
         _say("warning", warning)
     click.echo(f"wrote {files.program} ({size_text(report.size_bytes)}) and {files.report}")
     if files.graph is not None:
-        click.echo(f"wrote {files.graph}, which verify, export-c and export-integers read")
+        click.echo(f"wrote {files.graph}, which verify and the export commands read")
 
 
 _SHOWN = 10

@@ -23,8 +23,8 @@ from custom_quantizer.reference.bundle import load_integers
 from custom_quantizer.reference.interpreter import integer_reference
 
 COMMANDS = [
-    *("demo", "diagnose", "evaluate", "export-c", "export-integers", "inspect"),
-    *("plan", "profile", "quantize", "search", "sensitivity", "verify"),
+    *("demo", "diagnose", "evaluate", "export-c", "export-integers", "export-onnx"),
+    *("inspect", "plan", "profile", "quantize", "search", "sensitivity", "verify"),
 ]
 
 
@@ -298,6 +298,18 @@ def test_export_c(program: Path, tmp_path: Path) -> None:
     assert text.startswith(f"{folder}: 8 files; ")
     done = subprocess.run(["make", "-s", "-C", folder, "test"], capture_output=True, text=True)
     assert done.stdout == "0 of 9 values differ\n", done
+
+
+def test_export_onnx(program: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install '.[dev]'")
+    path = tmp_path / "net.onnx"
+    text = ok("export-onnx", program, path, "--activations", "int8")
+    assert text.startswith(f"{path}: opset 21, {path.stat().st_size:,} bytes\n")
+    assert "5 ops between integers, 0 in float" in text
+    converted, _ = load_graph(program.with_suffix(".graph.safetensors"))
+    images = small_images(1)
+    (got,) = onnxruntime.InferenceSession(path).run(None, {"x": images.numpy()})
+    np.testing.assert_array_equal(got, converted(images).numpy())
 
 
 def test_evaluate_compares_programs(work: Path, program: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from custom_quantizer.core.graph import (
     CHOOSE_QPARAMS,
     DEQUANTIZE_GROUPED,
     DEQUANTIZE_PER_CHANNEL,
+    DEQUANTIZE_PER_TENSOR,
     constant_of,
     describe,
     detached_copy,
@@ -182,10 +183,23 @@ def _check(model: GraphModule) -> None:
                 f"input {index} of the model is no tensor; capture a module whose forward sets it"
             )
     for node in model.graph.nodes:
-        if node.target is DEQUANTIZE_PER_CHANNEL and constant_of(model, node.args[2]).any():
+        if not _is_symmetric(model, node):
             raise ConversionError(
                 f"{describe(node)} has zero points other than 0; quantize its weight symmetrically"
             )
+
+
+def _is_symmetric(model: GraphModule, node: Node) -> bool:
+    """Whether zero points are 0 wherever the file has none: of channels, of groups, of biases."""
+    if node.target is DEQUANTIZE_PER_CHANNEL:
+        points = node.args[2]
+    elif node.target is DEQUANTIZE_GROUPED:
+        points = node.args[3]
+    elif node.target is DEQUANTIZE_PER_TENSOR and node.args[5] is torch.int32:
+        points = node.args[2]
+    else:
+        return True
+    return not (constant_of(model, points).any() if isinstance(points, Node) else points)
 
 
 def _example(model: GraphModule) -> tuple[torch.Tensor, ...]:
