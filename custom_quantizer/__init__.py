@@ -81,6 +81,11 @@ if TYPE_CHECKING:
         save_integers,
     )
     from custom_quantizer.reference.c_code import CCode, save_c
+    from custom_quantizer.reference.interchange.encodings import (
+        EncodingSummary,
+        load_encodings,
+        save_encodings,
+    )
     from custom_quantizer.reference.interchange.onnx_file import OnnxSummary, save_onnx
     from custom_quantizer.report.profiles import Profile, profile
     from custom_quantizer.report.record import ProgramReport, Report, inspect, inspect_program
@@ -96,6 +101,7 @@ __all__ = [
     "CustomQuantizerError",
     "DataSource",
     "Diagnosis",
+    "EncodingSummary",
     "Evaluation",
     "Fidelity",
     "FloatCheck",
@@ -148,6 +154,7 @@ __all__ = [
     "integer_reference",
     "io_constants",
     "load_data",
+    "load_encodings",
     "load_graph",
     "load_integers",
     "load_model",
@@ -159,6 +166,7 @@ __all__ = [
     "quantize",
     "read_program",
     "save_c",
+    "save_encodings",
     "save_graph",
     "save_integers",
     "save_onnx",
@@ -190,6 +198,7 @@ _NAMES = {
         "save_integers",
     ),
     "reference.c_code": ("CCode", "save_c"),
+    "reference.interchange.encodings": ("EncodingSummary", "load_encodings", "save_encodings"),
     "reference.interchange.onnx_file": ("OnnxSummary", "save_onnx"),
     "app.pipeline": ("QuantizationResult", "quantize"),
     "planning.planner": ("OpPlan", "Plan", "TensorPlan"),

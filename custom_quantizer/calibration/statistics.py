@@ -44,6 +44,7 @@ __all__ = [
     "freeze_ranges",
     "load_statistics",
     "merge_statistics",
+    "observers_by_name",
     "read_statistics",
     "record_counts",
     "reset_statistics",
@@ -185,15 +186,15 @@ def solved_qparams(prepared: GraphModule) -> dict[str, QParams]:
     """
     return {
         name: observed.observer.qparams()
-        for name, observed in _by_name(activation_observers(prepared)).items()
+        for name, observed in observers_by_name(prepared).items()
         if observed.observer.count > 0 or observed.observer.frozen
     }
 
 
-def _by_name(observers: Iterable[Observed]) -> dict[str, Observed]:
+def observers_by_name(prepared: GraphModule) -> dict[str, Observed]:
     """Observers by the names of their tensors, as :func:`solved_qparams` says."""
     named: dict[str, Observed] = {}
-    for observed in observers:
+    for observed in activation_observers(prepared):
         name, number = observed.name, 1
         while name in named:
             number += 1
@@ -238,7 +239,7 @@ def set_ranges(prepared: GraphModule, ranges: Mapping[str, QParams]) -> None:
             ranges are given for one observer; or a range is not one of its format. Nothing was
             changed.
     """
-    named = _by_name(activation_observers(prepared))
+    named = observers_by_name(prepared)
     single: dict[str, list[Observed]] = {}
     for observed in named.values():
         for tensor in observed.tensors:

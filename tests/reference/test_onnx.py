@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from support.contracts import RULES, Family, FloatFamily, cases_of
 from support.graphs import Function, Inputs, stress
 from support.models import convert, randomize_batch_norms, torchvision_model
+from support.widths import SCHEMES, Widths, widths
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -173,47 +172,6 @@ def followed(graph: GraphModule, path: Path, level: str, batch: Inputs) -> Follo
 # ---------------------------------------------------------------------------------------------
 # The integers in the file
 # ---------------------------------------------------------------------------------------------
-
-
-class Widths(nn.Module):
-    """A weight of each type that ONNX has, and biases."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.eight = nn.Conv2d(3, 8, 3, padding=1)
-        self.four = nn.Conv2d(8, 8, 3, groups=8)
-        self.two = nn.Conv2d(8, 6, 1)
-        self.six = nn.ConvTranspose2d(6, 4, 2, stride=2)
-        self.sixteen = nn.Linear(4, 5)
-        self.grouped = nn.Linear(32, 3)
-        self.token = nn.Parameter(torch.randn(1, 4, 1, 1))
-
-    def forward(self, x: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.two(F.relu(self.four(F.relu(self.eight(x)))))
-        y = self.six(y) + self.token
-        return self.sixteen(y.mean((2, 3))), self.grouped(late)
-
-
-SCHEMES = {
-    "eight": "a8w8-per_tensor",
-    "four": "a8w4",
-    "two": "a4w2",
-    "six": "a8w6",
-    "sixteen": "a16w16",
-    "grouped": "dyn8w4g32",
-}
-BATCH = torch.export.Dim("batch", min=1, max=16)
-
-
-@functools.cache
-def widths() -> tuple[GraphModule, Inputs]:
-    torch.manual_seed(0)
-    quantizer = cq.IntegerQuantizer().set_global("a8w8")
-    for name, scheme in SCHEMES.items():
-        quantizer.set_module_name(name, scheme)
-    example = (torch.randn(2, 3, 6, 6), torch.randn(2, 32))
-    dynamic = ({0: BATCH}, {0: BATCH})
-    return convert(Widths(), example, quantizer, dynamic_shapes=dynamic).graph, example
 
 
 @pytest.fixture(scope="module", params=["uint8", "int8"])

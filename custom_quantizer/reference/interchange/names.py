@@ -17,7 +17,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.ops.rewrites.training_graph import planned_tensor
 
-__all__ = ["parameter_name", "tensor_name"]
+__all__ = ["holds_integers", "parameter_name", "tensor_name"]
 
 _INTEGERS = "_integers"  # what observers append to the name of a constant they replace
 
@@ -35,6 +35,11 @@ def _dequantizes(node: Node) -> bool:
     return is_dequantize(node) or node.target is DEQUANTIZE_GROUPED
 
 
+def holds_integers(constant: Node) -> bool:
+    """Whether an observer of weights or biases wrote a constant, which has a name then."""
+    return str(constant.target).endswith(_INTEGERS)
+
+
 def parameter_name(constant: Node) -> str:
     """Path of a parameter: of the float tensor, also where a converted graph holds its integers.
 
@@ -43,7 +48,7 @@ def parameter_name(constant: Node) -> str:
     what torchao calls an operand such as a position embedding.
     """
     target = str(constant.target)
-    if not target.endswith(_INTEGERS):
+    if not holds_integers(constant):
         return target
     reader = constant
     while reader.users and (reader is constant or _dequantizes(reader)):
