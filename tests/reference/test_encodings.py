@@ -108,6 +108,37 @@ def test_an_offset_means_what_the_format_says(tmp_path: Path) -> None:
     assert compared == len(entries)
 
 
+def test_what_aimet_wrote_means_what_aimet_computed(tmp_path: Path) -> None:
+    """``to_qnn_encoding_dict`` of aimet-torch 2.42, and what its quantizer made of some numbers."""
+    affine = {"scale": 0.10000000149011612, "offset": -3, "dtype": "int"}
+    weight = {"offset": -128, "bitwidth": 8, "dtype": "int", "is_symmetric": "True"}
+    scales = [0.0078125, 0.0019685039296746254]
+    by_name = {
+        "version": "0.6.1",
+        "activation_encodings": {"x": [{**affine, "bitwidth": 4, "is_symmetric": "False"}]},
+        "param_encodings": {"w": [{**weight, "scale": scale} for scale in scales]},
+    }
+    affine = {"name": "x", "dtype": "INT", "bw": 4, "is_sym": False, "enc_type": "PER_TENSOR"}
+    weight = {"name": "w", "dtype": "INT", "bw": 8, "is_sym": True, "enc_type": "PER_CHANNEL"}
+    listed = {
+        "version": "1.0.0",
+        "activation_encodings": [{**affine, "scale": [0.10000000149011612], "offset": [-3]}],
+        "param_encodings": [{**weight, "scale": scales, "offset": [-128, -128]}],
+    }
+    files = []
+    for document in (by_name, listed):
+        (tmp_path / "aimet").write_text(json.dumps(document))
+        files.append(read_encodings(tmp_path / "aimet"))
+    assert files[0] == files[1]
+    assert files[0].parameters["w"].zero_points == (0, 0)
+    (x,) = files[0].activations.values()
+    rounded = torch.fake_quantize_per_tensor_affine(
+        torch.linspace(-0.5, 1.5, 9), x.scales[0], x.zero_points[0], -8, 7
+    )
+    theirs = [-0.3, -0.2, 0.0, 0.2, 0.5, 0.8, 1.0, 1.2, 1.2]
+    torch.testing.assert_close(rounded, torch.tensor(theirs), rtol=2**-23, atol=0)
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -279,11 +279,11 @@ def test_nothing_of_this_machine_is_in_the_file(written: Written) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_widths_compute_what_the_graph_computes(written: Written, level: str) -> None:
-    """At other batches than that of the example."""
+    """At other batches than that of the example, and beyond all ranges."""
     graph, _ = widths()
     _, summary, _ = written
     batches = [
-        cast(Inputs, tuple(torch.randn(count, *shape) for shape in ((3, 6, 6), (32,))))
+        cast(Inputs, tuple(3 * torch.randn(count, *shape) for shape in ((3, 6, 6), (32,))))
         for count in (1, 2, 5)
     ]
     found = difference(graph, session(summary.path, level), batches)
