@@ -376,6 +376,14 @@ def test_missing_packages_are_named(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_integer_borders_are_float_in_the_file(tmp_path: Path) -> None:
+    graph, example = layer(quantizer=cq.IntegerQuantizer().set_global("a8w8").set_io(integer=True))
+    summary = cq.save_onnx(graph, tmp_path / "net.onnx")
+    assert "inputs and outputs are float32, also those" in str(summary)
+    assert difference(graph, session(summary.path), [example]).different == 0
+    assert "inputs and outputs are" not in str(cq.save_onnx(layer()[0], tmp_path / "net.onnx"))
+
+
 def test_what_onnx_cannot_hold_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     graph, _ = layer()

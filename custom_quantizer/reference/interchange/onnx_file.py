@@ -52,6 +52,7 @@ _MOST_BYTES = (1 << 31) - 1
 _LISTED = 5
 _EXPORTER = "pkg.torch.onnx."
 _SCOPES = f"{_EXPORTER}name_scopes"
+_BORDERS = "inputs and outputs are float32, also those that programs take and return as integers"
 
 Activations: TypeAlias = Literal["uint8", "int8"]
 """Type of activations of up to 8 bits."""
@@ -150,7 +151,7 @@ def save_onnx(
         len(graph.integer),
         tuple(op.node.name for op in graph.floating if not _is_size(op.node)),
         len(data),
-        tuple(_notes(model, activations)),
+        (*_notes(model, activations), *([_BORDERS] if graph.borders else ())),
     )
 
 
