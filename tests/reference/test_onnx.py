@@ -322,8 +322,11 @@ def check_cases(
     for level in LEVELS:
         found = difference(graph, session(path, level, qdqisint8allowed="1"), batches)
         assert found.steps <= 1, (level, found)
-        assert found.different <= found.compared / 1000, (level, found)
-        assert found.relative <= 4e-6, (level, found)
+        # A step of 16 bits is 2**-16 of a range: sums in float32 in another order come near it.
+        share = 0.01 if scheme.startswith("a16") else 0.001
+        assert found.different <= share * found.compared, (level, found)
+        # Of what is rounded at run time a whole sum is in float, at most 2**-24 for each term.
+        assert found.relative <= (2e-5 if scheme.startswith("dyn") else 4e-6), (level, found)
 
 
 QUICK = (
@@ -339,11 +342,19 @@ def test_a_case_of_many_families(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
-@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-per_tensor", "a8w4", "a4w4", "a16w8", "dyn8w8"])
+@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-per_tensor", "a8w4", "a4w4", "a16w8"])
 @pytest.mark.parametrize("family", INTEGER)
 def test_every_case(family: str, scheme: str, activations: Activations, tmp_path: Path) -> None:
     picked = [(RULES[family], case) for case in cases_of(RULES[family])]
     check_cases(picked, scheme, tmp_path / "family.onnx", activations)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["dyn8w8", "dyn8w4"])
+@pytest.mark.parametrize("family", ["conv", "linear"])
+def test_every_case_at_run_time(family: str, scheme: str, tmp_path: Path) -> None:
+    picked = [(RULES[family], case) for case in cases_of(RULES[family])]
+    check_cases(picked, scheme, tmp_path / "family.onnx", "uint8")
 
 
 @pytest.mark.slow
@@ -374,6 +385,14 @@ def test_missing_packages_are_named(
         cq.save_onnx(graph, tmp_path / "net.onnx")
     assert package in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+def test_ranges_narrower_than_the_type_saturate(activations: Activations, tmp_path: Path) -> None:
+    graph, _ = layer(quantizer="a4w4")
+    summary = cq.save_onnx(graph, tmp_path / "net.onnx", activations=activations)
+    steps = torch.linspace(-100, 100, 300).reshape(-1, 3)
+    assert difference(graph, session(summary.path, LEVELS[0]), [(steps,)]).different == 0
 
 
 def test_integer_borders_are_float_in_the_file(tmp_path: Path) -> None:
