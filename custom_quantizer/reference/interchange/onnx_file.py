@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.exporting import DEFAULT_DYNAMIC_MAX, export_again, placeholder_metas
 from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.core.formats import range_bits
 from custom_quantizer.core.graph import (
@@ -43,6 +42,8 @@ from custom_quantizer.core.names import record_names, recorded_name
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import ConversionError, InputError, first_line
 from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX, export_again
+from custom_quantizer.reference.inputs import placeholder_metas
 from custom_quantizer.reference.interchange.names import tensor_name
 from custom_quantizer.reference.interchange.onnx_ops import OPSET, translations
 
