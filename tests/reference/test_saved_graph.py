@@ -53,7 +53,7 @@ def test_verify_from_files(files: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "bit-exact: yes" in result.output
     result = CliRunner().invoke(cli, ["verify", str(files / "net.pte"), "--samples", "1", "--json"])
-    assert json.loads(result.output)["bit_exact"] is True
+    assert json.loads(result.stdout)["bit_exact"] is True
     result = CliRunner().invoke(cli, ["verify", str(files / "net.pte"), "--weights", "w.pth"])
     assert result.exit_code == 2
     assert "--model" in result.output
@@ -71,7 +71,7 @@ def test_evaluate_from_files(files: Path, tmp_path: Path) -> None:
     ]
     result = CliRunner().invoke(cli, [*command, "--data", str(tmp_path / "data.npz")])
     assert result.exit_code == 0, result.output
-    found = {model["name"]: model for model in json.loads(result.output)["models"]}
+    found = {model["name"]: model for model in json.loads(result.stdout)["models"]}
     assert list(found) == ["converted graph", "integer reference", "net.pte"]
     assert found["integer reference"]["correct"] == found["net.pte"]["correct"]
 
