@@ -183,8 +183,11 @@ class Borders:
         """Inputs with integers where there is a border, as :meth:`Border.integers` makes them.
 
         Raises:
-            InputError: an input of a border is neither float32 nor integers that it takes.
+            InputError: an input of a border is neither float32 nor integers that it takes, or there
+                are more or fewer inputs.
         """
+        if len(values) != len(self.inputs):
+            raise InputError(f"the network takes {len(self.inputs)} inputs, got {len(values)}")
         return [
             value if border is None else border.integers(value, quantize)
             for value, border in zip(values, self.inputs, strict=True)

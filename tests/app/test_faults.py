@@ -101,7 +101,8 @@ def test_on_a_full_disk_nothing_changes(tmp_path: Path, writer: str, old: bool) 
     write = WRITERS[writer]
     write(tmp_path)
     whole = contents(tmp_path)
-    sizes = sorted(len(data) for data in whole.values() if data is not None)
+    read = "report.json" if writer == "command" else None
+    sizes = sorted(len(data) for name, data in whole.items() if data is not None and name != read)
     if writer == "calibration" or not old:
         # A checkpoint that is complete is not written again.
         shutil.rmtree(tmp_path)

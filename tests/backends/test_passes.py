@@ -305,6 +305,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "keep_apart",
         "tell_copies_apart",
         "break_chains",
+        "dedicate_run_time",
         *FLOAT_OPS,
     }
     assert found | rare == set(BY_NAME)

@@ -843,8 +843,10 @@ def test_string_that_is_no_path() -> None:
     ("data", "message"),
     [
         (b"", "is empty"),
-        (b"PK\x03\x04" + bytes(100), r"is not a \.pte .*to_executorch"),
-        (b"\x00" * 64, r"is not a \.pte"),
+        (b"PK\x03\x04" + bytes(100), r"is a zip archive, as \.pt2 and \.pt are, not a \.pte"),
+        (b'{"kind": "graph"}', "is JSON; a report of this package"),
+        (bytes([9, 0, 0, 0, 0, 0, 0, 0]) + b"{}", r"is a \.safetensors file, not a \.pte"),
+        (b"\x00" * 64, r"is not a \.pte .*to_executorch"),
     ],
 )
 def test_not_a_program(data: bytes, message: str, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_a_model_in_training_mode() -> None:
         (A8W8, {"calibration": 3}, "list of input tuples.*got int"),
         (CUSTOM, {}, "exactly one of scheme, config, quantizer; got none"),
         (CUSTOM, {"scheme": "a8w8", "config": {}}, "exactly one of .*; got scheme, config"),
-        (CUSTOM, {"scheme": "a8w99"}, "2 to 32 bits, not 99"),
+        (CUSTOM, {"scheme": "a8w99"}, "weights have 2 to 16 bits, not 99"),
         (CUSTOM, {"scheme": None}, "a name or an OpScheme, got NoneType"),
         (CUSTOM, {"config": 3}, "a path or a mapping, got int"),
         (CUSTOM, {"config": {"version": 1, "globl": "a8w8"}}, "globl"),

@@ -97,11 +97,10 @@ def test_layers_share_what_a_mask_becomes() -> None:
     torch.testing.assert_close(graph(x, kept), model(x, kept), rtol=1e-5, atol=1e-5)
 
 
-def test_constant_masks_and_pads_run_as_integers_in_one_delegate() -> None:
+def test_constant_masks_run_as_integers_in_one_delegate() -> None:
     model = Function(
         lambda s, x: (
             torch.where(KEPT, x * 1.5, x + 0.5).masked_fill(~KEPT, 0.75),
-            F.pad(x * 2, (1, 2, 0, 1), value=0.5),
             (x * 3).tril(),
         )
     )

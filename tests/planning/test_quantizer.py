@@ -247,11 +247,11 @@ def test_convolutions_and_linear_layers_are_quantized_as_xnnpackquantizer_does(n
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_dynamic_configs_quantize_linear_layers_only(per_channel: bool) -> None:
+def test_dynamic_configs_quantize_layers_only(per_channel: bool) -> None:
     config = get_symmetric_quantization_config(is_per_channel=per_channel, is_dynamic=True)
     made = cq.IntegerQuantizer().set_global(config)
     plan = made.plan(torch.export.export(net(), (image(),)))
-    assert [op.node for op in plan.quantized] == ["linear"]
+    assert [op.node for op in plan.quantized] == ["conv2d", "conv2d_1", "linear"]
     (bias,) = (t for t in plan.op("linear").tensors if t.role == "bias")
     assert (bias.dtype, bias.reason) == ("float32", "the input scale is only known at run time")
 

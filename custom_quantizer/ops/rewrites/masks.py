@@ -119,7 +119,8 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
     sides = (left, right)
     if any(isinstance(side, Node) and not _is_finite(insert, side) for side in sides):
         return None
-    if any(isinstance(side, float) and abs(side) >= -_LEFT_OUT for side in sides):
+    # Written so that NaN is refused, too.
+    if any(isinstance(side, float) and not abs(side) < -_LEFT_OUT for side in sides):
         return None
     if insert.training and not is_constant(condition):
         return None

@@ -47,9 +47,13 @@ def _result(insert: Insertion) -> Node | None:
 
 
 def _pad(insert: Insertion) -> Node | None:
-    """A pad of any mode."""
+    """A pad of reflected or repeated values.
+
+    One with a number stays as it is: the number may lie far from the values around it, and would
+    take the scale from them.
+    """
     constant = argument(insert.node, 2, "mode", "constant") == "constant"
-    return moves.pad(insert) if constant else arrangement(insert)
+    return None if constant else arrangement(insert)
 
 
 def _moved(rewrite: Rewrite) -> Rewrite:
@@ -89,7 +93,6 @@ _FORMS: dict[Any, Rewrite] = {
     aten.row_stack.default: moves.stack_along,
     aten.vstack.default: moves.stack_along,
     aten.stack.default: moves.stack,
-    aten.constant_pad_nd.default: moves.pad,
     aten.pad.default: _pad,
     aten.roll.default: _moved(moves.roll),
     aten.flip.default: _moved(moves.flip),

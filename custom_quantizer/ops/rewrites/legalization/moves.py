@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -80,33 +79,6 @@ def broadcast_result(insert: Insertion) -> Node | None:
     if tuple(shape_of(tensor)) == tuple(shape):
         return tensor
     return insert.call(aten.expand.default, tensor, list(shape)) if is_static(shape) else None
-
-
-def pad(insert: Insertion) -> Node | None:
-    """A pad with a number concatenates constants; with zeros it is an op of its own.
-
-    The number gets the scale of the values around it, like any value of a concatenation.
-    """
-    node, data = insert.node, float_input(insert)
-    pads = cast("Sequence[Any]", node.args[1])
-    value = argument(node, 3 if node.target is aten.pad.default else 2, "value")
-    if data is None or value in (None, 0) or not math.isfinite(float(cast(float, value))):
-        return None
-    if not is_static([*shape_of(data), *pads]) or min(pads) < 0:
-        return None
-    for position in range(0, len(pads), 2):
-        dim = len(shape_of(data)) - 1 - position // 2
-        parts: list[Node] = [data]
-        for count, place in zip(pads[position : position + 2], (0, len(parts)), strict=True):
-            if count:
-                shape = list(shape_of(data))
-                shape[dim] = count
-                filled = torch.full(shape, float(cast(float, value)))
-                side = insert.constant(f"pad_{dim}_{place}", filled)
-                parts = [side, *parts] if place == 0 else [*parts, side]
-        if len(parts) > 1:
-            data = insert.call(aten.cat.default, parts, dim)
-    return data
 
 
 def roll(insert: Insertion) -> Node | None:
