@@ -225,9 +225,10 @@ def test_what_is_done_to_data_is_said(work: Path, program: Path) -> None:
         ("float32", "float32 values, taken as they are"),
         ("uint8", "uint8 images, scaled to [0, 1], less mean 0.5, by std 0.5"),
     ):
-        np.save(work / "typed.npy", small_images(2).numpy().astype(dtype))
-        said = run("verify", program, "--data", work / "typed.npy", *GRAY[:4])
-        assert f"typed.npy: 2 samples of {words}\n" in said.stderr
+        images = small_images(2).numpy().astype(dtype)
+        np.savez(work / "typed.npz", images=images, labels=np.arange(2))
+        said = run("evaluate", program, "--data", work / "typed.npz", *GRAY[:4])
+        assert f"typed.npz: 2 samples of {words}\n" in said.stderr
 
 
 def test_interrupted_is_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -362,6 +362,7 @@ def test_a_partial_function() -> None:
     assert "no integer form" in row.reason
 
 
+@pytest.mark.slow
 def test_an_example_in_another_memory_layout() -> None:
     (x,) = EXAMPLE
     last = (x.contiguous(memory_format=torch.channels_last),)

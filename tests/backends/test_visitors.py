@@ -279,6 +279,7 @@ PACKED = [("fully_connected", "int4"), ("depthwise_conv2d", "int8"), ("fully_con
 CONTAINERS = [("conv2d", "int8"), ("depthwise_conv2d", "int8"), ("conv2d", "int8")]
 
 
+@pytest.mark.slow
 def test_every_route_packs_pointwise_convolutions() -> None:
     done = pointwise_net()
     program = cq.lower(done.graph, done.example)
@@ -296,6 +297,7 @@ def test_every_route_packs_pointwise_convolutions() -> None:
     assert differences(outputs, cq.integer_reference(done.graph)(*batch)) == []
 
 
+@pytest.mark.slow
 def test_without_our_visitors_a_pointwise_convolution_is_right_and_larger() -> None:
     """As in a process that got what ``export_converted`` gave and does not know this package."""
     done = pointwise_net()

@@ -331,7 +331,7 @@ def test_products_on_neon_are_those_of_its_instructions(
 
 def test_unknown_mode() -> None:
     with pytest.raises(
-        SchemeError, match=r"'cmsis': choose one of xnnpack, xnnpack-neon, fixed_point, exact"
+        SchemeError, match=r"'cmsis': choose one of tosa, xnnpack, xnnpack-neon, fixed_point, exact"
     ):
         get_mode("cmsis")
 

@@ -178,7 +178,7 @@ def torch_baddbmm(_self: Any, added: Tensor, a: Tensor, b: Tensor) -> Tensor:
         (
             lambda s, x: F.pad(x, (1, -1), value=3.0),
             aten.pad.default,
-            aten.cat.default,
+            aten.constant_pad_nd.default,
         ),
         (lambda s, x: x.T, aten.numpy_T.default, aten.permute.default),
         (lambda s, x: x.mH, aten.mH.default, aten.transpose.int),

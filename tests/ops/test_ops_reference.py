@@ -7,6 +7,7 @@ from support.scripts import documentation_script
 from custom_quantizer.ops import REGISTRY
 
 
+@pytest.mark.slow
 def test_the_table_is_up_to_date() -> None:
     generator = documentation_script("make_ops_reference.py")
     reference = generator.REFERENCE_FILE.read_text(encoding="utf-8")

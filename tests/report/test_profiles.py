@@ -85,6 +85,7 @@ def test_times_add_up() -> None:
     assert (found.runs, found.compared) == (20, True)
 
 
+@pytest.mark.slow
 def test_more_work_takes_more_time() -> None:
     class Uneven(nn.Module):
         def __init__(self) -> None:
