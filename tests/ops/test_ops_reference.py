@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from support.scripts import documentation_script
 
 from custom_quantizer.ops import REGISTRY
