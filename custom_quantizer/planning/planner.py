@@ -42,6 +42,7 @@ from custom_quantizer.ops import (
     rule_of,
 )
 from custom_quantizer.ops.backend import Backend, Delegation, Support
+from custom_quantizer.ops.gemm import CONV
 from custom_quantizer.ops.placement import Placement, Tally, tally
 from custom_quantizer.ops.rewrites.canonical import overwritten_by
 from custom_quantizer.planning.insertion import ANNOTATION_KEY
@@ -361,6 +362,7 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     _leave_sums_in_float(ops, anchors)
     _leave_divisors_in_float(ops, producer)
     io = _model_io(model, config, ops)
+    _leave_images_of_integers_in_float(ops, io)
     _leave_unprofitable_in_float(ops, io, backend)
     _center(ops, producer)
     # What integers it is given comes first; what its consumers want only where it is given none.
@@ -680,6 +682,24 @@ def _center(ops: list[_Op], producer: dict[Node, _Op]) -> None:
             else:
                 signed = True
             source.centered = signed
+
+
+def _leave_images_of_integers_in_float(ops: list[_Op], io: _ModelIO) -> None:
+    """A convolution that is quantized at run time reads no input that is integers already.
+
+    Lowered by ExecuTorch 1.5.1 such a program computes something else, or does not load.
+    """
+    placeholders = [node for node in io.node.graph.nodes if node.op == "placeholder"]
+    integers = {placeholders[position] for position in io.integer_inputs}
+    for op in ops:
+        if op.match is None or op.match.rule is not CONV or op.scheme is None:
+            continue
+        if op.scheme.dynamic and op.match.inputs[0] in integers:
+            op.scheme = None
+            op.reason = (
+                "its input is integers already, and convolutions choose scales at run time for "
+                "float images only; a scheme with ranges from data (a8w8) takes it"
+            )
 
 
 def _leave_unprofitable_in_float(ops: list[_Op], io: _ModelIO, backend: Backend) -> None:
