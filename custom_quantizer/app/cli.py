@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 import click
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["cli", "main"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+_Preprocess: TypeAlias = "Callable[[], Preprocess]"
 
 _DEBUG = "custom_quantizer.debug"
 _CALIBRATION_SAMPLES = 512
@@ -242,7 +243,7 @@ _improve_option = click.option(
     help="An algorithm, instead of those that --accuracy stands for. Repeatable.",
 )
 
-_preprocess_options = _options(
+_image_options = _options(
     click.option(
         "--resize",
         callback=_numbers(int, 1, 2),
@@ -270,6 +271,25 @@ _preprocess_options = _options(
         help="Then divide by this, per channel.",
     ),
 )
+
+
+def _preprocess_options(command: F) -> F:
+    """Four options, which reach the command as what makes a ``Preprocess`` of them, once needed."""
+
+    @functools.wraps(command)
+    def called(
+        *args: Any,
+        resize: tuple[int, ...] | None,
+        crop: tuple[int, ...] | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        **others: Any,
+    ) -> Any:
+        preprocess = functools.partial(_preprocess, resize, crop, mean, std)
+        return command(*args, preprocess=preprocess, **others)
+
+    return _image_options(cast(F, called))
+
 
 _shape_option = click.option(
     "--input-shape",
@@ -434,10 +454,7 @@ def quantize_command(
     model_args: dict[str, object],
     calibration: str,
     calibration_samples: int,
-    resize: tuple[int, ...] | None,
-    crop: tuple[int, ...] | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocess: _Preprocess,
     scheme: str | None,
     config: Path | None,
     integer_io: bool,
@@ -459,7 +476,7 @@ def quantize_command(
     _check_model(model)
     quantizer = _quantizer(asked, integer_io)
     module = _load_model(model, weights, model_args)
-    data = _load_data(calibration, _preprocess(resize, crop, mean, std), calibration_samples)
+    data = _load_data(calibration, preprocess, calibration_samples)
     example = _random_inputs(shapes) if shapes else data.example_inputs(1)
     from custom_quantizer.app.pipeline import quantize
 
@@ -578,10 +595,7 @@ def evaluate_command(
     model: str | None,
     weights: str | None,
     model_args: dict[str, object],
-    resize: tuple[int, ...] | None,
-    crop: tuple[int, ...] | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocess: _Preprocess,
     slices: int,
     as_json: bool,
 ) -> None:
@@ -596,7 +610,7 @@ def evaluate_command(
     """
     _check_float_model(model, weights, model_args)
     names = None if classes is None else _lines(classes)
-    source = _load_data(data, _preprocess(resize, crop, mean, std), samples, names)
+    source = _load_data(data, preprocess, samples, names)
     if source.labels is None and model is None and len(programs) == 1:
         raise InputError(
             f"{data} has no labels, so there is nothing to measure; name folders by class, save "
@@ -680,10 +694,7 @@ def verify_command(
     model: str | None,
     weights: str | None,
     model_args: dict[str, object],
-    resize: tuple[int, ...] | None,
-    crop: tuple[int, ...] | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocess: _Preprocess,
     device_outputs: Path | None,
     as_json: bool,
 ) -> None:
@@ -721,7 +732,7 @@ def verify_command(
     if data is None:
         inputs: list[Any] = [random_like(converted, seed) for seed in range(samples)]
     else:
-        source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+        source = _load_data(data, preprocess, samples)
         inputs = list(source.with_batch_size(lowered.batch_size or 1).inputs)
     checked = verify(converted, lowered, inputs, float_model=floating)
     click.echo(checked.to_json() if as_json else str(checked))
@@ -765,10 +776,7 @@ def diagnose_command(
     model_args: dict[str, object],
     data: str,
     samples: int,
-    resize: tuple[int, ...] | None,
-    crop: tuple[int, ...] | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocess: _Preprocess,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -780,7 +788,7 @@ def diagnose_command(
     """
     _check_model(model)
     floating = _load_model(model, weights, model_args)
-    source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+    source = _load_data(data, preprocess, samples)
     converted = _load_converted(graph)
     from custom_quantizer.analysis.diagnosis import diagnose
 
@@ -867,10 +875,7 @@ def sensitivity_command(
     estimate_only: bool,
     checkpoint: Path | None,
     accuracy: str | None,
-    resize: tuple[int, ...] | None,
-    crop: tuple[int, ...] | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocess: _Preprocess,
     samples: int,
     as_json: bool,
 ) -> None:
@@ -882,7 +887,7 @@ def sensitivity_command(
     """
     _check_model(model)
     module = _load_model(model, weights, model_args)
-    source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+    source = _load_data(data, preprocess, samples)
     from custom_quantizer.app.widths import sensitivity
 
     found = sensitivity(
@@ -967,10 +972,7 @@ def search_command(
     estimate_only: bool,
     checkpoint: Path | None,
     accuracy: str | None,
-    resize: tuple[int, ...] | None,
-    crop: tuple[int, ...] | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocess: _Preprocess,
     budget: dict[str, float],
     validation: str | None,
     samples: int,
@@ -993,7 +995,6 @@ def search_command(
         check_suffix(output)
     _check_model(model)
     module = _load_model(model, weights, model_args)
-    preprocess = _preprocess(resize, crop, mean, std)
     source = _load_data(data, preprocess, samples)
     held_back = None if validation is None else _load_data(validation, preprocess, None)
     from custom_quantizer.app.widths import search
@@ -1158,10 +1159,7 @@ def profile_command(
     graph: Path | None,
     data: str | None,
     samples: int,
-    resize: tuple[int, ...] | None,
-    crop: tuple[int, ...] | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocess: _Preprocess,
     runs: int,
     plot: Path | None,
     as_json: bool,
@@ -1185,7 +1183,7 @@ def profile_command(
         _, subject = load_lowered(program, graph)
     inputs: list[Any] | None = None
     if data is not None:
-        source = _load_data(data, _preprocess(resize, crop, mean, std), samples)
+        source = _load_data(data, preprocess, samples)
         batch = (None if graph is None else subject.batch_size) or 1
         inputs = list(source.with_batch_size(batch).inputs)
     found = profile(subject, inputs, runs=runs)
@@ -1273,12 +1271,12 @@ def _load_model(model: str, weights: str | None, model_args: dict[str, object]) 
 
 
 def _load_data(
-    path: str, preprocess: Preprocess, limit: int | None, classes: list[str] | None = None
+    path: str, preprocess: _Preprocess, limit: int | None, classes: list[str] | None = None
 ) -> DataSource:
     """Read data, and tell what is done to them: a wrong scale shows in nothing but the accuracy."""
     from custom_quantizer.app.data import load_data
 
-    source = load_data(path, preprocess=preprocess, limit=limit, classes=classes)
+    source = load_data(path, preprocess=preprocess(), limit=limit, classes=classes)
     click.echo(f"{path}: {source.num_examples} samples of {source.treatment}", err=True)
     return source
 
