@@ -137,6 +137,8 @@ class Backend:
         legalize: rewrites of a captured graph that this backend needs; told whether parameters
             are trained.
         refuses_tensor: why no kernel takes a tensor, whatever the op; empty: they do.
+        refuses_integers: why an op cannot read an input that the program takes as integers; empty:
+            it can.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Backend:
     limits: BiasLimits = _ANY_BIAS
     legalize: Callable[[GraphModule, bool], object] = lambda _model, _training: None
     refuses_tensor: Callable[[Node], str] = lambda _node: ""
+    refuses_integers: Callable[[PatternMatch, OpScheme], str] = lambda _match, _scheme: ""
 
     def support(self, rule: OpRule) -> Support:
         """What becomes of a family; for one without an entry, that it is float."""

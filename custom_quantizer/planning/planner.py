@@ -42,7 +42,6 @@ from custom_quantizer.ops import (
     rule_of,
 )
 from custom_quantizer.ops.backend import Backend, Delegation, Support
-from custom_quantizer.ops.gemm import CONV
 from custom_quantizer.ops.placement import Placement, Tally, tally
 from custom_quantizer.ops.rewrites.canonical import overwritten_by
 from custom_quantizer.planning.insertion import ANNOTATION_KEY
@@ -362,7 +361,7 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     _leave_sums_in_float(ops, anchors)
     _leave_divisors_in_float(ops, producer)
     io = _model_io(model, config, ops)
-    _leave_images_of_integers_in_float(ops, io)
+    _leave_readers_of_integers_in_float(ops, io, backend)
     _leave_unprofitable_in_float(ops, io, backend)
     _center(ops, producer)
     # What integers it is given comes first; what its consumers want only where it is given none.
@@ -684,22 +683,15 @@ def _center(ops: list[_Op], producer: dict[Node, _Op]) -> None:
             source.centered = signed
 
 
-def _leave_images_of_integers_in_float(ops: list[_Op], io: _ModelIO) -> None:
-    """A convolution that is quantized at run time reads no input that is integers already.
-
-    Lowered by ExecuTorch 1.5.1 such a program computes something else, or does not load.
-    """
+def _leave_readers_of_integers_in_float(ops: list[_Op], io: _ModelIO, backend: Backend) -> None:
+    """Not every kernel reads an input that the program takes as integers."""
     placeholders = [node for node in io.node.graph.nodes if node.op == "placeholder"]
     integers = {placeholders[position] for position in io.integer_inputs}
     for op in ops:
-        if op.match is None or op.match.rule is not CONV or op.scheme is None:
+        if op.match is None or op.scheme is None or integers.isdisjoint(op.match.inputs):
             continue
-        if op.scheme.dynamic and op.match.inputs[0] in integers:
-            op.scheme = None
-            op.reason = (
-                "its input is integers already, and convolutions choose scales at run time for "
-                "float images only; a scheme with ranges from data (a8w8) takes it"
-            )
+        if why := backend.refuses_integers(op.match, op.scheme):
+            op.scheme, op.reason = None, why
 
 
 def _leave_unprofitable_in_float(ops: list[_Op], io: _ModelIO, backend: Backend) -> None:

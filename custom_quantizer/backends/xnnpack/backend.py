@@ -22,6 +22,7 @@ from custom_quantizer.backends.xnnpack.kernels import (
     FLOAT_TARGETS,
     PORTABLE,
     SUPPORT,
+    refuses_integers,
     refuses_tensor,
 )
 from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, BiasLimits
@@ -44,4 +45,5 @@ BACKEND = Backend(
     limits=BiasLimits(MAX_EXACT_BIAS, WIDE_BIAS),
     legalize=lambda model, training: legalize_by(model, LEGALIZATIONS, training=training),
     refuses_tensor=refuses_tensor,
+    refuses_integers=refuses_integers,
 )

@@ -68,6 +68,7 @@ __all__ = [
     "is_pointwise",
     "matmul_batch",
     "packable_features",
+    "refuses_integers",
     "refuses_tensor",
 ]
 
@@ -112,6 +113,20 @@ def refuses_tensor(node: Node) -> str:
     elif meta is not None and meta.dim() == 0 and not is_constant(node):
         what = "dimensions"
     return f"has no {what}, and XNNPACK takes no such tensor" if what else ""
+
+
+def refuses_integers(match: PatternMatch, scheme: OpScheme) -> str:
+    """Why an op cannot read an input that the program takes as integers.
+
+    Lowered by ExecuTorch 1.5.1, a convolution that quantizes such an image at run time computes
+    something else, or does not load.
+    """
+    if match.rule is not CONV or not scheme.dynamic:
+        return ""
+    return (
+        "its input is integers already, and convolutions choose scales at run time for float "
+        "images only; a scheme with ranges from data (a8w8) takes it"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
