@@ -16,9 +16,9 @@ References:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+
+T = TypeVar("T")
 
 _COMMUTES = frozenset(
     {aten.relu.default, aten.max_pool2d.default, aten.max_pool1d.default, aten.dropout.default}
@@ -79,14 +81,19 @@ class Pair:
 def find_pairs(model: GraphModule, layers: Sequence[Layer]) -> tuple[list[Pair], dict[str, str]]:
     """The pairs of a prepared graph, and by the name of a first layer why it is in none."""
     by_node = {layer.node: layer for layer in layers}
-    pairs, refused = [], {}
-    for layer in layers:
-        found = _pair(model, layer, by_node)
-        if isinstance(found, str):
-            refused[layer.name] = found
+    return _sorted((layer.name, _pair(model, layer, by_node)) for layer in layers)
+
+
+def _sorted(results: Iterable[tuple[str, T | str]]) -> tuple[list[T], dict[str, str]]:
+    """What was found, and by name why something was not."""
+    found: list[T] = []
+    refused: dict[str, str] = {}
+    for name, result in results:
+        if isinstance(result, str):
+            refused[name] = result
         else:
-            pairs.append(found)
-    return pairs, refused
+            found.append(result)
+    return found, refused
 
 
 def _pair(model: GraphModule, first: Layer, layers: Mapping[Node, Layer]) -> Pair | str:
@@ -225,16 +232,8 @@ def find_norms(
 ) -> tuple[list[Smoothed], dict[str, str]]:
     """Layer norms before linear layers, and by the name of any other why it is none."""
     by_node = {layer.node: layer for layer in layers}
-    found, refused = [], {}
-    for node in model.graph.nodes:
-        if node.target is not aten.layer_norm.default:
-            continue
-        result = _smoothed(model, node, by_node)
-        if isinstance(result, str):
-            refused[node.name] = result
-        else:
-            found.append(result)
-    return found, refused
+    norms = (node for node in model.graph.nodes if node.target is aten.layer_norm.default)
+    return _sorted((norm.name, _smoothed(model, norm, by_node)) for norm in norms)
 
 
 def _smoothed(model: GraphModule, norm: Node, layers: Mapping[Node, Layer]) -> Smoothed | str:

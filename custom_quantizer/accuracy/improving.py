@@ -403,19 +403,8 @@ class _Run:
                 round_by_error(layer, moments, weight, centered=corrects)
             applied.append("gptq")
         if "adaround" in self.algorithms:
-            with self._timing("adaround"):
-                generator = torch.Generator().manual_seed(self.seed + index)
-                block = Block.of_layer(layer)
-                reason = learn_rounding(
-                    self.prepared,
-                    block,
-                    floating,
-                    rounded,
-                    self.learned,
-                    self.iterations,
-                    generator,
-                    drop=0,
-                )
+            block = Block.of_layer(layer)
+            reason = self._learn("adaround", index, block, floating, rounded, drop=0)
             self._settle("adaround", layer, reason, applied)
         if "bias_correction" in self.algorithms:
             with self._timing("bias_correction"):
@@ -470,21 +459,33 @@ class _Run:
         if len(block.layers) > _MOST_LAYERS:
             reason: str | None = f"its block has {len(block.layers)} layers, too many to learn"
         else:
-            with self._timing("brecq"):
-                generator = torch.Generator().manual_seed(self.seed + index)
-                reason = learn_rounding(
-                    self.prepared,
-                    block,
-                    floating,
-                    rounded,
-                    self.learned,
-                    self.iterations,
-                    generator,
-                )
+            reason = self._learn("brecq", index, block, floating, rounded)
         if reason is not None:
             self._leave("brecq", {layer.name: reason for layer in block.layers})
             return ()
         return ("brecq",)
+
+    def _learn(
+        self,
+        algorithm: str,
+        index: int,
+        block: Block,
+        floating: Stream,
+        rounded: Stream,
+        **options: float,
+    ) -> str | None:
+        with self._timing(algorithm):
+            generator = torch.Generator().manual_seed(self.seed + index)
+            return learn_rounding(
+                self.prepared,
+                block,
+                floating,
+                rounded,
+                self.learned,
+                self.iterations,
+                generator,
+                **options,
+            )
 
     def _measured(self) -> dict[Node, float]:
         """SQNR of each layer's output on what is held back, as the graph is now."""

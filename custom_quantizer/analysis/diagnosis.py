@@ -312,26 +312,18 @@ def diagnose(
     graph = GraphInputs.of(converted)
     queue = SampleQueue(graph)
     walk: _Walk | None = None
-    samples = passed = 0
+    samples = 0
     batches = [data] if isinstance(data, (Tensor, dict)) else cast(Iterable[Any], data)
     with state_kept(converted):
-        for index, batch in enumerate(track(batches, "diagnose", enabled=progress)):
-            values = graph.fit(batch, f"batch {index}")
-            size = graph.batch_size(values)
-            if limit is not None and graph.batch is not None and passed + size > limit:
-                size = limit - passed
-                values = graph.take(values, 0, size)
-            passed += size
-            for call in queue.push(values):
-                walk = walk or _Walk(_float_twin(model, converted, call), converted)
-                walk.add(call)
-                samples += graph.batch_size(call)
-            if limit is not None and passed >= limit:
-                break
+        for call in queue.calls(track(batches, "diagnose", enabled=progress), limit):
+            walk = walk or _Walk(_float_twin(model, converted, call), converted)
+            walk.add(call)
+            samples += graph.batch_size(call)
     if walk is None:
+        given = queue.passed
         raise InputError(
-            f"the data holds {passed} samples, but the graph takes batches of {queue.smallest}"
-            if passed
+            f"the data holds {given} samples, but the graph takes batches of {queue.smallest}"
+            if given
             else "the data to diagnose with holds no sample"
         )
     return Diagnosis(samples, walk.tensors(), walk.weights(), walk.outputs())

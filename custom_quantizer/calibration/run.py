@@ -296,20 +296,7 @@ def graph_calls(prepared: GraphModule, data: object, limit: int | None = None) -
     """
     _check_prepared(prepared)
     graph = GraphInputs.of(prepared)
-    queue = SampleQueue(graph)
-    calls: list[list[Any]] = []
-    passed = 0
-    for index, batch in enumerate(_batches(data)):
-        values = graph.fit(batch, f"batch {index}")
-        size = graph.batch_size(values)
-        if limit is not None and graph.batch is not None and passed + size > limit:
-            size = limit - passed
-            values = graph.take(values, 0, size)
-        passed += size
-        calls.extend(queue.push(values))
-        if limit is not None and passed >= limit:
-            break
-    return calls
+    return list(SampleQueue(graph).calls(_batches(data), limit))
 
 
 def _check_prepared(prepared: object) -> None:
@@ -555,9 +542,15 @@ class GraphInputs:
 
 
 class SampleQueue:
-    """Samples that wait until they make a batch of a size the graph takes."""
+    """Samples that wait until they make a batch of a size the graph takes.
+
+    Attributes:
+        smallest: size of a batch that the graph takes.
+        passed: samples that :meth:`calls` was given.
+    """
 
     def __init__(self, graph: GraphInputs) -> None:
+        self.passed = 0
         self._graph = graph
         self._waiting: list[Any] | None = None
         low, high = graph.batch or (1, None)
@@ -576,6 +569,19 @@ class SampleQueue:
             yield self._graph.take(values, start, stop)
             start = stop
         self._waiting = self._graph.take(values, start, size) if start < size else None
+
+    def calls(self, batches: Iterable[Any], limit: int | None = None) -> Iterator[list[Any]]:
+        """What the graph is called with, of the first ``limit`` samples of some batches."""
+        for index, batch in enumerate(batches):
+            values = self._graph.fit(batch, f"batch {index}")
+            size = self._graph.batch_size(values)
+            if limit is not None and self._graph.batch is not None and self.passed + size > limit:
+                size = limit - self.passed
+                values = self._graph.take(values, 0, size)
+            self.passed += size
+            yield from self.push(values)
+            if limit is not None and self.passed >= limit:
+                break
 
 
 def _dtype_text(dtype: torch.dtype) -> str:

@@ -183,16 +183,15 @@ def check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:
 
 def shape_hint(wanted: Sequence[object], given: Sequence[int]) -> str:
     """What is wrong with a shape, where it is one of the usual mistakes; dynamic sizes fit all."""
-    fits = [not isinstance(w, int) or w == g for w, g in zip(wanted, given, strict=False)]
     if len(given) == len(wanted) - 1 and _fit(wanted[1:], given):
         return "; it has no batch dimension: x.unsqueeze(0)"
     if len(given) != len(wanted) or len(given) < 2:
         return ""
     if len(given) > 2 and _fit(wanted, (given[0], given[-1], *given[1:-1])):
         return "; it looks channels-last: x.movedim(-1, 1)"
-    if all(fits[1:]):
+    if _fit(wanted[1:], given[1:]):
         return "; the size of its batch is fixed: capture with dynamic_batch, or pass such batches"
-    if len(given) == 4 and fits[1]:
+    if len(given) == 4 and _fit(wanted[1:2], given[1:2]):
         return "; images have to be of one size: resize them, as in Preprocess(resize) or --resize"
     return ""
 
