@@ -443,27 +443,11 @@ def add_constant(model: GraphModule, name: str, value: torch.Tensor, before: Nod
     model.register_buffer(free, value.detach().clone(memory_format=torch.contiguous_format))
     with model.graph.inserting_before(before):
         node = model.graph.get_attr(free)
-    _record_shape(node, value)
-    return node
-
-
-def record_constants(model: GraphModule) -> None:
-    """Record shape and dtype of the constants that ``convert_pt2e`` made, which recorded none."""
-    for node in model.graph.nodes:
-        readers = [user for user in node.users if is_dequantize(user)]
-        if node.op == "get_attr" and "val" not in node.meta and readers:
-            integers = constant_of(model, node)
-            _record_shape(node, integers)
-            for reader in readers:
-                _record_shape(reader, integers.to(torch.float32))
-
-
-def _record_shape(node: Node, value: torch.Tensor) -> None:
-    """Give a node the fake value that ``torch.export`` would have given it."""
-    fake_mode = _fake_mode_of(node)
+    fake_mode = _fake_mode_of(before)
     if fake_mode is not None:
         with fake_mode:
             node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return node
 
 
 def _fake_mode_of(node: Node) -> Any:

@@ -36,7 +36,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     origin_of,
     set_origin,
 )
-from custom_quantizer.core.graph import is_dequantize, is_quantize, record_constants
+from custom_quantizer.core.graph import is_dequantize, is_quantize
 from custom_quantizer.errors import CustomQuantizerError, LoweringError, first_line
 from custom_quantizer.ops.rewrites.canonical import mark_overwritten
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
@@ -165,7 +165,6 @@ def run_passes(
         if node.op == "call_function" and not (is_quantize(node) or is_dequantize(node)):
             set_origin(node, node.name)
     mark_overwritten(model)
-    record_constants(model)
     float_fallback.mark_fallbacks(model, graph or read_converted(model))
     applied: dict[str, int] = {}
     for graph_pass in PASSES:
