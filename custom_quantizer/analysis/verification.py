@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,20 +22,18 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from custom_quantizer.analysis.fidelity import db_text, finite
-from custom_quantizer.backends.xnnpack import LoweredProgram, lower
-from custom_quantizer.backends.xnnpack.checks import (
-    differences,
-    inexact_ops,
-    instrumented,
-    is_exact,
-    output_scales,
-)
+from custom_quantizer.backends import checks_of
 from custom_quantizer.core.graph import input_tuples, module_path, state_kept, tensor_meta
 from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import CustomQuantizerError, InputError
-from custom_quantizer.reference import IntegerReference, integer_reference
+from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
+from custom_quantizer.reference.verifying import (
+    Program,
+    output_scales,
+    tensor_differences,
+)
 
 __all__ = ["FirstDifference", "OutputCheck", "Verification", "random_like", "verify"]
 
@@ -94,22 +93,27 @@ class Verification:
 
     Attributes:
         outputs: one entry per output tensor.
-        constants_equal: every weight, bias, scale and clamp in the file is the graph's.
+        constants_equal: every weight, bias, scale and clamp in the file is the graph's; ``None``:
+            they are not read back (TOSA).
         exact_expected: every op is integer, so the outputs must be equal bit for bit.
         first: the first op that differs, if any does.
         inexact_ops: ops that are float or emulated, so that equality is not expected, and why.
     """
 
     outputs: tuple[OutputCheck, ...]
-    constants_equal: bool
+    constants_equal: bool | None
     exact_expected: bool
     first: FirstDifference | None
     inexact_ops: tuple[str, ...]
 
     @property
     def bit_exact(self) -> bool:
-        """The file holds the graph's integers and computes what they say, bit for bit."""
-        return self.constants_equal and all(output.mismatches == 0 for output in self.outputs)
+        """The file holds the graph's integers and computes what they say, bit for bit.
+
+        What was not read back is judged by what it computes.
+        """
+        wrong = any(output.mismatches for output in self.outputs)
+        return self.constants_equal is not False and not wrong
 
     def to_json(self) -> str:
         """All fields as JSON; null for the SQNR of an output without any error."""
@@ -133,45 +137,43 @@ class Verification:
                 lines.append(f"    float model: SQNR {db_text(out.sqnr_float)}")
         if self.first is not None:
             lines.append(f"  first difference: {self.first}")
+        if self.constants_equal is None:
+            lines.append("  the file's constants were not read back; judged by the outputs alone")
         lines += [f"  not bit-exact by design: {op}" for op in self.inexact_ops]
         return "\n".join(lines)
 
 
 def verify(
     converted: GraphModule,
-    lowered: LoweredProgram,
+    lowered: Program,
     inputs: Iterable[Any],
     *,
     float_model: Callable[..., Any] | None = None,
 ) -> Verification:
-    """Compare a program with the integer reference of its graph.
+    """Compare a program with the integer reference of its graph, as its backend rounds.
 
     The inputs are one stream: where a model writes its buffers, all begin with what the graph
     holds, and the graph holds the same afterwards; the program is loaded anew before and after.
 
     Args:
         converted: what ``convert_pt2e`` returned.
-        lowered: what :func:`custom_quantizer.lower` made of it.
+        lowered: what :func:`custom_quantizer.lower` made of it, for any backend.
         inputs: one tuple of inputs, or an iterable of such tuples (or of single tensors). Where the
             program takes integers: these, or float32.
         float_model: for the SQNR against it.
 
     Raises:
-        InputError: there are no inputs, or it is no ExecuTorch program.
+        InputError: there are no inputs, or it is no program of a backend.
         ConversionError: the graph is not a converted one.
         ProgramError: the program does not run.
     """
-    if not isinstance(lowered, LoweredProgram):
-        raise InputError(
-            f"verify compares an ExecuTorch program, got {type(lowered).__name__}; a TosaProgram "
-            "says itself how many values differ: program.differing(inputs)"
-        )
-    graph = read_converted(converted)
+    checks = checks_of(lowered)
+    graph = read_converted(converted, lowered.graph.backend)
     batches = list(input_tuples(inputs))
     if not batches:
         raise InputError("there are no inputs to verify on; pass at least one tuple of inputs")
     reference = IntegerReference(graph)
-    checks = [_OutputStatistics(i, scale) for i, scale in enumerate(output_scales(converted))]
+    statistics = [_OutputStatistics(i, scale) for i, scale in enumerate(output_scales(converted))]
     lowered.reset()
     with exclusive(), torch.no_grad(), state_kept(converted), _state_kept(float_model):
         for batch in batches:
@@ -181,19 +183,21 @@ def verify(
             batch = _reals(graph, batch)
             eager = pytree.tree_leaves(converted(*batch))
             real = pytree.tree_leaves(float_model(*batch)) if float_model is not None else None
-            for i, check in enumerate(checks):
+            for i, each in enumerate(statistics):
                 if isinstance(want[i], Tensor):  # neither None nor a number
-                    check.add(got[i], want[i], eager[i], None if real is None else real[i])
+                    each.add(got[i], want[i], eager[i], None if real is None else real[i])
     lowered.reset()
-    found = next(differences(lowered, graph), None)
-    outputs = tuple(check.result() for check in checks)
-    exact = is_exact(lowered, graph)
+    stored = checks.differences(lowered, graph)
+    found = None if stored is None else next(stored, None)
+    outputs = tuple(each.result() for each in statistics)
+    exact = checks.is_exact(lowered, graph)
     first: FirstDifference | None = None
     if found is not None:
         first = FirstDifference(found.node, _path(graph, found.node), found.what, found.detail)
     elif exact and any(output.mismatches for output in outputs):
-        first = _first_wrong_tensor(graph, batches)
-    return Verification(outputs, found is None, exact, first, inexact_ops(graph, lowered))
+        first = _first_wrong_tensor(graph, batches, partial(checks.lower_again, lowered))
+    equal = None if stored is None else found is None
+    return Verification(outputs, equal, exact, first, checks.inexact_ops(lowered, graph))
 
 
 def _reals(graph: ConvertedGraph, batch: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -240,10 +244,12 @@ def _path(graph: ConvertedGraph, name: str) -> str:
 
 
 def _first_wrong_tensor(
-    graph: ConvertedGraph, batches: Sequence[tuple[Any, ...]]
+    graph: ConvertedGraph,
+    batches: Sequence[tuple[Any, ...]],
+    lower: Callable[[GraphModule, tuple[Any, ...]], Program],
 ) -> FirstDifference:
     try:
-        tensors = tensor_differences(graph, batches[:1])
+        tensors = tensor_differences(graph, batches[:1], lower)
     except CustomQuantizerError as error:
         return FirstDifference("", "", "unknown", f"the graph cannot be taken apart: {error}")
     for found in tensors:
@@ -251,63 +257,6 @@ def _first_wrong_tensor(
             return FirstDifference(found.node, _path(graph, found.node), "output", str(found))
     return FirstDifference(
         "", "", "unknown", "every op alone is right, so the program is not of this graph"
-    )
-
-
-@dataclass(frozen=True)
-class TensorDifference:
-    """One quantized tensor: what the runtime computes, next to the integer reference.
-
-    Attributes:
-        node: that computes it.
-        values: how many were compared.
-        mismatches: how many differ.
-        max_lsb: largest difference, in steps of its scale.
-    """
-
-    node: str
-    values: int
-    mismatches: int
-    max_lsb: float
-
-    def __str__(self) -> str:
-        return f"{self.mismatches} of {self.values} values differ, by up to {self.max_lsb:.0f} LSB"
-
-
-def tensor_differences(
-    graph: ConvertedGraph, batches: Sequence[tuple[Any, ...]]
-) -> tuple[TensorDifference, ...]:
-    """Lower the graph with every quantized tensor as an output and compare these, in graph order.
-
-    That is another program than the graph's own: XNNPACK cannot merge ops across an output.
-
-    Args:
-        graph: to lower.
-        batches: inputs.
-
-    Raises:
-        LoweringError: the graph cannot be lowered so.
-        ProgramError: the program does not run.
-    """
-    tapped, taps = instrumented(graph.model)
-    if not taps:
-        return ()
-    flat = [tuple(pytree.tree_leaves(batch)) for batch in batches]
-    program, reference = lower(tapped, flat[0], check=False), integer_reference(tapped)
-    counts = [(0, 0, 0.0)] * len(taps)
-    for inputs in flat:
-        got, want = (pytree.tree_leaves(run(*inputs)) for run in (program.run, reference))
-        for i, ((_, scale), mine, theirs) in enumerate(zip(taps, want, got, strict=True)):
-            values, wrong, most = counts[i]
-            lsb = float((mine - theirs).abs().max()) / scale if mine.numel() else 0.0
-            counts[i] = (
-                values + mine.numel(),
-                wrong + int((mine != theirs).sum()),
-                max(most, lsb),
-            )
-    return tuple(
-        TensorDifference(name, values, wrong, float(round(most)))
-        for (name, _), (values, wrong, most) in zip(taps, counts, strict=True)
     )
 
 

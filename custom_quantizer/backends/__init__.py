@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from custom_quantizer.errors import ConfigError
+from custom_quantizer.errors import ConfigError, InputError
 from custom_quantizer.ops.backend import BackendLike, get_backend
+from custom_quantizer.reference.converted import ConvertedGraph
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from custom_quantizer.backends.tosa import TosaProgram
     from custom_quantizer.backends.xnnpack import LoweredProgram
+    from custom_quantizer.reference.verifying import Checks
 
-__all__ = ["lower"]
+__all__ = ["checks_of", "lower"]
 
 
 @overload
@@ -71,3 +73,18 @@ def lower(
     package = import_module(f"{__name__}.{get_backend(backend).name}")
     program: LoweredProgram | TosaProgram = package.lower(converted, example_inputs, **options)
     return program
+
+
+def checks_of(program: object) -> Checks:
+    """What the backend of a program knows of it: its module ``checks``.
+
+    Raises:
+        InputError: it is no program of a backend.
+    """
+    graph = getattr(program, "graph", None)
+    if not isinstance(graph, ConvertedGraph):
+        raise InputError(
+            f"verify compares a program with its graph, got {type(program).__name__}; pass what "
+            "custom_quantizer.lower returned"
+        )
+    return cast("Checks", import_module(f"{__name__}.{graph.backend.name}.checks"))

@@ -11,12 +11,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from custom_quantizer.backends import checks_of
 from custom_quantizer.core.graph import input_tuples
 from custom_quantizer.core.plot import new_figure, save_figure
 from custom_quantizer.core.text_table import table_lines
@@ -24,11 +26,11 @@ from custom_quantizer.errors import InputError
 from custom_quantizer.report.record import ProgramOp, ProgramRow, inspect_program
 
 if TYPE_CHECKING:
-    from custom_quantizer.analysis.verification import TensorDifference
     from custom_quantizer.backends.xnnpack import LoweredProgram
     from custom_quantizer.backends.xnnpack.profiling import ProgramTime
     from custom_quantizer.backends.xnnpack.readback import MethodContents
     from custom_quantizer.core.borders import Borders
+    from custom_quantizer.reference.verifying import TensorDifference
 
 __all__ = ["Profile", "ProfileRow", "profile"]
 
@@ -252,12 +254,15 @@ def _differences(
     program: LoweredProgram, batches: Sequence[Sequence[Any]]
 ) -> dict[str, TensorDifference]:
     """By the name of the op as it was written: of its parts the one that differs most, or last."""
-    from custom_quantizer.analysis.verification import tensor_differences
+    from custom_quantizer.reference.verifying import tensor_differences
 
+    lower_again = partial(checks_of(program).lower_again, program)
     written = {op.node: op.written for op in program.report.ops}
     made_by = {op.output_node.name: op.node.name for op in program.graph.integer}
     found: dict[str, TensorDifference] = {}
-    for tensor in tensor_differences(program.graph, [tuple(batch) for batch in batches]):
+    for tensor in tensor_differences(
+        program.graph, [tuple(batch) for batch in batches], lower_again
+    ):
         op = written.get(made_by.get(tensor.node, tensor.node))
         if op is not None and (op not in found or tensor.mismatches >= found[op].mismatches):
             found[op] = tensor

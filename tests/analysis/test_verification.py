@@ -188,3 +188,8 @@ def test_reference_records_integers(converted: Converted) -> None:
         assert not values.dtype.is_floating_point, name
         assert int(values.min()) >= -128
         assert int(values.max()) <= 127
+
+
+def test_what_is_no_program_is_refused() -> None:
+    with pytest.raises(cq.InputError, match="got bytes; pass what custom_quantizer"):
+        cq.verify(nn.Module(), b"a file", [])  # type: ignore[arg-type]

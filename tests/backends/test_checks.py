@@ -22,12 +22,12 @@ from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import checks, passes
-from custom_quantizer.backends.xnnpack.checks import Difference
 from custom_quantizer.backends.xnnpack.checksum import seal, split_checksum
 from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp
 from custom_quantizer.core.graph import add_constant, is_quantize
 from custom_quantizer.errors import VerificationError
 from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.verifying import Difference
 
 aten = torch.ops.aten
 IMAGE = (1, 4, 6, 6)

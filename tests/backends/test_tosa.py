@@ -314,12 +314,6 @@ def test_without_the_tools_the_error_says_what_to_install(monkeypatch: pytest.Mo
         cq.lower(done.graph, done.example, backend="tosa")
 
 
-def test_verify_says_who_compares_a_tosa_program() -> None:
-    program = cq.TosaProgram.__new__(cq.TosaProgram)
-    with pytest.raises(cq.InputError, match=r"got TosaProgram; .* program\.differing\(inputs\)"):
-        cq.verify(nn.Module(), program, [])  # type: ignore[arg-type]
-
-
 def test_a_backend_that_makes_no_programs() -> None:
     with pytest.raises(cq.ConfigError, match="write them with save_integers or save_c"):
         cq.lower(nn.Module(), (), backend=None)  # type: ignore[call-overload]
@@ -405,6 +399,9 @@ def test_verification_catches_a_pool_between_two_scales() -> None:
     graph = planned(model, example, "a8w8", tampered)
     with pytest.raises(cq.VerificationError, match=r"avg_pool2d \(1\): the TOSA program computes"):
         lowering.lower_graph(graph, example)
+    checked = cq.verify(graph.model, lowering.lower_graph(graph, example, check=False), [example])
+    assert not checked.bit_exact
+    assert str(checked.first).startswith("avg_pool2d (1): output: ")
     assert lowering.lower_graph(planned(model, example, "a8w8"), example).report.programs == 1
 
 
@@ -421,7 +418,12 @@ def test_verification_catches_a_relu_that_int16_saturation_does_not_do() -> None
     graph = planned(model, example, "a16w8")
     with pytest.raises(cq.VerificationError, match=r"conv2d \(0\): .* outputs differ on the"):
         lowering.lower_graph(graph, example, passes=_but("explicit_activations"))
-    lowering.lower_graph(graph, example)
+    wrong = lowering.lower_graph(graph, example, check=False, passes=_but("explicit_activations"))
+    checked = cq.verify(graph.model, wrong, [example])
+    assert (checked.bit_exact, checked.exact_expected) == (False, True)
+    assert cast(Any, checked.first).node in ("conv2d", "relu")
+    right = cq.verify(graph.model, lowering.lower_graph(graph, example), [example])
+    assert (right.bit_exact, right.constants_equal, right.first) == (True, None, None)
 
 
 @pytest.mark.slow
@@ -463,6 +465,11 @@ def test_a_program_with_float_between(tmp_path: Any) -> None:
     assert program.report.programs == len(program.buffers) == 2
     assert "aten::_softmax" in program.report.outside
     assert program.differing([(torch.randn(2, 8),) for _ in range(3)]) == (0, 24)
+    checked = cq.verify(graph.model, program, [example], float_model=model)
+    assert checked.bit_exact
+    assert not checked.exact_expected
+    assert checked.inexact_ops == ("softmax: TOSA has no integer softmax",)
+    assert "the file's constants were not read back" in str(checked)
     with pytest.raises(cq.LoweringError, match=r"2 TOSA programs with calls between .*softmax"):
         program.save(tmp_path / "net.tosa")
     with pytest.raises(cq.InputError, match=r"input 0 must have shape \(2, 8\), got \(3, 8\)"):

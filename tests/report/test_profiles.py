@@ -17,6 +17,8 @@ from torch.fx import GraphModule
 import custom_quantizer as cq
 from custom_quantizer.app.cli import cli
 from custom_quantizer.backends.xnnpack.profiling import aligned, measure
+from custom_quantizer.reference import verifying
+from custom_quantizer.reference.converted import ConvertedGraph
 from custom_quantizer.report import profiles
 
 
@@ -113,12 +115,10 @@ def test_integer_ops_differ_nowhere() -> None:
 
 def test_an_op_that_computes_something_else_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reference whose linear layer is off in one value stands for a kernel that is."""
-    from custom_quantizer.analysis import verification
+    exact = verifying.IntegerReference
 
-    exact = verification.integer_reference
-
-    def spoiled(model: GraphModule) -> Any:
-        reference = exact(model)
+    def spoiled(graph: ConvertedGraph) -> Any:
+        reference = exact(graph)
 
         def run(*inputs: Any) -> Any:
             off = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]])
@@ -126,7 +126,7 @@ def test_an_op_that_computes_something_else_is_shown(monkeypatch: pytest.MonkeyP
 
         return run
 
-    monkeypatch.setattr(verification, "integer_reference", spoiled)
+    monkeypatch.setattr(verifying, "IntegerReference", spoiled)
     found = {row.op: row.difference for row in cq.profile(program()[1], (X,), runs=1).rows}
     assert found["linear"] is not None
     assert found["linear"].mismatches == 1

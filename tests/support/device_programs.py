@@ -14,7 +14,7 @@ from torch.fx import Node
 
 import custom_quantizer as cq
 from custom_quantizer.app.digits import DigitsNet
-from custom_quantizer.backends.xnnpack.checks import instrumented, is_exact, relative_error
+from custom_quantizer.backends.xnnpack.checks import is_exact, relative_error
 from custom_quantizer.core.graph import (
     is_constant,
     is_quantize,
@@ -24,6 +24,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.ops.backend import Backend, get_mode
 from custom_quantizer.reference.converted import read_converted
 from custom_quantizer.reference.device_manifest import read_manifest, tensor_from_bytes
+from custom_quantizer.reference.verifying import instrumented
 from support.cifar_models import resnet20
 from support.fuzz import Compared
 from support.graphs import Function, Inputs, differences

@@ -24,7 +24,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
-from custom_quantizer.backends.xnnpack.checks import instrumented, is_exact
+from custom_quantizer.backends.xnnpack.checks import is_exact
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import derived_scale
 from custom_quantizer.core.graph import (
@@ -40,6 +40,7 @@ from custom_quantizer.ops.functions import is_tanh_gelu
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.interpreter import IntegerReference
+from custom_quantizer.reference.verifying import instrumented
 from support.graphs import Inputs, canonicalize, differences, stress
 from support.models import Converted, randomize_batch_norms
 

@@ -20,15 +20,11 @@ from custom_quantizer.backends.tosa.program import (
     TosaProgram,
     TosaReport,
     delegates_of,
-    run_flat,
-    unequal,
 )
 from custom_quantizer.backends.tosa.tools import require
 from custom_quantizer.core.graph import (
-    DEQUANTIZE_PER_TENSOR,
     describe,
     detached_copy,
-    is_quantize,
     module_path,
     state_of,
 )
@@ -37,11 +33,9 @@ from custom_quantizer.core.threads import interruption_point, tools
 from custom_quantizer.errors import (
     CustomQuantizerError,
     LoweringError,
-    VerificationError,
     first_line,
 )
 from custom_quantizer.ops import QuantizedOp
-from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.reference.inputs import check_example, placeholder_metas, specs_of
 
@@ -118,11 +112,13 @@ def lower_graph(
     module = edge.exported_program().module()
     report = _report(graph, edge, module, applied)
     program = TosaProgram(
-        module, report, graph, specs_of(graph.model), tuple(_sizes(graph.model, example))
+        module, report, graph, specs_of(graph.model), tuple(_sizes(graph.model, example)), passes
     )
     if check:
+        from custom_quantizer.backends.tosa.checks import check_program
+
         say("checking the program")
-        _check(program, graph, example, passes)
+        check_program(program, graph, example)
     return program
 
 
@@ -237,69 +233,3 @@ def _row(graph: ConvertedGraph, op: QuantizedOp | FloatOp, beside: set[str | Non
         kernel,
         reason,
     )
-
-
-# ---------------------------------------------------------------------------------------------
-# Checks
-# ---------------------------------------------------------------------------------------------
-
-
-def _check(
-    program: TosaProgram,
-    graph: ConvertedGraph,
-    example: tuple[Any, ...],
-    passes: Sequence[Callable[[Work], int]],
-) -> None:
-    left = [op for op in program.report.ops if op.backend is kernels.OUTSIDE]
-    integer = {op.node.name for op in graph.integer}
-    refused = [op.node for op in left if op.node in integer]
-    if refused:
-        raise LoweringError(
-            f"{', '.join(refused[:5])}: planned on integers, but ExecuTorch's partitioner left it "
-            "out of the TOSA program; leave it in float with set_node_name(name, None)"
-        )
-    differ, total = program.differing([example])
-    if differ:
-        where = _first_wrong(graph, example, passes)
-        raise VerificationError(
-            f"{where}: the TOSA program computes other integers than the graph says; {differ:,} of "
-            f"{total:,} outputs differ on the example; leave the op in float with "
-            "set_node_name(name, None), and please report the model"
-        )
-
-
-def _first_wrong(
-    graph: ConvertedGraph, example: tuple[Any, ...], passes: Sequence[Callable[[Work], int]]
-) -> str:
-    """The first op whose integers differ, when the program returns those of every op."""
-    model = detached_copy(graph.model)
-    run_passes(model, graph, passes)
-    by_name = {node.name: node for node in model.graph.nodes}
-    reference = IntegerReference(graph)
-    _, wanted = reference.with_integers(*example)
-    returned: dict[str, Node] = {}
-    for op in graph.integer:
-        stored = next((user for user in op.output_node.users if is_quantize(user)), None)
-        node = None if stored is None else by_name.get(stored.name)
-        if node is not None and op.output_node.name in wanted:
-            # With readers inside and outside of the program a dequantize node splits it.
-            with model.graph.inserting_after(node):
-                real = model.graph.call_function(DEQUANTIZE_PER_TENSOR, (node, *node.args[1:]))
-            returned[op.output_node.name] = real
-    (output,) = (node for node in model.graph.nodes if node.op == "output")
-    output.args = (tuple(returned.values()),)
-    model.graph.set_codegen(torch.fx.graph.CodeGen())
-    model.recompile()
-    flat = tuple(pytree.tree_leaves(example))
-    try:
-        made = run_flat(_to_edge(_export(model, flat)).exported_program().module(), list(flat))
-    except CustomQuantizerError as error:
-        return f"the program as a whole (with more outputs it is refused: {error})"
-    for op in graph.integer:
-        name = op.output_node.name
-        if name not in returned:
-            continue
-        given = made[list(returned).index(name)]
-        if unequal(reference.arithmetic.dequantize(wanted[name], op.output), given):
-            return describe(op.node)
-    return "the program as a whole (each op by itself is right)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class TosaProgram:
 
     Attributes:
         report: what became of each op.
+        passes: that rewrote the graph.
     """
 
     def __init__(
@@ -103,12 +104,19 @@ class TosaProgram:
         graph: ConvertedGraph,
         specs: tuple[Any, Any],
         metas: tuple[Tensor | None, ...],
+        passes: Sequence[Callable[..., int]],
     ) -> None:
         self.report = report
+        self.passes = passes
         self._module = module
         self._graph = graph
         self._in_spec, self._out_spec = specs
         self._metas = metas
+
+    @property
+    def graph(self) -> ConvertedGraph:
+        """The converted graph that it was made of."""
+        return self._graph
 
     @property
     def buffers(self) -> tuple[bytes, ...]:
@@ -163,6 +171,13 @@ class TosaProgram:
         return pytree.tree_unflatten(outputs, self._out_spec)
 
     __call__ = run
+
+    def dequantized(self, outputs: Any) -> Any:
+        """What it returned, with float32 values in the place of integers of a border."""
+        return self._graph.borders.reals(outputs, self._graph.backend.arithmetic.dequantize)
+
+    def reset(self) -> None:
+        """Nothing: a TOSA program keeps nothing from one run to the next."""
 
     def differing(self, inputs: Iterable[Any]) -> tuple[int, int]:
         """Compare with the integer reference, bit for bit.

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.graph import CodeGen
+from torch.fx import GraphModule
 
 from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.groups import joined
+from custom_quantizer.backends.xnnpack.lowering import lower
 from custom_quantizer.backends.xnnpack.program import (
     INTEGER_BACKENDS,
     LoweredProgram,
@@ -27,28 +27,21 @@ from custom_quantizer.backends.xnnpack.program import (
 )
 from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp, ProgramContents
 from custom_quantizer.core.arithmetic import QParams
-from custom_quantizer.core.graph import (
-    DEQUANTIZE_PER_TENSOR,
-    QUANTIZE_PER_TENSOR,
-    describe,
-    detached_copy,
-    is_constant,
-    tensor_meta,
-)
+from custom_quantizer.core.graph import describe, tensor_meta
 from custom_quantizer.errors import LoweringError, ProgramError, VerificationError
 from custom_quantizer.ops import QParamSharing, QuantizedOp
 from custom_quantizer.ops._rule import as_limits
 from custom_quantizer.ops.gemm import CONV, expand_channels
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph
+from custom_quantizer.reference.verifying import Difference
 
 __all__ = [
-    "Difference",
     "check_program",
     "differences",
     "inexact_ops",
-    "instrumented",
-    "output_scales",
+    "is_exact",
+    "lower_again",
     "relative_error",
 ]
 
@@ -57,27 +50,6 @@ MOST_DIMS = 6
 
 FLOAT_TOLERANCE = 0.1
 """Largest relative error of outputs when float ops take part; a broken program is near 1."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Something a program holds that is not what the graph says.
-
-    Attributes:
-        node: anchor of the op in the converted graph.
-        where: node and module path, for messages.
-        what: ``weight``, ``weight scale``, ``bias``, ``input scale``, ``output scale``, ``clamp``,
-            ``second factor``, ``missing``.
-        detail: both values.
-    """
-
-    node: str
-    where: str
-    what: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}: {self.detail}"
 
 
 def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> None:
@@ -420,11 +392,18 @@ def is_exact(program: LoweredProgram, graph: ConvertedGraph) -> bool:
     return not graph.floating and all(op.backend in known for op in program.report.ops)
 
 
-def inexact_ops(graph: ConvertedGraph, program: LoweredProgram) -> tuple[str, ...]:
+def inexact_ops(program: LoweredProgram, graph: ConvertedGraph) -> tuple[str, ...]:
     """Ops that are float or emulated, so that equality is not expected, and why."""
     reasons = {op.node.name: op.reason for op in graph.floating}
     reasons.update({row.node: row.reason for row in program.report.not_integer()})
     return tuple(f"{node}: {reason}" for node, reason in reasons.items())
+
+
+def lower_again(
+    program: LoweredProgram, converted: GraphModule, example: tuple[Any, ...]
+) -> LoweredProgram:
+    """Lower another graph as this program was lowered, without checks."""
+    return lower(converted, example, check=False)
 
 
 def relative_error(want: Tensor, got: Tensor) -> float:
@@ -433,37 +412,3 @@ def relative_error(want: Tensor, got: Tensor) -> float:
     noise = (got.to(torch.float64) - reference).square().mean().sqrt()
     signal = reference.square().mean().sqrt()
     return float(noise / signal) if signal > 0 else float(noise)
-
-
-def output_scales(model: GraphModule) -> list[float | None]:
-    """Scale of each tensor a converted graph returns; ``None`` where it is not quantized."""
-    (output,) = (node for node in model.graph.nodes if node.op == "output")
-    scales: list[float | None] = []
-    for value in pytree.tree_leaves(output.args[0]):
-        quantized = isinstance(value, Node) and value.target is DEQUANTIZE_PER_TENSOR
-        scales.append(cast(float, value.args[1]) if quantized else None)
-    return scales
-
-
-def instrumented(converted: GraphModule) -> tuple[GraphModule, list[tuple[str, float]]]:
-    """A copy of a converted graph that returns every quantized tensor.
-
-    Returns:
-        The copy, whose inputs and outputs are flat, and for each output the name of the node whose
-        tensor it is and its scale.
-    """
-    model = detached_copy(converted)
-    taps: list[tuple[str, float]] = []
-    results: list[Node] = []
-    (output,) = (node for node in model.graph.nodes if node.op == "output")
-    for node in list(model.graph.nodes):
-        if node.target is not QUANTIZE_PER_TENSOR or is_constant(node.args[0]):
-            continue
-        with model.graph.inserting_before(output):
-            results.append(model.graph.call_function(DEQUANTIZE_PER_TENSOR, (node, *node.args[1:])))
-        taps.append((cast(Node, node.args[0]).name, cast(float, node.args[1])))
-    output.args = (tuple(results),)
-    model.graph.set_codegen(CodeGen())
-    model.graph.eliminate_dead_code()
-    model.recompile()
-    return model, taps

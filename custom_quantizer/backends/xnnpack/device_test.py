@@ -26,12 +26,7 @@ from executorch.devtools.bundled_program.serialize import (
 from torch import Tensor
 
 from custom_quantizer.backends.xnnpack.backend import BACKEND
-from custom_quantizer.backends.xnnpack.checks import (
-    inexact_ops,
-    instrumented,
-    is_exact,
-    output_scales,
-)
+from custom_quantizer.backends.xnnpack.checks import inexact_ops, is_exact
 from custom_quantizer.backends.xnnpack.lowering import lower
 from custom_quantizer.backends.xnnpack.program import LoweredProgram
 from custom_quantizer.core.file_hashes import sha256_of
@@ -51,6 +46,7 @@ from custom_quantizer.reference.device_manifest import (
     TensorEntry,
     tensor_bytes,
 )
+from custom_quantizer.reference.verifying import instrumented, output_scales
 
 __all__ = ["bundled", "write_device_test"]
 
@@ -124,7 +120,7 @@ def write_device_test(
         mode=mode,
         bundled=None if bundle is None else _entry(files, f"{name}.bpte"),
         exact=exact,
-        inexact=() if exact else inexact_ops(graph, lowered),
+        inexact=() if exact else inexact_ops(lowered, graph),
         outputs=tuple(outputs),
         samples=samples,
     )

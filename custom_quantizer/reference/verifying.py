@@ -1,0 +1,181 @@
+"""What a backend tells of a program of its own, for whom compares it with its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    QUANTIZE_PER_TENSOR,
+    detached_copy,
+    is_constant,
+)
+from custom_quantizer.reference.converted import ConvertedGraph, read_converted
+from custom_quantizer.reference.interpreter import IntegerReference
+
+__all__ = [
+    "Checks",
+    "Difference",
+    "Program",
+    "TensorDifference",
+    "instrumented",
+    "output_scales",
+    "tensor_differences",
+]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something a program holds that is not what the graph says.
+
+    Attributes:
+        node: anchor of the op in the converted graph.
+        where: node and module path, for messages.
+        what: ``weight``, ``weight scale``, ``bias``, ``input scale``, ``output scale``, ``clamp``,
+            ``second factor``, ``missing``.
+        detail: both values.
+    """
+
+    node: str
+    where: str
+    what: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}: {self.detail}"
+
+
+class Program(Protocol):
+    """A program of a backend, made of a converted graph."""
+
+    @property
+    def graph(self) -> ConvertedGraph:
+        """The converted graph that it was made of."""
+
+    def run(self, *inputs: Any) -> Any:
+        """Run it; returns what the model returns."""
+
+    def dequantized(self, outputs: Any) -> Any:
+        """What it returned, with float32 values in the place of integers of a border."""
+
+    def reset(self) -> None:
+        """Let buffers that it writes be as they were."""
+
+
+class Checks(Protocol):
+    """What a backend tells of its own programs: its module ``checks``."""
+
+    def differences(self, program: Any, graph: ConvertedGraph) -> Iterator[Difference] | None:
+        """Constants in the file that are not the graph's; ``None``: they are not read back."""
+
+    def is_exact(self, program: Any, graph: ConvertedGraph) -> bool:
+        """Whether the reference gives every output bit for bit: no float op, none emulated."""
+
+    def inexact_ops(self, program: Any, graph: ConvertedGraph) -> tuple[str, ...]:
+        """Ops that are float or emulated, so that equality is not expected, and why."""
+
+    def lower_again(
+        self, program: Any, converted: GraphModule, example: tuple[Any, ...]
+    ) -> Program:
+        """Lower another graph as this program was lowered, without checks."""
+
+
+def output_scales(model: GraphModule) -> list[float | None]:
+    """Scale of each tensor a converted graph returns; ``None`` where it is not quantized."""
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    scales: list[float | None] = []
+    for value in pytree.tree_leaves(output.args[0]):
+        quantized = isinstance(value, Node) and value.target is DEQUANTIZE_PER_TENSOR
+        scales.append(cast(float, value.args[1]) if quantized else None)
+    return scales
+
+
+def instrumented(converted: GraphModule) -> tuple[GraphModule, list[tuple[str, float]]]:
+    """A copy of a converted graph that returns every quantized tensor.
+
+    Returns:
+        The copy, whose inputs and outputs are flat, and for each output the name of the node whose
+        tensor it is and its scale.
+    """
+    model = detached_copy(converted)
+    taps: list[tuple[str, float]] = []
+    results: list[Node] = []
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    for node in list(model.graph.nodes):
+        if node.target is not QUANTIZE_PER_TENSOR or is_constant(node.args[0]):
+            continue
+        with model.graph.inserting_before(output):
+            results.append(model.graph.call_function(DEQUANTIZE_PER_TENSOR, (node, *node.args[1:])))
+        taps.append((cast(Node, node.args[0]).name, cast(float, node.args[1])))
+    output.args = (tuple(results),)
+    model.graph.set_codegen(CodeGen())
+    model.graph.eliminate_dead_code()
+    model.recompile()
+    return model, taps
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One quantized tensor: what the runtime computes, next to the integer reference.
+
+    Attributes:
+        node: that computes it.
+        values: how many were compared.
+        mismatches: how many differ.
+        max_lsb: largest difference, in steps of its scale.
+    """
+
+    node: str
+    values: int
+    mismatches: int
+    max_lsb: float
+
+    def __str__(self) -> str:
+        return f"{self.mismatches} of {self.values} values differ, by up to {self.max_lsb:.0f} LSB"
+
+
+def tensor_differences(
+    graph: ConvertedGraph,
+    batches: Sequence[tuple[Any, ...]],
+    lower: Callable[[GraphModule, tuple[Any, ...]], Program],
+) -> tuple[TensorDifference, ...]:
+    """Lower the graph with every quantized tensor as an output and compare these, in graph order.
+
+    That is another program than the graph's own: a backend cannot merge ops across an output.
+
+    Args:
+        graph: to lower.
+        batches: inputs.
+        lower: makes a program of a converted graph, without checks.
+
+    Raises:
+        LoweringError: the graph cannot be lowered so.
+        ProgramError: the program does not run.
+    """
+    tapped, taps = instrumented(graph.model)
+    if not taps:
+        return ()
+    flat = [tuple(pytree.tree_leaves(batch)) for batch in batches]
+    program = lower(tapped, flat[0])
+    reference = IntegerReference(read_converted(tapped, graph.backend))
+    counts = [(0, 0, 0.0)] * len(taps)
+    for inputs in flat:
+        got, want = (pytree.tree_leaves(run(*inputs)) for run in (program.run, reference))
+        for i, ((_, scale), mine, theirs) in enumerate(zip(taps, want, got, strict=True)):
+            values, wrong, most = counts[i]
+            lsb = float((mine - theirs).abs().max()) / scale if mine.numel() else 0.0
+            counts[i] = (
+                values + mine.numel(),
+                wrong + int((mine != theirs).sum()),
+                max(most, lsb),
+            )
+    return tuple(
+        TensorDifference(name, values, wrong, float(round(most)))
+        for (name, _), (values, wrong, most) in zip(taps, counts, strict=True)
+    )
