@@ -150,7 +150,7 @@ def verify(
     *,
     float_model: Callable[..., Any] | None = None,
 ) -> Verification:
-    """Compare a program with the integer reference of its graph, as its backend rounds.
+    """Compare a program with the integer reference of its graph, as its runtime rounds here.
 
     The inputs are one stream: where a model writes its buffers, all begin with what the graph
     holds, and the graph holds the same afterwards; the program is loaded anew before and after.
@@ -168,7 +168,7 @@ def verify(
         ProgramError: the program does not run.
     """
     checks = checks_of(lowered)
-    graph = read_converted(converted, lowered.graph.backend)
+    graph = checks.here(read_converted(converted, lowered.graph.backend))
     batches = list(input_tuples(inputs))
     if not batches:
         raise InputError("there are no inputs to verify on; pass at least one tuple of inputs")

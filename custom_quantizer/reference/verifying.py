@@ -74,6 +74,9 @@ class Checks(Protocol):
     def differences(self, program: Any, graph: ConvertedGraph) -> Iterator[Difference] | None:
         """Constants in the file that are not the graph's; ``None``: they are not read back."""
 
+    def here(self, graph: ConvertedGraph) -> ConvertedGraph:
+        """The graph, computed as the runtime does on this machine."""
+
     def is_exact(self, program: Any, graph: ConvertedGraph) -> bool:
         """Whether the reference gives every output bit for bit: no float op, none emulated."""
 

@@ -256,12 +256,13 @@ def _differences(
     """By the name of the op as it was written: of its parts the one that differs most, or last."""
     from custom_quantizer.reference.verifying import tensor_differences
 
-    lower_again = partial(checks_of(program).lower_again, program)
+    checks = checks_of(program)
+    lower_again = partial(checks.lower_again, program)
     written = {op.node: op.written for op in program.report.ops}
     made_by = {op.output_node.name: op.node.name for op in program.graph.integer}
     found: dict[str, TensorDifference] = {}
     for tensor in tensor_differences(
-        program.graph, [tuple(batch) for batch in batches], lower_again
+        checks.here(program.graph), [tuple(batch) for batch in batches], lower_again
     ):
         op = written.get(made_by.get(tensor.node, tensor.node))
         if op is not None and (op not in found or tensor.mismatches >= found[op].mismatches):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 import struct
@@ -28,6 +29,7 @@ import custom_quantizer as cq
 from custom_quantizer.analysis.device_outputs import check_device_outputs
 from custom_quantizer.app.cli import cli
 from custom_quantizer.backends.xnnpack import device_test
+from custom_quantizer.backends.xnnpack.checks import check_program
 from custom_quantizer.core.file_hashes import sha256_of
 from custom_quantizer.errors import InputError, VerificationError
 from custom_quantizer.reference.device_manifest import (
@@ -140,6 +142,18 @@ def test_a_test_for_arm_expects_ties_to_be_rounded_up(tmp_path: Path) -> None:
     shutil.copytree(kits["aarch64"] / "expected", kits["x86_64"] / "outputs")
     wrong = program.judge(kits["x86_64"]).wrong
     assert [line.split(" of ")[0] for line in wrong] == [f"sample 0, output 0: {int(up.sum())}"]
+
+
+def test_checks_expect_what_the_machine_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one, taken for another, is found to round differently."""
+    program = DeviceProgram("all pairs, with ties", "a8w8")
+    graph, batches = program.converted.graph, program.batches
+    assert cq.verify(graph, program.lowered, batches).bit_exact
+    other = "x86_64" if platform.machine() in ("aarch64", "arm64") else "arm64"
+    monkeypatch.setattr(platform, "machine", lambda: other)
+    assert cq.verify(graph, program.lowered, batches).outputs[0].max_lsb == 1
+    with pytest.raises(cq.VerificationError, match="values differ from the integer reference"):
+        check_program(program.lowered, program.lowered.graph, batches[0])
 
 
 def test_a_mode_that_no_cpu_computes_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from executorch.devtools.bundled_program.serialize import (
 from torch import Tensor
 
 from custom_quantizer.backends.xnnpack.backend import BACKEND
-from custom_quantizer.backends.xnnpack.checks import inexact_ops, is_exact
+from custom_quantizer.backends.xnnpack.checks import here, inexact_ops, is_exact
 from custom_quantizer.backends.xnnpack.lowering import lower
 from custom_quantizer.backends.xnnpack.program import LoweredProgram
 from custom_quantizer.core.file_hashes import sha256_of
@@ -200,7 +200,7 @@ def _expected(
     Raises:
         VerificationError: it does not, although every op runs on integers.
     """
-    reference = IntegerReference(graph)
+    reference = IntegerReference(here(graph))
     there = IntegerReference(read_converted(graph.model, backend))
     exact = is_exact(lowered, graph)
     expected = []
