@@ -24,11 +24,13 @@ from support.models import convert
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.analysis.device_outputs import check_device_outputs
 from custom_quantizer.app.cli import cli
 from custom_quantizer.backends.xnnpack.program import StoredProgram
+from custom_quantizer.core.arithmetic import round_to_float32
 from custom_quantizer.core.borders import _MARKS, mark
 from custom_quantizer.reference.device_manifest import read_manifest
 
@@ -483,6 +485,23 @@ def test_several_methods_say_what_each_of_them_takes() -> None:
 # ---------------------------------------------------------------------------------------------
 # What the program says
 # ---------------------------------------------------------------------------------------------
+
+
+def test_a_byte_stands_for_what_it_is_said_to() -> None:
+    """Whatever calibration saw: here no image that is black or white."""
+    torch.manual_seed(0)
+    image = torch.randint(40, 200, (2, 3, 6, 6), dtype=torch.uint8)
+    captured = torch.export.export(nn.Conv2d(3, 4, 3).eval(), (image / 255,)).module()
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_io(integer="uint8")
+    prepared = prepare_pt2e(captured, quantizer)
+    scale = round_to_float32(1 / 255)
+    cq.set_ranges(prepared, {"input_1": cq.QParams(scale, -128, -128, 127)})
+    prepared(image / 255)
+    program = cq.lower(convert_pt2e(prepared), (image / 255,))
+    border = program.borders.inputs[0]
+    assert border is not None
+    assert border.meaning == "uint8 in [0, 255], scale 0.00392156886, zero point 0"
+    assert torch.equal(program.run(image), program.run(image / 255))
 
 
 def test_any_runtime_can_ask_the_program_for_scale_and_zero_point() -> None:
