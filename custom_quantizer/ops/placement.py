@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Placement", "Tally", "tally"]
+__all__ = ["PlacedOp", "Placement", "Tally", "tally"]
 
 
 class Placement(Enum):
@@ -74,3 +74,31 @@ def tally(parts: Iterable[tuple[str, Placement]]) -> Tally:
         before = found.get(written, Placement.FOLDED)
         found[written] = max(before, placement, key=_WEIGHT.__getitem__)
     return Tally(found)
+
+
+@dataclass(frozen=True)
+class PlacedOp:
+    """What became of one op of a converted graph.
+
+    Attributes:
+        node: its anchor.
+        path: module path.
+        family: of the registry, or the aten overload.
+        written: name of the captured call that it is a part of; its own, if it is all of it.
+        placement: where it computes.
+        kernel: label of the kernel that it runs on.
+        reason: why it is not a plain kernel on integers; empty if it is, or to save space.
+    """
+
+    node: str
+    path: str
+    family: str
+    written: str
+    placement: Placement
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        where = f" ({self.path})" if self.path else ""
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.node}{where} [{self.family}] {self.kernel}{why}"

@@ -40,6 +40,8 @@ _KEYWORDS = frozenset({
 })
 # fmt: on
 _ALIGNMENT = 4
+_MANY_CHANNELS = 4
+"""From so many output channels (of a group) on it pays to bring together what a window sees."""
 _SHORT = 16
 
 
@@ -53,7 +55,7 @@ class CCode:
         constant_bytes: weights, biases, tables, multipliers and shifts: read-only memory, besides
             the code itself.
         arena_bytes: activations: one static buffer whose parts are used again.
-        row_bytes: accumulators of one row of a result.
+        scratch_bytes: accumulators of a row, or the values under a window, of one op at a time.
         peak_bytes: of the activations in the arena that are needed at one time, at most: no plan of
             an arena can be smaller.
     """
@@ -62,13 +64,13 @@ class CCode:
     files: tuple[str, ...]
     constant_bytes: int
     arena_bytes: int
-    row_bytes: int
+    scratch_bytes: int
     peak_bytes: int
 
     def __str__(self) -> str:
         return (
             f"{self.folder}: {len(self.files)} files; {self.constant_bytes:,} bytes of constants, "
-            f"{self.arena_bytes:,} bytes of activations, {self.row_bytes:,} bytes of accumulators"
+            f"{self.arena_bytes:,} bytes of activations, {self.scratch_bytes:,} bytes of scratch"
         )
 
 
@@ -143,7 +145,7 @@ def save_c(
         tuple(sources),
         code.constants.total,
         code.arena_bytes,
-        code.row_bytes,
+        code.scratch_bytes,
         code.peak_bytes,
     )
 
@@ -372,7 +374,7 @@ class _Network:
         outputs: names of the tensors it returns.
         constants: arrays that the code reads.
         arena_bytes: of the activations.
-        row_bytes: of the accumulators.
+        scratch_bytes: of the accumulators and of windows.
         peak_bytes: see :class:`CCode`.
     """
 
@@ -385,7 +387,7 @@ class _Network:
         self.outputs = [str(entry["tensor"]) for entry in self._description["outputs"]]
         self.shapes = self._sizes(batch)
         self._roots = self._aliases()
-        self._rows = {32: 0, 64: 0}
+        self._scratch: dict[str, int] = {}
         self._buffers = self._plan()
         self._structs: list[str] = []
         self._calls: list[str] = []
@@ -394,7 +396,7 @@ class _Network:
             self._calls.append(f"    /* {_label(op)} */")
             _EMITTERS[op["op"]](self, _Op(index, op, self))
         self._copy_outputs()
-        self.row_bytes = 4 * self._rows[32] + 8 * self._rows[64]
+        self.scratch_bytes = sum(np.dtype(t).itemsize * n for t, n in self._scratch.items())
 
     # -- sizes and memory ----------------------------------------------------------------------
 
@@ -498,9 +500,12 @@ class _Network:
 
     def row(self, count: int, wide: bool) -> str:
         """Memory for so many accumulators."""
-        width = 64 if wide else 32
-        self._rows[width] = max(self._rows[width], count)
-        return f"row{width}"
+        return self.scratch(count, "int64" if wide else "int32")
+
+    def scratch(self, count: int, dtype: str) -> str:
+        """Memory for so many integers that an op needs while it runs."""
+        self._scratch[dtype] = max(self._scratch.get(dtype, 0), count)
+        return f"scratch_{dtype}"
 
     def call(self, text: str) -> None:
         """Append one call."""
@@ -566,7 +571,7 @@ class _Network:
             "",
             f"#define {upper}_CONSTANT_BYTES {self.constants.total}",
             f"#define {upper}_ARENA_BYTES {self.arena_bytes}",
-            f"#define {upper}_ROW_BYTES {self.row_bytes}",
+            f"#define {upper}_SCRATCH_BYTES {self.scratch_bytes}",
             "",
             "/*",
             " * Compute the network. Outputs may not overlap inputs. Not reentrant: activations",
@@ -596,9 +601,9 @@ class _Network:
                 f"static int{8 * width}_t arena[{self.arena_bytes // width}];",
                 "#define AT(offset) ((void *)((unsigned char *)arena + (offset)))",
             ]
-        for width, count in self._rows.items():
-            if count:
-                lines.append(f"static int{width}_t row{width}[{count}]; /* accumulators */")
+        for dtype, count in self._scratch.items():
+            use = "accumulators" if dtype in ("int32", "int64") else "what a window sees"
+            lines.append(f"static {dtype}_t scratch_{dtype}[{count}]; /* {use} */")
         lines += ["", *self._structs, "", self._signature(), "{", *self._calls, "}"]
         return _text(lines)
 
@@ -829,11 +834,12 @@ def _conv(network: _Network, op: _Op) -> None:
         "before": (window["before"], 0),
     }
     sizes: dict[str, list[int]] = {key: _dims(v, missing) for key, (v, missing) in lists.items()}
-    if not transposed and _is_pointwise(op):
+    groups = entry["groups"]
+    by_windows = not transposed and op.shape[1] // groups >= _MANY_CHANNELS
+    if not transposed and not by_windows and _is_pointwise(op):
         # An image of one line: its rows are long, which is what the kernel is good at.
         for key in ("in", "out"):
             sizes[key] = [1, 1, math.prod(sizes[key])]
-    groups = entry["groups"]
     wide = op.wide()
     members: Fields = {
         "batch": x[0],
@@ -848,9 +854,16 @@ def _conv(network: _Network, op: _Op) -> None:
         "store": op.store(),
     }
     struct = network.struct("cq_conv_op", op.name, members)
-    row = network.row(sizes["out"][2], wide)
-    operands = f"{struct}, {op.pointers()[0]}, {weight}, {op.bias()}, {row}, {op.out}"
-    network.call(f"cq_{entry['op']}({operands})")
+    if by_windows:
+        window = x[1] // groups * math.prod(kernel)
+        kernel_name, memory = (
+            "cq_conv_windows",
+            network.scratch(window, str(np.dtype(op.infos[0].dtype))),
+        )
+    else:
+        kernel_name, memory = f"cq_{entry['op']}", network.row(sizes["out"][2], wide)
+    operands = f"{struct}, {op.pointers()[0]}, {weight}, {op.bias()}, {memory}, {op.out}"
+    network.call(f"{kernel_name}({operands})")
 
 
 def _is_pointwise(op: _Op) -> bool:

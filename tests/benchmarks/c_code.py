@@ -98,7 +98,7 @@ def measure_one(model: nn.Module, images: Tensor, calibration: Tensor, scheme: s
             "constant_bytes": code.constant_bytes,
             "arena_bytes": code.arena_bytes,
             "peak_bytes": code.peak_bytes,
-            "row_bytes": code.row_bytes,
+            "scratch_bytes": code.scratch_bytes,
             **sizes(one),
             **times(one, cq.lower(graph, example), example, scheme),
         }

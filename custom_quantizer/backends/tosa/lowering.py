@@ -28,7 +28,7 @@ from custom_quantizer.core.graph import (
     module_path,
     state_of,
 )
-from custom_quantizer.core.rewriting import ORIGINAL_NAME
+from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.threads import interruption_point, tools
 from custom_quantizer.errors import (
     CustomQuantizerError,
@@ -226,10 +226,12 @@ def _row(graph: ConvertedGraph, op: QuantizedOp | FloatOp, beside: set[str | Non
         if op.node.name in beside:
             kernel, reason = kernels.OUTSIDE, "ExecuTorch's partitioner left it out"
     return TosaOp(
-        op.node.name,
-        module_path(op.node),
-        family,
-        op.node.meta.get(ORIGINAL_NAME, op.node.name),
-        kernel,
-        reason,
+        node=op.node.name,
+        path=module_path(op.node),
+        family=family,
+        written=original_name(op.node),
+        placement=kernel.placement,
+        kernel=kernel.label,
+        reason=reason,
+        backend=kernel,
     )

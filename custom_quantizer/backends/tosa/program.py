@@ -20,32 +20,22 @@ from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.core.graph import check_input, flatten_inputs, input_tuples
 from custom_quantizer.errors import InputError, LoweringError, ProgramError
 from custom_quantizer.ops.backend import Kernel
-from custom_quantizer.ops.placement import Tally, tally
+from custom_quantizer.ops.placement import PlacedOp, Tally, tally
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph
 
 __all__ = ["TosaOp", "TosaProgram", "TosaReport"]
 
 
-@dataclass(frozen=True)
-class TosaOp:
+@dataclass(frozen=True, kw_only=True)
+class TosaOp(PlacedOp):
     """What became of one op of the converted graph.
 
     Attributes:
-        node: its anchor.
-        path: module path.
-        family: of the registry, or the aten overload.
-        written: name of the captured call that it is a part of; its own, if it is all of it.
         backend: where it runs.
-        reason: why it is not a plain operator on integers; empty if it is.
     """
 
-    node: str
-    path: str
-    family: str
-    written: str
     backend: Kernel
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +59,7 @@ class TosaReport:
     @property
     def tally(self) -> Tally:
         """How many of the ops that were written compute where."""
-        return tally((op.written, op.backend.placement) for op in self.ops)
+        return tally((op.written, op.placement) for op in self.ops)
 
     def __str__(self) -> str:
         roundings = sum("quantize" in call for call in self.outside)
@@ -79,11 +69,7 @@ class TosaReport:
             f"({self.size_bytes:,} bytes), {len(self.outside) - roundings} calls outside beside "
             f"{roundings} roundings of inputs and outputs",
         ]
-        for op in self.ops:
-            where = f" ({op.path})" if op.path else ""
-            why = f": {op.reason}" if op.reason else ""
-            lines.append(f"  {op.node}{where} [{op.family}] {op.backend.label}{why}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {op}" for op in self.ops)])
 
 
 class TosaProgram:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-from custom_quantizer.ops.placement import Placement
+from custom_quantizer.ops.placement import PlacedOp, Placement
 
 __all__ = [
     "Damaged",
@@ -58,29 +58,15 @@ the version, as the columns do."""
 
 
 @dataclass(frozen=True)
-class RecordedOp:
-    """What became of one op of the converted graph.
+class RecordedOp(PlacedOp):
+    """What became of an op, and where in the program it is.
 
     Attributes:
-        node: its anchor.
-        path: module path.
-        family: of the registry, or the aten overload.
-        written: name of the captured call that it is a part of; its own, if it is all of it.
-        placement: where it computes.
-        kernel: label of the kernel that it runs on.
-        reason: why it is not plain int8; empty if it is, or to save space.
         handles: debug handles of the delegates' nodes that stand for it.
         calls: positions of its kernels among those that the method calls outside delegates.
         has_bias: whether it adds one in the graph; a delegate adds zeros to some others.
     """
 
-    node: str
-    path: str
-    family: str
-    written: str
-    placement: Placement
-    kernel: str
-    reason: str
     handles: tuple[int, ...] = field(default=(), repr=False)
     calls: tuple[int, ...] = field(default=(), repr=False)
     has_bias: bool = field(default=False, repr=False)

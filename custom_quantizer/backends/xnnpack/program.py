@@ -89,7 +89,7 @@ class LoweringReport:
     @property
     def tally(self) -> Tally:
         """How many of the ops that were written compute where."""
-        return tally((op.written, op.backend.placement) for op in self.ops)
+        return tally((op.written, op.placement) for op in self.ops)
 
     def not_integer(self) -> tuple[OpBackend, ...]:
         """Ops that do not run as plain integer kernels, each with its reason."""
@@ -126,11 +126,7 @@ class LoweringReport:
             f"{self.delegates} delegate call{'s' if self.delegates != 1 else ''}, "
             f"{len(self.outside)} kernels outside, {self.size_bytes:,} bytes",
         ]
-        for op in self.ops:
-            where = f" ({op.path})" if op.path else ""
-            why = f": {op.reason}" if op.reason else ""
-            lines.append(f"  {op.node}{where} [{op.family}] {op.backend.label}{why}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {op}" for op in self.ops)])
 
 
 class LoweredProgram:

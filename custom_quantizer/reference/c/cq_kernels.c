@@ -190,6 +190,82 @@ static void store_row(const void *row, int32_t wide, int32_t count, const cq_sca
     }
 }
 
+/* Sums of products ---------------------------------------------------------------------------- */
+
+/* The sum of weight[i] * (x[i] - zero_point), starting from the bias. */
+#define DEFINE_DOT(NAME, ACC, IN, WEIGHT)                                                         \
+    static ACC NAME(const IN *x, const WEIGHT *weight, int32_t from, int32_t count,               \
+                    int32_t zero_point, int32_t bias)                                             \
+    {                                                                                             \
+        ACC acc = bias;                                                                           \
+        for (int32_t i = 0; i < count; i++) {                                                     \
+            acc += (ACC)weight[from + i] * (x[i] - zero_point);                                   \
+        }                                                                                         \
+        return acc;                                                                               \
+    }
+
+/* The same with weights of 4 bits, a byte at a time. */
+#define DEFINE_DOT_S4(NAME, ACC, IN)                                                              \
+    static ACC NAME(const IN *x, const uint8_t *weight, int32_t from, int32_t count,              \
+                    int32_t zero_point, int32_t bias)                                             \
+    {                                                                                             \
+        ACC acc = bias;                                                                           \
+        int32_t i = 0;                                                                            \
+        if (from % 2 && count) {                                                                  \
+            acc += (ACC)int4_at(weight, from) * (x[i++] - zero_point);                            \
+        }                                                                                         \
+        for (const uint8_t *pair = weight + (from + i) / 2; i < count - 1; i += 2, pair++) {      \
+            acc += (ACC)(((*pair & 15) ^ 8) - 8) * (x[i] - zero_point);                           \
+            acc += (ACC)((*pair >> 4 ^ 8) - 8) * (x[i + 1] - zero_point);                         \
+        }                                                                                         \
+        if (i < count) {                                                                          \
+            acc += (ACC)int4_at(weight, from + i) * (x[i] - zero_point);                          \
+        }                                                                                         \
+        return acc;                                                                               \
+    }
+
+DEFINE_DOT(dot_s8_s8_32, int32_t, int8_t, int8_t)
+DEFINE_DOT(dot_s16_s8_32, int32_t, int16_t, int8_t)
+DEFINE_DOT(dot_s16_s8_64, int64_t, int16_t, int8_t)
+DEFINE_DOT_S4(dot_s8_s4_32, int32_t, int8_t)
+DEFINE_DOT_S4(dot_s16_s4_32, int32_t, int16_t)
+DEFINE_DOT_S4(dot_s16_s4_64, int64_t, int16_t)
+
+/* The pairs that are rare: read one at a time. */
+static int64_t dot_any(const void *x, int32_t x_type, const void *weight, int32_t weight_type,
+                       int32_t from, int32_t count, int32_t zero_point, int32_t bias)
+{
+    int64_t acc = bias;
+    for (int32_t i = 0; i < count; i++) {
+        acc += (int64_t)weight_at(weight, weight_type, from + i) *
+               (load(x, x_type, i) - zero_point);
+    }
+    return acc;
+}
+
+static int64_t dot(const void *x, int32_t x_type, const void *weight, int32_t weight_type,
+                   int32_t wide, int32_t from, int32_t count, int32_t zero_point, int32_t bias)
+{
+    const int8_t *x8 = (const int8_t *)x, *w8 = (const int8_t *)weight;
+    const int16_t *x16 = (const int16_t *)x;
+    const uint8_t *w4 = (const uint8_t *)weight;
+    if (x_type == CQ_S8 && !wide && weight_type == CQ_S4) {
+        return dot_s8_s4_32(x8, w4, from, count, zero_point, bias);
+    }
+    if (x_type == CQ_S8 && !wide && weight_type == CQ_S8) {
+        return dot_s8_s8_32(x8, w8, from, count, zero_point, bias);
+    }
+    if (x_type == CQ_S16 && weight_type == CQ_S4) {
+        return wide ? dot_s16_s4_64(x16, w4, from, count, zero_point, bias)
+                    : dot_s16_s4_32(x16, w4, from, count, zero_point, bias);
+    }
+    if (x_type == CQ_S16 && weight_type == CQ_S8) {
+        return wide ? dot_s16_s8_64(x16, w8, from, count, zero_point, bias)
+                    : dot_s16_s8_32(x16, w8, from, count, zero_point, bias);
+    }
+    return dot_any(x, x_type, weight, weight_type, from, count, zero_point, bias);
+}
+
 /* Convolutions -------------------------------------------------------------------------------- */
 
 static int32_t least(int32_t a, int32_t b)
@@ -254,6 +330,59 @@ void cq_conv(const cq_conv_op *op, const void *x, const void *weight, const int3
     }
 }
 
+/* What one output position sees: `kernel` values of each channel; the zero point is padding. */
+#define DEFINE_WINDOW(NAME, TYPE)                                                                 \
+    static void NAME(const cq_conv_op *op, const TYPE *x, int32_t z0, int32_t y0, int32_t x0,     \
+                     TYPE *window)                                                                \
+    {                                                                                             \
+        const int32_t *in = op->in, *kernel = op->kernel;                                         \
+        for (int32_t line = 0; line < op->in_channels * kernel[0] * kernel[1]; line++) {          \
+            const int32_t c = line / (kernel[0] * kernel[1]);                                     \
+            const int32_t z = z0 + line / kernel[1] % kernel[0] * op->dilation[0];                \
+            const int32_t y = y0 + line % kernel[1] * op->dilation[1];                            \
+            const int32_t inside = z >= 0 && z < in[0] && y >= 0 && y < in[1];                    \
+            const int32_t from = ((c * in[0] + z) * in[1] + y) * in[2];                           \
+            for (int32_t kx = 0; kx < kernel[2]; kx++) {                                          \
+                const int32_t place = x0 + kx * op->dilation[2];                                  \
+                *window++ = inside && place >= 0 && place < in[2] ? x[from + place]               \
+                                                                  : (TYPE)op->in_zero_point;      \
+            }                                                                                     \
+        }                                                                                         \
+    }
+
+DEFINE_WINDOW(window_s8, int8_t)
+DEFINE_WINDOW(window_s16, int16_t)
+
+void cq_conv_windows(const cq_conv_op *op, const void *x, const void *weight, const int32_t *bias,
+                     void *window, void *out)
+{
+    const int32_t *in = op->in, *size = op->out, *kernel = op->kernel, *stride = op->stride;
+    const int32_t count = op->in_channels * kernel[0] * kernel[1] * kernel[2];
+    const int32_t area = size[0] * size[1] * size[2];
+    for (int32_t group = 0; group < op->batch * op->groups; group++) {
+        const void *image =
+            at(x, op->in_type, group * op->in_channels * in[0] * in[1] * in[2]);
+        for (int32_t spot = 0; spot < area; spot++) {
+            const int32_t z0 = spot / (size[1] * size[2]) * stride[0] - op->before[0];
+            const int32_t y0 = spot / size[2] % size[1] * stride[1] - op->before[1];
+            const int32_t x0 = spot % size[2] * stride[2] - op->before[2];
+            if (op->in_type == CQ_S8) {
+                window_s8(op, (const int8_t *)image, z0, y0, x0, (int8_t *)window);
+            } else {
+                window_s16(op, (const int16_t *)image, z0, y0, x0, (int16_t *)window);
+            }
+            for (int32_t i = 0; i < op->out_channels; i++) {
+                const int32_t o = group % op->groups * op->out_channels + i;
+                const int64_t acc =
+                    dot(window, op->in_type, weight, op->weight_type, op->wide, o * count, count,
+                        op->in_zero_point, bias ? bias[o] : 0);
+                store(&op->store, out, (group * op->out_channels + i) * area + spot,
+                      scaled(acc, &op->scale, o));
+            }
+        }
+    }
+}
+
 /* Gathers: an output position sees the taps whose place in the input is a whole number. */
 void cq_conv_transpose(const cq_conv_op *op, const void *x, const void *weight,
                        const int32_t *bias, void *row, void *out)
@@ -302,71 +431,15 @@ void cq_conv_transpose(const cq_conv_op *op, const void *x, const void *weight,
 
 /* Matrices ------------------------------------------------------------------------------------ */
 
-/* The sum of weight[i] * (x[i] - zero_point), starting from the bias. */
-#define DEFINE_DOT(NAME, ACC, IN, WEIGHT, GET)                                                    \
-    static ACC NAME(const IN *x, const WEIGHT *weight, int32_t from, int32_t count,               \
-                    int32_t zero_point, int32_t bias)                                             \
-    {                                                                                             \
-        ACC acc = bias;                                                                           \
-        for (int32_t i = 0; i < count; i++) {                                                     \
-            acc += (ACC)(GET) * (x[i] - zero_point);                                              \
-        }                                                                                         \
-        return acc;                                                                               \
-    }
-
-DEFINE_DOT(dot_s8_s4_32, int32_t, int8_t, uint8_t, int4_at(weight, from + i))
-DEFINE_DOT(dot_s8_s8_32, int32_t, int8_t, int8_t, weight[from + i])
-DEFINE_DOT(dot_s16_s4_32, int32_t, int16_t, uint8_t, int4_at(weight, from + i))
-DEFINE_DOT(dot_s16_s8_32, int32_t, int16_t, int8_t, weight[from + i])
-DEFINE_DOT(dot_s16_s4_64, int64_t, int16_t, uint8_t, int4_at(weight, from + i))
-DEFINE_DOT(dot_s16_s8_64, int64_t, int16_t, int8_t, weight[from + i])
-
-/* The pairs that are rare: read one at a time. */
-static int64_t dot_any(const void *x, int32_t x_type, const void *weight, int32_t weight_type,
-                       int32_t from, int32_t count, int32_t zero_point, int32_t bias)
-{
-    int64_t acc = bias;
-    for (int32_t i = 0; i < count; i++) {
-        acc += (int64_t)weight_at(weight, weight_type, from + i) *
-               (load(x, x_type, i) - zero_point);
-    }
-    return acc;
-}
-
-static int64_t dot(const cq_linear_op *op, const void *x, const void *weight, int32_t from,
-                   int32_t bias)
-{
-    const int32_t count = op->in_features, zero_point = op->in_zero_point;
-    if (op->in_type == CQ_S8 && !op->wide && op->weight_type == CQ_S4) {
-        return dot_s8_s4_32((const int8_t *)x, (const uint8_t *)weight, from, count, zero_point,
-                            bias);
-    }
-    if (op->in_type == CQ_S8 && !op->wide && op->weight_type == CQ_S8) {
-        return dot_s8_s8_32((const int8_t *)x, (const int8_t *)weight, from, count, zero_point,
-                            bias);
-    }
-    if (op->in_type == CQ_S16 && op->weight_type == CQ_S4) {
-        const int16_t *wide = (const int16_t *)x;
-        return op->wide ? dot_s16_s4_64(wide, (const uint8_t *)weight, from, count, zero_point, bias)
-                        : dot_s16_s4_32(wide, (const uint8_t *)weight, from, count, zero_point,
-                                        bias);
-    }
-    if (op->in_type == CQ_S16 && op->weight_type == CQ_S8) {
-        const int16_t *wide = (const int16_t *)x;
-        return op->wide ? dot_s16_s8_64(wide, (const int8_t *)weight, from, count, zero_point, bias)
-                        : dot_s16_s8_32(wide, (const int8_t *)weight, from, count, zero_point,
-                                        bias);
-    }
-    return dot_any(x, op->in_type, weight, op->weight_type, from, count, zero_point, bias);
-}
-
 void cq_linear(const cq_linear_op *op, const void *x, const void *weight, const int32_t *bias,
                void *out)
 {
     for (int32_t row = 0; row < op->rows; row++) {
         const void *from = at(x, op->in_type, row * op->in_features);
         for (int32_t o = 0; o < op->out_features; o++) {
-            const int64_t acc = dot(op, from, weight, o * op->in_features, bias ? bias[o] : 0);
+            const int64_t acc =
+                dot(from, op->in_type, weight, op->weight_type, op->wide, o * op->in_features,
+                    op->in_features, op->in_zero_point, bias ? bias[o] : 0);
             store(&op->store, out, row * op->out_features + o, scaled(acc, &op->scale, o));
         }
     }

@@ -195,6 +195,12 @@ int32_t cq_requantize_one(int64_t x, int32_t rule, int32_t multiplier, int32_t s
  */
 void cq_conv(const cq_conv_op *op, const void *x, const void *weight, const int32_t *bias,
              void *row, void *out);
+/*
+ * The same for many output channels: `window` holds what one position of the output sees, of the
+ * type of the input, and each channel reads it at one go.
+ */
+void cq_conv_windows(const cq_conv_op *op, const void *x, const void *weight, const int32_t *bias,
+                     void *window, void *out);
 void cq_conv_transpose(const cq_conv_op *op, const void *x, const void *weight,
                        const int32_t *bias, void *row, void *out);
 void cq_matmul(const cq_matmul_op *op, const void *a, const void *b, void *row, void *out);
