@@ -38,6 +38,7 @@ BENCHMARKS = {
     "search": "search",
     "shared_layers": "shared_layers",
     "tosa": "tosa_programs",
+    "upstream_ops": "upstream_ops",
 }
 """Which benchmark renders the page of a stored result."""
 

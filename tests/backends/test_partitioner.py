@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
     XnnpackPartitioner as UpstreamPartitioner,
 )
-from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
+from executorch.exir import EdgeProgramManager, to_edge, to_edge_transform_and_lower
+from executorch.exir.lowered_backend_module import executorch_call_delegate
 from support.graphs import differences
 from support.models import convert
 from support.selection import slow_but
@@ -255,6 +257,21 @@ def test_a_float_graph_is_lowered_in_float_with_a_warning() -> None:
         edge = to_edge_transform_and_lower(exported, partitioner=[cq.XnnpackPartitioner()])
     (got,) = run(bytes(edge.to_executorch().buffer), images())
     torch.testing.assert_close(got, model(*images()), rtol=1e-5, atol=1e-5)
+
+
+def test_the_old_call_says_that_it_comes_too_late() -> None:
+    """``to_edge`` and ``to_backend``, deprecated; the way out that the warning names works."""
+    x = torch.randn(2, 4)
+    graph = convert(nn.Linear(4, 5), (x,)).graph
+    with pytest.warns(UserWarning, match=r"1 integer biases reached .*export_converted returns"):
+        to_edge(torch.export.export(graph, (x,))).to_backend(cq.XnnpackPartitioner())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*integer biases.*")
+        edge = to_edge(cq.export_converted(graph, (x,))).to_backend(cq.XnnpackPartitioner())
+    delegate, _ = (n for n in edge.exported_program().graph.nodes if n.op == "call_function")
+    assert delegate.target is executorch_call_delegate
+    (got,) = StoredProgram(edge.to_executorch().buffer, "").run(x)
+    assert torch.equal(got, cq.integer_reference(graph)(x))
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 2.5, "8"])

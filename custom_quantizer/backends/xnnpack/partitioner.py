@@ -16,9 +16,11 @@ import os
 import warnings
 from typing import Any, TypeAlias
 
+import torch
 from executorch.exir import EdgeProgramManager, ExecutorchProgramManager
+from executorch.exir.backend.partitioner import PartitionResult
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.backend import BACKEND
 from custom_quantizer.backends.xnnpack.border_constants import border_constants
@@ -35,7 +37,12 @@ from custom_quantizer.backends.xnnpack.partition import configurations
 from custom_quantizer.backends.xnnpack.passes import FOR_OUR_PARTITIONER
 from custom_quantizer.backends.xnnpack.readback import read_file
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
-from custom_quantizer.core.graph import is_dequantize
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_CHANNEL,
+    DEQUANTIZE_PER_TENSOR,
+    is_dequantize,
+    tensor_meta,
+)
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import InputError
 from custom_quantizer.reference.converted import read_converted
@@ -83,6 +90,32 @@ class XnnpackPartitioner(QuickPartitioner):
             )
             return exported_program
         return rewrite_exported(exported_program, self._dynamic_max).exported
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        """Choose what XNNPACK computes; ExecuTorch calls this.
+
+        Integer biases that are still there mean that nobody called
+        :meth:`transform_for_pre_decomposition`: layers that add them cannot be in a delegate.
+        """
+        biases = sum(map(_is_integer_bias, exported_program.graph.nodes))
+        if biases:
+            warnings.warn(
+                f"{biases} integer biases reached XnnpackPartitioner, and what adds them stays "
+                "outside the delegate: to_backend() shows it a graph too late to rewrite it; call "
+                "to_edge_transform_and_lower, or hand in what custom_quantizer.export_converted "
+                "returns",
+                stacklevel=2,
+            )
+        return super().partition(exported_program)
+
+
+def _is_integer_bias(node: Node) -> bool:
+    """Whether a node of an edge program dequantizes an int32 constant."""
+    if getattr(node.target, "_op", None) not in (DEQUANTIZE_PER_TENSOR, DEQUANTIZE_PER_CHANNEL):
+        return False
+    (source, *_) = node.all_input_nodes
+    meta = tensor_meta(source)
+    return source.op == "placeholder" and meta is not None and meta.dtype is torch.int32
 
 
 @tools()
