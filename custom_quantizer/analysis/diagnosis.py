@@ -31,6 +31,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+from custom_quantizer.analysis.activations import ActivationCounter, quantized_activations
 from custom_quantizer.analysis.fidelity import finite
 from custom_quantizer.analysis.rerun import capture_like
 from custom_quantizer.calibration.observers import META_KEY
@@ -43,9 +44,7 @@ from custom_quantizer.core.graph import (
     describe,
     is_constant,
     is_dequantize,
-    is_quantize,
     is_run_time_quantization,
-    is_static,
     module_path,
     qparams_of,
     source_of,
@@ -71,9 +70,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-
-_MAX_LEVELS = 1 << 16
-"""Formats with more levels than this are not searched for unused ones."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +100,10 @@ class TensorDiagnosis:
         accumulator_bits: signed bits that the op needs in the worst case, as
             :func:`custom_quantizer.accumulators` says; ``None`` where it has none.
         raised_channels: output channels whose weight scale was raised for the bias to fit.
+        low: smallest value; ``None`` without values.
+        high: largest value.
+        histogram: number of values in each bin; see
+            :class:`~custom_quantizer.analysis.activations.ActivationValues`.
     """
 
     name: str
@@ -124,6 +124,9 @@ class TensorDiagnosis:
     bias_headroom: int | None = None
     accumulator_bits: int | None = None
     raised_channels: int = 0
+    low: float | None = None
+    high: float | None = None
+    histogram: tuple[int, ...] = ()
 
     @property
     def clipped(self) -> float:
@@ -362,19 +365,7 @@ class _Tensor:
         self.qparams = qparams
         self.op = op
         self.noise, self.alone = Noise(), Noise()
-        self.total = self.low = self.high = 0
-        levels = qparams.levels
-        self.used = torch.zeros(levels, dtype=torch.bool) if levels <= _MAX_LEVELS else None
-
-    def add(self, value: Tensor, integers: Tensor) -> None:
-        q = self.qparams
-        self.total += value.numel()
-        # A value is cut off where its nearest level does not exist.
-        place = value / q.scale + q.zero_point
-        self.low += int((place < q.quant_min - 0.5).sum())
-        self.high += int((place > q.quant_max + 0.5).sum())
-        if self.used is not None:
-            self.used[(integers.to("cpu", torch.int64) - q.quant_min).reshape(-1)] = True
+        self.counter = ActivationCounter(qparams)
 
 
 class _Walk:
@@ -388,11 +379,10 @@ class _Walk:
         producers = {op.output_node: op for op in graph.integer}
         self._tensors: dict[Node, _Tensor] = {}
         self._twin_of: dict[Node, Node] = {}
-        for node in converted.graph.nodes:
-            if is_quantize(node) and is_static(node) and not is_constant(source_of(node)):
-                source = cast(Node, node.args[0])
-                self._tensors[node] = _Tensor(qparams_of(converted, node), producers.get(source))
-                self._twin_of[node] = self._find(source_of(node))
+        for node in quantized_activations(converted):
+            source = cast(Node, node.args[0])
+            self._tensors[node] = _Tensor(qparams_of(converted, node), producers.get(source))
+            self._twin_of[node] = self._find(source_of(node))
         for op in graph.integer:
             for source in op.match.inputs:
                 if not is_constant(source_of(source)):
@@ -464,34 +454,23 @@ class _Walk:
 
     def _row(self, node: Node, tensor: _Tensor, ratios: dict[Node, float]) -> TensorDiagnosis:
         source = source_of(node)
-        q, op = tensor.qparams, tensor.op
+        op = tensor.op
         accumulator = None if op is None else accumulator_of(op)
-        used = None if tensor.used is None else torch.nonzero(tensor.used).flatten()
-        levels = q.levels
         inputs = None
         if op is not None:
             known = [ratios.get(cast(Node, dq.args[0])) for dq in op.match.inputs]
             inputs = min((r for r in known if r is not None), default=None)
-        total = max(tensor.total, 1)
         return TensorDiagnosis(
             name=source.name,
             path=module_path(source),
             family=None if op is None else op.match.rule.family,
-            bits=range_bits(q.quant_min, q.quant_max),
-            scale=float(q.scale),
-            zero_point=q.zero_point,
             sqnr=tensor.noise.ratio,
             inputs_sqnr=inputs,
             alone=tensor.alone.ratio if _computes(op) else None,
-            clipped_low=tensor.low / total,
-            clipped_high=tensor.high / total,
-            used_levels=None if used is None else len(used),
-            unused_low=None if used is None else (int(used[0]) if len(used) else levels),
-            unused_high=None if used is None else (levels - 1 - int(used[-1]) if len(used) else 0),
-            levels=levels,
             bias_headroom=_bias_headroom(op),
             accumulator_bits=None if accumulator is None else accumulator.bits,
             raised_channels=_raised_channels(op),
+            **tensor.counter.values(),
         )
 
     def weights(self) -> tuple[WeightDiagnosis, ...]:
@@ -604,7 +583,7 @@ class _Comparer(Interpreter):
     def _compare(self, node: Node, tensor: _Tensor, integers: Tensor) -> None:
         source = cast(Node, node.args[0])
         exact = self._exact[self._twin_of[node]]
-        tensor.add(self.env[source], integers)
+        tensor.counter.add(self.env[source], integers)
         tensor.noise.add(exact, _dequantize(integers, tensor.qparams))
         alone = self._alone.get(source)
         if alone is not None:

@@ -26,6 +26,7 @@ from custom_quantizer.analysis.paired import (
     PairedDifference,
     compare_counts,
     compare_values,
+    share_interval,
 )
 from custom_quantizer.backends.xnnpack import LoweredProgram, StoredProgram
 from custom_quantizer.calibration.run import GraphInputs
@@ -105,6 +106,11 @@ class ModelScore:
     def top1(self) -> float | None:
         """Share of correct samples, 0 to 1; ``None`` without labels."""
         return None if self.correct is None else self.correct / self.samples
+
+    @property
+    def top1_interval(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of ``top1``; see :func:`share_interval`."""
+        return None if self.correct is None else share_interval(self.correct, self.samples)
 
     @property
     def top5(self) -> float | None:
@@ -539,6 +545,7 @@ def _record(score: ModelScore) -> dict[str, Any]:
     return {
         **asdict(score),
         "top1": score.top1,
+        "top1_interval": score.top1_interval,
         "top5": score.top5,
         "agreement": score.agreement,
         "against_first": _difference_record(score.against_first),

@@ -155,6 +155,7 @@ class Fidelity:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain data; null for an output without any error."""
         return {
+            "kind": "fidelity",
             "samples": self.samples,
             "bits": self.bits,
             "outputs": [finite(asdict(output)) for output in self.outputs],

@@ -10,7 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["CONFIDENCE", "PairedCounts", "PairedDifference", "compare_counts", "compare_values"]
+__all__ = [
+    "CONFIDENCE",
+    "PairedCounts",
+    "PairedDifference",
+    "compare_counts",
+    "compare_values",
+    "share_interval",
+]
 
 CONFIDENCE = 0.95
 """Share of repetitions whose interval holds the true value."""
@@ -64,6 +71,23 @@ class PairedDifference:
         return self.p_value >= 1 - CONFIDENCE
 
 
+def share_interval(right: int, samples: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval of a share of samples, 0 to 1.
+
+    Args:
+        right: how many of the samples count.
+        samples: at least one.
+
+    References:
+        E. B. Wilson. Probable inference, the law of succession, and statistical inference. Journal
+        of the American Statistical Association 22, 1927.
+    """
+    from scipy.stats import binomtest  # half a second that only comparisons have to wait
+
+    found = binomtest(right, samples).proportion_ci(CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)
+
+
 def compare_counts(counts: PairedCounts) -> PairedDifference:
     """Difference of two accuracies: exact McNemar test, Newcombe's interval.
 
@@ -80,23 +104,21 @@ def compare_counts(counts: PairedCounts) -> PairedDifference:
         R. G. Newcombe. Improved confidence intervals for the difference between binomial
         proportions based on paired data. Statistics in Medicine 17, 1998, method 10.
     """
-    from scipy.stats import binomtest  # half a second that only comparisons have to wait
+    from scipy.stats import binomtest
 
     n = counts.samples
     if n == 0:
         raise ValueError("there is no sample to compare on")
     e, f, g, h = counts.both, counts.only_second, counts.only_first, counts.neither
-    shares, wilson = [], []
-    for right in (e + f, e + g):
-        shares.append(right / n)
-        wilson.append(binomtest(right, n).proportion_ci(CONFIDENCE, method="wilson"))
+    shares = [(e + f) / n, (e + g) / n]
+    wilson = [share_interval(right, n) for right in (e + f, e + g)]
     marginals = (e + f) * (g + h) * (e + g) * (f + h)
     product = float(e * h - f * g)
     if product > 0:
         product = max(product - n / 2, 0.0)  # the continuity correction of method 10
     phi = product / math.sqrt(marginals) if marginals else 0.0
-    down = [share - float(ci.low) for share, ci in zip(shares, wilson, strict=True)]
-    up = [float(ci.high) - share for share, ci in zip(shares, wilson, strict=True)]
+    down = [share - low for share, (low, _) in zip(shares, wilson, strict=True)]
+    up = [high - share for share, (_, high) in zip(shares, wilson, strict=True)]
     difference = (f - g) / n
     return PairedDifference(
         difference,

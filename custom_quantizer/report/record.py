@@ -60,6 +60,7 @@ from custom_quantizer.reference.accumulators import (
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.report import html as _html
 from custom_quantizer.report import views as _views
+from custom_quantizer.report.findings import Findings
 
 if TYPE_CHECKING:
     from custom_quantizer.backends.xnnpack import LoweredProgram
@@ -124,6 +125,9 @@ class TensorRecord:
         dynamic: scale and zero point are chosen while the program runs.
         raised: of a weight, ``(channel, factor)`` where its scale was raised so that a bias fits.
         border: of an input or output of the program: it is handed over as integers, not as float32.
+        minima: of a weight in a converted graph: the smallest integer of each output channel;
+            empty for a table of thousands of rows with one scale.
+        maxima: likewise the largest.
     """
 
     source: str
@@ -145,6 +149,8 @@ class TensorRecord:
     dynamic: bool = False
     raised: tuple[tuple[int, float], ...] = ()
     border: bool = False
+    minima: tuple[int, ...] = ()
+    maxima: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -434,6 +440,7 @@ class Report(_Document):
         inputs: of the model.
         outputs: of the model.
         lowering: the program, if there is one.
+        findings: what was measured of it; ``None``: nothing.
     """
 
     kind: ClassVar[str] = "graph"
@@ -442,6 +449,20 @@ class Report(_Document):
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     lowering: LoweringRecord | None = None
+    findings: Findings | None = None
+
+    def including(self, *found: object) -> Report:
+        """The report together with what was measured; what is new replaces what was there.
+
+        Args:
+            found: results of :func:`~custom_quantizer.diagnose`,
+                :func:`~custom_quantizer.evaluate`, :func:`~custom_quantizer.sensitivity` or
+                :func:`~custom_quantizer.search`, a ``Fidelity``, or the parsed JSON of these.
+
+        Raises:
+            InputError: it is none of these, of an unknown version, or damaged.
+        """
+        return replace(self, findings=(self.findings or Findings()).including_all(found))
 
     def _upgraded(self) -> Report:
         rows = tuple(map(_placed, self.rows))
@@ -569,7 +590,7 @@ def _integer_row(model: GraphModule, op: QuantizedOp, backend: Backend) -> OpRow
     chosen, reason = _recorded(node)
     accumulator = accumulator_of(op)
     sources = zip(match.inputs, op.inputs, strict=True)
-    weight = None if match.weight is None else _tensor(model, match.weight)
+    weight = None if match.weight is None else _weight(model, match)
     low, high = op.bounds or (None, None)
     fused = None if op.output_node is node else op.output_node
     return OpRow(
@@ -602,7 +623,7 @@ def _float_row(model: GraphModule, op: FloatOp, backend: Backend) -> OpRow:
     chosen, reason = _recorded(node)
     if match is not None:
         inputs = tuple(_tensor(model, source) for source in match.inputs)
-        weight = None if match.weight is None else _tensor(model, match.weight)
+        weight = None if match.weight is None else _weight(model, match)
     else:
         inputs, weight = tuple(_tensor(model, source) for source in tensor_args(node)), None
     dynamic = any(record.dynamic for record in inputs)
@@ -709,6 +730,24 @@ def _tensor(model: GraphModule, node: Node) -> TensorRecord:
         quant_max=high,
         dynamic=True,
     )
+
+
+_MOST_CHANNELS = 4096
+"""Of a weight with one scale, for which extremes are kept: embeddings have more."""
+
+
+def _weight(model: GraphModule, match: PatternMatch) -> TensorRecord:
+    """The record of a weight, with the extremes of each output channel if it is integers."""
+    node = cast(Node, match.weight)
+    record = _tensor(model, node)
+    if record.bits is None or not node.args or not is_constant(node.args[0]):
+        return record
+    integers = constant_of(model, cast(Node, node.args[0]))
+    many = record.axis is None and integers.shape[match.weight_axis] > _MOST_CHANNELS
+    if not integers.numel() or many:
+        return record
+    low, high = torch.aminmax(integers.movedim(match.weight_axis, 0).flatten(1), dim=1)
+    return replace(record, minima=tuple(low.tolist()), maxima=tuple(high.tolist()))
 
 
 def _quantized(
