@@ -74,6 +74,8 @@ class ActivationValues:
         unused_low: integers below the smallest that occurred.
         unused_high: integers above the largest that occurred.
         levels: integers that the format has.
+        quant_min: smallest of them.
+        quant_max: largest.
         histogram: number of values in each bin. The range goes half a step beyond the smallest
             and the largest integer; it has ``BINS_INSIDE`` bins, and ``BINS_OUTSIDE`` more stand at
             either end of it.
@@ -92,6 +94,8 @@ class ActivationValues:
     unused_low: int | None
     unused_high: int | None
     levels: int
+    quant_min: int
+    quant_max: int
     histogram: tuple[int, ...]
 
 
@@ -176,6 +180,8 @@ class ActivationCounter:
             if used is None
             else (levels - 1 - int(used[-1]) if len(used) else 0),
             "levels": levels,
+            "quant_min": self.qparams.quant_min,
+            "quant_max": self.qparams.quant_max,
             "histogram": tuple(self.bins.tolist()),
         }
 

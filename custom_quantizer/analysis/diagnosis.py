@@ -102,6 +102,8 @@ class TensorDiagnosis:
         raised_channels: output channels whose weight scale was raised for the bias to fit.
         low: smallest value; ``None`` without values.
         high: largest value.
+        quant_min: smallest integer that the format has.
+        quant_max: largest.
         histogram: number of values in each bin; see
             :class:`~custom_quantizer.analysis.activations.ActivationValues`.
     """
@@ -126,6 +128,8 @@ class TensorDiagnosis:
     raised_channels: int = 0
     low: float | None = None
     high: float | None = None
+    quant_min: int | None = None
+    quant_max: int | None = None
     histogram: tuple[int, ...] = ()
 
     @property

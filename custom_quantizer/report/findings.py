@@ -51,6 +51,8 @@ class TensorFinding:
     raised_channels: int = 0
     low: float | None = None
     high: float | None = None
+    quant_min: int | None = None
+    quant_max: int | None = None
     histogram: tuple[int, ...] = ()
 
 

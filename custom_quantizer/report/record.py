@@ -376,17 +376,26 @@ class _Document:
         write_text_atomic(path, self.to_json() + "\n")
         return Path(path)
 
-    def to_html(self) -> str:
-        """One page without external resources: the table, sortable and searchable, with details."""
-        return _html.render(_views.view_of(self._document()))
+    def to_html(self, title: str = "") -> str:
+        """One page without external resources: pictures and a table to search, with details.
 
-    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        Args:
+            title: such as the name of the model; empty: what it is a report of.
+        """
+        document = self._document()
+        return _html.render(_views.view_of(document), document, title)
+
+    def save_html(self, path: str | os.PathLike[str], title: str = "") -> Path:
         """Write the page; either all of it or nothing.
+
+        Args:
+            path: of the file.
+            title: as for :meth:`to_html`.
 
         Raises:
             InputError: the path cannot be written.
         """
-        write_text_atomic(path, self.to_html())
+        write_text_atomic(path, self.to_html(title))
         return Path(path)
 
     def detail(self, name: str) -> str:

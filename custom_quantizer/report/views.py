@@ -6,6 +6,7 @@ day it was made. :mod:`custom_quantizer.report.html` renders the same :class:`Vi
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections import Counter
@@ -15,11 +16,14 @@ from typing import Any
 
 from custom_quantizer.core.text_table import GAP, table_lines
 from custom_quantizer.ops.placement import Placement, Tally, tally
+from custom_quantizer.report.advice import Advice, findings_by_row, worst_ops
 
 __all__ = [
     "WIDTH",
+    "WORST",
     "Column",
     "Row",
+    "Table",
     "View",
     "bias_sentence",
     "detail_text",
@@ -30,6 +34,9 @@ __all__ = [
 
 WIDTH = 120
 """Columns of a terminal that the text fits in."""
+
+WORST = "Ops that lose most, and what may help"
+"""Heading of the list of them."""
 
 _NARROW_NAME, _NARROWEST = 16, 7
 _LEGEND = (
@@ -70,6 +77,7 @@ class Row:
         headline: one line that says which op this is.
         details: label and text.
         table: header and rows of its channels; empty without a bias.
+        bits: widths of its integers, to filter by: ``a8`` for activations, ``w4`` for the weight.
     """
 
     names: tuple[str, ...]
@@ -78,6 +86,24 @@ class Row:
     headline: str
     details: tuple[tuple[str, str], ...]
     table: tuple[tuple[str, ...], ...] = ()
+    bits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Something that was measured, ready to show.
+
+    Attributes:
+        name: what it is: ``accuracy``, ``sensitivity`` or ``search``.
+        title: heading.
+        rows: headers first.
+        lines: sentences below.
+    """
+
+    name: str
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+    lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +117,10 @@ class View:
         rows: of the table.
         notes: heading and lines below the table.
         unseen: ops that nothing in the table stands for; a reader may ask for them.
+        facts: label, value and remark of what a reader wants to know first.
+        tables: what was measured of the whole network.
+        worst: ops that lose most.
+        elsewhere: of ops that are not on integer kernels: where they compute, why, and which.
     """
 
     title: str
@@ -99,6 +129,17 @@ class View:
     rows: tuple[Row, ...]
     notes: tuple[tuple[str, tuple[str, ...]], ...] = field(default=())
     unseen: tuple[Row, ...] = field(default=())
+    facts: tuple[tuple[str, str, str], ...] = field(default=())
+    tables: tuple[Table, ...] = field(default=())
+    worst: tuple[Advice, ...] = field(default=())
+    elsewhere: tuple[tuple[str, str, tuple[str, ...]], ...] = field(default=())
+
+    @property
+    def bits(self) -> tuple[str, ...]:
+        """Widths that occur in rows, activations first, the widest first."""
+        found = {bits for row in self.rows for bits in row.bits}
+        numbers = {bits: int(bits[1:]) if bits[1:].isdigit() else 99 for bits in found}
+        return tuple(sorted(found, key=lambda bits: (bits[0], -numbers[bits])))
 
 
 def view_of(document: Json) -> View:
@@ -202,13 +243,28 @@ def _graph_view(document: Json) -> View:
         )
     for role in ("inputs", "outputs"):
         summary += [_border(role, record) for record in document[role]]
+    summary += _outputs_measured(document)
+    found = findings_by_row(document)
     return View(
         "Converted graph",
         tuple(summary),
         tuple(columns),
-        tuple(_graph_row(row, lowering is not None) for row in rows),
+        tuple(_graph_row(row, lowering is not None, found) for row in rows),
         _graph_notes(rows),
+        facts=tuple(_facts(document)),
+        tables=tuple(_tables(document)),
+        worst=worst_ops(document),
+        elsewhere=_elsewhere(document),
     )
+
+
+def _elsewhere(document: Json) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in document["rows"]:
+        if row["placement"] not in (None, Placement.INTEGER.value):
+            why = row["backend_reason"] or row["reason"]
+            found.setdefault((row["placement"], why), []).append(row["node"])
+    return tuple((place, why, tuple(names)) for (place, why), names in found.items())
 
 
 def _border(role: str, record: Json) -> str:
@@ -217,7 +273,9 @@ def _border(role: str, record: Json) -> str:
     return f"{kind}{role[:-1]} {_tensor(record)}"
 
 
-def _graph_row(row: Json, lowered: bool) -> Row:
+def _graph_row(
+    row: Json, lowered: bool, found: Mapping[str, tuple[Json | None, Json | None]]
+) -> Row:
     op = row["family"] + (f" + {row['fused_family']}" if row["fused_family"] else "")
     node = row["node"] + (f" + {row['fused']}" if row["fused"] else "")
     cells: list[tuple[str, ...]] = [(node,), (row["path"],), (op,), (row["scheme"] or "",)]
@@ -237,9 +295,221 @@ def _graph_row(row: Json, lowered: bool) -> Row:
         reason = f": {row['backend_reason']}" if row["backend_reason"] else ""
         details.append(("runs as", f"{row['backend']}{reason}"))
     details += _tensor_details(row, (row["output"],))
+    details += _measured_details(*found.get(row["node"], (None, None)))
     names = (row["node"], row["fused"]) if row["fused"] else (row["node"],)
     headline = f"{row['node']} ({row['path']})" if row["path"] else row["node"]
-    return Row(names, _where(row), tuple(cells), headline, tuple(details), _channels(row))
+    return Row(
+        names,
+        _where(row),
+        tuple(cells),
+        headline,
+        tuple(details),
+        _channels(row),
+        _bits(row, (row["output"],)),
+    )
+
+
+def _measured_details(tensor: Json | None, weight: Json | None) -> Iterator[tuple[str, str]]:
+    if tensor is not None:
+        if tensor["low"] is not None:
+            cut = [tensor["clipped_low"], tensor["clipped_high"]]
+            text = f"{tensor['low']:.5g} to {tensor['high']:.5g}"
+            if any(cut):
+                text += f", cut off {_percent(cut[0])} below and {_percent(cut[1])} above"
+            if tensor["used_levels"] is not None:
+                text += f", {tensor['used_levels']:,} of {tensor['levels']:,} integers occur"
+            yield "values", text
+        if tensor["sqnr"] is not None:
+            alone = "" if tensor["alone"] is None else f", {tensor['alone']:.1f} dB alone"
+            yield "SQNR", f"{tensor['sqnr']:.1f} dB with all before it{alone}"
+        if tensor["bias_headroom"] is not None:
+            room = _plural(tensor["bias_headroom"], "bit")
+            yield "headroom", f"{room} between the largest bias and the end of int32"
+    if weight is not None and weight["sqnr"] is not None:
+        worst = weight["worst_channel_sqnr"]
+        text = "" if worst is None else f", {worst:.1f} dB in channel {weight['worst_channel']}"
+        yield "weight SQNR", f"{weight['sqnr']:.1f} dB{text}"
+
+
+def _percent(share: float) -> str:
+    """Two digits, and zero only where there is nothing."""
+    return f"{100 * share:.2g} %"
+
+
+def _outputs_measured(document: Json) -> Iterator[str]:
+    findings = document.get("findings") or {}
+    tensors, fidelity = findings.get("tensors"), findings.get("fidelity")
+    found = tensors if tensors and tensors["outputs"] else fidelity
+    for output in () if found is None else found["outputs"]:
+        name = f" ({output['name']})" if output["name"] else ""
+        ratio = "no error" if output["sqnr"] is None else f"SQNR {output['sqnr']:.1f} dB"
+        rounding = output["rounding_sqnr"]
+        more = "" if rounding is None else f", {rounding:.1f} dB by rounding alone"
+        yield (
+            f"output {output['index']}{name}: {ratio} against the float model{more}, on "
+            f"{_plural(found['samples'], 'sample')}"
+        )
+    if fidelity is not None:
+        yield from (f"warning: {warning}" for warning in fidelity["warnings"])
+
+
+def _facts(document: Json) -> Iterator[tuple[str, str, str]]:
+    """What stands first: accuracy, error, size, integers."""
+    findings = document.get("findings") or {}
+    evaluation = findings.get("evaluation")
+    if evaluation is None or evaluation["models"][-1]["top1"] is None:
+        yield "accuracy", "not measured", "report OUT.pte --data DATA with labels measures it"
+    else:
+        model = evaluation["models"][-1]
+        low, high = model["top1_interval"] or (None, None)
+        interval = "" if low is None else f"95 % interval {100 * low:.2f} to {100 * high:.2f} %, "
+        samples = f"{interval}{_plural(model['samples'], 'sample')}"
+        yield "top-1 accuracy", f"{100 * model['top1']:.2f} %", samples
+        change = model["against_first"]
+        if change is not None:
+            first = evaluation["models"][0]["name"]
+            ends = f"{100 * change['low']:+.2f} to {100 * change['high']:+.2f}"
+            yield (
+                f"against {first}",
+                f"{100 * change['difference']:+.2f} points",
+                f"95 % interval {ends}; "
+                + ("cannot be told from noise" if change["is_noise"] else "more than noise"),
+            )
+    tensors, fidelity = findings.get("tensors"), findings.get("fidelity")
+    found = tensors if tensors and tensors["outputs"] else fidelity
+    ratios = [o["sqnr"] for o in (found or {"outputs": ()})["outputs"] if o["sqnr"] is not None]
+    if found is not None and ratios:
+        which = "the worst output" if len(ratios) > 1 else "the output"
+        about = f"{which} against float, {_plural(found['samples'], 'sample')}"
+        yield "SQNR", f"{min(ratios):.1f} dB", about
+    counted = tally_of(document)
+    if counted is not None:
+        integer = counted.count(Placement.INTEGER) + counted.count(Placement.TABLE)
+        run = counted.total - counted.count(Placement.FOLDED)
+        yield "ops on integers", f"{integer} of {run}", str(counted)
+    lowering = document["lowering"]
+    if lowering is not None:
+        delegates = _plural(lowering["delegates"], "delegate call")
+        outside = _plural(len(lowering["outside"]), "kernel")
+        yield "size", f"{lowering['size_bytes']:,} bytes", f"{delegates}, {outside} outside"
+
+
+# ---------------------------------------------------------------------------------------------
+# What was measured of the whole network
+# ---------------------------------------------------------------------------------------------
+
+
+def _tables(document: Json) -> Iterator[Table]:
+    findings = document.get("findings") or {}
+    if findings.get("evaluation"):
+        yield _accuracy(findings["evaluation"])
+    if findings.get("sensitivity"):
+        yield _sensitivity(findings["sensitivity"])
+    if findings.get("search"):
+        yield _search(findings["search"])
+
+
+def _accuracy(found: Json) -> Table:
+    first = found["models"][0]["name"]
+    rows = [["model", "correct", "top-1", "95 % interval", f"less {first}", "95 % interval", "p"]]
+    for model in found["models"]:
+        cells = [model["name"]]
+        if model["top1"] is None:
+            agreeing = model["agreeing"]
+            agrees = "" if agreeing is None else f"{agreeing:,} of {model['samples']:,} agree"
+            cells += [agrees, "", ""]
+        else:
+            low, high = model["top1_interval"] or (None, None)
+            interval = "" if low is None else f"{100 * low:.2f} to {100 * high:.2f} %"
+            correct = f"{model['correct']:,} of {model['samples']:,}"
+            cells += [correct, f"{100 * model['top1']:.2f} %", interval]
+        change = model["against_first"]
+        if change is None:
+            cells += ["", "", ""]
+        else:
+            ends = f"{100 * change['low']:+.2f} to {100 * change['high']:+.2f}"
+            cells += [f"{100 * change['difference']:+.2f}", ends, f"{change['p_value']:.2g}"]
+        rows.append(cells)
+    lines = (*found["conclusions"], *found["notes"])
+    metrics = [
+        f"{metric['name']} of {model['name']}: {metric['value']:.5g}"
+        for model in found["models"]
+        for metric in model["metrics"]
+    ]
+    return Table("accuracy", "Accuracy", tuple(map(tuple, rows)), (*lines, *metrics))
+
+
+def _sensitivity(found: Json) -> Table:
+    losses = found["losses"]
+    widths = {kind: [] for kind in ("weight", "activation")}
+    for loss in losses:
+        if loss["width"] not in widths[loss["kind"]]:
+            widths[loss["kind"]].append(loss["width"])
+    columns = [(kind, width) for kind, found_widths in widths.items() for width in found_widths]
+    cells = {(loss["name"], loss["kind"], loss["width"]): loss for loss in losses}
+    rows = [("of", "module", *(width for _, width in columns))]
+    for name, kind, path in dict.fromkeys((x["name"], x["kind"], x["path"]) for x in losses):
+        texts = [
+            _loss(cells.get((name, kind, width))) if of == kind else "" for of, width in columns
+        ]
+        rows.append((f"{kind} {name}", path, *texts))
+    what = (
+        "SQNR of the outputs in dB when one value alone is rounded; the lowest lose most"
+        if found["metric"] is None
+        else f"fall of {found['metric']} when one value alone is rounded"
+    )
+    ranks = [
+        f"{name} {value:.2f}" for name, value in found["correlation"].items() if value is not None
+    ]
+    lines = [f"{what}. {_plural(found['samples'], 'sample')}; ~ marks an estimate"]
+    if ranks:
+        lines.append(f"rank correlation of estimates and true losses: {', '.join(ranks)}")
+    return Table("sensitivity", "Sensitivity", tuple(rows), tuple(lines))
+
+
+def _loss(loss: Json | None) -> str:
+    if loss is None:
+        return ""
+    if loss["metric"] is not None:
+        return f"{loss['metric']:.4g}"
+    noise, mark = (loss["noise"], "") if loss["noise"] is not None else (loss["estimate"], "~")
+    return f"{mark}{-10 * math.log10(noise):.1f}" if noise else "exact"
+
+
+def _search(found: Json) -> Table:
+    cost, base = found["cost"], found["base"]
+    rows = [("choice", cost, "SQNR", "predicted", "top-1", "")]
+    whole = base["costs"].get(cost) or 1.0
+    for point in found["points"]:
+        measured = point["measured"]
+        top1 = measured["top1"]
+        mark = "taken" if point["name"] == found["best"] else ""
+        if not point["in_budget"]:
+            mark = "over the budget"
+        rows.append(
+            (
+                point["name"],
+                f"{point['costs'][cost] / whole:.3f}",
+                _noise(measured["noise"]),
+                _noise(point["predicted"]),
+                "" if top1 is None else f"{100 * top1:.2f} %",
+                mark,
+            )
+        )
+    budget = ", ".join(f"{key} {value:g}" for key, value in found["budget"].items())
+    return Table(
+        "search",
+        "Choices of widths",
+        tuple(rows),
+        (
+            f"{cost} as a share of {base['scheme']} everywhere; measured on "
+            f"{_plural(found['held_back'], 'sample')} held back; budget: {budget}",
+        ),
+    )
+
+
+def _noise(noise: float | None) -> str:
+    return f"{-10 * math.log10(noise):.1f} dB" if noise else "-"
 
 
 def _where(row: Json) -> str:
@@ -372,7 +642,15 @@ def _program_row(
     details += _tensor_details(row, row["outputs"])
     names = (row["name"], alias) if alias else (row["name"],)
     headline = f"{row['name']}{_in(row)}"
-    return Row(names, row["compute"], tuple(cells), headline, tuple(details), _channels(row))
+    return Row(
+        names,
+        row["compute"],
+        tuple(cells),
+        headline,
+        tuple(details),
+        _channels(row),
+        _bits(row, row["outputs"]),
+    )
 
 
 def _op_details(op: Json) -> list[tuple[str, str]]:
@@ -441,6 +719,17 @@ def _tensor_cells(row: Json, outputs: Sequence[Json]) -> list[tuple[str, ...]]:
         _activation_cell(outputs),
         () if acc is None else (str(acc),),
     ]
+
+
+def _bits(row: Json, outputs: Sequence[Json]) -> tuple[str, ...]:
+    """Widths to filter by, the widest first; ``float`` where a tensor is no integers."""
+    activations = {record["bits"] for record in (*row["inputs"], *outputs)}
+    weight = set() if row["weight"] is None else {row["weight"]["bits"]}
+    return tuple(
+        f"{letter}{bits}" if bits is not None else f"{letter} float"
+        for letter, widths in (("a", activations), ("w", weight))
+        for bits in sorted(widths, key=lambda b: -math.inf if b is None else -b)
+    )
 
 
 def _activation_cell(records: Sequence[Json]) -> tuple[str, ...]:
@@ -611,6 +900,16 @@ def text(view: View) -> str:
     """The view as plain text, no line longer than ``WIDTH``."""
     lines = [line for entry in view.summary for line in _wrapped(entry)]
     lines += ["", *_table(view), "", *_wrapped(_LEGEND)]
+    for table in view.tables:
+        lines += ["", f"{table.title}:", *(f"  {line}" for line in table_lines(table.rows))]
+        for entry in table.lines:
+            lines += _wrapped(entry, "  ")
+    if view.worst:
+        lines += ["", f"{WORST}:"]
+        for advice in view.worst:
+            lines += _wrapped(f"{advice.headline}; {advice.why}", "  ")
+            for way in advice.what:
+                lines += _wrapped(way, "    - ")
     for heading, entries in view.notes:
         lines += ["", f"{heading}:"]
         for entry in entries:
