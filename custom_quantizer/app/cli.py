@@ -291,6 +291,29 @@ def _preprocess_options(command: F) -> F:
     return _image_options(cast(F, called))
 
 
+_classes_option = click.option(
+    "--classes",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Names of the model's classes, one a line, in the order of its scores: for folders of "
+    "some of them.  [default: the folders in the order of their names]",
+)
+
+_output_option = click.option(
+    "--output",
+    "output_index",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Which output holds the scores, of a model with several.  [default: 0]",
+)
+
+_html_option = click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a page with pictures of the network and of every op.",
+)
+
 _shape_option = click.option(
     "--input-shape",
     "shapes",
@@ -445,6 +468,7 @@ def plan_command(
     "OUT.graph.safetensors.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@_html_option
 @_accuracy_option
 @_improve_option
 @_debug_option
@@ -462,6 +486,7 @@ def quantize_command(
     dynamic_batch: bool,
     output: Path,
     as_json: bool,
+    html: Path | None,
     accuracy: str | None,
     improve: tuple[str, ...],
 ) -> None:
@@ -470,8 +495,11 @@ def quantize_command(
     MODEL is a torchvision model, package.module:function or file.py:function. The program takes
     inputs of the shape of the calibration data, one at a time, unless --input-shape or
     --dynamic-batch says otherwise.
+
+    With --html the error of every tensor is measured on some of the calibration data, too.
     """
     _check_output(output)
+    _check_page(html)
     asked = _one_of(scheme, config)
     _check_model(model)
     quantizer = _quantizer(asked, integer_io)
@@ -490,7 +518,14 @@ def quantize_command(
         improve=improve or None,
         dynamic_batch=dynamic_batch,
     )
+    if html is not None:
+        from custom_quantizer.app.reporting import with_tensors
+
+        result = with_tensors(result, data)
     files = result.save(output)
+    if html is not None:
+        result.report.including(result.fidelity).save_html(html, title=output.stem)
+        click.echo(f"wrote {html}", err=True)
     if as_json:
         click.echo(files.report.read_text())
     else:
@@ -508,9 +543,7 @@ def quantize_command(
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--op", metavar="NAME", help="Show all that is known of one op.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to this file."
-)
+@_html_option
 @_debug_option
 def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None) -> None:
     """Show dtype, scale and zero point of every tensor in FILE.
@@ -526,6 +559,87 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
         click.echo(report.to_json())
     elif op is not None:
         click.echo(report.detail(op))
+    elif html is None:
+        click.echo(str(report))
+
+
+@cli.command(
+    "report",
+    epilog=_examples(
+        "custom-quantizer report resnet18.pte --html resnet18.html",
+        "custom-quantizer report resnet18.pte --html resnet18.html --data val/ \\",
+        "    --resize 256 --crop 224 --model resnet18 --weights w.pth",
+    ),
+)
+@click.argument("file", metavar="OUT.pte", type=click.Path(path_type=Path))
+@_html_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option(
+    "--data",
+    metavar="DATA",
+    help="Measure on these: accuracy if they have labels, and the values of every activation.",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Use at most that many, drawn evenly.")
+@_classes_option
+@_output_option
+@click.option(
+    "--model", metavar="MODEL", help="Float model: measure the error of every tensor, too."
+)
+@_model_options
+@_preprocess_options
+@click.option(
+    "--sensitivity",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Show this too: what `sensitivity --json` printed.",
+)
+@click.option(
+    "--search",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Show this too: what `search --json` printed.",
+)
+@_debug_option
+def report_command(
+    file: Path,
+    html: Path | None,
+    as_json: bool,
+    data: str | None,
+    samples: int | None,
+    classes: Path | None,
+    output_index: int | None,
+    model: str | None,
+    weights: str | None,
+    model_args: dict[str, object],
+    preprocess: _Preprocess,
+    sensitivity: Path | None,
+    search: Path | None,
+) -> None:
+    """Show all that is known of what `quantize` wrote, as text or as a page.
+
+    OUT.pte is a program with its report (OUT.json) beside it, or the report itself. Without
+    options, nothing is run: what quantize stored is shown. docs/reports.md says how to read it.
+    """
+    _check_page(html)
+    _check_float_model(model, weights, model_args)
+    if model is not None and data is None:
+        raise click.UsageError("--model is compared on --data, which is not given")
+    from custom_quantizer.app.reporting import load_result, measured, read_findings
+
+    stored = load_result(file)
+    report = stored.report
+    if data is not None:
+        names = None if classes is None else _lines(classes)
+        floating = None if model is None else _load_model(model, weights, model_args)
+        source = _load_data(data, preprocess, samples, names)
+        _start_runtime()
+        report = measured(stored, source, floating, output=output_index)
+    report = report.including(*map(read_findings, filter(None, (sensitivity, search))))
+    if html is not None:
+        report.save_html(html, title=stored.name)
+        click.echo(f"wrote {html}", err=True)
+    if as_json:
+        click.echo(report.to_json())
     elif html is None:
         click.echo(str(report))
 
@@ -551,20 +665,8 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
     help="Folder or .zip of images by class, or tensors with labels.",
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Use at most that many, drawn evenly.")
-@click.option(
-    "--classes",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Names of the model's classes, one a line, in the order of its scores: for folders of "
-    "some of them.  [default: the folders in the order of their names]",
-)
-@click.option(
-    "--output",
-    "output_index",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Which output holds the scores, of a model with several.  [default: 0]",
-)
+@_classes_option
+@_output_option
 @click.option(
     "--graph",
     type=click.Path(path_type=Path),
@@ -1327,26 +1429,24 @@ def _check_output(output: Path) -> None:
         raise InputError(f"{output} {why}; name a file in a directory that exists and is writable")
 
 
-_MOST_REPORT_BYTES = 2**28
+def _check_page(html: Path | None) -> None:
+    """Likewise of the page."""
+    folder = None if html is None else html.resolve().parent
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(
+            f"{html} cannot be made in {folder}; name a file in a directory that exists and is "
+            "writable"
+        )
 
 
 def _read_report(file: Path) -> Report | ProgramReport:
-    from custom_quantizer.core.files import read_bytes
+    if file.suffix == ".json" or file.is_dir():
+        from custom_quantizer.app.reporting import load_result
 
-    if file.is_dir():
-        file = file / "report.json"
-    if file.suffix != ".json":
-        from custom_quantizer.report.record import inspect_program
+        return load_result(file).report
+    from custom_quantizer.report.record import inspect_program
 
-        return inspect_program(file)
-    try:
-        document = json.loads(read_bytes(file, _MOST_REPORT_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}); give a report of this package") from error
-    from custom_quantizer.report.record import Report
-
-    nested = document.get("report") if isinstance(document, dict) else None
-    return Report.from_json(json.dumps(document if nested is None else nested))
+    return inspect_program(file)
 
 
 def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> None:

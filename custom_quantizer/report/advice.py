@@ -86,7 +86,7 @@ def _advice(row: Json, tensor: Json, weight: Json | None) -> Advice:
     if weight is not None and share is not None and share >= 0.5:
         why = (
             f"its weight of {weight['bits']} bits makes most of that: {weight['sqnr']:.1f} dB, "
-            f"channel {weight['worst_channel']} {_db(weight['worst_channel_sqnr'])}"
+            f"{_db(weight['worst_channel_sqnr'])} in channel {weight['worst_channel']}"
         )
         what = _for_weight(row, weight)
     else:

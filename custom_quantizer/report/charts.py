@@ -153,7 +153,8 @@ def sqnr_chart(tensors: Sequence[Json]) -> Markup | None:
             for i, tensor in enumerate(shown)
         ],
     ]
-    return _svg(parts, width, height + 110, "SQNR of each quantized activation", fixed=True)
+    below = 12 + 6.5 * max(len(_clipped(tensor["name"])) for tensor in shown)
+    return _svg(parts, width, height + below, "SQNR of each quantized activation", fixed=True)
 
 
 def _sqnr_text(tensor: Json) -> str:

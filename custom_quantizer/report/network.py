@@ -304,9 +304,9 @@ def _runs(network: Network, depth: int) -> list[tuple[str, list[Box]]]:
 # Layers, columns, lanes
 # ---------------------------------------------------------------------------------------------
 
-_WIDTH, _HEIGHT, _GAP, _BESIDE, _LANE, _MARGIN = 150.0, 36.0, 30.0, 16.0, 12.0, 8.0
+_WIDTH, _HEIGHT, _GAP, _BESIDE, _LANE, _MARGIN = 142.0, 36.0, 30.0, 12.0, 12.0, 6.0
 _PITCH = _HEIGHT + _GAP
-_TITLE, _SUBTITLE = 22, 25
+_TITLE, _SUBTITLE = 20, 24
 """Characters of the two lines of a box."""
 
 
@@ -388,7 +388,7 @@ class _Column:
         bottom = (self.last - self.first) * _PITCH + _HEIGHT + (_GAP + 8 if below else _MARGIN)
         entries = self._entries(arrows)
         drawn = [self._arrow(a, lanes.get(a), right, entries, top, bottom) for a in arrows]
-        width = right + count * _LANE + 2 * _MARGIN + (34 if count else 0)
+        width = right + 2 * _MARGIN + (14 + (count - 1) * _LANE if count else 0)
         return element(
             "svg",
             drawn,
@@ -515,7 +515,8 @@ class _Column:
         if target is not None:
             tip = f"M{_at((end[0] - 3.5, end[1] - 5))}L{_at(end)}L{_at((end[0] + 3.5, end[1] - 5))}"
             parts.append(element("path", d=tip, class_="tip"))
-            parts.append(element("text", arrow.label, x=end[0] + 5, y=end[1] - 6, class_="dtype"))
+            x = end[0] + (8 if arrow.border else 5)
+            parts.append(element("text", arrow.label, x=x, y=end[1] - 6, class_="dtype"))
             if arrow.border:
                 spot = element("title", about)
                 parts.append(
@@ -525,28 +526,29 @@ class _Column:
 
     def _away(self, arrows: Sequence[Arrow], lanes: Mapping[Arrow, int], right: float) -> Markup:
         """Where tensors come from that are computed in another column, and where they go."""
-        above: dict[float, list[str]] = {}
-        below: dict[float, list[str]] = {}
+        above: dict[tuple[float, str], list[str]] = {}
+        below: dict[tuple[float, str], list[str]] = {}
         passing = [arrow for arrow in arrows if arrow in lanes and arrow.source not in self.place]
         for arrow in arrows:
             source, target = self.place.get(arrow.source), self.place.get(arrow.target)
             if arrow in lanes:
                 if source is None and len(passing) == 1:
-                    above.setdefault(right + 14, []).append(arrow.source)
+                    above.setdefault((right + 14, "end"), []).append(arrow.source)
             elif source is None and target is not None:
-                above.setdefault(target[0] + _WIDTH / 2, []).append(arrow.source)
+                above.setdefault((target[0] + _WIDTH / 2, "middle"), []).append(arrow.source)
             elif target is None and source is not None:
-                below.setdefault(source[0] + _WIDTH / 2, []).append(arrow.target)
+                below.setdefault((source[0] + _WIDTH / 2, "middle"), []).append(arrow.target)
         texts = []
         for word, places, y in (
             ("from", above, 9 - _GAP - 8),
             ("to", below, (self.last - self.first) * _PITCH + _HEIGHT + _GAP + 6),
         ):
-            for x, keys in places.items():
+            for (x, anchor), keys in places.items():
                 names = list(dict.fromkeys(self.names.get(key, "") for key in keys))
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 text = f"{word} {_shortened(names[0], 18)}{more}"
-                texts.append(element("text", text, x=x, y=y, class_="away middle"))
+                x -= 4 if anchor == "end" else 0
+                texts.append(element("text", text, x=x, y=y, class_=f"away {anchor}"))
         return element("g", texts)
 
     @staticmethod

@@ -340,8 +340,10 @@ def _outputs_measured(document: Json) -> Iterator[str]:
     findings = document.get("findings") or {}
     tensors, fidelity = findings.get("tensors"), findings.get("fidelity")
     found = tensors if tensors and tensors["outputs"] else fidelity
+    names = {} if fidelity is None else {o["index"]: o["name"] for o in fidelity["outputs"]}
     for output in () if found is None else found["outputs"]:
-        name = f" ({output['name']})" if output["name"] else ""
+        name = output["name"] or names.get(output["index"])
+        name = f" ({name})" if name else ""
         ratio = "no error" if output["sqnr"] is None else f"SQNR {output['sqnr']:.1f} dB"
         rounding = output["rounding_sqnr"]
         more = "" if rounding is None else f", {rounding:.1f} dB by rounding alone"
@@ -361,9 +363,8 @@ def _facts(document: Json) -> Iterator[tuple[str, str, str]]:
         yield "accuracy", "not measured", "report OUT.pte --data DATA with labels measures it"
     else:
         model = evaluation["models"][-1]
-        low, high = model["top1_interval"] or (None, None)
-        interval = "" if low is None else f"95 % interval {100 * low:.2f} to {100 * high:.2f} %, "
-        samples = f"{interval}{_plural(model['samples'], 'sample')}"
+        interval = _interval_of(model)
+        samples = f"95 % interval {interval}, {_plural(model['samples'], 'sample')}"
         yield "top-1 accuracy", f"{100 * model['top1']:.2f} %", samples
         change = model["against_first"]
         if change is not None:
@@ -377,10 +378,12 @@ def _facts(document: Json) -> Iterator[tuple[str, str, str]]:
             )
     tensors, fidelity = findings.get("tensors"), findings.get("fidelity")
     found = tensors if tensors and tensors["outputs"] else fidelity
-    ratios = [o["sqnr"] for o in (found or {"outputs": ()})["outputs"] if o["sqnr"] is not None]
-    if found is not None and ratios:
+    outputs = () if found is None else found["outputs"]
+    ratios = [output["sqnr"] for output in outputs if output["sqnr"] is not None]
+    if ratios:
         which = "the worst output" if len(ratios) > 1 else "the output"
-        about = f"{which} against float, {_plural(found['samples'], 'sample')}"
+        samples = 0 if found is None else found["samples"]
+        about = f"{which} against float, {_plural(samples, 'sample')}"
         yield "SQNR", f"{min(ratios):.1f} dB", about
     counted = tally_of(document)
     if counted is not None:
@@ -419,10 +422,8 @@ def _accuracy(found: Json) -> Table:
             agrees = "" if agreeing is None else f"{agreeing:,} of {model['samples']:,} agree"
             cells += [agrees, "", ""]
         else:
-            low, high = model["top1_interval"] or (None, None)
-            interval = "" if low is None else f"{100 * low:.2f} to {100 * high:.2f} %"
             correct = f"{model['correct']:,} of {model['samples']:,}"
-            cells += [correct, f"{100 * model['top1']:.2f} %", interval]
+            cells += [correct, f"{100 * model['top1']:.2f} %", _interval_of(model)]
         change = model["against_first"]
         if change is None:
             cells += ["", "", ""]
@@ -439,9 +440,17 @@ def _accuracy(found: Json) -> Table:
     return Table("accuracy", "Accuracy", tuple(map(tuple, rows)), (*lines, *metrics))
 
 
+def _interval_of(model: Json) -> str:
+    """Of its top-1 accuracy; older evaluations have none."""
+    interval: Sequence[float] | None = model["top1_interval"]
+    return (
+        "unknown" if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f} %"
+    )
+
+
 def _sensitivity(found: Json) -> Table:
     losses = found["losses"]
-    widths = {kind: [] for kind in ("weight", "activation")}
+    widths: dict[str, list[str]] = {"weight": [], "activation": []}
     for loss in losses:
         if loss["width"] not in widths[loss["kind"]]:
             widths[loss["kind"]].append(loss["width"])
