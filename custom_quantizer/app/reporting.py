@@ -101,7 +101,10 @@ def _document(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); give a report of this package") from error
     if not isinstance(document, dict):
-        raise InputError(f"{path} is no report of this package; name a .pte or the .json beside it")
+        raise InputError(
+            f"{path} is not a 'graph' report: it holds no JSON object; name a .pte or the .json "
+            "beside it"
+        )
     return document
 
 

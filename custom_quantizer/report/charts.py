@@ -37,33 +37,34 @@ def histogram(finding: Json) -> Markup | None:
             # One value is still to be seen.
             height = max(math.log1p(count) / top * (_HEIGHT - 4), 1.5)
             beyond = i < BINS_OUTSIDE or i >= len(bins) - BINS_OUTSIDE
-            bars["cut" if beyond else "bar"].append(
-                f"M{number(i * step + 0.5)} {number(_HEIGHT)}v{number(-height)}"
-                f"h{number(step - 1)}v{number(height)}z"
-            )
+            bar = f"M{number((i + 0.5) * step)} {number(_HEIGHT)}v{number(-height)}"
+            bars["cut" if beyond else "bar"].append(bar)
     low, high = ends(finding)
     parts = [
         element("rect", x=0, y=0, width=inside[0], height=_HEIGHT, class_="beyond"),
         element("rect", x=inside[1], y=0, width=inside[0], height=_HEIGHT, class_="beyond"),
-        [element("path", d="".join(d), class_=kind) for kind, d in bars.items() if d],
+        [
+            element("path", d="".join(d), stroke_width=step - 1, class_=kind)
+            for kind, d in bars.items()
+            if d
+        ],
         [_line(x, 0, x, _HEIGHT, "limit") for x in inside],
         _line(0, _HEIGHT, _WIDTH, _HEIGHT, "axis"),
-    ]
-    if low < 0 < high:
-        zero = inside[0] - low / (high - low) * (inside[1] - inside[0])
-        parts.append(_text("0", zero, _HEIGHT + 12, "middle"))
-    parts += [
         _text(f"{low:.4g}", inside[0], _HEIGHT + 12, "middle"),
         _text(f"{high:.4g}", inside[1], _HEIGHT + 12, "middle"),
     ]
+    if low < 0 < high:
+        zero = inside[0] - low / (high - low) * (inside[1] - inside[0])
+        if min(zero - inside[0], inside[1] - zero) > _WIDTH / 8:
+            parts.append(_text("0", zero, _HEIGHT + 12, "middle"))
     return _svg(parts, _WIDTH, _HEIGHT + 16, "Histogram of the values over the range")
 
 
 def ends(finding: Json) -> tuple[float, float]:
-    """The real numbers half a step beyond the smallest and the largest integer of an activation."""
+    """The real numbers that the smallest and the largest integer of an activation stand for."""
     scale, zero_point = finding["scale"], finding["zero_point"]
-    low, high = finding["quant_min"] - 0.5, finding["quant_max"] + 0.5
-    return (low - zero_point) * scale, (high - zero_point) * scale
+    low, high = ((finding[key] - zero_point) * scale for key in ("quant_min", "quant_max"))
+    return low, high
 
 
 def channel_chart(weight: Json) -> Markup | None:
@@ -85,19 +86,17 @@ def channel_chart(weight: Json) -> Markup | None:
         return number(middle - value / reach * (middle - 2))
 
     step = _WIDTH / len(ranges)
+    shown = limits if len(limits) == len(ranges) else limits * len(ranges)
     room = "".join(
-        f"M{number(i * step)} {y(limit)}h{number(step)}V{y(-limit)}h{number(-step)}z"
-        for i, limit in enumerate(limits if len(limits) == len(ranges) else limits * len(ranges))
+        f"M{number((i + 0.5) * step)} {y(limit)}V{y(-limit)}" for i, limit in enumerate(shown)
     )
-    thick = max(step * 0.6, 0.4)
     bars = "".join(
-        f"M{number((i + 0.5) * step - thick / 2)} {y(max(b, 0.0))}h{number(thick)}V{y(min(a, 0.0))}"
-        f"h{number(-thick)}z"
+        f"M{number((i + 0.5) * step)} {y(max(b, 0.0))}V{y(min(a, 0.0))}"
         for i, (a, b) in enumerate(ranges)
     )
     parts = [
-        element("path", d=room, class_="beyond"),
-        element("path", d=bars, class_="bar"),
+        element("path", d=room, stroke_width=step, class_="room"),
+        element("path", d=bars, stroke_width=max(step * 0.6, 0.4), class_="bar"),
         _line(0, middle, _WIDTH, middle, "axis"),
         _text(f"channels 0 to {len(ranges) - 1}", 0, _HEIGHT + 12),
         _text(f"±{reach:.4g}", _WIDTH, _HEIGHT + 12, "end"),

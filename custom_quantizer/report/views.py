@@ -336,14 +336,17 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
 
 
+_NO_OUTPUTS: Json = {"outputs": (), "samples": 0}
+
+
 def _outputs_measured(document: Json) -> Iterator[str]:
     findings = document.get("findings") or {}
     tensors, fidelity = findings.get("tensors"), findings.get("fidelity")
-    found = tensors if tensors and tensors["outputs"] else fidelity
+    found: Json = (tensors if tensors and tensors["outputs"] else fidelity) or _NO_OUTPUTS
     names = {} if fidelity is None else {o["index"]: o["name"] for o in fidelity["outputs"]}
-    for output in () if found is None else found["outputs"]:
-        name = output["name"] or names.get(output["index"])
-        name = f" ({name})" if name else ""
+    for output in found["outputs"]:
+        known = output["name"] or names.get(output["index"])
+        name = f" ({known})" if known else ""
         ratio = "no error" if output["sqnr"] is None else f"SQNR {output['sqnr']:.1f} dB"
         rounding = output["rounding_sqnr"]
         more = "" if rounding is None else f", {rounding:.1f} dB by rounding alone"
@@ -377,13 +380,11 @@ def _facts(document: Json) -> Iterator[tuple[str, str, str]]:
                 + ("cannot be told from noise" if change["is_noise"] else "more than noise"),
             )
     tensors, fidelity = findings.get("tensors"), findings.get("fidelity")
-    found = tensors if tensors and tensors["outputs"] else fidelity
-    outputs = () if found is None else found["outputs"]
-    ratios = [output["sqnr"] for output in outputs if output["sqnr"] is not None]
+    found: Json = (tensors if tensors and tensors["outputs"] else fidelity) or _NO_OUTPUTS
+    ratios = [output["sqnr"] for output in found["outputs"] if output["sqnr"] is not None]
     if ratios:
         which = "the worst output" if len(ratios) > 1 else "the output"
-        samples = 0 if found is None else found["samples"]
-        about = f"{which} against float, {_plural(samples, 'sample')}"
+        about = f"{which} against float, {_plural(found['samples'], 'sample')}"
         yield "SQNR", f"{min(ratios):.1f} dB", about
     counted = tally_of(document)
     if counted is not None:

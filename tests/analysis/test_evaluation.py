@@ -109,6 +109,7 @@ def test_table_and_json() -> None:
         "samples": 1200,
         "correct": 999,
         "top1": 0.8325,
+        "top1_interval": [pytest.approx(0.810318, abs=1e-6), pytest.approx(0.852560, abs=1e-6)],
         "correct5": None,
         "top5": None,
         "agreeing": 1100,

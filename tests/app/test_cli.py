@@ -24,7 +24,7 @@ from custom_quantizer.reference.interpreter import integer_reference
 
 COMMANDS = [
     *("demo", "diagnose", "evaluate", "export-c", "export-integers", "export-onnx"),
-    *("inspect", "plan", "profile", "quantize", "search", "sensitivity", "verify"),
+    *("inspect", "plan", "profile", "quantize", "report", "search", "sensitivity", "verify"),
 ]
 
 
