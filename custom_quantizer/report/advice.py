@@ -33,13 +33,15 @@ class Advice:
 
     Attributes:
         op: row of the report.
-        headline: which op, and how much.
+        where: name and module of the op.
+        how_much: is lost.
         why: what the error is made of.
         what: what may help, one way an entry.
     """
 
     op: str
-    headline: str
+    where: str
+    how_much: str
     why: str
     what: tuple[str, ...]
 
@@ -102,7 +104,7 @@ def _advice(row: Json, tensor: Json, weight: Json | None) -> Advice:
         )
     if row["accumulator_bits"] is not None and row["accumulator_bits"] > 32:
         what = (*what, "its accumulator may need more than 32 bits: give it fewer")
-    return Advice(row["node"], f"{where}: {alone:.1f} dB alone{after}", why, what)
+    return Advice(row["node"], where, f"{alone:.1f} dB alone{after}", why, what)
 
 
 def _share_of_weight(weight: Json | None, alone: float) -> float | None:

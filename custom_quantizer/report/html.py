@@ -54,6 +54,7 @@ def render(view: View, document: Json, title: str = "") -> str:
             script=Markup(script),
             style_hash=_hash(style),
             script_hash=_hash(script),
+            short=_channels_left_out(view),
             kinds=sorted({row.kind for row in view.rows}),
             placements=_placements(document),
             pictures=_pictures(document) if graph else (),
@@ -62,6 +63,15 @@ def render(view: View, document: Json, title: str = "") -> str:
             table_charts={"search": search_chart(search)} if search else {},
         )
     )
+
+
+_MOST_CHANNELS = 10_000
+"""In tables of single channels: with more of them a page takes a phone seconds to open."""
+
+
+def _channels_left_out(view: View) -> int:
+    channels = sum(max(len(row.table) - 1, 0) for row in view.rows)
+    return channels if channels > _MOST_CHANNELS else 0
 
 
 @cache

@@ -98,10 +98,12 @@ class Picture:
     """A drawn network.
 
     Attributes:
+        key: of the box that stands for it in the whole; empty: it is the whole.
         title: of the module; empty: all of the network.
         columns: SVG, to be read one after the other.
     """
 
+    key: str
     title: str
     columns: tuple[Markup, ...]
 
@@ -249,14 +251,15 @@ def pictures_of(network: Network) -> tuple[Picture, ...]:
             if before.label != moved.label and moved.label not in before.label:
                 arrows[source, target] = replace(before, label=f"{before.label}, {moved.label}")
     pictures = [draw(Network(tuple(whole), tuple(arrows.values())))]
-    by_source: dict[str, list[Arrow]] = {}
+    touching: dict[str, list[Arrow]] = {key: [] for key in where.values()}
     for arrow in network.arrows:
         for key in {where[arrow.source], where[arrow.target]}:
-            by_source.setdefault(key, []).append(arrow)
+            touching[key].append(arrow)
     names = {box.key: box.title for box in network.boxes}
     for title, boxes in inside:
-        touching = by_source.get(where[boxes[0].key], ())
-        pictures.append(draw(Network(tuple(boxes), tuple(touching)), title, names))
+        key = where[boxes[0].key]
+        module = Network(tuple(boxes), tuple(touching[key]))
+        pictures.append(draw(module, key, title, names))
     return tuple(pictures)
 
 
@@ -310,18 +313,21 @@ _TITLE, _SUBTITLE = 20, 24
 """Characters of the two lines of a box."""
 
 
-def draw(network: Network, title: str = "", names: Mapping[str, str] | None = None) -> Picture:
+def draw(
+    network: Network, key: str = "", title: str = "", names: Mapping[str, str] | None = None
+) -> Picture:
     """Draw a network; takes time in proportion to boxes and arrows.
 
     Args:
         network: arrows from or to boxes that are not in it are drawn to the edge.
+        key: of the picture.
         title: of the picture.
         names: of boxes outside.
     """
     layer_of = _layers(network)
     known = {**(names or {}), **{box.key: box.title for box in network.boxes}}
     columns = _columns(network, layer_of)
-    return Picture(title, tuple(_Column(network, layer_of, known, *c).svg() for c in columns))
+    return Picture(key, title, tuple(_Column(network, layer_of, known, *c).svg() for c in columns))
 
 
 def _layers(network: Network) -> dict[str, int]:
@@ -447,20 +453,27 @@ class _Column:
         return start, end - 1
 
     def _lanes(self, arrows: Sequence[Arrow]) -> tuple[dict[Arrow, int], int]:
-        """A lane beside the boxes for each arrow that passes some; lanes are used again."""
-        long = sorted((self._rows(a), i, a) for i, a in enumerate(arrows) if self._is_long(a))
+        """A lane beside the boxes for each tensor that passes some; lanes are used again."""
+        tensors: dict[tuple[str, bool], list[Arrow]] = {}
+        for arrow in arrows:
+            if self._is_long(arrow):
+                tensors.setdefault((arrow.source, arrow.in_float), []).append(arrow)
+        spans = []
+        for i, found in enumerate(tensors.values()):
+            rows = [self._rows(arrow) for arrow in found]
+            spans.append((min(row[0] for row in rows), max(row[1] for row in rows), i, found))
         lanes: dict[Arrow, int] = {}
         busy: list[tuple[int, int]] = []
         free: list[int] = []
         count = 0
-        for (start, end), _, arrow in long:
+        for start, end, _, found in sorted(spans, key=lambda span: span[:3]):
             while busy and busy[0][0] < start:
                 heapq.heappush(free, heapq.heappop(busy)[1])
             if free:
                 lane = heapq.heappop(free)
             else:
                 lane, count = count, count + 1
-            lanes[arrow] = lane
+            lanes.update(dict.fromkeys(found, lane))
             heapq.heappush(busy, (end, lane))
         return lanes, count
 
@@ -596,6 +609,8 @@ class _Column:
             ),
         ]
         reached = {"data_op": box.op, "tabindex": 0} if box.op else {}
+        if box.ops > 1:
+            reached = {"data_module": box.key, "tabindex": 0}
         return element("g", parts, class_=f"box {shape}", **reached)
 
 

@@ -261,8 +261,10 @@ def _graph_view(document: Json) -> View:
 def _elsewhere(document: Json) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
     found: dict[tuple[str, str], list[str]] = {}
     for row in document["rows"]:
-        if row["placement"] not in (None, Placement.INTEGER.value):
-            why = row["backend_reason"] or row["reason"]
+        if row["placement"] not in (None, Placement.INTEGER.value, Placement.FOLDED.value):
+            # The reason of an op that is integers in the graph is the rule that made it so.
+            own = row["reason"] if row["compute"] == "float" else ""
+            why = row["backend_reason"] or own or "expected; it was not lowered"
             found.setdefault((row["placement"], why), []).append(row["node"])
     return tuple((place, why, tuple(names)) for (place, why), names in found.items())
 
@@ -917,7 +919,7 @@ def text(view: View) -> str:
     if view.worst:
         lines += ["", f"{WORST}:"]
         for advice in view.worst:
-            lines += _wrapped(f"{advice.headline}; {advice.why}", "  ")
+            lines += _wrapped(f"{advice.where}: {advice.how_much}; {advice.why}", "  ")
             for way in advice.what:
                 lines += _wrapped(way, "    - ")
     for heading, entries in view.notes:

@@ -51,6 +51,13 @@ function show(name) {
   body.querySelector("summary").focus({ preventScroll: true });
 }
 
+function unfold(key) {
+  const details = document.querySelector(`details[data-module="${key}"]`);
+  details.open = true;
+  details.scrollIntoView({ block: "start" });
+  details.firstElementChild.focus({ preventScroll: true });
+}
+
 search.addEventListener("input", filter);
 kind.addEventListener("change", filter);
 bits.addEventListener("change", filter);
@@ -63,10 +70,12 @@ openAll.addEventListener("click", () => {
 for (const header of table.tHead.rows[0].cells) {
   header.firstElementChild.addEventListener("click", () => sort(header));
 }
-for (const link of links) {
-  link.addEventListener("click", () => show(link.dataset.op));
+const boxes = Array.from(document.querySelectorAll("g[data-module]"));
+for (const link of [...links, ...boxes]) {
+  const follow = () => (link.dataset.op ? show(link.dataset.op) : unfold(link.dataset.module));
+  link.addEventListener("click", follow);
   link.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && link.tagName !== "BUTTON") show(link.dataset.op);
+    if (event.key === "Enter" && link.tagName !== "BUTTON") follow();
   });
 }
 filter();
