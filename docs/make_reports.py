@@ -11,6 +11,7 @@ and selenium. A test fails while a page is not what its record says.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -81,12 +82,15 @@ def page(name: str) -> str:
 
 def write_picture() -> None:
     """The top of ResNet-20's page as a browser shows it."""
+    from PIL import Image
     from support.browser import open_page
-    from support.pictures import small_png
 
     with open_page(REPORTS / "resnet20.html", width=1180, height=1500) as browser:
         browser.execute_script("document.getElementById('network').scrollIntoView()")
-        write_bytes_atomic(PICTURE, small_png(browser.get_screenshot_as_png()))
+        taken = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+    few = io.BytesIO()
+    taken.quantize(64).save(few, "png", optimize=True)
+    write_bytes_atomic(PICTURE, few.getvalue())
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ def sqnr_chart(tensors: Sequence[Json]) -> Markup | None:
     low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
     high = max(high, low + 10)
     step = max(14.0, 560.0 / len(shown))
-    left, height = 34.0, 190.0
+    left, height = 44.0, 190.0
     width = left + step * len(shown) + 6
 
     def at(i: int, value: float) -> tuple[float, float]:
@@ -122,7 +122,7 @@ def sqnr_chart(tensors: Sequence[Json]) -> Markup | None:
     lines = []
     for value in range(low, high + 1, 10):
         y = at(0, value)[1]
-        lines += [_line(left, y, width, y, "grid"), _text(f"{value}", left - 6, y + 4, "end")]
+        lines += [_line(left, y, width, y, "grid"), _text(_db(value, high), left - 6, y + 4, "end")]
     path = "M" + "L".join(
         f"{number(x)} {number(y)}" for x, y in (at(i, t["sqnr"]) for i, t in enumerate(shown))
     )
@@ -141,7 +141,6 @@ def sqnr_chart(tensors: Sequence[Json]) -> Markup | None:
         lines,
         element("path", d=path, class_="with"),
         dots,
-        _text("dB", 0, 14),
         [
             element(
                 "text",
@@ -161,6 +160,10 @@ def _sqnr_text(tensor: Json) -> str:
     return f"{tensor['name']}: {tensor['sqnr']:.1f} dB{alone}"
 
 
+def _db(value: int, top: int) -> str:
+    return f"{value} dB" if value == top else str(value)
+
+
 def _clipped(text: str) -> str:
     return text if len(text) <= 17 else f"…{text[-16:]}"
 
@@ -175,7 +178,7 @@ def search_chart(search: Json) -> Markup | None:
     base = search["base"]["costs"].get(search["cost"])
     if not points or not base:
         return None
-    left, width, height = 34.0, 420.0, 220.0
+    left, width, height = 44.0, 430.0, 220.0
     xs, ys = [p[0] / base for p in points], [p[1] for p in points]
     low_x, high_x = min(xs) * 0.95, max(xs) * 1.02
     low, high = 10 * math.floor(min(ys) / 10), 10 * math.ceil(max(ys) / 10)
@@ -188,7 +191,7 @@ def search_chart(search: Json) -> Markup | None:
     parts: list[Markup] = []
     for value in range(low, high + 1, 10):
         y = at(low_x, value)[1]
-        parts += [_line(left, y, width, y, "grid"), _text(f"{value}", left - 6, y + 4, "end")]
+        parts += [_line(left, y, width, y, "grid"), _text(_db(value, high), left - 6, y + 4, "end")]
     front = sorted((x, y) for x, y, (*_, p) in zip(xs, ys, points, strict=True) if p["on_front"])
     corners = "L".join(f"{number(a)} {number(b)}" for a, b in (at(*xy) for xy in front))
     if len(front) > 1:
@@ -201,7 +204,6 @@ def search_chart(search: Json) -> Markup | None:
         title = element("title", about)
         parts.append(element("circle", title, cx=a, cy=b, r=6.0 if taken else 4.0, class_=kind))
     parts += [
-        _text("dB", 0, 14),
         _text(f"{low_x:.2f}", left, height + 12),
         _text(f"{high_x:.2f}", width, height + 12, "end"),
         _text(search["cost"].replace("_", " "), (left + width) / 2, height + 12, "middle"),

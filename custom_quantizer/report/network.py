@@ -560,8 +560,9 @@ class _Column:
                 names = list(dict.fromkeys(self.names.get(key, "") for key in keys))
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 text = f"{word} {_shortened(names[0], 18)}{more}"
-                x -= 4 if anchor == "end" else 0
-                texts.append(element("text", text, x=x, y=y, class_=f"away {anchor}"))
+                # The name of what comes down beside the boxes stands a line lower.
+                spot = (x - 4, y + 11) if anchor == "end" else (x, y)
+                texts.append(element("text", text, x=spot[0], y=spot[1], class_=f"away {anchor}"))
         return element("g", texts)
 
     @staticmethod
