@@ -79,6 +79,7 @@ def program(work: Path) -> Path:
     text = ok(
         *("quantize", f"{work}/net.py:Small", "--weights", work / "net.pt"),
         *("--calibration", work / "data.npz", "--calibration-samples", 32, "-o", output),
+        *("--html", work / "net.html"),
     )
     assert "net.py:Small: 5 ops: 5 integer kernel\n" in text
     assert "13 int32 in 3 layers, read back from the file and equal" in text
@@ -137,6 +138,102 @@ def test_inspect_a_program(program: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert ok("inspect", program, "--html", page) == ""
     assert page.read_text().startswith("<!")
+
+
+def test_quantize_writes_a_page_with_what_was_measured(program: Path) -> None:
+    report = json.loads(program.with_suffix(".json").read_text())["report"]
+    measured = report["findings"]["tensors"]
+    assert measured["samples"] == 32
+    page = program.with_suffix(".html").read_text()
+    assert "<h1>net</h1>" in page
+    for tensor in measured["tensors"]:
+        assert f"{tensor['sqnr']:.1f} dB with all before it" in page
+        assert sum(tensor["histogram"]) % 32 == 0
+
+
+def test_report_shows_what_is_stored(program: Path, tmp_path: Path) -> None:
+    text = ok("report", program)
+    assert (
+        text
+        == ok("report", program.with_suffix(".json"))
+        == ok("inspect", program.with_suffix(".json"))
+    )
+    assert "output 0 (linear): SQNR " in text
+    assert "Ops that lose most, and what may help:" in text
+    page = tmp_path / "page.html"
+    assert ok("report", program, "--html", page) == ""
+    assert page.read_text() == program.with_suffix(".html").read_text()
+    # What it prints as JSON is a report by itself.
+    (tmp_path / "all.json").write_text(ok("report", program, "--json"))
+    assert ok("report", tmp_path / "all.json") == text
+
+
+def test_report_measures_on_data(work: Path, program: Path, tmp_path: Path) -> None:
+    for suffix in (".pte", ".graph.safetensors"):
+        shutil.copy(program.with_suffix(suffix), tmp_path / f"bare{suffix}")
+    bare = tmp_path / "bare.pte"
+    # Without its report, it is made of the graph.
+    made = json.loads(ok("report", bare, "--json"))
+    assert made["findings"] is None
+    assert made["lowering"]["size_bytes"] == program.stat().st_size
+    alone = json.loads(ok("report", bare, "--data", work / "data.npz", "--json"))["findings"]
+    assert [model["name"] for model in alone["evaluation"]["models"]] == ["bare.pte"]
+    assert {tensor["sqnr"] for tensor in alone["tensors"]["tensors"]} == {None}
+    model = ("--model", f"{work}/net.py:Small", "--weights", work / "net.pt")
+    text = ok("report", program, "--data", work / "data.npz", *model)
+    assert "float model  40 of 40  100.00 %" in text
+    both = json.loads(ok("report", program, "--data", work / "data.npz", *model, "--json"))
+    low, high = both["findings"]["evaluation"]["models"][1]["top1_interval"]
+    assert 0.8 < low < high <= 1
+    shared = {t["name"]: t["histogram"] for t in both["findings"]["tensors"]["tensors"]}
+    assert shared == {t["name"]: t["histogram"] for t in alone["tensors"]["tensors"]}
+
+
+def test_report_takes_sensitivity_and_a_search(work: Path, program: Path, tmp_path: Path) -> None:
+    data = ("--data", work / "data.npz", "--samples", 24, "--schemes", "a8w8,a8w4")
+    model = (f"{work}/net.py:Small", "--weights", work / "net.pt")
+    (tmp_path / "s.json").write_text(ok("sensitivity", *model, *data, "--json"))
+    text = ok("report", program, "--sensitivity", tmp_path / "s.json")
+    assert "Sensitivity:" in text
+    assert "weight conv2d" in text
+    refused = run("report", program, "--search", tmp_path / "no.json")
+    assert refused.exit_code == 1
+    assert "no.json" in refused.stderr
+
+
+def test_reports_that_do_not_belong_to_the_program(program: Path, tmp_path: Path) -> None:
+    def refused(*args: object) -> str:
+        result = run("report", *args)
+        assert result.exit_code == 1, result.output
+        return result.stderr
+
+    other = tmp_path / "net.pte"
+    other.write_bytes(program.read_bytes() + b"x")
+    assert "net.json beside " in refused(other)
+    assert "and no net.graph.safetensors" in refused(other)
+    shutil.copy(program.with_suffix(".json"), tmp_path / "net.json")
+    assert "net.json is the report of another program than " in refused(other)
+    (tmp_path / "net.json").write_text("{}")
+    assert "report of another program" in refused(other)
+    (tmp_path / "net.json").write_text("[")
+    assert "net.json is not JSON" in refused(other)
+    assert "none.pte: no such file; name a .pte or the .json beside it" in refused(
+        tmp_path / "none.pte"
+    )
+    damaged = json.loads(program.with_suffix(".json").read_text())
+    damaged["report"]["rows"][0]["compute"] = "magic"
+    (tmp_path / "net.json").write_text(json.dumps(damaged))
+    assert "net.json: the report is damaged at rows.0.compute" in refused(tmp_path / "net.json")
+    shutil.copy(program.with_suffix(".json"), tmp_path / "far.json")
+    (tmp_path / "data").mkdir()
+    lonely = json.loads((tmp_path / "far.json").read_text())["report"]
+    (tmp_path / "data" / "far.json").write_text(json.dumps(lonely))
+    assert "nothing to run" in refused(
+        tmp_path / "data" / "far.json", "--data", program.parent / "data.npz"
+    )
+    page = tmp_path / "nowhere" / "page.html"
+    assert "name a file in a directory that exists" in refused(program, "--html", page)
+    assert run("report", program, "--model", "resnet18").exit_code == 2
 
 
 def test_inspect_a_saved_result(program: Path, tmp_path: Path) -> None:

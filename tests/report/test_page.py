@@ -150,7 +150,9 @@ def test_first_facts_are_those_of_the_record() -> None:
 def test_tables_of_search_and_sensitivity_are_those_of_the_record() -> None:
     found = document("resnet20")["findings"]
     tables = {t.attributes.get("id"): t for t in page("resnet20").all("table")}
-    rows = [[cell.text for cell in row.all("td")] for row in tables["search"].all("tr")][1:]
+    rows = [[cell.text for cell in row.all("td")] for row in tables["measured-search"].all("tr")][
+        1:
+    ]
     base = found["search"]["base"]["costs"]["weight_bits"]
     assert rows == [
         [
@@ -168,7 +170,7 @@ def test_tables_of_search_and_sensitivity_are_those_of_the_record() -> None:
     assert [row[-1] for row in rows].count("taken") == 1
     header, *losses = [
         [cell.text for cell in (*row.all("th"), *row.all("td"))]
-        for row in tables["sensitivity"].all("tr")
+        for row in tables["measured-sensitivity"].all("tr")
     ]
     texts = {
         (row[0], width): text for row in losses for width, text in zip(header, row, strict=True)
@@ -477,6 +479,13 @@ def test_what_is_new_replaces_what_was_there() -> None:
     assert report.findings is not None
     assert report.findings.tensors is not None
     assert "warning: look" in str(report)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_two_elements_have_one_id(name: str) -> None:
+    text = (DOCS / "reports" / f"{name}.html").read_text(encoding="utf-8")
+    ids = re.findall(r'\sid="([^"]+)"', text)
+    assert len(ids) == len(set(ids)) > 5
 
 
 def test_a_page_without_findings_still_opens(tmp_path: Any) -> None:
