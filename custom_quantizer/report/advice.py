@@ -13,7 +13,7 @@ from typing import Any
 
 from custom_quantizer.ops.placement import Placement
 
-__all__ = ["Advice", "findings_by_row", "worst_ops"]
+__all__ = ["Advice", "findings_by_row", "findings_of_inputs", "worst_ops"]
 
 Json = Mapping[str, Any]
 
@@ -51,15 +51,30 @@ def findings_by_row(document: Json) -> dict[str, tuple[Json | None, Json | None]
     found = (document.get("findings") or {}).get("tensors")
     if not found:
         return {}
-    by_format = {(t["name"], t["bits"], t["scale"], t["zero_point"]): t for t in found["tensors"]}
+    tensors = _by_format(found)
     weights = {weight["name"]: weight for weight in found["weights"]}
-    rows = {}
-    for row in document["rows"]:
-        record = row["output"]
-        scale = record["scales"][0] if len(record["scales"]) == 1 else None
-        key = (record["source"], record["bits"], scale, record["zero_point"])
-        rows[row["node"]] = (by_format.get(key), weights.get(row["node"]))
-    return rows
+    return {
+        row["node"]: (tensors.get(_format(row["output"])), weights.get(row["node"]))
+        for row in document["rows"]
+    }
+
+
+def findings_of_inputs(document: Json) -> list[Json]:
+    """What was measured of the inputs of the model, which no row computes."""
+    found = (document.get("findings") or {}).get("tensors")
+    tensors = _by_format(found) if found else {}
+    measured = [tensors.get(_format(record)) for record in document["inputs"]]
+    return [tensor for tensor in measured if tensor is not None]
+
+
+def _by_format(found: Json) -> dict[tuple[object, ...], Json]:
+    """One tensor may be stored in several formats, which were measured apart."""
+    return {(t["name"], t["bits"], t["scale"], t["zero_point"]): t for t in found["tensors"]}
+
+
+def _format(record: Json) -> tuple[object, ...]:
+    scale = record["scales"][0] if len(record["scales"]) == 1 else None
+    return record["source"], record["bits"], scale, record["zero_point"]
 
 
 def worst_ops(document: Json, count: int = 5) -> tuple[Advice, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from custom_quantizer.ops.placement import Placement
-from custom_quantizer.report.advice import findings_by_row
+from custom_quantizer.report.advice import findings_by_row, findings_of_inputs
 from custom_quantizer.report.charts import (
     channel_chart,
     histogram,
@@ -58,6 +58,7 @@ def render(view: View, document: Json, title: str = "") -> str:
             kinds=sorted({row.kind for row in view.rows}),
             placements=_placements(document),
             pictures=_pictures(document) if graph else (),
+            inputs=_input_charts(document) if graph else (),
             charts=_op_charts(document) if graph else {},
             sqnr=sqnr_chart(tensors["tensors"]) if tensors else None,
             table_charts={"search": search_chart(search)} if search else {},
@@ -105,6 +106,14 @@ def _pictures(document: Json) -> Sequence[Picture]:
     return pictures_of(network_of(document))
 
 
+_CUT = "on a logarithmic scale; shaded: beyond its integers"
+
+
+def _input_charts(document: Json) -> tuple[tuple[Markup, str], ...]:
+    drawn = [(histogram(t), f"values of input {t['name']}") for t in findings_of_inputs(document)]
+    return tuple((chart, f"{text}, {_CUT}") for chart, text in drawn if chart is not None)
+
+
 def _op_charts(document: Json) -> dict[str, tuple[tuple[Markup, str], ...]]:
     """Pictures and captions of each op, by its row."""
     found = findings_by_row(document)
@@ -113,8 +122,7 @@ def _op_charts(document: Json) -> dict[str, tuple[tuple[Markup, str], ...]]:
         tensor, _ = found.get(row["node"], (None, None))
         drawn = []
         if tensor is not None:
-            cut = "values of the result, on a logarithmic scale; shaded: beyond its integers"
-            drawn.append((histogram(tensor), cut))
+            drawn.append((histogram(tensor), f"values of the result, {_CUT}"))
         if row["weight"] is not None:
             text = "weight of each channel; shaded: what its integers can hold"
             drawn.append((channel_chart(row["weight"]), text))

@@ -471,6 +471,8 @@ class Report(_Document):
         Raises:
             InputError: it is none of these, of an unknown version, or damaged.
         """
+        if not found:
+            return self
         return replace(self, findings=(self.findings or Findings()).including_all(found))
 
     def _upgraded(self) -> Report:

@@ -16,7 +16,7 @@ from typing import Any
 
 from custom_quantizer.core.text_table import GAP, table_lines
 from custom_quantizer.ops.placement import Placement, Tally, tally
-from custom_quantizer.report.advice import Advice, findings_by_row, worst_ops
+from custom_quantizer.report.advice import Advice, findings_by_row, findings_of_inputs, worst_ops
 
 __all__ = [
     "WIDTH",
@@ -243,6 +243,9 @@ def _graph_view(document: Json) -> View:
         )
     for role in ("inputs", "outputs"):
         summary += [_border(role, record) for record in document[role]]
+    for tensor in findings_of_inputs(document):
+        said = "; ".join(f"{label} {value}" for label, value in _measured_details(tensor, None))
+        summary.append(f"input {tensor['name']}: {said}")
     summary += _outputs_measured(document)
     found = findings_by_row(document)
     return View(
