@@ -7,6 +7,7 @@ its result, and what is cut off there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,19 +93,37 @@ def worst_ops(document: Json, count: int = 5) -> tuple[Advice, ...]:
         if row["placement"] is not None and tensor is not None and tensor["alone"] is not None
     ]
     measured.sort(key=lambda entry: entry[0])
-    return tuple(_advice(row, tensor, weight) for _, row, tensor, weight in measured[:count])
+    losses = _losses(document)
+    return tuple(
+        _advice(row, tensor, weight, losses.get((row["node"], weight["bits"])) if weight else None)
+        for _, row, tensor, weight in measured[:count]
+    )
 
 
-def _advice(row: Json, tensor: Json, weight: Json | None) -> Advice:
+def _losses(document: Json) -> dict[tuple[str, int], float]:
+    """SQNR of the outputs with one weight alone rounded, by op and bits, as far as it is known."""
+    found = (document.get("findings") or {}).get("sensitivity")
+    return {
+        (loss["name"], int(loss["width"][1:])): -10 * math.log10(loss["noise"])
+        for loss in (found["losses"] if found else ())
+        if loss["kind"] == "weight" and loss["noise"] and loss["width"][1:].isdigit()
+    }
+
+
+def _advice(row: Json, tensor: Json, weight: Json | None, outputs: float | None) -> Advice:
+    """The advice for an op; ``outputs`` is what a sensitivity says of its weight."""
     alone = tensor["alone"]
     where = f"{row['node']} ({row['path']})" if row["path"] else row["node"]
     after = "" if tensor["sqnr"] is None else f", {tensor['sqnr']:.1f} dB with all before it"
     share = _share_of_weight(weight, alone)
     if weight is not None and share is not None and share >= 0.5:
         why = (
-            f"its weight of {weight['bits']} bits makes most of that: {weight['sqnr']:.1f} dB, "
-            f"{_db(weight['worst_channel_sqnr'])} in channel {weight['worst_channel']}"
+            f"most of that comes from its weight of {weight['bits']} bits, which by itself has "
+            f"{weight['sqnr']:.1f} dB, {_db(weight['worst_channel_sqnr'])} in channel "
+            f"{weight['worst_channel']}"
         )
+        if outputs is not None:
+            why += f"; the outputs keep {outputs:.1f} dB with this weight alone rounded"
         what = _for_weight(row, weight)
     else:
         why = f"most of that is its result, rounded to {_integers(tensor)}"

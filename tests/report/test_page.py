@@ -428,12 +428,20 @@ def test_the_worst_are_those_with_the_lowest_ratio_alone() -> None:
     shown = [advice.how_much for advice in worst_ops(document("resnet20"))]
     assert [text.split(" dB alone")[0] for text in shown] == [f"{v:.1f}" for v in lowest]
     assert worst_ops({**document("resnet20"), "findings": None}) == ()
+    # What a weight does to the outputs may be little, however coarse it is.
+    (first, *_) = worst_ops(document("resnet20"))
+    losses = document("resnet20")["findings"]["sensitivity"]["losses"]
+    (loss,) = (x for x in losses if (x["name"], x["width"]) == ("conv2d_18", "w3"))
+    assert first.op == "conv2d_18"
+    ratio = -10 * math.log10(loss["noise"])
+    end = f"; the outputs keep {ratio:.1f} dB with this weight alone rounded"
+    assert first.why.endswith(end)
 
 
 def test_advice_follows_what_the_error_is_made_of() -> None:
     by_op = {advice.op: advice for advice in worst_ops(document("two_heads"), 20)}
     weight = by_op["conv2d_1"]
-    assert "its weight of 4 bits makes most of that" in weight.why
+    assert weight.why.startswith("most of that comes from its weight of 4 bits")
     assert weight.what[0] == "more bits: {node_name: conv2d_1, scheme: a8w8}"
     # The same op, had its weight no part in it.
     record = changed_tensor("relu_1", alone=10.0, clipped_high=0.02, unused_low=100, unused_high=0)
@@ -486,6 +494,15 @@ def test_no_two_elements_have_one_id(name: str) -> None:
     text = (DOCS / "reports" / f"{name}.html").read_text(encoding="utf-8")
     ids = re.findall(r'\sid="([^"]+)"', text)
     assert len(ids) == len(set(ids)) > 5
+
+
+def test_what_the_docs_quote_is_what_reports_say() -> None:
+    section = (DOCS / "reports.md").read_text(encoding="utf-8").split("## The page\n")[1]
+    quoted = re.findall(
+        r"^```text\n(.*?)^```$", section.split("\n## ")[0], re.MULTILINE | re.DOTALL
+    )
+    assert len(quoted) == 1
+    assert all(text in f"{stored('resnet20')}\n" for text in quoted)
 
 
 def test_a_page_without_findings_still_opens(tmp_path: Any) -> None:
