@@ -206,7 +206,7 @@ def search_chart(search: Json) -> Markup | None:
     parts += [
         _text(f"{low_x:.2f}", left, height + 12),
         _text(f"{high_x:.2f}", width, height + 12, "end"),
-        _text(search["cost"].replace("_", " "), (left + width) / 2, height + 12, "middle"),
+        _text(f"share of {search['cost']}", (left + width) / 2, height + 12, "middle"),
     ]
     return _svg(parts, width, height + 16, "Choices of widths: SQNR over cost", fixed=True)
 

