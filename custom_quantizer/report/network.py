@@ -8,6 +8,7 @@ desk, one below the other on a phone or a sheet of paper. Large networks are dra
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -247,9 +248,8 @@ def pictures_of(network: Network) -> tuple[Picture, ...]:
         source, target = where[arrow.source], where[arrow.target]
         if source != target:
             moved = replace(arrow, source=source, target=target)
-            before = arrows.setdefault((source, target), moved)
-            if before.label != moved.label and moved.label not in before.label:
-                arrows[source, target] = replace(before, label=f"{before.label}, {moved.label}")
+            before = arrows.get((source, target))
+            arrows[source, target] = moved if before is None else _joined(before, moved)
     pictures = [draw(Network(tuple(whole), tuple(arrows.values())))]
     touching: dict[str, list[Arrow]] = {key: [] for key in where.values()}
     for arrow in network.arrows:
@@ -261,6 +261,17 @@ def pictures_of(network: Network) -> tuple[Picture, ...]:
         module = Network(tuple(boxes), tuple(touching[key]))
         pictures.append(draw(module, key, title, names))
     return tuple(pictures)
+
+
+def _joined(one: Arrow, other: Arrow) -> Arrow:
+    """What stands for both between two modules."""
+    labels = one.label if other.label in one.label.split(", ") else f"{one.label}, {other.label}"
+    return replace(
+        one,
+        label=labels,
+        in_float=one.in_float or other.in_float,
+        border=one.border or other.border,
+    )
 
 
 def _groups(network: Network) -> list[tuple[str, list[Box]]]:
@@ -326,8 +337,16 @@ def draw(
     """
     layer_of = _layers(network)
     known = {**(names or {}), **{box.key: box.title for box in network.boxes}}
-    columns = _columns(network, layer_of)
-    return Picture(key, title, tuple(_Column(network, layer_of, known, *c).svg() for c in columns))
+    columns = [_Column(layer_of, known, first, last) for first, last in _columns(network, layer_of)]
+    column_of = {layer: i for i, c in enumerate(columns) for layer in range(c.first, c.last + 1)}
+    where = {box.key: column_of[layer_of[box.key]] for box in network.boxes}
+    for box in network.boxes:
+        columns[where[box.key]].boxes.append(box)
+    for arrow in network.arrows:
+        ends = [where[end] for end in (arrow.source, arrow.target) if end in where]
+        for column in columns[min(ends) : max(ends) + 1] if ends else ():
+            column.arrows.append(arrow)
+    return Picture(key, title, tuple(column.svg() for column in columns))
 
 
 def _layers(network: Network) -> dict[str, int]:
@@ -375,21 +394,22 @@ def _columns(network: Network, layer_of: Mapping[str, int]) -> list[tuple[int, i
 class _Column:
     """Some layers of a network, drawn."""
 
-    network: Network
     layer_of: Mapping[str, int]
     names: Mapping[str, str]
     first: int
     last: int
+    boxes: list[Box] = field(default_factory=list)
+    arrows: list[Arrow] = field(default_factory=list)
     place: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def svg(self) -> Markup:
-        boxes = [b for b in self.network.boxes if self.first <= self.layer_of[b.key] <= self.last]
-        arrows = [arrow for arrow in self.network.arrows if self._spans(arrow)]
+        boxes, arrows = self.boxes, self.arrows
         self._put(boxes, arrows)
         lanes, count = self._lanes(arrows)
         right = max((x + _WIDTH for x, _ in self.place.values()), default=_WIDTH)
-        above = any(self._layer(a.source) < self.first for a in arrows)
-        below = any(self._layer(a.target) > self.last for a in arrows)
+        # Boxes that are not in the picture stand outside of all columns.
+        above = any(self.layer_of.get(a.source, -1) < self.first for a in arrows)
+        below = any(self.layer_of.get(a.target, math.inf) > self.last for a in arrows)
         top = -(_GAP + 8) if above else -_MARGIN
         bottom = (self.last - self.first) * _PITCH + _HEIGHT + (_GAP + 8 if below else _MARGIN)
         entries = self._entries(arrows)
@@ -403,22 +423,10 @@ class _Column:
             viewBox=f"{-_MARGIN:g} {top:g} {width:g} {bottom - top:g}",
             width=f"{width:g}",
             height=f"{bottom - top:g}",
-            role="img",
+            role="group",
             class_="graph",
             aria_label=f"Part of the network with {len(boxes)} boxes",
         )
-
-    def _layer(self, key: str) -> int:
-        """Boxes that are not in the picture stand outside of all columns."""
-        return self.layer_of.get(key, -1)
-
-    def _spans(self, arrow: Arrow) -> bool:
-        source, target = self.layer_of.get(arrow.source), self.layer_of.get(arrow.target)
-        if source is None:
-            return target is not None and self.first <= target <= self.last
-        if target is None:
-            return self.first <= source <= self.last
-        return source <= self.last and target >= self.first
 
     def _put(self, boxes: Sequence[Box], arrows: Sequence[Arrow]) -> None:
         """Boxes of a layer in the order of what they take, layers centered on each other."""
