@@ -1,4 +1,7 @@
-"""A report from what ``quantize`` wrote, and what more can be measured where data are given."""
+"""A report from what ``quantize`` wrote, and what more can be measured where data are given.
+
+Nothing heavy is imported before the files were found to be there.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from custom_quantizer.app.data import DataSource
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, sha256_of
 from custom_quantizer.core.files import read_bytes
 from custom_quantizer.errors import InputError
-from custom_quantizer.report.record import Report, inspect
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from custom_quantizer.app.data import DataSource
     from custom_quantizer.app.pipeline import QuantizationResult
+    from custom_quantizer.report.record import Report
 
 __all__ = [
     "MEASURED_SAMPLES",
@@ -90,6 +93,7 @@ def load_result(file: str | os.PathLike[str]) -> StoredResult:
             "program alone tells"
         )
     from custom_quantizer.app.saved_graph import load_lowered
+    from custom_quantizer.report.record import inspect
 
     converted, lowered = load_lowered(path, graph)
     return StoredResult(path.stem, inspect(converted, lowered), path, graph)
@@ -110,6 +114,8 @@ def _document(path: Path) -> dict[str, Any]:
 
 def _of_document(path: Path, document: dict[str, Any], program: Path | None = None) -> StoredResult:
     """A report alone, or with all else that ``QuantizationResult.save`` writes around it."""
+    from custom_quantizer.report.record import Report
+
     try:
         if "report" not in document:
             report = Report.from_json(json.dumps(document))

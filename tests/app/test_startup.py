@@ -25,6 +25,8 @@ COMMANDS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("--help", 0, ()),
     ("quantize --help", 0, ()),
     ("inspect no.json", 1, ()),
+    ("report no.pte", 1, ()),
+    ("report no.json --html no.html", 1, ()),
     ("plan no.py:make", 1, ("numpy", "torch")),
     ("quantize no.py:make --calibration no.npz -o net.pte", 1, ()),
     ("evaluate no.pte --data no.npz --model no.py:make", 1, ()),
