@@ -11,7 +11,14 @@ from markupsafe import Markup
 from custom_quantizer.analysis.activations import BINS_OUTSIDE
 from custom_quantizer.report.markup import element, number
 
-__all__ = ["channel_chart", "histogram", "placement_bar", "search_chart", "sqnr_chart"]
+__all__ = [
+    "channel_chart",
+    "histogram",
+    "placement_bar",
+    "search_chart",
+    "sensitivity_chart",
+    "sqnr_chart",
+]
 
 Json = Mapping[str, Any]
 
@@ -166,6 +173,44 @@ def _db(value: int, top: int) -> str:
 
 def _clipped(text: str) -> str:
     return text if len(text) <= 17 else f"…{text[-16:]}"
+
+
+_MOST_ROWS = 60
+
+
+def sensitivity_chart(sensitivity: Json) -> Markup | None:
+    """What each width leaves of the outputs: a row for a weight or activation, the worst first."""
+    rows: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for loss in sensitivity["losses"]:
+        noise = loss["noise"] if loss["noise"] is not None else loss["estimate"]
+        if noise:
+            key = (loss["kind"], loss["name"])
+            rows.setdefault(key, []).append((-10 * math.log10(noise), loss["width"]))
+    if len(rows) < 2:
+        return None
+    shown = sorted(rows.items(), key=lambda row: min(row[1]))[:_MOST_ROWS]
+    values = [value for _, found in shown for value, _ in found]
+    low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
+    high = max(high, low + 10)
+    left, across, step = 124.0, 300.0, 17.0
+    height = step * len(shown)
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * across
+
+    parts: list[Markup] = []
+    for mark in range(low, high + 1, 10):
+        parts.append(_line(x(mark), 0, x(mark), height, "grid"))
+        parts.append(_text(_db(mark, high), x(mark), height + 13, "middle"))
+    for i, ((kind, name), found) in enumerate(shown):
+        y = (i + 0.5) * step
+        parts.append(_text(_clipped(name), left - 14, y + 4, "end"))
+        parts.append(_line(x(min(found)[0]), y, x(max(found)[0]), y, "grid"))
+        for value, width in found:
+            title = element("title", f"{kind} {name} at {width}: {value:.1f} dB")
+            parts.append(element("text", title, width, x=x(value), y=y + 4, class_="middle mark"))
+    about = "SQNR of the outputs for each width of each weight and activation alone"
+    return _svg(parts, left + across + 24, height + 18, about, fixed=True)
 
 
 def search_chart(search: Json) -> Markup | None:

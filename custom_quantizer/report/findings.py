@@ -8,7 +8,7 @@ were computed, so that one document holds all that any view shows. What JSON has
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -285,6 +285,14 @@ class Findings:
         search = _read(SearchFinding, document, "search")
         inner = _read(SensitivityFinding, document.get("sensitivity", {}), "search")
         return replace(self, search=search, sensitivity=inner)
+
+    def ops(self) -> Iterator[tuple[str, str]]:
+        """Ops with a weight that something was measured of: what it was, and the op's name."""
+        for weight in () if self.tensors is None else self.tensors.weights:
+            yield "diagnosis", weight.name
+        for loss in () if self.sensitivity is None else self.sensitivity.losses:
+            if loss.kind == "weight":
+                yield "sensitivity", loss.name
 
     def including_all(self, found: Iterable[object]) -> Findings:
         """:meth:`including`, one after the other."""

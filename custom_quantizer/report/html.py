@@ -23,6 +23,7 @@ from custom_quantizer.report.charts import (
     histogram,
     placement_bar,
     search_chart,
+    sensitivity_chart,
     sqnr_chart,
 )
 from custom_quantizer.report.network import Picture, network_of, pictures_of
@@ -44,7 +45,7 @@ def render(view: View, document: Json, title: str = "") -> str:
     style, script = _file("style.css"), _file("script.js")
     graph = document["kind"] == "graph"
     findings: Json = (document.get("findings") or {}) if graph else {}
-    tensors, search = findings.get("tensors"), findings.get("search")
+    tensors, search, losses = (findings.get(k) for k in ("tensors", "search", "sensitivity"))
     return str(
         _template().render(
             title=title or view.title,
@@ -61,7 +62,10 @@ def render(view: View, document: Json, title: str = "") -> str:
             inputs=_input_charts(document) if graph else (),
             charts=_op_charts(document) if graph else {},
             sqnr=sqnr_chart(tensors["tensors"]) if tensors else None,
-            table_charts={"search": search_chart(search)} if search else {},
+            table_charts={
+                "search": search_chart(search) if search else None,
+                "sensitivity": sensitivity_chart(losses) if losses else None,
+            },
         )
     )
 

@@ -469,11 +469,19 @@ class Report(_Document):
                 :func:`~custom_quantizer.search`, a ``Fidelity``, or the parsed JSON of these.
 
         Raises:
-            InputError: it is none of these, of an unknown version, or damaged.
+            InputError: it is none of these, of an unknown version, damaged, or of another network.
         """
         if not found:
             return self
-        return replace(self, findings=(self.findings or Findings()).including_all(found))
+        findings = (self.findings or Findings()).including_all(found)
+        known = {row.node for row in self.rows}
+        for what, name in findings.ops():
+            if name not in known:
+                raise InputError(
+                    f"the {what} is of another network than the report: it has {name!r}, which "
+                    f"the report does not{nearest(name, known)}; make both of one model"
+                )
+        return replace(self, findings=findings)
 
     def _upgraded(self) -> Report:
         rows = tuple(map(_placed, self.rows))

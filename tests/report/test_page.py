@@ -185,6 +185,12 @@ def test_tables_of_search_and_sensitivity_are_those_of_the_record() -> None:
     for loss in found["sensitivity"]["losses"]:
         text = texts[f"{loss['kind']} {loss['name']}", loss["width"]]
         assert text == f"{-10 * math.log10(loss['noise']):.1f}"
+    marks = Counter(mark.text for mark in page("resnet20").all("text", class_="mark"))
+    assert marks == Counter(
+        f"{loss['kind']} {loss['name']} at {loss['width']}: "
+        f"{-10 * math.log10(loss['noise']):.1f} dB{loss['width']}"
+        for loss in found["sensitivity"]["losses"]
+    )
     circles = page("resnet20").all("circle", class_="taken")
     assert len(circles) == 1
     assert circles[0].text.startswith(found["search"]["best"])
@@ -484,6 +490,41 @@ def test_what_no_report_can_take_is_refused() -> None:
     damaged = {"kind": "diagnosis", "schema_version": 1, "samples": "many", "tensors": []}
     with pytest.raises(InputError, match="the diagnosis is damaged at samples"):
         report.including(damaged)
+
+
+def test_what_was_measured_of_another_network_is_refused() -> None:
+    found = json.loads(json.dumps(document("resnet20")["findings"]["sensitivity"]))
+    found |= {"kind": "sensitivity", "schema_version": 1}
+    message = "the sensitivity is of another network than the report: it has 'conv2d_6'"
+    with pytest.raises(InputError, match=message):
+        stored("two_heads").including(found)
+    assert stored("resnet20").including(found) == stored("resnet20")
+
+
+def test_a_page_of_a_thousand_ops() -> None:
+    record = json.loads(json.dumps(document("two_heads")))
+    rows, record["findings"] = record["rows"], None
+    record["rows"] = []
+    for block in range(50):
+        copies = json.loads(json.dumps(rows))
+        for row in copies:
+            for key in ("node", "written"):
+                row[key] = f"{row[key]}_{block}" if row[key] else ""
+            row["path"] = f"block{block}.{row['path']}".rstrip(".")
+            for tensor in (*row["inputs"], row["output"]):
+                # What the first op of a block takes is the last result of the one before.
+                if tensor["source"] != "x":
+                    tensor["source"] += f"_{block}"
+                elif block:
+                    tensor["source"] = f"sigmoid_{block - 1}"
+        record["rows"] += copies
+    text = Report.from_json(json.dumps(record)).to_html()
+    root = page_of(text)
+    assert len(ops(root)) == 50 * len(rows) > 1000
+    whole, *_ = root.all("div", class_="columns")
+    assert len(whole.all("g", class_="box")) == 50 + 3
+    assert len(root.all("details", class_="module")) == 50
+    assert len(text) < 6_000_000
 
 
 def test_what_is_new_replaces_what_was_there() -> None:
