@@ -67,6 +67,11 @@ def load_result(file: str | os.PathLike[str]) -> StoredResult:
     """
     path = Path(file)
     if path.is_dir():
+        if not (path / "report.json").is_file():
+            raise InputError(
+                f"{path}: is a directory without a report.json; name a .pte, or a directory that "
+                "quantize wrote"
+            )
         path = path / "report.json"
     if path.suffix == ".json":
         return _of_document(path, _document(path))

@@ -232,6 +232,7 @@ def test_reports_that_do_not_belong_to_the_program(program: Path, tmp_path: Path
     assert "nothing to run" in refused(
         tmp_path / "data" / "far.json", "--data", program.parent / "data.npz"
     )
+    assert "is a directory without a report.json" in refused(tmp_path / "data")
     page = tmp_path / "nowhere" / "page.html"
     assert "name a file in a directory that exists" in refused(program, "--html", page)
     assert run("report", program, "--model", "resnet18").exit_code == 2
@@ -245,6 +246,7 @@ def test_inspect_a_saved_result(program: Path, tmp_path: Path) -> None:
     assert all(str(value) in text for value in expected)
     small_result().save(tmp_path)
     assert ok("inspect", tmp_path) == ok("inspect", tmp_path / "report.json")
+    assert ok("report", tmp_path) == ok("report", tmp_path / "model.pte")
 
 
 def test_inspect_shows_the_scales_of_the_file(program: Path) -> None:

@@ -396,6 +396,15 @@ def test_a_thousand_ops_are_drawn_module_by_module(depth: int) -> None:
     assert 1 < len(first) <= MOST_BOXES
     drawn = [box.attributes.get("data-op") for root in roots for box in root.all("g", class_="box")]
     assert sorted(filter(None, drawn)) == sorted(f"conv_{i}" for i in range(1000))
+    place: dict[str, tuple[int, float]] = {}
+    for index, column in enumerate(whole.columns):
+        for box in page_of(str(column)).all("g", class_="box"):
+            title = box.one("title").text.split(":")[0]
+            place[title] = (index, float(box.one("rect").attributes["y"]))
+    arrows = [path.text.split(": ")[0] for path in roots[0].all("path") if " to " in path.text]
+    assert len(arrows) >= len(first) - 1
+    for source, target in (arrow.split(" to ") for arrow in arrows):
+        assert place[source] < place[target]
     folded = {box.attributes["data-module"] for box in first if "data-module" in box.attributes}
     assert folded == {picture.key for picture in modules}
     assert "" not in folded
