@@ -153,14 +153,21 @@ def is_empty(node: Node) -> bool:
 
 
 def _shape_of_constant(node: Node, dtype: torch.dtype | None) -> torch.Tensor | None:
-    """A tensor without memory like the one that a ``get_attr`` node reads."""
+    """A tensor without memory like the one that a ``get_attr`` node reads.
+
+    It computes with those that capture recorded in the graph.
+    """
     try:
         value = operator.attrgetter(str(node.target))(node.graph.owning_module)
     except AttributeError:
         return None
     if not isinstance(value, torch.Tensor):
         return None
-    return torch.empty(value.shape, dtype=dtype or value.dtype, device="meta")
+    mode = _fake_mode_of(node)
+    if mode is None:
+        return torch.empty(value.shape, dtype=dtype or value.dtype, device="meta")
+    with mode:
+        return torch.empty(value.shape, dtype=dtype or value.dtype, device=value.device)
 
 
 def check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:
@@ -459,4 +466,4 @@ def _fake_mode_of(node: Node) -> Any:
 
 
 def _own_fake_mode(node: Node) -> Any:
-    return getattr(tensor_meta(node), "fake_mode", None)
+    return getattr(node.meta.get("val"), "fake_mode", None)

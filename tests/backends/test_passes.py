@@ -35,6 +35,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     origin_of,
     run_passes,
 )
+from custom_quantizer.backends.xnnpack.passes._pass import Builder
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
@@ -809,3 +810,18 @@ def test_a_weight_between_channels_that_do_not_meet_is_noticed(
     monkeypatch.setattr(passes.gemm, "joined", wrong)
     with pytest.raises(cq.VerificationError, match=r"conv2d \(a\): weight: 1 of 3136 integers"):
         cq.lower(graph, (x,))
+
+
+def test_what_is_made_of_a_folded_constant_has_a_shape() -> None:
+    """``convert_pt2e`` records none for the constants it folds: a decoder's learned queries."""
+
+    def function(self: Any, x: Tensor) -> Tensor:
+        return torch.relu(x) + self.layer.weight
+
+    model = capture(Function(function, layer=nn.Linear(3, 4, bias=False)), (torch.randn(4, 3),))
+    (weight,) = (n for n in model.graph.nodes if n.op == "get_attr")
+    (add,) = calls(model, aten.add.Tensor)
+    recorded = weight.meta.pop("val")
+    moved = Builder(model, add).call(aten.permute.default, weight, [1, 0])
+    assert moved.meta["val"].fake_mode is recorded.fake_mode
+    assert tensor_meta(moved).shape == (3, 4)

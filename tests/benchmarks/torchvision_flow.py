@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,14 +201,26 @@ def lower_ours(converted: GraphModule, example: tuple[Tensor], clock: Clock) -> 
     return lowered
 
 
-def run_flow(name: str, flow: str, size: int, clock: Clock, record: Record) -> bytes:
+def run_flow(
+    model: nn.Module,
+    inputs: Callable[[int, int], list[tuple[Tensor]]],
+    flow: str,
+    clock: Clock,
+    record: Record,
+) -> bytes:
     """Measure one model in one flow; ``record`` holds what was done, also after an error.
+
+    Args:
+        model: in eval mode.
+        inputs: gives a number of inputs for a seed.
+        flow: ``stock``, ``ours`` or ``float``.
+        clock: gets the seconds of each stage.
+        record: gets everything else.
 
     Returns:
         The program, which runs.
     """
-    model = torchvision_model(name)
-    example = images(name, size, 1, seed=1)[0]
+    (example,) = inputs(1, 1)
     record["parameters"] = sum(p.numel() for p in model.parameters())
     record["seconds"] = clock.seconds
     clock.stage = "capture"
@@ -221,7 +234,7 @@ def run_flow(name: str, flow: str, size: int, clock: Clock, record: Record) -> b
         with clock.measure("prepare"):
             prepared = prepare_pt2e(captured, quantizer)
         clock.stage = "calibrate"
-        record |= calibrate(model, prepared, images(name, size, CALIBRATION_IMAGES, seed=2))
+        record |= calibrate(model, prepared, inputs(CALIBRATION_IMAGES, 2))
         with clock.measure("convert"):
             converted = convert_pt2e(prepared)
         record["converted_nodes"] = call_functions(converted)
@@ -257,7 +270,7 @@ def run_flow(name: str, flow: str, size: int, clock: Clock, record: Record) -> b
             return [value.clone() for value in method.execute(list(inputs))]
 
     clock.stage = "run"
-    held_out = images(name, size, CHECKED_IMAGES, seed=3)
+    held_out = inputs(CHECKED_IMAGES, 3)
     program = [flat(run(*given)) for given in held_out]
     clock.stage = "compare"
     record["sqnr_float"] = decibels([flat(model(*given)) for given in held_out], program)
@@ -270,10 +283,10 @@ def run_flow(name: str, flow: str, size: int, clock: Clock, record: Record) -> b
     return data
 
 
-def latency(name: str, size: int, programs: Mapping[str, Path], seconds: float) -> Record:
+def latency(
+    model: nn.Module, example: tuple[Tensor], programs: Mapping[str, Path], seconds: float
+) -> Record:
     """Medians over interleaved runs, in CPU milliseconds, and ratios of neighbouring runs."""
-    example = images(name, size, 1, seed=4)[0]
-    model = torchvision_model(name)
     runs: dict[str, Callable[[], Any]] = {"eager": lambda: model(*example)}
     loaded = []  # the runtime reads the bytes where they are
     for flow, path in programs.items():
@@ -314,11 +327,13 @@ def main() -> None:
     data: bytes | None = None
     try:
         with torch.no_grad():
+            model = torchvision_model(task["model"])
+            inputs = partial(images, task["model"], task["size"])
             if task["flow"] == "latency":
                 programs = {flow: Path(path) for flow, path in task["programs"].items()}
-                record |= latency(task["model"], task["size"], programs, task["latency_s"])
+                record |= latency(model, inputs(1, 4)[0], programs, task["latency_s"])
             else:
-                data = run_flow(task["model"], task["flow"], task["size"], clock, record)
+                data = run_flow(model, inputs, task["flow"], clock, record)
     except Exception as error:  # what failed is a result, too
         text = str(error).strip()
         record["error"] = f"{clock.stage}: {type(error).__name__}: {text[:400]}"

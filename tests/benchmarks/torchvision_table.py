@@ -6,7 +6,19 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["render"]
+__all__ = [
+    "before_lowering",
+    "latency_ratio",
+    "length",
+    "lowering",
+    "mean_line",
+    "number",
+    "ratio",
+    "render",
+    "table",
+    "what_is_not_integer",
+    "whole",
+]
 
 Record = dict[str, Any]
 
@@ -18,7 +30,7 @@ def render(results: Record) -> str:
     """The page: comparison with the stock flow, agreement of every model, what stays outside."""
     models: Record = results["models"]
     timed = {name: models[name] for name in results["timed"] if name in models}
-    sections = [_HEADER, *_comparison(timed), *_coverage(models), *_outside(models)]
+    sections = [_HEADER, *_comparison(timed), *_coverage(models), *what_is_not_integer(models)]
     missing = [name for name, model in models.items() if model.get("ours") is None]
     if missing:
         sections += ["## Not run", "", ", ".join(missing), ""]
@@ -67,17 +79,17 @@ def _comparison(timed: Record) -> list[str]:
         rows.append(
             (
                 name,
-                _ratio(before_lowering(ours), before_lowering(stock)),
-                _ratio(lowering(ours), lowering(stock)),
-                f"{_number(ours.get('calibration_forwards'))} "
-                f"({_number(stock.get('calibration_forwards'))})",
+                ratio(before_lowering(ours), before_lowering(stock)),
+                ratio(lowering(ours), lowering(stock)),
+                f"{number(ours.get('calibration_forwards'))} "
+                f"({number(stock.get('calibration_forwards'))})",
                 *(_latency(model, flow) for flow in ("stock", "float", "eager")),
-                f"{_whole(ours.get('delegates'))} ({_whole(stock.get('delegates'))})",
-                f"{_number(ours.get('sqnr_float'), 1)} ({_number(stock.get('sqnr_float'), 1)})",
-                _ratio(ours.get("bytes"), ours.get("needed_bytes"), 3),
+                f"{whole(ours.get('delegates'))} ({whole(stock.get('delegates'))})",
+                f"{number(ours.get('sqnr_float'), 1)} ({number(stock.get('sqnr_float'), 1)})",
+                ratio(ours.get("bytes"), ours.get("needed_bytes"), 3),
             )
         )
-    lines = ["## Against the stock flow", "", *_table(header, rows), "", *_summary(pairs), ""]
+    lines = ["## Against the stock flow", "", *table(header, rows), "", *_summary(pairs), ""]
     failed = [
         f"- {name}, {flow}: {model[flow]['error']}"
         for name, model in pairs.items()
@@ -115,16 +127,19 @@ def _summary(pairs: Record) -> list[str]:
             for model in pairs.values()
             if (ours := of(model["ours"])) and (stock := of(model["stock"]))
         ]
-        lines += _mean(what, ratios)
-    latencies = [value for model in pairs.values() if (value := _over(model, "stock")) is not None]
-    lines += _mean("latency", latencies)
+        lines += mean_line(what, ratios)
+    latencies = [
+        value for model in pairs.values() if (value := latency_ratio(model, "stock")) is not None
+    ]
+    lines += mean_line("latency", latencies)
     one = sum(model["ours"].get("delegates") == 1 for model in pairs.values())
     stock_one = sum(model["stock"].get("delegates") == 1 for model in pairs.values())
     lines.append(f"- one delegate: {one} of {len(pairs)} models (stock: {stock_one})")
     return lines
 
 
-def _mean(what: str, ratios: list[float]) -> list[str]:
+def mean_line(what: str, ratios: list[float]) -> list[str]:
+    """A line of the geometric mean and range of ratios to the stock flow."""
     if not ratios:
         return []
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
@@ -134,14 +149,14 @@ def _mean(what: str, ratios: list[float]) -> list[str]:
     ]
 
 
-def _over(model: Record, flow: str) -> float | None:
+def latency_ratio(model: Record, flow: str) -> float | None:
     """Our latency over that of another flow."""
     value = ((model.get("latency") or {}).get("ours_over") or {}).get(flow)
     return None if value is None else float(value)
 
 
 def _latency(model: Record, flow: str) -> str:
-    return _number(_over(model, flow))
+    return number(latency_ratio(model, flow))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -164,12 +179,12 @@ def _coverage(models: Record) -> list[str]:
         (
             name,
             f"{ours['size']}x{ours['size']}",
-            _whole(ours.get("integer_ops")),
-            _whole(_length(ours.get("float_ops"))),
-            _whole(ours.get("delegates")),
-            _whole(_length(ours.get("outside"))),
+            whole(ours.get("integer_ops")),
+            whole(length(ours.get("float_ops"))),
+            whole(ours.get("delegates")),
+            whole(length(ours.get("outside"))),
             _agreement(ours),
-            "equal" if _is_equal(ours) else _number(ours.get("sqnr_graph"), 1),
+            "equal" if _is_equal(ours) else number(ours.get("sqnr_graph"), 1),
         )
         for name, ours in ((name, model.get("ours")) for name, model in models.items())
         if ours is not None
@@ -182,7 +197,7 @@ def _coverage(models: Record) -> list[str]:
         if "error" in (model.get("ours") or {})
     ]
     notes = ["Failures:", "", *failed, ""] if failed else []
-    return ["## What was lowered and run", "", _FLOAT_OPS, "", *_table(header, rows), "", *notes]
+    return ["## What was lowered and run", "", _FLOAT_OPS, "", *table(header, rows), "", *notes]
 
 
 _FLOAT_OPS = """Where ops are in float, last bits differ between the delegate and PyTorch, become
@@ -207,14 +222,15 @@ def _agreement(record: Record) -> str:
     return f"{text}{far}; relative error {found['relative']:.1e}"
 
 
-def _outside(models: Record) -> list[str]:
-    """What runs outside delegates and what is float, with reasons and counts."""
+def what_is_not_integer(models: Record, *, floating: bool = True) -> list[str]:
+    """What runs outside delegates and, if asked for, what is float, with reasons and counts."""
     lines = []
     for name, model in models.items():
         ours = model.get("ours") or {}
-        portable = _counted(tuple(pair) for pair in ours.get("outside_reasons") or ())
-        floating = _counted((kind, why) for _, kind, why in ours.get("float_ops") or ())
-        for where, found in (("outside the delegate", portable), ("float", floating)):
+        portable = counted(tuple(pair) for pair in ours.get("outside_reasons") or ())
+        inside = ours.get("float_ops") or () if floating else ()
+        in_float = counted((kind, why) for _, kind, why in inside)
+        for where, found in (("outside the delegate", portable), ("float", in_float)):
             lines += [
                 f"- {name}, {where}: {count} x `{kind}`: {_shortened(why)}"
                 for (kind, why), count in found.items()
@@ -222,7 +238,7 @@ def _outside(models: Record) -> list[str]:
     return ["## What is not integer, and why", "", *lines, ""] if lines else []
 
 
-def _counted(items: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+def counted(items: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
     """How often each pair occurs; reasons that name other nodes count as one."""
     counts: dict[tuple[str, str], int] = {}
     first: dict[tuple[str, str], tuple[str, str]] = {}
@@ -241,7 +257,7 @@ def _shortened(text: str, most: int = 160) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     lines = [header, tuple("---" for _ in header), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -250,16 +266,16 @@ def _cell(form: Callable[[Any], str]) -> Callable[[Any], str]:
     return lambda value: "-" if value is None else form(value)
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _ratio(ours: float | None, other: float | None, digits: int = 2) -> str:
+def ratio(ours: float | None, other: float | None, digits: int = 2) -> str:
     return "-" if ours is None or not other else f"{ours / other:.{digits}f}"
 
 
-_whole = _cell(lambda value: f"{value:,}")
+whole = _cell(lambda value: f"{value:,}")
 
 
-def _length(items: list[Any] | None) -> int | None:
+def length(items: list[Any] | None) -> int | None:
     return None if items is None else len(items)

@@ -49,6 +49,13 @@ def cleared_bias(self: Any, x: Tensor) -> Tensor:
     return nn.functional.linear(x, self.layer.weight, bias)
 
 
+def learned_attention(self: Any, x: Tensor) -> Tensor:
+    """The first attention of a decoder, among queries that it has learned; nothing is dropped."""
+    q = self.layer.weight.view(1, 1, 4, 4)
+    seen = nn.functional.scaled_dot_product_attention(q, q, q).view(4, 4)
+    return x + nn.functional.dropout(seen, 0.5, training=False)
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "left"),
     [
@@ -67,6 +74,7 @@ def cleared_bias(self: Any, x: Tensor) -> Tensor:
         ),
         (lambda s, x: x + torch.zeros_like(x).add(2.0), (2, 4), [aten.add.Tensor]),
         (lambda s, x: x + s.layer.weight.split(2)[1].sum(), (2, 4), [aten.add.Tensor]),
+        (learned_attention, (4, 4), [aten.add.Tensor]),
     ],
 )
 def test_what_is_the_same_in_all_calls_is_one_constant(
@@ -125,10 +133,26 @@ def test_memory_that_inputs_are_written_to_is_no_constant() -> None:
     assert graph(x).tolist() == [0.0, 2.0, 6.0, 0.0]
 
 
-def test_random_numbers_are_no_constant() -> None:
-    graph = capture(Function(lambda s, x: x + torch.rand(3)), (torch.randn(3),))
-    assert fold_constants(graph) == 0
-    assert calls(graph, aten.rand.default)
+def dropped_attention(_self: Any, x: Tensor) -> Tensor:
+    q = torch.ones(1, 1, 2, 3)
+    return x + nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        (lambda _s, x: x + torch.rand(3), aten.rand.default),
+        (
+            lambda _s, x: x + nn.functional.dropout(torch.ones(3), training=True),
+            aten.dropout.default,
+        ),
+        (dropped_attention, aten.scaled_dot_product_attention.default),
+    ],
+)
+def test_random_numbers_are_no_constant(function: Callable[..., Any], call: Any) -> None:
+    graph = capture(Function(function), (torch.randn(3),))
+    fold_constants(graph)
+    assert calls(graph, call)
 
 
 def test_parameters_in_training_are_no_constants() -> None:

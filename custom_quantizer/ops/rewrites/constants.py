@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import add_constant, tensor_meta, written_inputs
+from custom_quantizer.core.graph import add_constant, argument, tensor_meta, written_inputs
 
 __all__ = ["fold_constants"]
 
@@ -37,6 +37,14 @@ _SHAPE_ONLY = frozenset(
         aten.zeros_like.default,
     }
 )
+# Random if this argument is neither 0 nor False: its index and name.
+_RANDOM_IF: dict[Any, tuple[int, str]] = {
+    aten.alpha_dropout.default: (2, "train"),
+    aten.dropout.default: (2, "train"),
+    aten.feature_alpha_dropout.default: (2, "train"),
+    aten.feature_dropout.default: (2, "train"),
+    aten.scaled_dot_product_attention.default: (4, "dropout_p"),
+}
 # Memory that nobody has written yet.
 _UNINITIALIZED = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
 
@@ -186,11 +194,18 @@ def _is_deterministic(node: Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return target is operator.getitem
+    seeded = torch.Tag.nondeterministic_seeded in target.tags
     return (
         target.namespace == "aten"
-        and torch.Tag.nondeterministic_seeded not in target.tags
+        and not (seeded and _draws(node))
         and target._schema.name.removeprefix("aten::") not in _UNINITIALIZED
     )
+
+
+def _draws(node: Node) -> bool:
+    """Whether a call draws random numbers, if its op can."""
+    switch = _RANDOM_IF.get(node.target)
+    return switch is None or argument(node, *switch, 0) != 0
 
 
 def _replace_uses(model: GraphModule, run: _Run) -> int:

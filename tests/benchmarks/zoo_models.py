@@ -1,0 +1,333 @@
+"""Models of timm and transformers, made small: few blocks a stage, random weights, small inputs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LIBRARIES", "MODELS", "Subject"]
+
+LIBRARIES = ("timm", "transformers")
+
+MOST_BLOCKS = 2
+"""Blocks of one shape in a row that are kept."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it is run on.
+
+    Attributes:
+        build: makes it, in eval mode, always the same.
+        inputs: (how many, seed) -> inputs.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int, int], list[tuple[Tensor, ...]]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Inputs
+# ---------------------------------------------------------------------------------------------
+
+
+def images(size: int) -> Callable[[int, int], list[tuple[Tensor, ...]]]:
+    """Random images ``(1, 3, size, size)``."""
+
+    def make(count: int, seed: int) -> list[tuple[Tensor, ...]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [(torch.randn(1, 3, size, size, generator=generator),) for _ in range(count)]
+
+    return make
+
+
+def tokens(
+    length: int, vocabulary: int = 100, *, mask: bool = False
+) -> Callable[[int, int], list[tuple[Tensor, ...]]]:
+    """Random tokens ``(1, length)`` and, if asked for, a mask that leaves out the last ones."""
+
+    def make(count: int, seed: int) -> list[tuple[Tensor, ...]]:
+        generator = torch.Generator().manual_seed(seed)
+        made: list[tuple[Tensor, ...]] = []
+        for _ in range(count):
+            ids = torch.randint(2, vocabulary, (1, length), generator=generator)
+            kept = int(torch.randint(length // 2, length + 1, (), generator=generator))
+            seen = (torch.arange(length) < kept).long()[None]
+            made.append((ids, seen) if mask else (ids,))
+        return made
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------
+
+
+def prepared(model: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
+    """Give a model weights and statistics as if it had been trained.
+
+    Weights that start out as zeros or as next to nothing (the last norm of a residual block, layer
+    scales, heads) would hide what is behind them.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and float(parameter.detach().std()) < 1e-4:
+            if parameter.dim() > 1:
+                parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+            elif float(parameter.detach().abs().max()) < 1e-3:  # zeros: biases and layer scales
+                parameter.data = 0.1 * torch.rand(parameter.shape, generator=generator)
+            else:  # ones: the factors of norms
+                parameter.data *= 0.5 + torch.rand(parameter.shape, generator=generator)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 0.5
+        norm.train()
+    if norms:
+        for _ in range(4):
+            model(*(torch.cat([value, value.roll(3, -1)]) for value in example))
+    return model.eval()
+
+
+def thinned(model: nn.Module) -> nn.Module:
+    """Leave out blocks that repeat the one before them, but for the first two of a row."""
+    for module in list(model.modules()):
+        if type(module) is not nn.Sequential or len(module) <= MOST_BLOCKS:
+            continue
+        kept: list[nn.Module] = []
+        row, last = 0, None
+        for block in module:
+            looks = [(name, value.shape) for name, value in block.state_dict().items()]
+            row = row + 1 if looks and looks == last else 1
+            last = looks
+            if row <= MOST_BLOCKS:
+                kept.append(block)
+        if len(kept) < len(module):
+            names = list(module._modules)[: len(kept)]
+            module._modules.clear()
+            for name, block in zip(names, kept, strict=True):
+                module.add_module(name, block)
+    return model
+
+
+def timm_model(name: str, size: int, **options: Any) -> Subject:
+    """A model of timm, thinned if it still runs then."""
+    inputs = images(size)
+
+    def build() -> nn.Module:
+        create = importlib.import_module("timm").create_model
+        (example,) = inputs(1, 0)
+
+        def made() -> nn.Module:
+            torch.manual_seed(0)
+            try:
+                return create(name, img_size=size, **options).eval()
+            except TypeError:
+                return create(name, **options).eval()
+
+        model = thinned(made())
+        try:
+            model(*example)
+        except (RuntimeError, IndexError, ValueError, AssertionError):
+            model = made()
+        return prepared(model, example)
+
+    return Subject(build, inputs)
+
+
+class FirstOutput(nn.Module):
+    """A model of transformers whose inputs are tensors in order, and whose output is one."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.names, self.options = model, names, options
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output: Tensor = self.model(**dict(zip(self.names, inputs, strict=True)), **self.options)[0]
+        return output
+
+
+@dataclass(frozen=True)
+class Hugging:
+    """A model of transformers.
+
+    Attributes:
+        model: its class.
+        config: class of its configuration.
+        inputs: see ``Subject``.
+        names: of the inputs.
+        settings: of the configuration.
+        options: arguments of every call.
+    """
+
+    model: str
+    config: str
+    inputs: Callable[[int, int], list[tuple[Tensor, ...]]]
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def subject(self) -> Subject:
+        """What is measured."""
+
+        def build() -> nn.Module:
+            library = importlib.import_module("transformers")
+            torch.manual_seed(0)
+            settings = {
+                key: library.ResNetConfig(**value) if key == "backbone_config" else value
+                for key, value in self.settings.items()
+            }
+            config = getattr(library, self.config)(**settings)
+            model = getattr(library, self.model)(config).eval()
+            wrapped = FirstOutput(model, self.names, self.options)
+            return prepared(wrapped, self.inputs(1, 0)[0])
+
+        return Subject(build, self.inputs)
+
+
+_BERT = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+}
+_IMAGE = {"image_size": 64, "patch_size": 16}
+
+TRANSFORMERS: dict[str, Hugging] = {
+    "BERT": Hugging("BertModel", "BertConfig", tokens(16), ("input_ids",), _BERT),
+    "BERT, masked": Hugging(
+        "BertModel", "BertConfig", tokens(16, mask=True), ("input_ids", "attention_mask"), _BERT
+    ),
+    "DistilBERT": Hugging(
+        "DistilBertModel",
+        "DistilBertConfig",
+        tokens(16),
+        ("input_ids",),
+        {"vocab_size": 100, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128},
+    ),
+    "T5 encoder": Hugging(
+        "T5EncoderModel",
+        "T5Config",
+        tokens(16),
+        ("input_ids",),
+        {
+            "vocab_size": 100,
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 128,
+            "num_layers": 2,
+            "num_heads": 4,
+        },
+    ),
+    "GPT2": Hugging(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        tokens(16),
+        ("input_ids",),
+        {"vocab_size": 100, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4},
+        {"use_cache": False},
+    ),
+    "Llama": Hugging(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        tokens(16),
+        ("input_ids",),
+        {
+            "vocab_size": 100,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 128,
+        },
+        {"use_cache": False},
+    ),
+    "CLIP vision": Hugging(
+        "CLIPVisionModel",
+        "CLIPVisionConfig",
+        images(64),
+        ("pixel_values",),
+        {
+            **_IMAGE,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+        },
+    ),
+    "CLIP text": Hugging(
+        "CLIPTextModel",
+        "CLIPTextConfig",
+        tokens(16),
+        ("input_ids",),
+        {**_BERT, "eos_token_id": 99, "pad_token_id": 1, "bos_token_id": 0},
+    ),
+    "DETR": Hugging(
+        "DetrForObjectDetection",
+        "DetrConfig",
+        images(96),
+        ("pixel_values",),
+        {
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone": None,
+            "backbone_config": {
+                "embedding_size": 16,
+                "hidden_sizes": [16, 32, 48, 64],
+                "depths": [1, 1, 1, 1],
+                "layer_type": "basic",
+                "out_features": ["stage4"],
+            },
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "num_queries": 10,
+        },
+    ),
+    "ConvNext": Hugging(
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
+        images(64),
+        ("pixel_values",),
+        {"hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 2, 1], "num_labels": 10},
+    ),
+    "ViT": Hugging(
+        "ViTModel",
+        "ViTConfig",
+        images(64),
+        ("pixel_values",),
+        {
+            **_IMAGE,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+        },
+    ),
+}
+
+_TIMM = {
+    96: """
+        convnext_atto dla34 edgenext_xx_small efficientvit_b0 ghostnet_100 hrnet_w18_small
+        mobilenetv4_conv_small mobilevit_xxs poolformer_s12 regnety_002 repvgg_a0 rexnet_100
+    """,
+    128: "lambda_resnet26t focalnet_tiny_srf sequencer2d_s mixer_s32_224",
+    224: "efficientformer_l1 levit_128s swin_tiny_patch4_window7_224 visformer_tiny",
+}
+"""Height and width of images -> names."""
+
+MODELS: dict[str, Subject] = {
+    **{name: timm_model(name, size) for size, names in _TIMM.items() for name in names.split()},
+    **{name: hugging.subject() for name, hugging in TRANSFORMERS.items()},
+}

@@ -1,0 +1,104 @@
+"""The Markdown page of ``zoo.py``, from what it stored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torchvision_table import (
+    before_lowering,
+    latency_ratio,
+    length,
+    lowering,
+    mean_line,
+    number,
+    ratio,
+    table,
+    what_is_not_integer,
+    whole,
+)
+
+__all__ = ["render"]
+
+Record = dict[str, Any]
+
+HEADER = """# Models of timm and transformers
+
+Made by `python tests/benchmarks/zoo.py --output docs/results`, with timm {timm} and transformers
+{transformers}. Random weights, batch-norm statistics of random images, of blocks that repeat in a
+stage the first two, small images and sentences; scheme `a8w8`, `minmax`. "Stock" is
+`XNNPACKQuantizer` with one weight scale a channel and `XnnpackPartitioner`. Ratios are of CPU
+seconds of one thread, stock = 1; a dash stands for what failed.
+"""
+
+
+def render(results: Record) -> str:
+    """Our flow against the stock one for each model, failures, and what is not integer."""
+    models: Record = results["models"]
+    run = {name: model for name, model in models.items() if model.get("ours") is not None}
+    header = (
+        "model",
+        "delegates (stock)",
+        "outside (stock)",
+        "integer ops",
+        "float ops",
+        "SQNR to float in dB (stock)",
+        "latency",
+        "prepare to convert",
+        "lower and check",
+        "bytes",
+    )
+    lines = [HEADER.format(**results["libraries"]), *table(header, list(map(_row, run.items())))]
+    lines += ["", *_summary(run), "", *_failures(run)]
+    return "\n".join([*lines, *_float_ops(run), *what_is_not_integer(run, floating=False)])
+
+
+def _row(item: tuple[str, Record]) -> tuple[str, ...]:
+    name, model = item
+    ours, stock = model["ours"], model.get("stock") or {}
+    return (
+        name,
+        f"{whole(ours.get('delegates'))} ({whole(stock.get('delegates'))})",
+        f"{whole(length(ours.get('outside')))} ({whole(length(stock.get('outside')))})",
+        whole(ours.get("integer_ops")),
+        whole(length(ours.get("float_ops"))),
+        f"{number(ours.get('sqnr_float'), 1)} ({number(stock.get('sqnr_float'), 1)})",
+        number(latency_ratio(model, "stock")),
+        ratio(before_lowering(ours), before_lowering(stock)),
+        ratio(lowering(ours), lowering(stock)),
+        ratio(ours.get("bytes"), stock.get("bytes")),
+    )
+
+
+def _summary(models: Record) -> list[str]:
+    latencies = [found for m in models.values() if (found := latency_ratio(m, "stock")) is not None]
+    done = {flow: [m[flow] for m in models.values() if m.get(flow)] for flow in ("ours", "stock")}
+    counts = {
+        flow: (sum("error" not in r for r in found), sum(r.get("delegates") == 1 for r in found))
+        for flow, found in done.items()
+    }
+    return [
+        *mean_line("latency", latencies),
+        f"- programs: {counts['ours'][0]} of {len(done['ours'])} models "
+        f"(stock: {counts['stock'][0]} of {len(done['stock'])})",
+        f"- one delegate: {counts['ours'][1]} models (stock: {counts['stock'][1]})",
+    ]
+
+
+def _float_ops(models: Record) -> list[str]:
+    """How often an op of a kind is float, over all models."""
+    counts = Counter(
+        kind for model in models.values() for _, kind, _ in model["ours"].get("float_ops") or ()
+    )
+    listed = ", ".join(f"`{kind}` {count}" for kind, count in counts.most_common())
+    return ["## Ops that are float", "", f"{listed}.", ""]
+
+
+def _failures(models: Record) -> list[str]:
+    failed = [
+        f"- {name}, {flow}: {model[flow]['error']}"
+        for name, model in models.items()
+        for flow in ("ours", "stock")
+        if "error" in (model.get(flow) or {})
+    ]
+    return ["## Failures", "", *failed, ""] if failed else []
