@@ -20,6 +20,7 @@ from custom_quantizer.core.graph import (
 )
 
 __all__ = [
+    "FULL_PRECISION",
     "ORIGINAL_NAME",
     "Insertion",
     "Rewrite",
@@ -31,6 +32,9 @@ __all__ = [
 
 aten = torch.ops.aten
 
+
+FULL_PRECISION = "custom_quantizer_full_precision"
+"""Key in ``node.meta``: the model computes the node where it has turned autocast off."""
 
 ORIGINAL_NAME = "original_name"
 """Key in ``node.meta``: name of the captured call that the node is a part of."""
@@ -58,7 +62,7 @@ class Insertion:
         name = f"{self.node.name}_{getattr(target, 'overloadpacket', target).__name__}"
         with self.model.graph.inserting_before(self.node):
             new = self.model.graph.create_node("call_function", target, args, kwargs, name)
-        for key in ("nn_module_stack", "stack_trace"):
+        for key in ("nn_module_stack", "stack_trace", FULL_PRECISION):
             if key in self.node.meta:
                 new.meta[key] = self.node.meta[key]
         new.meta["original_target"] = self.node.meta.get("original_target", self.node.target)

@@ -205,6 +205,8 @@ class Trait(Enum):
     """Shows the same values in another shape or order."""
     DIVISION = "division"
     """Divides by its last input, which must not be rounded to zero."""
+    PRODUCT = "product"
+    """A product of activations: exact only where a model asks for it by leaving autocast."""
     TABLE = "table"
     """A function of one tensor, element by element: on integers, a table."""
 

@@ -16,6 +16,7 @@ from custom_quantizer.ops._rule import (
     OpRule,
     PatternMatch,
     QuantizedOp,
+    Trait,
 )
 from custom_quantizer.ops.elementwise import _case, _match_single
 
@@ -55,6 +56,7 @@ MATMUL = OpRule(
     targets=frozenset({aten.matmul.default}),
     match=_match_matmul,
     integers=_matmul_integers,
+    traits=frozenset({Trait.PRODUCT}),
     cases=(
         _case("bmm", torch.bmm, (3, 5, 8), (3, 8, 7)),
         _case("matmul", torch.matmul, (2, 3, 5, 8), (2, 3, 8, 7)),

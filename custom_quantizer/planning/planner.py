@@ -21,6 +21,7 @@ from custom_quantizer.config.rules import Config, Decision, returned_nodes
 from custom_quantizer.core.formats import IntFormat
 from custom_quantizer.core.graph import (
     FOLDED_KEY,
+    constant_of,
     describe,
     effective_users,
     is_constant,
@@ -28,7 +29,7 @@ from custom_quantizer.core.graph import (
     module_path,
     tensor_meta,
 )
-from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_name
+from custom_quantizer.core.rewriting import FULL_PRECISION, ORIGINAL_NAME, original_name
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme, activation_scheme
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.errors import ConfigError, nearest
@@ -597,6 +598,9 @@ def _settle(op: _Op, backend: Backend) -> None:
     if scheme.dynamic and op.match.weight is None:
         op.reason = f"{scheme.name} quantizes layers with weights; everything else stays in float"
         return
+    if op.has(Trait.PRODUCT) and FULL_PRECISION in op.node.meta and not op.decision.explicit:
+        op.reason = "the model turns autocast off around it, which asks for full precision"
+        return
     for tensor in (*op.match.inputs, op.output):
         meta = tensor_meta(tensor)
         if meta is None or meta.dtype != torch.float32:
@@ -639,9 +643,10 @@ def _leave_sums_in_float(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
 
 
 def _leave_divisors_in_float(ops: list[_Op], producer: dict[Node, _Op]) -> None:
-    """A bound that keeps a divisor away from zero is kept: rounded to a grid it would be zero.
+    """What keeps a divisor away from zero is kept: rounded to a grid it would be zero.
 
-    ``F.normalize`` of a row of zeros is zero, and not 0 / 0.
+    ``F.normalize`` of a row of zeros is zero, and not 0 / 0. It is a bound, or a small number that
+    is added (``x / (x.sum() + 1e-6)``).
     """
     for op in ops:
         if not op.has(Trait.DIVISION) or op.match is None:
@@ -653,9 +658,21 @@ def _leave_divisors_in_float(ops: list[_Op], producer: dict[Node, _Op]) -> None:
             continue
         last = rule_of(source.output)  # a clamp of its own, or one that is fused
         low = None if last is None or last.bounds is None else last.bounds(source.output)[0]
-        if low is not None and low > 0:
+        if (low is not None and low > 0) or _adds_epsilon(source):
             source.scheme = None
             source.reason = "it keeps a divisor away from zero, to which integers would round it"
+
+
+_LARGEST_EPSILON = 1e-3
+"""Of numbers that are added to keep a divisor away from zero, as norms do it."""
+
+
+def _adds_epsilon(op: _Op) -> bool:
+    if op.node.target is not torch.ops.aten.add.Tensor or op.match is None:
+        return False
+    graph = cast(GraphModule, op.node.graph.owning_module)
+    constants = [constant_of(graph, n) for n in op.match.inputs if n.op == "get_attr"]
+    return any(c.numel() == 1 and bool((c > 0) & (c <= _LARGEST_EPSILON)) for c in constants)
 
 
 def _computes_in_float(op: _Op | None) -> bool:

@@ -392,7 +392,7 @@ def _check_captured(model: object, training: bool = False) -> None:
             "the graph calls modules, so it was traced with torch.fx; capture it with "
             "torch.export.export(model.eval(), example_inputs).module()"
         )
-    if targets and not any(isinstance(target, torch._ops.OpOverload) for target in targets):
+    if targets and not any(isinstance(target, torch._ops.OperatorBase) for target in targets):
         raise CaptureError(
             "the graph calls Python functions instead of aten ops; capture it with "
             "torch.export.export(model.eval(), example_inputs).module()"

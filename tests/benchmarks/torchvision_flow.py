@@ -224,7 +224,8 @@ def run_flow(
     record["parameters"] = sum(p.numel() for p in model.parameters())
     record["seconds"] = clock.seconds
     clock.stage = "capture"
-    captured = torch.export.export(model, example).module()
+    with torch.enable_grad():  # as users capture: regions without gradients become calls
+        captured = torch.export.export(model, example).module()
     record["captured_nodes"] = call_functions(captured)
     converted: Any = model
     if flow != "float":

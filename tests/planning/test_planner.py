@@ -129,6 +129,16 @@ def test_bounds_that_keep_divisors_from_zero(
 
 
 @pytest.mark.parametrize(
+    ("added", "kept"), [(1e-15, False), (1e-3, False), (1.0, True), (0.0, True), (-1e-6, True)]
+)
+def test_small_numbers_that_keep_divisors_from_zero(added: float, kept: bool) -> None:
+    plan = plan_of(lambda s, x, y: (x + x) / (torch.tanh(y) + added) * 2.0, shapes=(IMAGE, IMAGE))
+    op = plan.op("add_1")
+    assert ("keeps a divisor away from zero" in op.reason) is not kept, op
+    assert (op.scheme is not None) is kept, op
+
+
+@pytest.mark.parametrize(
     ("rule", "scheme"),
     [
         (Rule(Scope.OPERATOR_TYPE, "aten.clamp.default", A8W8), "a8w8"),

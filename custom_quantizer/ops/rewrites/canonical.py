@@ -39,6 +39,7 @@ from custom_quantizer.ops.rewrites.batch_norms import (
 from custom_quantizer.ops.rewrites.constants import fold_constants
 from custom_quantizer.ops.rewrites.decompositions import decompose
 from custom_quantizer.ops.rewrites.factors import fold_factors
+from custom_quantizer.ops.rewrites.regions import inline_regions
 
 __all__ = ["OVERWRITTEN", "canonicalize", "mark_overwritten", "overwritten_by"]
 
@@ -57,6 +58,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
         legalize: what the backend rewrites.
         training: parameters change, so nothing that is computed from them is a constant.
     """
+    inline_regions(model, training=training)
     fold_constants(model, parameters=not training)
     keep_own_statistics(model)
     _functionalize(model)
