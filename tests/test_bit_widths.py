@@ -15,9 +15,9 @@ from support.selection import slow_but
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack.checks import output_scales
 from custom_quantizer.ops import REGISTRY
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
+from custom_quantizer.reference.verifying import output_scales
 
 GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 

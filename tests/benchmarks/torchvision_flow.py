@@ -37,9 +37,10 @@ from support.models import torchvision_model
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import read_program
-from custom_quantizer.backends.xnnpack.checks import is_exact, output_scales
+from custom_quantizer.backends.xnnpack.checks import is_exact
 from custom_quantizer.core.files import write_bytes_atomic, write_json_atomic
 from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.verifying import output_scales
 
 CALIBRATION_IMAGES = 8
 CHECKED_IMAGES = 3

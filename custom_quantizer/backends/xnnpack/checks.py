@@ -34,7 +34,7 @@ from custom_quantizer.ops import QParamSharing, QuantizedOp
 from custom_quantizer.ops._rule import as_limits
 from custom_quantizer.ops.gemm import CONV, expand_channels
 from custom_quantizer.reference import IntegerReference
-from custom_quantizer.reference.converted import ConvertedGraph
+from custom_quantizer.reference.converted import ConvertedGraph, FloatOp
 from custom_quantizer.reference.verifying import Difference
 
 __all__ = [
@@ -116,9 +116,23 @@ def _run(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...
                     f"{MOST_DIMS}; reshape it to fewer ({error})"
                 ) from error
         raise LoweringError(
-            f"{error}; leave the op in float, or write it with other ops"
+            f"{_refused(graph, example)}{error}"
             + (f" (outside the delegate run {outside})" if outside else "")
         ) from error
+
+
+def _refused(graph: ConvertedGraph, example: tuple[Any, ...]) -> str:
+    """Names the op that the runtime refuses, and says what to do about it."""
+    from custom_quantizer.backends.xnnpack.refused import first_refused  # it lowers
+
+    op = first_refused(graph, example)
+    if op is None:
+        return "leave some ops in float, or write them with other ops: "
+    if isinstance(op, FloatOp) and not op.float_fallback:
+        cure = "write it with other ops, or let the model end before it"
+    else:
+        cure = f"leave it in float with set_node_name({op.node.name!r}, None)"
+    return f"{describe(op.node)} is the first op that the runtime refuses; {cure}: "
 
 
 def differences(program: LoweredProgram, graph: ConvertedGraph) -> Iterator[Difference]:
