@@ -7,10 +7,8 @@ finds the first op with which the program no longer loads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
