@@ -65,3 +65,24 @@ def test_layers_that_share_an_input_are_one_delegate() -> None:
     assert program.report.delegates == 1
     noise = (program.run(x) - model(x)).norm() / model(x).norm()
     assert float(noise) < 0.02
+
+
+class GroupedQueries(nn.Module):
+    """Attention whose heads share keys in pairs, as language models repeat them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(1, 6, 4, 8).transpose(1, 2)
+        k = self.k(x).view(1, 6, 2, 1, 8).transpose(1, 2).expand(1, 2, 6, 2, 8)
+        return torch.softmax(q @ k.transpose(2, 3).reshape(1, 4, 6, 8).transpose(2, 3), -1)
+
+
+def test_keys_that_are_repeated_in_float_are_one_delegate() -> None:
+    torch.manual_seed(0)
+    model, x = GroupedQueries().eval(), torch.randn(1, 6, 32)
+    program = cq.lower(convert(model, (x,), "dyn8w8").graph, (x,))
+    assert (program.report.delegates, program.report.outside) == (1, ())
+    assert float((program.run(x) - model(x)).norm() / model(x).norm()) < 0.02

@@ -24,8 +24,10 @@ from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     add_constant,
     argument,
+    effective_users,
     is_dequantize,
     shape_of,
+    tensor_meta,
 )
 from custom_quantizer.ops.movement import EXPAND, RESHAPE, SELECT, SLICE, SPLIT, slice_of
 
@@ -276,13 +278,13 @@ def _take(build: Builder, source: Node, dim: int, groups: tuple[int, int, int, i
     return build.call(aten.view_copy.default, value, [*shape[:dim], number, *shape[dim + 1 :]])
 
 
-@graph_pass("expands", "concatenations")
+@graph_pass("expands", "concatenations", requires={"drop_broadcasts"})
 def expands_to_cats(model: GraphModule) -> int:
-    """Expanding an int8 tensor becomes repeated concatenation: XNNPACK has no expand."""
+    """Expanding becomes repeated concatenation: XNNPACK has no expand."""
     count = 0
     for node in calls(model, EXPAND.targets):
         source = node.args[0]
-        if not isinstance(source, Node) or not is_dequantize(source):
+        if not isinstance(source, Node) or not _is_expanded_inside(source, node):
             continue
         old, new = shape_of(source), shape_of(node)
         if not all(isinstance(s, int) for s in (*old, *new)) or len(old) > len(new):
@@ -292,7 +294,7 @@ def expands_to_cats(model: GraphModule) -> int:
         if len(old) < len(new):
             padded = [1] * (len(new) - len(old)) + list(old)
             viewed = build.call(aten.view.default, value, padded)
-            old, value = tuple(padded), build.requantized(viewed, source)
+            old, value = tuple(padded), _kept(build, viewed, source)
         dims = [d for d in range(len(new)) if old[d] != new[d]]
         if not dims or any(new[d] > _MAX_REPEATS for d in dims):
             continue
@@ -300,7 +302,21 @@ def expands_to_cats(model: GraphModule) -> int:
         for position, dim in enumerate(dims):
             result = build.call(aten.cat.default, [value] * int(new[dim]), dim)
             if position + 1 < len(dims):
-                value = build.requantized(result, source)
+                value = _kept(build, result, source)
         replace(node, result)
         count += 1
     return count
+
+
+def _is_expanded_inside(source: Node, node: Node) -> bool:
+    """Whether an expand is of integers, or of floats between ops that compute."""
+    if is_dequantize(source):
+        return True
+    meta = tensor_meta(source)
+    is_float = meta is not None and meta.dtype == torch.float32
+    return is_float and source.op == "call_function" and bool(effective_users(node))
+
+
+def _kept(build: Builder, value: Node, source: Node) -> Node:
+    """A move of ``source``, on the same integers if that is integers."""
+    return build.requantized(value, source) if is_dequantize(source) else value
