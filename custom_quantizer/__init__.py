@@ -25,6 +25,7 @@ from custom_quantizer.errors import (
 )
 
 if TYPE_CHECKING:
+    from custom_quantizer.accuracy.adoption import Adoption, adopt
     from custom_quantizer.accuracy.improving import Improvement, improve
     from custom_quantizer.analysis.allocation.searching import SearchPoint, SearchResult
     from custom_quantizer.analysis.allocation.sensitivity import Loss, Sensitivity
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Accumulator",
+    "Adoption",
     "CCode",
     "CalibrationError",
     "CalibrationSummary",
@@ -140,6 +142,7 @@ __all__ = [
     "VerificationError",
     "XnnpackPartitioner",
     "accumulators",
+    "adopt",
     "all_reduce_statistics",
     "calibrate",
     "check",
@@ -182,6 +185,7 @@ __all__ = [
 
 # No module may be called like a public name: importing it would hide what is meant.
 _NAMES = {
+    "accuracy.adoption": ("Adoption", "adopt"),
     "accuracy.improving": ("Improvement", "improve"),
     "calibration.run": ("CalibrationSummary", "calibrate"),
     "analysis.diagnosis": ("Diagnosis", "diagnose"),

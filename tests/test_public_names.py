@@ -10,6 +10,7 @@ import custom_quantizer as cq
 
 NAMES = [
     "Accumulator",
+    "Adoption",
     "CCode",
     "CalibrationError",
     "CalibrationSummary",
@@ -58,6 +59,7 @@ NAMES = [
     "VerificationError",
     "XnnpackPartitioner",
     "accumulators",
+    "adopt",
     "all_reduce_statistics",
     "calibrate",
     "check",

@@ -41,7 +41,7 @@ from custom_quantizer.accuracy.streams import Stream, values_of, walk
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, graph_calls
 from custom_quantizer.config.improvement import ALGORITHMS, check_algorithms
-from custom_quantizer.core.graph import module_path, state_of
+from custom_quantizer.core.graph import RESCALED_KEY, module_path, state_of
 from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
@@ -371,6 +371,10 @@ class _Run:
         if "brecq" in self.algorithms:
             del floating, rounded
             gains = self._reconstruct(own, gains, finished, progress)
+        if self.rescaled:
+            names = {name for names in self.rescaled.values() for name in names}
+            before_this = self.prepared.meta.get(RESCALED_KEY, ())
+            self.prepared.meta[RESCALED_KEY] = tuple(sorted({*before_this, *names}))
         return Improvement(
             self.algorithms,
             tuple(gains),

@@ -59,6 +59,9 @@ _q = torch.ops.quantized_decomposed
 FOLDED_KEY = "custom_quantizer_folded"
 """Marks, in ``meta``, a call that only reads parameters and becomes a constant at conversion."""
 
+RESCALED_KEY = "custom_quantizer_rescaled"
+"""In the ``meta`` of a prepared graph: algorithms that changed the numbers of the float network."""
+
 STATE_KEY = "custom_quantizer_state"
 """In the ``meta`` of a prepared or converted graph: what buffers it writes held at capture."""
 

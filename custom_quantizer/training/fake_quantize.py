@@ -209,6 +209,28 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
             self.solved_at.copy_(self.count)
         return self._make(float(self.solved_scale), int(self.solved_zero_point))
 
+    @property
+    def has_range(self) -> bool:
+        """Whether scale and zero point can be told: something was seen, or they were supplied."""
+        return bool(self.count > 0) or self.frozen or bool(self.initialized)
+
+    def start_at(self, qparams: QParams) -> None:
+        """Learn from this scale and zero point on; where nothing is learned, keep them.
+
+        Raises:
+            CalibrationError: they are not of this format (see :meth:`freeze`).
+        """
+        self.freeze(qparams)
+        if self.learned:
+            self.unfreeze()
+            self._begin(qparams)
+
+    def _begin(self, first: QParams) -> None:
+        with torch.no_grad():
+            self.scale.fill_(cast(float, first.scale))
+            self.zero_point.fill_(first.zero_point)
+            self.initialized.fill_(1)
+
     def _make(self, scale: float, zero_point: int) -> QParams:
         return QParams(scale, zero_point, self.quant_min, self.quant_max)
 
@@ -220,11 +242,7 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
 
     def _round_and_learn(self, x: Tensor) -> Tensor:
         if not self.initialized:
-            first = super().qparams() if self.kind != "counts" else self.qparams()
-            with torch.no_grad():
-                self.scale.fill_(cast(float, first.scale))
-                self.zero_point.fill_(first.zero_point)
-                self.initialized.fill_(1)
+            self._begin(super().qparams() if self.kind != "counts" else self.qparams())
         scale, zero_point = self._learned_values()
         with torch.no_grad():
             value = torch.fake_quantize_per_tensor_affine(
@@ -403,16 +421,20 @@ class BiasFakeQuantize(BiasObserver, FakeQuantizeBase):  # type: ignore[misc]
         self.repeats = repeats
         self.input_bits = input_bits
 
+    @property
+    def source(self) -> ActivationFakeQuantize | None:
+        """That of the op's input; ``None`` where it has none of ours."""
+        module = self._input.module
+        return module if isinstance(module, ActivationFakeQuantize) else None
+
     def forward(self, bias: Tensor) -> Tensor:
         """Round ``bias``, ``(out_channels,)``.
 
         Raises:
             CalibrationError: the op's input or weight has no fake quantizer of ours.
         """
-        source, weight = self._input.module, self._weight.module
-        if not isinstance(source, ActivationFakeQuantize) or not isinstance(
-            weight, WeightFakeQuantize
-        ):
+        source, weight = self.source, self._weight.module
+        if source is None or not isinstance(weight, WeightFakeQuantize):
             raise CalibrationError(
                 f"{self.name}: no fake quantizer was made for its input or its weight, so its bias "
                 "cannot be derived; another quantizer annotated the same op"

@@ -449,7 +449,7 @@ class _Trainer:
                 return
         if start is not None:
             load_statistics(self.model, start)
-        elif not any(bool(m.count > 0) for m in self._activations()):
+        elif not any(m.has_range for m in self._activations()):
             self._calibrate()
 
     def _activations(self) -> Iterator[ActivationFakeQuantize]:

@@ -58,10 +58,13 @@ __all__ = [
     "dropouts_behind",
     "fold_batch_norms",
     "fold_for_good",
+    "folded_value",
     "insert_normalization",
+    "is_foldable_parameter",
     "is_training_call",
     "origin_of",
     "planned_tensor",
+    "put_folded",
     "training_mode_of",
 ]
 
@@ -83,6 +86,10 @@ _BATCH_NORM_KEY = "custom_quantizer_batch_norm"
 
 _SMALLEST_FACTOR = 1e-8
 """A batch norm that multiplies by less cannot be undone, so it multiplies by this."""
+
+
+_REFINEMENTS = 3
+"""Steps to the running mean of a wanted bias: each takes up what rounding left of the last one."""
 
 
 class TrainingMode(nn.Module):
@@ -472,17 +479,65 @@ def fold_for_good(model: GraphModule) -> None:
     fold_constants(model)
 
 
+def folded_value(model: GraphModule, node: Node) -> Tensor:
+    """A parameter, or a function of parameters with the running statistics."""
+    return constant_of(model, node) if node.op == "get_attr" else _evaluate(model, node)
+
+
 def _evaluate(model: GraphModule, node: Node) -> Tensor:
     """The value of a function of parameters, with the running statistics."""
 
     def value(arg: Node) -> Any:
-        if arg.target == MODE_NAME:
-            return False
-        return constant_of(model, arg) if is_constant(arg) else _evaluate(model, arg)
+        return False if arg.target == MODE_NAME else folded_value(model, arg)
 
     args, kwargs = cast(Any, torch.fx.node.map_arg((node.args, node.kwargs), value))
     with torch.no_grad():
         return cast(Tensor, cast(Callable[..., Any], node.target)(*args, **kwargs))
+
+
+# ---------------------------------------------------------------------------------------------
+# The other way
+# ---------------------------------------------------------------------------------------------
+
+
+def is_foldable_parameter(node: Node) -> bool:
+    """Whether a weight or bias is a parameter, or one that a batch norm was folded into."""
+    if node.target is scale_channels:
+        return cast(Node, node.args[0]).op == "get_attr"
+    if node.target is fold_bias:
+        return cast(Node, node.args[3]).op == "get_attr"
+    return node.op == "get_attr"
+
+
+def put_folded(model: GraphModule, node: Node, value: Tensor) -> None:
+    """Give a layer the weight or bias whose folded form is ``value``, up to float rounding.
+
+    Of a bias the running mean of the batch norm takes up what is new. In training the statistics of
+    the batch come in its place: had a parameter taken it up, it would be there twice.
+
+    Args:
+        model: a graph in this form.
+        node: of which :func:`is_foldable_parameter` is true.
+        value: of the parameter's shape.
+    """
+    if node.target is scale_channels:
+        weight, factor, axis, groups = cast("tuple[Node, Node, int, int]", node.args)
+        inverse = 1 / folded_value(model, factor).double()
+        _put(model, weight, scale_channels(value.double(), inverse, axis, groups))
+        return
+    if node.target is not fold_bias:
+        _put(model, node, value)
+        return
+    factor, mean = cast("tuple[Node, Node]", (node.args[1], node.args[3]))
+    wide = folded_value(model, factor).double()
+    for _ in range(_REFINEMENTS):
+        missing = value.double() - folded_value(model, node).double()
+        _put(model, mean, folded_value(model, mean).double() - missing / wide)
+
+
+def _put(model: GraphModule, node: Node, value: Tensor) -> None:
+    with torch.no_grad():
+        operator.attrgetter(str(node.target))(model).copy_(value)
 
 
 def is_training_call(node: Node) -> bool:
