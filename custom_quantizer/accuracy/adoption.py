@@ -39,6 +39,10 @@ from custom_quantizer.training.fake_quantize import (
 __all__ = ["Adoption", "adopt"]
 
 
+_INSIDE = 0.45
+"""How far from its integer a weight may start, in steps."""
+
+
 @dataclass(frozen=True)
 class Adoption:
     """What :func:`adopt` took over.
@@ -189,10 +193,14 @@ class _Target:
         """Take over weight, scale and bias; what is different after all, or ``None``."""
         weight = cast(Node, self.match.weight)
         observer = cast(WeightFakeQuantize, self._module(weight))
+        parameter = cast(Node, weight.args[0])
         supplied = source.observer.supplied_scale is not None
         scale = source.final_scale()
-        given = source.rounded_weight() if supplied else source.weight.detach()
-        put_folded(self.model, cast(Node, weight.args[0]), given)
+        integers = source.observer.integers(source.weight, scale).to(torch.float32)
+        step = source.observer.dequantized(torch.ones_like(integers), scale)
+        steps = folded_value(self.model, parameter) / step
+        steps = steps.clamp(integers - _INSIDE, integers + _INSIDE)
+        put_folded(self.model, parameter, steps * step)
         observer.set_scale(scale if supplied or observer.learned else None)
         observer.initialized.zero_()
         bias = source.rounded_bias()

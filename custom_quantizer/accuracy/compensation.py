@@ -1,12 +1,13 @@
 """What rounding loses in a layer, made up for by its other integers and its bias.
 
-Both look at what arrives at the layer in the float model and in the quantized one, whose layers
+All look at what arrives at the layer in the float model and in the quantized one, whose layers
 before this one are finished. They need no gradients, and seconds for a network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,7 +23,13 @@ from custom_quantizer.accuracy.rounding import (
     refit,
 )
 
-__all__ = ["correct_bias", "input_moments", "round_by_error", "set_integers"]
+__all__ = [
+    "correct_bias",
+    "correct_bias_by_means",
+    "input_moments",
+    "round_by_error",
+    "set_integers",
+]
 
 _POSITIONS = 1 << 14
 """Places at which second moments of a layer's inputs are taken; more changed nothing."""
@@ -130,10 +137,47 @@ def correct_bias(layer: Layer, rounded: Sequence[Tensor], floating: Sequence[Ten
         M. Nagel et al. Data-free quantization through weight equalization and bias correction.
         ICCV 2019, section 4.2 (here with data). https://arxiv.org/abs/1906.04721
     """
-    bias = layer.bias
-    if bias is None:
+    if layer.bias is None:
         return "it has no bias"
-    difference = layer.channel_means(floating) - layer.channel_means(rounded)
+    return _move_bias(layer, layer.channel_means(floating) - layer.channel_means(rounded))
+
+
+def correct_bias_by_means(layer: Layer, weight: Tensor, inputs: Sequence[Tensor]) -> str | None:
+    """Move the bias by what the rounded weight makes of the mean input, in whole units.
+
+    That is ``(W - Wq) E[x]``, with the mean of the float model's inputs. A layer is linear, so that
+    its outputs for the mean of all samples have the mean of all outputs, borders of images
+    included. What rounding activations adds is not in it.
+
+    Args:
+        layer: the layer; its bias is changed.
+        weight: of the float model.
+        inputs: of the layer in the float model, one tensor per batch.
+
+    Returns:
+        Why nothing was changed, or ``None``.
+
+    References:
+        M. Nagel et al. Data-free quantization through weight equalization and bias correction.
+        ICCV 2019, section 4.2.1 (there with means that follow from batch norms, which are folded
+        here). https://arxiv.org/abs/1906.04721
+    """
+    if layer.bias is None:
+        return "it has no bias"
+    lost = weight - layer.rounded_weight()
+    total, samples = torch.zeros_like(layer.bias, dtype=torch.float64), 0
+    for x in inputs:
+        many = layer.takes_samples(x)
+        outputs = layer.compute(x.mean(0, keepdim=True) if many else x, lost, None)
+        size = len(x) if many else 1
+        total += layer.channel_means([outputs]) * size
+        samples += size
+    return _move_bias(layer, total / samples)
+
+
+def _move_bias(layer: Layer, difference: Tensor) -> str | None:
+    """Add ``difference`` (float64, ``(out_channels,)``) to a bias; why not, or ``None``."""
+    bias = cast(Tensor, layer.bias)
     before, scale = bias.detach().clone(), layer.final_scale()
     ships = layer.rounded_bias()
     assert ships is not None

@@ -23,7 +23,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.accuracy.checkpoint import ImprovementCheckpoint
-from custom_quantizer.accuracy.compensation import correct_bias, input_moments, round_by_error
+from custom_quantizer.accuracy.compensation import (
+    correct_bias,
+    correct_bias_by_means,
+    input_moments,
+    round_by_error,
+)
 from custom_quantizer.accuracy.defaults import BEST
 from custom_quantizer.accuracy.equalization import (
     absorb_bias,
@@ -180,7 +185,10 @@ def improve(
             - ``gptq``: weight scales and integers that change the layer's outputs least.
             - ``adaround``: which neighbour each weight is rounded to, learned layer by layer.
             - ``brecq``: the same, block by block, with activations rounded; in the end.
-            - ``bias_correction``: whole units of the derived bias that take away the mean error.
+            - ``analytical_bias_correction``: whole units of the derived bias for what rounding the
+              weight does to the float model's mean input.
+            - ``bias_correction``: the same for the mean error that is measured, which takes in what
+              rounding activations does, and the layers before.
         limit: use at most that many samples, the first ones.
         iterations: steps of learning for each layer (``adaround``) or block (``brecq``).
         seed: of what is drawn.
@@ -410,6 +418,12 @@ class _Run:
             block = Block.of_layer(layer)
             reason = self._learn("adaround", index, block, floating, rounded, drop=0)
             self._settle("adaround", layer, reason, applied)
+        if "analytical_bias_correction" in self.algorithms:
+            with self._timing("analytical_bias_correction"):
+                weight = floating.values[layer.weight_node]
+                inputs = floating.batches(layer.input)[learned]
+                reason = correct_bias_by_means(layer, weight, inputs)
+            self._settle("analytical_bias_correction", layer, reason, applied)
         if "bias_correction" in self.algorithms:
             with self._timing("bias_correction"):
                 rounded.run_layer(layer)

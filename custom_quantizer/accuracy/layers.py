@@ -253,6 +253,10 @@ class Layer:
             count += flat.shape[1]
         return total / count
 
+    def takes_samples(self, x: Tensor) -> bool:
+        """Whether the first dimension of an input is one of samples: not in one image alone."""
+        return x.dim() > 1 if self.match.rule is LINEAR else x.dim() == self.weight.dim()
+
     def patches(self, x: Tensor, places: Callable[[int], Tensor | None] | None = None) -> Tensor:
         """What meets the weight: ``(groups, inputs, positions)``.
 

@@ -14,7 +14,7 @@ ACCURACIES = ("plain", "fast", "best")
 
 ALGORITHMS = (
     *("equalization", "bias_absorption", "smoothquant"),
-    *("gptq", "adaround", "bias_correction", "brecq"),
+    *("gptq", "adaround", "analytical_bias_correction", "bias_correction", "brecq"),
 )
 """Names of all algorithms, in the order in which they run."""
 

@@ -16,6 +16,7 @@ import custom_quantizer as cq
 from custom_quantizer.accuracy import improving
 from custom_quantizer.accuracy.defaults import BEST
 from custom_quantizer.accuracy.layers import find_layers
+from custom_quantizer.accuracy.streams import values_of
 from custom_quantizer.calibration.statistics import (
     activation_observers,
     reset_statistics,
@@ -63,7 +64,7 @@ def test_every_layer_is_better_than_rounded_to_nearest() -> None:
     assert (result.samples, result.held_back) == (56, 8)
 
 
-@pytest.mark.parametrize("algorithm", BEST)
+@pytest.mark.parametrize("algorithm", [*BEST, "analytical_bias_correction"])
 def test_each_algorithm_alone_helps(algorithm: str) -> None:
     prepared = prepared_every_layer()
     nearest = _error(prepared)
@@ -71,6 +72,30 @@ def test_each_algorithm_alone_helps(algorithm: str) -> None:
     assert result.algorithms == (algorithm,)
     assert result.seconds.keys() == {"streams", algorithm}
     assert _error(prepared) < nearest
+
+
+def test_the_analytical_correction_is_what_the_mean_input_loses() -> None:
+    """By the outputs themselves, border pixels included; to half a unit of the derived bias."""
+    prepared, plain = prepared_every_layer(), prepared_every_layer()
+    calls = [[x] for x in DATA[:7]]
+    cq.improve(prepared, DATA, ["analytical_bias_correction"])
+    before, after = ({x.name: x for x in find_layers(p)[0]} for p in (plain, prepared))
+    inputs = dict(values_of(plain, calls, [layer.input for layer in before.values()]))
+    corrected = 0
+    for name, layer in before.items():
+        if layer.bias is None or layer.loses_nothing():
+            continue
+        rounded = layer.rounded_weight()
+        means = [
+            layer.channel_means([layer.compute(x, w, None) for x in inputs[layer.input]])
+            for w in (layer.weight.detach(), rounded)
+        ]
+        moved = after[name].bias.detach().double() - layer.rounded_bias().double()
+        unit = layer.final_scale().double() * float(layer.input_observer.qparams().scale)
+        unit = unit.reshape(-1).repeat(len(moved) // unit.numel())
+        assert bool(((moved - (means[0] - means[1])).abs() <= 0.501 * unit).all()), name
+        corrected += int((moved.abs() > 2 * unit).sum())
+    assert corrected > 20
 
 
 def test_biases_and_weights_are_integers_of_the_derived_scales() -> None:

@@ -297,6 +297,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
     rare = {
         "float_fallbacks",
         "split_sparse_max_pools",
+        "thin_strided_convs",
         "emulate_wide",
         "quantize_pads",
         "keep_convs_float",

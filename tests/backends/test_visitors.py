@@ -203,7 +203,10 @@ POINTWISE: dict[str, tuple[nn.Module, tuple[int, ...], str, bool]] = {
     "5 bits": (nn.Conv2d(8, 12, 1), (2, 8, 5, 6), "a8w5", False),
     "odd number of channels": (nn.Conv2d(7, 12, 1), (2, 7, 5, 6), "a8w4", False),
     "one output channel": (nn.Conv2d(8, 1, 1), (2, 8, 5, 6), "a8w4", False),
-    "stride": (nn.Conv2d(8, 12, 1, 2), (2, 8, 5, 6), "a8w4", False),
+    "stride": (nn.Conv2d(128, 128, 1, 2), (2, 128, 5, 6), "a8w4", True),
+    "stride of rows": (nn.Conv2d(128, 128, 1, (3, 1), bias=False), (2, 128, 8, 6), "a8w3", True),
+    "stride, few weights": (nn.Conv2d(8, 12, 1, 2), (2, 8, 5, 6), "a8w4", False),
+    "stride, 5 bits": (nn.Conv2d(128, 128, 1, 2), (2, 128, 5, 6), "a8w5", False),
     "padding": (nn.Conv2d(8, 12, 1, padding=(0, 1)), (2, 8, 5, 6), "a8w4", False),
     "groups": (nn.Conv2d(8, 12, 1, groups=2), (2, 8, 5, 6), "a8w4", False),
     "two taps": (nn.Conv2d(8, 12, (1, 2)), (2, 8, 5, 6), "a8w4", False),
@@ -231,9 +234,9 @@ def test_pointwise_convolutions_of_4_bits_are_packed(name: str) -> None:
     (row,) = (row for row in program.report.ops if row.family == "conv")
     assert planned == row.kernel
     assert (row.kernel == "xnnpack packed int4") is packed
-    assert layers(program.contents) == [
-        ("fully_connected", "int4") if packed else ("conv2d", "int8")
-    ]
+    wanted = ("fully_connected", "int4") if packed else ("conv2d", "int8")
+    taken = [("depthwise_conv2d", "int8")] * (packed and "stride" in name)
+    assert layers(program.contents) == [*taken, wanted]
     reference = cq.integer_reference(done.graph)
     for seed in (1, 2):
         batch = tuple(2 * x for x in inputs(shape, seed=seed))

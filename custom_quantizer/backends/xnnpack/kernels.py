@@ -68,6 +68,7 @@ __all__ = [
     "is_pointwise",
     "matmul_batch",
     "packable_features",
+    "pointwise_strides",
     "refuses_integers",
     "refuses_tensor",
 ]
@@ -166,6 +167,11 @@ def _is_dense_image_conv(match: PatternMatch) -> bool:
     return match.rule is CONV and match.groups == 1 and meta is not None and meta.dim() == 4
 
 
+_LEAST_THINNED = 1 << 14
+"""Weights of a strided pointwise layer from which on half a byte of each is more than copying
+every other pixel takes: an op, and for each channel a weight, a scale and a bias."""
+
+
 def _runs_gemm(op: QuantizedOp) -> Verdict:
     scale = cast(QParams, op.weight_qparams).scale
     given, out = scale_of(op.inputs[0]), scale_of(op.output)
@@ -200,16 +206,33 @@ def _gemm(match: PatternMatch, formats: Formats) -> Delegation:
 
 
 def is_pointwise(match: PatternMatch) -> bool:
-    """Whether a convolution is a linear layer over channels: one tap, stride 1, one group."""
+    """Whether a convolution is a linear layer over channels: one tap, one group, all pixels.
+
+    With a stride it is one over every other pixel. These are copied first, which a small weight
+    does not pay for.
+    """
+    strides = pointwise_strides(match)
+    if strides is None:
+        return False
+    if all(stride == 1 for stride in strides):
+        return True
+    sizes = shape_of(match.node)
+    meta = tensor_meta(cast(Node, match.weight))
+    static = len(sizes) == 4 and all(isinstance(size, int) for size in sizes[2:])
+    return static and meta is not None and int(meta.numel()) >= _LEAST_THINNED
+
+
+def pointwise_strides(match: PatternMatch) -> list[int] | None:
+    """The strides of a convolution of one tap and one group without padding; ``None`` of others."""
     meta = tensor_meta(cast(Node, match.weight))
     if match.rule is not CONV or match.groups != 1 or meta is None:
-        return False
-    dims = meta.dim() - 2
+        return None
     before, after = symmetric_padding(match.node)
-    strides = per_dim(argument(match.node, 3, "stride", 1), dims)
-    sizes = [int(size) for size in meta.shape[2:]]
+    one_tap = all(int(size) == 1 for size in meta.shape[2:])
     # ExecuTorch's packing takes away all dims of size 1.
-    return sizes == strides == [1] * dims and not any(before + after) and int(meta.shape[0]) > 1
+    if not one_tap or any(before + after) or int(meta.shape[0]) == 1:
+        return None
+    return per_dim(argument(match.node, 3, "stride", 1), meta.dim() - 2)
 
 
 def packable_features(match: PatternMatch) -> int | None:

@@ -536,7 +536,7 @@ def _delegated_backend(
     if not all(computes_in_integers(delegate, node) for delegate, node in nodes):
         return kernels.FLOAT
     if isinstance(op, QuantizedOp) and op.weight is not None and weighted:
-        ((delegate, node),) = weighted
+        delegate, node = weighted[-1]  # what comes before it only takes pixels
         if delegate.tensors[cast(int, node.weight)].dtype == "int4":
             return kernels.PACKED_INT4
         return kernels.INT8 if op.formats.weight_bits == 8 else kernels.INT8_CONTAINER

@@ -337,12 +337,16 @@ class LoweredProgram:
 def find_weighted(
     contents: ProgramContents, op: OpBackend
 ) -> tuple[DelegateContents, DelegateOp] | None:
-    """The delegate's node with a weight that stands for ``op``, if there is one."""
+    """The delegate's node with a weight that stands for ``op``, if there is one.
+
+    The last one: what comes before it with a weight only takes pixels.
+    """
+    found = None
     for delegate in contents.delegates:
         for node in delegate.ops:
             if node.weight is not None and node.debug_handle in op.handles:
-                return delegate, node
-    return None
+                found = delegate, node
+    return found
 
 
 def computes_in_integers(delegate: DelegateContents, op: DelegateOp) -> bool:

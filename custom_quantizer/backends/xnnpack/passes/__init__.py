@@ -61,6 +61,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         float_fallback.refused_to_float,
         gemm.fold_bias,
         gemm.float_fallbacks,
+        gemm.thin_strided_convs,
         gemm.weight_containers,
         gemm.join_narrow_groups,
     ),

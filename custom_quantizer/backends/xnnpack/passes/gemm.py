@@ -10,9 +10,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.groups import join_factor, joined
-from custom_quantizer.backends.xnnpack.kernels import is_pointwise
+from custom_quantizer.backends.xnnpack.kernels import (
+    is_pointwise,
+    packable_features,
+    pointwise_strides,
+)
 from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
+    Builder,
     calls,
     dequantized_constant,
     graph_pass,
@@ -38,6 +43,9 @@ from custom_quantizer.errors import LoweringError
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, expand_channels
 
 aten = torch.ops.aten
+
+_END = 9223372036854775807
+"""Where a slice ends that goes on to the end."""
 
 
 @graph_pass(
@@ -112,9 +120,44 @@ def float_fallbacks(model: GraphModule) -> int:
 
 
 @graph_pass(
+    "strided pointwise convolutions with weights of up to 4 bits",
+    "strided slices, and pointwise convolutions",
+    requires={"float_fallbacks"},
+)
+def thin_strided_convs(model: GraphModule) -> int:
+    """The pixels that a strided pointwise convolution reads are taken first.
+
+    What is left is a linear layer over channels, whose weights can lie two to a byte.
+    """
+    count = 0
+    for node in calls(model, CONV.targets):
+        bound = CONV.match(CONV, node)
+        if isinstance(bound, str) or not is_pointwise(bound):
+            continue
+        data, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
+        strides = cast("list[int]", pointwise_strides(bound))
+        constant = is_dequantize(weight) and is_constant(weight.args[0])
+        if all(stride == 1 for stride in strides) or not constant or not is_dequantize(data):
+            continue
+        narrow = stored_bits(weight) <= 4 and not is_wide(data)
+        if not narrow or data.target is DEQUANTIZE_DYNAMIC or packable_features(bound) is None:
+            continue
+        build = Builder(model, node)
+        value = data
+        for dim, stride in enumerate(strides, start=2):
+            if stride > 1:
+                value = build.call(aten.slice.Tensor, value, dim, 0, _END, stride)
+                value = build.requantized(value, data)
+        node.update_arg(0, value)
+        node.update_arg(3, [1] * len(strides))
+        count += 1
+    return count
+
+
+@graph_pass(
     "weights of 2 to 7 bits",
     "packed int4 for linear layers and pointwise convolutions, int8 elsewhere",
-    requires={"float_fallbacks"},
+    requires={"float_fallbacks", "thin_strided_convs"},
 )
 def weight_containers(model: GraphModule) -> int:
     """Weights of 2 to 7 bits are declared int8, those of linear layers up to 4 bits packed int4.
