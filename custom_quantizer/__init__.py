@@ -40,7 +40,11 @@ if TYPE_CHECKING:
     from custom_quantizer.analysis.verification import Verification, verify
     from custom_quantizer.app.data import DataSource, Preprocess, load_data
     from custom_quantizer.app.models import load_model
-    from custom_quantizer.app.pipeline import QuantizationResult, quantize
+    from custom_quantizer.app.pipeline import (
+        QuantizationResult,
+        quantize,
+        record_calibration,
+    )
     from custom_quantizer.app.saved_graph import load_graph, save_graph
     from custom_quantizer.app.widths import search, sensitivity
     from custom_quantizer.backends import lower
@@ -168,6 +172,7 @@ __all__ = [
     "profile",
     "quantize",
     "read_program",
+    "record_calibration",
     "save_c",
     "save_encodings",
     "save_graph",
@@ -204,7 +209,7 @@ _NAMES = {
     "reference.c_code": ("CCode", "save_c"),
     "reference.interchange.encodings": ("EncodingSummary", "load_encodings", "save_encodings"),
     "reference.interchange.onnx_file": ("OnnxSummary", "save_onnx"),
-    "app.pipeline": ("QuantizationResult", "quantize"),
+    "app.pipeline": ("QuantizationResult", "quantize", "record_calibration"),
     "planning.planner": ("OpPlan", "Plan", "TensorPlan"),
     "planning.quantizer": ("IntegerQuantizer",),
     "report.profiles": ("Profile", "profile"),

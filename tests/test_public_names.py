@@ -85,6 +85,7 @@ NAMES = [
     "profile",
     "quantize",
     "read_program",
+    "record_calibration",
     "save_c",
     "save_encodings",
     "save_graph",

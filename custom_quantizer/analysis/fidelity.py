@@ -57,6 +57,7 @@ __all__ = [
     "check_prepared",
     "db_text",
     "finite",
+    "first_calls",
 ]
 
 DEFAULT_SAMPLES = 8
@@ -286,7 +287,7 @@ def check_prepared(
             "the float graph has observers: prepare_pt2e changes the graph it is given; pass the "
             "ExportedProgram, or a copy that was made before"
         )
-    calls = _first_calls(GraphInputs.of(prepared), data, samples)
+    calls = first_calls(GraphInputs.of(prepared), data, samples)
     captured = model if isinstance(model, GraphModule) else capture_like(model, prepared, calls[0])
     return check_calls(prepared, captured, calls)
 
@@ -369,7 +370,15 @@ def _few(graph: GraphInputs, values: list[Any], samples: int) -> list[Any]:
     return graph.take(values, 0, max(samples, low, 2))
 
 
-def _first_calls(graph: GraphInputs, data: object, samples: int) -> list[list[Any]]:
+def first_calls(
+    graph: GraphInputs, data: object, samples: int = DEFAULT_SAMPLES
+) -> list[list[Any]]:
+    """What :class:`FirstCalls` keeps when ``data`` runs through a graph, without running it.
+
+    Raises:
+        CalibrationError: a batch does not hold what the graph takes.
+        InputError: there are fewer samples than a batch.
+    """
     if isinstance(data, (Tensor, Mapping)):
         data = [data]
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):

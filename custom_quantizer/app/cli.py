@@ -9,6 +9,7 @@ interrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -222,11 +223,12 @@ _scheme_options = _options(
         type=click.Path(dir_okay=False, path_type=Path),
         help="YAML or JSON file with a scheme per op.",
     ),
-    click.option(
-        "--integer-io",
-        is_flag=True,
-        help="Let the program take and return int8 (int16 above 8 bits) in place of float32.",
-    ),
+)
+
+_io_option = click.option(
+    "--integer-io",
+    is_flag=True,
+    help="Let the program take and return int8 (int16 above 8 bits) in place of float32.",
 )
 
 _accuracy_option = click.option(
@@ -324,6 +326,11 @@ _shape_option = click.option(
 )
 
 
+_dynamic_option = click.option(
+    "--dynamic-batch", is_flag=True, help="Let the program take batches of 1 to 64."
+)
+
+
 def _examples(*lines: str) -> str:
     # click keeps the lines of a paragraph as they are behind this mark.
     return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
@@ -389,6 +396,7 @@ def demo_command(output: Path, seed: int) -> None:
 @click.argument("model")
 @_model_options
 @_scheme_options
+@_io_option
 @_shape_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @_debug_option
@@ -431,21 +439,120 @@ def plan_command(
 
 
 @cli.command(
+    "calibrate",
+    epilog=_examples(
+        "custom-quantizer calibrate resnet18 --weights w.pth --data images/ \\",
+        "    --resize 256 --crop 224 -o resnet18.stats.safetensors",
+        "custom-quantizer quantize resnet18 --weights w.pth \\",
+        "    --statistics resnet18.stats.safetensors -o resnet18.pte",
+    ),
+)
+@click.argument("model")
+@_model_options
+@click.option(
+    "--data",
+    required=True,
+    metavar="DATA",
+    help="Folder or .zip of images, or tensors: .pt, .npy, .npz, .safetensors.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=_CALIBRATION_SAMPLES,
+    show_default=True,
+    help="Use at most that many, drawn evenly over the classes.",
+)
+@_preprocess_options
+@_scheme_options
+@_shape_option
+@_dynamic_option
+@click.option(
+    "--checkpoint",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keep finished batches here; the same command goes on where it stopped.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="STATS",
+    help="File to write, usually .safetensors.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@_debug_option
+def calibrate_command(
+    model: str,
+    weights: str | None,
+    model_args: dict[str, object],
+    data: str,
+    samples: int,
+    preprocess: _Preprocess,
+    scheme: str | None,
+    config: Path | None,
+    shapes: tuple[tuple[int, ...], ...],
+    dynamic_batch: bool,
+    checkpoint: Path | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Record the ranges of MODEL's activations, for quantize --statistics.
+
+    MODEL is a torchvision model, package.module:function or file.py:function. Values are counted,
+    so one file serves all bit-widths and observers; the scheme or config says which tensors are
+    quantized at all. The program is the one that quantize --calibration makes of the same data.
+    """
+    _check_writable(output)
+    asked = _one_of(scheme, config)
+    _check_model(model)
+    quantizer = _quantizer(asked, False)
+    module = _load_model(model, weights, model_args)
+    source = _load_data(data, preprocess, samples)
+    from custom_quantizer.app.pipeline import record_calibration
+
+    summary = record_calibration(
+        module,
+        _example(source, shapes),
+        source,
+        output,
+        config=quantizer,
+        dynamic_batch=dynamic_batch,
+        checkpoint=checkpoint,
+    )
+    if as_json:
+        from custom_quantizer.analysis.fidelity import finite
+
+        click.echo(json.dumps(finite(dataclasses.asdict(summary)), indent=2))
+        return
+    click.echo(f"{summary}\n\n{summary.convergence()}\n")
+    click.echo(f"wrote {output}, which quantize --statistics takes")
+
+
+@cli.command(
     "quantize",
     epilog=_examples(
         "custom-quantizer quantize resnet18 --weights DEFAULT --calibration images/ \\",
         "    --resize 256 --crop 224 -o resnet18.pte",
         "custom-quantizer quantize net.py:make --weights net.safetensors \\",
         "    --calibration calibration.npz --config mixed.yaml -o net.pte",
+        "custom-quantizer quantize net.py:make --weights net.safetensors \\",
+        "    --statistics net.stats.safetensors --scheme a16w8 -o net.pte",
     ),
 )
 @click.argument("model")
 @_model_options
 @click.option(
     "--calibration",
-    required=True,
     metavar="DATA",
     help="Folder or .zip of images, or tensors: .pt, .npy, .npz, .safetensors.",
+)
+@click.option(
+    "--statistics",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="STATS",
+    help="What `calibrate` wrote, instead of --calibration. With both, the data are used by "
+    "algorithms that improve accuracy alone.",
 )
 @click.option(
     "--calibration-samples",
@@ -456,8 +563,9 @@ def plan_command(
 )
 @_preprocess_options
 @_scheme_options
+@_io_option
 @_shape_option
-@click.option("--dynamic-batch", is_flag=True, help="Let the program take batches of 1 to 64.")
+@_dynamic_option
 @click.option(
     "-o",
     "--output",
@@ -472,11 +580,14 @@ def plan_command(
 @_accuracy_option
 @_improve_option
 @_debug_option
+@click.pass_context
 def quantize_command(
+    ctx: click.Context,
     model: str,
     weights: str | None,
     model_args: dict[str, object],
-    calibration: str,
+    calibration: str | None,
+    statistics: Path | None,
     calibration_samples: int,
     preprocess: _Preprocess,
     scheme: str | None,
@@ -498,14 +609,33 @@ def quantize_command(
 
     With --html the error of every tensor is measured on some of the calibration data, too.
     """
+    if statistics is not None:
+        _refuse_given(
+            ctx,
+            ("shapes", "dynamic_batch"),
+            "--statistics, which says the shapes that were calibrated with",
+        )
+    elif calibration is None:
+        raise click.UsageError(
+            "Missing option '--calibration' or '--statistics': without one of them no range of an "
+            "activation is known"
+        )
     _check_output(output)
     _check_page(html)
     asked = _one_of(scheme, config)
     _check_model(model)
     quantizer = _quantizer(asked, integer_io)
+    recorded = None
+    if statistics is not None:
+        from custom_quantizer.app.recorded import read_calibration
+
+        recorded = read_calibration(statistics)
     module = _load_model(model, weights, model_args)
-    data = _load_data(calibration, preprocess, calibration_samples)
-    example = _random_inputs(shapes) if shapes else data.example_inputs(1)
+    data = None
+    if calibration is not None:
+        data = _load_data(calibration, preprocess, calibration_samples)
+    example = _example(data, shapes) if recorded is None else recorded.example
+    batch = dynamic_batch if recorded is None else recorded.dynamic_batch
     from custom_quantizer.app.pipeline import quantize
 
     _start_runtime()
@@ -514,9 +644,10 @@ def quantize_command(
         example,
         data,
         config=quantizer,
+        statistics=recorded,
         accuracy=accuracy,
         improve=improve or None,
-        dynamic_batch=dynamic_batch,
+        dynamic_batch=batch,
     )
     if html is not None:
         from custom_quantizer.app.reporting import with_tensors
@@ -1333,6 +1464,14 @@ def _refuse_others(ctx: click.Context, option: str, besides: tuple[str, ...]) ->
             )
 
 
+def _refuse_given(ctx: click.Context, names: tuple[str, ...], beside: str) -> None:
+    """Raise ``UsageError`` if one of these options was given."""
+    for param in ctx.command.params:
+        given = ctx.get_parameter_source(param.name or "") is click.core.ParameterSource.COMMANDLINE
+        if given and param.name in names:
+            raise click.UsageError(f"{param.opts[0]} means nothing next to {beside}; leave it out")
+
+
 def _one_of(scheme: str | None, config: Path | None) -> str | Path:
     if scheme is not None and config is not None:
         raise click.UsageError("--scheme and --config exclude each other: name one")
@@ -1417,12 +1556,23 @@ def _random_inputs(shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
+def _example(data: DataSource | None, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+    """Inputs to capture a model with: of these shapes, or else one sample."""
+    if shapes or data is None:
+        return _random_inputs(shapes)
+    return data.example_inputs(1)
+
+
 def _check_output(output: Path) -> None:
-    """Find out before minutes of work, not after them, that the file cannot be written."""
+    """Refuse what is neither a program nor a directory for one."""
     if output.suffix not in ("", ".pte"):
         raise click.UsageError(f"--output {output}: name a .pte file or a directory")
-    if output.suffix != ".pte":
-        return
+    if output.suffix == ".pte":
+        _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
+    """Find out before minutes of work, not after them, that the file cannot be written."""
     folder = output.resolve().parent
     if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "is a directory" if output.is_dir() else f"cannot be made in {folder}"

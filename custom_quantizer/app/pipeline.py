@@ -3,6 +3,9 @@
 ::
 
     capture -> plan -> prepare -> calibrate -> compare -> improve -> convert -> lower -> check
+
+:func:`record_calibration` stops after the calibration and writes it to a file, from which
+:func:`quantize` goes on.
 """
 
 from __future__ import annotations
@@ -25,13 +28,15 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from custom_quantizer.accuracy.defaults import Remembered, algorithms_for, choose_observers
 from custom_quantizer.accuracy.improving import Improvement
 from custom_quantizer.accuracy.improving import improve as run_improve
-from custom_quantizer.analysis.fidelity import Fidelity, FirstCalls, check_calls
-from custom_quantizer.app.capture import capture
+from custom_quantizer.analysis.fidelity import Fidelity, FirstCalls, check_calls, first_calls
+from custom_quantizer.app.capture import DEFAULT_MAX_BATCH, capture
 from custom_quantizer.app.configuration import Configuration, as_quantizer
+from custom_quantizer.app.recorded import Recorded, read_calibration, write_calibration
 from custom_quantizer.app.saved_graph import serialize_graph
 from custom_quantizer.backends.xnnpack import LoweredProgram
 from custom_quantizer.backends.xnnpack.lowering import lower_graph
-from custom_quantizer.calibration.run import CalibrationSummary, calibrate
+from custom_quantizer.calibration.run import CalibrationSummary, GraphInputs, calibrate
+from custom_quantizer.calibration.statistics import activation_observers
 from custom_quantizer.config.improvement import check_accuracy, check_algorithms
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, sha256_of
 from custom_quantizer.core.files import json_bytes, new_directory, write_files_atomic
@@ -49,6 +54,7 @@ __all__ = [
     "QuantizationResult",
     "SavedFiles",
     "quantize",
+    "record_calibration",
     "save_result",
 ]
 
@@ -200,6 +206,7 @@ def quantize(
     calibration_data: object,
     *,
     config: Configuration | IntegerQuantizer | None = None,
+    statistics: str | os.PathLike[str] | Recorded | None = None,
     accuracy: str | None = None,
     improve: Sequence[str] | None = None,
     dynamic_batch: bool | int = False,
@@ -214,9 +221,13 @@ def quantize(
         model: a module (a copy in eval mode is captured; the module itself is not changed), an
             ``ExportedProgram``, or what its ``.module()`` returns.
         example_inputs: one set of inputs; its batch is the program's, unless that is dynamic.
-        calibration_data: see :func:`~custom_quantizer.calibration.run.calibrate`.
+        calibration_data: see :func:`~custom_quantizer.calibration.run.calibrate`. Next to
+            ``statistics`` it is used for algorithms that improve accuracy, and may be ``None``
+            where there are none.
         config: a scheme or its name (``None``: ``"a8w8"``), the path of a configuration file or
             its content, or an ``IntegerQuantizer``.
+        statistics: what :func:`record_calibration` wrote, of the same model, example and
+            ``dynamic_batch``, instead of running data; the result is the same.
         accuracy: what is done beyond rounding to nearest (``None``: what ``config`` says, else
             ``"fast"``). At 8 bits and above, ``"plain"`` and ``"fast"`` are the same.
 
@@ -237,7 +248,8 @@ def quantize(
         CaptureError: ``torch.export`` cannot capture the model, or the graph is not one of an
             eval-mode float model.
         ConfigError: the configuration names something that does not exist, or selects nothing.
-        CalibrationError: the data do not fit, are empty or not finite.
+        CalibrationError: the data do not fit, are empty or not finite; the statistics are of
+            another model, or not those that this configuration needs.
         VerificationError: the graph that is quantized does not compute what the model does (see
             :mod:`custom_quantizer.analysis.fidelity`).
         LoweringError: the backend refused the graph, or wrote something wrong.
@@ -245,28 +257,36 @@ def quantize(
     quantizer = as_quantizer(config)
     wanted = check_accuracy(accuracy or quantizer.accuracy or "fast")
     named = quantizer.improve if improve is None else check_algorithms(improve)
+    recorded = _recorded(statistics, example_inputs, dynamic_batch)
     with stages("quantize", 12 if lower else 7, progress) as stage:
         stage("capturing the model")
         exported, example = capture(model, example_inputs, dynamic_batch=dynamic_batch)
+        if recorded is not None:
+            recorded.check_model(exported)
         stage("planning")
-        # prepare_pt2e folds batch norms into the graph it is given.
-        with tools():
-            prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
-            quantizer.check_plan()
-            plan = quantizer.last_plan
-        for warning in plan.warnings:
-            logger.warning("%s", warning)
+        prepared, plan = _prepare(exported, quantizer)
         stage("calibrating")
         algorithms = algorithms_for(wanted, prepared) if named is None else named
         if wanted != "plain":
             choose_observers(prepared)
         data = calibration_data
-        if algorithms and isinstance(data, Iterator):
-            data = Remembered(data)
-        with FirstCalls(prepared) as first:
-            summary = calibrate(prepared, data, progress=progress)
+        if recorded is not None:
+            if algorithms and data is None:
+                raise InputError(
+                    f"{recorded.path}: statistics are all that calibration needs, but "
+                    f"{' and '.join(algorithms)} need{'s' * (len(algorithms) == 1)} samples: give "
+                    "calibration data as well, or ask for accuracy 'plain'"
+                )
+            recorded.load(prepared)
+            summary, calls = recorded.summary, list(recorded.calls)
+        else:
+            if algorithms and isinstance(data, Iterator):
+                data = Remembered(data)
+            with FirstCalls(prepared) as first:
+                summary = calibrate(prepared, data, progress=progress)
+            calls = first.calls
         stage("comparing with the float model")
-        checked = check_calls(prepared, exported, first.calls)
+        checked = check_calls(prepared, exported, calls)
         stage("improving")
         improvement = None
         if algorithms:
@@ -293,3 +313,101 @@ def quantize(
         lowered,
         tuple(example_inputs),
     )
+
+
+def record_calibration(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: tuple[Any, ...],
+    calibration_data: object,
+    path: str | os.PathLike[str],
+    *,
+    config: Configuration | IntegerQuantizer | None = None,
+    dynamic_batch: bool | int = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    progress: bool | None = None,
+) -> CalibrationSummary:
+    """Calibrate once, and write a file that ``quantize(statistics=path)`` takes instead of data.
+
+    Values are counted whatever the observer of a scheme needs, so the file serves all schemes and
+    observers that observe the same tensors (but ``moving_average``, which cannot be counted).
+    It holds names, numbers and the first inputs, up to 8 samples; no code.
+
+    Args:
+        model: as :func:`quantize` takes it.
+        example_inputs: likewise.
+        calibration_data: likewise.
+        path: of the file, usually ``.safetensors``; written in one step.
+        config: likewise; which tensors are observed follows from it.
+        dynamic_batch: likewise.
+        checkpoint: a file that keeps what was measured; the same call goes on where it stopped. It
+            stays when calibration is done.
+        checkpoint_every: batches between two writes of it.
+        progress: True shows a bar, None does so at a terminal.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        InputError: as :func:`quantize`; an input is no tensor; a file cannot be written.
+        CaptureError: as :func:`quantize`.
+        ConfigError: likewise.
+        CalibrationError: likewise; nothing is quantized statically; the checkpoint is of another
+            calibration.
+    """
+    quantizer = as_quantizer(config)
+    data = calibration_data
+    if isinstance(data, Iterator):
+        data = Remembered(data)
+    exported, _ = capture(model, example_inputs, dynamic_batch=dynamic_batch)
+    prepared, _ = _prepare(exported, quantizer)
+    for observed in activation_observers(prepared):
+        if observed.observer.kind != "average":
+            observed.observer.record_counts()
+    summary = calibrate(
+        prepared,
+        data,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )
+    # Not noted while they run: a resumed calibration does not run the first ones again.
+    calls = first_calls(GraphInputs.of(prepared), data)
+    most = _largest_batch(dynamic_batch)
+    write_calibration(path, exported, prepared, example_inputs, calls, summary, most)
+    return summary
+
+
+def _prepare(exported: GraphModule, quantizer: IntegerQuantizer) -> tuple[GraphModule, Plan]:
+    # prepare_pt2e folds batch norms into the graph it is given.
+    with tools():
+        prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
+        quantizer.check_plan()
+        plan = quantizer.last_plan
+    for warning in plan.warnings:
+        logger.warning("%s", warning)
+    return prepared, plan
+
+
+def _recorded(
+    statistics: str | os.PathLike[str] | Recorded | None,
+    example: tuple[Any, ...],
+    dynamic_batch: bool | int,
+) -> Recorded | None:
+    """The file of :func:`record_calibration`, if it is of such inputs."""
+    if statistics is None:
+        return None
+    found = statistics if isinstance(statistics, Recorded) else read_calibration(statistics)
+    found.check_example(example)
+    most = _largest_batch(dynamic_batch)
+    if most != found.dynamic_batch:
+        was = f"batches up to {found.dynamic_batch}" if found.dynamic_batch else "a static batch"
+        raise InputError(
+            f"{found.path}: was calibrated for {was}; give the same dynamic_batch, or calibrate "
+            "again"
+        )
+    return found
+
+
+def _largest_batch(dynamic_batch: bool | int) -> int:
+    return DEFAULT_MAX_BATCH if dynamic_batch is True else int(dynamic_batch)

@@ -28,6 +28,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.ranges import BINS, Kind, Statistics
 from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.checkpoint import part_of
 from custom_quantizer.core.rewriting import is_inner
 from custom_quantizer.core.tensor_file import read_tensors, write_tensors
 from custom_quantizer.errors import CalibrationError, InputError, SchemeError, nearest
@@ -45,6 +46,7 @@ __all__ = [
     "load_statistics",
     "merge_statistics",
     "observers_by_name",
+    "read_recorded",
     "read_statistics",
     "record_counts",
     "reset_statistics",
@@ -61,9 +63,12 @@ logger = logging.getLogger(__name__)
 FORMAT = "custom_quantizer.statistics"
 """Key of the version in the metadata of a statistics file."""
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """The newest version of the file format that is read. 1 has no SHA-256; 3 is written where ranges
-are frozen, which 2 does not know."""
+are frozen, which 2 does not know; 4 where a record of model and data comes along."""
+
+RECORD = "#"
+"""Names in a record begin with it, which no node's name does."""
 
 MOST_COUNTED = 8192
 """Entries with counts that a file may have: each takes half a megabyte in memory."""
@@ -557,7 +562,11 @@ def load_statistics(prepared: GraphModule, source: Source) -> None:
 # -- files --------------------------------------------------------------------------------------
 
 
-def save_statistics(source: GraphModule | ModelStatistics, path: str | os.PathLike[str]) -> None:
+def save_statistics(
+    source: GraphModule | ModelStatistics,
+    path: str | os.PathLike[str],
+    record: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write statistics to a ``.safetensors`` file, which holds numbers and names, no code.
 
     For each entry there are, under its tensors' names and kind, ``count`` (int64), ``range``
@@ -565,11 +574,17 @@ def save_statistics(source: GraphModule | ModelStatistics, path: str | os.PathLi
     are not empty; under ``frozen`` and the integers of a format ``scale`` (float32) and
     ``zero_point`` (int64); and the SHA-256 of all. Equal statistics give equal files.
 
+    Args:
+        source: statistics, or what ``prepare_pt2e`` returns.
+        path: of the file.
+        record: more tensors, which :func:`read_recorded` gives back, and which say nothing about
+            ranges.
+
     Raises:
         CalibrationError: ``source`` is not what ``prepare_pt2e`` returns.
         InputError: the file cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = {RECORD + name: value for name, value in (record or {}).items()}
     given = _resolve(source)
     for entry in given:
         statistics = entry.statistics
@@ -588,18 +603,30 @@ def save_statistics(source: GraphModule | ModelStatistics, path: str | os.PathLi
         tensors[f"{prefix}/scale"] = torch.tensor(q.scale, dtype=torch.float32)
         tensors[f"{prefix}/zero_point"] = torch.tensor(q.zero_point, dtype=torch.int64)
     # One key: the order of several would change from run to run.
-    write_tensors(path, tensors, {FORMAT: str(3 if given.frozen else 2)})
+    version = 4 if record else 3 if given.frozen else 2
+    write_tensors(path, tensors, {FORMAT: str(version)})
 
 
 def read_statistics(path: str | os.PathLike[str]) -> ModelStatistics:
-    """Read what :func:`save_statistics` wrote.
+    """Read what :func:`save_statistics` wrote, without its record.
 
     Raises:
         InputError: the file cannot be read, is no statistics file, is of a newer version, was
             changed after it was written, or holds what no calibration can give.
     """
+    return read_recorded(path)[0]
+
+
+def read_recorded(path: str | os.PathLike[str]) -> tuple[ModelStatistics, dict[str, Tensor]]:
+    """Read what :func:`save_statistics` wrote, and the record, which is empty where none was given.
+
+    Raises:
+        InputError: as :func:`read_statistics`.
+    """
     tensors, metadata, sealed = read_tensors(path)
     _check_format(path, metadata, sealed)
+    record = part_of(tensors, RECORD)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(RECORD)}
     counted = sum(key.endswith("/counts/counts") for key in tensors)
     if counted > MOST_COUNTED:
         raise InputError(
@@ -621,7 +648,7 @@ def read_statistics(path: str | os.PathLike[str]) -> ModelStatistics:
         except (ValueError, SchemeError) as error:
             raise InputError(f"{path}: {prefix or 'a tensor without a name'}: {error}") from error
         entries[entry.key] = entry
-    return _sorted(entries, frozen)
+    return _sorted(entries, frozen), record
 
 
 def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str], sealed: bool) -> None:

@@ -24,7 +24,7 @@ from custom_quantizer.reference.bundle import load_integers
 from custom_quantizer.reference.interpreter import integer_reference
 
 COMMANDS = [
-    *("demo", "diagnose", "evaluate", "export-c", "export-integers", "export-onnx"),
+    *("calibrate", "demo", "diagnose", "evaluate", "export-c", "export-integers", "export-onnx"),
     *("inspect", "plan", "profile", "quantize", "report", "search", "sensitivity", "verify"),
 ]
 
@@ -130,6 +130,29 @@ def test_quantize_images_with_a_config_and_a_dynamic_batch(work: Path, tmp_path:
     contents = load_program(tmp_path / "out" / "model.pte").contents
     assert contents.inputs[0].shape == (64, 1, 8, 8)
     assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_quantize_from_statistics(work: Path, program: Path, tmp_path: Path) -> None:
+    model = (f"{work}/net.py:Small", "--weights", work / "net.pt")
+    stats = tmp_path / "net.stats.safetensors"
+    data = ("--data", work / "data.npz", "--samples", 32)
+    text = ok("calibrate", *model, *data, "-o", stats, "--checkpoint", tmp_path / "done")
+    assert text.startswith("32 samples in 32 batches")
+    assert text.endswith(f"wrote {stats}, which quantize --statistics takes\n")
+    shown = json.loads(ok("calibrate", *model, *data, "-o", stats, "--json"))
+    assert [row["name"] for row in shown["tensors"]][-1] == "linear"
+    output = tmp_path / "net.pte"
+    ok("quantize", *model, "--statistics", stats, "-o", output)
+    for suffix in (".pte", ".json", ".graph.safetensors"):
+        assert output.with_suffix(suffix).read_bytes() == program.with_suffix(suffix).read_bytes()
+    asked = ("--statistics", stats, "--scheme", "a8w4", "-o", tmp_path / "four.pte")
+    result = run("quantize", *model, *asked)
+    assert result.exit_code == 1
+    assert "give calibration data as well, or ask for accuracy 'plain'" in result.stderr
+    ok("quantize", *model, *asked, "--accuracy", "plain")
+    other = run("quantize", f"{work}/net.py:Small", "--statistics", stats, "-o", output)
+    assert (other.exit_code, other.stdout) == (1, "")
+    assert "statistics of other weights than this model has: conv.weight" in other.stderr
 
 
 def test_inspect_a_program(program: Path, tmp_path: Path) -> None:
@@ -623,6 +646,7 @@ def test_our_errors_exit_with_1(work: Path, program: Path, name: str) -> None:
         (quantize("n", "d", "--model-arg", "width"), "'width' is not NAME=VALUE"),
         (quantize("n", "d", "--scheme", "a8w8", "--config", "c.yaml"), "exclude each other"),
         (plain("evaluate", "x.pte", "--data", "d", "--weights", "w"), "which is not given"),
+        (plain("quantize", "n", "--statistics", "s", "-o", "x", "--dynamic-batch"), "leave it out"),
     ],
 )
 def test_wrong_use_exits_with_2(work: Path, args: Args, words: str) -> None:

@@ -88,6 +88,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "calibration": lambda folder: cq.calibrate(
         prepared(), DATA, checkpoint=folder / "calibration.safetensors"
     ),
+    "recorded": lambda folder: cq.record_calibration(
+        small_model(), EXAMPLE, DATA, folder / "net.stats.safetensors"
+    ),
     "training": lambda folder: write_training(folder / "training.safetensors"),
     "configuration": lambda folder: save_config(config(), folder / "rules.yaml"),
     "plot": lambda folder: plot(folder / "plot.png"),
