@@ -20,6 +20,8 @@ Every message says what was wrong, where (node and module path, or file), and wh
 from __future__ import annotations
 
 import difflib
+import os
+import traceback
 from collections.abc import Iterable, Sequence
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "TrainingError",
     "VerificationError",
     "first_line",
+    "where_raised",
 ]
 
 
@@ -87,6 +90,17 @@ def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}"
 
+
+def where_raised(error: BaseException) -> str:
+    """``, at net.py:7``: the last line of a user's own code in a traceback; nothing if none is."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((_PACKAGE, "<"))]
+    own = [f for f in own if "site-packages" not in f.filename and _LIBRARY not in f.filename]
+    return f", at {own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+_PACKAGE = os.path.dirname(__file__)
+_LIBRARY = os.path.dirname(os.__file__)
 
 _LONGEST_WORD = 200
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from custom_quantizer.core.threads import tools
-from custom_quantizer.errors import CaptureError, InputError, first_line
+from custom_quantizer.errors import CaptureError, InputError, first_line, where_raised
 
 __all__ = ["DEFAULT_MAX_BATCH", "capture"]
 
@@ -72,6 +72,7 @@ def capture(
         )
     shapes = None
     eager = _eval_copy(model)
+    _check_numbers(eager)
     if dynamic_batch:
         example = pytree.tree_map(_at_least_two, example)
         largest = DEFAULT_MAX_BATCH if dynamic_batch is True else dynamic_batch
@@ -139,6 +140,16 @@ def _eval_copy(model: nn.Module) -> nn.Module:
     return eager
 
 
+def _check_numbers(eager: nn.Module) -> None:
+    """Refuse parameters that a training which diverged left behind."""
+    for name, value in eager.named_parameters():
+        if value.is_floating_point() and (wrong := int(value.isnan().sum())):
+            raise InputError(
+                f"{type(eager).__name__}: {wrong:,} of the {value.numel():,} values of {name} are "
+                "NaN; take a checkpoint from before the training diverged"
+            )
+
+
 def _at_least_two(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1:
         return torch.cat((value, value))
@@ -184,8 +195,9 @@ def _refused(
             eager(*example)
     except Exception as own:
         return InputError(
-            f"{name} does not run on the example inputs ({_shapes(example)}): {first_line(own)}; "
-            f"pass what its forward takes, batch first{_layout_hint(example)}"
+            f"{name} does not run on the example inputs ({_shapes(example)}): {first_line(own)}"
+            f"{where_raised(own)}; {_half_hint(eager)}pass what its forward takes, batch first"
+            f"{_layout_hint(example)}"
         )
     text = f"torch.export cannot capture {name}: {first_line(error)}; "
     if dynamic and ("specialized" in str(error) or "Constraints violated" in str(error)):
@@ -202,6 +214,15 @@ def _refused(
         text + "make torch.export.export(model.eval(), example_inputs) work first; "
         "torch.export.draft_export lists everything in the way"
     )
+
+
+def _half_hint(eager: nn.Module) -> str:
+    """What a model in another precision needs before anything else."""
+    other = {p.dtype for p in eager.parameters() if p.is_floating_point()} - {torch.float32}
+    if not other:
+        return ""
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in other))
+    return f"its parameters are {names}: convert it with model.float(); "
 
 
 def _layout_hint(example: tuple[Any, ...]) -> str:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -478,7 +479,7 @@ def plan_command(
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="STATS",
-    help="File to write, usually .safetensors.",
+    help="File to write; ends in .safetensors.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @_debug_option
@@ -503,6 +504,10 @@ def calibrate_command(
     so one file serves all bit-widths and observers; the scheme or config says which tensors are
     quantized at all. The program is the one that quantize --calibration makes of the same data.
     """
+    if output.suffix != ".safetensors":
+        raise click.UsageError(f"--output {output}: name a file that ends in .safetensors")
+    if checkpoint is not None and checkpoint.resolve() == output.resolve():
+        raise click.UsageError(f"--checkpoint {checkpoint} is the --output, too; name two files")
     _check_writable(output)
     asked = _one_of(scheme, config)
     _check_model(model)
@@ -526,6 +531,8 @@ def calibrate_command(
         click.echo(json.dumps(finite(dataclasses.asdict(summary)), indent=2))
         return
     click.echo(f"{summary}\n\n{summary.convergence()}\n")
+    for warning in summary.warnings:
+        _say("warning", warning)
     click.echo(f"wrote {output}, which quantize --statistics takes")
 
 
@@ -682,6 +689,8 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
     And where each bias went. FILE is a .pte, read from its bytes alone, or a report that quantize
     wrote (OUT.json, or a directory with report.json).
     """
+    if html is not None:
+        _check_writable(html)
     report = _read_report(file)
     if html is not None:
         report.save_html(html)
@@ -960,7 +969,7 @@ def verify_command(
 
     _start_runtime()
     converted, lowered = load_lowered(
-        program, graph or _graph_beside(program), isolated=isolated or None
+        program, graph or _existing_graph(program), isolated=isolated or None
     )
     if data is None:
         inputs: list[Any] = [random_like(converted, seed) for seed in range(samples)]
@@ -1019,6 +1028,8 @@ def diagnose_command(
     tensor and weight is compared with its float twin on the same samples: the error that an op adds
     itself, what it inherits, the values that are cut off. docs/accuracy.md says how to read it.
     """
+    if plot is not None:
+        _check_plot(plot)
     _check_model(model)
     floating = _load_model(model, weights, model_args)
     source = _load_data(data, preprocess, samples)
@@ -1226,6 +1237,7 @@ def search_command(
         from custom_quantizer.config.located import check_suffix
 
         check_suffix(output)
+        _check_writable(output)
     _check_model(model)
     module = _load_model(model, weights, model_args)
     source = _load_data(data, preprocess, samples)
@@ -1403,6 +1415,8 @@ def profile_command(
     its own. With the graph beside the program, or with --graph, the output of each op is compared
     with the integer reference, too: in a second program that returns all of them.
     """
+    if plot is not None:
+        _check_plot(plot)
     from custom_quantizer.report.profiles import profile
 
     _start_runtime()
@@ -1449,7 +1463,30 @@ def _load_converted(graph: Path) -> GraphModule:
     """A saved graph by its own name, or by that of the program beside it."""
     from custom_quantizer.app.saved_graph import load_graph
 
-    return load_graph(_graph_beside(graph) if graph.suffix == ".pte" else graph)[0]
+    if graph.suffix == ".pte":
+        graph = _existing_graph(graph)
+    return load_graph(graph)[0]
+
+
+def _existing_graph(program: Path) -> Path:
+    """The graph beside a program; an error that says which of both is missing.
+
+    Raises:
+        InputError: one is.
+    """
+    graph = _graph_beside(program)
+    if not program.is_file() and not graph.is_file():
+        why = "is a directory" if program.is_dir() else "there is no such file"
+        raise InputError(f"{program}: {why}; name the .pte that `custom-quantizer quantize` wrote")
+    if not graph.is_file():
+        from custom_quantizer.backends.xnnpack import read_program
+
+        read_program(program)  # says so if it is no program at all
+        raise InputError(
+            f"{graph}: there is no such file beside {program.name}; `custom-quantizer quantize` "
+            "writes both: copy it too, or name it"
+        )
+    return graph
 
 
 def _refuse_others(ctx: click.Context, option: str, besides: tuple[str, ...]) -> None:
@@ -1475,7 +1512,9 @@ def _refuse_given(ctx: click.Context, names: tuple[str, ...], beside: str) -> No
 def _one_of(scheme: str | None, config: Path | None) -> str | Path:
     if scheme is not None and config is not None:
         raise click.UsageError("--scheme and --config exclude each other: name one")
-    return config or scheme or "a8w8"
+    if config is not None:
+        return config
+    return "a8w8" if scheme is None else scheme
 
 
 def _names(text: str) -> list[str]:
@@ -1518,7 +1557,8 @@ def _load_data(
     from custom_quantizer.app.data import load_data
 
     source = load_data(path, preprocess=preprocess(), limit=limit, classes=classes)
-    click.echo(f"{path}: {source.num_examples} samples of {source.treatment}", err=True)
+    count = f"{source.num_examples} sample" + "s" * (source.num_examples != 1)
+    click.echo(f"{path}: {count} of {source.treatment}", err=True)
     return source
 
 
@@ -1553,7 +1593,13 @@ def _random_inputs(shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    try:
+        return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    except RuntimeError as error:
+        needed = max(4 * math.prod(shape) for shape in shapes)
+        raise InputError(
+            f"--input-shape: an input of {needed:,} bytes does not fit into the memory; check it"
+        ) from error
 
 
 def _example(data: DataSource | None, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
@@ -1567,26 +1613,33 @@ def _check_output(output: Path) -> None:
     """Refuse what is neither a program nor a directory for one."""
     if output.suffix not in ("", ".pte"):
         raise click.UsageError(f"--output {output}: name a .pte file or a directory")
+    from custom_quantizer.core.files import check_utf8
+
+    check_utf8(output)
     if output.suffix == ".pte":
         _check_writable(output)
+    elif output.exists() and not output.is_dir():
+        raise InputError(f"{output} is no directory; name one, or a .pte file")
 
 
 def _check_writable(output: Path) -> None:
     """Find out before minutes of work, not after them, that the file cannot be written."""
-    folder = output.resolve().parent
-    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        why = "is a directory" if output.is_dir() else f"cannot be made in {folder}"
-        raise InputError(f"{output} {why}; name a file in a directory that exists and is writable")
+    from custom_quantizer.core.files import check_writable
+
+    check_writable(output)
+
+
+def _check_plot(plot: Path) -> None:
+    from custom_quantizer.core.plot import check_figure_path
+
+    check_figure_path(plot)
+    _check_writable(plot)
 
 
 def _check_page(html: Path | None) -> None:
     """Likewise of the page."""
-    folder = None if html is None else html.resolve().parent
-    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(
-            f"{html} cannot be made in {folder}; name a file in a directory that exists and is "
-            "writable"
-        )
+    if html is not None:
+        _check_writable(html)
 
 
 def _read_report(file: Path) -> Report | ProgramReport:
@@ -1630,7 +1683,12 @@ def _summarize(model: str, result: QuantizationResult, files: SavedFiles) -> Non
         click.echo(f"{border}: {border.meaning}")
     for output in result.fidelity.outputs:
         click.echo(f"{output}")
-    warnings = (*result.plan.warnings, *result.fidelity.warnings, files.graph_reason)
+    warnings = (
+        *result.plan.warnings,
+        *result.calibration.warnings,
+        *result.fidelity.warnings,
+        files.graph_reason,
+    )
     for warning in filter(None, warnings):
         _say("warning", warning)
     click.echo(f"wrote {files.program} ({size_text(report.size_bytes)}) and {files.report}")

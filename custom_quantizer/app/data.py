@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias, cast
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file
@@ -373,7 +373,7 @@ def load_data(
             f"ends in {', '.join(sorted(_TENSOR_SUFFIXES))}"
         )
     else:
-        raise InputError(f"No file or folder {path}")
+        raise InputError(f"No file or folder {path}; check the path")
     if limit is not None:
         source = source.subset(min(limit, source.num_examples), seed)
     return source.shuffled(seed) if shuffle else source
@@ -401,6 +401,9 @@ def _balanced_order(count: int, labels: Tensor | None, seed: int) -> Tensor:
         rounds.append(seen.get(label, 0))
         seen[label] = rounds[-1] + 1
     return shuffled[torch.tensor(rounds).sort(stable=True).indices]
+
+
+_TO_ONE_SIZE = "as with --resize 256 --crop 224, in Python Preprocess(resize=256, crop=224)"
 
 
 # --- data: images ---------------------------------------------------------------------------
@@ -434,7 +437,7 @@ class _ImageReader:
                         raise InputError(
                             f"{self.root}: images differ in size: {name} has "
                             f"{_pixels(image.shape)} pixels, {first[0]} has {_pixels(first[1])}; "
-                            "resize and crop them, as in Preprocess(resize=256, crop=224)"
+                            f"resize and crop them, {_TO_ONE_SIZE}"
                         )
                     images.append(image)
                 yield (self.preprocess.normalize(torch.stack(images)),)
@@ -455,6 +458,11 @@ class _ImageReader:
                 return cast(Tensor, F.pil_to_tensor(self.preprocess.fit(image.convert(mode))))
         except InputError as exc:
             raise InputError(f"{self.root}, image {printable(name)}: {exc}") from exc
+        except UnidentifiedImageError as exc:
+            raise InputError(
+                f"{self.root}, image {printable(name)}: it cannot be decoded: no image "
+                f"of a kind that is read ({', '.join(_IMAGE_FORMATS)}); repair or remove it"
+            ) from exc
         except Exception as exc:  # Pillow and zipfile raise a dozen kinds for a damaged file.
             raise InputError(
                 f"{self.root}, image {printable(name)}: it cannot be decoded ({described(exc)}); "
@@ -479,7 +487,7 @@ class _ImageReader:
             raise InputError(
                 f"{self.root}: a batch of {count} images of {_pixels(image.shape)} pixels takes "
                 f"{needed:,} bytes, more than half of the memory ({limit:,}); resize and crop "
-                "them, as in Preprocess(resize=256, crop=224), or use smaller batches"
+                f"them, {_TO_ONE_SIZE}, or use smaller batches"
             )
 
 
@@ -658,6 +666,7 @@ def _checked_input(tensor: Tensor, where: str, preprocess: Preprocess) -> Tensor
             )
         return tensor
     if tensor.is_floating_point():
+        _refuse_nan(tensor, where)
         return tensor
     if tensor.dtype in (torch.int32, torch.int64, torch.bool) and tensor.dim() < 4:
         return tensor
@@ -665,6 +674,18 @@ def _checked_input(tensor: Tensor, where: str, preprocess: Preprocess) -> Tensor
         f"{kind}: no rule says how to scale that; pass images as uint8 (scaled to [0, 1] and "
         "normalized here) or as float32 (used as it is)"
     )
+
+
+def _refuse_nan(tensor: Tensor, where: str) -> None:
+    # Infinities pass: masks are made of them.
+    for first in range(0, len(tensor), 1024):  # bounds the memory that is needed for it
+        part = tensor[first : first + 1024]
+        bad = part.isnan().reshape(len(part), -1)
+        if bool(bad.any()):
+            example = first + int(bad.any(1).nonzero()[0])
+            raise InputError(
+                f"{where} has NaN in example {example}; mend or remove what is no number"
+            )
 
 
 def _checked_labels(labels: Tensor, where: str) -> Tensor:

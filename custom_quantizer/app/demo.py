@@ -207,8 +207,9 @@ def _make_directory(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise InputError(
-            f"{output}: cannot make this directory ({error.strerror}); choose another --output"
+            f"{output}: cannot make this directory ({why}); choose another --output"
         ) from error
 
 

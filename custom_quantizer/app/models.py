@@ -15,7 +15,6 @@ import importlib.util
 import inspect
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor, nn
 
 from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file
-from custom_quantizer.errors import InputError, first_line, some
+from custom_quantizer.errors import InputError, first_line, some, where_raised
 
 __all__ = ["check_model_name", "load_model", "load_weights"]
 
@@ -239,13 +238,33 @@ def _user_model(spec: str, left: str, name: str, kwargs: Mapping[str, object]) -
                 f"{spec} is of type {type(target).__name__}; name a function that returns an "
                 "nn.Module, a module class or a module"
             )
+        if missing := _missing_arguments(target, kwargs):
+            given = " ".join(f"--model-arg {name}=..." for name in missing)
+            raise InputError(
+                f"{spec} needs arguments that were not given: {', '.join(missing)}; give them "
+                f"({given}), or name a function without any"
+            )
         try:
             model = target(**kwargs)
-        except Exception as exc:
-            raise InputError(f"Calling {spec} failed: {described(exc)}{_where(exc)}") from exc
+        except (Exception, SystemExit) as exc:
+            raise InputError(f"Calling {spec} failed: {described(exc)}{where_raised(exc)}") from exc
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec} returned {type(model).__name__}, not an nn.Module")
     return model
+
+
+def _missing_arguments(target: Callable[..., object], given: Mapping[str, object]) -> list[str]:
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # something of C, of which nothing is known
+        return []
+    return [
+        p.name
+        for p in parameters
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name not in given
+    ]
 
 
 def _import_module(name: str) -> ModuleType:
@@ -257,22 +276,13 @@ def _import_module(name: str) -> ModuleType:
                 f"There is no Python module {name!r}, neither installed nor below "
                 f"{Path.cwd()}; for a file write 'path/to/file.py:function'"
             ) from exc
-        raise InputError(f"Importing {name} failed: {described(exc)}") from exc
-    except Exception as exc:
-        raise InputError(f"Importing {name} failed: {described(exc)}") from exc
+        raise InputError(f"Importing {name} failed: {described(exc)}{_line_of(exc)}") from exc
+    except (Exception, SystemExit) as exc:
+        raise InputError(f"Importing {name} failed: {described(exc)}{_line_of(exc)}") from exc
 
 
-def _where(exc: Exception) -> str:
-    """File and line that raised ``exc``, of the user's code if it is there."""
-    frames = traceback.extract_tb(exc.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and _PACKAGE not in f.filename]
-    own = [f for f in own if not f.filename.startswith("<")]
-    if isinstance(exc, SyntaxError) or not own:
-        return ""  # it names its line itself
-    return f", at {own[-1].filename}:{own[-1].lineno}"
-
-
-_PACKAGE = str(Path(__file__).parents[1])
+def _line_of(exc: BaseException) -> str:
+    return "" if isinstance(exc, SyntaxError) else where_raised(exc)  # which names it itself
 
 
 def _is_python_file(left: str) -> bool:
@@ -296,9 +306,9 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         del sys.modules[name]
-        raise InputError(f"Running {path} failed: {described(exc)}{_where(exc)}") from exc
+        raise InputError(f"Running {path} failed: {described(exc)}{_line_of(exc)}") from exc
     return module
 
 

@@ -39,7 +39,7 @@ from custom_quantizer.calibration.run import CalibrationSummary, GraphInputs, ca
 from custom_quantizer.calibration.statistics import activation_observers
 from custom_quantizer.config.improvement import check_accuracy, check_algorithms
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, sha256_of
-from custom_quantizer.core.files import json_bytes, new_directory, write_files_atomic
+from custom_quantizer.core.files import check_utf8, json_bytes, new_directory, write_files_atomic
 from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.threads import tools
@@ -156,6 +156,7 @@ def save_result(
         InputError: as there.
     """
     target = Path(path)
+    check_utf8(target)
     program: Path | None
     if target.suffix == ".pte":
         program, report = target, target.with_suffix(".json")

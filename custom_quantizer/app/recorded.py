@@ -32,6 +32,7 @@ from custom_quantizer.calibration.statistics import (
 )
 from custom_quantizer.core.checkpoint import fingerprint
 from custom_quantizer.core.files import printable
+from custom_quantizer.core.tensor_file import DamagedFileError
 from custom_quantizer.errors import CalibrationError, InputError, some
 
 __all__ = ["Recorded", "read_calibration", "write_calibration"]
@@ -209,7 +210,12 @@ def read_calibration(path: str | os.PathLike[str]) -> Recorded:
     Raises:
         InputError: the file cannot be read, is damaged, or holds statistics without a model.
     """
-    statistics, record = read_recorded(path)
+    try:
+        statistics, record = read_recorded(path)
+    except DamagedFileError as error:
+        raise InputError(
+            f"{error}; give what `custom-quantizer calibrate` wrote, or write it again"
+        ) from error
     if "about" not in record:
         raise InputError(
             f"{path}: holds statistics, but not of which model: save_statistics wrote it; "

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch.fx import GraphModule
 
 from custom_quantizer.backends.xnnpack import LoweredProgram, lower
-from custom_quantizer.backends.xnnpack.readback import read_file
+from custom_quantizer.backends.xnnpack.readback import read_file, read_program
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, recorded_hash, sha256_of
 from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.core.threads import tools
@@ -152,8 +152,10 @@ def load_lowered(
         InputError: the graph is missing, damaged or not what it should be.
         ProgramError: the program cannot be read, or is damaged.
     """
-    converted, example = load_graph(graph)
     data, recorded = read_file(program)
+    converted, example = load_graph(graph)
+    # Here, since seconds later only the bytes are known, not their name.
+    read_program(data, name=os.fspath(program))
     if isolated is None and recorded:
         isolated = False
     return converted, lower(converted, example, check=False).with_bytes(data, isolated=isolated)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from custom_quantizer.core.files import check_regular, memory_limit
+from custom_quantizer.core.files import check_regular, memory_limit, printable
 from custom_quantizer.errors import InputError
 
 __all__ = ["WEIGHT_SUFFIXES", "described", "read_tensor_file"]
@@ -51,10 +52,24 @@ def read_tensor_file(path: Path, kind: str, suffixes: frozenset[str]) -> object:
     except InputError as exc:
         raise InputError(f"{path}: {exc}") from exc
     except Exception as exc:  # Each of the four readers has its own kinds of errors.
+        if refused := _REFUSED_CLASS.search(str(exc)):
+            raise InputError(
+                f"{path} holds a {printable(refused[1])}, which would have to be unpickled and "
+                "could run code; save tensors alone: torch.save(model.state_dict(), path)"
+            ) from exc
+        if suffix in (".pt", ".pth") and isinstance(exc, (EOFError, IndexError, KeyError)):
+            # What the reader of old files stumbles over in bytes that are none.
+            raise InputError(
+                f"{path} cannot be read: no file of torch.save, or a damaged one; save it again"
+            ) from exc
         raise InputError(
             f"{path} cannot be read as {suffix}: {described(exc, 200)}; save tensors alone, not a "
             "pickled module or object arrays"
         ) from exc
+
+
+_REFUSED_CLASS = re.compile(r"Unsupported global: GLOBAL (\S+) was not an allowed global")
+"""How torch 2.15 refuses to unpickle an object."""
 
 
 def _read_npz(path: Path, limit: int) -> dict[str, Tensor]:
@@ -93,6 +108,8 @@ def _read_npy(file: IO[bytes], size: int) -> np.ndarray[Any, Any]:
             "It holds Python objects, which are pickled and could run code; they are not read; "
             "save arrays of numbers"
         )
+    if dtype.kind not in "biufc":
+        raise InputError(f"It holds {dtype}, which are no numbers; save arrays of numbers")
     count = math.prod(shape)
     if min(shape, default=0) < 0 or count * dtype.itemsize > size:
         raise InputError(
@@ -112,7 +129,7 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
-def described(exc: Exception, limit: int = 500) -> str:
+def described(exc: BaseException, limit: int = 500) -> str:
     """What an exception says, in one printable line of at most ``limit`` characters."""
     text = " ".join(str(exc).split()).rstrip(".")
     # torch first explains, in bold, how to run the code of a file that was refused.

@@ -35,7 +35,7 @@ from custom_quantizer.core.graph import STATE_KEY, set_state, size_bounds, state
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
-from custom_quantizer.errors import CalibrationError, CustomQuantizerError, first_line
+from custom_quantizer.errors import CalibrationError, CustomQuantizerError, first_line, some
 
 __all__ = [
     "CalibrationSummary",
@@ -77,6 +77,18 @@ class CalibrationSummary:
     def last_change(self) -> int | None:
         """The last batch, counted from 1, that moved any range; ``None`` where none was noted."""
         return max((tensor.last_change for tensor in self.tensors), default=None)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should look at: tensors of whose range the data say nothing."""
+        zero = [tensor.name for tensor in self.tensors if tensor.low == tensor.high == 0]
+        if not zero:
+            return ()
+        return (
+            f"calibration: {len(zero)} of {len(self.tensors)} tensors were 0 in all samples, so "
+            f"nothing is known of their ranges: {some(zero)}; check the data, or calibrate with "
+            "more",
+        )
 
     def __str__(self) -> str:
         text = f"{self.samples:,} samples in {self.batches:,} batches"
@@ -265,6 +277,8 @@ def _calibrate(
     )
     if summary.unused:
         logger.warning("calibration: %s", summary)
+    for warning in summary.warnings:
+        logger.warning("%s", warning)
     _warn_of_wide_ranges(prepared)
     return summary
 

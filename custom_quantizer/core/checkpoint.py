@@ -65,8 +65,8 @@ class CheckpointFile:
             tensors, metadata, sealed = read_tensors(self.path)
         except DamagedFileError as error:
             raise self.error(
-                f"{self.path} is no checkpoint of {self.of}, or is damaged ({error}); "
-                f"{self._remedy}"
+                f"{self.path} is no checkpoint of {self.of}, or is damaged ({error}); name another "
+                f"file, or, if it was one, {self._remedy}"
             ) from error
         if metadata.get("format") != self.format:
             raise self.error(f"{self.path} is no checkpoint of {self.of}; name another file")

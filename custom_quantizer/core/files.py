@@ -24,6 +24,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +38,8 @@ if sys.platform != "win32":
 
 __all__ = [
     "check_regular",
+    "check_utf8",
+    "check_writable",
     "json_bytes",
     "memory_limit",
     "new_directory",
@@ -229,6 +232,36 @@ def json_bytes(value: object) -> bytes:
     return (text + "\n").encode("utf-8")
 
 
+def check_utf8(path: AnyPath) -> None:
+    """Refuse a name that JSON, which is UTF-8, cannot hold.
+
+    Raises:
+        InputError: it is one.
+    """
+    try:
+        os.fsdecode(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"Cannot write {os.fsdecode(path)!r}: a report names its files in UTF-8, which this "
+            "name is not; choose another name"
+        ) from error
+
+
+def check_writable(path: AnyPath) -> None:
+    """Find out, before there is anything to write, whether a file could be made.
+
+    Raises:
+        InputError: as :func:`write_files_atomic`.
+    """
+    folder = os.path.dirname(_target(path))
+    try:
+        # By doing it: the superuser has leave everywhere, also where there can be no file.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 @contextmanager
 def new_directory(path: AnyPath) -> Iterator[None]:
     """Make a directory and its parents; when the block raises, those that were made go again.
@@ -249,9 +282,12 @@ def new_directory(path: AnyPath) -> Iterator[None]:
                 os.makedirs(folder, exist_ok=True)  # another process may be as fast
             os.makedirs(path, exist_ok=True)  # says why, if it is no directory
         except (OSError, ValueError) as error:  # ValueError: a null byte
+            why = getattr(error, "strerror", None) or error
+            if isinstance(error, FileExistsError):
+                why = "it is a file"
             raise InputError(
-                f"{os.fspath(path)}: cannot make this directory "
-                f"({getattr(error, 'strerror', None) or error}); name one that can be written"
+                f"{os.fspath(path)}: cannot make this directory ({why}); name one that can be "
+                "written"
             ) from error
         yield
     except BaseException:

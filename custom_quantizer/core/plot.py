@@ -10,7 +10,16 @@ from typing import Any
 from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.errors import InputError
 
-__all__ = ["new_figure", "save_figure"]
+__all__ = ["check_figure_path", "new_figure", "save_figure"]
+
+
+def check_figure_path(path: str | os.PathLike[str]) -> None:
+    """Refuse, before there is anything to draw, what :func:`save_figure` would refuse.
+
+    Raises:
+        InputError: matplotlib is not installed, or does not know the format.
+    """
+    _format(new_figure(1, 1), path)
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -39,12 +48,18 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: matplotlib does not know the format, or the file cannot be written.
     """
+    suffix = _format(figure, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix, dpi=120)
+    write_bytes_atomic(path, buffer.getvalue())
+
+
+def _format(figure: Any, path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix.lower().removeprefix(".")
     known = figure.canvas.get_supported_filetypes()
     if suffix not in known:
         raise InputError(
-            f"cannot draw {path}: its suffix names no format; use one of {', '.join(sorted(known))}"
+            f"cannot draw {path}: its suffix names no format; use .svg, .png or .pdf, or one of "
+            f"{', '.join(sorted(known.keys() - {'pdf', 'png', 'svg'}))}"
         )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix, dpi=120)
-    write_bytes_atomic(path, buffer.getvalue())
+    return suffix

@@ -241,7 +241,7 @@ def scheme(
     base, *suffixes = name.split("-") if isinstance(name, str) else ("",)
     match = _NAME.fullmatch(base)
     if match is None:
-        raise SchemeError(f"{name!r} is no scheme name; a name is {_GRAMMAR}{_meant(name)}")
+        raise SchemeError(f"{name!r} is no scheme name{_meant(name)}; a name is {_GRAMMAR}")
     options: dict[str, Any] = {}
     for suffix in suffixes:
         said = _suffix(name, suffix)
@@ -361,7 +361,7 @@ def _suffix(name: str, suffix: str) -> dict[str, Any]:
     if re.fullmatch(PERCENTILE_PATTERN, suffix):
         return {"observer": suffix}
     raise SchemeError(
-        f"{name!r}: {suffix!r} says nothing about a scheme; a name is {_GRAMMAR}{_meant(name)}"
+        f"{name!r}: {suffix!r} says nothing about a scheme{_meant(name)}; a name is {_GRAMMAR}"
     )
 
 

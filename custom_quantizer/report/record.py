@@ -47,7 +47,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import scheme
-from custom_quantizer.errors import InputError, ProgramError, nearest
+from custom_quantizer.errors import InputError, ProgramError, nearest, some
 from custom_quantizer.ops import PatternMatch, QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.gemm import expand_channels
@@ -413,7 +413,8 @@ class _Document:
             if name in row.names:
                 return _views.detail_text(row)
         known = [known for row in rows for known in row.names]
-        raise InputError(f"the report has no op {name!r}{nearest(str(name), known)}")
+        near = nearest(str(name), known) or f"; it has {some(list(dict.fromkeys(known)))}"
+        raise InputError(f"the report has no op {name!r}{near}")
 
     def __str__(self) -> str:
         return _views.text(_views.view_of(self._document()))

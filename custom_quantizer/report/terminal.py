@@ -43,7 +43,7 @@ def make_table(title: str, columns: Iterable[str], right: Iterable[str] = ()) ->
     from rich import box
 
     table = Table(
-        title=title,
+        title=title or None,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,

@@ -534,11 +534,11 @@ OURS: dict[str, tuple[Args, list[str]]] = {
     ),
     "no directory": (
         plain("quantize", "net", "--calibration", "x", "-o", "WORK/no/x.pte"),
-        ["no/x.pte cannot be made in"],
+        ["no does not exist", "create it first"],
     ),
     "a directory named .pte": (
         plain("quantize", "net", "--calibration", "x", "-o", "WORK/folder.pte"),
-        ["folder.pte is a directory"],
+        ["folder.pte: it is a directory"],
     ),
     "truncated program": (plain("inspect", "WORK/short.pte"), ["short.pte", "truncated"]),
     "truncated program to run": (
@@ -559,7 +559,10 @@ OURS: dict[str, tuple[Args, list[str]]] = {
         plain("search", "resnet18", "--data", "x", "--budget", "size=1", "-o", "x.txt"),
         ["x.txt"],
     ),
-    "no graph to export": (plain("export-c", "WORK/no.pte", "WORK/c"), ["no.graph.safetensors"]),
+    "no graph to export": (
+        plain("export-c", "WORK/no.pte", "WORK/c"),
+        ["no.pte: there is no such file"],
+    ),
     "no C name": (plain("export-c", "WORK/net.pte", "WORK/c", "--name", "1st"), ["'1st'"]),
     "integers in no directory": (
         plain("export-integers", "WORK/net.pte", "WORK/no/net"),

@@ -423,7 +423,7 @@ def test_a_batch_of_images_that_does_not_fit(
 def test_postscript_under_the_name_of_an_image_is_not_run(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
-    with pytest.raises(cq.InputError, match="cannot identify image file"):
+    with pytest.raises(cq.InputError, match="no image of a kind that is read"):
         read_all(tmp_path)
 
 

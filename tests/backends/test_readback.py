@@ -844,7 +844,7 @@ def test_string_that_is_no_path() -> None:
     [
         (b"", "is empty"),
         (b"PK\x03\x04" + bytes(100), r"is a zip archive, as \.pt2 and \.pt are, not a \.pte"),
-        (b'{"kind": "graph"}', "is JSON; a report of this package"),
+        (b'{"kind": "graph"}', r"is JSON, as a report of this package is, not a \.pte"),
         (bytes([9, 0, 0, 0, 0, 0, 0, 0]) + b"{}", r"is a \.safetensors file, not a \.pte"),
         (b"\x00" * 64, r"is not a \.pte .*to_executorch"),
     ],

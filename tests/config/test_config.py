@@ -135,7 +135,7 @@ def test_what_the_plain_name_means() -> None:
     ("name", "message"),
     [
         ("", "'' is no scheme name"),
-        ("int8", "'int8' is no scheme name; a name is a<bits>w<bits>"),
+        ("int8", "'int8' is no scheme name; did you mean a8w8?; a name is a<bits>w<bits>"),
         ("a8", "'a8' is no scheme name"),
         ("A8W8", "is no scheme name"),
         ("a8w8 ", "is no scheme name"),

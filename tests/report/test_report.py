@@ -844,7 +844,11 @@ def test_detail_knows_the_fused_activation_and_the_nodes_of_a_program(
     [
         ("liner", "the report has no op 'liner'; did you mean linear?"),
         ("conv2d_9", "the report has no op 'conv2d_9'; did you mean conv2d_1 or conv2d?"),
-        ("zzz", "the report has no op 'zzz'"),
+        (
+            "zzz",
+            "the report has no op 'zzz'; it has conv2d, relu, conv2d_1, add, adaptive_avg_pool2d, "
+            "flatten and 1 more",
+        ),
     ],
 )
 def test_unknown_names_get_the_nearest(report: Report, name: str, message: str) -> None:

@@ -188,8 +188,10 @@ def check_possible(
         if least > limit:
             whole = base[key] or 1.0
             hint = ""
+            if budget[key] > 1:
+                hint = "; above 1 a number is the cost itself, not a share"
             if key == "size":
-                hint = (
+                hint += (
                     "; the backend stores narrow weights of some ops in whole bytes (weight_bits "
                     "counts the bits alone)"
                 )

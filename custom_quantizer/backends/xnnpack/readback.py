@@ -529,7 +529,7 @@ _OTHER_FILES = {
     b"PK\x03\x04": (0, "a zip archive, as .pt2 and .pt are, not a .pte; lower the model first"),
     b"\x00\x00\x00\x00{": (4, "a .safetensors file, not a .pte; name the .pte beside it"),
     b"BP08": (4, "a .bpte, a program bundled with inputs; name the .pte that it was made of"),
-    b"{": (0, "JSON; a report of this package ends in .json"),
+    b"{": (0, "JSON, as a report of this package is, not a .pte; name the .pte beside it"),
 }
 """What people name instead: how it begins, and where."""
 
@@ -542,10 +542,12 @@ def _read_container(data: memoryview) -> ProgramContents:
         for kind, (begin, hint) in _OTHER_FILES.items():
             if bytes(data[begin : begin + len(kind)]) == kind:
                 raise _Unreadable(f"is {hint}")
-        raise _Unreadable(
-            f"is not a .pte of this version: bytes 4 to 8 are {bytes(data[4:8])!r}, not "
-            f"{schema.identifier!r}; give a file written by to_executorch()"
-        )
+        if bytes(data[4:6]) == schema.identifier[:2]:
+            raise _Unreadable(
+                f"is a .pte of another version: bytes 4 to 8 are {bytes(data[4:8])!r}, not "
+                f"{schema.identifier!r}; lower the model again"
+            )
+        raise _Unreadable("is not a .pte of ExecuTorch; give a file written by to_executorch()")
     graph_bytes, segment_bytes = _split_segments(data)
     program = _Buffer(graph_bytes, schema, "the program").root()
 
