@@ -202,7 +202,7 @@ class Evaluation:
         rows = [(score.name, *(f"{share:7.2%}" for share in score.slices)) for score in scores]
         return [
             f"top-1 on {len(scores[0].slices)} disjoint slices of the samples",
-            *table_lines(rows),
+            *table_lines(rows, headers=False),
         ]
 
 

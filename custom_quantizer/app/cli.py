@@ -424,17 +424,16 @@ def plan_command(
         warnings.filterwarnings("ignore", message=".*random weights")
         module = _load_model(model, weights, model_args)
     from custom_quantizer.app.capture import capture
-    from custom_quantizer.report.terminal import make_console, plan_table, size_text
+    from custom_quantizer.report.terminal import plan_table, print_table, size_text
 
     exported, _ = capture(module, _random_inputs(shapes or ((1, 3, 224, 224),)))
     plan = quantizer.plan(exported)
     if as_json:
         click.echo(plan.to_json())
         return
-    make_console().print(plan_table(plan))
-    click.echo(f"{plan.tally}; about {size_text(plan.size_bytes)} of constants")
-    for line in plan.borders:
-        click.echo(line)
+    print_table(plan_table(plan))
+    tally = f"{plan.tally}; about {size_text(plan.size_bytes)} of constants"
+    _echo(lambda: "\n".join((tally, *map(str, plan.borders))))
     for warning in plan.warnings:
         _say("warning", warning)
 
@@ -530,10 +529,10 @@ def calibrate_command(
 
         click.echo(json.dumps(finite(dataclasses.asdict(summary)), indent=2))
         return
-    click.echo(f"{summary}\n\n{summary.convergence()}\n")
+    _echo(lambda: f"{summary}\n\n{summary.convergence()}\n")
     for warning in summary.warnings:
         _say("warning", warning)
-    click.echo(f"wrote {output}, which quantize --statistics takes")
+    _echo(lambda: f"wrote {output}, which quantize --statistics takes")
 
 
 @cli.command(
@@ -698,9 +697,9 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
     if as_json:
         click.echo(report.to_json())
     elif op is not None:
-        click.echo(report.detail(op))
+        _echo(lambda: report.detail(op))
     elif html is None:
-        click.echo(str(report))
+        _show(report)
 
 
 @cli.command(
@@ -860,7 +859,7 @@ def evaluate_command(
         )
     from custom_quantizer.analysis.evaluation import evaluate
     from custom_quantizer.backends.xnnpack import load_program
-    from custom_quantizer.report.terminal import accuracy_table, make_console
+    from custom_quantizer.report.terminal import accuracy_table, print_table
 
     _start_runtime()
     models: dict[str, Callable[..., Any]] = {}
@@ -883,10 +882,9 @@ def evaluate_command(
     if as_json:
         click.echo(evaluation.to_json())
     else:
-        make_console().print(accuracy_table(evaluation))
-        notes = (note.replace("output=N", "--output N") for note in evaluation.notes)
-        for line in (*evaluation.slice_lines(), *evaluation.conclusions, *notes):
-            click.echo(line)
+        print_table(accuracy_table(evaluation))
+        notes = tuple(note.replace("output=N", "--output N") for note in evaluation.notes)
+        _echo(lambda: "\n".join((*evaluation.slice_lines(), *evaluation.conclusions, *notes)))
 
 
 @cli.command(
@@ -958,7 +956,7 @@ def verify_command(
         from custom_quantizer.analysis.device_outputs import check_device_outputs
 
         device = check_device_outputs(program, device_outputs)
-        click.echo(device.to_json() if as_json else str(device))
+        _show(device, as_json)
         if not device.bit_exact:
             raise SystemExit(1)
         return
@@ -977,7 +975,7 @@ def verify_command(
         source = _load_data(data, preprocess, samples)
         inputs = list(source.with_batch_size(lowered.batch_size or 1).inputs)
     checked = verify(converted, lowered, inputs, float_model=floating)
-    click.echo(checked.to_json() if as_json else str(checked))
+    _show(checked, as_json)
     if not checked.bit_exact:
         raise SystemExit(1)
 
@@ -1040,7 +1038,7 @@ def diagnose_command(
     if plot is not None:
         found.plot(plot)
         click.echo(f"wrote {plot}", err=True)
-    click.echo(found.to_json() if as_json else str(found))
+    _show(found, as_json)
 
 
 def _budget(
@@ -1144,7 +1142,7 @@ def sensitivity_command(
         estimate_only=estimate_only,
         checkpoint=checkpoint,
     )
-    click.echo(found.to_json() if as_json else str(found))
+    _show(found, as_json)
 
 
 @cli.command(
@@ -1262,7 +1260,7 @@ def search_command(
         estimate_only=estimate_only,
         checkpoint=checkpoint,
     )
-    click.echo(found.to_json() if as_json else str(found))
+    _show(found, as_json)
     if output is not None:
         found.save(output)
         click.echo(f"wrote {output}, which quantize --config takes", err=True)
@@ -1329,7 +1327,7 @@ def export_c_command(graph: Path, folder: Path, name: str, batch: int | None, ve
     from custom_quantizer.reference.c_code import save_c
 
     code = save_c(_load_converted(graph), folder, name=name, batch=batch, vectors=vectors)
-    click.echo(str(code))
+    _show(code)
 
 
 @cli.command(
@@ -1360,7 +1358,7 @@ def export_onnx_command(graph: Path, output: Path, activations: Literal["uint8",
     """
     from custom_quantizer.reference.interchange.onnx_file import save_onnx
 
-    click.echo(str(save_onnx(_load_converted(graph), output, activations=activations)))
+    _show(save_onnx(_load_converted(graph), output, activations=activations))
 
 
 @cli.command(
@@ -1437,12 +1435,29 @@ def profile_command(
     if plot is not None:
         found.plot(plot)
         click.echo(f"wrote {plot}", err=True)
-    click.echo(found.to_json() if as_json else str(found))
+    _show(found, as_json)
 
 
 # ---------------------------------------------------------------------------------------------
 # What commands share
 # ---------------------------------------------------------------------------------------------
+
+
+def _show(found: Any, as_json: bool = False) -> None:
+    """Print a result, as JSON or as text that fits the terminal."""
+    if as_json:
+        click.echo(found.to_json())
+    else:
+        _echo(lambda: str(found))
+
+
+def _echo(text: Callable[[], str]) -> None:
+    """Print a text whose tables are made now, for the width of the terminal."""
+    from custom_quantizer.core.text_table import within
+    from custom_quantizer.report.terminal import fitted, terminal_width
+
+    with within(terminal_width()):
+        click.echo(fitted(text()))
 
 
 def _start_runtime() -> None:

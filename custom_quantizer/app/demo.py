@@ -33,6 +33,7 @@ from custom_quantizer.report.terminal import (
     make_console,
     make_table,
     op_table,
+    print_table,
     size_text,
 )
 
@@ -280,16 +281,16 @@ def _step(console: Console, name: str, text: str, since: float | None = None) ->
 def _show(console: Console, demo: DemoResult) -> None:
     tests = demo.evaluation.scores[0].samples
     console.print()
-    console.print(_accuracy_table(demo.evaluation, f"Accuracy on {tests} held-out digits"))
+    print_table(_accuracy_table(demo.evaluation, f"Accuracy on {tests} held-out digits"), console)
     console.print(_exactness(demo.verification))
     console.print()
-    console.print(_size_table(demo.sizes))
+    print_table(_size_table(demo.sizes), console)
     report = demo.result.report
-    console.print(op_table(report, "One row per op (weights: number of scales)"))
+    print_table(op_table(report, "One row per op (weights: number of scales)"), console)
     console.print(f"In all {report.tally}; {report.biases}\n")
     console.print("[bold]Is the bias quantized?[/] " + _answer(demo))
     console.print()
-    console.print(_bias_table(demo.layer))
+    print_table(_bias_table(demo.layer), console)
     layers, integers, equal = demo.biases
     console.print(
         f"All {layers} biases, {integers} integers: {equal} of {integers} are the same in graph "

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape, render
 from rich.table import Table
+
+from custom_quantizer.core.text_table import GAP, least_width, table_lines, within, wrapped
 
 if TYPE_CHECKING:
     from custom_quantizer.analysis.evaluation import Evaluation
     from custom_quantizer.planning.planner import Plan
     from custom_quantizer.report.record import BiasRecord, Report, TensorRecord
 
-__all__ = ["accuracy_table", "make_console", "make_table", "op_table", "plan_table", "size_text"]
+__all__ = [
+    "accuracy_table",
+    "fitted",
+    "make_console",
+    "make_table",
+    "op_table",
+    "plan_table",
+    "print_table",
+    "size_text",
+    "terminal_width",
+]
 
 _FILE_WIDTH = 110
 """Columns where there is no terminal to ask: in files and pipes nothing should be cut at 80."""
+
+_NARROWEST = 20
+
+
+def terminal_width(file: IO[str] | None = None) -> int | None:
+    """Columns of the terminal behind ``file``, or behind standard output; ``None``: there is none.
+
+    ``COLUMNS`` in the environment stands for a terminal of that width.
+    """
+    file = file or sys.stdout
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isascii() and asked.isdecimal() and 0 < len(asked) < 6 and int(asked):
+        return max(int(asked), _NARROWEST)
+    return max(shutil.get_terminal_size().columns, _NARROWEST) if file.isatty() else None
 
 
 def make_console(file: IO[str] | None = None) -> Console:
@@ -26,10 +54,49 @@ def make_console(file: IO[str] | None = None) -> Console:
     file = file or sys.stdout
     return Console(
         file=file,
-        width=None if file.isatty() else _FILE_WIDTH,
+        width=terminal_width(file) or _FILE_WIDTH,
         highlight=False,
         soft_wrap=False,
     )
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """Print a table, in a form in which no name is cut if it is wider than the terminal.
+
+    Without a terminal only sentences take several lines, in a table of :data:`_FILE_WIDTH` columns
+    or as many as its names need.
+    """
+    console = console or make_console()
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= (
+        console.width
+    ):
+        console.print(table)
+        return
+    headers = [str(column.header) for column in table.columns]
+    columns = [[render(str(cell)).plain for cell in column.cells] for column in table.columns]
+    rows = [headers, *map(list, zip(*columns, strict=True))]
+    left = [i for i, column in enumerate(table.columns) if column.justify != "right"]
+    lines = [str(table.title)] if table.title else []
+    with within(terminal_width(console.file) or max(console.width, least_width(rows))):
+        lines += table_lines(rows, left)
+    console.file.write("\n".join(lines) + "\n")
+
+
+def fitted(text: str) -> str:
+    """``text`` with lines that are broken between words where the terminal would break them."""
+    width = terminal_width()
+    if width is None:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        indent = len(line) - len(line.lstrip())
+        start = line[:indent]
+        lines += (
+            [start + part for part in wrapped(line[indent:], max(width - indent, 1), GAP)]
+            if len(line) > width
+            else [line]
+        )
+    return "\n".join(lines)
 
 
 def make_table(title: str, columns: Iterable[str], right: Iterable[str] = ()) -> Table:

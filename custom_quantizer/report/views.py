@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from custom_quantizer.core.text_table import GAP, table_lines
+from custom_quantizer.core.text_table import GAP, limit, table_lines
 from custom_quantizer.ops.placement import Placement, Tally, tally
 from custom_quantizer.report.advice import Advice, findings_by_row, findings_of_inputs, worst_ops
 
@@ -912,7 +912,7 @@ def _float(value: float) -> str:
 
 
 def text(view: View) -> str:
-    """The view as plain text, no line longer than ``WIDTH``."""
+    """The view as plain text, no line longer than ``WIDTH`` and than the terminal."""
     lines = [line for entry in view.summary for line in _wrapped(entry)]
     lines += ["", *_table(view), "", *_wrapped(_LEGEND)]
     for table in view.tables:
@@ -946,14 +946,23 @@ def detail_text(row: Row) -> str:
 def _wrapped(entry: str, prefix: str = "") -> list[str]:
     """The entry behind a prefix, further lines indented below it."""
     return textwrap.wrap(
-        entry, WIDTH, initial_indent=prefix, subsequent_indent=" " * (len(prefix) or 2)
+        entry,
+        min(WIDTH, limit() or WIDTH),
+        initial_indent=prefix,
+        subsequent_indent=" " * (len(prefix) or 2),
+        break_long_words=limit() is None,
     ) or [prefix.rstrip()]
 
 
 def _table(view: View) -> list[str]:
     # Columns that nothing stands in are left out.
     kept = [i for i in range(len(view.columns)) if any(any(row.cells[i]) for row in view.rows)]
+    left = [i for i, k in enumerate(kept) if not view.columns[k].numeric]
     width = {i: _natural_width(view, i) for i in kept}
+    if _total(width.values()) > (limit() or WIDTH) and limit() is not None:
+        plain = [[view.columns[i].title for i in kept]]
+        plain += [[", ".join(filter(None, row.cells[i])) for i in kept] for row in view.rows]
+        return table_lines(plain, left)
     for i in list(kept):
         if view.columns[i].extra and _total(width[k] for k in kept) > WIDTH:
             kept.remove(i)
