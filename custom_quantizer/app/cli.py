@@ -48,12 +48,29 @@ _CALIBRATION_SAMPLES = 512
 
 def main() -> None:
     """Run the command line."""
+    _open_closed_streams()
     if "--debug" not in sys.argv:
         _silence_upstream()
     from custom_quantizer.core.progress import print_lines
 
     print_lines(_SECONDS_PER_LINE)
     cli(prog_name="custom-quantizer")
+
+
+def _open_closed_streams() -> None:
+    """Put ``/dev/null`` where a standard stream is closed, as ``>&-`` does.
+
+    Else the next file that is opened is standard output to ExecuTorch's C code, which prints.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free: this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def _silence_upstream() -> None:
@@ -1185,7 +1202,8 @@ def sensitivity_command(
     "--latencies",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="JSON of times from your device, {op: {scheme: time}}, for --budget latency.",
+    help="JSON of times from your device, {op: {scheme: time}}, for --budget latency.  [default: "
+    "measured on this machine]",
 )
 @click.option(
     "--points",

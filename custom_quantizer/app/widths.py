@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,11 +20,10 @@ from custom_quantizer.analysis.allocation.sensitivity import (
     measure_sensitivity,
 )
 from custom_quantizer.app.capture import capture
+from custom_quantizer.app.latency import latencies_here, read_latencies
 from custom_quantizer.app.pipeline import quantize
 from custom_quantizer.config.improvement import check_accuracy, check_algorithms
-from custom_quantizer.core.files import read_bytes
 from custom_quantizer.core.schemes import OpScheme
-from custom_quantizer.errors import InputError
 from custom_quantizer.ops.backend import BackendLike
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 
@@ -144,6 +142,8 @@ def search(
             that is measured, and what the result says for ``quantize`` to do.
         improve: likewise.
         latencies: time of each op at each scheme, ``{op: {scheme: time}}``, or a JSON file of that.
+            ``None``: where latency is limited, it is measured on this machine, for XNNPACK (see
+            :mod:`custom_quantizer.app.latency`).
         samples: of ``data`` to use at most.
         validation_samples: likewise of ``validation``.
         points: budgets along the curve for which a choice is measured.
@@ -152,20 +152,25 @@ def search(
         progress: True shows bars, None does so at a terminal.
 
     Raises:
-        ConfigError: the budget has an unknown key, or nothing keeps it; latencies are limited and
-            not measured; the schemes cannot be used.
+        ConfigError: the budget has an unknown key, or nothing keeps it; latencies are limited,
+            and missing for a backend that does not run here; the schemes cannot be used.
         InputError: as for :func:`sensitivity`; or the table of latencies cannot be read.
     """
     if isinstance(latencies, (str, os.PathLike)):
-        latencies = _read_latencies(Path(latencies))
-    check_budget(budget, latencies)
+        latencies = read_latencies(Path(latencies))
+    check_budget(budget)
     plain = check_accuracy(accuracy or "fast") == "plain"
     check_algorithms(improve or ())
     exported, example = capture(model, example_inputs)
     choices = find_choices(exported, schemes, backend, named_observers=plain)
-    check_possible(choices, budget, latencies)
+    measuring = "latency" in budget and latencies is None
+    known = {key: value for key, value in budget.items() if not (measuring and key == "latency")}
+    check_possible(choices, known, latencies)
     any_labels = metric is not None
     found = Samples.collect(exported, data, samples, any_labels)
+    if measuring:
+        latencies = latencies_here(choices, exported, example, next(found.inputs()), progress)
+        check_possible(choices, budget, latencies)
     if validation is None:
         found, held_back = found.split(HELD_BACK)
     else:
@@ -199,21 +204,3 @@ def search(
         points=points,
         progress=progress,
     ).run()
-
-
-_MOST_TABLE_BYTES = 2**26
-
-
-def _read_latencies(path: Path) -> Latencies:
-    try:
-        table = json.loads(read_bytes(path, _MOST_TABLE_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON ({error}); write {{op: {{scheme: time}}}}") from error
-    good = isinstance(table, dict) and all(
-        isinstance(row, dict)
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in row.values())
-        for row in table.values()
-    )
-    if not good:
-        raise InputError(f"{path} is no table of times; write {{op: {{scheme: time}}}}")
-    return cast("Latencies", table)

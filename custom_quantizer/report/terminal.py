@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
 from collections.abc import Iterable
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape, render
@@ -42,16 +43,18 @@ def terminal_width(file: IO[str] | None = None) -> int | None:
 
     ``COLUMNS`` in the environment stands for a terminal of that width.
     """
-    file = file or sys.stdout
+    stream: Any = file or sys.stdout
     asked = os.environ.get("COLUMNS", "")
     if asked.isascii() and asked.isdecimal() and 0 < len(asked) < 6 and int(asked):
         return max(int(asked), _NARROWEST)
-    return max(shutil.get_terminal_size().columns, _NARROWEST) if file.isatty() else None
+    return (
+        max(shutil.get_terminal_size().columns, _NARROWEST) if stream and stream.isatty() else None
+    )
 
 
 def make_console(file: IO[str] | None = None) -> Console:
-    """A console on ``file``, or on standard output."""
-    file = file or sys.stdout
+    """A console on ``file``, or on standard output, of which there may be none."""
+    file = file or cast("IO[str] | None", sys.stdout) or io.StringIO()
     return Console(
         file=file,
         width=terminal_width(file) or _FILE_WIDTH,

@@ -98,7 +98,8 @@ HEADERS = {"activation", "model", "node", "of", "op", "tensor", "weight"}
 
 TABLES = [
     *("plan", "inspect", "inspect report", "inspect op", "evaluate", "diagnose", "sensitivity"),
-    *("calibrate", "search", "profile"),
+    "calibrate",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("search", "profile")),
 ]
 
 

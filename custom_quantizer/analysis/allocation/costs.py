@@ -6,7 +6,7 @@ Four costs are known, each a sum over the ops that can be chosen:
   takes half a byte where its kernel packs two of them, and a whole one elsewhere;
 - ``weight_bits``: bits of weights, for hardware that stores them densely;
 - ``bit_operations``: multiplications per sample, times the bits of both factors;
-- ``latency``: by a table that the user has measured. Nothing is made up for it.
+- ``latency``: the times of the ops, as measured; see :mod:`custom_quantizer.app.latency`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = [
     "Latencies",
     "base_costs",
     "check_budget",
+    "check_latencies",
     "check_possible",
     "limits_of",
     "make_problem",
@@ -51,12 +52,11 @@ Latencies = Mapping[str, Mapping[str, float]]
 """Name of an op -> name of a scheme -> time; any unit, the same for all."""
 
 
-def check_budget(budget: Mapping[str, float], latencies: Latencies | None) -> None:
+def check_budget(budget: Mapping[str, float]) -> None:
     """Refuse a budget that says nothing.
 
     Raises:
-        ConfigError: it is empty, a key is unknown, a value is not positive, or latencies are
-            limited that nobody measured.
+        ConfigError: it is empty, a key is unknown, or a value is not positive.
     """
     keys = (*COSTS, ACCURACY)
     if not isinstance(budget, Mapping) or not budget:
@@ -73,19 +73,18 @@ def check_budget(budget: Mapping[str, float], latencies: Latencies | None) -> No
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 0 < value < float("inf"):
             raise ConfigError(f"budget: {key} must be a number above 0, not {value!r}")
-    if "latency" in budget and latencies is None:
-        raise ConfigError(
-            "budget: latency was not measured; bring a table latencies={op: {scheme: time}} with "
-            "times of each op at each scheme from your device, or limit size, weight_bits or "
-            "bit_operations"
-        )
 
 
 def _latency(unit: Unit, name: str, latencies: Latencies) -> float:
     return sum(latencies[op][name] for op in unit.ops)
 
 
-def _check_latencies(choices: Choices, latencies: Latencies) -> None:
+def check_latencies(choices: Choices, latencies: Latencies) -> None:
+    """Refuse a table with gaps.
+
+    Raises:
+        ConfigError: which times are missing.
+    """
     missing = [
         f"{op} at {name}"
         for unit in choices.units
@@ -122,7 +121,7 @@ def make_problem(
         ConfigError: the table of latencies has gaps.
     """
     if latencies is not None:
-        _check_latencies(choices, latencies)
+        check_latencies(choices, latencies)
     formats = {label: a for a, label in enumerate(choices.activations)}
     losses = {(row.kind, row.name, row.width): row.loss for row in measured}
 

@@ -209,7 +209,6 @@ def _top1(point: cq.SearchPoint) -> float:
         ({"sise": 0.6}, "unknown key 'sise'; did you mean size?"),
         ({"size": 0}, "size must be a number above 0, not 0"),
         ({"size": "60%"}, "size must be a number above 0, not '60%'"),
-        ({"latency": 0.9}, "latency was not measured; bring a table"),
         ({"weight_bits": 0.2}, r"weight_bits 0.200 of a8w8 everywhere is not possible: .* 0.250"),
         ({"size": 0.3}, "stores narrow weights of some ops in whole bytes"),
     ],
@@ -250,6 +249,41 @@ def test_latencies_of_a_table(tmp_path: Path) -> None:
     table.write_text("[1]")
     with pytest.raises(cq.InputError, match="is no table of times"):
         cq.search(Delicate(), (x[:8],), x, {"latency": 0.7}, latencies=table, **options)
+
+
+def test_latencies_are_measured_here_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    schemes = ["a16w8", "a8w8"]
+    args = (small_model(), (small_images(8),), [(small_images(32), small_labels(32))])
+    options: dict[str, Any] = {"schemes": schemes, "points": 1, "estimate_only": True}
+    found = cq.search(*args, {"latency": 1000.0}, progress=False, **options)
+    (kept,) = (tmp_path / "cache" / "custom_quantizer").iterdir()
+    times = json.loads(kept.read_text())
+    for op in ("conv2d", "conv2d_1", "linear"):
+        assert times[op].keys() == set(schemes)
+        # The runtime counts microseconds: a small op may take none.
+        assert 0 <= min(times[op].values()) <= max(times[op].values()) < 10
+    assert min(times["conv2d"].values()) > 0
+    assert found.base["latency"] == sum(row["a16w8"] for row in times.values())
+    for point in found.points:
+        chosen = sum(times[op][scheme] for op, scheme in point.chosen.items())
+        assert point.costs["latency"] == pytest.approx(chosen, rel=1e-12)
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("measured twice")
+
+    # The second search reads the file: it finds the times that are written there.
+    times["linear"] = {"a16w8": 5.0, "a8w8": 3.0}
+    kept.write_text(json.dumps(times))
+    with monkeypatch.context() as patch:
+        patch.setattr("custom_quantizer.app.latency.profile", again)
+        fast = cq.search(*args, {"latency": 4.0}, progress=False, **options)
+        assert fast.best.chosen["linear"] == "a8w8"
+        kept.write_text("{")
+        with pytest.raises(AssertionError, match="measured twice"):
+            cq.search(*args, {"latency": 4.0}, progress=False, **options)
+    with pytest.raises(cq.ConfigError, match="measured on this machine for XNNPACK alone; bring"):
+        cq.search(*args, {"latency": 4.0}, backend=None, progress=False, **options)
 
 
 def test_an_accuracy_that_cannot_be_told_is_an_error_before_anything_is_quantized() -> None:
