@@ -630,7 +630,8 @@ def quantize_command(
     inputs of the shape of the calibration data, one at a time, unless --input-shape or
     --dynamic-batch says otherwise.
 
-    With --html the error of every tensor is measured on some of the calibration data, too.
+    With --html the error of every tensor is measured on some of the calibration data, too, where
+    these are given.
     """
     if statistics is not None:
         _refuse_given(
@@ -672,7 +673,7 @@ def quantize_command(
         improve=improve or None,
         dynamic_batch=batch,
     )
-    if html is not None:
+    if html is not None and data is not None:
         from custom_quantizer.app.reporting import with_tensors
 
         result = with_tensors(result, data)
@@ -705,8 +706,7 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
     And where each bias went. FILE is a .pte, read from its bytes alone, or a report that quantize
     wrote (OUT.json, or a directory with report.json).
     """
-    if html is not None:
-        _check_writable(html)
+    _check_page(html)
     report = _read_report(file)
     if html is not None:
         report.save_html(html)
