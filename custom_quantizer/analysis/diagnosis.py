@@ -33,7 +33,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from custom_quantizer.analysis.activations import ActivationCounter, quantized_activations
 from custom_quantizer.analysis.fidelity import finite
-from custom_quantizer.analysis.rerun import capture_like
+from custom_quantizer.analysis.rerun import capture_like, is_float
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
 from custom_quantizer.core.arithmetic import QParams
@@ -395,7 +395,7 @@ class _Walk:
             if rule_of(node) is not None and not is_run_time_quantization(node):
                 self._find(node)
         self._weights = dict(self._find_weights())
-        self._outputs: list[Noise] = []
+        self._outputs: dict[int, Noise] = {}
 
     def _find(self, node: Node) -> Node:
         twin: Node | None = self._by_name.get(node.name)
@@ -434,17 +434,16 @@ class _Walk:
                 self._converted, self._ops, self._tensors, self._twin_of, exact.seen
             )
             outputs = _leaves(quantized.run(*values, enable_io_processing=False))
-        if [a.shape for a in exact_outputs] != [b.shape for b in outputs]:
+        if [(i, a.shape) for i, a in exact_outputs] != [(i, b.shape) for i, b in outputs]:
             raise ConversionError(
                 "the float model returns something else than the converted graph: pass the model "
                 "that was quantized, best as the captured graph"
             )
-        self._outputs = self._outputs or [Noise() for _ in outputs]
-        for noise, a, b in zip(self._outputs, exact_outputs, outputs, strict=True):
-            noise.add(a, b)
+        for (index, a), (_, b) in zip(exact_outputs, outputs, strict=True):
+            self._outputs.setdefault(index, Noise()).add(a, b)
 
     def outputs(self) -> tuple[OutputDiagnosis, ...]:
-        return tuple(OutputDiagnosis(i, noise.ratio) for i, noise in enumerate(self._outputs))
+        return tuple(OutputDiagnosis(i, noise.ratio) for i, noise in self._outputs.items())
 
     def tensors(self) -> tuple[TensorDiagnosis, ...]:
         ratios: dict[Node, float] = {}
@@ -604,9 +603,10 @@ def _computes(op: QuantizedOp | None) -> bool:
     return op is not None and op.match.rule.sharing is not QParamSharing.SAME
 
 
-def _leaves(outputs: Any) -> list[Tensor]:
+def _leaves(outputs: Any) -> list[tuple[int, Tensor]]:
+    """Real outputs, each with its position among all."""
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    return [value for value in outputs if isinstance(value, Tensor) and value.is_floating_point()]
+    return [(i, value) for i, value in enumerate(outputs) if is_float(value)]
 
 
 def _bias_headroom(op: QuantizedOp | None) -> int | None:

@@ -676,7 +676,11 @@ def quantize_command(
     if html is not None and data is not None:
         from custom_quantizer.app.reporting import with_tensors
 
-        result = with_tensors(result, data)
+        # What took minutes is written, even if this cannot be.
+        try:
+            result = with_tensors(result, data)
+        except CustomQuantizerError as error:
+            _say("warning", f"the page lacks the errors of tensors: {error}")
     files = result.save(output)
     if html is not None:
         result.report.including(result.fidelity).save_html(html, title=output.stem)

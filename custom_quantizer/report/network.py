@@ -134,6 +134,11 @@ def network_of(document: Json) -> Network:
                     arrow = _arrow(*found, box, record)
                     key = (arrow.source, arrow.target, arrow.label, arrow.border)
                     arrows.setdefault(key, arrow)
+            for name in row["needs"]:
+                found = made.get(name)
+                if found is not None and name not in own:
+                    arrow = Arrow(found[0].key, box.key, dtype_of(found[1]), box.in_float)
+                    arrows.setdefault((arrow.source, arrow.target, arrow.label, ""), arrow)
             made[row["output"]["source"]] = (box, row["output"])
             made.setdefault(row["node"], (box, row["output"]))
         boxes.append(box)

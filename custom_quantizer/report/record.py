@@ -240,6 +240,8 @@ class OpRow(_Row):
         placement: where it computes, a value of
             :class:`~custom_quantizer.ops.placement.Placement`: what is expected, until the graph
             is lowered. ``None``: it is no op of the captured graph, but a requantization.
+        needs: nodes whose results it takes too, and that ``inputs`` has no record of: indices, or
+            an op with several results.
     """
 
     node: str
@@ -254,6 +256,7 @@ class OpRow(_Row):
     backend_reason: str | None = None
     written: str = ""
     placement: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -581,9 +584,11 @@ def report_of(graph: ConvertedGraph, lowered: LoweredProgram | None = None) -> R
     for node in converted.graph.nodes:
         found = ops.get(node)
         if isinstance(found, QuantizedOp):
-            rows.append(_integer_row(converted, found, graph.backend))
+            row = _integer_row(converted, found, graph.backend)
+            rows.append(replace(row, needs=_needs(node, row)))
         elif found is not None:
-            rows.append(_float_row(converted, found, graph.backend))
+            row = _float_row(converted, found, graph.backend)
+            rows.append(replace(row, needs=_needs(node, row)))
         elif is_quantize(node) and is_dequantize(node.args[0]) and is_static(node):
             rows.append(_requantize_row(converted, node))
     borders = graph.borders
@@ -693,6 +698,13 @@ def _requantize_row(model: GraphModule, node: Node) -> OpRow:
         output=_tensor(model, node),
         accumulator_bits=None,
     )
+
+
+def _needs(node: Node, row: OpRow) -> tuple[str, ...]:
+    known = {record.source for record in row.inputs}
+    sources = (source_of(source) for source in node.all_input_nodes)
+    names = [s.name for s in sources if s.op in ("placeholder", "call_function")]
+    return tuple(name for name in dict.fromkeys(names) if name not in known)
 
 
 def _recorded(node: Node) -> tuple[str | None, str]:

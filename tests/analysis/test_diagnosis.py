@@ -101,6 +101,25 @@ def test_one_layer_by_hand() -> None:
     assert row.used_levels == len(set(op.weight.flatten().tolist()))
 
 
+class Indices(nn.Module):
+    """Returns the place of the largest before the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.linear(x)
+        return y.argmax(1), y
+
+
+def test_outputs_are_counted_from_the_first_of_any_kind() -> None:
+    torch.manual_seed(0)
+    model, x = Indices(), torch.randn(16, 5)
+    (output,) = diagnose(model, converted_of(model, x), x).outputs
+    assert output.index == 1
+
+
 def test_headroom_and_accumulators() -> None:
     result = small_result()
     diagnosis = diagnose(result.exported, result.converted, small_images(8))

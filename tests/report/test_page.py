@@ -13,14 +13,18 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import convert
 from support.pages import Element, details_of, page_of
 from support.scripts import DOCS, documentation_script
+from torch import Tensor, nn
 
 from custom_quantizer.core.files import write_text_atomic
 from custom_quantizer.errors import InputError
 from custom_quantizer.ops.placement import Placement
+from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.report.advice import worst_ops
 from custom_quantizer.report.charts import histogram
 from custom_quantizer.report.findings import Findings
@@ -34,7 +38,7 @@ from custom_quantizer.report.network import (
     network_of,
     pictures_of,
 )
-from custom_quantizer.report.record import Report
+from custom_quantizer.report.record import Report, inspect
 from custom_quantizer.report.views import view_of
 
 NAMES = ("resnet20", "two_heads")
@@ -327,6 +331,33 @@ def test_dtypes_and_borders_of_two_heads() -> None:
     # Six parts of one op, one box.
     upsampling = [box for box in network.boxes if box.title == "upsample_nearest2d"]
     assert [box.subtitle for box in upsampling] == ["6 parts"]
+
+
+class Several(nn.Module):
+    """An op that takes indices, one with two results, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 4)
+        self.factor = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        values, places = torch.topk(self.table(indices) + x * self.factor, 2)
+        return torch.relu(values), places
+
+
+def test_arrows_that_are_no_activations() -> None:
+    example = (torch.randn(3, 4), torch.tensor([1, 2, 3]))
+    converted = convert(Several(), example, IntegerQuantizer().set_global("a8w8")).graph
+    network = network_of(json.loads(inspect(converted).to_json()))
+    titles = {box.key: box.title for box in network.boxes}
+    arrows = {(titles[a.source], titles[a.target]): a.label for a in network.arrows}
+    assert arrows["indices", "embedding"] == "int64"
+    assert ("topk", "getitem") in arrows
+    assert ("topk", "getitem_1") in arrows
+    assert arrows["getitem_1", "output 1"] == "int64"
+    inner = {box.title for box in network.boxes} - {"output 0", "output 1"}
+    assert {source for source, _ in arrows} == inner
 
 
 def rectangles(svg: Element) -> list[tuple[float, float, float, float]]:
