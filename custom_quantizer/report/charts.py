@@ -76,16 +76,14 @@ def ends(finding: Json) -> tuple[float, float]:
 
 def channel_chart(weight: Json) -> Markup | None:
     """The range of each output channel of a weight, within what its integers could hold."""
-    low, high = weight["minima"], weight["maxima"]
-    if not low or not weight["scales"]:
+    if not weight["minima"]:
         return None
-    scales = weight["scales"]
-    zero = weight["zero_point"]
-    ranges = [
-        ((a - zero) * scales[i % len(scales)], (b - zero) * scales[i % len(scales)])
-        for i, (a, b) in enumerate(zip(low, high, strict=True))
-    ]
-    limits = [weight["quant_max"] * scale for scale in scales]
+    # With a scale for each group of a channel, the integers themselves are shown.
+    scales, unit = (weight["scales"], "") if weight["scales"] else ((1.0,), " as integers")
+    channels = range(len(weight["minima"]))
+    each = [scales[i % len(scales)] for i in channels]
+    ranges = [(weight["minima"][i] * each[i], weight["maxima"][i] * each[i]) for i in channels]
+    limits = [weight["quant_max"] * scale for scale in each]
     reach = max(limits) or 1.0
     middle = _HEIGHT / 2
 
@@ -93,9 +91,8 @@ def channel_chart(weight: Json) -> Markup | None:
         return number(middle - value / reach * (middle - 2))
 
     step = _WIDTH / len(ranges)
-    shown = limits if len(limits) == len(ranges) else limits * len(ranges)
     room = "".join(
-        f"M{number((i + 0.5) * step)} {y(limit)}V{y(-limit)}" for i, limit in enumerate(shown)
+        f"M{number((i + 0.5) * step)} {y(limit)}V{y(-limit)}" for i, limit in enumerate(limits)
     )
     bars = "".join(
         f"M{number((i + 0.5) * step)} {y(max(b, 0.0))}V{y(min(a, 0.0))}"
@@ -106,7 +103,7 @@ def channel_chart(weight: Json) -> Markup | None:
         element("path", d=bars, stroke_width=max(step * 0.6, 0.4), class_="bar"),
         _line(0, middle, _WIDTH, middle, "axis"),
         _text(f"channels 0 to {len(ranges) - 1}", 0, _HEIGHT + 12),
-        _text(f"±{reach:.4g}", _WIDTH, _HEIGHT + 12, "end"),
+        _text(f"±{reach:.4g}{unit}", _WIDTH, _HEIGHT + 12, "end"),
     ]
     return _svg(parts, _WIDTH, _HEIGHT + 16, "Range of the weight of each output channel")
 
@@ -218,7 +215,7 @@ def search_chart(search: Json) -> Markup | None:
     points = [
         (point["costs"][search["cost"]], -10 * math.log10(point["measured"]["noise"]), point)
         for point in search["points"]
-        if point["measured"]["noise"]
+        if point["measured"]["noise"] and search["cost"] in point["costs"]
     ]
     base = search["base"]["costs"].get(search["cost"])
     if not points or not base:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from custom_quantizer.errors import InputError
 
@@ -23,6 +25,15 @@ _VERSIONS = {"activations": 1, "diagnosis": 1, "evaluation": 1, "search": 1, "se
 """Of the documents that are taken."""
 
 
+# What JSON may hold and no analysis writes (NaN, a negative power) is refused when it is read.
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Power = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+Levels = Annotated[int, Field(ge=1)]
+
+
 @dataclass(frozen=True)
 class TensorFinding:
     """A quantized activation on real data.
@@ -32,28 +43,28 @@ class TensorFinding:
     """
 
     name: str
-    bits: int
-    clipped_low: float
-    clipped_high: float
-    levels: int
+    bits: Levels
+    clipped_low: Share
+    clipped_high: Share
+    levels: Levels
     path: str = ""
     family: str | None = None
-    scale: float | None = None
+    scale: Positive | None = None
     zero_point: int | None = None
-    sqnr: float | None = None
-    inputs_sqnr: float | None = None
-    alone: float | None = None
-    used_levels: int | None = None
-    unused_low: int | None = None
-    unused_high: int | None = None
+    sqnr: Number | None = None
+    inputs_sqnr: Number | None = None
+    alone: Number | None = None
+    used_levels: Count | None = None
+    unused_low: Count | None = None
+    unused_high: Count | None = None
     bias_headroom: int | None = None
     accumulator_bits: int | None = None
     raised_channels: int = 0
-    low: float | None = None
-    high: float | None = None
+    low: Number | None = None
+    high: Number | None = None
     quant_min: int | None = None
     quant_max: int | None = None
-    histogram: tuple[int, ...] = ()
+    histogram: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,11 +75,11 @@ class WeightFinding:
     path: str
     bits: int
     granularity: str
-    sqnr: float | None
+    sqnr: Number | None
     worst_channel: int
-    worst_channel_sqnr: float | None
-    used_levels: int
-    levels: int
+    worst_channel_sqnr: Number | None
+    used_levels: Count
+    levels: Levels
 
 
 @dataclass(frozen=True)
@@ -83,9 +94,9 @@ class OutputFinding:
     """
 
     index: int
-    sqnr: float | None
+    sqnr: Number | None
     name: str = ""
-    rounding_sqnr: float | None = None
+    rounding_sqnr: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ class TensorFindings:
         outputs: of the model, likewise.
     """
 
-    samples: int
+    samples: Count
     tensors: tuple[TensorFinding, ...]
     weights: tuple[WeightFinding, ...] = ()
     outputs: tuple[OutputFinding, ...] = ()
@@ -115,7 +126,7 @@ class FidelityFinding:
         warnings: what a person should look at.
     """
 
-    samples: int
+    samples: Count
     outputs: tuple[OutputFinding, ...]
     warnings: tuple[str, ...] = ()
 
@@ -124,10 +135,10 @@ class FidelityFinding:
 class DifferenceFinding:
     """Of a model to the first: what a ``PairedDifference`` has."""
 
-    difference: float
-    low: float | None
-    high: float | None
-    p_value: float
+    difference: Number
+    low: Number | None
+    high: Number | None
+    p_value: Number
     is_noise: bool
 
 
@@ -136,7 +147,7 @@ class MetricFinding:
     """How a model did by a metric of the user's."""
 
     name: str
-    value: float
+    value: Number
     against_first: DifferenceFinding | None = None
 
 
@@ -145,12 +156,12 @@ class ScoreFinding:
     """How a model did: what a ``ModelScore`` has."""
 
     name: str
-    samples: int
-    correct: int | None
-    agreeing: int | None
-    top1: float | None = None
-    top1_interval: tuple[float, float] | None = None
-    top5: float | None = None
+    samples: Count
+    correct: Count | None
+    agreeing: Count | None
+    top1: Share | None = None
+    top1_interval: tuple[Share, Share] | None = None
+    top5: Share | None = None
     against_first: DifferenceFinding | None = None
     metrics: tuple[MetricFinding, ...] = ()
 
@@ -159,7 +170,7 @@ class ScoreFinding:
 class EvaluationFinding:
     """Accuracy of several forms of the model on the same samples, the one to compare with first."""
 
-    models: tuple[ScoreFinding, ...]
+    models: Annotated[tuple[ScoreFinding, ...], Field(min_length=1)]
     conclusions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -170,11 +181,11 @@ class LossFinding:
 
     name: str
     path: str
-    kind: str
+    kind: Literal["weight", "activation"]
     width: str
-    noise: float | None
-    estimate: float | None
-    metric: float | None = None
+    noise: Power | None
+    estimate: Power | None
+    metric: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -182,19 +193,19 @@ class SensitivityFinding:
     """What each weight and activation loses at each width."""
 
     losses: tuple[LossFinding, ...]
-    samples: int
+    samples: Count
     metric: str | None
-    correlation: dict[str, float | None]
+    correlation: dict[str, Number | None]
 
 
 @dataclass(frozen=True)
 class MeasuredFinding:
     """How a network did on the samples that a search held back."""
 
-    noise: float | None
-    agreement: float | None = None
-    top1: float | None = None
-    metric: float | None = None
+    noise: Power | None
+    agreement: Share | None = None
+    top1: Share | None = None
+    metric: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -202,8 +213,8 @@ class PointFinding:
     """One choice of widths, its costs and what was measured of it."""
 
     name: str
-    costs: dict[str, float]
-    predicted: float | None
+    costs: dict[str, Number]
+    predicted: Number | None
     measured: MeasuredFinding
     on_front: bool
     in_budget: bool
@@ -214,7 +225,7 @@ class BaseFinding:
     """The most precise scheme everywhere, to which costs are compared."""
 
     scheme: str
-    costs: dict[str, float]
+    costs: dict[str, Number]
 
 
 @dataclass(frozen=True)
@@ -222,11 +233,11 @@ class SearchFinding:
     """Choices of widths along one cost."""
 
     cost: str
-    budget: dict[str, float]
+    budget: dict[str, Number]
     base: BaseFinding
     best: str
     points: tuple[PointFinding, ...]
-    held_back: int
+    held_back: Count
 
 
 @dataclass(frozen=True)

@@ -377,11 +377,10 @@ def _facts(document: Json) -> Iterator[tuple[str, str, str]]:
         change = model["against_first"]
         if change is not None:
             first = evaluation["models"][0]["name"]
-            ends = f"{100 * change['low']:+.2f} to {100 * change['high']:+.2f}"
             yield (
                 f"against {first}",
                 f"{100 * change['difference']:+.2f} points",
-                f"95 % interval {ends}; "
+                f"95 % interval {_ends(change)}; "
                 + ("cannot be told from noise" if change["is_noise"] else "more than noise"),
             )
     tensors, fidelity = findings.get("tensors"), findings.get("fidelity")
@@ -423,7 +422,7 @@ def _accuracy(found: Json) -> Table:
     rows = [["model", "correct", "top-1", "95 % interval", f"less {first}", "95 % interval", "p"]]
     for model in found["models"]:
         cells = [model["name"]]
-        if model["top1"] is None:
+        if model["top1"] is None or model["correct"] is None:
             agreeing = model["agreeing"]
             agrees = "" if agreeing is None else f"{agreeing:,} of {model['samples']:,} agree"
             cells += [agrees, "", ""]
@@ -434,8 +433,8 @@ def _accuracy(found: Json) -> Table:
         if change is None:
             cells += ["", "", ""]
         else:
-            ends = f"{100 * change['low']:+.2f} to {100 * change['high']:+.2f}"
-            cells += [f"{100 * change['difference']:+.2f}", ends, f"{change['p_value']:.2g}"]
+            difference = f"{100 * change['difference']:+.2f}"
+            cells += [difference, _ends(change), f"{change['p_value']:.2g}"]
         rows.append(cells)
     lines = (*found["conclusions"], *found["notes"])
     metrics = [
@@ -452,6 +451,14 @@ def _interval_of(model: Json) -> str:
     return (
         "unknown" if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f} %"
     )
+
+
+def _ends(change: Json) -> str:
+    """Of the interval of a difference of shares, in points."""
+    ends = (
+        "open" if end is None else f"{100 * end:+.2f}" for end in (change["low"], change["high"])
+    )
+    return " to ".join(ends)
 
 
 def _sensitivity(found: Json) -> Table:
@@ -504,7 +511,7 @@ def _search(found: Json) -> Table:
         rows.append(
             (
                 point["name"],
-                f"{point['costs'][cost] / whole:.3f}",
+                f"{point['costs'][cost] / whole:.3f}" if cost in point["costs"] else "-",
                 _noise(measured["noise"]),
                 _noise(point["predicted"]),
                 "" if top1 is None else f"{100 * top1:.2f} %",
@@ -524,7 +531,7 @@ def _search(found: Json) -> Table:
 
 
 def _noise(noise: float | None) -> str:
-    return f"{-10 * math.log10(noise):.1f} dB" if noise else "-"
+    return f"{-10 * math.log10(noise):.1f} dB" if noise is not None and noise > 0 else "-"
 
 
 def _where(row: Json) -> str:

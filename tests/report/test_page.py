@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from support.models import convert
 from support.pages import Element, details_of, page_of
 from support.scripts import DOCS, documentation_script
+from support.selection import slow_but
 from torch import Tensor, nn
 
 from custom_quantizer.core.files import write_text_atomic
@@ -530,6 +532,61 @@ def test_what_no_report_can_take_is_refused() -> None:
     damaged = {"kind": "diagnosis", "schema_version": 1, "samples": "many", "tensors": []}
     with pytest.raises(InputError, match="the diagnosis is damaged at samples"):
         report.including(damaged)
+
+
+def small_record() -> dict[str, Any]:
+    """A few ops of ResNet-20 with all kinds of findings."""
+    record = json.loads(json.dumps(document("resnet20")))
+    record["rows"] = record["rows"][:3]
+    names = {row["node"] for row in record["rows"]}
+    findings = record["findings"]
+    findings["tensors"]["tensors"] = findings["tensors"]["tensors"][:4]
+    for kept in (findings["tensors"]["weights"], findings["sensitivity"]["losses"]):
+        kept[:] = [entry for entry in kept if entry["name"] in names]
+    findings["search"]["points"] = findings["search"]["points"][:3]
+    return record
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Places in a record; of a list the first entry stands for all."""
+    yield path
+    if isinstance(value, dict):
+        for key in value:
+            yield from leaves(value[key], (*path, key))
+    elif isinstance(value, list) and value:
+        yield from leaves(value[0], (*path, 0))
+
+
+def refusal(record: dict[str, Any]) -> str:
+    """Why a record is not read; empty: it is, and shown."""
+    try:
+        report = Report.from_json(json.dumps(record))
+    except InputError as error:
+        return str(error)
+    report.to_html()
+    str(report)
+    return ""
+
+
+JUNK = (None, -1, 0, 1e999, "x", [], {})
+
+
+@pytest.mark.parametrize("junk", slow_but([None], JUNK), ids=repr)
+def test_whatever_findings_hold_is_shown_or_refused(junk: Any) -> None:
+    messages = []
+    for place in leaves(small_record()["findings"]):
+        record = small_record()
+        holder: Any = record
+        *before, last = ("findings", *place)
+        for key in before:
+            holder = holder[key]
+        holder[last] = junk
+        messages.append(refusal(record))
+    refused = [message for message in messages if message]
+    assert len(refused) > 40
+    assert all("damaged at findings" in message for message in refused)
+    if junk in (None, 0):
+        assert len(messages) - len(refused) > 5
 
 
 def test_what_was_measured_of_another_network_is_refused() -> None:
