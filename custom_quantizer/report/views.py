@@ -316,7 +316,7 @@ def _graph_row(
 
 def _measured_details(tensor: Json | None, weight: Json | None) -> Iterator[tuple[str, str]]:
     if tensor is not None:
-        if tensor["low"] is not None:
+        if tensor["low"] is not None and tensor["high"] is not None:
             cut = [tensor["clipped_low"], tensor["clipped_high"]]
             text = f"{tensor['low']:.5g} to {tensor['high']:.5g}"
             if any(cut):
