@@ -33,7 +33,8 @@ def histogram(finding: Json) -> Markup | None:
         finding: a tensor of the report's findings.
     """
     bins: Sequence[int] = finding["histogram"]
-    if not any(bins) or finding["quant_min"] is None:
+    known = ("scale", "zero_point", "quant_min", "quant_max")
+    if not any(bins) or any(finding[key] is None for key in known):
         return None
     step = _WIDTH / len(bins)
     inside = (BINS_OUTSIDE * step, (len(bins) - BINS_OUTSIDE) * step)
