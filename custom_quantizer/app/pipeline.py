@@ -43,7 +43,7 @@ from custom_quantizer.core.files import check_utf8, json_bytes, new_directory, w
 from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.threads import tools
-from custom_quantizer.errors import ConversionError, InputError
+from custom_quantizer.errors import ConfigError, ConversionError, InputError
 from custom_quantizer.planning.planner import Plan
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference.converted import read_converted
@@ -241,14 +241,16 @@ def quantize(
             ``accuracy`` stands for.
         dynamic_batch: let the first dimension of every input vary, up to a batch of 64, or of the
             given number. For modules only: captured graphs have decided already.
-        lower: whether to make a program at all.
+        lower: whether to make a program at all; for a quantizer that plans for another backend
+            than XNNPACK it has to be ``False``.
         progress: True shows bars, None does so at a terminal.
 
     Raises:
         InputError: the model does not run on the example.
         CaptureError: ``torch.export`` cannot capture the model, or the graph is not one of an
             eval-mode float model.
-        ConfigError: the configuration names something that does not exist, or selects nothing.
+        ConfigError: the configuration names something that does not exist, or selects nothing; or
+            plans for another backend, and ``lower`` is true.
         CalibrationError: the data do not fit, are empty or not finite; the statistics are of
             another model, or not those that this configuration needs.
         VerificationError: the graph that is quantized does not compute what the model does (see
@@ -256,6 +258,12 @@ def quantize(
         LoweringError: the backend refused the graph, or wrote something wrong.
     """
     quantizer = as_quantizer(config)
+    if lower and quantizer.backend.name != "xnnpack":
+        raise ConfigError(
+            f"quantize lowers to XNNPACK, and the quantizer plans for {quantizer.backend.title}: "
+            "call it with lower=False, and custom_quantizer.lower(result.converted, example, "
+            "backend=...), save_integers or save_c with what it returns"
+        )
     wanted = check_accuracy(accuracy or quantizer.accuracy or "fast")
     named = quantizer.improve if improve is None else check_algorithms(improve)
     recorded = _recorded(statistics, example_inputs, dynamic_batch)
@@ -299,7 +307,7 @@ def quantize(
         fidelity = checked.compare(converted)
         for warning in fidelity.warnings:
             logger.warning("%s", warning)
-        graph = read_converted(converted)
+        graph = read_converted(converted, quantizer.backend)
         lowered = lower_graph(graph, example, progress=stage) if lower else None
         stage("reporting")
         report = report_of(graph, lowered)

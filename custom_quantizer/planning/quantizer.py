@@ -46,7 +46,7 @@ from custom_quantizer.core.names import record_names
 from custom_quantizer.core.schemes import OpScheme, TensorScheme, activation_scheme, coerce_scheme
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, ConfigError
-from custom_quantizer.ops.backend import BackendLike, get_backend
+from custom_quantizer.ops.backend import Backend, BackendLike, get_backend
 from custom_quantizer.ops.rewrites.canonical import canonicalize
 from custom_quantizer.ops.rewrites.training_graph import (
     DROPOUTS,
@@ -243,6 +243,11 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         self._config.accuracy = None if accuracy is None else check_accuracy(accuracy)
         self._config.improve = None if improve is None else check_algorithms(improve)
         return self
+
+    @property
+    def backend(self) -> Backend:
+        """What it plans for."""
+        return self._backend
 
     @property
     def accuracy(self) -> str | None:

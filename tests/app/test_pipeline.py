@@ -162,6 +162,21 @@ def test_lowering_can_be_left_out(tmp_path: Path) -> None:
         result.save(tmp_path / "model.pte")
 
 
+@pytest.mark.parametrize("backend", ["tosa", None])
+def test_other_backends_stop_before_the_program(backend: Any) -> None:
+    """A graph that was planned for another one is not quietly lowered to XNNPACK."""
+    torch.manual_seed(0)
+    example = (torch.randn(2, 3, 8, 8),)
+    quantizer = IntegerQuantizer(backend=backend).set_global("a16w8")
+    model = nn.Conv2d(3, 4, 3)
+    with pytest.raises(ConfigError, match=r"call it with lower=False, and custom_quantizer\.lower"):
+        quantize(model, example, [example], config=quantizer, progress=False)
+    done = quantize(model, example, [example], config=quantizer, lower=False, progress=False)
+    assert done.lowered is None
+    # XNNPACK has no integers of 16 bits, these have.
+    assert [row.placement for row in done.report.rows] == ["integer kernel"]
+
+
 def test_dynamic_batch() -> None:
     result = quantize(
         small_model(), (small_images(1),), DATA, dynamic_batch=20, lower=True, progress=False
