@@ -35,6 +35,7 @@ from custom_quantizer.backends.xnnpack.program import (
     no_kernel,
     quantizes_at_run_time,
 )
+from custom_quantizer.backends.xnnpack.quick_passes import quick_passes
 from custom_quantizer.backends.xnnpack.readback import MethodContents, read_program
 from custom_quantizer.core.graph import (
     STATE_KEY,
@@ -328,7 +329,7 @@ def _to_edge(
     config = EdgeCompileConfig(_check_ir_validity=validate)
     # The partitioner logs an ERROR for each op it leaves to another backend; the report says it.
     try:
-        with _no_size_guards():
+        with _no_size_guards(), quick_passes():
             return to_edge_transform_and_lower(
                 exported,
                 partitioner=[partitioner()],
