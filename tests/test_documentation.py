@@ -39,6 +39,7 @@ BENCHMARKS = {
     "shared_layers": "shared_layers",
     "tosa": "tosa_programs",
     "upstream_ops": "upstream_ops",
+    "zoo": "zoo_table",
 }
 """Which benchmark renders the page of a stored result."""
 

@@ -36,6 +36,10 @@ def _reads_constants_only(node: Node) -> bool:
     return all(source.op == "get_attr" for source in node.all_input_nodes)
 
 
+def _any_call(_node: Node) -> bool:
+    return True
+
+
 CHANGES: Mapping[str, Callable[[Node], bool]] = {
     "ConstPropPass": _reads_constants_only,
     "Conv1dUnsqueezePass": _convolves_signals,
@@ -58,12 +62,11 @@ class QuickPassManager(_passes.XNNPACKPassManager):  # type: ignore[misc]  # Exe
 
     def transform(self) -> ExportedProgram:
         """Apply them."""
-        upstream: Any = _passes.XNNPACKPassManager
         program: ExportedProgram = self.exported_program
         for kind in self.passes:
-            changes = CHANGES.get(kind.__name__, lambda _: True)
+            changes = CHANGES.get(kind.__name__, _any_call)
             if any(changes(node) for node in program.graph.nodes if node.op == "call_function"):
-                program = upstream(program, [kind]).transform()
+                program = _passes.XNNPACKPassManager(program, [kind]).transform()
         return program
 
 
