@@ -801,7 +801,7 @@ def report_command(
     if as_json:
         click.echo(report.to_json())
     elif html is None:
-        click.echo(str(report))
+        _show(report)
 
 
 @cli.command(
