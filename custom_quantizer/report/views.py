@@ -10,11 +10,11 @@ import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from custom_quantizer.core.text_table import GAP, limit, table_lines
+from custom_quantizer.core.text_table import GAP, limit, table_lines, within
 from custom_quantizer.ops.placement import Placement, Tally, tally
 from custom_quantizer.report.advice import Advice, findings_by_row, findings_of_inputs, worst_ops
 
@@ -923,7 +923,7 @@ def text(view: View) -> str:
     lines = [line for entry in view.summary for line in _wrapped(entry)]
     lines += ["", *_table(view), "", *_wrapped(_LEGEND)]
     for table in view.tables:
-        lines += ["", f"{table.title}:", *(f"  {line}" for line in table_lines(table.rows))]
+        lines += ["", f"{table.title}:", *_indented(table.rows)]
         for entry in table.lines:
             lines += _wrapped(entry, "  ")
     if view.worst:
@@ -946,8 +946,14 @@ def detail_text(row: Row) -> str:
     for label, value in row.details:
         lines += _wrapped(value, f"  {label.ljust(label_width)}  ")
     if row.table:
-        lines += ["", *(f"  {line}" for line in table_lines(row.table, left=()))]
+        lines += ["", *_indented(row.table, left=())]
     return "\n".join(lines)
+
+
+def _indented(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    room = limit()
+    with within(None if room is None else room - len(GAP)):
+        return [f"{GAP}{line}".rstrip() for line in table_lines(rows, left)]
 
 
 def _wrapped(entry: str, prefix: str = "") -> list[str]:

@@ -71,6 +71,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "inspect": ["inspect", out],
         "inspect report": ["inspect", f"{folder}/net.json"],
         "inspect op": ["inspect", f"{folder}/net.json", "--op", "linear"],
+        "report": ["report", out, "--data", data, "--model", *model],
         "diagnose": ["diagnose", out, "--model", model[0], *model[1:], "--data", data],
         "sensitivity": ["sensitivity", *model, *widths, "--estimate-only"],
         "search": ["search", *model, *widths, "--budget", "weight_bits=0.7", "--points", "1"],
@@ -98,7 +99,7 @@ HEADERS = {"activation", "model", "node", "of", "op", "tensor", "weight"}
 
 TABLES = [
     *("plan", "inspect", "inspect report", "inspect op", "evaluate", "diagnose", "sensitivity"),
-    "calibrate",
+    *("calibrate", "report"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("search", "profile")),
 ]
 
