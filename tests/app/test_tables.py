@@ -49,6 +49,8 @@ def test_a_table_takes_what_room_there_is() -> None:
             "net.pte",
             *["  100.00%"] * 4,
         ]
+    with within(20):  # a name that is longer than the terminal stays whole
+        assert "    features.denseblock1.norm" in table_lines(ROWS, left=(0, 1, 3))
     assert table_lines([("", "a"), ("x", "1")]) == ["   a", "x  1"]
 
 
