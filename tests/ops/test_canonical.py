@@ -377,3 +377,14 @@ def test_canonicalizing_twice_changes_nothing() -> None:
     once = _canonical(lambda s, x: 1 - F.relu(s.conv(x) + 2, inplace=True), conv=conv())
     code = once.code
     assert canonicalize(once).code == code
+
+
+def test_whole_numbers_that_divide_are_floats() -> None:
+    """As an int64 tensor, which ExecuTorch would make of it, it would leave the delegate."""
+    x = torch.randn(2, 3)
+    graph = capture(Function(lambda s, x: torch.softmax(x / 3, -1)), (x,))
+    want = graph(x)
+    canonicalize(graph)
+    (division,) = calls(graph, aten.div.Tensor)
+    assert type(division.args[1]) is float
+    assert torch.equal(graph(x), want)
