@@ -105,6 +105,21 @@ def qat_networks() -> str:
     return table(["", "float", "float, more batches", *heads], lines)
 
 
+def qat_starts() -> str:
+    """From calibrated and from improved weights side by side."""
+    result = stored("qat_starts")
+    rows, lines = result["rows"], []
+    names_of = {"resnet20": "ResNet-20", "mobilenet_v2": "MobileNetV2"}
+    for key, counts in result["training_batches"].items():
+        model = names_of[key]
+        for steps in counts:
+            names = ("float", "PTQ", f"{steps} batches", "improved", f"improved, {steps} batches")
+            cells = top1(rows, *(f"{model}, {name}" for name in names))
+            lines.append([f"{model}, {result['scheme']}", str(steps), *cells])
+    columns = ["float", "PTQ", "trained from there", "improved", "trained from there"]
+    return table(["", "batches of 128", *columns], lines)
+
+
 def scales_by_batch() -> str:
     """What batches of one image change, against all other batches."""
     rows = stored("calibration_batches")["rows"]
@@ -162,6 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qat_bias": qat_bias,
     "qat_networks": qat_networks,
     "qat_rates": qat_rates,
+    "qat_starts": qat_starts,
     "qat_widths": qat_widths,
     "scales_by_batch": scales_by_batch,
     "tosa": as_stored("tosa"),

@@ -32,6 +32,7 @@ BENCHMARKS = {
     **{f"calibration_{name}": "calibration_studies" for name in ("networks", "observers")},
     "calibration_samples": "calibration_studies",
     **{f"qat_{name}": "qat_studies" for name in ("bias", "networks", "rates", "widths")},
+    "qat_starts": "qat_studies",
     "improve": "improve",
     "mutation_score": "mutation_score",
     "packed_layers": "packed_layers",

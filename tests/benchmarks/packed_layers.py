@@ -1,7 +1,8 @@
 """What 4-bit weights save in the file, and what they cost in time: networks, and single layers.
 
-Networks at a8w8 and a8w4; and layers that XNNPACK has no packed kernel for, next to the same layer
-written by hand as one that has a packed kernel::
+Networks at a8w8 and a8w4; layers that XNNPACK has no packed kernel for, next to the same layer
+written by hand as one that has a packed kernel; and strided pointwise layers, of which every other
+pixel is taken first, next to the same layers with weights in bytes::
 
     python tests/benchmarks/packed_layers.py --output docs/results
 
@@ -54,27 +55,19 @@ class Gathered(nn.Module):
         return result
 
 
-class Thinned(nn.Module):
-    """A pointwise convolution of stride 2: every other pixel, and one of stride 1."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(conv.in_channels, conv.out_channels, 1)
-        self.layer.weight, self.layer.bias = conv.weight, conv.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layer(x[:, :, ::2, ::2])
-        return result
-
-
-LAYERS: tuple[tuple[str, nn.Conv2d, type[nn.Module], tuple[int, ...]], ...] = tuple(
-    (name, nn.Conv2d(inputs, outputs, side, stride), form, (1, inputs, size, size))
-    for name, inputs, outputs, side, stride, form, size in (
-        ("3x3, 64 to 64 channels, 56x56", 64, 64, 3, 1, Gathered, 58),
-        ("3x3, 256 to 256 channels, 14x14", 256, 256, 3, 1, Gathered, 16),
-        ("3x3, 512 to 512 channels, 7x7", 512, 512, 3, 1, Gathered, 9),
-        ("1x1, stride 2, 256 to 512 channels, 56x56", 256, 512, 1, 2, Thinned, 56),
-        ("1x1, stride 2, 1024 to 2048 channels, 14x14", 1024, 2048, 1, 2, Thinned, 14),
+LAYERS: tuple[tuple[str, nn.Conv2d, tuple[int, ...]], ...] = tuple(
+    (name, nn.Conv2d(inputs, outputs, 3), (1, inputs, size, size))
+    for name, inputs, outputs, size in (
+        ("3x3, 64 to 64 channels, 56x56", 64, 64, 58),
+        ("3x3, 256 to 256 channels, 14x14", 256, 256, 16),
+        ("3x3, 512 to 512 channels, 7x7", 512, 512, 9),
+    )
+)
+STRIDED: tuple[tuple[str, nn.Conv2d, tuple[int, ...]], ...] = tuple(
+    (name, nn.Conv2d(inputs, outputs, 1, 2), (1, inputs, size, size))
+    for name, inputs, outputs, size in (
+        ("1x1, stride 2, 256 to 512 channels, 56x56", 256, 512, 56),
+        ("1x1, stride 2, 1024 to 2048 channels, 14x14", 1024, 2048, 14),
     )
 )
 
@@ -115,10 +108,25 @@ def packed_share(program: cq.LoweredProgram) -> float:
     return round(sizes["int4"] / sum(sizes.values()), 3)
 
 
+def compared(name: str, shape: tuple[int, ...], *versions: tuple[nn.Module, str]) -> dict[str, Any]:
+    """Two versions of a layer, each with its scheme: their bytes, and the time of the second."""
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    programs = [lowered(model, scheme, x) for model, scheme in versions]
+    row = {
+        "layer": name,
+        "bytes": [len(program.buffer) for program in programs],
+        "packed": packed_share(programs[1]),
+        "time": ratios(programs, x)[1],
+    }
+    print(row, flush=True)
+    return row
+
+
 def measure() -> dict[str, Any]:
     """Networks and layers."""
     torch.set_num_threads(1)
-    networks, layers = [], []
+    networks, layers, strided = [], [], []
     for name in NETWORKS:
         torch.manual_seed(0)
         model = randomize_batch_norms(torchvision_model(name))
@@ -134,25 +142,16 @@ def measure() -> dict[str, Any]:
             }
         )
         print(networks[-1], flush=True)
-    for name, conv, form, shape in LAYERS:
-        torch.manual_seed(0)
-        x = torch.randn(shape)
-        programs = [lowered(model, "a8w4", x) for model in (conv, form(conv))]
-        layers.append(
-            {
-                "layer": name,
-                "form": form.__name__.lower(),
-                "bytes": [len(program.buffer) for program in programs],
-                "packed": packed_share(programs[1]),
-                "time": ratios(programs, x)[1],
-            }
-        )
-        print(layers[-1], flush=True)
+    for name, conv, shape in LAYERS:
+        layers.append(compared(name, shape, (conv, "a8w4"), (Gathered(conv), "a8w4")))
+    for name, conv, shape in STRIDED:
+        strided.append(compared(name, shape, (conv, "a8w5"), (conv, "a8w4")))
     return {
         "version": 1,
         "executorch": version("executorch"),
         "networks": networks,
         "layers": layers,
+        "strided": strided,
     }
 
 
@@ -175,13 +174,20 @@ def render(result: dict[str, Any]) -> str:
         "| layer at `a8w4` | by hand | bytes | by hand | time by hand, of the layer's |",
         "| --- | --- | --- | --- | --- |",
     ]
-    forms = {"gathered": "taps side by side, 1x1", "thinned": "every other pixel, 1x1"}
-    for row in result["layers"]:
-        one, other = row["bytes"]
-        lines.append(
-            f"| {row['layer']} | {forms[row['form']]} | {one:,} | {other:,} | {row['time']:.2f} |"
-        )
+    lines += [_layer(row, "taps side by side, 1x1") for row in result["layers"]]
+    lines += [
+        "",
+        "| layer | bytes at `a8w5` | at `a8w4` | time, of that at `a8w5` |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [_layer(row) for row in result["strided"]]
     return "\n".join(lines) + "\n"
+
+
+def _layer(row: dict[str, Any], *form: str) -> str:
+    one, other = row["bytes"]
+    cells = [row["layer"], *form, f"{one:,}", f"{other:,}", f"{row['time']:.2f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
