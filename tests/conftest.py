@@ -20,6 +20,9 @@ pytest.register_assert_rewrite("support")
 
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+# pytest-xdist (3.8) says 80 to its workers, where tests mean that there is no terminal.
+os.environ.pop("COLUMNS", None)
+
 # torch's structured trace would bury every failure under thousands of empty DEBUG records.
 logging.getLogger("torch.__trace").propagate = False
 

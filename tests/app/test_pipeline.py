@@ -76,9 +76,9 @@ def test_equals_the_unmodified_torchao_flow() -> None:
 def test_the_converted_graph_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def counted(model: GraphModule) -> ConvertedGraph:
+    def counted(model: GraphModule, *options: Any) -> ConvertedGraph:
         calls.append(model)
-        return read_converted(model)
+        return read_converted(model, *options)
 
     # Wherever a module took the name from, it stands there.
     for name, module in list(sys.modules.items()):

@@ -22,7 +22,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack.checks import output_scales
+from custom_quantizer.reference.verifying import output_scales
 from custom_quantizer.backends.xnnpack.checksum import split_checksum
 from custom_quantizer.backends.xnnpack.op_record import split_record
 from custom_quantizer.core.graph import is_dequantize, is_quantize
