@@ -179,7 +179,7 @@ def _numbers_to_tensors(model: GraphModule) -> None:
                 node.args = (_constant(model, node, cast(float, number)), data)
                 node.kwargs = {}
         elif node.target is aten.div.Tensor and type(node.args[1]) is int:
-            # ExecuTorch makes an int64 tensor of an int, by which no delegate divides.
+            # An int would become an int64 tensor on the way, by which no delegate divides.
             if _float32(node.args[0]):
                 node.update_arg(1, float(node.args[1]))
         elif node.target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
