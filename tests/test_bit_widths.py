@@ -123,7 +123,8 @@ def test_every_op_and_scheme_runs_where_the_plan_said(rule, case, name) -> None:
     example = tuple(torch.randn(shape) for shape in case.shapes)
     converted = convert(model, example, name)
     lowered = cq.lower(converted.graph, example)
-    actual = {op.node: op.backend.label for op in lowered.report.ops}
+    # Of an op that runs as several the last one has its name; an einsum moves its operands first.
+    actual = {op.written: op.backend.label for op in lowered.report.ops}
     assert {op.node: op.backend for op in converted.plan.quantized} == actual
     assert lowered.report.fully_delegated, str(lowered.report)
 

@@ -193,9 +193,11 @@ class Backend:
                 return found
             reason = f"int{formats.activation_bits} activations: clamped to their range"
             return Delegation(found.kernel, reason)
+        found = delegation(match, formats)
+        if found.kernel.placement is Placement.FOLDED:
+            return found
         if match.rule.sharing is QParamSharing.SAME:
-            found = delegation(match, formats)
-            if found.kernel.placement in (Placement.FOLDED, Placement.OUTSIDE):
+            if found.kernel.placement is Placement.OUTSIDE:
                 return found
             return Delegation(self.wide, f"moves int{formats.bits} values as float")
         return Delegation(
