@@ -645,7 +645,7 @@ def quantize_command(
             "activation is known"
         )
     _check_output(output)
-    _check_page(html)
+    _check_writable(html)
     asked = _one_of(scheme, config)
     _check_model(model)
     quantizer = _quantizer(asked, integer_io)
@@ -710,7 +710,7 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
     And where each bias went. FILE is a .pte, read from its bytes alone, or a report that quantize
     wrote (OUT.json, or a directory with report.json).
     """
-    _check_page(html)
+    _check_writable(html)
     report = _read_report(file)
     if html is not None:
         report.save_html(html)
@@ -780,7 +780,7 @@ def report_command(
     OUT.pte is a program with its report (OUT.json) beside it, or the report itself. Without
     options, nothing is run: what quantize stored is shown. docs/reports.md says how to read it.
     """
-    _check_page(html)
+    _check_writable(html)
     _check_float_model(model, weights, model_args)
     if model is not None and data is None:
         raise click.UsageError("--model is compared on --data, which is not given")
@@ -1659,11 +1659,12 @@ def _check_output(output: Path) -> None:
         raise InputError(f"{output} is no directory; name one, or a .pte file")
 
 
-def _check_writable(output: Path) -> None:
-    """Find out before minutes of work, not after them, that the file cannot be written."""
+def _check_writable(output: Path | None) -> None:
+    """Find out before minutes of work, not after them, that a file cannot be written."""
     from custom_quantizer.core.files import check_writable
 
-    check_writable(output)
+    if output is not None:
+        check_writable(output)
 
 
 def _check_plot(plot: Path) -> None:
@@ -1671,12 +1672,6 @@ def _check_plot(plot: Path) -> None:
 
     check_figure_path(plot)
     _check_writable(plot)
-
-
-def _check_page(html: Path | None) -> None:
-    """Likewise of the page."""
-    if html is not None:
-        _check_writable(html)
 
 
 def _read_report(file: Path) -> Report | ProgramReport:
