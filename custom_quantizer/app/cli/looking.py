@@ -1,0 +1,233 @@
+"""Commands that show what a program holds: ``inspect``, ``report``, ``profile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from custom_quantizer.app.cli.arguments import (
+    check_can_write,
+    check_float_model,
+    check_plot,
+    graph_beside,
+    lines_of,
+    load_float_model,
+    load_samples,
+    start_runtime,
+)
+from custom_quantizer.app.cli.console import echo, show
+from custom_quantizer.app.cli.options import (
+    MakePreprocess,
+    classes_option,
+    debug_option,
+    examples,
+    html_option,
+    model_options,
+    output_option,
+    preprocess_options,
+)
+
+if TYPE_CHECKING:
+    from custom_quantizer.report.record import ProgramReport, Report
+
+
+@click.command(
+    "inspect",
+    epilog=examples(
+        "custom-quantizer inspect resnet18.pte",
+        "custom-quantizer inspect resnet18.pte --op conv2d_3",
+        "custom-quantizer inspect resnet18.json --html resnet18.html",
+    ),
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--op", metavar="NAME", help="Show all that is known of one op.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@html_option
+@debug_option
+def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None) -> None:
+    """Show dtype, scale and zero point of every tensor in FILE.
+
+    And where each bias went. FILE is a .pte, read from its bytes alone, or a report that quantize
+    wrote (OUT.json, or a directory with report.json).
+    """
+    check_can_write(html)
+    report = _read_report(file)
+    if html is not None:
+        report.save_html(html)
+        click.echo(f"wrote {html}", err=True)
+    if as_json:
+        click.echo(report.to_json())
+    elif op is not None:
+        echo(lambda: report.detail(op))
+    elif html is None:
+        show(report)
+
+
+def _read_report(file: Path) -> Report | ProgramReport:
+    if file.suffix == ".json" or file.is_dir():
+        from custom_quantizer.app.reporting import load_result
+
+        return load_result(file).report
+    from custom_quantizer.report.record import inspect_program
+
+    return inspect_program(file)
+
+
+@click.command(
+    "report",
+    epilog=examples(
+        "custom-quantizer report resnet18.pte --html resnet18.html",
+        "custom-quantizer report resnet18.pte --html resnet18.html --data val/ \\",
+        "    --resize 256 --crop 224 --model resnet18 --weights w.pth",
+    ),
+)
+@click.argument("file", metavar="OUT.pte", type=click.Path(path_type=Path))
+@html_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option(
+    "--data",
+    metavar="DATA",
+    help="Measure on these: accuracy if they have labels, and the values of every activation.",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Use at most that many, drawn evenly.")
+@classes_option
+@output_option
+@click.option(
+    "--model", metavar="MODEL", help="Float model: measure the error of every tensor, too."
+)
+@model_options
+@preprocess_options
+@click.option(
+    "--sensitivity",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Show this too: what `sensitivity --json` printed.",
+)
+@click.option(
+    "--search",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Show this too: what `search --json` printed.",
+)
+@debug_option
+def report_command(
+    file: Path,
+    html: Path | None,
+    as_json: bool,
+    data: str | None,
+    samples: int | None,
+    classes: Path | None,
+    output_index: int | None,
+    model: str | None,
+    weights: str | None,
+    model_args: dict[str, object],
+    preprocess: MakePreprocess,
+    sensitivity: Path | None,
+    search: Path | None,
+) -> None:
+    """Show all that is known of what `quantize` wrote, as text or as a page.
+
+    OUT.pte is a program with its report (OUT.json) beside it, or the report itself. Without
+    options, nothing is run: what quantize stored is shown. docs/reports.md says how to read it.
+    """
+    check_can_write(html)
+    check_float_model(model, weights, model_args)
+    if model is not None and data is None:
+        raise click.UsageError("--model is compared on --data, which is not given")
+    from custom_quantizer.app.reporting import load_result, measured, read_findings
+
+    stored = load_result(file)
+    report = stored.report
+    if data is not None:
+        names = None if classes is None else lines_of(classes)
+        floating = None if model is None else load_float_model(model, weights, model_args)
+        source = load_samples(data, preprocess, samples, names)
+        start_runtime()
+        report = measured(stored, source, floating, output=output_index)
+    report = report.including(*map(read_findings, filter(None, (sensitivity, search))))
+    if html is not None:
+        report.save_html(html, title=stored.name)
+        click.echo(f"wrote {html}", err=True)
+    if as_json:
+        click.echo(report.to_json())
+    elif html is None:
+        show(report)
+
+
+@click.command(
+    "profile",
+    epilog=examples(
+        "custom-quantizer profile resnet18.pte",
+        "custom-quantizer profile resnet18.pte --data val/ --resize 256 --crop 224 \\",
+        "    --plot times.svg",
+    ),
+)
+@click.argument("program", metavar="PROGRAM.pte", type=click.Path(path_type=Path))
+@click.option(
+    "--graph",
+    type=click.Path(path_type=Path),
+    metavar="GRAPH",
+    help="Converted graph that `quantize` wrote.  [default: PROGRAM.graph.safetensors, if it is "
+    "there]",
+)
+@click.option("--data", metavar="DATA", help="Inputs to run on.  [default: random ones]")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Samples of DATA to compare on; the first is timed.",
+)
+@preprocess_options
+@click.option(
+    "--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Runs to measure."
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw the times: .svg, .png or .pdf.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@debug_option
+def profile_command(
+    program: Path,
+    graph: Path | None,
+    data: str | None,
+    samples: int,
+    preprocess: MakePreprocess,
+    runs: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Show how long each op of a program takes, and whether it computes its integers.
+
+    Times are those that ExecuTorch and XNNPACK note themselves, on this machine, in a process of
+    its own. With the graph beside the program, or with --graph, the output of each op is compared
+    with the integer reference, too: in a second program that returns all of them.
+    """
+    if plot is not None:
+        check_plot(plot)
+    from custom_quantizer.report.profiles import profile
+
+    start_runtime()
+    beside = graph_beside(program)
+    if graph is None and beside.exists():
+        graph = beside
+    subject: Any = program
+    if graph is not None:
+        from custom_quantizer.app.saved_graph import load_lowered
+
+        _, subject = load_lowered(program, graph)
+    inputs: list[Any] | None = None
+    if data is not None:
+        source = load_samples(data, preprocess, samples)
+        batch = (None if graph is None else subject.batch_size) or 1
+        inputs = list(source.with_batch_size(batch).inputs)
+    found = profile(subject, inputs, runs=runs)
+    if plot is not None:
+        found.plot(plot)
+        click.echo(f"wrote {plot}", err=True)
+    show(found, as_json)
