@@ -19,7 +19,7 @@ from custom_quantizer.accuracy.layers import Layer, find_layers
 from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver
 from custom_quantizer.calibration.statistics import activation_observers
 from custom_quantizer.core.arithmetic import QParams
-from custom_quantizer.core.graph import RESCALED_KEY
+from custom_quantizer.core.graph import ADOPTED_KEY, RESCALED_KEY
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.errors import CalibrationError, TrainingError
 from custom_quantizer.ops import PatternMatch, match_of
@@ -40,7 +40,7 @@ __all__ = ["Adoption", "adopt"]
 
 
 _INSIDE = 0.45
-"""How far from its integer a weight may start, in steps."""
+"""How far from its integer a weight may start, in steps, so that folding does not round it anew."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ def adopt(prepared: GraphModule, improved: GraphModule) -> Adoption:
     ones; other ranges, and weight scales that ``improved`` was supplied with, stay what they are.
     Of a folded batch norm the running mean takes up the bias, so that training with statistics of
     the batch, which finds the mean anew, does not count it twice.
+
+    A weight starts where ``improved`` has it: an improved one in the middle of what rounds to its
+    integer. As near to the float weight as the integer allows would be at the edge, where the two
+    round differently. These differences make up for each other, and the first steps would take them
+    back, many at a time.
+    :func:`~custom_quantizer.training.qat.finetune` trains such a graph with defaults of its own.
 
     Args:
         prepared: what ``prepare_qat_pt2e`` returns, not trained yet.
@@ -126,6 +132,7 @@ def adopt(prepared: GraphModule, improved: GraphModule) -> Adoption:
     for source, target in pairs:
         if (reason := target.take(source)) is not None:
             left[source.name] = reason
+    prepared.meta[ADOPTED_KEY] = True
     layers = tuple(source.name for source, _ in pairs if source.name not in left)
     return Adoption(layers, tuple(ranges), left, left_ranges)
 
@@ -198,8 +205,7 @@ class _Target:
         scale = source.final_scale()
         integers = source.observer.integers(source.weight, scale).to(torch.float32)
         step = source.observer.dequantized(torch.ones_like(integers), scale)
-        steps = folded_value(self.model, parameter) / step
-        steps = steps.clamp(integers - _INSIDE, integers + _INSIDE)
+        steps = (source.weight / step).clamp(integers - _INSIDE, integers + _INSIDE)
         put_folded(self.model, parameter, steps * step)
         observer.set_scale(scale if supplied or observer.learned else None)
         observer.initialized.zero_()

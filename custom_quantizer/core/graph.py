@@ -62,6 +62,9 @@ FOLDED_KEY = "custom_quantizer_folded"
 RESCALED_KEY = "custom_quantizer_rescaled"
 """In the ``meta`` of a prepared graph: algorithms that changed the numbers of the float network."""
 
+ADOPTED_KEY = "custom_quantizer_adopted"
+"""In the ``meta`` of a graph to be trained: whether it starts from another graph's integers."""
+
 STATE_KEY = "custom_quantizer_state"
 """In the ``meta`` of a prepared or converted graph: what buffers it writes held at capture."""
 

@@ -35,7 +35,7 @@ from torchao.quantization.pt2e import (
 from custom_quantizer.calibration.run import GraphInputs, calibrate
 from custom_quantizer.calibration.statistics import Source, load_statistics
 from custom_quantizer.core.batch import Batch
-from custom_quantizer.core.graph import state_kept
+from custom_quantizer.core.graph import ADOPTED_KEY, state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import CustomQuantizerError, TrainingError, first_line
@@ -186,16 +186,20 @@ def _check_prepared(prepared: object) -> None:
 _SGD_RATES = {2: 2e-2, 3: 2e-2, 4: 1e-2, 5: 5e-3, 6: 2e-3}
 _ADAM_RATES = {2: 1e-3, 3: 5e-4, 4: 2e-4, 5: 1e-4, 6: 1e-4}
 
+_ADOPTED_SHARE = 0.3
+"""Of the learning rate for a start from plain weights, for one from improved ones."""
 
-def learning_rate_for(bits: int, optimizer: str = "sgd") -> float:
+
+def learning_rate_for(bits: int, optimizer: str = "sgd", adopted: bool = False) -> float:
     """The first learning rate for a graph whose narrowest tensor has ``bits`` bits.
 
     The coarser the grid, the farther a weight has to move before its integer changes; at 8 bits
     the network is nearly where it should be. At 4 and 8 bits the values are those of the study in
-    ``docs/qat.md``, others follow them.
+    ``docs/qat.md``, others follow them. A start from improved weights (``adopted``) has less to
+    win, and something to lose: its rates are three tenths of these.
     """
     rates, least = (_ADAM_RATES, 5e-5) if optimizer == "adam" else (_SGD_RATES, 1e-3)
-    return rates.get(bits, least)
+    return rates.get(bits, least) * (_ADOPTED_SHARE if adopted else 1.0)
 
 
 @dataclass(frozen=True)
@@ -205,12 +209,14 @@ class Recipe:
     Attributes:
         optimizer: ``sgd`` with Nesterov momentum, or ``adam`` (AdamW).
         learning_rate: the first one; ``None`` chooses by the narrowest width
-            (:func:`learning_rate_for`). It falls along a half cosine to 0.
+            (:func:`learning_rate_for`) and by the start. It falls along a half cosine to 0.
         momentum: of SGD.
         weight_decay: of weights; biases, batch norms and learned scales have none.
         warmup: share of the steps in which the learning rate rises from 0.
         clip_norm: largest norm of all gradients together; ``None``: not clipped.
-        freeze_batch_norms: share of the steps after which batch norms keep their statistics.
+        freeze_batch_norms: share of the steps after which batch norms keep their statistics;
+            ``None``: half of them, and 0 after :func:`~custom_quantizer.adopt`, whose integers
+            were made for the statistics that the network has.
         freeze_observers: share of the steps after which activation ranges stay.
         calibration_batches: batches that set the first ranges, where nothing was seen before.
         label_smoothing: of the default loss.
@@ -226,7 +232,7 @@ class Recipe:
     weight_decay: float = 1e-4
     warmup: float = 0.05
     clip_norm: float | None = 5.0
-    freeze_batch_norms: float = 0.5
+    freeze_batch_norms: float | None = None
     freeze_observers: float = 0.75
     calibration_batches: int = 8
     label_smoothing: float = 0.0
@@ -236,8 +242,11 @@ class Recipe:
         if self.optimizer not in ("sgd", "adam"):
             raise TrainingError(f"optimizer {self.optimizer!r} is neither 'sgd' nor 'adam'")
         for name in ("warmup", "freeze_batch_norms", "freeze_observers"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise TrainingError(f"{name}={getattr(self, name)}: a share of the steps, 0 to 1")
+            share = getattr(self, name)
+            if share is None and name == "freeze_batch_norms":
+                continue
+            if not 0 <= share <= 1:
+                raise TrainingError(f"{name}={share}: a share of the steps, 0 to 1")
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -352,7 +361,8 @@ def finetune(
             them. Each epoch begins with a seed of its own, so a shuffling loader gives the same
             order when a training is resumed.
         epochs: walks through the data.
-        recipe: optimizer, learning rate, what freezes when.
+        recipe: optimizer, learning rate, what freezes when. After
+            :func:`~custom_quantizer.adopt` the defaults of some are others: see :class:`Recipe`.
         loss: ``loss(outputs, labels)``; default: cross entropy.
         validation: labelled batches, evaluated after each epoch.
         start: calibration statistics to start from: a file of ``save_statistics``, or a model that
@@ -426,7 +436,10 @@ class _Trainer:
             lambda y, t: nn.functional.cross_entropy(y, t, label_smoothing=smoothing)
         )
         bits = _narrowest(prepared)
-        self.rate = recipe.learning_rate or learning_rate_for(bits, recipe.optimizer)
+        adopted = bool(prepared.meta.get(ADOPTED_KEY, False))
+        self.rate = recipe.learning_rate or learning_rate_for(bits, recipe.optimizer, adopted)
+        share = recipe.freeze_batch_norms
+        self.norms_freeze = (0.0 if adopted else 0.5) if share is None else share
         self.position = TrainingPosition()
         self.history: list[EpochMetrics] = []
         self.steps_per_epoch = 0
@@ -439,7 +452,13 @@ class _Trainer:
         self.steps_per_epoch = self._count()
         self.optimizer = self._make_optimizer()
         if checkpoint is not None:
-            said = {**asdict(self.recipe), "epochs": self.epochs, "batches": self.steps_per_epoch}
+            said = {
+                **asdict(self.recipe),
+                "learning_rate": self.rate,
+                "freeze_batch_norms": self.norms_freeze,
+                "epochs": self.epochs,
+                "batches": self.steps_per_epoch,
+            }
             self.file = TrainingCheckpoint(checkpoint, self.model, self.optimizer, said)
             position = self.file.resume()
             if position is not None:
@@ -606,7 +625,7 @@ class _Trainer:
         rate = self.rate * rising * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        freeze_batch_norms(self.model, step >= self.recipe.freeze_batch_norms * total)
+        freeze_batch_norms(self.model, step >= self.norms_freeze * total)
         freeze_observers(self.model, step >= self.recipe.freeze_observers * total)
 
     def _metrics(self, epoch: int, validation: Data | None) -> EpochMetrics:

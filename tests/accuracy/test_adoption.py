@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
 from support.training import captured, images, made, prepared_for
+from torch import Tensor
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import (
     convert_pt2e,
@@ -20,7 +22,7 @@ import custom_quantizer as cq
 from custom_quantizer.errors import CalibrationError, TrainingError
 from custom_quantizer.reference.converted import read_converted
 from custom_quantizer.training import qat
-from custom_quantizer.training.fake_quantize import ActivationFakeQuantize
+from custom_quantizer.training.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 
 DATA = images(64, seed=5)
 
@@ -84,6 +86,60 @@ def test_the_first_integers_are_the_improved_ones(scheme: str, trained: str, tra
             assert one is other or torch.equal(one, other)
     assert torch.equal(before(x), after(x))
     assert torch.equal(before(x), trained_now)
+
+
+def test_improved_weights_start_in_the_middle_of_their_integers() -> None:
+    """At the edge, towards the float weight, the first steps would take the improvement back."""
+    prepared = prepared_for("a4w4-lsq")
+    cq.adopt(prepared, improved("a4w4-histogram"))
+    assert max(offsets(prepared)) < 1e-4
+    prepared = prepared_for("a4w4-lsq")
+    cq.adopt(prepared, improved("a4w4-histogram", "bias_correction"))
+    exact, *others = sorted(offsets(prepared))  # a mean over images, and the float weights
+    assert exact < 1e-4
+    assert min(others) > 0.4
+
+
+def offsets(prepared: GraphModule) -> list[float]:
+    """Of each weight, the largest distance from its integer, in steps."""
+    found: list[float] = []
+
+    def measure(module: WeightFakeQuantize, args: tuple[Tensor], _output: Tensor) -> None:
+        (weight,) = args
+        steps = weight / module.dequantized(torch.ones_like(weight), module.step_scale)
+        integers = module.integers(weight, module.step_scale)
+        found.append(float((steps - integers).abs().max()))
+
+    for module in prepared.modules():
+        if isinstance(module, WeightFakeQuantize):
+            module.register_forward_hook(measure)  # type: ignore[arg-type]
+    qat.evaluation_mode(prepared)(DATA[:2])
+    return found
+
+
+def test_finetune_knows_what_was_adopted(tmp_path: Path) -> None:
+    """Batch norms are frozen from the first step, and the learning rate is a smaller one."""
+    batches = [(images(32, seed=1), torch.arange(32).remainder(4))]
+    start = improved("a4w4-histogram")
+    path = tmp_path / "training.ckpt"
+
+    def statistics(graph: GraphModule) -> dict[str, Tensor]:
+        state = graph.state_dict().items()
+        return {name: value.clone() for name, value in state if ".running_" in name}
+
+    prepared = prepared_for("a4w4-lsq")
+    cq.adopt(prepared, start)
+    before = statistics(prepared)
+    summary = qat.finetune(copy.deepcopy(prepared), batches, checkpoint=path)
+    assert summary.learning_rate == qat.learning_rate_for(4, adopted=True)
+    assert summary.learning_rate < qat.learning_rate_for(4)
+    qat.finetune(prepared, batches)
+    assert before.keys() == statistics(prepared).keys()
+    assert all(torch.equal(before[name], value) for name, value in statistics(prepared).items())
+    qat.finetune(prepared, batches, recipe=qat.Recipe(freeze_batch_norms=1.0))
+    assert not all(torch.equal(before[name], v) for name, v in statistics(prepared).items())
+    with pytest.raises(TrainingError, match="a checkpoint of another graph"):
+        qat.finetune(prepared_for("a4w4-lsq"), batches, checkpoint=path)
 
 
 def test_a_corrected_bias_is_not_counted_twice() -> None:
