@@ -26,6 +26,7 @@ from custom_quantizer.accuracy.rounding import (
 __all__ = [
     "correct_bias",
     "correct_bias_by_means",
+    "fitted_rows",
     "input_moments",
     "round_by_error",
     "set_integers",
@@ -69,29 +70,47 @@ def input_moments(
     return sums.moments()
 
 
-def round_by_error(layer: Layer, moments: Moments, weight: Tensor, *, centered: bool) -> None:
-    """Give a layer the scales and integers that change its outputs least: GPTQ.
-
-    The weight is first refitted, so that it makes of rounded inputs what the float weight makes of
-    float ones. Then every output channel is rounded with several scales, and keeps the best one.
+def fitted_rows(
+    layer: Layer, moments: Moments, weight: Tensor, *, centered: bool
+) -> tuple[Tensor, Tensor]:
+    """The weight refitted: it makes of rounded inputs what the float weight makes of float ones.
 
     Args:
-        layer: the layer; its weight is changed.
+        layer: the layer.
         moments: of its inputs.
         weight: of the float model.
         centered: a bias takes up differences of means, so that only deviations from them count.
 
+    Returns:
+        Float64 ``(groups, outputs, inputs)``, and the second moments of the rounded inputs,
+        ``(groups, inputs, inputs)``: the error of other rows is a quadratic form of these.
+
     References:
-        The refit of float on rounded inputs is the first step of asymmetric calibration in
-        Y. Li et al. GPTAQ: efficient finetuning-free quantization for asymmetric calibration.
-        ICML 2025. https://arxiv.org/abs/2504.02692
+        The first step of asymmetric calibration in Y. Li et al. GPTAQ: efficient finetuning-free
+        quantization for asymmetric calibration. ICML 2025. https://arxiv.org/abs/2504.02692
     """
     square, cross = moments.square, moments.cross
     if not centered:
         square = square + moments.mean.unsqueeze(2) * moments.mean.unsqueeze(1)
         cross = cross + moments.float_mean.unsqueeze(2) * moments.mean.unsqueeze(1)
+    rows = layer.to_rows(weight.to(torch.float64))
+    return refit(rows, cross - square, damped(square)), square
+
+
+def round_by_error(layer: Layer, moments: Moments, weight: Tensor, *, centered: bool) -> None:
+    """Give a layer the scales and integers that change its outputs least: GPTQ.
+
+    The weight is first refitted. Then every output channel is rounded with several scales, and
+    keeps the best one.
+
+    Args:
+        layer: the layer; its weight is changed.
+        moments: of its inputs.
+        weight: of the float model.
+        centered: see :func:`fitted_rows`.
+    """
+    rows, square = fitted_rows(layer, moments, weight, centered=centered)
     hessian = damped(square)
-    rows = refit(layer.to_rows(weight.to(torch.float64)), cross - square, hessian)
     observer = layer.observer
     widest = observer.largest_scale(layer.from_rows(rows))
     scales = torch.stack([layer.fitting_scale(widest * share) for share in _SCALES])

@@ -41,7 +41,7 @@ from custom_quantizer.accuracy.equalization import (
     smooth,
 )
 from custom_quantizer.accuracy.layers import Layer, find_layers
-from custom_quantizer.accuracy.learning import Block, learn_rounding, walk_blocks
+from custom_quantizer.accuracy.learning import Block, learn_block, learn_layer, walk_blocks
 from custom_quantizer.accuracy.streams import Stream, values_of, walk
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, graph_calls
@@ -399,11 +399,13 @@ class _Run:
         applied = []
         learned = slice(self.learned)
         corrects = "bias_correction" in self.algorithms and layer.bias is not None
-        if "gptq" in self.algorithms and layer.loses_nothing():
-            exact = "its weight is exact when rounded to nearest"
-            self.not_applied.append(NotApplied(layer.name, "gptq", exact))
-        elif "gptq" in self.algorithms:
-            with self._timing("gptq"):
+        by_moments = [name for name in ("gptq", "adaround") if name in self.algorithms]
+        if by_moments and layer.loses_nothing():
+            for name in by_moments:
+                self._leave(name, {layer.name: "its weight is exact when rounded to nearest"})
+        elif by_moments:
+            weight = floating.values[layer.weight_node]
+            with self._timing(by_moments[0]):
                 generator = torch.Generator().manual_seed(self.seed + index)
                 moments = input_moments(
                     layer,
@@ -411,13 +413,14 @@ class _Run:
                     floating.batches(layer.input)[learned],
                     generator,
                 )
-                weight = floating.values[layer.weight_node]
-                round_by_error(layer, moments, weight, centered=corrects)
-            applied.append("gptq")
-        if "adaround" in self.algorithms:
-            block = Block.of_layer(layer)
-            reason = self._learn("adaround", index, block, floating, rounded, drop=0)
-            self._settle("adaround", layer, reason, applied)
+            if "gptq" in by_moments:
+                with self._timing("gptq"):
+                    round_by_error(layer, moments, weight, centered=corrects)
+                applied.append("gptq")
+            if "adaround" in by_moments:
+                with self._timing("adaround"):
+                    reason = learn_layer(layer, moments, weight, self.iterations, centered=corrects)
+                self._settle("adaround", layer, reason, applied)
         if "analytical_bias_correction" in self.algorithms:
             with self._timing("analytical_bias_correction"):
                 weight = floating.values[layer.weight_node]
@@ -477,33 +480,21 @@ class _Run:
         if len(block.layers) > _MOST_LAYERS:
             reason: str | None = f"its block has {len(block.layers)} layers, too many to learn"
         else:
-            reason = self._learn("brecq", index, block, floating, rounded)
+            with self._timing("brecq"):
+                generator = torch.Generator().manual_seed(self.seed + index)
+                reason = learn_block(
+                    self.prepared,
+                    block,
+                    floating,
+                    rounded,
+                    self.learned,
+                    self.iterations,
+                    generator,
+                )
         if reason is not None:
             self._leave("brecq", {layer.name: reason for layer in block.layers})
             return ()
         return ("brecq",)
-
-    def _learn(
-        self,
-        algorithm: str,
-        index: int,
-        block: Block,
-        floating: Stream,
-        rounded: Stream,
-        **options: float,
-    ) -> str | None:
-        with self._timing(algorithm):
-            generator = torch.Generator().manual_seed(self.seed + index)
-            return learn_rounding(
-                self.prepared,
-                block,
-                floating,
-                rounded,
-                self.learned,
-                self.iterations,
-                generator,
-                **options,
-            )
 
     def _measured(self) -> dict[Node, float]:
         """SQNR of each layer's output on what is held back, as the graph is now."""
