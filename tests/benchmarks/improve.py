@@ -31,6 +31,7 @@ from support.cifar_models import (
 )
 
 import custom_quantizer as cq
+from custom_quantizer.analysis.evaluation import Evaluation
 from custom_quantizer.core.files import write_json_atomic, write_text_atomic
 
 BATCH = 50
@@ -50,8 +51,6 @@ MORE = (
     "equalization",
     "equalization+gptq+bias_correction",
 )
-LEARNED = ("adaround+bias_correction", "gptq+brecq+bias_correction")
-"""Minutes each, at one scheme of one network."""
 
 
 def cells() -> Iterator[tuple[str, str, str]]:
@@ -70,8 +69,6 @@ def cells() -> Iterator[tuple[str, str, str]]:
         for scheme in ("a8w4", "a4w4"):
             for algorithms in MORE:
                 yield network, scheme, algorithms
-    for algorithms in LEARNED:
-        yield "ResNet-20", "a4w4", algorithms
 
 
 def measure(network: str, scheme: str, how: str, images: int | None) -> dict[str, Any]:
@@ -96,14 +93,23 @@ def measure(network: str, scheme: str, how: str, images: int | None) -> dict[str
     lowered = cq.lower(result.converted, (test[:BATCH],))
     batches = list(zip(test.split(BATCH), labels.split(BATCH), strict=True))
     scores = cq.evaluate({"float": model, "pte": lowered}, batches, progress=False)
-    ours = scores["pte"]
-    difference = ours.against_first
-    assert difference is not None
     return {
         "network": network,
         "scheme": scheme,
         "how": how,
         "algorithms": [] if result.improvement is None else list(result.improvement.algorithms),
+        **against_float(scores),
+        "cpu_seconds": round(seconds, 1),
+        "delegates": lowered.report.delegates,
+    }
+
+
+def against_float(scores: Evaluation) -> dict[str, Any]:
+    """What a row keeps of the models ``float`` and ``pte``."""
+    ours = scores["pte"]
+    difference = ours.against_first
+    assert difference is not None
+    return {
         "samples": ours.samples,
         "float_top1": scores["float"].top1,
         "top1": ours.top1,
@@ -112,8 +118,6 @@ def measure(network: str, scheme: str, how: str, images: int | None) -> dict[str
         "low": difference.low,
         "high": difference.high,
         "p_value": difference.p_value,
-        "cpu_seconds": round(seconds, 1),
-        "delegates": lowered.report.delegates,
     }
 
 
@@ -139,7 +143,7 @@ def render(result: dict[str, Any]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for scheme in SCHEMES:
-            for how in ("plain", "fast", *MORE[:2], *ALONE, "best", MORE[2], *LEARNED):
+            for how in ("plain", "fast", *MORE[:2], *ALONE, "best", MORE[2]):
                 row = rows.get(f"{network}, {scheme}, {how}")
                 if row is not None:
                     lines.append(_line(row))
