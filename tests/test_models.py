@@ -109,9 +109,9 @@ OTHERS: dict[str, tuple[tuple[int, ...], set[str]]] = {
     "densenet121": (IMAGE, {"avg_pool2d"}),
     "inception_v3": ((1, 3, 75, 75), set()),
     "r3d_18": ((1, 3, 4, 32, 32), {"pad"}),
-    "fcn_resnet50": (IMAGE, {"aten.upsample_bilinear2d.vec"}),
-    "lraspp_mobilenet_v3_large": (IMAGE, {"aten.upsample_bilinear2d.vec", "sigmoid", *TABLES}),
-    "deeplabv3_mobilenet_v3_large": (IMAGE, {"aten.upsample_bilinear2d.vec", *TABLES}),
+    "fcn_resnet50": (IMAGE, set()),
+    "lraspp_mobilenet_v3_large": (IMAGE, {"sigmoid", *TABLES}),
+    "deeplabv3_mobilenet_v3_large": (IMAGE, TABLES),
     "ssdlite320_mobilenet_v3_large": ((1, 3, 96, 96), TABLES),
 }
 

@@ -355,6 +355,10 @@ class _ConstantObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc]  
         return dequantize
 
 
+_FLOAT_BIAS = "custom_quantizer_float_bias"
+"""Key in ``node.meta`` of a converted bias: the floats it was derived from."""
+
+
 class WeightObserver(_ConstantObserver):
     """Scales and integers of a constant weight.
 
@@ -588,7 +592,8 @@ class BiasObserver(_ConstantObserver):
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by int32 constants and their dequantization (called by torchao)."""
         fold_for_good(model)
-        values, scale = self.derived(model, node, constant_of(model, cast(Node, node.args[0])))
+        bias = constant_of(model, cast(Node, node.args[0]))
+        values, scale = self.derived(model, node, bias)
         qparams = QParams(
             scale if scale.dim() else float(scale),
             0,
@@ -596,7 +601,8 @@ class BiasObserver(_ConstantObserver):
             self.quant_max,
             0 if scale.dim() else None,
         )
-        self._replace(model, node, values, scale, qparams)
+        # A weight that comes later in the graph must find what this one found.
+        self._replace(model, node, values, scale, qparams).meta[_FLOAT_BIAS] = bias
 
     def derived(self, model: GraphModule, node: Node, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Integers and scale that a bias gets at conversion.
@@ -710,8 +716,7 @@ def _bias_constant(model: GraphModule, match: PatternMatch) -> Tensor | None:
     if source is None:
         return None
     if is_dequantize(source):
-        integers = constant_of(model, cast(Node, source.args[0])).to(torch.float64)
-        return integers * torch.as_tensor(qparams_of(model, source).scale).to(torch.float64)
+        return cast("Tensor | None", source.meta.get(_FLOAT_BIAS))
     observer = _observer_of(model, source)
     if isinstance(observer, BiasObserver):
         value = cast(Node, source.args[0])

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from custom_quantizer.core.formats import signed_bits
+from custom_quantizer.core.resizing import POSITION_BITS, Resizing
 from custom_quantizer.errors import InputError, SchemeError
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "float_to_integers",
     "pool_windows",
     "refuse_nan",
+    "resizable",
     "round_to_24_bits",
     "round_to_float32",
     "saturate",
@@ -365,6 +367,17 @@ def pool_windows(
     return PoolWindows(taps_of(x), counts, kernel_h, count_include_pad and any(padding))
 
 
+def resizable(x: Tensor, rows: Resizing, columns: Resizing) -> Tensor:
+    """The integers of images as int64, if they have the size that is to be resized."""
+    values = as_integers(x, "The tensor to resize")
+    if values.ndim < 2 or tuple(values.shape[-2:]) != (rows.size, columns.size):
+        raise InputError(
+            f"An image of {rows.size} x {columns.size} pixels is to be resized, got a tensor of "
+            f"shape {tuple(values.shape)}"
+        )
+    return values
+
+
 def float_to_integers(rounded: Tensor) -> Tensor:
     """Convert integral float32 values to int64, out-of-range ones to something still out of it."""
     return rounded.clamp(-_HUGE, _HUGE).to(torch.int64)
@@ -621,6 +634,32 @@ class Arithmetic(ABC):
 
     @abstractmethod
     def _avg_pool2d(self, windows: PoolWindows, src: QParams, dst: QParams) -> Tensor: ...
+
+    def interpolate(self, x: Tensor, q: QParams, rows: Resizing, columns: Resizing) -> Tensor:
+        """Resize stored integers of shape (..., H, W) by bilinear interpolation, on one grid.
+
+        With the four neighbours of an output, and its position between them in units of
+        ``2**-11``, ``(weighted sum + 2**21) >> 22``: half goes up.
+
+        Args:
+            x: stored integers.
+            q: of input and output.
+            rows: how the height changes.
+            columns: how the width changes.
+
+        References:
+            XNNPACK at commit 92a7ad50, ``src/s8-ibilinear``; TensorFlow Lite resizes with
+            fractions of 10 bits.
+        """
+        values = resizable(x, rows, columns)
+        for dim, resizing in ((-2, rows), (-1, columns)):
+            place = torch.tensor(resizing.positions)
+            lower = place >> POSITION_BITS
+            upper = (lower + 1).clamp(max=resizing.size - 1)
+            first, second = values.index_select(dim, lower), values.index_select(dim, upper)
+            weight = (place - (lower << POSITION_BITS)).unsqueeze(-1 if dim == -2 else 0)
+            values = (first << POSITION_BITS) + (second - first) * weight
+        return store((values + (1 << (2 * POSITION_BITS - 1))) >> 2 * POSITION_BITS, q)
 
     @abstractmethod
     def clamp(self, x: Tensor, src: QParams, dst: QParams, low: float, high: float) -> Tensor:

@@ -23,12 +23,14 @@ from custom_quantizer.core.arithmetic import (
     checked_count,
     checked_limits,
     refuse_nan,
+    resizable,
     round_to_24_bits,
     scale_along,
     scale_of,
     split_multiplier,
     store,
 )
+from custom_quantizer.core.resizing import Resizing
 from custom_quantizer.errors import InputError
 
 __all__ = ["EXACT", "ExactArithmetic"]
@@ -152,6 +154,21 @@ class ExactArithmetic(Arithmetic):
         ratio = Fraction(scale_of(src)) / Fraction(scale_of(dst))
         bottom = _objects(windows.counts) * ratio.denominator
         return _store_exact(_objects(windows.total()), (ratio.numerator, bottom), dst)
+
+    def interpolate(self, x: Tensor, q: QParams, rows: Resizing, columns: Resizing) -> Tensor:
+        """``RNE`` of the sum weighted with the true positions."""
+        values, denominator = _objects(resizable(x, rows, columns)), 1
+        for dim, resizing in ((-2, rows), (-1, columns)):
+            unit = math.lcm(*(place.denominator for place in resizing.places))
+            place = [int(place * unit) for place in resizing.places]
+            lower = np.array([numerator // unit for numerator in place])
+            rest = np.array([numerator % unit for numerator in place], dtype=object)
+            first = np.take(values, lower, dim)
+            second = np.take(values, np.minimum(lower + 1, resizing.size - 1), dim)
+            values = first * unit + (second - first) * (rest[:, None] if dim == -2 else rest)
+            denominator *= unit
+        offset = values - denominator * q.zero_point
+        return _store_exact(offset, (1, denominator), q)
 
     def clamp(self, x: Tensor, src: QParams, dst: QParams, low: float, high: float) -> Tensor:
         """``RNE(clamp((q - zp) * s_in) / s_out) + zp``; rounding and clamping commute."""

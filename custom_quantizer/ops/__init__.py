@@ -18,6 +18,7 @@ from custom_quantizer.ops import (
     movement,
     normalization,
     pool,
+    resize,
 )
 from custom_quantizer.ops._rule import (
     Case,
@@ -50,6 +51,7 @@ REGISTRY: tuple[OpRule, ...] = (
     *gemm.RULES,
     *elementwise.RULES,
     *pool.RULES,
+    *resize.RULES,
     *movement.RULES,
     *functions.RULES,
     *attention.RULES,

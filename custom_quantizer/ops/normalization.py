@@ -172,6 +172,8 @@ VECTOR_NORM = OpRule(
         _case("keepdim", lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True), (2, 5, 16)),
         _case("flat", lambda x: torch.linalg.vector_norm(x, dim=-1), (2, 5, 16)),
         _case("normalize", lambda x: F.normalize(x, dim=-1), (2, 3, 5, 16)),
+        _case("channels", lambda x: F.normalize(x, dim=1), (2, 8, 3, 4)),
+        _case("image", lambda x: torch.linalg.vector_norm(x, dim=(1, 2)), (2, 5, 4, 8)),
     ),
 )
 

@@ -58,6 +58,7 @@ from custom_quantizer.ops.pool import (
     pool_window,
     spatial_mean_dims,
 )
+from custom_quantizer.ops.resize import resizings_of
 from custom_quantizer.reference.accumulators import (
     accumulator_of,
     image_size,
@@ -731,6 +732,15 @@ def _max_pool(op: QuantizedOp) -> Entry:
     }
 
 
+def _resize(op: QuantizedOp) -> Entry:
+    rows, columns = resizings_of(op.node)
+    return {
+        "op": "resize_bilinear",
+        "rows": list(rows.positions),
+        "columns": list(columns.positions),
+    }
+
+
 def _reshape(op: QuantizedOp) -> Entry:
     shape: list[int] = []
     source = shape_of(op.match.inputs[0])
@@ -835,6 +845,7 @@ _FIELDS: Mapping[str, Callable[[QuantizedOp], Entry]] = {
     "avg_pool2d": _avg_pool,
     "adaptive_avg_pool2d": _adaptive_avg_pool,
     "mean": _mean,
+    "upsample_bilinear2d": _resize,
     "cat": lambda op: {
         "op": "cat",
         "axis": int(argument(op.node, 1, "dim", 0)) % len(shape_of(op.node)),

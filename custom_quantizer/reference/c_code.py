@@ -1038,6 +1038,20 @@ def _pool(network: _Network, op: _Op) -> None:
     network.call(f"cq_{entry['op']}({struct}, {op.pointers()[0]}, {op.out})")
 
 
+def _resize(network: _Network, op: _Op) -> None:
+    (shape,) = op.shapes
+    members: Fields = {
+        "images": math.prod(shape[:-2]),
+        "in": shape[-2:],
+        "out": op.shape[-2:],
+        "type": op.type_of(op.output),
+        "rows": _Loop(op.entry["rows"]),
+        "columns": _Loop(op.entry["columns"]),
+    }
+    struct = network.struct("cq_resize_op", op.name, members)
+    network.call(f"cq_resize_bilinear({struct}, {op.pointers()[0]}, {op.out})")
+
+
 def _copy(
     network: _Network,
     op: _Op,
@@ -1125,6 +1139,7 @@ _EMITTERS: Mapping[str, Callable[[_Network, _Op], None]] = {
     "mean": _mean,
     "avg_pool2d": _pool,
     "max_pool2d": _pool,
+    "resize_bilinear": _resize,
     "pad": _pad,
     "cat": _cat,
     "permute": _permute,

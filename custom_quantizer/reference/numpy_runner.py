@@ -478,6 +478,25 @@ def _max_pool2d(call: Call) -> Array:
     return stored
 
 
+_POSITION_BITS = 11
+
+
+def _resize_bilinear(call: Call) -> Array:
+    """Weighted sums of four neighbours; positions are in units of ``2**-11``, and half goes up."""
+    values = call.inputs[0].astype(np.int64)
+    for axis, positions in ((-2, call.op["rows"]), (-1, call.op["columns"])):
+        place = np.array(positions, dtype=np.int64)
+        lower = place >> _POSITION_BITS
+        first = np.take(values, lower, axis)
+        second = np.take(values, np.minimum(lower + 1, values.shape[axis] - 1), axis)
+        weight = place - (lower << _POSITION_BITS)
+        weight = weight[:, None] if axis == -2 else weight
+        values = (first << _POSITION_BITS) + (second - first) * weight
+    half = 1 << (2 * _POSITION_BITS - 1)
+    resized: Array = ((values + half) >> 2 * _POSITION_BITS).astype(call.output.dtype)
+    return resized
+
+
 def _reshape(call: Call) -> Array:
     """0 takes the size of the same dimension of the input, -1 what is left over."""
     x = call.inputs[0]
@@ -726,6 +745,17 @@ def _max_pool_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> 
     _filled(op, x, sizes, op["dilation"])
     _bounded_work(_count((*x[:-2], *sizes)) * math.prod(op["kernel"]))
     return (*x[:-2], *sizes)
+
+
+def _resize_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
+    (x,), out = inputs, (op["rows"], op["columns"])
+    _need(len(x) >= 2, f"it resizes images, not tensors of {len(x)} dimensions")
+    for size, positions in zip(x[-2:], out, strict=True):
+        _need(size is not None, "the size of its image is not known")
+        last = ((size or 0) - 1) << _POSITION_BITS
+        inside = max(positions) <= last
+        _need(inside, f"a position of {max(positions)} lies beyond the last pixel, at {last}")
+    return (*x[:-2], *map(len, out))
 
 
 def _pad_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Sizes:
@@ -1183,6 +1213,7 @@ _MULTIPLIER, _SHIFT = _Integer(0, _INT32_MAX), _Integer(-31, 30)
 _FACTOR = _Record({"rule": _RULE, "multiplier": _MULTIPLIER, "shift": _SHIFT})
 _FACTORS = _Record({"rule": _RULE, "multiplier": _List(_MULTIPLIER, 1), "shift": _List(_SHIFT, 1)})
 _COUNTED = _Record({"count": _List(_Integer(1, MOST_TAPS), 1), **_FACTORS.fields})
+_POSITIONS = _List(_Integer(0, _INT32_MAX), 1)
 _CLAMP: dict[str, _Field] = {"clamp": _List(_INT32_FIELD, 2, 2)}
 _SCALED: dict[str, _Field] = {"requantization": _FACTOR, **_CLAMP}
 _WEIGHTED: dict[str, _Field] = {
@@ -1323,6 +1354,12 @@ _OPS: Mapping[str, _Kind] = {
         _max_pool2d,
         _max_pool_sizes,
         {"kernel": _PAIR, "stride": _PAIR, "padding": _PAIR_PADDING, "dilation": _PAIR},
+        moves=True,
+    ),
+    "resize_bilinear": _Kind(
+        _resize_bilinear,
+        _resize_sizes,
+        {"rows": _POSITIONS, "columns": _POSITIONS},
         moves=True,
     ),
     "pad": _Kind(

@@ -131,7 +131,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--flows", nargs="+", choices=FLOWS, default=FLOWS)
     parser.add_argument("--work", type=Path, default=Path("build/zoo"), help="folder of results")
     parser.add_argument("--timeout", type=int, default=900, help="seconds a process may take")
-    parser.add_argument("--latency-seconds", type=float, default=3.0, help="per model")
+    parser.add_argument("--latency-seconds", type=float, default=3.0, help="per model; 0: none")
     parser.add_argument("--again", action="store_true", help="measure what is stored again")
     parser.add_argument("--table-only", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, help="folder to write zoo.json and zoo.md to")
@@ -146,7 +146,8 @@ def main() -> None:
         for library in LIBRARIES:  # before processes are forked
             __import__(library)
         for name in track(list(options.models), "models"):
-            for flow in (*options.flows, "latency"):
+            timed = ("latency",) if options.latency_seconds > 0 else ()
+            for flow in (*options.flows, *timed):
                 if options.again or zoo.load(name, flow) is None:
                     print(line(zoo.measure(name, flow)), flush=True)
     flows = (*FLOWS, "latency")

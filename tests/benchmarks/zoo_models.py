@@ -318,12 +318,37 @@ TRANSFORMERS: dict[str, Hugging] = {
 }
 
 _TIMM = {
-    96: """
-        convnext_atto dla34 edgenext_xx_small efficientvit_b0 ghostnet_100 hrnet_w18_small
-        mobilenetv4_conv_small mobilevit_xxs poolformer_s12 regnety_002 repvgg_a0 rexnet_100
+    64: """
+        convmixer_768_32 cspnext_tiny dpn68 efficientnet_lite0 fasternet_t0 fbnetc_100 gernet_s
+        hardcorenas_a hgnetv2_b0 lcnet_050 mobileone_s0 nf_regnet_b0 repghostnet_050
+        res2net50_14w_8s resnetv2_18 starnet_s050 test_nfnet tf_efficientnet_b0
+        tf_mobilenetv3_small_minimal_100
     """,
-    128: "lambda_resnet26t focalnet_tiny_srf sequencer2d_s mixer_s32_224",
-    224: "efficientformer_l1 levit_128s swin_tiny_patch4_window7_224 visformer_tiny",
+    96: """
+        convnext_atto convnextv2_atto cs3darknet_focus_s dla34 eca_resnext26ts
+        edgenext_xx_small efficientvit_b0 ese_vovnet19b_slim_dw fastvit_t8 gcresnext26ts
+        ghostnet_100 hrnet_w18_small inception_next_atto legacy_xception mambaout_femto mixnet_s
+        mobilenetv4_conv_small mobilevit_xxs mobilevitv2_050 poolformer_s12 rdnet_tiny regnety_002
+        regnetz_005 repvgg_a0 repvit_m0_9 resnest14d resnetblur18 rexnet_100 selecsls42 skresnet18
+    """,
+    128: """
+        focalnet_tiny_srf lambda_resnet26t mixer_s32_224 mobilenetv4_hybrid_medium
+        sequencer2d_s shvit_s1 swiftformer_xs
+    """,
+    224: """
+        cait_xxs24_224 coat_lite_tiny convit_tiny davit_tiny
+        deit_tiny_distilled_patch16_224 efficientformer_l1 efficientformerv2_s0 efficientvim_m1
+        efficientvit_m0 eva02_tiny_patch14_224 gcvit_xxtiny gmlp_ti16_224 hiera_tiny_224
+        levit_128s mvitv2_tiny nest_tiny nextvit_small pit_ti_224 pvt_v2_b0 resmlp_12_224
+        swin_tiny_patch4_window7_224 tiny_vit_5m_224 tnt_s_patch16_224 twins_svt_small
+        visformer_tiny vit_relpos_small_patch16_224 vit_tiny_patch16_224 volo_d1_224
+        xcit_nano_12_p16_224
+    """,
+    240: "crossvit_tiny_240",
+    256: """
+        bat_resnext26ts botnet26t_256 coatnet_nano_rw_224 halonet26t maxvit_pico_rw_256
+        swinv2_tiny_window8_256
+    """,
 }
 """Height and width of images -> names."""
 

@@ -103,6 +103,26 @@ def test_a_supplied_scale_is_still_raised_where_the_bias_would_not_fit() -> None
     assert int(cast(Tensor, op.bias).abs().max()) <= 1 << 21
 
 
+def test_a_scale_is_raised_alike_where_the_weight_is_computed_behind_the_bias() -> None:
+    """A weight-standardized layer: its weight is folded to a constant that comes after the bias."""
+
+    class Computed(torch.nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = torch.nn.functional.batch_norm(
+                self.weight.reshape(1, 8, -1), None, None, training=True, momentum=0.0
+            )
+            weight = 1e-6 * weight.reshape_as(self.weight)
+            return torch.nn.functional.conv2d(x, weight, self.bias)
+
+    torch.manual_seed(0)
+    model, x = Computed(3, 8, 3).eval(), torch.randn(1, 3, 5, 5)
+    captured = torch.export.export(model, (x,)).module()
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+    prepared(x)
+    (op,) = _ops(prepared).values()
+    assert int(cast(Tensor, op.bias).abs().max()) == (1 << 21) - 1
+
+
 def test_a_tensor_of_several_is_enough_and_unfreezing_goes_back() -> None:
     prepared = _prepared()
     before = solved_qparams(prepared)

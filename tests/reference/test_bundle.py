@@ -148,6 +148,10 @@ GRAPHS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
         lambda x: F.avg_pool2d(x * 2, (3, 2), 1, (1, 0), count_include_pad=False) * 1.25,
         ((2, 3, 5, 4),),
     ),
+    "resized": (
+        lambda x: F.interpolate(x * 2, size=(7, 4), mode="bilinear") + 1.0,
+        ((2, 3, 3, 6),),
+    ),
     "ceil_pool": (
         lambda x: F.max_pool2d(x * 2, (3, 2), (2, 3), 1, ceil_mode=True),
         ((1, 3, 12, 9),),

@@ -56,6 +56,12 @@ class Everything(nn.Module):
         y = F.max_pool2d(F.relu(self.stem(x.clamp(-50.0, 50.0))), 3, 2, 1)
         y = self.pointwise(self.grouped(F.hardswish(self.depthwise(y))))
         y = F.avg_pool2d(y, 3, 1, 1, count_include_pad=False) * 1.25
+        y = F.interpolate(
+            F.interpolate(y, scale_factor=2.0, mode="bilinear"),
+            y.shape[2:],
+            mode="bilinear",
+            align_corners=True,
+        )
         z = self.up(y)
         s = self.slopes(self.signal(z.flatten(2)))
         q = self.query(s.transpose(1, 2))

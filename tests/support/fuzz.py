@@ -120,7 +120,6 @@ UNKNOWN = (
     _unknown("mean_channels", lambda x: x.mean(1), _IMAGE),
     _unknown("sum", lambda x: x.sum(-1, keepdim=True), _IMAGE),
     _unknown("max", lambda x: torch.max(x, 1)[0], _IMAGE),
-    _unknown("resize", lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), _IMAGE),
     _unknown("where", lambda x, y: torch.where(x > 0, x, y), _IMAGE, _IMAGE),
     _unknown("double", lambda x: (x.double() * 1.5).float(), _IMAGE),
 )

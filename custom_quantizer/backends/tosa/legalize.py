@@ -1,9 +1,11 @@
-"""Rewrites that only TOSA needs: its averages as layers with constant weights.
+"""Rewrites that only TOSA needs: its averages and resizes as layers with constant weights.
 
 ExecuTorch's arm backend takes a mean apart into a sum, a product and roundings between them, and
 hands an average pooling to ``AVG_POOL2D``, which wants input and output of one scale and is
 silently wrong otherwise. A layer whose weights are ``1 / n`` rounds once, at any scales: as all
 weights are the same number, none of them is off the grid.
+
+``RESIZE`` sums four neighbours with fractions of its own and is not modelled here.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.pool import adaptive_kernel, is_global_pool, spatial_mean_dims
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
+from custom_quantizer.ops.rewrites.legalization.interpolations import by_layers
 
 __all__ = ["FORMS"]
 
@@ -96,14 +99,15 @@ def _then(first: Rewrite | None, second: Rewrite) -> Rewrite:
     return rewrite
 
 
-_AVERAGES: dict[Any, Rewrite] = {
+_LAYERS: dict[Any, Rewrite] = {
     aten.mean.dim: _mean,
     aten.adaptive_avg_pool2d.default: _adaptive_avg_pool,
     aten.avg_pool2d.default: _avg_pool,
+    aten.upsample_bilinear2d.vec: by_layers,
 }
 
 FORMS: Mapping[Any, Rewrite] = MappingProxyType(
     dict(LEGALIZATIONS)
-    | {target: _then(LEGALIZATIONS.get(target), form) for target, form in _AVERAGES.items()}
+    | {target: _then(LEGALIZATIONS.get(target), form) for target, form in _LAYERS.items()}
 )
 """By overload, what makes its form."""

@@ -40,6 +40,7 @@ from custom_quantizer.core.arithmetic import (
     f32,
     float_to_integers,
     refuse_nan,
+    resizable,
     round_to_24_bits,
     round_to_float32,
     saturate,
@@ -50,6 +51,7 @@ from custom_quantizer.core.arithmetic import (
     store,
     wrap_int32,
 )
+from custom_quantizer.core.resizing import POSITION_BITS, Resizing
 from custom_quantizer.errors import SchemeError
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "tie_break_offset",
     "xnnpack_add_parameters",
     "xnnpack_multiplier",
+    "xnnpack_positions",
 ]
 
 _AVGPOOL_CHUNK = 9
@@ -198,6 +201,41 @@ def xnnpack_add_parameters(
     # Exact in double; Python's round() is half to even.
     multiplier_a, multiplier_b = round(ratio_a * 2.0**shift), round(ratio_b * 2.0**shift)
     return multiplier_a, -multiplier_b if subtract else multiplier_b, shift
+
+
+def xnnpack_positions(resizing: Resizing, *, fused: bool) -> tuple[int, ...]:
+    """Positions with which the delegate resizes int8 images, in units of ``2**-11``.
+
+    It computes them in float32 when it loads a program. Where they are those of
+    :attr:`Resizing.positions`, fused or not, they are so on every CPU.
+
+    Args:
+        resizing: of one dimension.
+        fused: ``index * scale + offset`` is rounded once, as compilers for ARM may have it.
+
+    References:
+        XNNPACK at commit 92a7ad50, ``src/indirection.c``:
+        ``xnn_indirection_init_resize_bilinear2d_hwc_q11``.
+    """
+    size, out, last = resizing.size, resizing.out, np.float32(resizing.size - 1)
+    less = int(resizing.align_corners and out != 1)
+    scale = np.float32(size - less) / np.float32(out - less)
+    index = np.arange(out, dtype=np.float32)
+    if resizing.align_corners:
+        place = np.minimum(index * scale, last)
+    else:
+        offset = np.float32(0.5) * scale - np.float32(0.5)
+        if fused:
+            # The product is exact in float64. The sum may round there once more: by less than what
+            # makes a difference, except next to a tie, which then differs from one of the others.
+            exact = index.astype(np.float64) * np.float64(scale) + np.float64(offset)
+            place = exact.astype(np.float32)
+        else:
+            place = index * scale + offset
+        place = np.minimum(np.maximum(place, np.float32(0)), last)
+    lower = np.floor(place)
+    weight = np.rint((place - lower) * np.float32(1 << POSITION_BITS))
+    return tuple((lower.astype(np.int64) * (1 << POSITION_BITS) + weight.astype(np.int64)).tolist())
 
 
 def _store_emulated(real: Tensor, q: QParams) -> Tensor:
@@ -412,6 +450,19 @@ class XnnpackArithmetic(Arithmetic):
             chunk_sum = ((t[2] + t[3]) + (t[4] + t[5])) + (((t[0] + t[1]) + t[8]) + (t[6] + t[7]))
             total = total + chunk_sum
         return self.quantize(total * (torch.ones_like(counts) / counts), dst)
+
+    def interpolate(self, x: Tensor, q: QParams, rows: Resizing, columns: Resizing) -> Tensor:
+        """As in all modes; above 8 bits in float, which the delegate agrees with to one unit."""
+        if q.fits_int8:
+            return super().interpolate(x, q, rows, columns)
+        values = resizable(x, rows, columns).to(torch.float64)
+        for dim, resizing in ((-2, rows), (-1, columns)):
+            place = torch.tensor(list(map(float, resizing.places)), dtype=torch.float64)
+            lower = place.floor().to(torch.int64)
+            upper = (lower + 1).clamp(max=resizing.size - 1)
+            first, second = values.index_select(dim, lower), values.index_select(dim, upper)
+            values = first + (second - first) * (place - lower).unsqueeze(-1 if dim == -2 else 0)
+        return store(float_to_integers(torch.floor(values + 0.5)), q)
 
     def clamp(self, x: Tensor, src: QParams, dst: QParams, low: float, high: float) -> Tensor:
         """Clamp integers on one grid; ``B(clamp(dequantize(x)))`` between two."""

@@ -14,7 +14,11 @@ from typing import cast
 import torch
 from torch.fx import Node
 
-from custom_quantizer.backends.xnnpack.arithmetic import xnnpack_add_parameters, xnnpack_multiplier
+from custom_quantizer.backends.xnnpack.arithmetic import (
+    xnnpack_add_parameters,
+    xnnpack_multiplier,
+    xnnpack_positions,
+)
 from custom_quantizer.backends.xnnpack.tables import gelu_integers, silu_integers
 from custom_quantizer.core.arithmetic import QParams, scale_of
 from custom_quantizer.core.graph import argument, is_constant, is_empty, shape_of, tensor_meta
@@ -50,6 +54,7 @@ from custom_quantizer.ops.pool import (
     is_global_pool,
     pool_window,
 )
+from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR, resizings_of
 
 __all__ = [
     "DYNAMIC_INT8",
@@ -70,6 +75,7 @@ __all__ = [
     "packable_features",
     "pointwise_strides",
     "refuses_integers",
+    "refuses_resize",
     "refuses_tensor",
 ]
 
@@ -360,6 +366,18 @@ def _adaptive(match: PatternMatch, _formats: Formats) -> Delegation:
     return Delegation(FLOAT, "XNNPACK averages windows in float")
 
 
+def refuses_resize(node: Node) -> str:
+    """Why a bilinear resize of static size has no integers that are the same on every CPU."""
+    for resizing in resizings_of(node):
+        made = {xnnpack_positions(resizing, fused=fused) for fused in (False, True)}
+        if made != {resizing.positions}:
+            return (
+                f"from {resizing.size} to {resizing.out} pixels XNNPACK rounds a position between "
+                "pixels in float32, and CPUs differ in it"
+            )
+    return ""
+
+
 # ---------------------------------------------------------------------------------------------
 # Data movement
 # ---------------------------------------------------------------------------------------------
@@ -460,6 +478,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         AVG_POOL.family: Support(_always(FLOAT, "XNNPACK averages windows in float")),
         ADAPTIVE_AVG_POOL.family: Support(_adaptive, accepts=_accepts_mean),
         MEAN.family: Support(_int8, accepts=_accepts_mean),
+        UPSAMPLE_BILINEAR.family: Support(_int8, refuses=lambda match: refuses_resize(match.node)),
         CAT.family: Support(_int8),
         IDENTITY.family: Support(_always(FOLDED, "it does not change the tensor")),
         RESHAPE.family: Support(_reshape),

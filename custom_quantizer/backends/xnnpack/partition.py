@@ -1,9 +1,9 @@
-"""Which ops XNNPACK takes: upstream's list, integer products of activations, and elu.
+"""Which ops XNNPACK takes: upstream's list, elu, integer products of activations and resizes.
 
 XNNPACK multiplies batches of int8 matrices, ``(a - z_a) @ b`` requantized like a linear layer, if
 the zero point of the second operand is 0. ExecuTorch's partitioner (1.5.1) offers it batched
 products in float only; its serializer and its runtime know both. They know elu as well, which is
-not on the partitioner's list.
+not on the partitioner's list, and the bilinear resize of int8 images.
 """
 
 from __future__ import annotations
@@ -12,12 +12,19 @@ from typing import Any
 
 import torch
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
-from executorch.backends.xnnpack.partition.config.generic_node_configs import BMMConfig, EluConfig
+from executorch.backends.xnnpack.partition.config.generic_node_configs import (
+    BMMConfig,
+    EluConfig,
+    UpsampleBilinear2dConfig,
+)
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
 
 from custom_quantizer.backends.xnnpack import visitors as _visitors  # noqa: F401  # registers them
+from custom_quantizer.backends.xnnpack.kernels import refuses_resize
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
+from custom_quantizer.ops.resize import steps_otherwise
 
 __all__ = ["configurations", "partitioner"]
 
@@ -43,6 +50,34 @@ class IntegerBatchMatmul(BMMConfig):  # type: ignore[misc]  # ExecuTorch is unty
         return nodes
 
 
+class IntegerResize(UpsampleBilinear2dConfig):  # type: ignore[misc]  # ExecuTorch is untyped
+    """Bilinear resizes in float or, between int8 tensors of one scale, in integers."""
+
+    def supported_precision_types(self) -> list[ConfigPrecisionType]:
+        """Float and static int8."""
+        return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
+
+    def check_constraints(self, node: torch.fx.Node, ep: Any) -> bool:
+        """Leave out what XNNPACK would compute otherwise: it steps by the ratio of the sizes."""
+        return super().check_constraints(node, ep) is True and not steps_otherwise(node)
+
+    def get_node_and_deps(self, node: torch.fx.Node, ep: Any) -> list[torch.fx.Node]:
+        """The resize and, if it can run in integers, the q/dq nodes that become part of it."""
+        before: Any = node.args[0]
+        after = list(node.users)
+        integers = (
+            len(after) == 1
+            and is_dequant(before)
+            and is_quant(after[0])
+            and before.args[1:3] == after[0].args[1:3]
+            and not refuses_resize(node)
+        )
+        if not integers:
+            return [node]
+        nodes: list[torch.fx.Node] = super().get_node_and_deps(node, ep)
+        return nodes
+
+
 class FloatElu(EluConfig):  # type: ignore[misc]  # ExecuTorch is untyped
     """elu in float; between int8 Q/DQ boundaries XNNPACK makes a table of the three steps."""
 
@@ -62,10 +97,8 @@ class FloatElu(EluConfig):  # type: ignore[misc]  # ExecuTorch is untyped
 
 def configurations() -> list[Any]:
     """Upstream's configs, with those of this module in the place of their base classes."""
-    configs = [
-        IntegerBatchMatmul if config is BMMConfig else config for config in ALL_PARTITIONER_CONFIGS
-    ]
-    return [*configs, FloatElu]
+    ours = {BMMConfig: IntegerBatchMatmul, UpsampleBilinear2dConfig: IntegerResize}
+    return [*(ours.get(config, config) for config in ALL_PARTITIONER_CONFIGS), FloatElu]
 
 
 def partitioner() -> XnnpackPartitioner:

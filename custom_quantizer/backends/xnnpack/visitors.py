@@ -1,8 +1,9 @@
 """How the delegate's file says what XNNPACK can compute and ExecuTorch (1.5.1) does not write.
 
 ExecuTorch writes each op of a delegate with the ``NodeVisitor`` that is registered for it. Those of
-this module take the place of three of its own and differ from them only at nodes that our passes
-marked (``node.meta["custom"]``), so that graphs of other flows are written as before.
+this module take the place of four of its own and differ from them only at nodes that our passes
+marked (``node.meta["custom"]``) and at what our partitioner alone puts into integers, so that
+graphs of other flows are written as before.
 
 A product whose second operand was transposed by a marked permute is written with
 ``XNN_FLAG_TRANSPOSE_B``, and reads what the permute reads; the permute itself is not written.
@@ -11,6 +12,9 @@ the operand comes from a transpose of its last two dims alone, so a copy is writ
 
 A marked pointwise convolution is written as a fully connected layer: both read channels last, and
 only the latter takes 4-bit weights. Sums, requantization and clamps are the same.
+
+A bilinear resize between int8 Q/DQ boundaries is written with its scale and zero point, which
+ExecuTorch leaves out.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from executorch.backends.xnnpack.operators.quant_params import QuantParams
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNBatchMatrixMultiply,
     XNNFullyConnected,
+    XNNStaticResizeBilinear2D,
     XNNStaticTranspose,
     XNode,
 )
@@ -39,6 +44,7 @@ from executorch.backends.xnnpack.utils.quant_utils import (
     is_tagged_as_implicit_q_dq,
 )
 from executorch.backends.xnnpack.utils.xnnpack_constants import (
+    XNN_FLAG_ALIGN_CORNERS,
     XNN_FLAG_TRANSPOSE_B,
     XNN_INVALID_VALUE_ID,
 )
@@ -68,6 +74,7 @@ def _registered(target: str) -> Any:
 _Permute: Any = _registered("aten.permute_copy.default")
 _Product: Any = _registered("aten.bmm.default")
 _Convolution: Any = _registered("aten.convolution.default")
+_Resize: Any = _registered("aten.upsample_bilinear2d.vec")
 
 
 class TransposeVisitor(_Permute):  # type: ignore[misc]  # ExecuTorch is untyped
@@ -138,6 +145,30 @@ class ConvolutionVisitor(_Convolution):  # type: ignore[misc]
         xnn_graph.xnodes.append(written)
 
 
+class ResizeVisitor(_Resize):  # type: ignore[misc]  # ExecuTorch is untyped
+    """A bilinear resize; of integers with what they stand for."""
+
+    def define_node(self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
+        """Write the resize."""
+        data, outputs = node.args[0], QuantParams.from_outputs(node)
+        inputs = QuantParams.from_inputs(data, self._exported_program)
+        if inputs is None or outputs is None:
+            super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
+            return
+        nhwc = {"convert_to_nhwc": True}
+        self.define_tensor(node, xnn_graph, vals_to_ids, quant_params=outputs, **nhwc)
+        self.define_tensor(data, xnn_graph, vals_to_ids, quant_params=inputs, **nhwc)
+        height, width = node.meta["val"].shape[-2:]
+        resize = XNNStaticResizeBilinear2D(
+            new_height=height,
+            new_width=width,
+            input_id=vals_to_ids[data],
+            output_id=vals_to_ids[node],
+            flags=XNN_FLAG_ALIGN_CORNERS if node.args[2] else 0,
+        )
+        xnn_graph.xnodes.append(XNode(xnode_union=resize, debug_handle=debug_handle))
+
+
 def _behind_a_copy(operand: int, xnn_graph: Any, debug_handle: int) -> int:
     """The id of a value that no transpose of the last two dims alone computes."""
     makers = (node.xnode_union for node in xnn_graph.xnodes)
@@ -188,7 +219,12 @@ def _readers(transpose: Node) -> list[Node]:
     ]
 
 
-VISITORS: tuple[type[NodeVisitor], ...] = (TransposeVisitor, ProductVisitor, ConvolutionVisitor)
+VISITORS: tuple[type[NodeVisitor], ...] = (
+    TransposeVisitor,
+    ProductVisitor,
+    ConvolutionVisitor,
+    ResizeVisitor,
+)
 """Registered when this module is imported; each writes what is not marked as the one before it."""
 
 for _visitor in VISITORS:

@@ -597,6 +597,35 @@ void cq_max_pool2d(const cq_pool_op *op, const void *x, void *out)
     }
 }
 
+/* Resizing ------------------------------------------------------------------------------------ */
+
+/* Between two neighbours of a line, in units of 1/2048. */
+static int64_t between(int64_t first, int64_t second, int32_t position)
+{
+    return first * 2048 + (second - first) * (position % 2048);
+}
+
+void cq_resize_bilinear(const cq_resize_op *op, const void *x, void *out)
+{
+    int32_t to = 0;
+    for (int32_t line = 0; line < op->images * op->out[0]; line++) {
+        const int32_t row = op->rows[line % op->out[0]], top = row / 2048;
+        const int32_t bottom = top + 1 < op->in[0] ? top + 1 : top;
+        const int32_t image = line / op->out[0] * op->in[0];
+        const int32_t upper = (image + top) * op->in[1], lower = (image + bottom) * op->in[1];
+        for (int32_t i = 0; i < op->out[1]; i++) {
+            const int32_t column = op->columns[i], left = column / 2048;
+            const int32_t right = left + 1 < op->in[1] ? left + 1 : left;
+            const int64_t above = between(load(x, op->type, upper + left),
+                                          load(x, op->type, upper + right), column);
+            const int64_t below = between(load(x, op->type, lower + left),
+                                          load(x, op->type, lower + right), column);
+            const int64_t half = (int64_t)1 << 21;
+            save(out, op->type, to++, (int32_t)((between(above, below, row) + half) >> 22));
+        }
+    }
+}
+
 /* Movement ------------------------------------------------------------------------------------ */
 
 void cq_copy(const cq_copy_op *op, const void *x, void *out)

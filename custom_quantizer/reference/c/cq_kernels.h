@@ -175,6 +175,16 @@ typedef struct {
     cq_store store;
 } cq_pool_op;
 
+/* resize_bilinear. Positions are in units of 1/2048 of a pixel of the input. */
+typedef struct {
+    int32_t images;
+    int32_t in[2];
+    int32_t out[2];
+    int32_t type;
+    const int32_t *rows;
+    const int32_t *columns;
+} cq_resize_op;
+
 /* Moves elements of `bytes` bytes: all of permute, slice, select, expand, cat and pad. */
 typedef struct {
     int32_t bytes;
@@ -210,6 +220,7 @@ void cq_binary(const cq_binary_op *op, const void *a, const void *b, void *out);
 void cq_mean(const cq_mean_op *op, const void *x, void *out);
 void cq_avg_pool2d(const cq_pool_op *op, const void *x, void *out);
 void cq_max_pool2d(const cq_pool_op *op, const void *x, void *out);
+void cq_resize_bilinear(const cq_resize_op *op, const void *x, void *out);
 void cq_copy(const cq_copy_op *op, const void *x, void *out);
 void cq_fill(void *out, int32_t type, int32_t count, int32_t value);
 

@@ -8,10 +8,12 @@ quantized, simulated and lowered like any other:
   weights are constant;
 - average pooling that counts its padding is a depthwise convolution;
 - pooling, norms and convolutions over one or three dims become those over two;
+- Euclidean norms are those of rows;
 - maxima over dims are max pools, and powers are products or roots;
 - layers and pools of one sample are those of a batch of one;
 - shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves, and so is whatever
   else only moves values, by any of its names;
+- resizes by other than bilinear interpolation are linear layers, dim by dim;
 - patches of images are depthwise convolutions that pick values, and their sums transposed ones.
 
 Moves and max pools are the same values bit for bit. Sums are added in another order: last bits of
@@ -32,7 +34,15 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import argument
 from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
-from custom_quantizer.ops.rewrites.legalization import layers, maxima, moves, patches, powers, sums
+from custom_quantizer.ops.rewrites.legalization import (
+    interpolations,
+    layers,
+    maxima,
+    moves,
+    patches,
+    powers,
+    sums,
+)
 from custom_quantizer.ops.rewrites.legalization.arrangements import ARRANGEMENTS, arrangement
 from custom_quantizer.ops.rewrites.legalization.batches import batched
 
@@ -63,6 +73,7 @@ def _moved(rewrite: Rewrite) -> Rewrite:
 
 _FORMS: dict[Any, Rewrite] = {
     **ARRANGEMENTS,
+    **interpolations.FORMS,
     aten.conv1d.default: batched(1),
     aten.conv1d.padding: batched(1),
     aten.conv2d.default: batched(2),
@@ -71,6 +82,7 @@ _FORMS: dict[Any, Rewrite] = {
     aten.conv_transpose2d.input: batched(2),
     aten.mean.dim: sums.mean,
     aten.sum.dim_IntList: sums.total,
+    aten.linalg_vector_norm.default: sums.norm,
     aten.adaptive_avg_pool1d.default: batched(1, sums.adaptive_avg_pool),
     aten.adaptive_avg_pool2d.default: batched(2, sums.adaptive_avg_pool),
     aten.adaptive_avg_pool3d.default: batched(3, sums.adaptive_avg_pool),

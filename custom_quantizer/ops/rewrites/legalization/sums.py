@@ -84,6 +84,27 @@ def _weighted(insert: Insertion, data: Node, dims: list[int], matrix: Tensor) ->
     return insert.call(aten.linear.default, data, insert.constant("weight", matrix))
 
 
+def norm(insert: Insertion) -> Node | None:
+    """A Euclidean norm over any dims is one over the last, of which they are moved to the end."""
+    node, data = insert.node, float_input(insert)
+    if data is None or argument(node, 1, "ord", 2) != 2 or argument(node, 4, "dtype") is not None:
+        return None
+    shape = shape_of(data)
+    given: Any = argument(node, 2, "dim")
+    dims = sorted({int(d) % len(shape) for d in (range(len(shape)) if given is None else given)})
+    outer = [d for d in range(len(shape)) if d not in dims]
+    # Of a whole tensor nothing is left that a delegate would take: it takes no scalars.
+    if dims == [len(shape) - 1] or not outer or not is_static([shape[d] for d in dims]):
+        return None
+    if sum(not isinstance(shape[d], int) for d in outer) > 1:
+        return None
+    rows = insert.permute(data, [*outer, *dims])
+    count = math.prod(shape[d] for d in dims)
+    rows = insert.reshape(rows, [*(shape[d] for d in outer), count])
+    norms = insert.call(aten.linalg_vector_norm.default, rows, 2, [-1], True)
+    return insert.reshape(norms, shape_of(node))
+
+
 def adaptive_avg_pool(insert: Insertion) -> Node | None:
     """Windows of different sizes are the rows of a linear layer over the image.
 
