@@ -102,6 +102,8 @@ class Support:
             :class:`~custom_quantizer.ops.OpRule`.
         float_reason: why the family has no integer kernel; it then runs in float between exact
             boundaries.
+        table: of a family that reads rows of a table in float, the format in which the table may
+            be stored, one scale a row; ``None``: as it is.
     """
 
     delegation: Callable[[PatternMatch, Formats], Delegation]
@@ -114,6 +116,7 @@ class Support:
     weight_reason: str = ""
     integers: Callable[[QuantizedOp, Integers, Arithmetic], Tensor] | None = None
     float_reason: str = ""
+    table: TensorScheme | None = None
 
 
 _ANY_BIAS = BiasLimits(WIDE_BIAS, WIDE_BIAS)

@@ -297,6 +297,7 @@ class _Op:
     fused: Node | None = None
     scheme: OpScheme | None = None
     follows: TensorScheme | None = None  # data-movement ops: the format they pass on
+    table: TensorScheme | None = None  # format of the table that it reads rows of, in float
     centered: bool = False  # its output has zero point 0, for a consumer that needs it so
     reason: str = ""
 
@@ -591,6 +592,7 @@ def _settle(op: _Op, backend: Backend) -> None:
         return
     if op.support.float_reason:
         op.reason = op.support.float_reason
+        _store_table(op, scheme)
         return
     if scheme is None:
         op.reason = op.decision.reason
@@ -618,6 +620,25 @@ def _settle(op: _Op, backend: Backend) -> None:
             op.reason = verdict.reason
             return
     op.scheme, op.reason = scheme, op.decision.reason
+
+
+def _store_table(op: _Op, scheme: OpScheme | None) -> None:
+    """A table whose rows are read in float is stored as integers where that is what is asked for.
+
+    A dynamic scheme is about weights. In a static one a rule has to name the op or its type: what
+    reads the rows may want integers, and then the table becomes those.
+    """
+    match, stored = cast(PatternMatch, op.match), cast(Support, op.support).table
+    (table,) = match.inputs
+    if stored is None or scheme is None or not (scheme.dynamic or op.decision.aimed):
+        return
+    if not is_constant(table) or not _is_float32(table):
+        return
+    op.table = stored
+    op.reason = (
+        f"its table is stored as {stored.format}, one scale a row ({op.decision.reason}), and its "
+        "rows are read in float"
+    )
 
 
 def _leave_sums_in_float(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
@@ -932,6 +953,8 @@ class _Annotator:
         tensors: list[TensorPlan] = []
         if op.activation is not None and op.match is not None:
             tensors = self._annotate(op, op.match, annotations)
+        elif op.table is not None and op.match is not None:
+            tensors = [self._annotate_table(op, op.match, op.table, annotations)]
         scheme = op.scheme.name if op.scheme is not None else None
         if op.moves_values and op.follows is not None:
             scheme = f"a{op.follows.format.bits}"
@@ -989,6 +1012,21 @@ class _Annotator:
             annotations[op.node.name] = NodeAnnotation(inputs, None)
             annotations[op.fused.name] = NodeAnnotation({}, output)
         return tensors
+
+    def _annotate_table(
+        self,
+        op: _Op,
+        match: PatternMatch,
+        stored: TensorScheme,
+        annotations: dict[str, NodeAnnotation],
+    ) -> TensorPlan:
+        """Nothing but the table: its rows are read in float."""
+        (table,) = match.inputs
+        group = self._number(("weight", table, stored, 0))
+        edge = Edge("weight", group, describe(op.node), stored)
+        annotations[op.node.name] = NodeAnnotation({table.name: edge}, None)
+        why = "table of constants"
+        return TensorPlan("weight", table.name, str(stored.format), group, why)
 
     def _weight_and_bias(
         self, scheme: OpScheme, match: PatternMatch, support: Support, inputs: dict[str, Edge]
@@ -1099,6 +1137,9 @@ def _predict(op: _Op, backend: Backend) -> Delegation:
 
 def _estimate_bytes(op: _Op, delegation: Delegation | None) -> int:
     """Weights, biases and per-channel scales of an op, as the program stores them."""
+    if op.table is not None and op.match is not None:
+        meta = tensor_meta(op.match.inputs[0])
+        return 0 if meta is None else int(meta.numel()) + 4 * int(meta.shape[0])
     if op.match is None or op.match.weight is None:
         return 0
     meta = tensor_meta(op.match.weight)

@@ -299,7 +299,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         Raises:
             ConfigError: the last plan has nothing to quantize.
         """
-        if not self.last_plan.quantized:
+        if not self.last_plan.annotations:
             raise ConfigError(_nothing_to_quantize(self.last_plan, self._config))
 
     # -- what prepare_pt2e calls --------------------------------------------------------------
@@ -339,7 +339,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         with as_evaluated(model) if training else contextlib.nullcontext():
             plan = make_plan(model, self._config, self._backend)
         self._plan = plan
-        if not plan.quantized:
+        if not plan.annotations:
             if not _is_for_all(self._config):
                 self.check_plan()
             logger.warning("%s", _nothing_to_quantize(plan, self._config))

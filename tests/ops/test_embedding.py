@@ -92,3 +92,69 @@ def test_a_text_model_is_a_table_of_integers_and_one_delegate() -> None:
 
 class TestContract(FloatContract):
     families = ("embedding",)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables that are stored as integers although their rows are read in float
+# ---------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A table whose rows are read in float, and whose transpose is the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(300, 32)
+        self.norm = nn.LayerNorm(32)
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.layer(self.norm(self.table(tokens)))
+        return nn.functional.linear(hidden, self.table.weight)
+
+
+def tied(quantizer: cq.IntegerQuantizer) -> tuple[nn.Module, Any, Any, tuple[Tensor]]:
+    torch.manual_seed(0)
+    model, tokens = Tied().eval(), (torch.randint(0, 300, (1, 6)),)
+    converted = convert(model, tokens, quantizer=quantizer)
+    return model, converted.graph, cq.lower(converted.graph, tokens), tokens
+
+
+@pytest.mark.parametrize("scheme", ["dyn8w8", "dyn8w4"])
+def test_a_dynamic_scheme_stores_tables_as_bytes(scheme: str) -> None:
+    quantizer = cq.IntegerQuantizer().set_global(scheme)
+    model, graph, program, tokens = tied(quantizer)
+    (op,) = (op for op in quantizer.plan(capture(model, tokens)).ops if op.family == "embedding")
+    assert "stored as int8, one scale a row" in op.reason
+    assert op.size_bytes == 300 * 32 + 4 * 300
+    assert [(t.role, t.dtype) for t in op.tensors] == [("weight", "int8")]
+    assert program.report.delegates == 1
+    assert program.report.outside == ("aten::embedding.out", "aten::embedding.out")
+    # One row in PyTorch and one in the program, bit for bit.
+    (rows,) = calls(graph, aten.embedding.default)
+    table = cast(Any, rows.args[0])
+    assert table.target is torch.ops.quantized_decomposed.dequantize_per_channel.default
+    packed = 300 * 32 if scheme == "dyn8w8" else 300 * 16
+    assert program.report.size_bytes < 300 * 32 + packed + 4 * 900 + 32 * 32 + 8_000
+
+
+def test_rows_are_those_of_the_converted_graph() -> None:
+    torch.manual_seed(0)
+    bare = Function(lambda s, x, y: s.table(x) * y, table=nn.Embedding(50, 8))
+    quantizer = cq.IntegerQuantizer().set_operator_type(aten.embedding.default, "a8w8")
+    inputs = (torch.arange(50)[None], torch.ones(1))
+    graph = convert(bare, inputs, quantizer=quantizer).graph
+    program = cq.lower(graph, inputs)
+    assert program.report.passes["gather_rows"] == 1
+    assert differences(program.run(*inputs), graph(*inputs)) == []
+    table = bare.table.weight.detach()
+    steps = table.abs().amax(1, keepdim=True) / 127
+    error = ((program.run(*inputs)[0] - table).abs() / steps).max()
+    assert 0.4 < float(error) <= 0.5 + 1e-4
+
+
+def test_a_static_scheme_leaves_tables_to_what_reads_them() -> None:
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    _, graph, _, _ = tied(quantizer)
+    (rows,) = calls(graph, aten.embedding.default)
+    assert cast(Any, rows.args[0]).op == "get_attr"

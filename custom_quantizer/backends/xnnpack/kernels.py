@@ -22,7 +22,7 @@ from custom_quantizer.backends.xnnpack.arithmetic import (
 from custom_quantizer.backends.xnnpack.tables import gelu_integers, silu_integers
 from custom_quantizer.core.arithmetic import QParams, scale_of
 from custom_quantizer.core.graph import argument, is_constant, is_empty, shape_of, tensor_meta
-from custom_quantizer.core.schemes import OpScheme, TensorScheme
+from custom_quantizer.core.schemes import OpScheme, TensorScheme, scheme
 from custom_quantizer.errors import SchemeError
 from custom_quantizer.ops import Formats, PatternMatch, QuantizedOp, Verdict, functions
 from custom_quantizer.ops._rule import ACCEPTED, refused
@@ -500,6 +500,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
             _always(PORTABLE),
             float_reason="it reads rows of a table, which XNNPACK does not do; where what follows "
             "wants integers, the table is stored as those integers",
+            table=scheme("a8w8").weight,  # no portable kernel reads two entries out of a byte
         ),
     }
 )

@@ -69,6 +69,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         pool.simplify_pools,
         cleanup.drop_identities,
         attention.quantize_tables,
+        attention.gather_rows,
         attention.matmuls_to_bmms,
         attention.softmaxes_over_last_dim,
         attention.softmaxes_of_rows,

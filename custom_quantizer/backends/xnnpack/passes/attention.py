@@ -6,6 +6,7 @@ import math
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
@@ -18,6 +19,8 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     replace,
 )
 from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_CHANNEL,
+    DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
     add_constant,
     constant_of,
@@ -149,6 +152,31 @@ def softmaxes_of_rows(model: GraphModule) -> int:
         if len(users) == 1 and is_quantize(users[0]):
             result = build.requantized(result, users[0])
         replace(node, build.call(aten.view_copy.default, result, view_sizes(shape)))
+        count += 1
+    return count
+
+
+@graph_pass("embeddings of dequantized tables", "embeddings of integers and of their scales")
+def gather_rows(model: GraphModule) -> int:
+    """Rows of integers and their scales are read, and multiplied: ``fl(q * s)`` as before."""
+    count = 0
+    for node in calls(model, EMBEDDING.targets):
+        dequantize = cast(Node, node.args[0])
+        if dequantize.target is not DEQUANTIZE_PER_CHANNEL:
+            continue
+        stored = cast(Node, dequantize.args[0])
+        scale = cast(Tensor, qparams_of(model, dequantize).scale)
+        build = Builder(model, node)
+        scales = add_constant(model, f"{stored.target}_scales", scale[:, None].contiguous(), node)
+        if len(dequantize.users) > 1 or len(stored.users) > 1:
+            # A layer has the same weights: what a delegate holds, nobody else reads.
+            table = constant_of(model, stored).clone()
+            stored = add_constant(model, f"{stored.target}_rows", table, node)
+        rows = build.call(node.target, stored, *node.args[1:])
+        factors = build.call(node.target, scales, *node.args[1:])
+        units = build.call(DEQUANTIZE_PER_TENSOR, rows, 1.0, 0, -128, 127, torch.int8)
+        units.meta["val"] = node.meta["val"]
+        replace(node, build.call(aten.mul.Tensor, units, factors))
         count += 1
     return count
 
