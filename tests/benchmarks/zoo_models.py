@@ -64,6 +64,16 @@ def tokens(
     return make
 
 
+def features(*shape: int) -> Callable[[int, int], list[tuple[Tensor, ...]]]:
+    """Random features ``(1, *shape)``."""
+
+    def make(count: int, seed: int) -> list[tuple[Tensor, ...]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [(torch.randn(1, *shape, generator=generator),) for _ in range(count)]
+
+    return make
+
+
 # ---------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------
@@ -163,6 +173,7 @@ class Hugging:
         names: of the inputs.
         settings: of the configuration.
         options: arguments of every call.
+        backbone: class of the configuration of its backbone, if it has one.
     """
 
     model: str
@@ -171,6 +182,7 @@ class Hugging:
     names: tuple[str, ...]
     settings: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    backbone: str = "ResNetConfig"
 
     def subject(self) -> Subject:
         """What is measured."""
@@ -179,7 +191,7 @@ class Hugging:
             library = importlib.import_module("transformers")
             torch.manual_seed(0)
             settings = {
-                key: library.ResNetConfig(**value) if key == "backbone_config" else value
+                key: getattr(library, self.backbone)(**value) if key == "backbone_config" else value
                 for key, value in self.settings.items()
             }
             config = getattr(library, self.config)(**settings)
@@ -199,6 +211,21 @@ _BERT = {
     "max_position_embeddings": 64,
 }
 _IMAGE = {"image_size": 64, "patch_size": 16}
+_LAYERS = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
+_VISION = {**_IMAGE, **_LAYERS}
+_DECODER = {**_LAYERS, "vocab_size": 100, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_NO_TOKENS = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
 
 TRANSFORMERS: dict[str, Hugging] = {
     "BERT": Hugging("BertModel", "BertConfig", tokens(16), ("input_ids",), _BERT),
@@ -302,18 +329,193 @@ TRANSFORMERS: dict[str, Hugging] = {
         ("pixel_values",),
         {"hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 2, 1], "num_labels": 10},
     ),
-    "ViT": Hugging(
-        "ViTModel",
-        "ViTConfig",
+    **{
+        name: Hugging(f"{kind}Model", f"{kind}Config", images(64), ("pixel_values",), settings)
+        for name, kind, settings in (
+            ("ViT", "ViT", _VISION),
+            ("DeiT", "DeiT", _VISION),
+            ("BEiT", "Beit", {**_VISION, "use_relative_position_bias": True}),
+            ("DINOv2", "Dinov2", {**_VISION, "mlp_ratio": 2}),
+            ("YOLOS", "Yolos", {**_VISION, "image_size": [64, 64], "num_detection_tokens": 5}),
+            ("SigLIP vision", "SiglipVision", _VISION),
+            (
+                "Swin",
+                "Swin",
+                {
+                    "image_size": 64,
+                    "embed_dim": 16,
+                    "depths": [1, 2],
+                    "num_heads": [2, 4],
+                    "window_size": 4,
+                },
+            ),
+            (
+                "PVT v2",
+                "PvtV2",
+                {
+                    "hidden_sizes": [16, 32, 64, 64],
+                    "depths": [1, 1, 1, 1],
+                    "num_attention_heads": [1, 2, 4, 4],
+                },
+            ),
+        )
+    },
+    **{
+        name: Hugging(kind, config, tokens(16), ("input_ids",), {**_BERT, **settings})
+        for name, kind, config, settings in (
+            ("ALBERT", "AlbertModel", "AlbertConfig", {"embedding_size": 32}),
+            ("ELECTRA", "ElectraModel", "ElectraConfig", {"embedding_size": 32}),
+            ("RoBERTa", "RobertaModel", "RobertaConfig", {}),
+            ("SqueezeBERT", "SqueezeBertModel", "SqueezeBertConfig", {"embedding_size": 64}),
+            ("MPNet", "MPNetModel", "MPNetConfig", {}),
+            ("ModernBERT", "ModernBertModel", "ModernBertConfig", _NO_TOKENS),
+            ("DeBERTa", "DebertaModel", "DebertaConfig", {}),
+        )
+    },
+    **{
+        name: Hugging(
+            f"{kind}ForCausalLM",
+            f"{kind}Config",
+            tokens(16),
+            ("input_ids",),
+            {**_DECODER, **settings},
+            {"use_cache": False},
+        )
+        for name, kind, settings in (
+            ("Qwen2", "Qwen2", {}),
+            ("Qwen3", "Qwen3", {"head_dim": 16}),
+            ("Mistral", "Mistral", {}),
+            ("Gemma", "Gemma", {"head_dim": 16}),
+            ("Phi", "Phi", {"num_key_value_heads": 4}),
+            ("OPT", "OPT", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+            ("GPT-NeoX", "GPTNeoX", {}),
+        )
+    },
+    "SegFormer": Hugging(
+        "SegformerForSemanticSegmentation",
+        "SegformerConfig",
         images(64),
         ("pixel_values",),
         {
-            **_IMAGE,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 4, 4],
+            "decoder_hidden_size": 64,
+            "num_labels": 10,
         },
+    ),
+    "MobileViT, segmenting": Hugging(
+        "MobileViTForSemanticSegmentation",
+        "MobileViTConfig",
+        images(64),
+        ("pixel_values",),
+        {
+            "image_size": 64,
+            "hidden_sizes": [32, 48, 64],
+            "neck_hidden_sizes": [8, 16, 16, 24, 32, 48, 64],
+            "aspp_out_channels": 32,
+            "atrous_rates": [2, 4, 6],
+            "num_labels": 10,
+        },
+    ),
+    "UperNet": Hugging(
+        "UperNetForSemanticSegmentation",
+        "UperNetConfig",
+        images(64),
+        ("pixel_values",),
+        {
+            "backbone": None,
+            "backbone_config": {
+                "embedding_size": 16,
+                "hidden_sizes": [16, 32, 48, 64],
+                "depths": [1, 1, 1, 1],
+                "layer_type": "basic",
+                "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            },
+            "hidden_size": 32,
+            "use_auxiliary_head": False,
+            "num_labels": 10,
+        },
+    ),
+    "Depth Anything": Hugging(
+        "DepthAnythingForDepthEstimation",
+        "DepthAnythingConfig",
+        images(56),
+        ("pixel_values",),
+        {
+            "backbone_config": {
+                "image_size": 56,
+                "patch_size": 14,
+                "hidden_size": 32,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "mlp_ratio": 2,
+                "out_indices": [1, 2, 3, 4],
+                "reshape_hidden_states": False,
+            },
+            "reassemble_hidden_size": 32,
+            "neck_hidden_sizes": [8, 16, 32, 32],
+            "fusion_hidden_size": 16,
+            "head_hidden_size": 8,
+            "patch_size": 14,
+        },
+        backbone="Dinov2Config",
+    ),
+    "Whisper encoder": Hugging(
+        "WhisperForAudioClassification",
+        "WhisperConfig",
+        features(80, 64),
+        ("input_features",),
+        {
+            "d_model": 64,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "max_source_positions": 32,
+        },
+    ),
+    "Wav2Vec2": Hugging(
+        "Wav2Vec2Model",
+        "Wav2Vec2Config",
+        features(2000),
+        ("input_values",),
+        {
+            **_BERT,
+            "conv_dim": [16, 16, 16],
+            "conv_stride": [5, 4, 4],
+            "conv_kernel": [10, 5, 3],
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+        },
+    ),
+    "Audio Spectrogram Transformer": Hugging(
+        "ASTModel",
+        "ASTConfig",
+        features(64, 32),
+        ("input_values",),
+        {**_VISION, "num_mel_bins": 32, "max_length": 64},
+    ),
+    "BART": Hugging(
+        "BartModel",
+        "BartConfig",
+        tokens(16),
+        ("input_ids",),
+        {
+            "vocab_size": 100,
+            "d_model": 64,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+            "max_position_embeddings": 64,
+            "pad_token_id": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 2,
+        },
+        {"use_cache": False},
     ),
 }
 

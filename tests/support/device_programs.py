@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +55,23 @@ class Tables(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.layer(x)
         return tuple(f(x) for f in (F.silu, F.gelu, torch.sigmoid, torch.tanh, F.hardswish, F.elu))
+
+
+class Resizes(nn.Module):
+    """Bilinear resizes to several sizes, of channels that fill registers and some more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 27, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.layer(x)
+        resize = partial(F.interpolate, x, mode="bilinear")
+        aligned = partial(resize, align_corners=True)
+        return (
+            *(resize(size=size) for size in ((24, 26), (5, 40), (13, 9))),
+            *(aligned(size=size) for size in ((23, 25), (7, 31))),
+        )
 
 
 class Pairs(nn.Module):
@@ -142,6 +160,7 @@ NETWORKS = {
     ),
     "elementwise": Network(Elementwise, random_inputs((2, 3, 12, 12)), samples=4),
     "tables": Network(Tables, random_inputs((2, 3, 12, 12)), samples=4),
+    "resizes": Network(Resizes, random_inputs((2, 3, 12, 13)), samples=4),
     "all pairs": Network(Pairs, pairs((29, 33)), samples=1),
     "all pairs, with ties": Network(Pairs, pairs((32, 32)), samples=1),
     "linear layers": Network(
@@ -166,6 +185,7 @@ PROGRAMS = (
     *(("elementwise", scheme) for scheme in ("a8w8", "a4w4", "a16w8")),
     *(("linear layers", scheme) for scheme in ("a8w8", "a8w4", "dyn8w8")),
     *(("all pairs", "a8w8"), ("all pairs, with ties", "a8w8"), ("tables", "a8w8")),
+    *(("resizes", scheme) for scheme in ("a8w8", "a16w8")),
     *(("narrow products", "a8w8"), ("products of matrices", "a8w8")),
     *((f"transformer block, {tokens} tokens", "a8w8") for tokens in (8, 24)),
     *((name, "a8w8") for name in ("mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5")),
