@@ -172,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration_observers": as_stored("calibration_observers"),
     "calibration_samples": as_stored("calibration_samples"),
     "improve": as_stored("improve"),
+    "learned_rounding": as_stored("learned_rounding"),
     "mutation_score": as_stored("mutation_score"),
     "packed_layers": as_stored("packed_layers"),
     "qat_bias": qat_bias,

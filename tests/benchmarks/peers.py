@@ -92,7 +92,7 @@ PEERS = {
         ("int8", "int4 weights, ranges", "int4 weights, SeqMSE", "int4 weights, AdaRound"),
     ),
 }
-ADAROUND = {"ResNet-20": 2000, "ResNet-32": 500, "MobileNetV2 w0.5": 500}
+ADAROUND = dict.fromkeys(NETWORKS, 500)
 """Iterations a layer. AIMET's default is 15,000 for weights below 8 bits: hours on one core."""
 
 

@@ -176,7 +176,7 @@ def openvino_grid(model: Any) -> dict[str, Any]:
     """What an OpenVINO model quantizes: its ``FakeQuantize`` nodes, and its constants' types."""
     activations, weights = 0, Counter[str]()
     ops, floating = Counter[str](), Counter[str]()
-    levels: Counter[int] = Counter()
+    levels, narrow = Counter[int](), ("i4", "u4", "i8", "u8")
     computing = {"Convolution", "GroupConvolution", "MatMul", "Add", "AvgPool", "ReduceMean"}
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
@@ -187,8 +187,10 @@ def openvino_grid(model: Any) -> dict[str, Any]:
             else:
                 activations += 1
                 levels[int(node.get_attributes()["levels"])] += 1
-        elif kind == "Constant" and node.get_element_type().get_type_name() in ("i4", "u4", "i8"):
-            weights[f"int{node.get_element_type().bitwidth}"] += 1
+        elif kind == "Constant" and node.get_element_type().get_type_name() in narrow:
+            # Zero points have one dimension.
+            if sum(size > 1 for size in node.get_output_shape(0)) > 1:
+                weights[f"int{node.get_element_type().bitwidth}"] += 1
         elif kind in computing:
             sources = [node.input_value(i).get_node() for i in range(node.get_input_size())]
             if kind == "Add" and any(s.get_type_name() == "Constant" for s in sources):
