@@ -12,8 +12,13 @@ from support.models import convert
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import lowering
-from custom_quantizer.backends.xnnpack.quick_passes import CHANGES, QuickPassManager, quick_passes
+from custom_quantizer.backends.xnnpack import edge
+from custom_quantizer.backends.xnnpack.quick_passes import (
+    CHANGES,
+    IN_PLACE,
+    QuickPassManager,
+    quick_passes,
+)
 
 ALWAYS = {
     "ChannelsLastTaggedReshapePass",
@@ -29,6 +34,7 @@ def test_the_passes_of_executorch_1_5_1() -> None:
     names = [kind.__name__ for kind in XNNPACKPassManager(None).passes]
     assert len(names) == 17
     assert set(names) == ALWAYS | set(CHANGES)
+    assert set(names) >= IN_PLACE
 
 
 class Everything(nn.Module):
@@ -54,7 +60,7 @@ def test_the_same_program(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     example = (torch.randn(1, 3, 8, 8),)
     graph = convert(Everything(), example, scheme).graph
     quick = cq.lower(graph, example).buffer
-    monkeypatch.setattr(lowering, "quick_passes", nullcontext)
+    monkeypatch.setattr(edge, "quick_passes", nullcontext)
     assert cq.lower(graph, example).buffer == quick
 
 

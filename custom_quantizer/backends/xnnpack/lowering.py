@@ -16,7 +16,6 @@ from executorch.exir import (
     EdgeCompileConfig,
     EdgeProgramManager,
     ExecutorchBackendConfig,
-    to_edge_transform_and_lower,
 )
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch.fx import Graph, GraphModule, Node
@@ -24,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checksum import seal
+from custom_quantizer.backends.xnnpack.edge import to_edge
 from custom_quantizer.backends.xnnpack.op_record import encode
 from custom_quantizer.backends.xnnpack.partition import partitioner
 from custom_quantizer.backends.xnnpack.passes import origin_of, run_passes
@@ -35,7 +35,6 @@ from custom_quantizer.backends.xnnpack.program import (
     no_kernel,
     quantizes_at_run_time,
 )
-from custom_quantizer.backends.xnnpack.quick_passes import quick_passes
 from custom_quantizer.backends.xnnpack.readback import MethodContents, read_program
 from custom_quantizer.core.graph import (
     STATE_KEY,
@@ -329,13 +328,8 @@ def _to_edge(
     config = EdgeCompileConfig(_check_ir_validity=validate)
     # The partitioner logs an ERROR for each op it leaves to another backend; the report says it.
     try:
-        with _no_size_guards(), quick_passes():
-            return to_edge_transform_and_lower(
-                exported,
-                partitioner=[partitioner()],
-                compile_config=config,
-                constant_methods=constants or None,
-            )
+        with _no_size_guards():
+            return to_edge(exported, partitioner(), config, constants or None)
     except Exception as error:
         raise LoweringError(
             f"ExecuTorch could not partition the graph: {first_line(error)}"

@@ -1,20 +1,25 @@
-"""ExecuTorch's passes over a delegate, without those that find nothing to do in it.
+"""ExecuTorch's passes over a delegate, without tracing the graph again for each.
 
 Before it writes a delegate, ExecuTorch (1.5.1) applies seventeen passes to it, of which fifteen
 trace the whole graph again whether they changed it or not: about a third of the time of a lowering.
-A pass that meets none of the ops it is for is left out here. There is no seam to say so, so the
-class that applies the passes is exchanged while a program is lowered.
+A pass that meets none of the ops it is for is left out here; and of those that rewrite the graph in
+place, and trace it to tell what new calls return, only the new calls are computed. There is no seam
+to say so, so the class that applies the passes is exchanged while a program is lowered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from executorch.backends.xnnpack import _passes, xnnpack_preprocess
+from executorch.exir.pass_base import ExportPass
+from executorch.exir.program import _program
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.fx.passes.infra.pass_base import PassResult
 
 from custom_quantizer.core.graph import tensor_meta
 from custom_quantizer.core.threads import exclusive
@@ -36,6 +41,11 @@ def _reads_constants_only(node: Node) -> bool:
     return all(source.op == "get_attr" for source in node.all_input_nodes)
 
 
+def _joins_many(node: Node) -> bool:
+    """XNNPACK joins up to five tensors at once."""
+    return "cat." in str(node.target) and len(cast("list[Node]", node.args[0])) > 5
+
+
 def _any_call(_node: Node) -> bool:
     return True
 
@@ -47,14 +57,65 @@ CHANGES: Mapping[str, Callable[[Node], bool]] = {
     "ConvertToSDPAPass": _calls("softmax"),
     "ConvertToUpsampleBilinear2d": _calls("index", "upsample"),
     "DecomposeBatchNorm": _calls("batch_norm"),
-    "DecomposeConcatenate": _calls("cat."),
+    "DecomposeConcatenate": _joins_many,
     "DimOrderOpsRevertPass": _calls("dim_order"),
     "FuseBatchNormPass": _calls("batch_norm"),
     "PReLUReshapePass": _calls("prelu"),
-    "RemoveGetItemPass": _calls("max_pool2d", "max."),
+    "RemoveGetItemPass": _calls("max_pool2d", ".max."),
     "RemoveRedundantCopyPass": _calls("_to_copy"),
 }
 """By pass, which calls it may change. Passes that are not here always run."""
+
+
+IN_PLACE = frozenset(
+    (
+        "ChannelsLastTaggedReshapePass",
+        "ConvertToLinearPass",
+        "ConvertToSDPAPass",
+        "DecomposeConcatenate",
+        "FuseActivationPass",
+        "InsertPadQDQPass",
+        "PropagateCustomMetaPass",
+        "RemoveGetItemPass",
+        "RemoveRedundantCopyPass",
+        "XNNPACKRemoveCloneOpsTransform",
+    )
+)
+"""Passes that change the graph they are given, and then let ``ExportPass.call`` trace it."""
+
+
+class _Refreshed(ExportPass):  # type: ignore[misc]  # ExecuTorch is untyped
+    """In the place of ``ExportPass`` behind a pass: tells what new calls return, and no others.
+
+    The rest return what they did, but for strides, which the serializer does not read: the layout
+    of a tensor is a tag of its node.
+    """
+
+    known: frozenset[Node]
+
+    def call(self, module: GraphModule) -> PassResult:
+        """Compute the fake values of new calls."""
+        for node in module.graph.nodes:
+            if node.op == "call_function" and node not in self.known:
+                node.meta["val"] = _returned(node)
+        return PassResult(module, True)
+
+
+def _returned(node: Node) -> Any:
+    args = map_arg(node.args, lambda source: source.meta["val"])
+    kwargs = map_arg(node.kwargs, lambda source: source.meta["val"])
+    mode = next(source.meta["val"].fake_mode for source in node.all_input_nodes)
+    with mode:
+        return cast(Any, node.target)(*args, **kwargs)
+
+
+def _in_place(kind: type[Any], program: ExportedProgram) -> None:
+    """Apply a pass of :data:`IN_PLACE`."""
+    # Behind ``kind``, which calls it by super(), and before ``ExportPass``.
+    quick = type(kind.__name__, (kind, _Refreshed), {})
+    apply = quick(program) if issubclass(kind, _passes.XNNPACKPass) else quick()
+    apply.known = frozenset(program.graph.nodes)
+    apply.call(program.graph_module)
 
 
 class QuickPassManager(_passes.XNNPACKPassManager):  # type: ignore[misc]  # ExecuTorch is untyped
@@ -64,10 +125,18 @@ class QuickPassManager(_passes.XNNPACKPassManager):  # type: ignore[misc]  # Exe
         """Apply them."""
         program: ExportedProgram = self.exported_program
         for kind in self.passes:
-            changes = CHANGES.get(kind.__name__, _any_call)
-            if any(changes(node) for node in program.graph.nodes if node.op == "call_function"):
+            name = kind.__name__
+            changes = CHANGES.get(name, _any_call)
+            if not any(changes(node) for node in program.graph.nodes if node.op == "call_function"):
+                continue
+            if name in IN_PLACE:
+                _in_place(kind, program)
+            else:
                 program = _passes.XNNPACKPassManager(program, [kind]).transform()
-        return program
+        return cast(
+            ExportedProgram,
+            _program._update_exported_program_graph_module(program, program.graph_module),
+        )
 
 
 @contextmanager

@@ -1,0 +1,145 @@
+"""A graph that is not traced again on its way to the edge dialect gives the same program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from executorch.exir.passes import base_post_op_replace_passes, base_pre_op_replace_passes
+from support.models import convert
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer, mobilenet_v3_small
+from torchvision.models.densenet import _DenseBlock
+from torchvision.models.swin_transformer import (
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlockV2,
+)
+from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
+
+import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import edge
+
+
+class Mixed(nn.Module):
+    """Every core form, numbers beside tensors, and an output that is a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.grow = nn.Conv2d(3, 4, 3, 2), nn.ConvTranspose2d(4, 3, 2, 2)
+        self.signal, self.head = nn.Conv1d(3, 4, 3), nn.Linear(8, 4)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.grow(nn.functional.hardswish(self.image(input))) * 0.5
+        x = nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear")
+        y = torch.softmax(self.signal(nn.functional.pad(x, (1, 1)).flatten(2)), -1)
+        return self.head(y[..., :8]).clamp(0, 6), torch.cat([x] * 7, 1).view(1, -1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mixed": (Mixed, (1, 3, 8, 8)),
+    "recurrent": (Recurrent, (3, 1, 4)),
+}
+LARGE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dense block": (lambda: _DenseBlock(7, 8, 2, 4, 0.0), (1, 8, 8, 8)),
+    "mobile": (lambda: mobilenet_v3_small().features[:5], (1, 3, 32, 32)),
+    "swin": (
+        lambda: SwinTransformer(
+            [4, 4],
+            16,
+            [2],
+            [2],
+            [4, 4],
+            block=SwinTransformerBlockV2,
+            downsample_layer=PatchMergingV2,
+        ),
+        (1, 3, 32, 32),
+    ),
+    "video": (lambda: BasicBlock(4, 4, Conv3DSimple), (1, 4, 4, 8, 8)),
+    "vision transformer": (lambda: VisionTransformer(32, 8, 2, 4, 32, 64), (1, 3, 32, 32)),
+}
+
+
+def programs(
+    model: nn.Module, shape: tuple[int, ...], scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[bytes, bytes, int]:
+    """The program, what upstream's tracing makes of the same graph, and how often it was asked."""
+    example = (torch.randn(shape),)
+    graph = convert(model.eval(), example, scheme).graph
+    asked: list[Any] = []
+    upstream = edge.to_edge_transform_and_lower
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args)
+        return upstream(*args, **kwargs)
+
+    monkeypatch.setattr(edge, "to_edge_transform_and_lower", counted)
+    quick = cq.lower(graph, example).buffer
+    times = len(asked)
+    monkeypatch.setattr(edge, "core_forms", lambda *_: None)
+    return quick, cq.lower(graph, example).buffer, times
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    quick, traced, asked = programs(make(), shape, "a8w8", monkeypatch)
+    assert asked == 0
+    assert quick == traced
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["a8w8", "a8w4", "a16w8", "dyn8w8"])
+@pytest.mark.parametrize("name", LARGE | MODELS)
+def test_the_same_program_of_larger_networks(
+    name: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    make, shape = (LARGE | MODELS)[name]
+    quick, traced, _ = programs(make(), shape, scheme, monkeypatch)
+    assert quick == traced
+
+
+class Counting(nn.Module):
+    """Writes a buffer, which only upstream makes functional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return self.layer(x) + self.count
+
+
+def test_what_is_not_functional_goes_upstreams_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, traced, asked = programs(Counting(), (1, 4), "a8w8", monkeypatch)
+    assert asked == 1
+    assert quick == traced
+
+
+def test_the_passes_of_executorch_1_5_1() -> None:
+    """Others would have to be read first: what a new one changes is not known here."""
+    names = [step.__name__ for step in base_pre_op_replace_passes]
+    assert set(names) >= edge.NEVER
+    assert set(names) - edge.NEVER - set(edge.WORK) == {
+        "FoldRedundantDequantizeQuantizePass",
+        "PruneEmptyTensorsPass",
+        "RemoveNoopPass",
+        "RemoveToCopyPass",
+    }
+    last = [getattr(step, "__name__", type(step).__name__) for step in base_post_op_replace_passes]
+    assert last == ["dead_code_elimination_pass", "DebugHandleGeneratorPass"]
