@@ -14,9 +14,11 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.accuracy import improving
+from custom_quantizer.accuracy import improving, learning
 from custom_quantizer.accuracy.layers import find_layers
-from custom_quantizer.accuracy.learning import find_blocks
+from custom_quantizer.accuracy.learning import _drawn, _dropped, find_blocks
+from custom_quantizer.accuracy.streams import on_grid
+from custom_quantizer.calibration.observers import ActivationObserver
 
 DATA = list(smooth_images(64).split(8))
 FRESH = smooth_images(64, seed=77)
@@ -113,3 +115,48 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert result.layers == expected.layers
     states = _states(whole)
     assert all(torch.equal(value, states[name]) for name, value in _states(prepared).items())
+
+
+def test_rounding_with_gradients_is_rounding() -> None:
+    observers = [m for m in prepared_every_layer().modules() if isinstance(m, ActivationObserver)]
+    observer = next(o for o in observers if o.qparams().zero_point not in (-128, 0, 127))
+    reach = float(observer.qparams().scale) * 200  # beyond the ends of its range
+    x = torch.linspace(-reach, reach, 10_001, requires_grad=True)
+    found, expected = _dropped(observer, x, 0, None), on_grid(observer, x)
+    assert torch.equal(found, expected)
+    weights = torch.arange(len(x), dtype=torch.float32)
+    gradients = [torch.autograd.grad(y, x, weights)[0] for y in (found, expected)]
+    assert torch.equal(*gradients)
+    assert 0 < int((gradients[0] == 0).sum()) < len(x) - 1  # some are clipped
+
+    generator = torch.Generator().manual_seed(1)
+    dropped = _dropped(observer, x, 0.5, generator)
+    kept = _drawn(x.shape, 0.5, torch.Generator().manual_seed(1))
+    assert torch.equal(dropped, torch.where(kept, expected, x))
+    passed = torch.autograd.grad(dropped, x, weights)[0]
+    assert torch.equal(passed, torch.where(kept, gradients[0], weights))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_masks_have_their_share(share: float) -> None:
+    drawn = _drawn(torch.Size((3, 100_001)), share, torch.Generator().manual_seed(0))
+    assert drawn.shape == (3, 100_001)
+    assert abs(float(drawn.float().mean()) - share) < 0.005
+    neighbours = drawn[:, 1:] & drawn[:, :-1]  # eight come from one number: no copies of each other
+    assert abs(float(neighbours.float().mean()) - share**2) < 0.005
+
+
+def test_weights_are_settled_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was learned is what ships: hardly a weight stays between two integers."""
+    between: list[Tensor] = []
+    settle = learning._SoftWeight.settle
+
+    def settled(weight: learning._SoftWeight) -> None:
+        raised = weight.raised()
+        between.append(((raised > 0.05) & (raised < 0.95)).flatten())
+        settle(weight)
+
+    monkeypatch.setattr(learning._SoftWeight, "settle", settled)
+    cq.improve(prepared_every_layer("a8w3"), DATA, ["adaround"], iterations=600)
+    assert len(between) > 4
+    assert float(torch.cat(between).float().mean()) < 0.05
