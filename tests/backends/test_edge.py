@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.exir.passes import base_post_op_replace_passes, base_pre_op_replace_passes
 from support.models import convert
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torchvision.models.swin_transformer import (
 from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import edge
+from custom_quantizer.backends.xnnpack import edge, quick_passes
 
 
 class Mixed(nn.Module):
@@ -127,6 +128,18 @@ class Counting(nn.Module):
 
 def test_what_is_not_functional_goes_upstreams_way(monkeypatch: pytest.MonkeyPatch) -> None:
     quick, traced, asked = programs(Counting(), (1, 4), "a8w8", monkeypatch)
+    assert asked == 1
+    assert quick == traced
+
+
+def test_another_executorch_runs_all_of_its_own_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream = xnnpack_preprocess.XNNPACKPassManager
+    with quick_passes.quick_passes():
+        assert xnnpack_preprocess.XNNPACKPassManager is quick_passes.QuickPassManager
+    monkeypatch.setattr(quick_passes, "version", lambda _package: "1.5.2+cpu")
+    with quick_passes.quick_passes():
+        assert xnnpack_preprocess.XNNPACKPassManager is upstream
+    quick, traced, asked = programs(nn.Linear(4, 4), (1, 4), "a8w8", monkeypatch)
     assert asked == 1
     assert quick == traced
 

@@ -5,7 +5,8 @@ it functional, to decompose its ops, and once for each of eight passes, whether 
 or not. That is most of the time of a lowering. What the passes of this package leave is functional
 and made of core ops already, but for a few calls with one core form each (:data:`_CORE`); so the
 calls get other targets where they stand, and upstream's passes run where they have something to do.
-A graph with anything else goes upstream's way, and the program is the same, byte for byte.
+A graph with anything else goes upstream's way, as all do with another ExecuTorch, and the program
+is the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.backends.xnnpack.quick_passes import quick_passes
+from custom_quantizer.backends.xnnpack.quick_passes import passes_known, quick_passes
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
 from custom_quantizer.core.graph import argument, tensor_meta
 
@@ -69,9 +70,8 @@ def to_edge(
         Exception: what upstream raises.
     """
     whole, accepts = partitioner.ops_to_not_decompose(exported)
-    forms = (
-        None if accepts is not None or config._check_ir_validity else core_forms(exported, whole)
-    )
+    traced = accepts is not None or config._check_ir_validity or not passes_known()
+    forms = None if traced else core_forms(exported, whole)
     with quick_passes():
         if forms is None:
             return to_edge_transform_and_lower(

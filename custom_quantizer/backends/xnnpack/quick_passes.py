@@ -4,13 +4,15 @@ Before it writes a delegate, ExecuTorch (1.5.1) applies seventeen passes to it, 
 trace the whole graph again whether they changed it or not: about a third of the time of a lowering.
 A pass that meets none of the ops it is for is left out here; and of those that rewrite the graph in
 place, and trace it to tell what new calls return, only the new calls are computed. There is no seam
-to say so, so the class that applies the passes is exchanged while a program is lowered.
+to say so, so the class that applies the passes is exchanged while a program is lowered: of the
+ExecuTorch whose passes were read (:func:`passes_known`), and of no other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, cast
 
 from executorch.backends.xnnpack import _passes, xnnpack_preprocess
@@ -24,7 +26,14 @@ from torch.fx.passes.infra.pass_base import PassResult
 from custom_quantizer.core.graph import tensor_meta
 from custom_quantizer.core.threads import exclusive
 
-__all__ = ["QuickPassManager", "quick_passes"]
+__all__ = ["QuickPassManager", "passes_known", "quick_passes"]
+
+_READ = "1.5.1"
+
+
+def passes_known() -> bool:
+    """Whether the passes of the installed ExecuTorch are those described here."""
+    return version("executorch").partition("+")[0] == _READ
 
 
 def _calls(*names: str) -> Callable[[Node], bool]:
@@ -141,7 +150,10 @@ class QuickPassManager(_passes.XNNPACKPassManager):  # type: ignore[misc]  # Exe
 
 @contextmanager
 def quick_passes() -> Iterator[None]:
-    """Let delegates be written with :class:`QuickPassManager`."""
+    """Let delegates be written with :class:`QuickPassManager`, where it knows the passes."""
+    if not passes_known():
+        yield
+        return
     with exclusive():
         upstream: Any = xnnpack_preprocess.XNNPACKPassManager
         xnnpack_preprocess.XNNPACKPassManager = QuickPassManager
