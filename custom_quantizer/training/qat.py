@@ -186,7 +186,7 @@ def _check_prepared(prepared: object) -> None:
 _SGD_RATES = {2: 2e-2, 3: 2e-2, 4: 1e-2, 5: 5e-3, 6: 2e-3}
 _ADAM_RATES = {2: 1e-3, 3: 5e-4, 4: 2e-4, 5: 1e-4, 6: 1e-4}
 
-_ADOPTED_SHARE = 0.3
+_ADOPTED_SHARE = 0.1
 """Of the learning rate for a start from plain weights, for one from improved ones."""
 
 
@@ -196,7 +196,7 @@ def learning_rate_for(bits: int, optimizer: str = "sgd", adopted: bool = False) 
     The coarser the grid, the farther a weight has to move before its integer changes; at 8 bits
     the network is nearly where it should be. At 4 and 8 bits the values are those of the study in
     ``docs/qat.md``, others follow them. A start from improved weights (``adopted``) has less to
-    win, and something to lose: its rates are three tenths of these.
+    win, and something to lose: its rates are a tenth of these.
     """
     rates, least = (_ADAM_RATES, 5e-5) if optimizer == "adam" else (_SGD_RATES, 1e-3)
     return rates.get(bits, least) * (_ADOPTED_SHARE if adopted else 1.0)
