@@ -26,6 +26,9 @@ from custom_quantizer.core.graph import size_bounds, state_of, tensor_meta
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, first_line
 
+_PART = 1 << 16
+"""Values that are rounded at once."""
+
 __all__ = ["Rerun", "capture_like", "copied", "is_float", "rerun_in_float64"]
 
 logger = logging.getLogger(__name__)
@@ -161,7 +164,22 @@ def _on_grid(observer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _rounded(x: Tensor, scale: Tensor | float) -> Tensor:
-    return ((x.double() / scale).round() * scale).to(x.dtype)
+    """``x`` on the grid, computed in float64.
+
+    In parts that stay in the processor's cache: a weight in float64 is as large as eight of int8.
+    """
+    if x.dim() == 0 or (isinstance(scale, Tensor) and scale.dim() not in (0, x.dim())):
+        return ((x.double() / scale).round() * scale).to(x.dtype)
+    result = torch.empty_like(x)
+    rows = max(1, _PART * len(x) // max(x.numel(), 1))
+    scales = torch.as_tensor(scale, dtype=torch.float64)
+    if scales.dim():
+        scales = scales.expand(len(x), *scales.shape[1:])
+    for start in range(0, len(x), rows):
+        step = scales[start : start + rows] if scales.dim() else scales
+        part = x[start : start + rows].double()
+        result[start : start + rows] = part.div_(step).round_().mul_(step)
+    return result
 
 
 def rerun_in_float64(captured: GraphModule, values: list[Any]) -> list[Any] | None:

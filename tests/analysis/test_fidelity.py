@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, 
 
 import custom_quantizer as cq
 from custom_quantizer.analysis import fidelity
-from custom_quantizer.analysis.fidelity import FirstCalls
+from custom_quantizer.analysis.fidelity import FirstCalls, _Tolerance, check_calls
 from custom_quantizer.core.graph import constant_of
 from custom_quantizer.core.noise import Noise, ratio_db
 from custom_quantizer.errors import CalibrationError, InputError, VerificationError
@@ -417,3 +417,39 @@ def test_the_margins_are_those_of_the_docstring() -> None:
     assert warned(11.9, 12.0)
     assert not warned(6.0, 6.0, bits=4)
     assert warned(5.9, 6.0, bits=4)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_what_is_near_without_float64_is_near_with_it(scale: float) -> None:
+    """The short way accepts nothing that the rule refuses, wherever float64 may be."""
+    tolerance = _Tolerance(capture(nn.Linear(4, 4), (torch.zeros(1, 4),)))
+    accepted = 0
+    for seed in range(300):
+        generator = torch.Generator().manual_seed(seed)
+
+        def noise(size: float, generator: torch.Generator = generator) -> Tensor:
+            return size * torch.randn(50, dtype=torch.float64, generator=generator)
+
+        exact = noise(scale)
+        sizes = scale * 10.0 ** -torch.randint(2, 9, (2,), generator=generator).double()
+        plain = (exact + noise(float(sizes[0]))).float()
+        got = (plain.double() + noise(float(sizes[1]))).float()
+        if tolerance.is_near(plain, got):
+            accepted += 1
+            assert tolerance.difference(plain, exact, got) is None
+    assert 50 < accepted < 250
+
+
+def test_float64_is_computed_only_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(fidelity, "rerun_in_float64", lambda *args: asked.append(args))
+    x = torch.randn(2, 4)
+    captured = capture(nn.Linear(4, 4), (x,))
+    prepared = copy.deepcopy(captured)
+    check_calls(prepared, captured, [[x]])
+    assert not asked
+    with torch.no_grad():
+        prepared.get_parameter("weight").mul_(1.01)
+    with pytest.raises(VerificationError, match="before any rounding"):
+        check_calls(prepared, captured, [[x]])
+    assert len(asked) == 1

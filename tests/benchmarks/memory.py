@@ -1,0 +1,132 @@
+"""Peak memory of each stage, ours and the stock flow, over what a process holds before it.
+
+    python tests/benchmarks/memory.py --output docs/results
+
+Each flow and model has a process of its own, which has lowered a small network before, so that
+libraries are loaded. Between two stages Linux's high-water mark (``VmHWM``) is set back to what is
+resident. All numbers are MB above what was resident with the model made, and its parameters are
+in ``parameters``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MODELS = ("linear 8192", "resnet18", "vit_b_16")
+FLOWS = ("ours", "stock")
+MB = 1 << 20
+
+Record = dict[str, Any]
+
+
+def status(field: str) -> int:
+    """A field of this process's status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
+
+
+def settle() -> int:
+    """Set the high-water mark back; returns what is resident."""
+    import ctypes
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def peaks(name: str, flow: str) -> Record:
+    """Peak of each stage in MB above the base."""
+    import torch
+
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    from support.models import torchvision_model
+    from torch import nn
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchvision_flow import Clock, lower_stock, stock_quantizer
+
+    import custom_quantizer as cq
+
+    torch.set_num_threads(1)
+
+    def run(model: nn.Module, x: Any, stage: Callable[[str], Any]) -> None:
+        with stage("capture"):
+            captured = torch.export.export(model, (x,)).module()
+        with stage("prepare"):
+            quantizer = cq.IntegerQuantizer().set_global("a8w8")
+            prepared = prepare_pt2e(captured, quantizer if flow == "ours" else stock_quantizer())
+            del captured
+        with stage("calibrate"):
+            prepared(x)
+        with stage("convert"):
+            converted = convert_pt2e(prepared)
+            del prepared
+        with stage("lower"):
+            if flow == "ours":
+                cq.lower(converted, (x,))
+            else:
+                lower_stock(converted, (x,), Clock())
+
+    found: dict[str, float] = {}
+    base = 0
+
+    @contextmanager
+    def measured(stage: str) -> Iterator[None]:
+        settle()
+        yield
+        found[stage] = round((status("VmHWM") - base) / MB, 1)
+
+    with torch.no_grad():
+        run(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(1, 3, 8, 8), measured)
+        found.clear()
+        if name.startswith("linear"):
+            size = int(name.split()[1])
+            model, x = nn.Linear(size, size).eval(), torch.randn(1, size)
+        else:
+            model, x = torchvision_model(name), torch.randn(1, 3, 224, 224)
+        base = settle()
+        run(model, x, measured)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "model": name,
+        "flow": flow,
+        "parameters": round(parameters / MB, 1),
+        "peaks": found,
+        "peak": max(found.values()),
+    }
+
+
+def main() -> None:
+    """Measure all, or one in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "FLOW"), help="in this process")
+    parser.add_argument("--output", type=Path, help="folder to write memory.json to")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(peaks(*options.one)))
+        return
+    records = []
+    for name in options.models:
+        for flow in FLOWS:
+            command = [sys.executable, __file__, "--one", name, flow]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            records.append(json.loads(done.stdout.splitlines()[-1]))
+            print(records[-1], flush=True)
+    if options.output is not None:
+        from custom_quantizer.core.files import write_json_atomic
+
+        write_json_atomic(options.output / "memory.json", {"version": 1, "results": records})
+
+
+if __name__ == "__main__":
+    main()
