@@ -106,18 +106,32 @@ def qat_networks() -> str:
 
 
 def qat_starts() -> str:
-    """From calibrated and from improved weights side by side."""
+    """From plain and from improved weights side by side."""
     result = stored("qat_starts")
     rows, lines = result["rows"], []
     names_of = {"resnet20": "ResNet-20", "mobilenet_v2": "MobileNetV2"}
-    for key, counts in result["training_batches"].items():
+    trainings = [(key, *counts) for key, found in result["trainings"].items() for counts in found]
+    for key, steps, seeds in trainings:
         model = names_of[key]
-        for steps in counts:
-            names = ("float", "PTQ", f"{steps} batches", "improved", f"improved, {steps} batches")
-            cells = top1(rows, *(f"{model}, {name}" for name in names))
-            lines.append([f"{model}, {result['scheme']}", str(steps), *cells])
+        trained = f"improved, {steps} batches"
+        names = ("float", "PTQ", f"plain, {steps} batches", "improved", trained)
+        cells = top1(rows, *(f"{model}, {name}" for name in names))
+        against = rows[f"{model}, {trained}"]["against_plain"]
+        low, high = against["interval"]
+        between = f"{100 * against['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+        told = [f"{model}, {result['scheme']}", str(steps), str(seeds)]
+        lines.append([*told, *cells, between])
     columns = ["float", "PTQ", "trained from there", "improved", "trained from there"]
-    return table(["", "batches of 128", *columns], lines)
+    columns.append("improved start less plain (95 % interval)")
+    return table(["", "batches of 128", "seeds", *columns], lines)
+
+
+def qat_start_settings() -> str:
+    """Settings of a start, on training images held out."""
+    held_out = stored("qat_starts")["held_out"]
+    lines = [[name, f"{100 * share:.2f}"] for name, share in held_out["top1"].items()]
+    head = f"{held_out['model']}, {held_out['samples']:,} training images held out"
+    return table([head, "top-1"], lines)
 
 
 def scales_by_batch() -> str:
@@ -178,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qat_bias": qat_bias,
     "qat_networks": qat_networks,
     "qat_rates": qat_rates,
+    "qat_start_settings": qat_start_settings,
     "qat_starts": qat_starts,
     "qat_widths": qat_widths,
     "scales_by_batch": scales_by_batch,

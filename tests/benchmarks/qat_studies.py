@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from support.cifar_models import (
 )
 
 import custom_quantizer as cq
+from custom_quantizer.analysis.paired import compare_values
 from custom_quantizer.core.files import write_json_atomic, write_text_atomic
 from custom_quantizer.reference.converted import read_converted
 from custom_quantizer.training import qat
@@ -163,12 +165,17 @@ class Study:
         dataset: to train and test on.
         work: folder for trained weights, checkpoints and finished cells.
         scale: multiplies the numbers of training steps, to try a study out.
+
+    Attributes:
+        held_out: images and labels to compare settings on; see :meth:`holding_out`.
     """
 
     def __init__(self, dataset: Dataset, work: Path, scale: float) -> None:
         self.dataset = dataset
         self.work = work
         self.scale = scale
+        self.held_out = dataset.train
+        self._improved: dict[str, GraphModule] = {}
         work.mkdir(parents=True, exist_ok=True)
 
     def steps(self, count: int) -> int:
@@ -255,6 +262,62 @@ class Study:
         cq.improve(prepared, images)
         return prepared
 
+    # -- from plain and from improved weights ---------------------------------------------------
+
+    def holding_out(self, count: int) -> Study:
+        """This study without some training images, to compare settings on; calibration's stay."""
+        images, labels = self.dataset.train
+        generator = torch.Generator().manual_seed(7)
+        order = CALIBRATION + torch.randperm(len(images) - CALIBRATION, generator=generator)
+        kept = torch.cat([torch.arange(CALIBRATION), order[count:]])
+        dataset = replace(self.dataset, train=(images[kept], labels[kept]))
+        study = Study(dataset, self.work, self.scale)
+        study.held_out = images[order[:count]], labels[order[:count]]
+        return study
+
+    def improved_once(self, key: str, model: nn.Module, scheme: str) -> GraphModule:
+        """As :meth:`improved`; a copy of what the first call for a network found."""
+        if key not in self._improved:
+            self._improved = {key: self.improved(model, scheme)}
+        return copy.deepcopy(self._improved[key])
+
+    def from_start(
+        self, key: str, start: str, batches: int, seed: int, model: nn.Module, **recipe: Any
+    ) -> GraphModule:
+        """Trained at a4w4 from ``plain`` or ``improved`` weights."""
+        source = None
+        if start == "improved":
+            source = self.improved_once(key, model, _ptq_scheme("a4w4"))
+        name = "_".join([key, start, "start", str(batches), str(seed), _told(recipe)])
+        return self.qat(model, _qat_scheme("a4w4"), batches, name, source, seed=seed, **recipe)
+
+    def held_out_accuracy(
+        self, key: str, start: str, batches: int, recipe: dict[str, Any]
+    ) -> float:
+        """Share of the images held out that a training gets right."""
+        name = "_".join(["held_out", self.dataset.name, key, start, str(batches), _told(recipe)])
+        path = self.work / f"{name}.json"
+        if not path.exists():
+            trained = self.from_start(key, start, batches, 0, self.float_network(key), **recipe)
+            share = float(_right(trained, *self.held_out).double().mean())
+            write_json_atomic(path, {"top1": share})
+            print(f"{name}: {share:.2%}", flush=True)
+        return float(json.loads(path.read_text())["top1"])
+
+    def right(self, name: str, key: str, build: Callable[[nn.Module], nn.Module]) -> Tensor:
+        """Which test images what ``build`` makes of the float network gets right, ``(images,)``.
+
+        A graph is lowered, and the ``.pte`` run.
+        """
+        path = self.work / f"right_{self.dataset.name}_{name}.safetensors"
+        if not path.exists():
+            built = build(self.float_network(key))
+            run = _lower(built, self.dataset).run if isinstance(built, GraphModule) else built
+            right = _right(run, *self.dataset.test)
+            save_file({"right": right.to(torch.uint8)}, path)
+            print(f"{name}: {right.double().mean():.2%}", flush=True)
+        return load_file(path)["right"].bool()
+
     def train_further(self, model: nn.Module, steps: int) -> nn.Module:
         """The float network after as much training as QAT gets: what the data alone explain."""
         model = copy.deepcopy(model)
@@ -282,6 +345,13 @@ def _train_float(model: nn.Module, loader: Loader, rate: float = 0.06) -> None:
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+def _right(run: Callable[..., Any], images: Tensor, labels: Tensor) -> Tensor:
+    """Which of the images have their highest score at the label."""
+    with torch.no_grad():
+        classes = torch.cat([run(batch).argmax(1) for batch in images.split(TEST_BATCH)])
+    return classes == labels
 
 
 def _lower(graph: GraphModule, dataset: Dataset) -> cq.LoweredProgram:
@@ -411,45 +481,99 @@ def networks(study: Study) -> dict[str, Any]:
     return {"training_batches": batches, "rows": rows}
 
 
-START_BATCHES = {"resnet20": (25,), "mobilenet_v2": (30,)}
+START_BATCHES = {"resnet20": {25: 3, 200: 1}, "mobilenet_v2": {30: 3}}
+"""How many batches, and how many seeds with that many."""
+
+HELD_OUT = 2_000
+
+START_SETTINGS: dict[str, tuple[dict[str, float], ...]] = {
+    "plain": (
+        {},
+        {"learning_rate": 3e-3},
+        {"learning_rate": 3e-2},
+        {"freeze_batch_norms": 0.0},
+    ),
+    "improved": (
+        {},
+        {"learning_rate": 3e-3},
+        {"learning_rate": 1e-2},
+        {"freeze_batch_norms": 0.5},
+    ),
+}
+"""Compared with the defaults on training images that are held out."""
 
 
 def starts(study: Study) -> dict[str, Any]:
-    """A little training at a4w4, from calibrated and from improved weights."""
+    """A little training at a4w4, from plain and from improved weights, each with its defaults.
+
+    The defaults were chosen on training images held out, for ResNet-20.
+    """
+    study = study.holding_out(HELD_OUT)
     rows: dict[str, Any] = {}
-    for key, counts in START_BATCHES.items():
+    for key, trainings in START_BATCHES.items():
         name = NETWORKS[key].name
-        rows[f"{name}, float"] = study.cell(f"{key}_float", key, None)
-        rows[f"{name}, PTQ"] = study.cell(
-            f"{key}_a4w4_ptq", key, lambda m: study.ptq(m, _ptq_scheme("a4w4"))
-        )
-        rows[f"{name}, improved"] = study.cell(
-            f"{key}_a4w4_improved",
-            key,
-            lambda m: convert_pt2e(study.improved(m, _ptq_scheme("a4w4"))),
-        )
-        for steps in counts:
-            # Statistics of the batch would shift what was made up for with those that ship.
-            rows[f"{name}, {steps} batches"] = study.cell(
-                f"{key}_a4w4_start_{steps}",
+        right = {
+            "float": study.right(f"{key}_float", key, lambda m: m),
+            "PTQ": study.right(f"{key}_a4w4_ptq", key, lambda m: study.ptq(m, _ptq_scheme("a4w4"))),
+            "improved": study.right(
+                f"{key}_a4w4_improved",
                 key,
-                lambda m, n=steps, k=key: study.qat(
-                    m, _qat_scheme("a4w4"), n, f"{k}_start_{n}", freeze_batch_norms=0.0
-                ),
-            )
-            rows[f"{name}, improved, {steps} batches"] = study.cell(
-                f"{key}_a4w4_improved_start_{steps}",
-                key,
-                lambda m, n=steps, k=key: study.qat(
-                    m,
-                    _qat_scheme("a4w4"),
-                    n,
-                    f"{k}_improved_start_{n}",
-                    study.improved(m, _ptq_scheme("a4w4")),
-                    freeze_batch_norms=0.0,
-                ),
-            )
-    return {"scheme": "a4w4", "training_batches": START_BATCHES, "rows": rows}
+                lambda m, k=key: convert_pt2e(study.improved_once(k, m, _ptq_scheme("a4w4"))),
+            ),
+        }
+        pairs = itertools.product(trainings.items(), START_SETTINGS)
+        for (batches, seeds), start in pairs:
+            trained = [
+                study.right(
+                    f"{key}_a4w4_{start}_start_{batches}_seed_{seed}",
+                    key,
+                    lambda m, k=key, s=start, n=batches, i=seed: study.from_start(k, s, n, i, m),
+                )
+                for seed in range(seeds)
+            ]
+            right[f"{start}, {batches} batches"] = torch.stack(trained)
+        for label, correct in right.items():
+            rows[f"{name}, {label}"] = _row(correct, right["float"])
+        for batches in trainings:
+            plain, improved = (right[f"{start}, {batches} batches"] for start in START_SETTINGS)
+            row = rows[f"{name}, improved, {batches} batches"]
+            row["against_plain"] = _difference(improved, plain)
+    batches = next(iter(START_BATCHES["resnet20"]))
+    held_out = {
+        f"{start}, {_told(recipe)}": study.held_out_accuracy("resnet20", start, batches, recipe)
+        for start, recipes in START_SETTINGS.items()
+        for recipe in recipes
+    }
+    return {
+        "scheme": "a4w4",
+        "trainings": {key: [*counts.items()] for key, counts in START_BATCHES.items()},
+        "held_out": {"model": NETWORKS["resnet20"].name, "samples": HELD_OUT, "top1": held_out},
+        "rows": rows,
+    }
+
+
+def _told(recipe: dict[str, Any]) -> str:
+    """What differs from the default."""
+    return ", ".join(f"{key} {value:g}" for key, value in recipe.items()) or "default"
+
+
+def _row(right: Tensor, of_float: Tensor) -> dict[str, Any]:
+    """Accuracies of one training or of several: ``(images,)`` or ``(seeds, images)``, bool."""
+    row: dict[str, Any] = {"top1": float(right.double().mean()), "samples": right.shape[-1]}
+    if right.dim() > 1:
+        row["by_seed"] = right.double().mean(1).tolist()
+    return row if right is of_float else row | _difference(right, of_float)
+
+
+def _difference(right: Tensor, other: Tensor) -> dict[str, Any]:
+    """By image; of several trainings, the mean of each image."""
+    means = [r.double().reshape(-1, r.shape[-1]).mean(0) for r in (right, other)]
+    found = compare_values((means[0] - means[1]).tolist())
+    return {
+        "difference": found.difference,
+        "interval": [found.low, found.high],
+        "p_value": found.p_value,
+    }
 
 
 STUDIES: dict[str, Callable[[Study], dict[str, Any]]] = {
@@ -467,12 +591,21 @@ def render(result: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(header)} |", f"| {' | '.join('---' for _ in header)} |"]
     for name, row in result["rows"].items():
         cells = [name, f"{row['top1']:.2%}", "-", "-"]
+        if len(seeds := row.get("by_seed", [])) > 1:
+            cells[1] += f" ({', '.join(f'{100 * share:.2f}' for share in seeds)})"
         if row.get("difference") is not None:
-            low, high = row["interval"]
-            cells[2] = f"{100 * row['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
-            cells[3] = f"{row['p_value']:.2g}"
+            cells[2:] = _difference_cells(row)
         lines.append(f"| {' | '.join(cells)} |")
+        if (against := row.get("against_plain")) is not None:
+            cells = [f"{name}, against plain", "", *_difference_cells(against)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _difference_cells(row: dict[str, Any]) -> list[str]:
+    low, high = row["interval"]
+    difference = f"{100 * row['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+    return [difference, f"{row['p_value']:.2g}"]
 
 
 class Options(argparse.Namespace):
