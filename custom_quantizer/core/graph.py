@@ -358,12 +358,23 @@ def set_state(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Non
                 buffers[name].copy_(value)
 
 
-def detached_copy(model: GraphModule) -> GraphModule:
-    """A deep copy; buffers that were written while gradients were recorded lose their history."""
-    history = {
-        id(buffer): buffer.detach().clone() for buffer in model.buffers() if not buffer.is_leaf
-    }
-    return copy.deepcopy(model, cast("dict[int, Any]", history))
+def detached_copy(model: GraphModule, *, share_constants: bool = False) -> GraphModule:
+    """A deep copy; buffers that were written while gradients were recorded lose their history.
+
+    Args:
+        model: the graph.
+        share_constants: let both graphs hold the same tensors, but for buffers that calls write:
+            for who puts other constants in their place instead of writing into them.
+    """
+    memo: dict[int, Any] = {}
+    if share_constants:
+        written = {id(value) for value in state_buffers(model).values()}
+        held = (*model.parameters(), *model.buffers())
+        memo = {id(value): value for value in held if id(value) not in written}
+    for buffer in model.buffers():
+        if not buffer.is_leaf:
+            memo[id(buffer)] = buffer.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def is_constant(node: object) -> bool:

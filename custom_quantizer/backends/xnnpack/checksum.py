@@ -17,9 +17,11 @@ SIZE = len(_MARK) + hashlib.sha256().digest_size
 """Bytes that a checksum takes."""
 
 
-def seal(data: bytes) -> bytes:
-    """A program with its checksum: of all that stands before it, a record of ops included."""
-    return data + _MARK + hashlib.sha256(data).digest()
+def seal(data: bytes, record: bytes = b"") -> bytes:
+    """A program with a record of its ops and the checksum of both; copied once."""
+    digest = hashlib.sha256(data)
+    digest.update(record)
+    return b"".join((data, record, _MARK, digest.digest()))
 
 
 def split_checksum(data: memoryview, where: str) -> tuple[memoryview, bool]:

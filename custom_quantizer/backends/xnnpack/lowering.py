@@ -189,7 +189,7 @@ def rewrite(
     """
     say("rewriting the graph")
     _check_writable(graph.model)
-    model = detached_copy(graph.model)
+    model = detached_copy(graph.model, share_constants=True)
     applied = run_passes(model, graph, skip=skip)
     say("exporting")
     exported = export_again(model, example, dynamic_max, widest=widest)
@@ -276,7 +276,7 @@ def describe_program(
     rows = {
         name: _rows(rewritten.graph, edge, bare.method(name)) for name, rewritten in methods.items()
     }
-    data = seal(data + encode(rows, len(data)))
+    data = seal(data, encode(rows, len(data)))
     contents = read_program(data)
     contents = replace(contents, methods=(contents.method(method),))
     graph = methods[method].graph
