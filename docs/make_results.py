@@ -109,18 +109,18 @@ def qat_starts() -> str:
     """From plain and from improved weights side by side."""
     result = stored("qat_starts")
     rows, lines = result["rows"], []
-    names_of = {"resnet20": "ResNet-20", "mobilenet_v2": "MobileNetV2"}
-    trainings = [(key, *counts) for key, found in result["trainings"].items() for counts in found]
-    for key, steps, seeds in trainings:
-        model = names_of[key]
-        trained = f"improved, {steps} batches"
-        names = ("float", "PTQ", f"plain, {steps} batches", "improved", trained)
-        cells = top1(rows, *(f"{model}, {name}" for name in names))
-        against = rows[f"{model}, {trained}"]["against_plain"]
+    for name, row in rows.items():
+        if "against_plain" not in row:
+            continue
+        model, _, batches, *rate = name.split(", ")
+        names = ("float", "PTQ", f"plain, {batches}", "improved")
+        cells = top1(rows, *(f"{model}, {other}" for other in names), name)
+        against = row["against_plain"]
         low, high = against["interval"]
         between = f"{100 * against['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
-        told = [f"{model}, {result['scheme']}", str(steps), str(seeds)]
-        lines.append([*told, *cells, between])
+        seeds = str(len(row.get("by_seed", [1])))
+        told = ", ".join([model, result["scheme"], *rate])
+        lines.append([told, batches.removesuffix(" batches"), seeds, *cells, between])
     columns = ["float", "PTQ", "trained from there", "improved", "trained from there"]
     columns.append("improved start less plain (95 % interval)")
     return table(["", "batches of 128", "seeds", *columns], lines)

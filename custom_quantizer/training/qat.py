@@ -196,7 +196,7 @@ def learning_rate_for(bits: int, optimizer: str = "sgd", adopted: bool = False) 
     The coarser the grid, the farther a weight has to move before its integer changes; at 8 bits
     the network is nearly where it should be. At 4 and 8 bits the values are those of the study in
     ``docs/qat.md``, others follow them. A start from improved weights (``adopted``) has less to
-    win, and something to lose: its rates are a tenth of these.
+    win, and something to lose: its rates are a tenth of these, which suits short trainings.
     """
     rates, least = (_ADAM_RATES, 5e-5) if optimizer == "adam" else (_SGD_RATES, 1e-3)
     return rates.get(bits, least) * (_ADOPTED_SHARE if adopted else 1.0)

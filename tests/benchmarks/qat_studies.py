@@ -484,6 +484,9 @@ def networks(study: Study) -> dict[str, Any]:
 START_BATCHES = {"resnet20": {25: 3, 200: 1}, "mobilenet_v2": {30: 3}}
 """How many batches, and how many seeds with that many."""
 
+START_RATES = {200: (3e-3, 1e-2)}
+"""Other learning rates from improved weights, by the batches of the training."""
+
 HELD_OUT = 2_000
 
 START_SETTINGS: dict[str, tuple[dict[str, float], ...]] = {
@@ -532,12 +535,20 @@ def starts(study: Study) -> dict[str, Any]:
                 for seed in range(seeds)
             ]
             right[f"{start}, {batches} batches"] = torch.stack(trained)
-        for label, correct in right.items():
-            rows[f"{name}, {label}"] = _row(correct, right["float"])
         for batches in trainings:
-            plain, improved = (right[f"{start}, {batches} batches"] for start in START_SETTINGS)
-            row = rows[f"{name}, improved, {batches} batches"]
-            row["against_plain"] = _difference(improved, plain)
+            for rate in START_RATES.get(batches, ()):
+                right[f"improved, {batches} batches, learning rate {rate:g}"] = study.right(
+                    f"{key}_a4w4_improved_start_{batches}_seed_0_rate_{rate:g}",
+                    key,
+                    lambda m, k=key, n=batches, r=rate: study.from_start(
+                        k, "improved", n, 0, m, learning_rate=r
+                    ),
+                )
+        for label, correct in right.items():
+            row = rows[f"{name}, {label}"] = _row(correct, right["float"])
+            start, *told = label.split(", ")
+            if start == "improved" and told:
+                row["against_plain"] = _difference(correct, right[f"plain, {told[0]}"])
     batches = next(iter(START_BATCHES["resnet20"]))
     held_out = {
         f"{start}, {_told(recipe)}": study.held_out_accuracy("resnet20", start, batches, recipe)
