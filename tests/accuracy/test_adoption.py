@@ -108,7 +108,7 @@ def offsets(prepared: GraphModule) -> list[float]:
         (weight,) = args
         steps = weight / module.dequantized(torch.ones_like(weight), module.step_scale)
         integers = module.integers(weight, module.step_scale)
-        found.append(float((steps - integers).abs().max()))
+        found.append(float((steps - integers).detach().abs().max()))
 
     for module in prepared.modules():
         if isinstance(module, WeightFakeQuantize):
