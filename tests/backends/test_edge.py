@@ -39,6 +39,19 @@ class Mixed(nn.Module):
         return self.head(y[..., :8]).clamp(0, 6), torch.cat([x] * 7, 1).view(1, -1)
 
 
+class Turned(nn.Module):
+    """Views of another layout, inside of the delegate, outside of it, and as outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.image(x).permute(0, 2, 3, 1)
+        outside = torch.sort(x.transpose(2, 3))[0]
+        return y, y.relu() * 2.0, outside, torch.sign(outside).transpose(1, 3)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -51,6 +64,7 @@ class Recurrent(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mixed": (Mixed, (1, 3, 8, 8)),
     "recurrent": (Recurrent, (3, 1, 4)),
+    "turned": (Turned, (1, 3, 4, 6)),
 }
 LARGE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dense block": (lambda: _DenseBlock(7, 8, 2, 4, 0.0), (1, 8, 8, 8)),

@@ -40,7 +40,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.backends.xnnpack.quick_passes import passes_known, quick_passes
+from custom_quantizer.backends.xnnpack.quick_passes import passes_known, quick_passes, returned
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
 from custom_quantizer.core.graph import argument, tensor_meta
 
@@ -139,9 +139,15 @@ def core_forms(exported: ExportedProgram, whole: list[Any]) -> dict[Node, Call] 
             if call is None:
                 return None
             forms[node] = call
-        elif target in table and target not in whole:
+        elif target not in whole and (target in table or _is_composite(target)):
             return None
     return forms
+
+
+def _is_composite(target: torch._ops.OpOverload) -> bool:
+    """Whether an op is made of others where it is called, which tracing would put in its place."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(target.has_kernel_for_dispatch_key(key))
 
 
 def _is_static(value: Any) -> bool:
@@ -222,6 +228,7 @@ def _edge_program(
     for node in _calls(module):
         target = cast(torch._ops.OpOverload, node.target)
         node.target = _VIEWS.get(target) or get_view_copy_of_view_op(target._schema) or target
+    _make_contiguous(module)
     for apply in (*base_pre_op_replace_passes, RemoveMixedTypeOperators()):
         name = getattr(apply, "__name__", type(apply).__name__)
         if name not in NEVER and any(map(WORK.get(name, _always), _calls(module))):
@@ -249,6 +256,17 @@ def _edge_program(
     )
     edge = convert_constant_dim_order_pass(lift_constant_tensor_pass(edge))
     return cast(ExportedProgram, _program._transform(edge, *base_post_op_replace_passes))
+
+
+def _make_contiguous(module: GraphModule) -> None:
+    """Fake values as copies leave them, where views of another layout stood, and behind these."""
+    changed: set[Node] = set()
+    for node in _calls(module):
+        meta = tensor_meta(node)
+        strided = meta is not None and not meta.is_contiguous()
+        if strided or not changed.isdisjoint(node.all_input_nodes):
+            changed.add(node)
+            node.meta["val"] = returned(node)
 
 
 def _calls(module: GraphModule) -> list[Node]:

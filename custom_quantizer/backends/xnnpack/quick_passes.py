@@ -26,7 +26,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from custom_quantizer.core.graph import tensor_meta
 from custom_quantizer.core.threads import exclusive
 
-__all__ = ["QuickPassManager", "passes_known", "quick_passes"]
+__all__ = ["QuickPassManager", "passes_known", "quick_passes", "returned"]
 
 _READ = "1.5.1"
 
@@ -106,11 +106,12 @@ class _Refreshed(ExportPass):  # type: ignore[misc]  # ExecuTorch is untyped
         """Compute the fake values of new calls."""
         for node in module.graph.nodes:
             if node.op == "call_function" and node not in self.known:
-                node.meta["val"] = _returned(node)
+                node.meta["val"] = returned(node)
         return PassResult(module, True)
 
 
-def _returned(node: Node) -> Any:
+def returned(node: Node) -> Any:
+    """The fake value of a call, from those of its inputs."""
     args = map_arg(node.args, lambda source: source.meta["val"])
     kwargs = map_arg(node.kwargs, lambda source: source.meta["val"])
     mode = next(source.meta["val"].fake_mode for source in node.all_input_nodes)
