@@ -360,7 +360,8 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     for op in ops:
         if not op.moves_values:
             _settle(op, backend)
-    _leave_sums_in_float(ops, anchors)
+    floats = _leave_sums_in_float(ops, anchors)
+    _leave_joins_in_float(ops, producer, floats)
     _leave_divisors_in_float(ops, producer)
     io = _model_io(model, config, ops)
     _leave_readers_of_integers_in_float(ops, io, backend)
@@ -641,19 +642,26 @@ def _store_table(op: _Op, scheme: OpScheme | None) -> None:
     )
 
 
-def _leave_sums_in_float(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
+def _leave_sums_in_float(ops: list[_Op], anchors: dict[Node, _Op]) -> set[Node]:
     """Sums and products that only float ops read are computed in float.
 
     On the way into a softmax these are scales, biases and masks: a mask (a large negative number)
     would take the whole range of an int8 sum for itself. Between layer norms it is the residual
     stream of a transformer, whose parts differ by orders of magnitude. Either way the reader
     dequantizes what an int8 kernel has just rounded.
+
+    Returns:
+        All ops, of whatever kind, that only float ops read.
     """
     floats: set[Node] = set()
+    only_floats: set[Node] = set()
     for op in reversed(ops):
         users = effective_users(op.output)
         into = [user in floats or _computes_in_float(anchors.get(user)) for user in users]
-        if not users or not all(into) or not (op.has(Trait.SUM) or op.has(Trait.VIEW)):
+        if not users or not all(into):
+            continue
+        only_floats.add(op.node)
+        if not (op.has(Trait.SUM) or op.has(Trait.VIEW)):
             continue
         if op.has(Trait.SUM) and op.scheme is not None:
             if op.decision.explicit:
@@ -661,6 +669,35 @@ def _leave_sums_in_float(ops: list[_Op], anchors: dict[Node, _Op]) -> None:
             op.scheme = None
             op.reason = "only float ops read its result: quantizing it would just round once more"
         floats.add(op.node)
+    return only_floats
+
+
+def _leave_joins_in_float(
+    ops: list[_Op], producer: dict[Node, _Op], only_floats: set[Node]
+) -> None:
+    """Tensors that are joined for float ops alone keep scales of their own.
+
+    As integers they would need one scale: a class token that is joined to the patches of an image
+    before a norm has a few levels of theirs. Pieces of one tensor have one scale anyway.
+    """
+    for op in ops:
+        joined = op.match.inputs if op.match is not None and op.moves_values else ()
+        if len(joined) < 2 or op.node not in only_floats or op.decision.explicit:
+            continue
+        if len({_source(tensor, producer) for tensor in joined}) > 1:
+            op.match, op.reason = (
+                None,
+                "it joins tensors of different scales, and float ops read it",
+            )
+
+
+def _source(tensor: Node, producer: dict[Node, _Op]) -> Node:
+    """The tensor that ``tensor`` shows values of, in another order or shape."""
+    op = producer.get(tensor)
+    while op is not None and op.moves_values and op.match is not None:
+        tensor = op.match.inputs[0]
+        op = producer.get(tensor)
+    return tensor
 
 
 def _leave_divisors_in_float(ops: list[_Op], producer: dict[Node, _Op]) -> None:

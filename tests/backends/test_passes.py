@@ -279,6 +279,7 @@ def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str
 # and in test_lowering_combinations.py.
 FLOAT_OPS = {
     "drop_broadcasts",
+    "gather_rows",
     "group_norms_to_linears",
     "layer_norms_to_linears",
     "norms_to_linears",

@@ -486,3 +486,36 @@ def test_a_mean_stays_right_when_the_batch_grows(mean: Callable[[Tensor], Tensor
     for size in (3, 8, 1, 7, 2, 8):
         given = torch.randn(size, *IMAGE[1:])
         assert differences(program.run(given), reference(given)) == [], size
+
+
+# ---------------------------------------------------------------------------------------------
+# Slices of what is joined
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cut", "reads"),
+    [
+        (lambda y: y[:, :1], "x"),
+        (lambda y: y[:, 1:], "x_1"),
+        (lambda y: y[:, 2:4], "slice_1"),
+        (lambda y: y[:, -1], "select"),
+        (lambda y: y[:, 0], "select"),
+        (lambda y: y.select(1, -6), "select"),
+        (lambda y: y[:, :3], "cat"),  # some of both
+        (lambda y: y[:, ::2], "cat"),
+        (lambda y: y[:, :, :2], "cat"),
+        (lambda y: y[:, 3:3], "cat"),
+    ],
+)
+def test_what_is_cut_out_of_joined_tensors_is_cut_out_of_one(
+    cut: Callable[[Tensor], Tensor], reads: str
+) -> None:
+    inputs = (torch.randn(2, 1, 4), torch.randn(2, 5, 4))
+    model = Function(lambda _self, x, x_1: cut(torch.cat([x, x_1], 1)) + 0.0)
+    graph = canonicalize(capture(model, inputs))
+    assert torch.equal(graph(*inputs), model(*inputs))
+    joined = calls(graph, aten.cat.default)
+    assert bool(joined) == (reads == "cat")
+    if reads.startswith("x"):  # the whole of a piece
+        assert not calls(graph, aten.slice.Tensor)

@@ -863,3 +863,63 @@ def test_a_movement_that_no_rule_leaves_out_passes_integers_on(rules: list[Rule]
     graph = capture(Function(lambda s, x: s.conv(x).flatten(1), conv=conv()), (torch.randn(IMAGE),))
     op = make_plan(canonicalize(graph), Config(rules), BACKEND).op("flatten")
     assert (op.scheme, op.reason) == ("a8", "moves values: keeps the integers it is given")
+
+
+# ---------------------------------------------------------------------------------------------
+# Tensors that are joined for float ops
+# ---------------------------------------------------------------------------------------------
+
+
+def token_and_patches(s: Any, x: Tensor) -> Tensor:
+    """A class token, joined to patches before a norm."""
+    patches = s.patches(x)
+    token = s.token(x[:, :1])
+    return cast(Tensor, s.head(F.layer_norm(torch.cat([token, patches], 1), (8,))))
+
+
+def joined(*rules: Rule) -> Plan:
+    layers = {name: nn.Linear(8, 8) for name in ("patches", "token", "head")}
+    return plan_of(token_and_patches, *rules, shapes=[(2, 5, 8)], **layers)
+
+
+def test_what_is_joined_for_a_norm_keeps_scales_of_its_own() -> None:
+    plan = joined()
+    assert plan.op("cat").scheme is None
+    assert "it joins tensors of different scales" in plan.op("cat").reason
+    assert plan.op("cat").placement == "float inside"
+    assert group(plan, "linear") != group(plan, "linear_1")
+
+
+def test_a_rule_joins_them_on_one_scale() -> None:
+    plan = joined(Rule(Scope.OPERATOR_TYPE, "aten.cat.default", A8W8))
+    assert plan.op("cat").scheme == "a8"
+    assert group(plan, "linear") == group(plan, "linear_1")
+
+
+def test_pieces_of_one_tensor_are_joined_as_they_are() -> None:
+    """They share a scale anyway: merged patches of a window transformer."""
+    plan = plan_of(
+        lambda s, x: s.head(
+            F.layer_norm(torch.cat([s.conv(x)[..., ::2], s.conv(x)[..., 1::2]], 1), (3,))
+        ),
+        conv=conv(),
+        head=nn.Linear(3, 3),
+    )
+    assert plan.op("cat").scheme is None  # two calls of the layer are two tensors
+
+    def merged(s: Any, x: Tensor) -> Tensor:
+        y = s.conv(x)
+        rows = torch.cat([y[..., ::2], y[..., 1::2]], 1)
+        return cast(Tensor, s.head(F.layer_norm(rows, (3,))))
+
+    assert plan_of(merged, conv=conv(), head=nn.Linear(3, 3)).op("cat").scheme == "a8"
+
+
+def test_what_integers_read_too_is_joined_on_one_scale() -> None:
+    def both(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.cat([s.a(x), s.b(x)], 1)
+        return F.layer_norm(rows, (8,)), s.head(rows)
+
+    layers = {name: nn.Linear(8, 8) for name in ("a", "b", "head")}
+    plan = plan_of(both, shapes=[(2, 5, 8)], **layers)
+    assert plan.op("cat").scheme == "a8"

@@ -11,6 +11,7 @@ quantized, simulated and lowered like any other:
 - Euclidean norms are those of rows;
 - maxima over dims are max pools, and powers are products or roots;
 - layers and pools of one sample are those of a batch of one;
+- what is cut out of joined tensors is cut out of one of them, where it lies in one;
 - shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves, and so is whatever
   else only moves values, by any of its names;
 - resizes by other than bilinear interpolation are linear layers, dim by dim;
@@ -105,6 +106,8 @@ _FORMS: dict[Any, Rewrite] = {
     aten.row_stack.default: moves.stack_along,
     aten.vstack.default: moves.stack_along,
     aten.stack.default: moves.stack,
+    aten.slice.Tensor: moves.piece,
+    aten.select.int: moves.piece,
     aten.pad.default: _pad,
     aten.roll.default: _moved(moves.roll),
     aten.flip.default: _moved(moves.flip),

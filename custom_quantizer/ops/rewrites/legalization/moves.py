@@ -12,6 +12,7 @@ from torch.fx import Node
 from custom_quantizer.core.graph import argument, shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
+from custom_quantizer.ops.movement import slice_of
 from custom_quantizer.ops.rewrites.legalization._common import (
     MAX_PIECES,
     float_input,
@@ -28,6 +29,39 @@ def stack(insert: Insertion) -> Node | None:
     dim = int(argument(insert.node, 1, "dim", 0)) % len(shape_of(insert.node))
     pieces = [insert.call(aten.unsqueeze.default, tensor, dim) for tensor in tensors]
     return pieces[0] if len(pieces) == 1 else insert.call(aten.cat.default, pieces, dim)
+
+
+def piece(insert: Insertion) -> Node | None:
+    """What is cut out of joined tensors, and lies in one of them, is cut out of that one.
+
+    A class token that is joined to patches, and taken from them again, then need not share their
+    scale.
+    """
+    node, joined = insert.node, insert.node.args[0]
+    cats = (aten.cat.default, aten.concat.default, aten.concatenate.default)
+    if not isinstance(joined, Node) or joined.target not in cats:
+        return None
+    shape = shape_of(joined)
+    dim = int(argument(joined, 1, "dim", 0)) % len(shape)
+    pieces = cast("Sequence[Node]", joined.args[0])
+    sizes: list[Any] = [shape_of(tensor)[dim] for tensor in pieces]
+    if int(argument(node, 1, "dim", 0)) % len(shape) != dim or not is_static(sizes):
+        return None
+    if node.target is aten.select.int:
+        start = int(cast(int, argument(node, 2, "index"))) % sum(sizes)
+        stop = start + 1
+    else:
+        _, start, stop, step = slice_of(node)
+        if step != 1 or start >= stop:
+            return None
+    offset = 0
+    for tensor, size in zip(pieces, sizes, strict=True):
+        if offset <= start and stop <= offset + size:
+            if node.target is aten.select.int:
+                return insert.call(aten.select.int, tensor, dim, start - offset)
+            return insert.slice(tensor, dim, start - offset, stop - offset)
+        offset += size
+    return None
 
 
 _RANKS: dict[Any, int] = {
