@@ -630,9 +630,9 @@ def _store_table(op: _Op, scheme: OpScheme | None) -> None:
     reads the rows may want integers, and then the table becomes those.
     """
     match, stored = cast(PatternMatch, op.match), cast(Support, op.support).table
-    (table,) = match.inputs
     if stored is None or scheme is None or not (scheme.dynamic or op.decision.aimed):
         return
+    (table,) = match.inputs
     if not is_constant(table) or not _is_float32(table):
         return
     op.table = stored
