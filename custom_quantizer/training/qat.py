@@ -186,20 +186,33 @@ def _check_prepared(prepared: object) -> None:
 _SGD_RATES = {2: 2e-2, 3: 2e-2, 4: 1e-2, 5: 5e-3, 6: 2e-3}
 _ADAM_RATES = {2: 1e-3, 3: 5e-4, 4: 2e-4, 5: 1e-4, 6: 1e-4}
 
-_ADOPTED_SHARE = 0.1
-"""Of the learning rate for a start from plain weights, for one from improved ones."""
+_SHORT, _LONG, _SHORT_SHARE = 30, 200, 0.1
+"""From improved weights, trainings of up to ``_SHORT`` steps take this share of the learning rate
+from plain ones, those of ``_LONG`` steps all of it, and others what is on the line between."""
 
 
-def learning_rate_for(bits: int, optimizer: str = "sgd", adopted: bool = False) -> float:
+def learning_rate_for(bits: int, optimizer: str = "sgd", adopted_steps: int | None = None) -> float:
     """The first learning rate for a graph whose narrowest tensor has ``bits`` bits.
 
     The coarser the grid, the farther a weight has to move before its integer changes; at 8 bits
     the network is nearly where it should be. At 4 and 8 bits the values are those of the study in
-    ``docs/qat.md``, others follow them. A start from improved weights (``adopted``) has less to
-    win, and something to lose: its rates are a tenth of these, which suits short trainings.
+    ``docs/qat.md``, others follow them.
+
+    A start from improved weights (:func:`~custom_quantizer.adopt`) has something to lose, and a
+    short training cannot win it back: up to 30 steps its rate is a tenth, from 200 steps on it is
+    that of a plain start. These two were measured, what is between them follows a line.
+
+    Args:
+        bits: of the narrowest tensor.
+        optimizer: ``sgd`` or ``adam``.
+        adopted_steps: steps of a training from improved weights; ``None``: from plain ones.
     """
     rates, least = (_ADAM_RATES, 5e-5) if optimizer == "adam" else (_SGD_RATES, 1e-3)
-    return rates.get(bits, least) * (_ADOPTED_SHARE if adopted else 1.0)
+    rate = rates.get(bits, least)
+    if adopted_steps is None:
+        return rate
+    long = min(max((adopted_steps - _SHORT) / (_LONG - _SHORT), 0.0), 1.0)
+    return rate * (_SHORT_SHARE + (1 - _SHORT_SHARE) * long)
 
 
 @dataclass(frozen=True)
@@ -209,7 +222,8 @@ class Recipe:
     Attributes:
         optimizer: ``sgd`` with Nesterov momentum, or ``adam`` (AdamW).
         learning_rate: the first one; ``None`` chooses by the narrowest width
-            (:func:`learning_rate_for`) and by the start. It falls along a half cosine to 0.
+            (:func:`learning_rate_for`), and after :func:`~custom_quantizer.adopt` by the number
+            of steps. It falls along a half cosine to 0.
         momentum: of SGD.
         weight_decay: of weights; biases, batch norms and learned scales have none.
         warmup: share of the steps in which the learning rate rises from 0.
@@ -435,11 +449,10 @@ class _Trainer:
         self.loss = loss or (
             lambda y, t: nn.functional.cross_entropy(y, t, label_smoothing=smoothing)
         )
-        bits = _narrowest(prepared)
-        adopted = bool(prepared.meta.get(ADOPTED_KEY, False))
-        self.rate = recipe.learning_rate or learning_rate_for(bits, recipe.optimizer, adopted)
+        self.adopted = bool(prepared.meta.get(ADOPTED_KEY, False))
+        self.rate = 0.0
         share = recipe.freeze_batch_norms
-        self.norms_freeze = (0.0 if adopted else 0.5) if share is None else share
+        self.norms_freeze = (0.0 if self.adopted else 0.5) if share is None else share
         self.position = TrainingPosition()
         self.history: list[EpochMetrics] = []
         self.steps_per_epoch = 0
@@ -450,6 +463,11 @@ class _Trainer:
 
     def begin(self, start: Source | None, checkpoint: str | os.PathLike[str] | None) -> None:
         self.steps_per_epoch = self._count()
+        self.rate = self.recipe.learning_rate or learning_rate_for(
+            _narrowest(self.model),
+            self.recipe.optimizer,
+            self.steps_per_epoch * self.epochs if self.adopted else None,
+        )
         self.optimizer = self._make_optimizer()
         if checkpoint is not None:
             said = {

@@ -131,8 +131,12 @@ def test_finetune_knows_what_was_adopted(tmp_path: Path) -> None:
     cq.adopt(prepared, start)
     before = statistics(prepared)
     summary = qat.finetune(copy.deepcopy(prepared), batches, checkpoint=path)
-    assert summary.learning_rate == qat.learning_rate_for(4, adopted=True)
-    assert summary.learning_rate < qat.learning_rate_for(4)
+    assert summary.learning_rate == qat.learning_rate_for(4, adopted_steps=1)
+    plain = qat.learning_rate_for(4)
+    by_steps = [qat.learning_rate_for(4, adopted_steps=n) / plain for n in (1, 30, 115, 200, 900)]
+    assert by_steps == pytest.approx([0.1, 0.1, 0.55, 1.0, 1.0])
+    twice = qat.finetune(copy.deepcopy(prepared), batches * 115, epochs=2)
+    assert twice.learning_rate == plain
     qat.finetune(prepared, batches)
     assert before.keys() == statistics(prepared).keys()
     assert all(torch.equal(before[name], value) for name, value in statistics(prepared).items())

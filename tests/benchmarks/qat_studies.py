@@ -484,7 +484,7 @@ def networks(study: Study) -> dict[str, Any]:
 START_BATCHES = {"resnet20": {25: 3, 200: 1}, "mobilenet_v2": {30: 3}}
 """How many batches, and how many seeds with that many."""
 
-START_RATES = {200: (3e-3, 1e-2)}
+START_RATES = {200: (1e-3, 3e-3)}
 """Other learning rates from improved weights, by the batches of the training."""
 
 HELD_OUT = 2_000
