@@ -413,8 +413,8 @@ def test_outputs_of_float_ops_are_within_a_tenth(factor: float, noticed: bool) -
     graph = quantized(Function(lambda s, x: torch.sin(x + x) * 1.5), (x,), quantizer)
 
     def change(product: Node) -> None:
-        constant = cast(Node, product.args[1])
-        cast(GraphModule, product.graph.owning_module).get_buffer(str(constant.target)).mul_(factor)
+        name, model = str(cast(Node, product.args[1]).target), product.graph.owning_module
+        setattr(model, name, cast(GraphModule, model).get_buffer(name) * factor)
 
     if not noticed:
         assert lower_sabotaged(graph, x, change, "mul.Tensor").report.not_integer()

@@ -23,9 +23,7 @@ import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import passes
 from custom_quantizer.backends.xnnpack.passes import PASSES
 from custom_quantizer.core.graph import is_quantize
-from custom_quantizer.errors import (
-    VerificationError,
-)
+from custom_quantizer.errors import LoweringError, VerificationError
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 6, 6)
@@ -46,19 +44,21 @@ def sabotaged(
     monkeypatch.setattr(passes, "PASSES", patched)
 
 
-def _constant(model: GraphModule, suffix: str, op: str = "conv2d_1") -> Tensor:
-    """A constant of one op, of which the name ends so."""
+def _own_constant(model: GraphModule, suffix: str, op: str = "conv2d_1") -> Tensor:
+    """A constant of one op, of which the name ends so; no longer that of the converted graph."""
     (node,) = (n for n in model.graph.nodes if n.name == op)
     for source in node.all_input_nodes:
         while source.op == "call_function":
             source = cast(Node, source.args[0])
         if source.op == "get_attr" and str(source.target).endswith(suffix):
-            return cast(Tensor, getattr(model, str(source.target)))
+            own = cast(Tensor, getattr(model, str(source.target))).clone()
+            setattr(model, str(source.target), own)
+            return own
     raise AssertionError(suffix)
 
 
 def _bias_off_by_one(model: GraphModule) -> None:
-    bias = _constant(model, "_folded")
+    bias = _own_constant(model, "_folded")
     (node,) = (n for n in model.graph.nodes if n.name == "conv2d_1")
     weight, data = cast(Node, node.args[1]), cast(Node, node.args[0])
     scale = getattr(model, str(cast(Node, weight.args[1]).target)) * data.args[1]
@@ -66,11 +66,11 @@ def _bias_off_by_one(model: GraphModule) -> None:
 
 
 def _weight_off_by_one(model: GraphModule) -> None:
-    _constant(model, "_integers")[1, 0, 1, 1] += 1
+    _own_constant(model, "_integers")[1, 0, 1, 1] += 1
 
 
 def _swapped_channels(model: GraphModule) -> None:
-    bias = _constant(model, "_folded")
+    bias = _own_constant(model, "_folded")
     bias.copy_(bias.flip(0))
 
 
@@ -124,6 +124,22 @@ def test_a_wrong_rewrite_is_caught_and_the_op_named(
     sabotaged(monkeypatch, at, change)
     with pytest.raises(VerificationError, match=message):
         cq.lower(graph, example)
+
+
+def test_a_pass_that_writes_into_the_converted_graph_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Program and graph would agree, as both are wrong."""
+    x = torch.randn(IMAGE)
+    graph = quantized(Function(lambda s, x: s.body(x), body=conv()), (x,))
+
+    def write(model: GraphModule) -> None:
+        (name,) = (name for name, _ in model.named_buffers() if name.endswith("weight_integers"))
+        model.get_buffer(name)[1, 0, 1, 1] += 1
+
+    sabotaged(monkeypatch, "fold_bias", write)
+    with pytest.raises(LoweringError, match=r"constant body_weight_integers .* written into"):
+        cq.lower(graph, (x,), check=False)
 
 
 def test_a_wrong_program_is_returned_only_if_asked_not_to_look(

@@ -374,7 +374,7 @@ def test_what_executorch_cannot_lower_is_an_error_of_ours(monkeypatch: pytest.Mo
     def refuse(*_args: Any, **_options: Any) -> None:
         raise KeyError("aten.unheard_of\nand a page of graph")
 
-    monkeypatch.setattr(lowering, "to_edge_transform_and_lower", refuse)
+    monkeypatch.setattr(lowering, "to_edge", refuse)
     x = torch.randn(4, 6, 6)
     graph = quantized(Function(lambda s, x: x + x), (x,))
     message = r"ExecuTorch could not partition the graph: KeyError: 'aten.unheard_of.*"

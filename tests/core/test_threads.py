@@ -158,7 +158,7 @@ def test_a_call_that_fails_leaves_the_process_as_it_was(
         assert flags == {"nnpack": False, "mkldnn": False}
         raise error
 
-    monkeypatch.setattr(lowering, "to_edge_transform_and_lower", fail)
+    monkeypatch.setattr(lowering, "to_edge", fail)
     wanted = cq.LoweringError if error is Stop else KeyboardInterrupt
     with pytest.raises(wanted):
         cq.lower(converted, EXAMPLE)
@@ -300,7 +300,7 @@ def test_ctrl_c_comes_before_an_error() -> None:
 def test_lowering_stops_between_two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     converted = small_result().converted
     before, stages = process_state(), []
-    real = lowering.to_edge_transform_and_lower
+    real = lowering.to_edge
 
     def pressed(*args: Any, **more: Any) -> Any:
         press()
@@ -308,7 +308,7 @@ def test_lowering_stops_between_two_stages(monkeypatch: pytest.MonkeyPatch) -> N
         stages.append("partitioned")
         return edge
 
-    monkeypatch.setattr(lowering, "to_edge_transform_and_lower", pressed)
+    monkeypatch.setattr(lowering, "to_edge", pressed)
     with pytest.raises(KeyboardInterrupt):
         cq.lower(converted, EXAMPLE, progress=stages.append)
     assert stages[-2:] == ["partitioning for XNNPACK", "partitioned"]

@@ -34,7 +34,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = torch.relu(self.wide(x)), self.point(x)
-        y = torch.cat([torch.cat([a, b], 1), torch.cat([b, a], 1)], 1)[:, :16]
+        y = torch.cat([torch.cat([a, b], 1), torch.cat([b, a], 1)], 1)[:, 4:20]
         y = self.drop(torch.sigmoid(y)).mean((2, 3))
         return self.head(y), torch.remainder(y, 0.3)
 

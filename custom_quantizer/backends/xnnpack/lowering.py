@@ -189,15 +189,29 @@ def rewrite(
     """
     say("rewriting the graph")
     _check_writable(graph.model)
+    written = _versions(graph.model)
     model = detached_copy(graph.model, share_constants=True)
     applied = run_passes(model, graph, skip=skip)
     say("exporting")
     exported = export_again(model, example, dynamic_max, widest=widest)
+    for name, version in _versions(graph.model).items():
+        if version != written[name]:
+            # Else the program would be compared with a graph that was changed alike.
+            raise LoweringError(
+                f"constant {name} of the converted graph was written into while it was lowered; "
+                "convert the model again, and please report it"
+            )
     for node in state_of(exported.graph):
         if node.name in exported.graph_signature.inputs_to_buffers:
             # Without this ExecuTorch does not write what a buffer that changes holds at first.
             node.meta["et_init_buffer"] = True
     return Rewritten(graph, example, exported, applied)
+
+
+def _versions(model: torch.nn.Module) -> dict[str, int]:
+    """How often each constant was written in place; inference tensors do not count that."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: value._version for name, value in named if not value.is_inference()}
 
 
 def rewrite_exported(exported: torch.export.ExportedProgram, dynamic_max: int) -> Rewritten:
