@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from importlib.metadata import version
 from typing import Any, cast
 
 from executorch.backends.xnnpack import _passes, xnnpack_preprocess
 from executorch.exir.pass_base import ExportPass
 from executorch.exir.program import _program
-from torch.export import ExportedProgram, ExportGraphSignature
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 
+from custom_quantizer.backends.xnnpack.signature import remember_constants
 from custom_quantizer.core.graph import tensor_meta
 from custom_quantizer.core.threads import exclusive
 
@@ -129,29 +129,6 @@ def _in_place(kind: type[Any], program: ExportedProgram) -> None:
     apply.call(program.graph_module)
 
 
-class _FinalSignature(ExportGraphSignature):
-    """A signature that is not changed any more.
-
-    Upstream makes these tables of all constants whenever the serializer asks whether a node is one:
-    its time grows with the square of the number of layers.
-    """
-
-    @cached_property
-    def inputs_to_parameters(self) -> Mapping[str, str]:
-        """Names of parameters, by placeholder."""
-        return super().inputs_to_parameters
-
-    @cached_property
-    def inputs_to_buffers(self) -> Mapping[str, str]:
-        """Names of buffers, by placeholder."""
-        return super().inputs_to_buffers
-
-    @cached_property
-    def inputs_to_lifted_tensor_constants(self) -> Mapping[str, str]:
-        """Names of other constants, by placeholder."""
-        return super().inputs_to_lifted_tensor_constants
-
-
 class QuickPassManager(_passes.XNNPACKPassManager):  # type: ignore[misc]  # ExecuTorch is untyped
     """Upstream's passes in their order, but for those that would change nothing."""
 
@@ -163,13 +140,13 @@ class QuickPassManager(_passes.XNNPACKPassManager):  # type: ignore[misc]  # Exe
             changes = CHANGES.get(name, _any_call)
             if not any(changes(node) for node in program.graph.nodes if node.op == "call_function"):
                 continue
+            remember_constants(program)
             if name in IN_PLACE:
                 _in_place(kind, program)
             else:
                 program = _passes.XNNPACKPassManager(program, [kind]).transform()
         program = _program._update_exported_program_graph_module(program, program.graph_module)
-        signature = program.graph_signature
-        program._graph_signature = _FinalSignature(signature.input_specs, signature.output_specs)
+        remember_constants(program)
         return program
 
 

@@ -13,8 +13,11 @@ from typing import cast
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir.backend.partitioner import PartitionResult
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+
+from custom_quantizer.backends.xnnpack.signature import remember_constants
 
 __all__ = ["QuickPartitioner"]
 
@@ -29,8 +32,18 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
         ops, accepts = super().ops_to_not_decompose(ep)
         graphs = (m.graph for m in ep.graph_module.modules() if isinstance(m, GraphModule))
         calls = [node for graph in graphs for node in graph.nodes if node.target in ops]
-        keep = None if all(accepts(call) for call in calls) else accepts
+        signature = ep.graph_signature  # of the caller's own program, in upstream's lowering call
+        remember_constants(ep)
+        try:
+            keep = None if all(accepts(call) for call in calls) else accepts
+        finally:
+            ep._graph_signature = signature
         return ops, cast("Callable[[Node], bool] | None", keep)
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        """Choose what XNNPACK computes; upstream hands in a copy, which becomes the result."""
+        remember_constants(exported_program)
+        return super().partition(exported_program)
 
     def _check_if_called_from_to_backend(self) -> bool:
         """Whether ops were decomposed that the delegate wants whole: whoever lowers has asked.

@@ -1,0 +1,73 @@
+"""Tables of a program's constants that are made once, not for every node.
+
+``ExportGraphSignature`` (torch 2.13) makes ``inputs_to_parameters``, ``inputs_to_buffers`` and
+``inputs_to_lifted_tensor_constants`` anew whenever they are read, and ExecuTorch reads them for
+every node that its partitioner, its passes and its serializer look at: their time grows with the
+square of the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.export import ExportedProgram, ExportGraphSignature
+
+__all__ = ["RememberingSignature", "remember_constants"]
+
+_TABLES = "_tables"
+Table = Mapping[str, str]
+
+
+class RememberingSignature(ExportGraphSignature):
+    """A signature that keeps its tables until its inputs change.
+
+    They change where the list is exchanged (``_unsafe_adjust_original_program`` and the pass that
+    copies constants do), where it gets longer or shorter (``create_constant_placeholder``), and
+    where an input is renamed by ``replace_all_uses``.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Forget the tables of other inputs."""
+        super().__setattr__(name, value)
+        self.__dict__.pop(_TABLES, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make tables of their own: a mapping that nobody may change has no copy."""
+        return {name: value for name, value in self.__dict__.items() if name != _TABLES}
+
+    def replace_all_uses(self, old: str, new: str) -> None:
+        """Rename an input or output."""
+        super().replace_all_uses(old, new)
+        self.__dict__.pop(_TABLES, None)
+
+    def _remembered(self, name: str) -> Table:
+        tables: dict[tuple[str, int], Table] = self.__dict__.setdefault(_TABLES, {})
+        key = name, len(self.input_specs)
+        if key not in tables:
+            tables[key] = getattr(super(), name)
+        return tables[key]
+
+    @property
+    def inputs_to_parameters(self) -> Table:
+        """Names of parameters, by placeholder."""
+        return self._remembered("inputs_to_parameters")
+
+    @property
+    def inputs_to_buffers(self) -> Table:
+        """Names of buffers, by placeholder."""
+        return self._remembered("inputs_to_buffers")
+
+    @property
+    def inputs_to_lifted_tensor_constants(self) -> Table:
+        """Names of other constants, by placeholder."""
+        return self._remembered("inputs_to_lifted_tensor_constants")
+
+
+def remember_constants(program: ExportedProgram) -> None:
+    """Give a program a :class:`RememberingSignature` of the same specs."""
+    signature = program.graph_signature
+    if not isinstance(signature, RememberingSignature):
+        program._graph_signature = RememberingSignature(
+            signature.input_specs, signature.output_specs
+        )

@@ -1,0 +1,122 @@
+"""A signature that keeps its tables says what upstream's says, whatever is done to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.models import convert
+from torch import Tensor, nn
+from torch.export import ExportGraphSignature, graph_signature
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+
+import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack.signature import RememberingSignature, remember_constants
+
+TABLES = ("inputs_to_parameters", "inputs_to_buffers", "inputs_to_lifted_tensor_constants")
+
+
+class Constants(nn.Module):
+    """A parameter, a buffer and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameter = nn.Parameter(torch.ones(2))
+        self.register_buffer("buffer", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.parameter + self.buffer + torch.tensor([1.0, 2.0])
+
+
+@pytest.fixture
+def signature() -> ExportGraphSignature:
+    program = torch.export.export(Constants(), (torch.ones(2),))
+    remember_constants(program)
+    return program.graph_signature
+
+
+def tables(signature: ExportGraphSignature) -> list[dict[str, str]]:
+    """As read."""
+    return [dict(getattr(signature, name)) for name in TABLES]
+
+
+def anew(signature: ExportGraphSignature) -> list[dict[str, str]]:
+    """As upstream makes them of the specs."""
+    return tables(ExportGraphSignature(signature.input_specs, signature.output_specs))
+
+
+def rename(signature: ExportGraphSignature) -> None:
+    signature.replace_all_uses("p_parameter", "other")
+
+
+def rename_by_hook(signature: ExportGraphSignature) -> None:
+    graph = torch.fx.Graph()
+    node = graph.placeholder("b_buffer")
+    signature.get_replace_hook(replace_inputs=True)(node, "other", graph.output(node))
+
+
+def lengthen(signature: ExportGraphSignature) -> None:
+    spec = InputSpec(InputKind.BUFFER, TensorArgument("b_more"), "more", persistent=True)
+    signature.input_specs.insert(0, spec)
+
+
+def shorten(signature: ExportGraphSignature) -> None:
+    del signature.input_specs[0]
+
+
+def exchange(signature: ExportGraphSignature) -> None:
+    first, second, *rest = copy.deepcopy(signature.input_specs)
+    first.arg.name, second.arg.name = second.arg.name, first.arg.name
+    signature.input_specs = [first, second, *rest]
+
+
+@pytest.mark.parametrize("change", [rename, rename_by_hook, lengthen, shorten, exchange])
+def test_a_change_is_seen(
+    signature: ExportGraphSignature, change: Callable[[ExportGraphSignature], None]
+) -> None:
+    assert isinstance(signature, RememberingSignature)
+    before = tables(signature)
+    assert all(len(table) == 1 for table in before)
+    assert all(getattr(signature, name) is getattr(signature, name) for name in TABLES)
+    change(signature)
+    assert tables(signature) == anew(signature) != before
+
+
+def test_a_copy_has_tables_of_its_own(signature: ExportGraphSignature) -> None:
+    before = tables(signature)
+    other = copy.deepcopy(signature)
+    rename(other)
+    assert tables(other) == anew(other) != before
+    assert tables(signature) == before
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(torch.relu(self.conv(x)))
+
+
+def test_lowering_makes_no_table_for_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a table for every node that is looked at, the time of a chain grows with its square."""
+    made: list[Any] = []
+    upstream = graph_signature._immutable_dict
+
+    def counted(items: Any) -> Any:
+        made.append(items)
+        return upstream(items)
+
+    monkeypatch.setattr(graph_signature, "_immutable_dict", counted)
+    counts = []
+    for blocks in (1, 4):
+        x = torch.randn(1, 4, 4, 4)
+        graph = convert(nn.Sequential(*(Block() for _ in range(blocks))).eval(), (x,), "a8w8").graph
+        made.clear()
+        cq.lower(graph, (x,), check=False)
+        counts.append(len(made))
+    assert counts[0] == counts[1]
