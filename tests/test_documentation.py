@@ -36,6 +36,7 @@ BENCHMARKS = {
     "improve": "improve",
     "learned_rounding": "learned_rounding",
     "mutation_score": "mutation_score",
+    "onnxruntime_latency": "onnxruntime_latency",
     "packed_layers": "packed_layers",
     "peers": "peers",
     "search": "search",

@@ -1,6 +1,6 @@
 """Tables of a program's constants that are made once, not for every node.
 
-``ExportGraphSignature`` (torch 2.13) makes ``inputs_to_parameters``, ``inputs_to_buffers`` and
+``ExportGraphSignature`` (torch 2.15) makes ``inputs_to_parameters``, ``inputs_to_buffers`` and
 ``inputs_to_lifted_tensor_constants`` anew whenever they are read, and ExecuTorch reads them for
 every node that its partitioner, its passes and its serializer look at: their time grows with the
 square of the number of layers.
