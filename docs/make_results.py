@@ -185,6 +185,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration_networks": as_stored("calibration_networks"),
     "calibration_observers": as_stored("calibration_observers"),
     "calibration_samples": as_stored("calibration_samples"),
+    "chains": as_stored("chains"),
     "improve": as_stored("improve"),
     "learned_rounding": as_stored("learned_rounding"),
     "mutation_score": as_stored("mutation_score"),

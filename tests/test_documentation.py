@@ -34,6 +34,7 @@ BENCHMARKS = {
     **{f"qat_{name}": "qat_studies" for name in ("bias", "networks", "rates", "widths")},
     "qat_starts": "qat_studies",
     "improve": "improve",
+    "chains": "chains",
     "learned_rounding": "learned_rounding",
     "mutation_score": "mutation_score",
     "onnxruntime_latency": "onnxruntime_latency",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.chains import chain
 from support.models import convert
 from torch import Tensor, nn
 from torch.export import ExportGraphSignature, graph_signature
@@ -93,15 +94,6 @@ def test_a_copy_has_tables_of_its_own(signature: ExportGraphSignature) -> None:
     assert tables(signature) == before
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.linear = nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(torch.relu(self.conv(x)))
-
-
 def test_lowering_makes_no_table_for_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a table for every node that is looked at, the time of a chain grows with its square."""
     made: list[Any] = []
@@ -113,9 +105,9 @@ def test_lowering_makes_no_table_for_every_layer(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(graph_signature, "_immutable_dict", counted)
     counts = []
-    for blocks in (1, 4):
-        x = torch.randn(1, 4, 4, 4)
-        graph = convert(nn.Sequential(*(Block() for _ in range(blocks))).eval(), (x,), "a8w8").graph
+    for ops in (4, 16):
+        model, x = chain(ops)
+        graph = convert(model, (x,), "a8w8").graph
         made.clear()
         cq.lower(graph, (x,), check=False)
         counts.append(len(made))

@@ -105,12 +105,26 @@ def peaks(name: str, flow: str) -> Record:
     }
 
 
+def render(record: Record) -> str:
+    """The table of docs/results/memory.md."""
+    results = record["results"]
+    stages = list(results[0]["peaks"])
+    rows = [["network", "flow", "parameters", *stages, "highest"], ["---"] * (len(stages) + 4)]
+    for result in results:
+        numbers = (*(result["peaks"][stage] for stage in stages), result["peak"])
+        parameters = f"{result['parameters']:.0f}"
+        cells = (result["model"], result["flow"], parameters, *(f"{mb:.0f}" for mb in numbers))
+        rows.append(list(cells))
+    lines = ["Peak of each stage in MB above what is resident with the model made, one thread:", ""]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
+
+
 def main() -> None:
     """Measure all, or one in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "FLOW"), help="in this process")
-    parser.add_argument("--output", type=Path, help="folder to write memory.json to")
+    parser.add_argument("--output", type=Path, help="folder to write memory.json and .md to")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(peaks(*options.one)))
@@ -123,9 +137,11 @@ def main() -> None:
             records.append(json.loads(done.stdout.splitlines()[-1]))
             print(records[-1], flush=True)
     if options.output is not None:
-        from custom_quantizer.core.files import write_json_atomic
+        from custom_quantizer.core.files import write_json_atomic, write_text_atomic
 
-        write_json_atomic(options.output / "memory.json", {"version": 1, "results": records})
+        record = {"version": 1, "results": records}
+        write_json_atomic(options.output / "memory.json", record)
+        write_text_atomic(options.output / "memory.md", render(record))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from executorch.exir.backend.partitioner import PartitionResult
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.backends.xnnpack.dependencies import dependencies_on_demand
 from custom_quantizer.backends.xnnpack.signature import remember_constants
 
 __all__ = ["QuickPartitioner"]
@@ -43,7 +44,8 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Choose what XNNPACK computes; upstream hands in a copy, which becomes the result."""
         remember_constants(exported_program)
-        return super().partition(exported_program)
+        with dependencies_on_demand():
+            return super().partition(exported_program)
 
     def _check_if_called_from_to_backend(self) -> bool:
         """Whether ops were decomposed that the delegate wants whole: whoever lowers has asked.
