@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +124,31 @@ def test_cost_per_op_does_not_grow() -> None:
 def test_cost_per_op_does_not_grow_up_to_10000_ops() -> None:
     found = growth((100, 1_000, 10_000), runs=3)
     assert max(found.values()) < FLAT, found
+
+
+@pytest.mark.slow
+def test_cost_and_memory_per_op_do_not_grow_up_to_the_program() -> None:
+    """In processes of their own; tables of ExecuTorch's partitioner made it 3 times the memory."""
+    script = Path(__file__).parent / "benchmarks" / "chains.py"
+    short, long = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, script, "--one", str(ops)],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.splitlines()[-1]
+        )
+        for ops in (250, 1_000)
+    )
+    spent = {stage: long["seconds"][stage] / short["seconds"][stage] / 4 for stage in LONG_STAGES}
+    held = {stage: long["peaks"][stage] / short["peaks"][stage] / 4 for stage in short["peaks"]}
+    assert max(spent.values()) < FLAT, spent
+    assert max(held.values()) < FLAT, held
+
+
+LONG_STAGES = ("prepare", "convert", "rewriting the graph", "partitioning for XNNPACK")
+"""Stages that take long enough for a clock that is rounded to hundredths of a second."""
 
 
 # ---------------------------------------------------------------------------------------------
