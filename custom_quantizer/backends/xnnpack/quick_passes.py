@@ -143,9 +143,11 @@ class QuickPassManager(_passes.XNNPACKPassManager):  # type: ignore[misc]  # Exe
             remember_constants(program)
             if name in IN_PLACE:
                 _in_place(kind, program)
+                # The signature names outputs, which the pass may have put others in the place of.
+                module = program.graph_module
+                program = _program._update_exported_program_graph_module(program, module)
             else:
                 program = _passes.XNNPACKPassManager(program, [kind]).transform()
-        program = _program._update_exported_program_graph_module(program, program.graph_module)
         remember_constants(program)
         return program
 
