@@ -41,7 +41,13 @@ from custom_quantizer.accuracy.equalization import (
     smooth,
 )
 from custom_quantizer.accuracy.layers import Layer, find_layers
-from custom_quantizer.accuracy.learning import Block, learn_block, learn_layer, walk_blocks
+from custom_quantizer.accuracy.learning import (
+    EXACT,
+    Block,
+    learn_block,
+    learn_layer,
+    walk_blocks,
+)
 from custom_quantizer.accuracy.streams import Stream, values_of, walk
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, graph_calls
@@ -402,7 +408,7 @@ class _Run:
         by_moments = [name for name in ("gptq", "adaround") if name in self.algorithms]
         if by_moments and layer.loses_nothing():
             for name in by_moments:
-                self._leave(name, {layer.name: "its weight is exact when rounded to nearest"})
+                self._leave(name, {layer.name: EXACT})
         elif by_moments:
             weight = floating.values[layer.weight_node]
             with self._timing(by_moments[0]):

@@ -34,7 +34,7 @@ from custom_quantizer.accuracy.rounding import Moments, output_error
 from custom_quantizer.accuracy.streams import Stream, on_grid
 from custom_quantizer.calibration.observers import ActivationObserver
 
-__all__ = ["Block", "find_blocks", "learn_block", "learn_layer", "walk_blocks"]
+__all__ = ["EXACT", "Block", "find_blocks", "learn_block", "learn_layer", "walk_blocks"]
 
 _LOW, _HIGH = -0.1, 1.1
 """Ends of the stretched sigmoid."""
@@ -53,7 +53,7 @@ _SHARPNESS = (20.0, 2.0)
 _INSIDE = 0.49
 """How far from its integer a weight may start, in steps."""
 
-_EXACT = "its weight is exact when rounded to nearest"
+EXACT = "its weight is exact when rounded to nearest"
 _NOTHING_BETTER = "no better integers were found"
 
 
@@ -254,7 +254,7 @@ def learn_block(
         if not layer.loses_nothing()
     }
     if not weights:
-        return _EXACT
+        return EXACT
 
     def loss() -> Tensor:
         chosen = int(torch.randint(len(sources), (1,), generator=generator))
