@@ -176,11 +176,12 @@ def profile(
     method: str | None = None,
     runs: int = 50,
     warmup: int = 5,
+    threads: int | None = None,
 ) -> Profile:
     """Say of every op of a program how long it takes here, and whether it computes its integers.
 
-    The program runs in a process of its own, with the threads that ExecuTorch gives it. Times are
-    of this machine's kernels and say little of a phone's.
+    The program runs in a process of its own. Times are of this machine's kernels and say little
+    of a phone's.
 
     Args:
         program: what :func:`~custom_quantizer.lower` returned; or a ``.pte``, or its bytes, of
@@ -190,6 +191,7 @@ def profile(
         method: which one of the program; default: the only one, else ``forward``.
         runs: how many to measure.
         warmup: how many to run before.
+        threads: that the runtime computes with; default: as many as ExecuTorch takes by itself.
 
     Raises:
         InputError: the inputs do not fit, or random ones cannot stand for them.
@@ -198,6 +200,8 @@ def profile(
     """
     if runs < 1 or warmup < 0:
         raise InputError(f"profile measures at least one run, not runs={runs}, warmup={warmup}")
+    if threads is not None and threads < 1:
+        raise InputError(f"profile runs a program with at least one thread, not threads={threads}")
     # Reading a file needs the package that knows executorch; reading a report does not.
     from custom_quantizer.backends.xnnpack.border_constants import borders_in
     from custom_quantizer.backends.xnnpack.profiling import measure
@@ -218,7 +222,7 @@ def profile(
     if not batches:
         raise InputError("there are no inputs to profile on; pass at least one tuple of inputs")
     flat = [fitting_inputs(entry, borders, pytree.tree_leaves(batch)) for batch in batches]
-    timed = measure(data, what, entry, flat[0], runs=runs, warmup=warmup)
+    timed = measure(data, what, entry, flat[0], runs=runs, warmup=warmup, threads=threads)
     differences = _differences(program, flat) if isinstance(program, LoweredProgram) else {}
     report = inspect_program(data)
     ops = [op for op in report.ops or () if op.method == entry.name]

@@ -158,6 +158,14 @@ def test_a_file_alone_has_times(tmp_path: Path) -> None:
 def test_what_cannot_be_profiled() -> None:
     with pytest.raises(cq.InputError, match="at least one run, not runs=0"):
         cq.profile(program()[1], (X,), runs=0)
+    with pytest.raises(cq.InputError, match="at least one thread, not threads=0"):
+        cq.profile(program()[1], (X,), threads=0)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_program_runs_with_as_many_threads_as_asked_for(threads: int) -> None:
+    found = cq.profile(program()[1].buffer, (X,), runs=1, threads=threads)
+    assert found.threads == threads
     with pytest.raises(cq.InputError, match="no inputs to profile on"):
         cq.profile(program()[1], [])
     with pytest.raises(cq.InputError, match="must have shape"):

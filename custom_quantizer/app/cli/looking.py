@@ -185,6 +185,11 @@ def report_command(
     "--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Runs to measure."
 )
 @click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads to compute with.  [default: as many as ExecuTorch takes]",
+)
+@click.option(
     "--plot",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -199,6 +204,7 @@ def profile_command(
     samples: int,
     preprocess: MakePreprocess,
     runs: int,
+    threads: int | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -226,7 +232,7 @@ def profile_command(
         source = load_samples(data, preprocess, samples)
         batch = (None if graph is None else subject.batch_size) or 1
         inputs = list(source.with_batch_size(batch).inputs)
-    found = profile(subject, inputs, runs=runs)
+    found = profile(subject, inputs, runs=runs, threads=threads)
     if plot is not None:
         found.plot(plot)
         click.echo(f"wrote {plot}", err=True)

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 if __name__ == "__main__":
     # Before anything else is imported: the path of the parent, not the folder of this file.
-    sys.path[:] = sys.argv[2:]
+    sys.path[:] = sys.argv[3:]
 
 import contextlib
 
@@ -106,6 +106,9 @@ def _serve() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # native code prints
     bindings = _bindings()
+    wanted = int(sys.argv[2])
+    if wanted:
+        bindings._unsafe_reset_threadpool(wanted)  # unsafe only beside a running program
     # Starts them, so that their stacks are no part of the program.
     threads = bindings._threadpool_get_thread_count()
     _limit_memory(int(sys.argv[1]))

@@ -46,6 +46,7 @@ class IsolatedMethod:
         what: what messages call it.
         method: its name.
         traced: let the runtime note how long each call takes, for :meth:`dump`.
+        threads: that the runtime is to compute with; ``None``: as many as it takes by itself.
 
     Attributes:
         threads: that the runtime computes with.
@@ -54,12 +55,21 @@ class IsolatedMethod:
         ProgramError: it does not load, or takes the process down.
     """
 
-    def __init__(self, data: bytes, what: str, method: str, *, traced: bool = False) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        what: str,
+        method: str,
+        *,
+        traced: bool = False,
+        threads: int | None = None,
+    ) -> None:
         self._what = what
         self._failure: str | None = None
         self._memory = memory_limit(len(data))
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}  # each reserves 64 MiB
-        command = [sys.executable, str(Path(_child.__file__)), str(self._memory), *sys.path]
+        settings = [str(self._memory), str(threads or 0)]
+        command = [sys.executable, str(Path(_child.__file__)), *settings, *sys.path]
         try:
             self._process = subprocess.Popen(
                 command,

@@ -79,6 +79,7 @@ def measure(
     *,
     runs: int,
     warmup: int,
+    threads: int | None = None,
 ) -> ProgramTime:
     """Run a program in a process of its own, and say how long its nodes take.
 
@@ -93,11 +94,12 @@ def measure(
         inputs: flat.
         runs: how many to measure.
         warmup: how many to run before.
+        threads: that the runtime is to compute with; ``None``: as many as it takes by itself.
 
     Raises:
         ProgramError: it does not run, or the runtime says nothing of how long.
     """
-    loaded = IsolatedMethod(data, what, method.name, traced=True)
+    loaded = IsolatedMethod(data, what, method.name, traced=True, threads=threads)
     for _ in range(warmup + runs):
         loaded.execute(inputs)
     traces = [_trace(events, what, method) for events in _runs(loaded.dump(), what)][warmup:]
