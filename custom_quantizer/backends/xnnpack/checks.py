@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, XNNPACK_NEON
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
+from custom_quantizer.backends.xnnpack.columns import columns_of
 from custom_quantizer.backends.xnnpack.groups import joined
 from custom_quantizer.backends.xnnpack.lowering import lower
 from custom_quantizer.backends.xnnpack.program import (
@@ -175,8 +176,13 @@ def _weight_and_bias(
     stored = delegate.weight(node)
     weight = cast(Tensor, op.weight)
     factor = stored.shape[1] // weight.shape[1] if op.match.rule is CONV else 1
-    if factor > 1 and op.match.groups % factor == 0:
-        weight = joined(weight, op.match.groups, factor)
+    groups = op.match.groups
+    if factor > 1 and groups % factor == 0:
+        weight = joined(weight, groups, factor)
+        groups //= factor
+    columns = columns_of(op.match, groups)
+    if columns is not None and columns.kernel(weight).numel() == stored.size:
+        weight = columns.kernel(weight)
     if stored.size == weight.numel():
         weight = weight.reshape(stored.shape)
     yield from _arrays(op, "weight", weight.numpy(), stored)

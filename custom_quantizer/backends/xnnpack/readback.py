@@ -300,7 +300,9 @@ class DelegateContents:
                            flags say transposed
         ================== ========================= ============================
 
-        A 1-d convolution is stored, and returned, as a 2-d one with a kernel side of 1.
+        A 1-d convolution is stored, and returned, as a 2-d one with a kernel side of 1. One that
+        reads joined columns (:mod:`~custom_quantizer.backends.xnnpack.columns`) is returned as one
+        that reads single ones, with the zeros that its kernel got.
 
         Raises:
             ProgramError: ``op`` has no constant weight, or one of an impossible shape.
@@ -329,7 +331,29 @@ class DelegateContents:
             grouped = stored.reshape(groups, outputs // groups, height, width, inputs)
             swapped = grouped.transpose(0, 4, 1, 2, 3)
             return _frozen(swapped.reshape(groups * inputs, outputs // groups, height, width))
+        axis, factor = self._joined_columns(op)
+        outputs, *kernel, channels = stored.shape
+        if factor > 1 and channels % factor == 0:
+            kernel[axis - 1] *= factor
+            stored = stored.reshape(outputs, *kernel, channels // factor)
         return _frozen(stored.transpose(0, 3, 1, 2))
+
+    def _joined_columns(self, op: DelegateOp) -> tuple[int, int]:
+        """The dim of columns that a convolution reads as channels, and how many as one."""
+        makers = (maker for maker in self.ops if op.inputs[0] in maker.outputs)
+        maker = next(makers, None)
+        if maker is None or maker.kind != "static_reshape":
+            return 2, 1
+        single, joined = (self.tensors[i].shape for i in (maker.inputs[0], op.inputs[0]))
+        if len(single) != 4 or len(joined) != 4 or not single[3] or joined[3] % single[3]:
+            return 2, 1
+        factor = joined[3] // single[3]
+        for axis in (2, 1):
+            wide = [*joined[:3], single[3]]
+            wide[axis] *= factor
+            if tuple(wide) == single and (axis == 2 or single[2] == 1):
+                return axis, factor
+        return 2, 1
 
     def bias(self, op: DelegateOp) -> npt.NDArray[Any] | None:
         """Return the bias of ``op``, shape (O,), int32 where the op is quantized, or None."""

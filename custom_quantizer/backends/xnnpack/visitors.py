@@ -1,7 +1,7 @@
 """How the delegate's file says what XNNPACK can compute and ExecuTorch (1.5.1) does not write.
 
 ExecuTorch writes each op of a delegate with the ``NodeVisitor`` that is registered for it. Those of
-this module take the place of four of its own and differ from them only at nodes that our passes
+this module take the place of five of its own and differ from them only at nodes that our passes
 marked (``node.meta["custom"]``) and at what our partitioner alone puts into integers, so that
 graphs of other flows are written as before.
 
@@ -12,6 +12,13 @@ the operand comes from a transpose of its last two dims alone, so a copy is writ
 
 A marked pointwise convolution is written as a fully connected layer: both read channels last, and
 only the latter takes 4-bit weights. Sums, requantization and clamps are the same.
+
+A convolution that is marked for it reads columns of its input that were joined to channels
+(:mod:`~custom_quantizer.backends.xnnpack.columns`): a reshape of data with channels last, which
+leaves every byte where it is, goes before it.
+
+Floats of an image with few channels are put channels last before they are quantized, where
+ExecuTorch does it after: XNNPACK is faster at that, and the integers are the same.
 
 A bilinear resize between int8 Q/DQ boundaries is written with its scale and zero point, which
 ExecuTorch leaves out.
@@ -33,10 +40,16 @@ from executorch.backends.xnnpack.operators.node_visitor import (
 from executorch.backends.xnnpack.operators.quant_params import QuantParams
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNBatchMatrixMultiply,
+    XNNConv2d,
+    XNNConvert,
+    XNNDatatype,
     XNNFullyConnected,
+    XNNStaticReshape,
     XNNStaticResizeBilinear2D,
     XNNStaticTranspose,
+    XNNTensorValue,
     XNode,
+    XValue,
 )
 from executorch.backends.xnnpack.utils.quant_utils import (
     is_dequant,
@@ -48,9 +61,16 @@ from executorch.backends.xnnpack.utils.xnnpack_constants import (
     XNN_FLAG_TRANSPOSE_B,
     XNN_INVALID_VALUE_ID,
 )
+from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.backends.xnnpack.passes import is_operand_transpose, is_packed
+from custom_quantizer.backends.xnnpack.columns import JoinedColumns, join_columns
+from custom_quantizer.backends.xnnpack.passes import (
+    is_joined,
+    is_moved_first,
+    is_operand_transpose,
+    is_packed,
+)
 from custom_quantizer.errors import LoweringError
 
 __all__ = ["VISITORS"]
@@ -75,6 +95,7 @@ _Permute: Any = _registered("aten.permute_copy.default")
 _Product: Any = _registered("aten.bmm.default")
 _Convolution: Any = _registered("aten.convolution.default")
 _Resize: Any = _registered("aten.upsample_bilinear2d.vec")
+_Layout: Any = _registered("aten._to_copy.default")
 
 
 class TransposeVisitor(_Permute):  # type: ignore[misc]  # ExecuTorch is untyped
@@ -112,13 +133,69 @@ class ProductVisitor(_Product):  # type: ignore[misc]
 
 
 class ConvolutionVisitor(_Convolution):  # type: ignore[misc]
-    """A convolution; a marked one as a fully connected layer with two weights to a byte."""
+    """A convolution; a marked one as a fully connected layer, or over joined columns."""
 
     def define_node(self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
         """Write the layer."""
-        if not is_packed(node):
+        if is_packed(node):
+            self._write_packed(node, xnn_graph, vals_to_ids, debug_handle)
+        elif is_joined(node):
+            self._write_joined(node, xnn_graph, vals_to_ids, debug_handle)
+        else:
             super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
-            return
+
+    def _write_joined(
+        self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int
+    ) -> None:
+        """Write a reshape of the input, and a convolution that reads joined columns."""
+        arguments: Any = node.args
+        data, weight, *_ = arguments
+        inputs = QuantParams.from_inputs(data, self._exported_program)
+        self.define_tensor(data, xnn_graph, vals_to_ids, quant_params=inputs, convert_to_nhwc=True)
+        columns, axis = _columns_of(node)
+        # Upstream's visitor takes what is defined already for input and weight.
+        known = {
+            **vals_to_ids,
+            data: _behind_a_reshape(vals_to_ids[data], columns, axis, xnn_graph, debug_handle),
+            weight: self._joined_weight(weight, columns, axis, xnn_graph),
+        }
+        super().define_node(node, xnn_graph, known, debug_handle)
+        vals_to_ids.update({k: v for k, v in known.items() if k not in (data, weight)})
+        # Upstream writes a convolution of one channel as a depthwise one.
+        conv = XNNConv2d(**vars(xnn_graph.xnodes[-1].xnode_union))
+        xnn_graph.xnodes[-1].xnode_union = conv
+        conv.group_input_channels *= columns.factor
+        if axis == _WIDTH:
+            conv.kernel_width, conv.subsampling_width = columns.taps, columns.stride
+            conv.padding_left, conv.padding_right = columns.padding
+        else:
+            conv.kernel_height, conv.subsampling_height = columns.taps, columns.stride
+            conv.padding_top, conv.padding_bottom = columns.padding
+
+    def _joined_weight(
+        self, weight: Node, columns: JoinedColumns, axis: int, xnn_graph: Any
+    ) -> int:
+        """Write the weight of a convolution over joined columns; the id of the value."""
+        weights = QuantParams.from_weights(weight, self._exported_program)
+        quantize = weights.quantize_tensor
+
+        def joined(values: Tensor) -> Tensor:
+            wide = columns.weight(quantize(values).transpose(axis, -1)).transpose(axis, -1)
+            return wide.contiguous()
+
+        weights.quantize_tensor = joined
+        ids: dict[Node, int] = {}
+        self.define_tensor(
+            weight, xnn_graph, ids, quant_params=weights, convert_to_nhwc=True, force_fp32=True
+        )
+        stored = xnn_graph.xvalues[ids[weight]].xvalue_union.tensor_value
+        stored.dims = _joined_dims(stored.dims, axis, columns.factor, columns.taps)
+        return ids[weight]
+
+    def _write_packed(
+        self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int
+    ) -> None:
+        """Write a fully connected layer with two weights to a byte."""
         data, weight, bias = node.args[:3]
         inputs = QuantParams.from_inputs(data, self._exported_program)
         nhwc = {"convert_to_nhwc": True}
@@ -145,6 +222,47 @@ class ConvolutionVisitor(_Convolution):  # type: ignore[misc]
         xnn_graph.xnodes.append(written)
 
 
+class LayoutVisitor(_Layout):  # type: ignore[misc]
+    """A change of layout; of what a marked quantize node gives, before it is quantized."""
+
+    def define_node(self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
+        """Write the change of layout."""
+        super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
+        if not _reads_what_is_moved_first(node):
+            return
+        move = xnn_graph.xnodes[-1].xnode_union
+        quantized = move.input_id
+        makers = (
+            i
+            for i, written in enumerate(xnn_graph.xnodes)
+            if isinstance(written.xnode_union, XNNConvert)
+            and written.xnode_union.output_id == quantized
+        )
+        at = next(makers, None)
+        if at is None:
+            return
+        convert = xnn_graph.xnodes.pop(at)
+        result = xnn_graph.xvalues[move.output_id].xvalue_union.tensor_value
+        # The value between the two is float now, and in the new layout.
+        xnn_graph.xvalues[quantized] = XValue(
+            xvalue_union=XNNTensorValue(
+                datatype=XNNDatatype.xnn_datatype_fp32,
+                num_dims=result.num_dims,
+                dims=list(result.dims),
+                external_id=XNN_INVALID_VALUE_ID,
+                constant_buffer_idx=0,
+                flags=0,
+                id_out=quantized,
+            )
+        )
+        move.input_id, convert.xnode_union.output_id = (
+            convert.xnode_union.input_id,
+            move.output_id,
+        )
+        move.output_id = convert.xnode_union.input_id = quantized
+        xnn_graph.xnodes.append(convert)
+
+
 class ResizeVisitor(_Resize):  # type: ignore[misc]  # ExecuTorch is untyped
     """A bilinear resize; of integers with what they stand for."""
 
@@ -167,6 +285,63 @@ class ResizeVisitor(_Resize):  # type: ignore[misc]  # ExecuTorch is untyped
             flags=XNN_FLAG_ALIGN_CORNERS if node.args[2] else 0,
         )
         xnn_graph.xnodes.append(XNode(xnode_union=resize, debug_handle=debug_handle))
+
+
+def _reads_what_is_moved_first(node: Node) -> bool:
+    """Whether a marked quantize node gives the integers that a change of layout alone reads."""
+    dequantize: Any = node.args[0]
+    if not is_dequant(dequantize) or len(dequantize.users) != 1:
+        return False
+    quantize = dequantize.args[0]
+    return is_quant(quantize) and len(quantize.users) == 1 and is_moved_first(quantize)
+
+
+_HEIGHT, _WIDTH = 2, 3
+"""Dims of an image as PyTorch has it. A signal is written as an image of width 1."""
+
+
+def _columns_of(node: Node) -> tuple[JoinedColumns, int]:
+    """How to join the columns of a marked convolution, and which dim they are."""
+    arguments: Any = node.args
+    data, weight, _, stride, padding, *_ = arguments
+    sizes, kernel = data.meta["val"].shape, weight.meta["val"].shape
+    axis = _HEIGHT if sizes[_WIDTH] == 1 else _WIDTH
+    at = (axis - _HEIGHT) % len(stride)
+    columns = join_columns(sizes[1], sizes[axis], kernel[axis], stride[at], padding[at])
+    if columns is None:
+        raise LoweringError(
+            f"{node} was marked as one over joined columns, and became another convolution"
+        )
+    return columns, axis
+
+
+def _joined_dims(dims: list[int], axis: int, factor: int, columns: int) -> list[int]:
+    """The dims of a value with channels last, once columns are joined."""
+    joined = [*dims[:-1], dims[-1] * factor]
+    joined[axis - 1] = columns
+    return joined
+
+
+def _behind_a_reshape(
+    data: int, columns: JoinedColumns, axis: int, xnn_graph: Any, debug_handle: int
+) -> int:
+    """The id of a value with channels last whose columns were joined."""
+    joined = deepcopy(xnn_graph.xvalues[data])
+    tensor = joined.xvalue_union.tensor_value
+    width = tensor.dims[axis - 1] // columns.factor
+    tensor.dims = _joined_dims(tensor.dims, axis, columns.factor, width)
+    tensor.id_out = len(xnn_graph.xvalues)
+    tensor.external_id, tensor.flags = XNN_INVALID_VALUE_ID, 0
+    xnn_graph.xvalues.append(joined)
+    reshape = XNNStaticReshape(
+        num_dims=len(tensor.dims),
+        new_shape=tensor.dims,
+        input_id=data,
+        output_id=tensor.id_out,
+        flags=0,
+    )
+    xnn_graph.xnodes.append(XNode(xnode_union=reshape, debug_handle=debug_handle))
+    return int(tensor.id_out)
 
 
 def _behind_a_copy(operand: int, xnn_graph: Any, debug_handle: int) -> int:
@@ -223,6 +398,7 @@ VISITORS: tuple[type[NodeVisitor], ...] = (
     TransposeVisitor,
     ProductVisitor,
     ConvolutionVisitor,
+    LayoutVisitor,
     ResizeVisitor,
 )
 """Registered when this module is imported; each writes what is not marked as the one before it."""

@@ -31,6 +31,8 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
     ORIGIN,
     GraphPass,
+    is_joined,
+    is_moved_first,
     is_operand_transpose,
     is_packed,
     origin_of,
@@ -48,6 +50,8 @@ __all__ = [
     "PASSES",
     "STAGES",
     "GraphPass",
+    "is_joined",
+    "is_moved_first",
     "is_operand_transpose",
     "is_packed",
     "ordered",
@@ -64,6 +68,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         gemm.thin_strided_convs,
         gemm.weight_containers,
         gemm.join_narrow_groups,
+        gemm.join_columns,
     ),
     "ops": (
         pool.simplify_pools,
@@ -111,6 +116,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         boundaries.tell_copies_apart,
         boundaries.dedicate_dequantize,
         boundaries.dedicate_run_time,
+        boundaries.move_images_first,
     ),
 }
 """Constants first, then ops as kernels have them, then widths, then what stands between the two

@@ -37,6 +37,12 @@ _OPERAND_TRANSPOSE = "custom_quantizer_operand_transpose"
 _PACKED = "custom_quantizer_packed"
 """Key in ``node.meta["custom"]`` of a convolution that is written with two weights to a byte."""
 
+_JOINED = "custom_quantizer_joined_columns"
+"""Key in ``node.meta["custom"]`` of a convolution that is written with columns as channels."""
+
+_MOVED_FIRST = "custom_quantizer_moved_first"
+"""Key in ``node.meta["custom"]`` of a quantize node behind a change of layout, not before it."""
+
 GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 """Calls with a weight and a bias."""
 
@@ -104,6 +110,26 @@ def mark_packed(conv: Node) -> None:
 def is_packed(node: Node) -> bool:
     """Whether :func:`mark_packed` was called for a node, across export and passes."""
     return _is_marked(node, _PACKED)
+
+
+def mark_joined(conv: Node) -> None:
+    """Say that a convolution shall be written as one over joined columns."""
+    _mark(conv, _JOINED)
+
+
+def is_joined(node: Node) -> bool:
+    """Whether :func:`mark_joined` was called for a node, across export and passes."""
+    return _is_marked(node, _JOINED)
+
+
+def mark_moved_first(quantize: Node) -> None:
+    """Say that floats may be put into another layout before they are quantized, not after."""
+    _mark(quantize, _MOVED_FIRST)
+
+
+def is_moved_first(node: Node) -> bool:
+    """Whether :func:`mark_moved_first` was called for a node, across export and passes."""
+    return _is_marked(node, _MOVED_FIRST)
 
 
 def _mark(node: Node, key: str) -> None:

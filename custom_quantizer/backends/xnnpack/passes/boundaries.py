@@ -14,6 +14,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
     calls,
     graph_pass,
+    mark_moved_first,
     origin_of,
 )
 from custom_quantizer.core.graph import (
@@ -35,6 +36,10 @@ from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
 from custom_quantizer.ops.movement import CAT, PAD
 
 aten = torch.ops.aten
+
+_FEW_CHANNELS = 8
+"""XNNPACK moves blocks of 32x32 or 16x16 bytes, and of 8x8 or 4x4 floats: of an image of three
+channels a byte takes three times as long as a float (``src/configs/transpose-config.c``)."""
 
 
 @graph_pass("shared dequantize nodes", "one dequantize node a use")
@@ -281,4 +286,26 @@ def quantize_scalars_as_rows(model: GraphModule) -> int:
         row = build.requantized(build.call(aten.view_copy.default, source, [1]), node)
         node.replace_input_with(source, build.call(aten.view_copy.default, row, []))
         count += 1
+    return count
+
+
+@graph_pass(
+    "images of few channels that are quantized, and then put channels last",
+    "the same, the other way round",
+    requires={"dedicate_dequantize"},
+)
+def move_images_first(model: GraphModule) -> int:
+    """Mark the quantize nodes of images with few channels.
+
+    The layout is not in the graph yet:
+    :class:`~custom_quantizer.backends.xnnpack.visitors.LayoutVisitor` writes the two in this order.
+    """
+    count = 0
+    for node in model.graph.nodes:
+        if not is_quantize(node) or is_constant(node.args[0]):
+            continue
+        meta = tensor_meta(cast(Node, node.args[0]))
+        if meta is not None and meta.dim() == 4 and 1 < meta.shape[1] <= _FEW_CHANNELS:
+            mark_moved_first(node)
+            count += 1
     return count

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.backends.xnnpack.columns import columns_of
 from custom_quantizer.backends.xnnpack.groups import join_factor, joined
 from custom_quantizer.backends.xnnpack.kernels import (
     is_pointwise,
@@ -21,8 +22,10 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     calls,
     dequantized_constant,
     graph_pass,
+    is_packed,
     is_wide,
     is_wide_gemm,
+    mark_joined,
     mark_packed,
     stored_bits,
 )
@@ -254,5 +257,31 @@ def join_narrow_groups(model: GraphModule) -> int:
             node.update_arg(6, bound.groups // factor)
         else:
             node.update_kwarg("groups", bound.groups // factor)
+        count += 1
+    return count
+
+
+@graph_pass(
+    "convolutions that step over columns of few channels",
+    "the same sums over neighbouring columns as channels, with zeros where a column is not read",
+    requires={"join_narrow_groups"},
+)
+def join_columns(model: GraphModule) -> int:
+    """Mark convolutions of which XNNPACK would compute mostly padding.
+
+    The graph stays as it is:
+    :class:`~custom_quantizer.backends.xnnpack.visitors.ConvolutionVisitor` writes them so.
+    """
+    count = 0
+    for node in calls(model, CONV.targets):
+        data, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
+        static = is_dequantize(data) and data.target is not DEQUANTIZE_DYNAMIC
+        constant = is_dequantize(weight) and is_constant(weight.args[0])
+        bound = CONV.match(CONV, node)
+        if not (static and constant) or isinstance(bound, str):
+            continue
+        if is_packed(node) or is_wide_gemm(node) or columns_of(bound, bound.groups) is None:
+            continue
+        mark_joined(node)
         count += 1
     return count
