@@ -57,6 +57,21 @@ class Tables(nn.Module):
         return tuple(f(x) for f in (F.silu, F.gelu, torch.sigmoid, torch.tanh, F.hardswish, F.elu))
 
 
+class FirstLayers(nn.Module):
+    """Convolutions that read joined columns: of images, of one channel, and of a signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 20, 7, 2, 3)
+        self.narrow = nn.Conv2d(3, 17, 3, 2, 1)
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.grey = nn.Conv2d(1, 9, 5, (1, 3), 2)
+        self.signal = nn.Conv1d(1, 16, 10, 5)
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return self.wide(x), self.narrow(x), self.patches(x), self.grey(y), self.signal(z)
+
+
 class Resizes(nn.Module):
     """Bilinear resizes to several sizes, of channels that fill registers and some more."""
 
@@ -160,6 +175,9 @@ NETWORKS = {
     ),
     "elementwise": Network(Elementwise, random_inputs((2, 3, 12, 12)), samples=4),
     "tables": Network(Tables, random_inputs((2, 3, 12, 12)), samples=4),
+    "first layers": Network(
+        FirstLayers, random_inputs((2, 3, 20, 24), (2, 1, 9, 18), (2, 1, 100)), samples=4
+    ),
     "resizes": Network(Resizes, random_inputs((2, 3, 12, 13)), samples=4),
     "all pairs": Network(Pairs, pairs((29, 33)), samples=1),
     "all pairs, with ties": Network(Pairs, pairs((32, 32)), samples=1),
@@ -185,6 +203,7 @@ PROGRAMS = (
     *(("elementwise", scheme) for scheme in ("a8w8", "a4w4", "a16w8")),
     *(("linear layers", scheme) for scheme in ("a8w8", "a8w4", "dyn8w8")),
     *(("all pairs", "a8w8"), ("all pairs, with ties", "a8w8"), ("tables", "a8w8")),
+    *(("first layers", scheme) for scheme in ("a8w8", "a4w4")),
     *(("resizes", scheme) for scheme in ("a8w8", "a16w8")),
     *(("narrow products", "a8w8"), ("products of matrices", "a8w8")),
     *((f"transformer block, {tokens} tokens", "a8w8") for tokens in (8, 24)),
