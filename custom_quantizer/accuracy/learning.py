@@ -350,7 +350,7 @@ def _dropped(
         kept = _drawn(x.shape, 1 - drop, generator).to(x.device)
     if observer.is_dynamic or not x.requires_grad:
         rounded = on_grid(observer, x)
-        return rounded if kept is None else torch.where(kept, rounded, x)
+        return rounded if kept is None else _chosen(kept, rounded, x)
     return cast(Tensor, _OnGrid.apply(x, observer, kept))
 
 
@@ -361,6 +361,11 @@ def _drawn(shape: torch.Size, share: float, generator: torch.Generator) -> Tenso
     drawn.random_(torch.iinfo(torch.int64).min, None, generator=generator)
     bound = min(max(round(256 * share), 1), 255)
     return (drawn.view(torch.uint8)[:count] < bound).view(shape)
+
+
+def _chosen(mask: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    """``torch.where`` of finite values: at weights of 0 and 1, this is exact, and has vectors."""
+    return torch.lerp(other, x, mask.to(x.dtype))
 
 
 class _OnGrid(torch.autograd.Function):
@@ -375,7 +380,7 @@ class _OnGrid(torch.autograd.Function):
         passes = y == multiples  # where nothing is clipped
         y.mul_(scale)
         if kept is not None:
-            y = torch.where(kept, y, x)
+            y = _chosen(kept, y, x)
             passes |= ~kept
         ctx.save_for_backward(passes)
         return y
