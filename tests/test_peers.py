@@ -14,6 +14,8 @@ import torch
 from onnx import TensorProto, helper
 from support.scripts import DOCS
 
+import custom_quantizer as cq
+
 BENCHMARKS = DOCS.parent / "tests" / "benchmarks"
 
 
@@ -38,8 +40,9 @@ def test_every_method_of_the_script_is_one_of_the_worker(peers: Any, worker: Any
 def test_rows_are_measured_once_and_failed_ones_again(peers: Any) -> None:
     every = list(peers.cells())
     assert list(peers.pending({}, "")) == every
-    learned = ["AdaRound" in method for _, _, method in every]
-    assert learned == sorted(learned)  # last
+    assert len({peers.row_name(*cell) for cell in every}) == len(every)
+    learned = ["AdaRound" in method for _, _, method, _ in every]
+    assert learned == [iterations > 0 for *_, iterations in every] == sorted(learned)  # last
     rows = {peers.row_name(*cell): {"top1": 0.5} for cell in every}
     assert list(peers.pending(rows, "")) == []
     rows[peers.row_name(*every[3])] = {"error": "no such package"}
@@ -54,18 +57,90 @@ def test_a_failed_command_says_its_last_line(peers: Any) -> None:
     with pytest.raises(RuntimeError, match=r"^exit status 3$"):
         peers._checked([sys.executable, "-c", "raise SystemExit(3)"], {}, 60)
     assert peers.last_words("first\n\n  last  line \n \n") == "last line"
+    of_pip = "ERROR: Could not find a version\nERROR: No  match for x==1\n[notice] A new release\n"
+    assert peers.last_words(of_pip) == "No match for x==1"
+
+
+class Pip:
+    """Stands for ``venv`` and for what is run in an environment."""
+
+    def __init__(self, peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cleared: list[bool] = []
+        self.ran: list[list[str]] = []
+        self.fails = ""
+        monkeypatch.setattr(peers.venv, "create", self._create)
+        monkeypatch.setattr(peers, "_checked", self._checked)
+
+    def _create(self, folder: Path, *, with_pip: bool, clear: bool) -> None:
+        assert with_pip
+        self.cleared.append(clear)
+        folder.mkdir(exist_ok=True)
+        (folder / "pyvenv.cfg").touch()
+
+    def _checked(self, command: list[str], *_: Any) -> None:
+        self.ran.append(command[1:])
+        if self.fails and self.fails in command:
+            raise RuntimeError("No match for tool==1")
 
 
 def test_an_environment_is_made_for_its_requirements(
     peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[list[str]] = []
-    monkeypatch.setattr(peers.venv, "create", lambda folder, **_: Path(folder).mkdir(exist_ok=True))
-    monkeypatch.setattr(peers, "_checked", lambda command, *_: made.append(command))
-    one = peers.Peer("Tool", ("tool==1", "other==2"), ())
-    for peer in (one, one, peers.Peer("Tool", ("tool==2",), ())):
-        peers.environment(peer, tmp_path / "tool")
-    assert [command[-2:] for command in made] == [["tool==1", "other==2"], ["-q", "tool==2"]]
+    pip, folder = Pip(peers, monkeypatch), tmp_path / "tool"
+    one = peers.Peer("Tool", ("tool==1", "other==2"), "tool.part", ())
+    assert peers.environment(one, folder) == folder / "bin" / "python"
+    assert pip.ran[0][:3] == ["-m", "pip", "install"]
+    assert pip.ran[0][-2:] == ["tool==1", "other==2"]
+    assert pip.ran[1:] == [["-c", "import tool.part"]]
+    peers.environment(one, folder)
+    assert (len(pip.ran), pip.cleared) == (2, [False])  # complete: left alone
+    peers.environment(peers.Peer("Tool", ("tool==2",), "tool", ()), folder)
+    assert (pip.ran[2][-1], pip.cleared) == ("tool==2", [False, True])
+
+
+def test_where_pip_was_stopped_it_goes_on(
+    peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip, folder = Pip(peers, monkeypatch), tmp_path / "tool"
+    peer = peers.Peer("Tool", ("tool==1",), "tool", ())
+    pip.fails = "tool==1"
+    with pytest.raises(RuntimeError, match=r"^pip install tool==1: No match for tool==1$"):
+        peers.environment(peer, folder)
+    pip.fails = "import tool"
+    with pytest.raises(RuntimeError, match=r"^import tool, after pip install: No match"):
+        peers.environment(peer, folder)
+    pip.fails = ""
+    peers.environment(peer, folder)
+    assert pip.cleared == [False] * 3  # what pip had brought is still there
+    assert len(pip.ran) == 1 + 2 + 2
+
+
+def test_another_folder_is_no_environment(
+    peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip, folder = Pip(peers, monkeypatch), tmp_path / "tool"
+    folder.mkdir()
+    (folder / "thesis.tex").touch()
+    with pytest.raises(RuntimeError, match="no virtual environment; name another --work"):
+        peers.environment(peers.Peer("Tool", ("tool==1",), "tool", ()), folder)
+    assert pip.cleared == pip.ran == []
+
+
+def test_an_environment_that_fails_is_tried_once_and_every_row_says_so(
+    peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = Pip(peers, monkeypatch)
+    monkeypatch.setattr(peers, "PEERS", {"tool": peers.Peer("Tool", ("tool==1",), "tool", ())})
+    pip.fails = "tool==1"
+    environments = peers.Environments(tmp_path)
+    rows = [
+        peers.measure(("net", "tool", "method", iterations), environments, tmp_path)
+        for iterations in (0, 7)
+    ]
+    assert len(pip.ran) == 1
+    assert [row.pop("error") for row in rows] == ["pip install tool==1: No match for tool==1"] * 2
+    shared = {"network": "net", "peer": "Tool", "version": "tool 1", "method": "method"}
+    assert rows == [shared, {**shared, "iterations": 7}]
 
 
 def test_scores_are_paired_with_the_float_model(
@@ -96,24 +171,28 @@ def test_a_table_shows_errors_and_iterations(
     ours = {**numbers, "network": "ResNet-20", "scheme": "a8w4", "how": "best"}
     improve.write_text(json.dumps({"rows": {"ResNet-20, a8w4, best": ours}}), encoding="utf-8")
     monkeypatch.setattr(peers, "IMPROVE", improve)
+    counted = {"activations": 9, "weights": {"int4": 3, "float32": 1}, "bias": "int32"}
+    counted["execution"] = {"integer": 3, "float": 1}
     result = {
-        "ours": {"ResNet-20": {"activations": 9, "layers": 4}},
+        "ours": {"ResNet-20": {"a8w4": counted}},
         "rows": {
             "one": {**row, **numbers, "iterations": 2000, "grid": grid},
+            "less": {**row, **numbers, "iterations": 500, "grid": grid},
             "two": {**failed, "error": "No module named x"},
         },
     }
     table = [line for line in peers.render(result).splitlines() if line.startswith("| ")]
-    first, second, third = table[2:]
+    first, less, second, third = table[2:]
     assert first == (
         "| ONNX Runtime | int8, u8s8, MinMax | failed: No module named x |  |  |  |  |  |  |  |"
     )
+    assert less == second.replace("2,000", "500")
     assert second == (
         "| AIMET | int4 weights, AdaRound, 2,000 iterations | 79.00% | -1.00 (-2.00 to +0.50) "
         "| 90.00% | 12 | 7 | 3 int4 | float32 | 2 of 3 |"
     )
     assert third.startswith("| this package | a8w4, `accuracy=best` | 79.00% |")
-    assert third.endswith("| 9 | 4 int4 | int32 | 4 of 4 |")
+    assert third.endswith("| 9 | 3 int4, 1 float32 | int32 | 3 of 4 |")
 
 
 def test_a_worker_writes_logits_and_grid(
@@ -156,4 +235,44 @@ def test_what_a_qdq_model_quantizes_is_counted(worker: Any) -> None:
         "bias": "int32",
         "ops": {"Conv": 1},
         "float_ops": {"Relu": 1},
+    }
+
+
+class Layers(torch.nn.Module):
+    """Three layers, and a slice and a pool that are no layers but have nodes of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(2, 4, 3)
+        self.second = torch.nn.Conv2d(4, 4, 1)
+        self.last = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(self.first(x)[:, :, ::2].relu())
+        return self.last(torch.nn.functional.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("in_float", "weights", "execution"),
+    [
+        ([], {"int4": 3}, {"integer": 3, "float": 0}),
+        (["second"], {"int4": 2, "float32": 1}, {"integer": 2, "float": 1}),
+    ],
+)
+def test_what_runs_on_integers_is_counted_in_the_program(
+    peers: Any, in_float: list[str], weights: dict[str, int], execution: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 8, 8)
+    quantizer = cq.IntegerQuantizer().set_global("a8w4")
+    for name in in_float:
+        quantizer.set_module_name(name, None)
+    result = cq.quantize(
+        Layers().eval(), (x,), [x], config=quantizer, accuracy="plain", progress=False
+    )
+    grid = peers.program_grid(result.lowered)
+    assert grid == {
+        "weights": weights,
+        "bias": "float32 and int32" if in_float else "int32",
+        "execution": execution,
     }
