@@ -58,7 +58,7 @@ def test_a_failed_command_says_its_last_line(peers: Any) -> None:
         peers._checked([sys.executable, "-c", "raise SystemExit(3)"], {}, 60)
     assert peers.last_words("first\n\n  last  line \n \n") == "last line"
     of_pip = "ERROR: Could not find a version\nERROR: No  match for x==1\n[notice] A new release\n"
-    assert peers.last_words(of_pip) == "No match for x==1"
+    assert peers.last_words(of_pip) == "Could not find a version; No match for x==1"
 
 
 class Pip:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -33,21 +34,18 @@ BATCH = 16
 """Images a step. The first learned layers see a thousand places of each."""
 
 ITERATIONS = (500, 2000, 10_000)
-LEARNED = {
-    "a4w4": ("adaround+bias_correction", "gptq+brecq+bias_correction"),
-    "a8w3": ("adaround+bias_correction",),
-    "a8w4": ("adaround+bias_correction",),
-}
+SCHEMES = ("a4w4", "a8w3", "a8w4")
+LEARNED = ("adaround+bias_correction", "gptq+brecq+bias_correction")
 NETWORK = "ResNet-20"
 BEST = "gptq+bias_correction"
 
 
 def cells() -> Iterator[tuple[str, str, int]]:
     """``(scheme, algorithms, iterations)``, the cheap ones first; 0 for what does not learn."""
-    for scheme in LEARNED:
+    for scheme in SCHEMES:
         yield scheme, BEST, 0
-    every = [(s, a, n) for n in ITERATIONS for s, names in LEARNED.items() for a in names]
-    yield from sorted(every, key=lambda cell: "brecq" in cell[1])
+    every = itertools.product(SCHEMES, LEARNED, ITERATIONS)
+    yield from sorted(every, key=lambda cell: ("brecq" in cell[1], cell[2]))
 
 
 def measure(scheme: str, algorithms: str, iterations: int, work: Path | None) -> dict[str, Any]:
@@ -90,6 +88,7 @@ def measure(scheme: str, algorithms: str, iterations: int, work: Path | None) ->
         "how": algorithms,
         "iterations": iterations,
         "resumed": improvement.resumed,
+        "held_back_sqnr": improvement.layers[-1].after,
         **against_float(scores),
         "cpu_seconds": round(seconds, 1),
     }
@@ -128,9 +127,9 @@ def render(result: dict[str, Any]) -> str:
 
 
 def _table_order() -> Iterator[tuple[str, str, int]]:
-    for scheme, names in LEARNED.items():
+    for scheme in SCHEMES:
         yield scheme, BEST, 0
-        yield from ((scheme, name, n) for name in names for n in ITERATIONS)
+        yield from itertools.product((scheme,), LEARNED, ITERATIONS)
 
 
 def main() -> None:

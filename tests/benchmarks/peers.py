@@ -266,10 +266,10 @@ def _checked(command: list[str], variables: dict[str, str], timeout: float) -> N
 
 
 def last_words(text: str) -> str:
-    """The last line that says something, or pip's last error; of at most 300 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR:") for line in lines if line.startswith("ERROR:")]
-    return " ".join((errors or lines or [""])[-1].split())[:300]
+    """The last line that says something, or pip's errors; of at most 300 characters."""
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return ("; ".join(errors) or (lines or [""])[-1])[:300]
 
 
 @cache
