@@ -434,7 +434,7 @@ def main() -> None:
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "peers.json"
-    result: dict[str, Any] = {"version": 1, "ours": {}, "rows": {}}
+    result: dict[str, Any] = {"version": 2, "ours": {}, "rows": {}}
     if file.exists():
         result = json.loads(file.read_text(encoding="utf-8"))
     work = options.work.resolve()
