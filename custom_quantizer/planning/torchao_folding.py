@@ -1,8 +1,8 @@
 """What torchao 0.18 has no seam for, each in one function.
 
-Two facts about ``prepare_pt2e`` and ``prepare_qat_pt2e`` that a quantizer cannot learn or change
-through the ``Quantizer`` interface. ``tests/planning/test_torchao_folding.py`` pins the version and
-the behaviour that each of them is for.
+Facts about ``prepare_pt2e``, ``prepare_qat_pt2e`` and ``convert_pt2e`` that a quantizer cannot
+learn or change through the ``Quantizer`` interface. ``tests/planning/test_torchao_folding.py`` pins
+the version and the behaviour that each of them is for.
 """
 
 from __future__ import annotations
@@ -11,24 +11,21 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import quantize_pt2e
+from torchao.quantization.pt2e.constant_fold import ConstantFolder
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
-from custom_quantizer.ops.rewrites.batch_norms import is_foldable_in_place
+from custom_quantizer.core.graph import is_constant, is_dequantize
+from custom_quantizer.ops.rewrites.batch_norms import fold_in_place
 
-__all__ = ["keep_from_folding", "prepares_for_training"]
-
-aten = torch.ops.aten
+__all__ = ["fold_rightly", "leave_weights_packed", "prepares_for_training"]
 
 _FOLDS = ("_fuse_conv_bn_", "_fuse_linear_bn_")
 """What ``prepare_pt2e`` calls to fold batch norms, before it calls the quantizer."""
-
-_BATCH_NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 
 
 def prepares_for_training() -> bool:
@@ -39,7 +36,7 @@ def prepares_for_training() -> bool:
     differs comes too late (``is_qat`` of ``prepare``, behind ``annotate``) or does not tell all
     graphs apart: only ``prepare_pt2e`` folds batch norms before it calls the quantizer, and many
     graphs have none; a graph may be captured in either mode for training. Nor can the wrapper of
-    that folding (:func:`keep_from_folding`) leave a mark on the graph: it would outlive a
+    that folding (:func:`fold_rightly`) leave a mark on the graph: it would outlive a
     preparation that failed, and the next one of that graph may be the other. So the callers are
     looked up.
     """
@@ -56,15 +53,14 @@ def _preparation(frame: FrameType | None) -> FrameType | None:
     return None
 
 
-def keep_from_folding(quantizer_type: type) -> None:
-    """For quantizers of a type, let ``prepare_pt2e`` fold only batch norms that it folds rightly.
+def fold_rightly(quantizer_type: type) -> None:
+    """For quantizers of a type, let ``prepare_pt2e`` fold batch norms as this package does.
 
     It multiplies the weight of the layer before a batch norm by the norm's factors, whoever else
     reads that weight or the layer's result (pytorch/ao, ``pt2e/utils.py``,
     ``fold_bn_weights_into_conv_node``), and it does so before the quantizer sees the graph. The
-    weight as it was is lost by then. So for the time of the folding the batch norms that it would
-    get wrong do not look like batch norms; the quantizer finds them in the graph and folds them
-    itself where they can be (:mod:`custom_quantizer.ops.rewrites.batch_norms`).
+    weight as it was is lost by then. So what it would get wrong is left for the quantizer, which
+    folds it where it can be (:mod:`custom_quantizer.ops.rewrites.batch_norms`).
 
     Graphs that are prepared for other quantizers are folded as ever.
 
@@ -77,19 +73,15 @@ def keep_from_folding(quantizer_type: type) -> None:
 
 def _careful(fold: Callable[[GraphModule], None], kind: type) -> Callable[[GraphModule], None]:
     @wraps(fold)
-    def fold_what_can_be(model: GraphModule) -> None:
+    def fold_rightly(model: GraphModule) -> None:
         frame = _preparation(inspect.currentframe())
         quantizer = None if frame is None else frame.f_locals.get("quantizer")
-        hidden = _hide(model) if _is_of(quantizer, kind) else {}
-        try:
+        if _is_of(quantizer, kind):
+            fold_in_place(model)
+        else:
             fold(model)
-        finally:
-            for node, target in hidden.items():
-                node.target = target
-            if hidden:
-                model.recompile()
 
-    return fold_what_can_be
+    return fold_rightly
 
 
 def _is_of(quantizer: object, kind: type) -> bool:
@@ -98,17 +90,22 @@ def _is_of(quantizer: object, kind: type) -> bool:
     return isinstance(quantizer, kind)
 
 
-def _hide(model: GraphModule) -> dict[Node, Any]:
-    """Give batch norms that would be folded wrongly another target; returns what they were."""
-    hidden = {
-        node: node.target
-        for node in model.graph.nodes
-        if node.target in _BATCH_NORMS and not is_foldable_in_place(model, node)
-    }
-    for node in hidden:
-        node.target = _not_a_batch_norm
-    return cast("dict[Node, Any]", hidden)
+def leave_weights_packed() -> None:
+    """Keep ``convert_pt2e`` from computing the floats that the integers of weights stand for.
 
+    It looks for constants that a quantize op reads by computing all that depends on constants only
+    (pytorch/ao, ``pt2e/constant_fold.py``), and throws the results of dequantize ops away
+    (``ConstantFolder.is_impure``): for the weights of VGG-11 that takes twice as long as all the
+    rest of the conversion. Integers that are constants already, as the observers of this package
+    leave them, are not dequantized any more; what other quantizers leave is a quantize op, and
+    computed as ever.
+    """
+    deduce = ConstantFolder._deduce_value
 
-def _not_a_batch_norm(*_args: Any) -> None:
-    """Stands in the place of a batch norm that ``prepare_pt2e`` must not see."""
+    @wraps(deduce)
+    def deduce_value(self: ConstantFolder, node: Node) -> Any:
+        if is_dequantize(node) and is_constant(node.args[0]):
+            return self.unknown_value
+        return deduce(self, node)
+
+    ConstantFolder._deduce_value = deduce_value

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer as Stock
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+    get_symmetric_quantization_config,
+)
 from support.graphs import Function, capture
 from support.models import randomize_batch_norms
 from torch import Tensor, nn
 from torchao.quantization.pt2e import quantize_pt2e
-from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.constant_fold import ConstantFolder
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer, Quantizer
 
 import custom_quantizer as cq
+from custom_quantizer.ops.rewrites.batch_norms import fold_in_place
 from custom_quantizer.planning.torchao_folding import prepares_for_training
 
 
@@ -55,7 +61,7 @@ def error_of(shared: tuple[nn.Module, Tensor], quantizer: Quantizer) -> float:
 def test_folding_is_still_wrong_where_a_weight_is_shared(
     shared: tuple[nn.Module, Tensor],
 ) -> None:
-    """If this fails, torchao was mended, and ``keep_from_folding`` can go."""
+    """If this fails, torchao was mended, and ``fold_rightly`` can go."""
     assert cq.IntegerQuantizer  # the folding is guarded from here on
     assert error_of(shared, Plain()) > 0.1
 
@@ -77,6 +83,69 @@ def test_other_quantizers_are_served_as_ever(shared: tuple[nn.Module, Tensor]) -
     ):
         assert name == other
         assert torch.equal(a, b)
+
+
+class Layers(nn.Module):
+    """A batch norm behind each layer with a rule that torchao folds one into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(
+            *(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
+            *(nn.Conv2d(4, 4, 3, padding="same"), nn.BatchNorm2d(4, affine=False)),
+            *(nn.ConvTranspose2d(4, 6, 2), nn.BatchNorm2d(6, eps=1e-2)),
+        )
+        self.row = nn.Sequential(
+            *(nn.Conv1d(6, 6, 3, groups=2), nn.BatchNorm1d(6)),
+            *(nn.Conv1d(6, 4, 3, padding="valid", bias=False), nn.BatchNorm1d(4)),
+        )
+        self.head = nn.Sequential(
+            *(nn.Linear(4, 5), nn.BatchNorm1d(5)),
+            *(nn.Linear(5, 3, bias=False), nn.BatchNorm1d(3)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.row(self.image(x).flatten(2)).mean(2))
+
+
+def test_what_torchao_folds_rightly_is_folded_to_the_same_bits() -> None:
+    torch.manual_seed(1)
+    model, x = randomize_batch_norms(Layers()).eval(), torch.randn(2, 3, 8, 8)
+    mine, theirs = (capture(model, (x,)) for _ in range(2))
+    assert fold_in_place(mine) == 7
+    quantize_pt2e._fuse_conv_bn_.__wrapped__(theirs)
+    quantize_pt2e._fuse_linear_bn_.__wrapped__(theirs)
+    assert mine.code == theirs.code
+    assert [node.name for node in mine.graph.nodes] == [node.name for node in theirs.graph.nodes]
+    pairs = zip(mine.named_parameters(), theirs.named_parameters(), strict=True)
+    for (name, a), (other, b) in pairs:
+        assert (name, a.requires_grad) == (other, b.requires_grad)
+        assert torch.equal(a, b), name
+
+
+def test_constant_integers_are_not_dequantized_to_be_thrown_away(
+    shared: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the count for the stock quantizer fails, ``leave_weights_packed`` may not be needed."""
+    model, x = shared
+    computed: list[str] = []
+    run = ConstantFolder.call_function
+
+    def noted(self: ConstantFolder, target: Any, *args: Any) -> Any:
+        computed.append(str(target))
+        return run(self, target, *args)
+
+    monkeypatch.setattr(ConstantFolder, "call_function", noted)
+    config = get_symmetric_quantization_config(is_per_channel=True)
+    for quantizer in (Stock().set_global(config), cq.IntegerQuantizer().set_global("a8w8")):
+        prepared = prepare_pt2e(capture(model, (x,)), quantizer)
+        prepared(x)
+        computed.clear()
+        converted = convert_pt2e(prepared)
+        dequantized = [name for name in computed if "dequantize_per_channel" in name]
+        assert bool(dequantized) == isinstance(quantizer, Stock)
+        weights = [n for n in converted.graph.nodes if "dequantize_per_channel" in str(n.target)]
+        assert {node.args[0].op for node in weights} == {"get_attr"}
 
 
 @pytest.mark.parametrize("composed", [False, True])

@@ -15,11 +15,16 @@ with one weight a channel.
 from __future__ import annotations
 
 import operator
-from typing import cast
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import attrgetter
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from custom_quantizer.core.graph import (
     add_constant,
@@ -27,6 +32,7 @@ from custom_quantizer.core.graph import (
     constant_of,
     effective_users,
     is_constant,
+    read_constant,
     tensor_meta,
 )
 from custom_quantizer.core.rewriting import ORIGINAL_NAME, Insertion, replace, rewrite_calls
@@ -35,9 +41,9 @@ from custom_quantizer.ops.gemm import CONV_TRANSPOSE, LINEAR
 
 __all__ = [
     "batch_norms_to_convs",
+    "fold_in_place",
     "fold_into_layers",
     "has_constants",
-    "is_foldable_in_place",
     "keep_own_statistics",
     "layer_before",
     "norm_constants",
@@ -46,6 +52,16 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+
+_IN_PLACE = (
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv_transpose2d.input,
+    aten.linear.default,
+)
+"""Layers with rules that torchao (0.18) folds batch norms into."""
 
 _CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default}
 """By the rank of the input."""
@@ -74,28 +90,81 @@ def layer_before(norm: Node) -> PatternMatch | None:
     return match if result.dim() == rank else None
 
 
-def is_foldable_in_place(model: GraphModule, norm: Node) -> bool:
+def fold_in_place(model: GraphModule) -> int:
+    """Multiply batch norms into the weights of the layers before them, where these are stored.
+
+    The same bits and names as ``prepare_pt2e`` (torchao 0.18) has, which collects dead nodes after
+    every norm, so that its time grows with the square of their number. Norms that it would get
+    wrong are left: see :func:`_is_in_place`.
+
+    Returns:
+        How many were folded.
+    """
+    readers: dict[str, list[Node]] = defaultdict(list)
+    for node in model.graph.nodes:
+        if node.op == "get_attr":
+            readers[str(node.target)].extend(node.users)
+    count = 0
+    for norm in list(model.graph.nodes):
+        if norm.target is not aten.batch_norm.default:
+            continue
+        match = layer_before(norm)
+        if match is not None and _is_in_place(model, norm, match, readers):
+            _fold_in_place(model, match, norm)
+            count += 1
+    if count:
+        model.graph.eliminate_dead_code()
+        model.recompile()
+    return count
+
+
+def _is_in_place(
+    model: GraphModule, norm: Node, match: PatternMatch, readers: Mapping[str, list[Node]]
+) -> bool:
     """Whether a norm may be multiplied into the weight of its layer where that weight is stored.
 
     As torchao 0.18 does it: nobody else may read weight or bias, the name it gives to a bias that
-    was not there must be free, and the groups of a transposed convolution have to be one.
+    was not there must be free, the groups of a transposed convolution have to be one, and a norm
+    behind a linear layer has factors and shifts.
+
+    Args:
+        model: the graph.
+        norm: the batch norm.
+        match: the layer before it.
+        readers: by the name of a constant, who reads it.
     """
-    match = layer_before(norm)
-    if match is None or not has_constants(norm):
+    if match.node.target not in _IN_PLACE or not has_constants(norm):
         return False
     if match.rule is CONV_TRANSPOSE and match.groups > 1:
+        return False
+    if match.rule is LINEAR and None in norm.args[1:3]:
         return False
     weight = cast(Node, match.weight)
     if match.bias is None and _has_attribute(model, f"{weight.target}_bias"):
         return False
     targets = {str(read.target) for read in (weight, match.bias) if read is not None}
-    readers = [
-        user
-        for node in model.graph.nodes
-        if node.op == "get_attr" and str(node.target) in targets
-        for user in node.users
-    ]
-    return all(user is match.node for user in readers)
+    return all(user is match.node for target in targets for user in readers[target])
+
+
+def _fold_in_place(model: GraphModule, match: PatternMatch, norm: Node) -> None:
+    layer, weight, bias = match.node, cast(Node, match.weight), match.bias
+
+    def stored(node: object) -> Tensor | None:
+        return attrgetter(str(node.target))(model) if isinstance(node, Node) else None
+
+    gamma, beta, mean, var = map(stored, norm.args[1:5])
+    constants: tuple[Any, ...] = (stored(weight), stored(bias), mean, var, _eps(norm), gamma, beta)
+    fuse: Callable[..., tuple[Tensor, Tensor]] = fuse_linear_bn_weights
+    if match.rule is not LINEAR:
+        fuse = partial(fuse_conv_bn_weights, transpose=match.rule is CONV_TRANSPOSE)
+    fused = fuse(*constants)
+    names = [str(weight.target), f"{weight.target}_bias" if bias is None else str(bias.target)]
+    for name, values in zip(names, fused, strict=True):
+        path, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, values)
+    layer.args = (*layer.args[:2], bias or read_constant(model, names[1], layer), *layer.args[3:])
+    norm.replace_all_uses_with(layer)
+    model.graph.erase_node(norm)
 
 
 def _has_attribute(model: GraphModule, target: str) -> bool:
@@ -255,11 +324,14 @@ def _factor_and_shift(model: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
         None if arg is None else constant_of(model, cast(Node, arg)).double()
         for arg in norm.args[1:5]
     )
-    eps = float(cast(float, argument(norm, 7, "eps")))
-    factor = torch.rsqrt(cast(Tensor, var) + eps)
+    factor = torch.rsqrt(cast(Tensor, var) + _eps(norm))
     if gamma is not None:
         factor = factor * gamma
     shift = -cast(Tensor, mean) * factor
     if beta is not None:
         shift = shift + beta
     return factor, shift
+
+
+def _eps(norm: Node) -> float:
+    return float(cast(float, argument(norm, 7, "eps")))
