@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import pytest
@@ -10,6 +11,10 @@ import torch._export.utils
 import torchao.quantization.pt2e.utils
 from executorch.backends.xnnpack._passes.insert_pad_qdq import InsertPadQDQPass
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+    XNNPACKQuantizer,
+    get_symmetric_quantization_config,
+)
 from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from hypothesis import given
@@ -256,6 +261,22 @@ def test_the_meta_of_a_graph_outlives_its_preparation() -> None:
     prepared = prepare_qat_pt2e(captured, _Remembering())
     assert prepared.meta["noted"]
     assert not hasattr(prepared, "unread")
+
+
+def test_a_copy_of_a_graph_that_quantizes_at_run_time_does_not_convert() -> None:
+    """Its annotations name nodes of the graph that was copied, behind which torchao (0.18) looks.
+
+    Not of ours alone: with the quantizer of ExecuTorch. docs/calibration.md says what to do.
+    """
+    example = (torch.randn(1, 4),)
+    captured = torch.export.export(nn.Linear(4, 4).eval(), example).module()
+    config = get_symmetric_quantization_config(is_dynamic=True)
+    prepared = prepare_pt2e(captured, XNNPACKQuantizer().set_global(config))
+    prepared(*example)
+    with pytest.raises(Exception, match="PortNodeMetaForQDQ") as caught:
+        convert_pt2e(copy.deepcopy(prepared))
+    assert "No chose qparams node found" in str(caught.value.__cause__)
+    convert_pt2e(prepared)
 
 
 def test_composable_quantizers_forward_no_callback() -> None:

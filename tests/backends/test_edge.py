@@ -86,11 +86,6 @@ LARGE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-REFUSED = {("video", "dyn8w8"), ("swin", "dyn8w8")}
-"""What cannot be lowered either way, with activations quantized while they run: convolutions over
-three dims, and Swin V2."""
-
-
 def programs(
     model: nn.Module, shape: tuple[int, ...], scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[bytes, bytes, int]:
@@ -131,10 +126,6 @@ def test_the_same_program_of_larger_networks(
 ) -> None:
     torch.manual_seed(0)
     make, shape = (LARGE | MODELS)[name]
-    if (name, scheme) in REFUSED:
-        with pytest.raises(cq.LoweringError, match="ExecuTorch could not partition the graph"):
-            programs(make(), shape, scheme, monkeypatch)
-        return
     quick, traced, _ = programs(make(), shape, scheme, monkeypatch)
     assert quick == traced
 

@@ -309,6 +309,8 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "tell_copies_apart",
         "break_chains",
         "dedicate_run_time",
+        "flatten_rows",
+        "order_images",
         *FLOAT_OPS,
     }
     assert found | rare == set(BY_NAME)

@@ -86,3 +86,40 @@ def test_keys_that_are_repeated_in_float_are_one_delegate() -> None:
     program = cq.lower(convert(model, (x,), "dyn8w8").graph, (x,))
     assert (program.report.delegates, program.report.outside) == (1, ())
     assert float((program.run(x) - model(x)).norm() / model(x).norm()) < 0.02
+
+
+class Orders(nn.Module):
+    """Layers that read images in the order of the model, and rows of images that lie otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.image = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.rows, self.last, self.other = nn.Linear(6, 6), nn.Linear(4, 4), nn.Conv2d(4, 8, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        image = self.stem(x)
+        behind = self.rows(image)
+        last = self.last(image.permute(0, 2, 3, 1))
+        of_rows = self.image(self.rows(x) + behind)
+        moved = self.image(
+            nn.functional.pixel_shuffle(self.other(last.permute(0, 3, 1, 2)), 2)[:, :2].repeat(
+                1, 2, 1, 1
+            )
+        )
+        return behind, of_rows, moved, self.image(y.flatten(0, 1)), y * 2.0, self.rows(y)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_layers_read_images_in_any_order(mixed: bool) -> None:
+    """Copies between the orders of images belong in float, before the scales are chosen."""
+    torch.manual_seed(0)
+    model, example = Orders().eval(), (torch.randn(1, 4, 5, 6), torch.randn(1, 2, 4, 5, 6))
+    quantizer = cq.IntegerQuantizer().set_global("dyn8w8")
+    if mixed:  # integers with a scale from data become images whose scale is chosen again
+        quantizer.set_operator_type(torch.ops.aten.add.Tensor, "a8w8").set_module_name(
+            "rows", "a8w8"
+        )
+    program = cq.lower(convert(model, example, quantizer).graph, example)
+    assert (program.report.delegates, program.report.outside) == (1, ())
+    for want, got in zip(model(*example), program.run(*example), strict=True):
+        assert float((got - want).norm() / want.norm()) < 0.02

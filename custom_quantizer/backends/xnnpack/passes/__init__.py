@@ -25,6 +25,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     movement,
     normalization,
     pool,
+    run_time,
     widths,
 )
 from custom_quantizer.backends.xnnpack.passes._pass import (
@@ -117,6 +118,8 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         boundaries.dedicate_dequantize,
         boundaries.dedicate_run_time,
         boundaries.move_images_first,
+        run_time.flatten_rows,
+        run_time.order_images,
     ),
 }
 """Constants first, then ops as kernels have them, then widths, then what stands between the two
