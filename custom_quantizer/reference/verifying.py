@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import torch
 import torch.utils._pytree as pytree
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
@@ -15,6 +17,7 @@ from custom_quantizer.core.graph import (
     QUANTIZE_PER_TENSOR,
     detached_copy,
     is_constant,
+    qparams_of,
 )
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.interpreter import IntegerReference
@@ -26,6 +29,7 @@ __all__ = [
     "TensorDifference",
     "instrumented",
     "output_scales",
+    "tapped_integers",
     "tensor_differences",
 ]
 
@@ -99,8 +103,14 @@ def output_scales(model: GraphModule) -> list[float | None]:
     return scales
 
 
-def instrumented(converted: GraphModule) -> tuple[GraphModule, list[tuple[str, float]]]:
+def instrumented(
+    converted: GraphModule, *, outputs: bool = False
+) -> tuple[GraphModule, list[tuple[str, float]]]:
     """A copy of a converted graph that returns every quantized tensor.
+
+    Args:
+        converted: the graph.
+        outputs: return what it returns behind them.
 
     Returns:
         The copy, whose inputs and outputs are flat, and for each output the name of the node whose
@@ -116,11 +126,33 @@ def instrumented(converted: GraphModule) -> tuple[GraphModule, list[tuple[str, f
         with model.graph.inserting_before(output):
             results.append(model.graph.call_function(DEQUANTIZE_PER_TENSOR, (node, *node.args[1:])))
         taps.append((cast(Node, node.args[0]).name, cast(float, node.args[1])))
+    if outputs:
+        results += pytree.tree_leaves(output.args[0])
     output.args = (tuple(results),)
     model.graph.set_codegen(CodeGen())
     model.graph.eliminate_dead_code()
     model.recompile()
     return model, taps
+
+
+def tapped_integers(tapped: GraphModule, results: Sequence[Any]) -> dict[Node, Tensor]:
+    """The integers of each quantize node of an :func:`instrumented` graph, int64.
+
+    Args:
+        tapped: the graph.
+        results: what a program of it returns, flat: a float32 tensor for each node comes first.
+    """
+    nodes = [
+        node
+        for node in tapped.graph.nodes
+        if node.target is QUANTIZE_PER_TENSOR and not is_constant(node.args[0])
+    ]
+    found: dict[Node, Tensor] = {}
+    for node, real in zip(nodes, results[: len(nodes)], strict=True):
+        qparams = qparams_of(tapped, node)
+        units = real.to(torch.float64) / cast(float, qparams.scale)
+        found[node] = (torch.round(units) + qparams.zero_point).to(torch.int64)
+    return found
 
 
 @dataclass(frozen=True)

@@ -377,8 +377,8 @@ def lower_sabotaged(
 
     def run(model: GraphModule) -> int:
         count = honest[-1].run(model)
-        (node,) = (n for n in model.graph.nodes if name in str(n.target))
-        change(node)
+        # Others that are called so stand before it: products with one.
+        change([n for n in model.graph.nodes if name in str(n.target)][-1])
         return count
 
     with pytest.MonkeyPatch.context() as patch:
@@ -437,3 +437,71 @@ def test_a_bias_that_the_graph_does_not_have_is_noticed_when_lowering() -> None:
 
     with pytest.raises(VerificationError, match="bias: the program has one, the graph has none"):
         lower_sabotaged(graph, x, change, "conv2d")
+
+
+class Mixed(nn.Module):
+    """Integers, float ops, integers, and a float output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.softmax(F.pad(x + x, (0, 1)) * 1.5, -1)
+        return torch.softmax(self.layer(x), -1)
+
+
+@cache
+def mixed() -> tuple[GraphModule, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(IMAGE)
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_operator_type(aten.mul.Tensor, None)
+    return quantized(Mixed(), (x,), quantizer), x
+
+
+def _pad_by_one_unit(pad: Node) -> None:
+    (quantize,) = (user for user in pad.users if is_quantize(user))
+    pad.args = (*pad.args[:2], "constant", quantize.args[1])
+
+
+def _multiply_by_more(product: Node) -> None:
+    name, model = str(cast(Node, product.args[1]).target), product.graph.owning_module
+    setattr(model, name, cast(GraphModule, model).get_buffer(name) * 1.005)
+
+
+def _multiply_by_more_in_one(product: Node) -> None:
+    """Only in the program that does not return all of its tensors."""
+    (output,) = (node for node in product.graph.nodes if node.op == "output")
+    if len(cast("tuple[Node, ...]", output.args[0])) == 1:
+        _multiply_by_more(product)
+
+
+def test_last_bits_that_a_network_magnifies_do_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if its last layers magnified them: any difference of the outputs is too large."""
+    graph, x = mixed()
+    asked: list[Any] = []
+    departure = checks.first_departure
+    monkeypatch.setattr(checks, "FLOAT_TOLERANCE", 0.0)
+    monkeypatch.setattr(
+        checks, "first_departure", lambda *args: asked.append(args) or departure(*args)
+    )
+    program = cq.lower(graph, (x,))
+    assert len(asked) == 1
+    assert not torch.equal(program.run(x), cq.integer_reference(graph)(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "says"),
+    [
+        (_pad_by_one_unit, "pad", "24 of 168 values of pad do not follow .* by up to 1 units"),
+        (_multiply_by_more, "mul.Tensor", r"\d+ of 168 values of softmax do not follow"),
+        (_multiply_by_more_in_one, "mul.Tensor", "output 0 is another in the program that"),
+    ],
+)
+def test_what_is_wrong_by_one_unit_between_float_ops_is_named(
+    change: Callable[[Node], None], name: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, x = mixed()
+    monkeypatch.setattr(checks, "FLOAT_TOLERANCE", 0.0)
+    with pytest.raises(VerificationError, match=rf"output 0: \d+ of 120 values differ.*{says}"):
+        lower_sabotaged(graph, x, change, name)

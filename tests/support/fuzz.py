@@ -32,7 +32,6 @@ from custom_quantizer.core.graph import (
     is_quantize,
     is_run_time_quantization,
     is_static,
-    qparams_of,
 )
 from custom_quantizer.ops import REGISTRY, Case, QParamSharing, QuantizedOp, known_targets
 from custom_quantizer.ops.backend import get_mode
@@ -40,7 +39,7 @@ from custom_quantizer.ops.functions import is_tanh_gelu
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.interpreter import IntegerReference
-from custom_quantizer.reference.verifying import instrumented
+from custom_quantizer.reference.verifying import instrumented, tapped_integers
 from support.graphs import Inputs, canonicalize, differences, stress
 from support.models import Converted, randomize_batch_norms
 
@@ -602,11 +601,7 @@ def check_each_tensor(done: Converted) -> None:
     nodes = [n for n in nodes if is_static(n)]
     assert [cast(Node, n.args[0]).name for n in nodes] == [name for name, _ in taps]
     for inputs in batches(done.example):
-        outputs = pytree.tree_leaves(program.run(*inputs))
-        stored = {}
-        for node, output in zip(nodes, outputs, strict=True):
-            q = qparams_of(tapped, node)
-            stored[node] = torch.round(output.double() / cast(float, q.scale)) + q.zero_point
+        stored = tapped_integers(tapped, pytree.tree_leaves(program.run(*inputs)))
         compared = Compared(graph, stored)
         compared.run(*inputs)
         # The delegate chooses scales at run time row by row, PyTorch tensor by tensor.

@@ -106,9 +106,14 @@ def lower_graph(
     *,
     dynamic_max: int = DEFAULT_DYNAMIC_MAX,
     check: bool = True,
+    validate: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoweredProgram:
-    """:func:`lower`, for whom the graph was read already."""
+    """:func:`lower`, for whom the graph was read already.
+
+    ``validate`` is for those who check a program themselves: see :func:`_to_edge`. By default a
+    program is validated that is not checked.
+    """
 
     def say(stage: str) -> None:
         interruption_point()
@@ -120,7 +125,8 @@ def lower_graph(
     rewritten = rewrite(graph, example, dynamic_max, say)
     say("partitioning for XNNPACK")
     constants = border_constants(graph.borders, "forward")
-    edge = _to_edge(rewritten.exported, constants, validate=not check)
+    validate = not check if validate is None else validate
+    edge = _to_edge(rewritten.exported, constants, validate=validate)
     say("writing the program")
     data = to_bytes(edge, graph)
     program = describe_program(data, edge, {"forward": rewritten})
@@ -192,6 +198,10 @@ def rewrite(
     written = _versions(graph.model)
     model = detached_copy(graph.model, share_constants=True)
     applied = run_passes(model, graph, skip=skip)
+    for node in model.graph.nodes:
+        if node.op == "call_function":
+            # Of a node without any meta export keeps no trace, and ExecuTorch asks for one.
+            node.meta.setdefault("nn_module_stack", {})
     say("exporting")
     exported = export_again(model, example, dynamic_max, widest=widest)
     for name, version in _versions(graph.model).items():
