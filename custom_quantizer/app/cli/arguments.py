@@ -15,7 +15,7 @@ from custom_quantizer.app.cli.options import MakePreprocess
 from custom_quantizer.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.fx import GraphModule
 
     from custom_quantizer.app.data import DataSource
@@ -42,50 +42,17 @@ def refuse_given(ctx: click.Context, names: tuple[str, ...], beside: str) -> Non
             raise click.UsageError(f"{param.opts[0]} means nothing next to {beside}; leave it out")
 
 
-def scheme_or_config(scheme: str | None, config: Path | None) -> str | Path:
-    """What was asked for: a scheme's name or a config file; ``a8w8`` if neither was named."""
-    if scheme is not None and config is not None:
-        raise click.UsageError("--scheme and --config exclude each other: name one")
-    if config is not None:
-        return config
-    return "a8w8" if scheme is None else scheme
-
-
 def names_in(text: str) -> list[str]:
     """The names in a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def quantizer_for(asked: str | Path, integer_io: bool) -> IntegerQuantizer:
-    """A quantizer with what :func:`scheme_or_config` returned."""
+    """A quantizer with a scheme's name or a config file."""
     from custom_quantizer.app.configuration import as_quantizer
 
     quantizer = as_quantizer(asked)
     return quantizer.set_io(integer=True) if integer_io else quantizer
-
-
-def check_model(model: str) -> None:
-    """Find out before seconds of imports that a name is misspelled."""
-    from custom_quantizer.app.models import check_model_name
-
-    check_model_name(model)
-
-
-def check_float_model(
-    model: str | None, weights: str | None, model_args: dict[str, object]
-) -> None:
-    """As :func:`check_model`, where ``--model`` may be left out."""
-    if model is not None:
-        check_model(model)
-    elif weights is not None or model_args:
-        raise click.UsageError("--weights and --model-arg are for --model, which is not given")
-
-
-def load_float_model(model: str, weights: str | None, model_args: dict[str, object]) -> nn.Module:
-    """The model that a user named."""
-    from custom_quantizer.app.models import load_model
-
-    return load_model(model, weights, **model_args)
 
 
 def load_samples(

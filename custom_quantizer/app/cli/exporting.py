@@ -9,7 +9,13 @@ import click
 
 from custom_quantizer.app.cli.arguments import load_converted
 from custom_quantizer.app.cli.console import show
-from custom_quantizer.app.cli.options import debug_option, examples, graph_argument
+from custom_quantizer.app.cli.options import (
+    count_option,
+    debug_option,
+    examples,
+    graph_argument,
+    path_argument,
+)
 
 
 @click.command(
@@ -20,7 +26,7 @@ from custom_quantizer.app.cli.options import debug_option, examples, graph_argum
     ),
 )
 @graph_argument
-@click.argument("output", metavar="PATH", type=click.Path(path_type=Path))
+@path_argument("output", "PATH")
 @debug_option
 def export_integers_command(graph: Path, output: Path) -> None:
     """Write a network as integers for other hardware.
@@ -48,17 +54,11 @@ def export_integers_command(graph: Path, output: Path) -> None:
 @graph_argument
 @click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--name", default="net", show_default=True, help="Prefix of files and C names.")
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    help="First dimension of the inputs.  [default: the captured one]",
-)
-@click.option(
+@count_option("--batch", "First dimension of the inputs.  [default: the captured one]")
+@count_option(
     "--vectors",
-    type=click.IntRange(min=1),
+    "Test vectors: random inputs, and the integers that NumPy computes from them.",
     default=2,
-    show_default=True,
-    help="Test vectors: random inputs, and the integers that NumPy computes from them.",
 )
 @debug_option
 def export_c_command(graph: Path, folder: Path, name: str, batch: int | None, vectors: int) -> None:

@@ -9,24 +9,31 @@ import click
 
 from custom_quantizer.app.cli.arguments import (
     check_can_write,
-    check_float_model,
     check_plot,
     graph_beside,
     lines_of,
-    load_float_model,
     load_samples,
     start_runtime,
 )
 from custom_quantizer.app.cli.console import echo, show
 from custom_quantizer.app.cli.options import (
     MakePreprocess,
+    NamedModel,
     classes_option,
+    count_option,
+    data_option,
     debug_option,
     examples,
+    file_option,
+    graph_option,
     html_option,
-    model_options,
+    json_option,
+    model_option,
     output_option,
+    path_argument,
+    plot_option,
     preprocess_options,
+    samples_option,
 )
 
 if TYPE_CHECKING:
@@ -41,9 +48,9 @@ if TYPE_CHECKING:
         "custom-quantizer inspect resnet18.json --html resnet18.html",
     ),
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@path_argument("file")
 @click.option("--op", metavar="NAME", help="Show all that is known of one op.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option("Print JSON instead of a table.")
 @html_option
 @debug_option
 def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None) -> None:
@@ -83,34 +90,17 @@ def _read_report(file: Path) -> Report | ProgramReport:
         "    --resize 256 --crop 224 --model resnet18 --weights w.pth",
     ),
 )
-@click.argument("file", metavar="OUT.pte", type=click.Path(path_type=Path))
+@path_argument("file", "OUT.pte")
 @html_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-@click.option(
-    "--data",
-    metavar="DATA",
-    help="Measure on these: accuracy if they have labels, and the values of every activation.",
-)
-@click.option("--samples", type=click.IntRange(min=1), help="Use at most that many, drawn evenly.")
+@json_option()
+@data_option("Measure on these: accuracy if they have labels, and the values of every activation.")
+@samples_option()
 @classes_option
 @output_option
-@click.option(
-    "--model", metavar="MODEL", help="Float model: measure the error of every tensor, too."
-)
-@model_options
+@model_option("Float model: measure the error of every tensor, too.")
 @preprocess_options
-@click.option(
-    "--sensitivity",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Show this too: what `sensitivity --json` printed.",
-)
-@click.option(
-    "--search",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Show this too: what `search --json` printed.",
-)
+@file_option("--sensitivity", help="Show this too: what `sensitivity --json` printed.")
+@file_option("--search", help="Show this too: what `search --json` printed.")
 @debug_option
 def report_command(
     file: Path,
@@ -120,9 +110,7 @@ def report_command(
     samples: int | None,
     classes: Path | None,
     output_index: int | None,
-    model: str | None,
-    weights: str | None,
-    model_args: dict[str, object],
+    model: NamedModel | None,
     preprocess: MakePreprocess,
     sensitivity: Path | None,
     search: Path | None,
@@ -133,7 +121,8 @@ def report_command(
     options, nothing is run: what quantize stored is shown. docs/reports.md says how to read it.
     """
     check_can_write(html)
-    check_float_model(model, weights, model_args)
+    if model is not None:
+        model.check()
     if model is not None and data is None:
         raise click.UsageError("--model is compared on --data, which is not given")
     from custom_quantizer.app.reporting import load_result, measured, read_findings
@@ -142,7 +131,7 @@ def report_command(
     report = stored.report
     if data is not None:
         names = None if classes is None else lines_of(classes)
-        floating = None if model is None else load_float_model(model, weights, model_args)
+        floating = None if model is None else model.load()
         source = load_samples(data, preprocess, samples, names)
         start_runtime()
         report = measured(stored, source, floating, output=output_index)
@@ -164,38 +153,19 @@ def report_command(
         "    --plot times.svg",
     ),
 )
-@click.argument("program", metavar="PROGRAM.pte", type=click.Path(path_type=Path))
-@click.option(
-    "--graph",
-    type=click.Path(path_type=Path),
-    metavar="GRAPH",
-    help="Converted graph that `quantize` wrote.  [default: PROGRAM.graph.safetensors, if it is "
-    "there]",
-)
-@click.option("--data", metavar="DATA", help="Inputs to run on.  [default: random ones]")
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Samples of DATA to compare on; the first is timed.",
-)
+@path_argument("program", "PROGRAM.pte")
+@graph_option(".  [default: PROGRAM.graph.safetensors, if it is there]")
+@data_option("Inputs to run on.  [default: random ones]")
+@samples_option("Samples of DATA to compare on; the first is timed.", default=1)
 @preprocess_options
-@click.option(
-    "--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Runs to measure."
-)
+@count_option("--runs", "Runs to measure.", default=50)
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
     help="Threads to compute with.  [default: as many as ExecuTorch takes]",
 )
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Draw the times: .svg, .png or .pdf.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@plot_option("Draw the times: .svg, .png or .pdf.")
+@json_option("Print JSON instead of a table.")
 @debug_option
 def profile_command(
     program: Path,

@@ -9,13 +9,10 @@ from typing import Any
 import click
 
 from custom_quantizer.app.cli.arguments import (
-    check_float_model,
-    check_model,
     check_plot,
     existing_graph,
     lines_of,
     load_converted,
-    load_float_model,
     load_samples,
     refuse_others,
     start_runtime,
@@ -23,14 +20,22 @@ from custom_quantizer.app.cli.arguments import (
 from custom_quantizer.app.cli.console import echo, show
 from custom_quantizer.app.cli.options import (
     MakePreprocess,
+    NamedModel,
     classes_option,
+    count_option,
+    data_option,
     debug_option,
     examples,
     graph_argument,
+    graph_option,
     isolated_option,
-    model_options,
+    json_option,
+    model_option,
     output_option,
+    path_argument,
+    plot_option,
     preprocess_options,
+    samples_option,
 )
 from custom_quantizer.errors import InputError
 
@@ -49,33 +54,18 @@ from custom_quantizer.errors import InputError
     required=True,
     type=click.Path(path_type=Path),
 )
-@click.option(
-    "--data",
-    required=True,
-    metavar="DATA",
-    help="Folder or .zip of images by class, or tensors with labels.",
-)
-@click.option("--samples", type=click.IntRange(min=1), help="Use at most that many, drawn evenly.")
+@data_option("Folder or .zip of images by class, or tensors with labels.", required=True)
+@samples_option()
 @classes_option
 @output_option
-@click.option(
-    "--graph",
-    type=click.Path(path_type=Path),
-    metavar="GRAPH",
-    help="Converted graph that `quantize` wrote: evaluate it and its integer reference too.",
-)
+@graph_option(": evaluate it and its integer reference too.")
 @isolated_option
-@click.option("--model", metavar="MODEL", help="Float model to compare with.")
-@model_options
+@model_option("Float model to compare with.")
 @preprocess_options
-@click.option(
-    "--slices",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Also show the accuracy on that many disjoint slices of the samples.",
+@count_option(
+    "--slices", "Also show the accuracy on that many disjoint slices of the samples.", default=1
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option("Print JSON instead of a table.")
 @debug_option
 def evaluate_command(
     programs: tuple[Path, ...],
@@ -85,9 +75,7 @@ def evaluate_command(
     output_index: int | None,
     graph: Path | None,
     isolated: bool,
-    model: str | None,
-    weights: str | None,
-    model_args: dict[str, object],
+    model: NamedModel | None,
     preprocess: MakePreprocess,
     slices: int,
     as_json: bool,
@@ -101,7 +89,8 @@ def evaluate_command(
     then labels are not needed: how often the others agree with it is counted. With --graph the
     graph as PyTorch computes it and the integer reference are shown the same samples.
     """
-    check_float_model(model, weights, model_args)
+    if model is not None:
+        model.check()
     names = None if classes is None else lines_of(classes)
     source = load_samples(data, preprocess, samples, names)
     if source.labels is None and model is None and len(programs) == 1:
@@ -116,7 +105,7 @@ def evaluate_command(
     start_runtime()
     models: dict[str, Callable[..., Any]] = {}
     if model is not None:
-        models["float model"] = load_float_model(model, weights, model_args)
+        models["float model"] = model.load()
     if graph is not None:
         from custom_quantizer.app.saved_graph import load_graph
         from custom_quantizer.reference import integer_reference
@@ -147,24 +136,12 @@ def evaluate_command(
         "custom-quantizer verify resnet18.pte --device-outputs device-test/",
     ),
 )
-@click.argument("program", metavar="PROGRAM.pte", type=click.Path(path_type=Path))
-@click.option(
-    "--graph",
-    type=click.Path(path_type=Path),
-    metavar="GRAPH",
-    help="Converted graph that `quantize` wrote.  [default: PROGRAM.graph.safetensors]",
-)
-@click.option("--data", metavar="DATA", help="Inputs to compare on.  [default: random ones]")
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=20,
-    show_default=True,
-    help="Samples of DATA, or batches of random inputs.",
-)
+@path_argument("program", "PROGRAM.pte")
+@graph_option(".  [default: PROGRAM.graph.safetensors]")
+@data_option("Inputs to compare on.  [default: random ones]")
+@samples_option("Samples of DATA, or batches of random inputs.", default=20)
 @isolated_option
-@click.option("--model", metavar="MODEL", help="Float model, for the SQNR against it.")
-@model_options
+@model_option("Float model, for the SQNR against it.")
 @preprocess_options
 @click.option(
     "--device-outputs",
@@ -173,7 +150,7 @@ def evaluate_command(
     help="Compare what a device computed: a folder that LoweredProgram.save_device_test wrote, "
     "with the device's outputs in it, or one of several folders of outputs in that.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@json_option()
 @debug_option
 @click.pass_context
 def verify_command(
@@ -183,9 +160,7 @@ def verify_command(
     data: str | None,
     samples: int,
     isolated: bool,
-    model: str | None,
-    weights: str | None,
-    model_args: dict[str, object],
+    model: NamedModel | None,
     preprocess: MakePreprocess,
     device_outputs: Path | None,
     as_json: bool,
@@ -212,8 +187,7 @@ def verify_command(
         if not device.bit_exact:
             raise SystemExit(1)
         return
-    check_float_model(model, weights, model_args)
-    floating = None if model is None else load_float_model(model, weights, model_args)
+    floating = None if model is None else model.load()
     from custom_quantizer.analysis.verification import random_like, verify
     from custom_quantizer.app.saved_graph import load_lowered
 
@@ -240,29 +214,18 @@ def verify_command(
     ),
 )
 @graph_argument
-@click.option("--model", metavar="MODEL", required=True, help="The float model it was made of.")
-@model_options
-@click.option(
-    "--data", metavar="DATA", required=True, help="Samples, rather not those of the calibration."
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    help="Use at most that many, drawn evenly. Each is computed about ten times.",
+@model_option("The float model it was made of.", required=True)
+@data_option("Samples, rather not those of the calibration.", required=True)
+@samples_option(
+    "Use at most that many, drawn evenly. Each is computed about ten times.", default=64
 )
 @preprocess_options
-@click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw it, as .svg or .png."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@plot_option("Also draw it, as .svg or .png.")
+@json_option()
 @debug_option
 def diagnose_command(
     graph: Path,
-    model: str,
-    weights: str | None,
-    model_args: dict[str, object],
+    model: NamedModel,
     data: str,
     samples: int,
     preprocess: MakePreprocess,
@@ -277,8 +240,7 @@ def diagnose_command(
     """
     if plot is not None:
         check_plot(plot)
-    check_model(model)
-    floating = load_float_model(model, weights, model_args)
+    floating = model.load()
     source = load_samples(data, preprocess, samples)
     converted = load_converted(graph)
     from custom_quantizer.analysis.diagnosis import diagnose

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from custom_quantizer.app.cli.console import DEBUG
 from custom_quantizer.config.improvement import ACCURACIES, ALGORITHMS
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from custom_quantizer.app.data import Preprocess
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -96,7 +99,76 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
 
 
-model_options = together(
+def count_option(name: str, help: str, default: int | None = None) -> Callable[[F], F]:
+    """A number from 1; without ``default`` it is None unless given."""
+    kind = click.IntRange(min=1)
+    return click.option(name, type=kind, default=default, show_default=True, help=help)
+
+
+def samples_option(
+    help: str = "Use at most that many, drawn evenly.", default: int | None = None
+) -> Callable[[F], F]:
+    """How many samples to use."""
+    return count_option("--samples", help, default)
+
+
+def file_option(
+    *names: str, help: str, metavar: str = "FILE", required: bool = False
+) -> Callable[[F], F]:
+    """A file, which need not exist."""
+    kind = click.Path(dir_okay=False, path_type=Path)
+    return click.option(*names, type=kind, metavar=metavar, required=required, help=help)
+
+
+def path_argument(name: str, metavar: str | None = None) -> Callable[[F], F]:
+    """A file or folder, which need not exist."""
+    return click.argument(name, metavar=metavar, type=click.Path(path_type=Path))
+
+
+def json_option(help: str = "Print JSON instead of text.") -> Callable[[F], F]:
+    """Whether to print JSON, as ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+DATA_FORMS = "Folder or .zip of images, or tensors: .pt, .npy, .npz, .safetensors."
+
+
+def data_option(
+    help: str = DATA_FORMS, *, name: str = "--data", required: bool = False
+) -> Callable[[F], F]:
+    """Where samples are."""
+    return click.option(name, metavar="DATA", required=required, help=help)
+
+
+def graph_option(help: str) -> Callable[[F], F]:
+    """The converted graph of a program; ``help`` goes on after "that `quantize` wrote"."""
+    kind = click.Path(path_type=Path)
+    text = f"Converted graph that `quantize` wrote{help}"
+    return click.option("--graph", type=kind, metavar="GRAPH", help=text)
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedModel:
+    """A float model as a user names it: nothing is imported until it is asked for."""
+
+    name: str
+    weights: str | None
+    arguments: dict[str, object]
+
+    def check(self) -> None:
+        """Find out before seconds of imports that a name is misspelled."""
+        from custom_quantizer.app.models import check_model_name
+
+        check_model_name(self.name)
+
+    def load(self) -> nn.Module:
+        """The model itself."""
+        from custom_quantizer.app.models import load_model
+
+        return load_model(self.name, self.weights, **self.arguments)
+
+
+_weights_options = together(
     click.option(
         "--weights",
         metavar="FILE|NAME",
@@ -112,18 +184,58 @@ model_options = together(
     ),
 )
 
-scheme_options = together(
+
+def _named_model(param: Callable[[F], F], command: F) -> F:
+    """A parameter and two options, which reach the command as one ``NamedModel`` or None."""
+
+    @functools.wraps(command)
+    def called(
+        *args: Any,
+        model: str | None,
+        weights: str | None,
+        model_args: dict[str, object],
+        **others: Any,
+    ) -> Any:
+        named = None if model is None else NamedModel(model, weights, model_args)
+        if named is None and (weights is not None or model_args):
+            raise click.UsageError("--weights and --model-arg are for --model, which is not given")
+        return command(*args, model=named, **others)
+
+    return param(_weights_options(cast(F, called)))
+
+
+model_argument = functools.partial(_named_model, click.argument("model"))
+"""MODEL and what goes with it; the command gets a ``NamedModel``."""
+
+
+def model_option(help: str, *, required: bool = False) -> Callable[[F], F]:
+    """``--model`` and what goes with it; the command gets a ``NamedModel``, or None."""
+    option = click.option("--model", metavar="MODEL", required=required, help=help)
+    return functools.partial(_named_model, option)
+
+
+_scheme_options = together(
     click.option(
         "--scheme",
         metavar="NAME",
         help="One scheme for all ops.  [default: a8w8]",
     ),
-    click.option(
-        "--config",
-        type=click.Path(dir_okay=False, path_type=Path),
-        help="YAML or JSON file with a scheme per op.",
-    ),
+    file_option("--config", help="YAML or JSON file with a scheme per op."),
 )
+
+
+def scheme_options(command: F) -> F:
+    """Two options, which reach the command as ``asked``: a scheme's name or a config file."""
+
+    @functools.wraps(command)
+    def called(*args: Any, scheme: str | None, config: Path | None, **others: Any) -> Any:
+        if scheme is not None and config is not None:
+            raise click.UsageError("--scheme and --config exclude each other: name one")
+        asked = config if config is not None else "a8w8" if scheme is None else scheme
+        return command(*args, asked=asked, **others)
+
+    return _scheme_options(cast(F, called))
+
 
 io_option = click.option(
     "--integer-io",
@@ -223,11 +335,19 @@ output_option = click.option(
     help="Which output holds the scores, of a model with several.  [default: 0]",
 )
 
-html_option = click.option(
-    "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write a page with pictures of the network and of every op.",
+
+def plot_option(help: str) -> Callable[[F], F]:
+    """A figure to draw."""
+    return file_option("--plot", help=help)
+
+
+html_option = file_option(
+    "--html", help="Write a page with pictures of the network and of every op."
+)
+
+checkpoint_option = file_option(
+    "--checkpoint",
+    help="Keep finished batches here; the same command goes on where it stopped.",
 )
 
 shape_option = click.option(
@@ -243,4 +363,4 @@ dynamic_option = click.option(
     "--dynamic-batch", is_flag=True, help="Let the program take batches of 1 to 64."
 )
 
-graph_argument = click.argument("graph", metavar="GRAPH", type=click.Path(path_type=Path))
+graph_argument = path_argument("graph", "GRAPH")

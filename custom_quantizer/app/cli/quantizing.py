@@ -12,30 +12,34 @@ import click
 
 from custom_quantizer.app.cli.arguments import (
     check_can_write,
-    check_model,
     check_output,
     example_inputs,
-    load_float_model,
     load_samples,
     quantizer_for,
     random_inputs,
     refuse_given,
-    scheme_or_config,
     start_runtime,
 )
 from custom_quantizer.app.cli.console import echo, say
 from custom_quantizer.app.cli.options import (
     CALIBRATION_SAMPLES,
     MakePreprocess,
+    NamedModel,
     accuracy_option,
+    checkpoint_option,
+    count_option,
+    data_option,
     debug_option,
     dynamic_option,
     examples,
+    file_option,
     html_option,
     improve_option,
     io_option,
-    model_options,
+    json_option,
+    model_argument,
     preprocess_options,
+    samples_option,
     scheme_options,
     shape_option,
 )
@@ -79,19 +83,15 @@ def demo_command(output: Path, seed: int) -> None:
         "custom-quantizer plan net.py:make --input-shape 1,1,28,28 --config mixed.yaml",
     ),
 )
-@click.argument("model")
-@model_options
+@model_argument
 @scheme_options
 @io_option
 @shape_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option("Print JSON instead of a table.")
 @debug_option
 def plan_command(
-    model: str,
-    weights: str | None,
-    model_args: dict[str, object],
-    scheme: str | None,
-    config: Path | None,
+    model: NamedModel,
+    asked: str | Path,
     integer_io: bool,
     shapes: tuple[tuple[int, ...], ...],
     as_json: bool,
@@ -101,13 +101,12 @@ def plan_command(
     Nothing is calibrated. MODEL is a torchvision model, package.module:function or
     file.py:function. Inputs are random, of shape 1,3,224,224 unless --input-shape says otherwise.
     """
-    asked = scheme_or_config(scheme, config)
-    check_model(model)
+    model.check()
     quantizer = quantizer_for(asked, integer_io)
     with warnings.catch_warnings():
         # The plan does not depend on the weights, so random ones need no warning.
         warnings.filterwarnings("ignore", message=".*random weights")
-        module = load_float_model(model, weights, model_args)
+        module = model.load()
     from custom_quantizer.app.capture import capture
     from custom_quantizer.report.terminal import plan_table, print_table, size_text
 
@@ -132,50 +131,27 @@ def plan_command(
         "    --statistics resnet18.stats.safetensors -o resnet18.pte",
     ),
 )
-@click.argument("model")
-@model_options
-@click.option(
-    "--data",
-    required=True,
-    metavar="DATA",
-    help="Folder or .zip of images, or tensors: .pt, .npy, .npz, .safetensors.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=CALIBRATION_SAMPLES,
-    show_default=True,
-    help="Use at most that many, drawn evenly over the classes.",
+@model_argument
+@data_option(required=True)
+@samples_option(
+    "Use at most that many, drawn evenly over the classes.", default=CALIBRATION_SAMPLES
 )
 @preprocess_options
 @scheme_options
 @shape_option
 @dynamic_option
-@click.option(
-    "--checkpoint",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Keep finished batches here; the same command goes on where it stopped.",
+@checkpoint_option
+@file_option(
+    "-o", "--output", required=True, metavar="STATS", help="File to write; ends in .safetensors."
 )
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="STATS",
-    help="File to write; ends in .safetensors.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@json_option()
 @debug_option
 def calibrate_command(
-    model: str,
-    weights: str | None,
-    model_args: dict[str, object],
+    model: NamedModel,
     data: str,
     samples: int,
     preprocess: MakePreprocess,
-    scheme: str | None,
-    config: Path | None,
+    asked: str | Path,
     shapes: tuple[tuple[int, ...], ...],
     dynamic_batch: bool,
     checkpoint: Path | None,
@@ -193,10 +169,9 @@ def calibrate_command(
     if checkpoint is not None and checkpoint.resolve() == output.resolve():
         raise click.UsageError(f"--checkpoint {checkpoint} is the --output, too; name two files")
     check_can_write(output)
-    asked = scheme_or_config(scheme, config)
-    check_model(model)
+    model.check()
     quantizer = quantizer_for(asked, False)
-    module = load_float_model(model, weights, model_args)
+    module = model.load()
     source = load_samples(data, preprocess, samples)
     from custom_quantizer.app.pipeline import record_calibration
 
@@ -231,26 +206,18 @@ def calibrate_command(
         "    --statistics net.stats.safetensors --scheme a16w8 -o net.pte",
     ),
 )
-@click.argument("model")
-@model_options
-@click.option(
-    "--calibration",
-    metavar="DATA",
-    help="Folder or .zip of images, or tensors: .pt, .npy, .npz, .safetensors.",
-)
-@click.option(
+@model_argument
+@data_option(name="--calibration")
+@file_option(
     "--statistics",
-    type=click.Path(dir_okay=False, path_type=Path),
     metavar="STATS",
     help="What `calibrate` wrote, instead of --calibration. With both, the data are used by "
     "algorithms that improve accuracy alone.",
 )
-@click.option(
+@count_option(
     "--calibration-samples",
-    type=click.IntRange(min=1),
+    "Use at most that many, drawn evenly over the classes.",
     default=CALIBRATION_SAMPLES,
-    show_default=True,
-    help="Use at most that many, drawn evenly over the classes.",
 )
 @preprocess_options
 @scheme_options
@@ -266,7 +233,7 @@ def calibrate_command(
     help="Program to write; beside it go the report, OUT.json, and the graph, "
     "OUT.graph.safetensors.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option("Print the report as JSON.")
 @html_option
 @accuracy_option
 @improve_option
@@ -274,15 +241,12 @@ def calibrate_command(
 @click.pass_context
 def quantize_command(
     ctx: click.Context,
-    model: str,
-    weights: str | None,
-    model_args: dict[str, object],
+    model: NamedModel,
     calibration: str | None,
     statistics: Path | None,
     calibration_samples: int,
     preprocess: MakePreprocess,
-    scheme: str | None,
-    config: Path | None,
+    asked: str | Path,
     integer_io: bool,
     shapes: tuple[tuple[int, ...], ...],
     dynamic_batch: bool,
@@ -314,15 +278,14 @@ def quantize_command(
         )
     check_output(output)
     check_can_write(html)
-    asked = scheme_or_config(scheme, config)
-    check_model(model)
+    model.check()
     quantizer = quantizer_for(asked, integer_io)
     recorded = None
     if statistics is not None:
         from custom_quantizer.app.recorded import read_calibration
 
         recorded = read_calibration(statistics)
-    module = load_float_model(model, weights, model_args)
+    module = model.load()
     data = None
     if calibration is not None:
         data = load_samples(calibration, preprocess, calibration_samples)
@@ -356,7 +319,7 @@ def quantize_command(
     if as_json:
         click.echo(files.report.read_text())
     else:
-        _summarize(model, result, files)
+        _summarize(model.name, result, files)
 
 
 _SHOWN = 10

@@ -8,20 +8,26 @@ import click
 
 from custom_quantizer.app.cli.arguments import (
     check_can_write,
-    check_model,
-    load_float_model,
     load_samples,
     names_in,
 )
 from custom_quantizer.app.cli.console import show
 from custom_quantizer.app.cli.options import (
+    DATA_FORMS,
     MakePreprocess,
+    NamedModel,
     accuracy_option,
+    checkpoint_option,
+    count_option,
+    data_option,
     debug_option,
     examples,
+    file_option,
     improve_option,
-    model_options,
+    json_option,
+    model_argument,
     preprocess_options,
+    samples_option,
     together,
 )
 
@@ -42,12 +48,9 @@ def _budget(
 
 
 _widths_options = together(
-    click.option(
-        "--data",
-        metavar="DATA",
+    data_option(
+        f"{DATA_FORMS} Folders of classes in the order of the model give labels.",
         required=True,
-        help="Folder or .zip of images, or tensors: .pt, .npy, .npz, .safetensors. Folders of "
-        "classes in the order of the model give labels.",
     ),
     click.option(
         "--schemes",
@@ -56,22 +59,11 @@ _widths_options = together(
         metavar="NAME,NAME",
         help="What to choose from; the most precise is the one to compare with.",
     ),
-    click.option(
-        "--batch",
-        type=click.IntRange(min=1),
-        default=32,
-        show_default=True,
-        help="Samples that are computed at a time.",
-    ),
+    count_option("--batch", "Samples that are computed at a time.", default=32),
     click.option(
         "--estimate-only", is_flag=True, help="Leave out the true losses: quicker, less exact."
     ),
-    click.option(
-        "--checkpoint",
-        type=click.Path(dir_okay=False, path_type=Path),
-        metavar="FILE",
-        help="Keep finished batches here; the same command goes on where it stopped.",
-    ),
+    checkpoint_option,
     accuracy_option,
     preprocess_options,
 )
@@ -84,18 +76,13 @@ _widths_options = together(
         "    --resize 256 --crop 224 --schemes a8w8,a8w4,a4w4",
     ),
 )
-@click.argument("model")
-@model_options
+@model_argument
 @_widths_options
-@click.option(
-    "--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Use so many."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@samples_option("Use so many.", default=256)
+@json_option()
 @debug_option
 def sensitivity_command(
-    model: str,
-    weights: str | None,
-    model_args: dict[str, object],
+    model: NamedModel,
     data: str,
     schemes: str,
     batch: int,
@@ -112,8 +99,7 @@ def sensitivity_command(
     given, in dB of the outputs: the true one, from computing the network with that one value
     rounded, and an estimate from a few backward passes. docs/search.md says how to read them.
     """
-    check_model(model)
-    module = load_float_model(model, weights, model_args)
+    module = model.load()
     source = load_samples(data, preprocess, samples)
     from custom_quantizer.app.widths import sensitivity
 
@@ -139,8 +125,7 @@ def sensitivity_command(
         "    --budget accuracy=0.5 -o mixed.yaml",
     ),
 )
-@click.argument("model")
-@model_options
+@model_argument
 @_widths_options
 @click.option(
     "--budget",
@@ -151,49 +136,26 @@ def sensitivity_command(
     help="size, weight_bits, bit_operations or latency: a share of the most precise scheme's "
     "(up to 1) or the number itself; accuracy: points that may be lost. Repeatable.",
 )
-@click.option(
-    "--validation",
-    metavar="DATA",
-    help="Samples to measure with.  [default: the last quarter of --data]",
-)
-@click.option(
-    "--samples", type=click.IntRange(min=1), default=512, show_default=True, help="Of --data."
-)
-@click.option(
-    "--validation-samples",
-    type=click.IntRange(min=1),
-    default=10_000,
-    show_default=True,
-    help="Of --validation.",
-)
-@click.option(
+@data_option("Samples to measure with.  [default: the last quarter of --data]", name="--validation")
+@samples_option("Of --data.", default=512)
+@count_option("--validation-samples", "Of --validation.", default=10_000)
+@file_option(
     "--latencies",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
     help="JSON of times from your device, {op: {scheme: time}}, for --budget latency.  [default: "
     "measured on this machine]",
 )
-@click.option(
-    "--points",
-    type=click.IntRange(min=1),
-    default=6,
-    show_default=True,
-    help="Budgets along the curve for which a choice is measured.",
-)
+@count_option("--points", "Budgets along the curve for which a choice is measured.", default=6)
 @improve_option
-@click.option(
+@file_option(
     "-o",
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
     metavar="OUT.yaml",
     help="Write the rules of the best choice, for quantize --config.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@json_option()
 @debug_option
 def search_command(
-    model: str,
-    weights: str | None,
-    model_args: dict[str, object],
+    model: NamedModel,
     data: str,
     schemes: str,
     batch: int,
@@ -222,8 +184,7 @@ def search_command(
 
         check_suffix(output)
         check_can_write(output)
-    check_model(model)
-    module = load_float_model(model, weights, model_args)
+    module = model.load()
     source = load_samples(data, preprocess, samples)
     held_back = None if validation is None else load_samples(validation, preprocess, None)
     from custom_quantizer.app.widths import search
