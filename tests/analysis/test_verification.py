@@ -73,7 +73,9 @@ def _dropped_clamp(model: GraphModule) -> None:
 
 
 def _wrong_weight(model: GraphModule) -> None:
-    model.stem_weight_integers[1, 2, 0, 0] ^= 1
+    weight = model.stem_weight_integers.clone()  # the program has the tensor itself
+    weight[1, 2, 0, 0] ^= 1
+    model.stem_weight_integers = weight
 
 
 def _doubled_scale(model: GraphModule) -> None:
