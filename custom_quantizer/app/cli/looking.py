@@ -159,11 +159,7 @@ def report_command(
 @samples_option("Samples of DATA to compare on; the first is timed.", default=1)
 @preprocess_options
 @count_option("--runs", "Runs to measure.", default=50)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    help="Threads to compute with.  [default: as many as ExecuTorch takes]",
-)
+@count_option("--threads", "Threads to compute with.  [default: as many as ExecuTorch takes]")
 @plot_option("Draw the times: .svg, .png or .pdf.")
 @json_option("Print JSON instead of a table.")
 @debug_option
