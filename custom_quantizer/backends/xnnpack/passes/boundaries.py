@@ -14,6 +14,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
     calls,
     graph_pass,
+    is_moved_first,
     mark_moved_first,
     origin_of,
 )
@@ -290,21 +291,22 @@ def quantize_scalars_as_rows(model: GraphModule) -> int:
 
 
 @graph_pass(
-    "images of few channels that are quantized, and then put channels last",
+    "inputs of few channels that are quantized, and then put channels last",
     "the same, the other way round",
     requires={"dedicate_dequantize"},
 )
 def move_images_first(model: GraphModule) -> int:
-    """Mark the quantize nodes of images with few channels.
+    """Mark the quantize nodes of inputs that are images with few channels.
 
     The layout is not in the graph yet:
     :class:`~custom_quantizer.backends.xnnpack.visitors.LayoutVisitor` writes the two in this order.
     """
     count = 0
     for node in model.graph.nodes:
-        if not is_quantize(node) or is_constant(node.args[0]):
+        if not is_quantize(node) or is_moved_first(node):
             continue
-        meta = tensor_meta(cast(Node, node.args[0]))
+        image = cast(Node, node.args[0])
+        meta = tensor_meta(image) if image.op == "placeholder" else None
         if meta is not None and meta.dim() == 4 and 1 < meta.shape[1] <= _FEW_CHANNELS:
             mark_moved_first(node)
             count += 1

@@ -22,6 +22,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     calls,
     dequantized_constant,
     graph_pass,
+    is_joined,
     is_packed,
     is_wide,
     is_wide_gemm,
@@ -280,7 +281,9 @@ def join_columns(model: GraphModule) -> int:
         bound = CONV.match(CONV, node)
         if not (static and constant) or isinstance(bound, str):
             continue
-        if is_packed(node) or is_wide_gemm(node) or columns_of(bound, bound.groups) is None:
+        if is_packed(node) or is_joined(node) or is_wide_gemm(node):
+            continue
+        if columns_of(bound, bound.groups) is None:
             continue
         mark_joined(node)
         count += 1
