@@ -107,8 +107,7 @@ def qat_networks() -> str:
 
 def qat_starts() -> str:
     """From plain and from improved weights side by side."""
-    result = stored("qat_starts")
-    rows, lines = result["rows"], []
+    rows, lines = stored("qat_starts")["rows"], []
     for name, row in rows.items():
         if "against_plain" not in row:
             continue
@@ -119,8 +118,9 @@ def qat_starts() -> str:
         low, high = against["interval"]
         between = f"{100 * against['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
         seeds = str(len(row.get("by_seed", [1])))
-        told = ", ".join([model, result["scheme"], *rate])
-        lines.append([told, batches.removesuffix(" batches"), seeds, *cells, between])
+        lines.append(
+            [", ".join([model, *rate]), batches.removesuffix(" batches"), seeds, *cells, between]
+        )
     columns = ["float", "PTQ", "trained from there", "improved", "trained from there"]
     columns.append("improved start less plain (95 % interval)")
     return table(["", "batches of 128", "seeds", *columns], lines)

@@ -51,7 +51,7 @@ from custom_quantizer.accuracy.learning import (
 from custom_quantizer.accuracy.streams import Stream, values_of, walk
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, graph_calls
-from custom_quantizer.config.improvement import ALGORITHMS, check_algorithms
+from custom_quantizer.config.improvement import ALGORITHMS, RESCALING, check_algorithms
 from custom_quantizer.core.graph import RESCALED_KEY, module_path, state_of
 from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.progress import track
@@ -174,7 +174,8 @@ def improve(
 
     ``prepared`` is changed in place; ``convert_pt2e`` then finds the improved integers. Ranges of
     activations are frozen. It runs where the graph is, on the CPU or on a GPU. Equal data and seeds
-    give equal results on one machine.
+    give equal results on one machine. A graph that was improved before is compared with the float
+    model that it was prepared from, all the same.
 
     Args:
         prepared: what ``prepare_pt2e`` returns, calibrated.
@@ -204,9 +205,10 @@ def improve(
 
     Raises:
         ConfigError: an algorithm is not known, or none is named.
-        CalibrationError: the graph is not calibrated, is prepared for
-            training, writes buffers, or has no layer with a rounded weight; there are no data or
-            they do not fit; the checkpoint is of something else.
+        CalibrationError: the graph is not calibrated, is prepared for training, writes buffers,
+            or has no layer with a rounded weight; it has improved integers, and an algorithm would
+            change the float network that they were found for; there are no data or they do not fit;
+            the checkpoint is of something else.
         InputError: the checkpoint cannot be read or written.
     """
     chosen = check_algorithms(algorithms)
@@ -226,6 +228,12 @@ def improve(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise CalibrationError(
             f"the graph has no layer whose weight is a rounded constant{reasons and ': '}{reasons}"
+        )
+    improved = [layer for layer in layers if layer.was_improved]
+    if improved and (rescaling := [name for name in chosen if name in RESCALING]):
+        raise CalibrationError(
+            f"{improved[0].where} was improved before, and {', '.join(rescaling)} would change the "
+            "float network that its integers were found for; name all algorithms in one call"
         )
     with exclusive(), torch.no_grad():
         run = _Run(prepared, layers, refused, calls, chosen, iterations, seed, checkpoint)
@@ -358,11 +366,7 @@ class _Run:
 
     def _run(self, before: Mapping[Node, float], progress: bool | None) -> Improvement:
         finished = 0 if self.file is None else self.file.resume()
-        own = {
-            name: value.detach().clone()
-            for layer in self.layers
-            for name, value in layer.constants().items()
-        }
+        own = {name: value.detach().clone() for name, value in self._floats().items()}
         floating = Stream(self.prepared, self.calls, rounded=False, constants=own)
         rounded = Stream(self.prepared, self.calls, rounded=True)
         walked = walk(self.prepared, (floating, rounded), self.layers)
@@ -385,6 +389,8 @@ class _Run:
         if "brecq" in self.algorithms:
             del floating, rounded
             gains = self._reconstruct(own, gains, finished, progress)
+        for layer in self.layers:
+            layer.observer.float_constants = {name: own[name] for name in layer.constants()}
         if self.rescaled:
             names = {name for names in self.rescaled.values() for name in names}
             before_this = self.prepared.meta.get(RESCALED_KEY, ())
@@ -502,10 +508,16 @@ class _Run:
             return ()
         return ("brecq",)
 
+    def _floats(self) -> dict[str, Tensor]:
+        """Weights and biases of the float model by their names."""
+        return {
+            name: value for layer in self.layers for name, value in layer.float_constants().items()
+        }
+
     def _measured(self) -> dict[Node, float]:
         """SQNR of each layer's output on what is held back, as the graph is now."""
         held = self.calls[self.learned :] or self.calls
-        floating = Stream(self.prepared, held, rounded=False)
+        floating = Stream(self.prepared, held, rounded=False, constants=self._floats())
         rounded = Stream(self.prepared, held, rounded=True)
         ratios = {}
         for layer in self._timed(walk(self.prepared, (floating, rounded), self.layers)):

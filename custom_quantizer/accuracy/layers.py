@@ -118,6 +118,17 @@ class Layer:
         names = [str(_constant(node).target) for node in nodes]
         return {name: operator.attrgetter(name)(self.model) for name in names}
 
+    def float_constants(self) -> dict[str, Tensor]:
+        """As :meth:`constants`, of the float model: what they were before they were improved."""
+        kept = self.observer.float_constants
+        return self.constants() if kept is None else kept
+
+    @property
+    def was_improved(self) -> bool:
+        """Whether weight or bias are not those of the float model any more."""
+        kept = self.float_constants()
+        return any(not torch.equal(value, kept[name]) for name, value in self.constants().items())
+
     def take_copies(self) -> None:
         """Give the graph a weight and a bias of its own: a captured model shares them with it."""
         for name, value in self.constants().items():

@@ -390,9 +390,13 @@ class WeightObserver(_ConstantObserver):
     Attributes:
         supplied_scale: float32, of the shape that :meth:`scale` returns, where :meth:`set_scale`
             supplied one; else ``None``.
+        float_constants: weight and bias of the float model by their names, where
+            :func:`~custom_quantizer.accuracy.improving.improve` put others in their places; else
+            ``None``.
     """
 
     supplied_scale: Tensor | None
+    float_constants: dict[str, Tensor] | None
     _supplied = ("supplied_scale",)
 
     def __init__(
@@ -407,6 +411,7 @@ class WeightObserver(_ConstantObserver):
         self.scheme = scheme
         self.ch_axis = axis
         self.limits = limits or BiasLimits()
+        self.float_constants = None
         self.register_buffer("supplied_scale", None)
 
     def forward(self, x: Tensor) -> Tensor:

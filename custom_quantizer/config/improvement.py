@@ -7,13 +7,16 @@ from typing import Any
 
 from custom_quantizer.errors import ConfigError, nearest
 
-__all__ = ["ACCURACIES", "ALGORITHMS", "check_accuracy", "check_algorithms"]
+__all__ = ["ACCURACIES", "ALGORITHMS", "RESCALING", "check_accuracy", "check_algorithms"]
 
 ACCURACIES = ("plain", "fast", "best")
 """``plain`` rounds to nearest; ``fast`` adds what is free, ``best`` what seconds to minutes buy."""
 
+RESCALING = ("equalization", "bias_absorption", "smoothquant")
+"""Algorithms that change the numbers of the float network, and not what it computes."""
+
 ALGORITHMS = (
-    *("equalization", "bias_absorption", "smoothquant"),
+    *RESCALING,
     *("gptq", "adaround", "analytical_bias_correction", "bias_correction", "brecq"),
 )
 """Names of all algorithms, in the order in which they run."""

@@ -64,6 +64,20 @@ def test_every_layer_is_better_than_rounded_to_nearest() -> None:
     assert (result.samples, result.held_back) == (56, 8)
 
 
+def test_a_graph_that_was_improved_before_is_still_compared_with_the_float_model() -> None:
+    prepared = prepared_every_layer()
+    first = cq.improve(prepared, DATA)
+    states = _states(prepared)
+    again = copy.deepcopy(prepared)
+    second = cq.improve(again, DATA)
+    assert [layer.before for layer in second.layers] == [layer.after for layer in first.layers]
+    assert [layer.after for layer in second.layers] == [layer.after for layer in first.layers]
+    assert _equal(_states(again), states)  # what is best for float weights is so once more
+    with pytest.raises(CalibrationError, match=r"improved before, and equalization would change"):
+        cq.improve(prepared, DATA, ["gptq", "equalization"])
+    assert _equal(_states(prepared), states)
+
+
 @pytest.mark.parametrize("algorithm", [*BEST, "analytical_bias_correction"])
 def test_each_algorithm_alone_helps(algorithm: str) -> None:
     prepared = prepared_every_layer()

@@ -23,7 +23,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ class Study:
         self.work = work
         self.scale = scale
         self.held_out = dataset.train
-        self._improved: dict[str, GraphModule] = {}
+        self._improved: dict[tuple[str, str], GraphModule] = {}
         work.mkdir(parents=True, exist_ok=True)
 
     def steps(self, count: int) -> int:
@@ -275,30 +275,36 @@ class Study:
         study.held_out = images[order[:count]], labels[order[:count]]
         return study
 
-    def improved_once(self, key: str, model: nn.Module, scheme: str) -> GraphModule:
-        """As :meth:`improved`; a copy of what the first call for a network found."""
-        if key not in self._improved:
-            self._improved = {key: self.improved(model, scheme)}
-        return copy.deepcopy(self._improved[key])
+    def improved_once(self, key: str, scheme: str, model: nn.Module) -> GraphModule:
+        """As :meth:`improved`; a copy of what the first call for a network and a scheme found."""
+        if (key, scheme) not in self._improved:
+            self._improved = {(key, scheme): self.improved(model, _ptq_scheme(scheme))}
+        return copy.deepcopy(self._improved[key, scheme])
 
     def from_start(
-        self, key: str, start: str, batches: int, seed: int, model: nn.Module, **recipe: Any
+        self,
+        key: str,
+        scheme: str,
+        start: str,
+        batches: int,
+        seed: int,
+        model: nn.Module,
+        **recipe: Any,
     ) -> GraphModule:
-        """Trained at a4w4 from ``plain`` or ``improved`` weights."""
-        source = None
-        if start == "improved":
-            source = self.improved_once(key, model, _ptq_scheme("a4w4"))
-        name = "_".join([key, start, "start", str(batches), str(seed), _told(recipe)])
-        return self.qat(model, _qat_scheme("a4w4"), batches, name, source, seed=seed, **recipe)
+        """Trained from ``plain`` or ``improved`` weights."""
+        source = self.improved_once(key, scheme, model) if start == "improved" else None
+        name = "_".join([key, scheme, start, "start", str(batches), str(seed), _told(recipe)])
+        return self.qat(model, _qat_scheme(scheme), batches, name, source, seed=seed, **recipe)
 
     def held_out_accuracy(
         self, key: str, start: str, batches: int, recipe: dict[str, Any]
     ) -> float:
-        """Share of the images held out that a training gets right."""
+        """Share of the images held out that a training at a4w4 gets right."""
         name = "_".join(["held_out", self.dataset.name, key, start, str(batches), _told(recipe)])
         path = self.work / f"{name}.json"
         if not path.exists():
-            trained = self.from_start(key, start, batches, 0, self.float_network(key), **recipe)
+            model = self.float_network(key)
+            trained = self.from_start(key, "a4w4", start, batches, 0, model, **recipe)
             share = float(_right(trained, *self.held_out).double().mean())
             write_json_atomic(path, {"top1": share})
             print(f"{name}: {share:.2%}", flush=True)
@@ -481,8 +487,13 @@ def networks(study: Study) -> dict[str, Any]:
     return {"training_batches": batches, "rows": rows}
 
 
-START_BATCHES = {"resnet20": {25: 3, 200: 1}, "mobilenet_v2": {30: 3}}
-"""How many batches, and how many seeds with that many."""
+START_TRAININGS = {
+    ("resnet20", "a4w4"): {25: 3, 200: 1},
+    ("resnet20", "a8w3"): {25: 1},
+    ("resnet20", "a4w3"): {25: 1},
+    ("mobilenet_v2", "a4w4"): {30: 3},
+}
+"""How many batches, and how many seeds with that many, by network and scheme."""
 
 START_RATES = {200: (1e-3, 3e-3)}
 """Other learning rates from improved weights, by the batches of the training."""
@@ -507,30 +518,31 @@ START_SETTINGS: dict[str, tuple[dict[str, float], ...]] = {
 
 
 def starts(study: Study) -> dict[str, Any]:
-    """A little training at a4w4, from plain and from improved weights, each with its defaults.
+    """A little training, from plain and from improved weights, each with its defaults.
 
-    The defaults were chosen on training images held out, for ResNet-20.
+    The defaults were chosen on training images held out, for ResNet-20 at a4w4.
     """
     study = study.holding_out(HELD_OUT)
     rows: dict[str, Any] = {}
-    for key, trainings in START_BATCHES.items():
-        name = NETWORKS[key].name
+    for (key, scheme), trainings in START_TRAININGS.items():
+        name, file = f"{NETWORKS[key].name} {scheme}", f"{key}_{scheme}"
         right = {
             "float": study.right(f"{key}_float", key, lambda m: m),
-            "PTQ": study.right(f"{key}_a4w4_ptq", key, lambda m: study.ptq(m, _ptq_scheme("a4w4"))),
+            "PTQ": study.right(
+                f"{file}_ptq", key, lambda m, s=scheme: study.ptq(m, _ptq_scheme(s))
+            ),
             "improved": study.right(
-                f"{key}_a4w4_improved",
+                f"{file}_improved",
                 key,
-                lambda m, k=key: convert_pt2e(study.improved_once(k, m, _ptq_scheme("a4w4"))),
+                lambda m, k=key, s=scheme: convert_pt2e(study.improved_once(k, s, m)),
             ),
         }
-        pairs = itertools.product(trainings.items(), START_SETTINGS)
-        for (batches, seeds), start in pairs:
+        for (batches, seeds), start in itertools.product(trainings.items(), START_SETTINGS):
             trained = [
                 study.right(
-                    f"{key}_a4w4_{start}_start_{batches}_seed_{seed}",
+                    f"{file}_{start}_start_{batches}_seed_{seed}",
                     key,
-                    lambda m, k=key, s=start, n=batches, i=seed: study.from_start(k, s, n, i, m),
+                    partial(study.from_start, key, scheme, start, batches, seed),
                 )
                 for seed in range(seeds)
             ]
@@ -538,10 +550,10 @@ def starts(study: Study) -> dict[str, Any]:
         for batches in trainings:
             for rate in START_RATES.get(batches, ()):
                 right[f"improved, {batches} batches, learning rate {rate:g}"] = study.right(
-                    f"{key}_a4w4_improved_start_{batches}_seed_0_rate_{rate:g}",
+                    f"{file}_improved_start_{batches}_seed_0_rate_{rate:g}",
                     key,
-                    lambda m, k=key, n=batches, r=rate: study.from_start(
-                        k, "improved", n, 0, m, learning_rate=r
+                    partial(
+                        study.from_start, key, scheme, "improved", batches, 0, learning_rate=rate
                     ),
                 )
         for label, correct in right.items():
@@ -549,15 +561,14 @@ def starts(study: Study) -> dict[str, Any]:
             start, *told = label.split(", ")
             if start == "improved" and told:
                 row["against_plain"] = _difference(correct, right[f"plain, {told[0]}"])
-    batches = next(iter(START_BATCHES["resnet20"]))
+    batches = next(iter(START_TRAININGS["resnet20", "a4w4"]))
     held_out = {
         f"{start}, {_told(recipe)}": study.held_out_accuracy("resnet20", start, batches, recipe)
         for start, recipes in START_SETTINGS.items()
         for recipe in recipes
     }
     return {
-        "scheme": "a4w4",
-        "trainings": {key: [*counts.items()] for key, counts in START_BATCHES.items()},
+        "trainings": {" ".join(k): [*counts.items()] for k, counts in START_TRAININGS.items()},
         "held_out": {"model": NETWORKS["resnet20"].name, "samples": HELD_OUT, "top1": held_out},
         "rows": rows,
     }
