@@ -425,6 +425,18 @@ def test_pads_by_zero_are_quantized_by_executorch_itself(value: float, inserted:
     assert any("quantize_per_tensor" in n and "dequantize" not in n for n in names) == inserted
 
 
+def test_export_takes_a_tensor_that_is_given_twice_for_one_input() -> None:
+    """torch 2.15; so ``core.graph.distinct`` copies it."""
+
+    class Difference(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a - 2 * b
+
+    x, y = torch.ones(2), torch.zeros(2)
+    assert torch.equal(torch.export.export(Difference(), (x, x)).module()(x, y), -y)
+    assert torch.equal(torch.export.export(Difference(), (x, x[:])).module()(x, y), x)
+
+
 def test_tracing_a_small_batch_bounds_it_by_fifteen() -> None:
     """Fake convolutions compare the batch with 16 to choose a kernel, and the guard stays.
 

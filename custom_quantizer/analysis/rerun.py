@@ -22,7 +22,7 @@ from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.run import GraphInputs
 from custom_quantizer.core.arithmetic import along
-from custom_quantizer.core.graph import size_bounds, state_of, tensor_meta
+from custom_quantizer.core.graph import distinct, size_bounds, state_of, tensor_meta
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, first_line
 
@@ -210,7 +210,7 @@ def capture_like(
     if isinstance(model, GraphModule):
         return copy.deepcopy(model)
     inputs = GraphInputs.of(graph)
-    args, kwargs = inputs.arguments(values)
+    args, kwargs = inputs.arguments(distinct(values))
     sizes: dict[str, Any] = {}
     dynamic = [
         _dynamic_sizes(node, sizes) for node in graph.graph.nodes if node.op == "placeholder"

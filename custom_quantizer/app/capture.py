@@ -6,6 +6,7 @@ Apart from the pipeline, so that who wants a plan waits for no backend.
 from __future__ import annotations
 
 import copy
+import keyword
 import logging
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from custom_quantizer.core.graph import distinct
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, InputError, first_line, where_raised
 
@@ -63,20 +65,20 @@ def capture(
                 "dynamic_batch is decided when a model is captured, and this one is captured "
                 "already: pass the module itself, or dynamic_shapes to torch.export.export"
             )
-        graph = model.module() if isinstance(model, torch.export.ExportedProgram) else model
-        return graph, example
+        return (model if isinstance(model, GraphModule) else _module(model)), example
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
             f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}; "
             "torch.export captures neither scripts nor functions"
         )
     shapes = None
+    _check_values(model)
     eager = _eval_copy(model)
-    _check_numbers(eager)
     if dynamic_batch:
         example = pytree.tree_map(_at_least_two, example)
         largest = DEFAULT_MAX_BATCH if dynamic_batch is True else dynamic_batch
         shapes = _by_parameter(eager, _dynamic_batch(example, largest))
+    example = distinct(example)
     try:
         with torch.no_grad(), _no_graph_dumps():
             exported = torch.export.export(eager, example, dynamic_shapes=shapes)
@@ -140,14 +142,40 @@ def _eval_copy(model: nn.Module) -> nn.Module:
     return eager
 
 
-def _check_numbers(eager: nn.Module) -> None:
-    """Refuse parameters that a training which diverged left behind."""
-    for name, value in eager.named_parameters():
+def _check_values(model: nn.Module) -> None:
+    """Refuse parameters without values, and those that a training which diverged left behind."""
+    kind = type(model).__name__
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(value):
+            raise InputError(
+                f"{kind}: {name} has no shape yet; call the model on an example once, and load its "
+                "weights"
+            )
+        if value.is_meta:
+            raise InputError(
+                f"{kind}: {name} is on the meta device, and has no values; call "
+                "model.to_empty(device='cpu') and load its weights"
+            )
+    for name, value in model.named_parameters():
         if value.is_floating_point() and (wrong := int(value.isnan().sum())):
             raise InputError(
-                f"{type(eager).__name__}: {wrong:,} of the {value.numel():,} values of {name} are "
-                "NaN; take a checkpoint from before the training diverged"
+                f"{kind}: {wrong:,} of the {value.numel():,} values of {name} are NaN; take a "
+                "checkpoint from before the training diverged"
             )
+
+
+def _module(program: torch.export.ExportedProgram) -> GraphModule:
+    """What ``module()`` returns, whose code names parameters by their paths."""
+    try:
+        return program.module()
+    except SyntaxError as error:
+        paths = (*program.state_dict, *program.constants)
+        words = {part for path in paths for part in path.split(".") if keyword.iskeyword(part)}
+        raise CaptureError(
+            f"PyTorch cannot write code for the graph ({first_line(error)}): "
+            f"{', '.join(sorted(words)) or 'the name of a module or parameter'} is a word of "
+            "Python's own; give the module or parameter another name"
+        ) from error
 
 
 def _at_least_two(value: Any) -> Any:

@@ -29,6 +29,7 @@ __all__ = [
     "constant_of",
     "describe",
     "detached_copy",
+    "distinct",
     "effective_users",
     "expression_bounds",
     "flatten_inputs",
@@ -234,6 +235,24 @@ def flatten_inputs(in_spec: Any, inputs: tuple[Any, ...], named: Mapping[str, An
             f"{', '.join(named)}: give each input the way torch.export.export got it"
         )
     return pytree.tree_leaves((inputs, {name: named[name] for name in known}))
+
+
+def distinct(inputs: Any) -> Any:
+    """The same inputs, with a copy wherever a tensor comes again.
+
+    ``torch.export`` (2.15) takes one tensor that is given twice for one input: the graph of
+    ``f(x, x)`` reads its last placeholder alone.
+    """
+    seen: set[int] = set()
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        again = id(value) in seen
+        seen.add(id(value))
+        return value.detach().clone() if again else value
+
+    return pytree.tree_map(own, inputs)
 
 
 def input_tuples(inputs: Iterable[Any]) -> Iterable[tuple[Any, ...]]:

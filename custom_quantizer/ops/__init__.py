@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from custom_quantizer.errors import CustomQuantizerError
@@ -45,6 +46,7 @@ __all__ = [
     "known_targets",
     "match_of",
     "rule_of",
+    "unknown_op",
 ]
 
 REGISTRY: tuple[OpRule, ...] = (
@@ -80,6 +82,19 @@ OF_TARGET: Mapping[Any, OpRule] = MappingProxyType(_index(REGISTRY))
 def rule_of(node: Node) -> OpRule | None:
     """The family of a node, or ``None`` for ops that are not known."""
     return OF_TARGET.get(node.target) if node.op == "call_function" else None
+
+
+def unknown_op(node: Node) -> str:
+    """Why a node that no family claims has no integers."""
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"{target} is control flow: the graphs it runs stay in float"
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        return (
+            f"{target} writes in place into memory that is read under another name, or by the next "
+            "call; without the write the op may have integers"
+        )
+    return f"no integer form of {target} is known"
 
 
 def match_of(node: Node) -> PatternMatch | None:

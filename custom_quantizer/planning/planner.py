@@ -41,6 +41,7 @@ from custom_quantizer.ops import (
     QParamSharing,
     Trait,
     rule_of,
+    unknown_op,
 )
 from custom_quantizer.ops.backend import Backend, Delegation, Support
 from custom_quantizer.ops.placement import Placement, Tally, tally
@@ -585,9 +586,7 @@ def _settle(op: _Op, backend: Backend) -> None:
     if op.reason:
         return
     if op.rule is None:
-        op.reason = f"no integer form of {op.node.target} is known"
-        if isinstance(op.node.target, torch._ops.HigherOrderOperator):
-            op.reason = f"{op.node.target} is control flow: the graphs it runs stay in float"
+        op.reason = unknown_op(op.node)
         return
     if op.match is None or op.support is None:
         return

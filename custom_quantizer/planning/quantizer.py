@@ -423,7 +423,8 @@ def _check_node(node: Node, training: bool) -> None:
     if not training and _is_training(node):
         raise CaptureError(
             f"{describe(node)} was captured in training mode; call model.eval() before "
-            "torch.export.export (or prepare_qat_pt2e, to train)"
+            "torch.export.export (or prepare_qat_pt2e, to train), and hand functions such as "
+            "F.dropout training=self.training"
         )
 
 

@@ -43,6 +43,7 @@ from custom_quantizer.core.graph import (
     module_path,
     qparams_of,
     shape_of,
+    tensor_meta,
 )
 from custom_quantizer.errors import ConversionError, InputError, SchemeError
 from custom_quantizer.ops import QuantizedOp, functions
@@ -258,6 +259,11 @@ class _Writer:
     def add(self, node: Node) -> None:
         """Describe one node of the graph."""
         if node.op == "placeholder":
+            if tensor_meta(node) is None:
+                raise ConversionError(
+                    f"input {len(self.inputs)} of the model is no tensor; capture a module whose "
+                    "forward sets it"
+                )
             border = self._borders.inputs[len(self.inputs)]
             self.inputs[node] = {
                 "name": str(node.target),

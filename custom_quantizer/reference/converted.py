@@ -36,7 +36,15 @@ from custom_quantizer.core.graph import (
     qparams_of,
 )
 from custom_quantizer.errors import ConversionError
-from custom_quantizer.ops import OpRule, PatternMatch, QParamSharing, QuantizedOp, match_of, rule_of
+from custom_quantizer.ops import (
+    OpRule,
+    PatternMatch,
+    QParamSharing,
+    QuantizedOp,
+    match_of,
+    rule_of,
+    unknown_op,
+)
 from custom_quantizer.ops.backend import Backend, BackendLike, get_backend
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.movement import GETITEM, SPLIT
@@ -161,7 +169,7 @@ def _integer_op(
     """The op that ``node`` anchors, or why it is float."""
     rule = rule_of(node)
     if rule is None:
-        return f"no integer form of {node.target} is known"
+        return unknown_op(node)
     match = rule.match(rule, node)
     if isinstance(match, str):
         return match

@@ -18,6 +18,7 @@ from torch.nn.utils import weight_norm
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from custom_quantizer.accuracy.defaults import BEST
+from custom_quantizer.analysis.diagnosis import diagnose
 from custom_quantizer.app.capture import capture
 from custom_quantizer.app.configuration import as_quantizer
 from custom_quantizer.app.pipeline import QuantizationResult, quantize
@@ -368,6 +369,15 @@ class FixedBatch(nn.Module):
         return self.linear(x.reshape(2, 4))
 
 
+class Keyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({"class": nn.Linear(4, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.heads["class"](x))
+
+
 class Stubborn(Small):
     def __deepcopy__(self, memo: object) -> Stubborn:
         raise RuntimeError("no copies")
@@ -381,6 +391,25 @@ def with_nan() -> Tensor:
 
 def training_graph() -> GraphModule:
     return torch.export.export(small_model().train(), EXAMPLE).module()
+
+
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return cast(Tensor, self.left(a) - self.right(b))
+
+
+def test_an_example_may_hold_one_tensor_twice() -> None:
+    """For ``torch.export`` it is one input."""
+    model, same = Difference().eval(), torch.randn(2, 4)
+    batches = [tuple(torch.randn(2, 2, 4)) for _ in range(8)]
+    result = flow(model, example=(same, same), data=batches)
+    for batch in batches:
+        assert float((result.converted(*batch) - model(*batch)).detach().abs().max()) < 0.1
+    diagnose(model, result.converted, [(same, same)])  # it captures the model, too
 
 
 def traced() -> GraphModule:
@@ -403,6 +432,21 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[CustomQuantizerError], list[str]
         lambda: flow(training_graph()),
         CaptureError,
         ["training mode", "model.eval()"],
+    ),
+    "a layer without a shape": (
+        lambda: flow(nn.Sequential(nn.LazyLinear(4)), example=(torch.randn(2, 4),)),
+        InputError,
+        ["Sequential: 0.weight has no shape yet", "on an example once"],
+    ),
+    "a model without values": (
+        lambda: flow(nn.BatchNorm1d(4, affine=False, device="meta"), example=(torch.randn(2, 4),)),
+        InputError,
+        ["BatchNorm1d: running_mean is on the meta device", "to_empty(device='cpu')"],
+    ),
+    "a name of Python's own": (
+        lambda: flow(Keyword(), example=(torch.randn(2, 4),)),
+        CaptureError,
+        ["PyTorch cannot write code for the graph", "class is a word of Python's own"],
     ),
     "a module that cannot be copied": (
         lambda: flow(Stubborn()),

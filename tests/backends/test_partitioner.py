@@ -16,7 +16,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
 )
 from executorch.exir import EdgeProgramManager, to_edge, to_edge_transform_and_lower
 from executorch.exir.lowered_backend_module import executorch_call_delegate
-from support.graphs import differences
+from support.graphs import Function, differences
 from support.models import convert
 from support.selection import slow_but
 from torch import Tensor, nn
@@ -243,6 +243,14 @@ def test_check_of_something_else(done: tuple[GraphModule, EdgeProgramManager]) -
         cq.check(cast(Any, 3), graph, images())
     with pytest.raises(cq.ProgramError):
         cq.check(b"not a program", graph, images())
+
+
+def test_check_wants_a_tensor_for_each_input() -> None:
+    """torch.export takes one that is given twice for one input, and no output would differ."""
+    x, y = torch.randn(2, 4)[:, None]
+    net = Function(lambda s, a, b: s.layer(a) + b, layer=nn.Linear(4, 4))
+    with pytest.raises(cq.InputError, match="holds one tensor twice"):
+        cq.check(b"", convert(net, (x, y)).graph, (x, x))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from support.graphs import Function
 from support.models import convert
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -53,3 +55,16 @@ def test_the_op_is_named(layer: str, path: str, monkeypatch: pytest.MonkeyPatch)
         f"{layer} ({path}) is the first op that the runtime refuses; leave it in float with "
         f"set_node_name('{layer}', None): the program does not load"
     )
+
+
+def test_an_op_that_draws_random_numbers_is_named() -> None:
+    """Two runs differ, so that the program would be said to be wrong."""
+    net = Function(lambda s, x: s.layer(x) + torch.rand_like(x), layer=nn.Conv2d(3, 3, 1))
+    graph = convert(net, EXAMPLE).graph
+    with pytest.raises(LoweringError, match=r"^rand_like draws random numbers .*an input of the"):
+        cq.lower(graph, EXAMPLE)
+
+
+def test_what_draws_only_in_training_is_lowered() -> None:
+    net = Function(lambda s, x: s.layer(F.rrelu(x)), layer=nn.Conv2d(3, 3, 1))
+    assert cq.lower(convert(net, EXAMPLE).graph, EXAMPLE).report.delegates == 1

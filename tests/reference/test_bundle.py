@@ -24,6 +24,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.bundles import write_signed
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
+from support.graphs import Function
 from support.models import convert
 from support.registry import Surrounded, cases_and_schemes
 from torch import Tensor, nn
@@ -259,6 +260,13 @@ def test_formats_of_inputs_and_outputs_are_requantized(tmp_path: Path) -> None:
     assert "requantize" in [op["op"] for op in description["ops"]]
     tensors = description["tensors"]
     assert tensors[description["outputs"][0]["tensor"]]["dtype"] == "int16"
+
+
+def test_an_input_that_is_no_tensor_is_named(tmp_path: Path) -> None:
+    net = Function(lambda s, x, factor: s.layer(x) * factor, layer=nn.Linear(4, 4))
+    graph = convert(net, (torch.randn(1, 4), 3)).graph
+    with pytest.raises(cq.ConversionError, match=r"^input 1 of the model is no tensor; capture a"):
+        save_integers(graph, tmp_path / "net")
 
 
 def test_a_layer_used_twice_is_stored_once(tmp_path: Path) -> None:

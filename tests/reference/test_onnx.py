@@ -434,6 +434,18 @@ def test_what_onnx_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("constant", [3, "k"])
+def test_outputs_that_no_input_changes_are_named(constant: int | str, tmp_path: Path) -> None:
+    net = Function(
+        lambda s, x: (s.layer(x), s.k if constant == "k" else constant),
+        layer=nn.Linear(3, 2),
+        k=nn.Parameter(torch.ones(2)),
+    )
+    graph = convert(net, (torch.randn(2, 3),)).graph
+    with pytest.raises(cq.ConversionError, match=rf"^output 1 of the model is {constant}, whatev"):
+        cq.save_onnx(graph, tmp_path / "net.onnx")
+
+
 class Counting(nn.Module):
     """Remembers a mean, as an ONNX graph cannot."""
 
@@ -451,6 +463,21 @@ def test_state_is_refused_by_name(tmp_path: Path) -> None:
     graph = convert(Counting(), (torch.randn(2, 3),)).graph
     with pytest.raises(cq.ConversionError, match=r"writes into \w*seen\w*.*has no state"):
         cq.save_onnx(graph, tmp_path / "net.onnx")
+
+
+def test_a_parameter_that_is_used_in_float_too_gives_its_name_to_the_integers(
+    tmp_path: Path,
+) -> None:
+    table = nn.Embedding(11, 8)
+    head = nn.Linear(8, 11, bias=False)
+    head.weight = table.weight
+    net = Function(lambda s, i: s.head(torch.tanh(s.table(i))), table=table, head=head)
+    graph = convert(net, (torch.randint(0, 11, (1, 5)),)).graph
+    path = tmp_path / "net.onnx"
+    cq.save_onnx(graph, path)
+    kept = {value.name: value.data_type for value in onnx.load(path).graph.initializer}
+    assert kept["head.weight"] == onnx.TensorProto.INT8
+    assert kept["head.weight_1"] == onnx.TensorProto.FLOAT
 
 
 def test_an_op_without_a_translation_is_named(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ from custom_quantizer.core.threads import exclusive, interruption_point, tools
 from custom_quantizer.errors import InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend, Kernel
+from custom_quantizer.ops.rewrites.constants import draws_numbers
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX, export_again
 from custom_quantizer.reference.inputs import check_example, placeholder_metas, specs_of
@@ -120,6 +121,8 @@ def lower_graph(
         if progress is not None:
             progress(stage)
 
+    if check:
+        _check_repeats(graph.model)
     _warn_of_state(graph.model)
     example = check_example(graph, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, say)
@@ -136,6 +139,17 @@ def lower_graph(
         say("checking the program")
         check_program(program, graph, example)
     return program
+
+
+def _check_repeats(converted: GraphModule) -> None:
+    """Refuse a graph of which two runs differ: there is nothing to compare a program with."""
+    graphs = [module for module in converted.modules() if isinstance(module, GraphModule)]
+    for node in (node for graph in graphs for node in graph.graph.nodes):
+        if draws_numbers(node):
+            raise LoweringError(
+                f"{describe(node)} draws random numbers ({node.target}), so that no output can be "
+                "compared with the integer reference; make the numbers an input of the model"
+            )
 
 
 def _warn_of_state(converted: GraphModule) -> None:

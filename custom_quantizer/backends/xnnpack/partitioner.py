@@ -17,6 +17,7 @@ import warnings
 from typing import Any, TypeAlias
 
 import torch
+import torch.utils._pytree as pytree
 from executorch.exir import EdgeProgramManager, ExecutorchProgramManager
 from executorch.exir.backend.partitioner import PartitionResult
 from torch.export import ExportedProgram
@@ -198,6 +199,12 @@ def check(
     """
     graph = read_converted(converted, BACKEND)
     example = check_example(graph, example_inputs)
+    given = [id(v) for v in pytree.tree_leaves(example_inputs) if isinstance(v, torch.Tensor)]
+    if len(set(given)) < len(given):
+        raise InputError(
+            "the example holds one tensor twice, which torch.export takes for one input: export "
+            "with a tensor for each input, and check with these"
+        )
     if isinstance(program, EdgeProgramManager):
         if method not in program.methods:
             names = ", ".join(sorted(program.methods))

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import add_constant, argument, tensor_meta, written_inputs
 
-__all__ = ["fold_constants"]
+__all__ = ["draws_numbers", "fold_constants"]
 
 aten = torch.ops.aten
 
@@ -37,14 +37,8 @@ _SHAPE_ONLY = frozenset(
         aten.zeros_like.default,
     }
 )
-# Random if this argument is neither 0 nor False: its index and name.
-_RANDOM_IF: dict[Any, tuple[int, str]] = {
-    aten.alpha_dropout.default: (2, "train"),
-    aten.dropout.default: (2, "train"),
-    aten.feature_alpha_dropout.default: (2, "train"),
-    aten.feature_dropout.default: (2, "train"),
-    aten.scaled_dot_product_attention.default: (4, "dropout_p"),
-}
+# Random if one of these arguments is neither 0 nor False, as in training.
+_RANDOM_IF = frozenset({"dropout_p", "train", "training"})
 # Memory that nobody has written yet.
 _UNINITIALIZED = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
 
@@ -194,18 +188,26 @@ def _is_deterministic(node: Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return target is operator.getitem
-    seeded = torch.Tag.nondeterministic_seeded in target.tags
     return (
         target.namespace == "aten"
-        and not (seeded and _draws(node))
+        and not draws_numbers(node)
         and target._schema.name.removeprefix("aten::") not in _UNINITIALIZED
     )
 
 
-def _draws(node: Node) -> bool:
-    """Whether a call draws random numbers, if its op can."""
-    switch = _RANDOM_IF.get(node.target)
-    return switch is None or argument(node, *switch, 0) != 0
+def draws_numbers(node: Node) -> bool:
+    """Whether a call draws random numbers, so that no two runs agree."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    switches = [
+        argument(node, i, parameter.name, 0)
+        for i, parameter in enumerate(target._schema.arguments)
+        if parameter.name in _RANDOM_IF
+    ]
+    return not switches or any(switches)
 
 
 def _replace_uses(model: GraphModule, run: _Run) -> int:

@@ -19,8 +19,10 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.core.borders import output_of
 from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.core.formats import range_bits
 from custom_quantizer.core.graph import (
@@ -183,6 +185,12 @@ def _check(model: GraphModule) -> None:
         if meta is None:
             raise ConversionError(
                 f"input {index} of the model is no tensor; capture a module whose forward sets it"
+            )
+    for index, value in enumerate(pytree.tree_leaves(output_of(model).args[0])):
+        if value is not None and (not isinstance(value, Node) or value.op == "get_attr"):
+            raise ConversionError(
+                f"output {index} of the model is {value}, whatever its inputs are; leave it out of "
+                "what the model returns"
             )
     for node in model.graph.nodes:
         if not _is_symmetric(model, node):
@@ -377,8 +385,14 @@ class _Names:
         self._forget()
 
     def _call(self, value: Any, name: str) -> None:
-        if value is not None and id(value) not in self._final:
-            value.name = self._final[id(value)] = _free(name, self._taken)
+        if value is None or id(value) in self._final:
+            return
+        final = _free(name, self._taken)
+        constants = self._model.graph.initializers
+        # A parameter that is used in float, too, keeps the name of the exporter, and gives way.
+        if final in constants and constants[final] is not value:
+            constants[final].name = _free(final, {*constants, *self._taken})
+        value.name = self._final[id(value)] = final
 
     def _quantization(self, ir_node: Any, tensor: str) -> None:
         kind = ir_node.op_type
