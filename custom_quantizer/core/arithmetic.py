@@ -48,6 +48,7 @@ __all__ = [
     "along",
     "as_integers",
     "as_reals",
+    "between_pixels",
     "bit_length",
     "check_width",
     "checked_count",
@@ -378,6 +379,21 @@ def resizable(x: Tensor, rows: Resizing, columns: Resizing) -> Tensor:
     return values
 
 
+def between_pixels(values: Tensor, dim: int, lower: Tensor, rest: Tensor, unit: int = 1) -> Tensor:
+    """``unit`` times what lies ``rest / unit`` behind each pixel ``lower``, on a line to the next.
+
+    Args:
+        values: images, of shape (..., H, W).
+        dim: -2 or -1.
+        lower: indices along ``dim``; behind the last pixel comes itself.
+        rest: from 0 to ``unit``.
+        unit: what a pixel is divided into.
+    """
+    upper = (lower + 1).clamp(max=values.shape[dim] - 1)
+    first, second = values.index_select(dim, lower), values.index_select(dim, upper)
+    return first * unit + (second - first) * (rest.unsqueeze(-1) if dim == -2 else rest)
+
+
 def float_to_integers(rounded: Tensor) -> Tensor:
     """Convert integral float32 values to int64, out-of-range ones to something still out of it."""
     return rounded.clamp(-_HUGE, _HUGE).to(torch.int64)
@@ -655,10 +671,8 @@ class Arithmetic(ABC):
         for dim, resizing in ((-2, rows), (-1, columns)):
             place = torch.tensor(resizing.positions)
             lower = place >> POSITION_BITS
-            upper = (lower + 1).clamp(max=resizing.size - 1)
-            first, second = values.index_select(dim, lower), values.index_select(dim, upper)
-            weight = (place - (lower << POSITION_BITS)).unsqueeze(-1 if dim == -2 else 0)
-            values = (first << POSITION_BITS) + (second - first) * weight
+            rest = place - (lower << POSITION_BITS)
+            values = between_pixels(values, dim, lower, rest, 1 << POSITION_BITS)
         return store((values + (1 << (2 * POSITION_BITS - 1))) >> 2 * POSITION_BITS, q)
 
     @abstractmethod

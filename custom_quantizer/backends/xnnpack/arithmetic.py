@@ -32,6 +32,7 @@ from custom_quantizer.core.arithmetic import (
     along,
     as_integers,
     as_reals,
+    between_pixels,
     check_width,
     checked_count,
     checked_limits,
@@ -458,10 +459,8 @@ class XnnpackArithmetic(Arithmetic):
         values = resizable(x, rows, columns).to(torch.float64)
         for dim, resizing in ((-2, rows), (-1, columns)):
             place = torch.tensor(list(map(float, resizing.places)), dtype=torch.float64)
-            lower = place.floor().to(torch.int64)
-            upper = (lower + 1).clamp(max=resizing.size - 1)
-            first, second = values.index_select(dim, lower), values.index_select(dim, upper)
-            values = first + (second - first) * (place - lower).unsqueeze(-1 if dim == -2 else 0)
+            lower = place.floor()
+            values = between_pixels(values, dim, lower.to(torch.int64), place - lower)
         return store(float_to_integers(torch.floor(values + 0.5)), q)
 
     def clamp(self, x: Tensor, src: QParams, dst: QParams, low: float, high: float) -> Tensor:
