@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
-import subprocess
-import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from support.graphs import Function, capture, quantized
+from support.processes import measured
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -129,22 +128,39 @@ def test_cost_per_op_does_not_grow_up_to_10000_ops() -> None:
 @pytest.mark.slow
 def test_cost_and_memory_per_op_do_not_grow_up_to_the_program() -> None:
     """In processes of their own; tables of ExecuTorch's partitioner made it 3 times the memory."""
-    script = Path(__file__).parent / "benchmarks" / "chains.py"
-    short, long = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, script, "--one", str(ops)],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.splitlines()[-1]
-        )
-        for ops in (250, 1_000)
-    )
+    short, long = (benchmarked("chains.py", str(ops)) for ops in (250, 1_000))
     spent = {stage: long["seconds"][stage] / short["seconds"][stage] / 4 for stage in LONG_STAGES}
     held = {stage: long["peaks"][stage] / short["peaks"][stage] / 4 for stage in short["peaks"]}
     assert max(spent.values()) < FLAT, spent
     assert max(held.values()) < FLAT, held
+
+
+@pytest.mark.slow
+def test_no_more_memory_than_the_stock_flow() -> None:
+    """A layer of 4,096 x 4,096 (64 MB): at its peak a flow holds what it makes of such a weight."""
+    ours, stock = (benchmarked("memory.py", f"linear 4096, {flow}") for flow in ("ours", "stock"))
+    assert ours["peak"] <= stock["peak"], (ours, stock)
+    assert ours["peaks"]["lower"] <= stock["peaks"]["lower"], (ours, stock)
+
+
+def test_what_was_converted_is_not_kept() -> None:
+    """torchao remembers the device of every model; ours are forgotten."""
+    x = torch.randn(1, 3, 4, 4)
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    prepared = prepare_pt2e(capture(nn.Conv2d(3, 4, 3).eval(), (x,)), quantizer)
+    prepared(x)
+    weights = [weakref.ref(value) for value in prepared.parameters()]
+    converted = convert_pt2e(prepared)
+    del prepared
+    gc.collect()
+    assert weights
+    assert not any(weight() is not None for weight in weights)
+    assert converted is not None
+
+
+def benchmarked(script: str, case: str) -> dict[str, Any]:
+    """What a benchmark finds for one case, in a process of its own."""
+    return measured(Path(__file__).parent / "benchmarks" / script, case)
 
 
 LONG_STAGES = ("prepare", "convert", "rewriting the graph", "partitioning for XNNPACK")

@@ -217,8 +217,9 @@ class FloatCheck:
             VerificationError: its outputs are not as many as the float model's.
         """
         noises: list[tuple[Noise, Noise]] = [(Noise(), Noise()) for _ in self.names]
+        weights: dict[Node, Any] = {}
         for call, (values, exact) in enumerate(zip(self.inputs, self.exact, strict=True)):
-            got = Rerun(converted).outputs(values)
+            got = Rerun(converted, weights=weights).outputs(values)
             if len(got) != len(exact):
                 raise VerificationError(
                     f"the converted graph has {len(got)} outputs, the float model {len(exact)}: "
@@ -299,6 +300,7 @@ def check_calls(
     tolerance = _Tolerance(captured)
     exact: list[list[Any]] = []
     rounded: list[list[Any]] | None = [] if _is_calibrated(prepared) else None
+    weights: dict[Node, Any] = {}
     names = _output_names(captured)
     for values in calls:
         plain = Rerun(captured).outputs(values)
@@ -323,7 +325,8 @@ def check_calls(
                 )
         exact.append(plain)
         if rounded is not None:
-            rounded.append(Rerun(prepared, state=captured, rounding=True).outputs(values))
+            again = Rerun(prepared, state=captured, rounding=True, weights=weights)
+            rounded.append(again.outputs(values))
     graph = GraphInputs.of(prepared)
     return FloatCheck(
         sum(map(graph.batch_size, calls)),

@@ -19,10 +19,17 @@ from torch.export import Dim
 from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 
+from custom_quantizer.calibration.channel_factors import ChannelFactors
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.run import GraphInputs
 from custom_quantizer.core.arithmetic import along
-from custom_quantizer.core.graph import distinct, size_bounds, state_of, tensor_meta
+from custom_quantizer.core.graph import (
+    distinct,
+    is_dequantize,
+    size_bounds,
+    state_of,
+    tensor_meta,
+)
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, first_line
 
@@ -64,6 +71,8 @@ class Rerun(Interpreter):
         dtype: for all floating-point tensors; ``None``: as they are.
         rounding: put what is observed on its grid.
         wanted: nodes whose values are kept in ``seen``, by name; ``None``: no one's.
+        weights: weights as they are rounded or dequantized, by node. Runs of the same graph in the
+            same way that share it compute each of them once; a float copy of all weights.
     """
 
     def __init__(
@@ -74,8 +83,10 @@ class Rerun(Interpreter):
         dtype: torch.dtype | None = None,
         rounding: bool = False,
         wanted: Callable[[Node], bool] | None = None,
+        weights: dict[Node, Any] | None = None,
     ) -> None:
         super().__init__(model)
+        self._weights = weights
         self._dtype, self._rounding, self._wanted = dtype, rounding, wanted
         self.seen: dict[str, Tensor] = {}
         origin = state or model
@@ -102,10 +113,24 @@ class Rerun(Interpreter):
         """Run one node of the graph; assertions are left out."""
         if n.op == "call_function" and n.target in _SKIPPED:
             return None
-        result = super().run_node(n)
+        if self._weights is None or not self._is_weight(n):
+            result = super().run_node(n)
+        elif n in self._weights:
+            result = self._weights[n]
+        else:
+            result = self._weights[n] = super().run_node(n)
         if self._wanted is not None and isinstance(result, Tensor) and self._wanted(n):
             self.seen[n.name] = result.detach().clone()
         return result
+
+    def _is_weight(self, node: Node) -> bool:
+        """Whether a node observes or dequantizes what no input and no run changes."""
+        if node.op != "call_module" and not is_dequantize(node):
+            return False
+        sources = node.all_input_nodes
+        return bool(sources) and all(
+            source.op == "get_attr" and str(source.target) not in self._state for source in sources
+        )
 
     def fetch_attr(self, target: str) -> Any:
         """A constant or a buffer, in the dtype of this run."""
@@ -120,6 +145,8 @@ class Rerun(Interpreter):
             args, kwargs = pytree.tree_map(
                 lambda v: self._dtype if v is torch.float32 else v, (args, kwargs)
             )
+        if target is aten.conv2d.default:
+            args = (args[0], ChannelFactors.of(args[1]), *args[2:])
         return super().call_function(target, args, kwargs)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

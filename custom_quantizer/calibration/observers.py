@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import ObserverBase
+from torchao.utils import _assert_and_get_unique_device
 
 from custom_quantizer.calibration.channel_factors import ChannelFactors
 from custom_quantizer.calibration.ranges import (
@@ -53,7 +54,13 @@ from custom_quantizer.ops import PatternMatch, rule_of
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.rewrites.training_graph import fold_for_good
 
-__all__ = ["ActivationObserver", "BiasObserver", "WeightObserver", "choose_qparams"]
+__all__ = [
+    "ActivationObserver",
+    "BiasObserver",
+    "WeightObserver",
+    "choose_qparams",
+    "forget_models",
+]
 
 META_KEY = "custom_quantizer"
 """Where nodes of a graph carry what this package recorded about them."""
@@ -374,6 +381,16 @@ class _ConstantObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc]  
         return dequantize
 
 
+def forget_models() -> None:
+    """Let go of the models that torchao keeps.
+
+    ``prepare_pt2e`` and ``convert_pt2e`` (torchao 0.18) ask which device a model is on, and keep
+    the answer by the model (``functools.cache``): all that was ever prepared or converted stays in
+    memory, with its float weights.
+    """
+    _assert_and_get_unique_device.cache_clear()
+
+
 _FLOAT_BIAS = "custom_quantizer_float_bias"
 """Key in ``node.meta`` of a converted bias: the floats it was derived from."""
 
@@ -562,6 +579,7 @@ class WeightObserver(_ConstantObserver):
 
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by integers and their dequantization (called by torchao)."""
+        forget_models()
         fold_for_good(model)
         weight = constant_of(model, cast(Node, node.args[0]))
         own = self.scale(weight)

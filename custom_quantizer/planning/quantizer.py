@@ -28,6 +28,7 @@ from custom_quantizer.calibration.observers import (
     ActivationObserver,
     BiasObserver,
     WeightObserver,
+    forget_models,
 )
 from custom_quantizer.config.file import dump_config, load_config
 from custom_quantizer.config.improvement import check_accuracy, check_algorithms
@@ -359,6 +360,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
     ) -> None:
         """Insert the observers, so that torchao, which is slow at it, finds none to insert."""
         insert_observers(model, edge_or_node_to_obs_or_fq)
+        forget_models()
 
 
 fold_rightly(IntegerQuantizer)

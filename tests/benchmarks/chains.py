@@ -9,15 +9,15 @@ what was resident with the model made.
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.processes import main_of
 
 LENGTHS = (250, 500, 1_000, 2_000)
 MB = 1 << 20
@@ -29,7 +29,7 @@ def measure(ops: int) -> Record:
     """Seconds and MB of each stage."""
     import torch
 
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    sys.path.insert(0, str(Path(__file__).parent))
     from memory import settle, status
     from support.chains import chain, run_stages
 
@@ -79,27 +79,8 @@ def render(record: Record) -> str:
 
 
 def main() -> None:
-    """Measure all, or one in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
-    parser.add_argument("--one", type=int, metavar="OPS", help="in this process")
-    parser.add_argument("--output", type=Path, help="folder to write chains.json and .md to")
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one)))
-        return
-    records = []
-    for ops in options.lengths:
-        command = [sys.executable, __file__, "--one", str(ops)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        records.append(json.loads(done.stdout.splitlines()[-1]))
-        print(records[-1], flush=True)
-    if options.output is not None:
-        from custom_quantizer.core.files import write_json_atomic, write_text_atomic
-
-        record = {"version": 1, "results": records}
-        write_json_atomic(options.output / "chains.json", record)
-        write_text_atomic(options.output / "chains.md", render(record))
+    """Measure each length."""
+    main_of(__file__, __doc__, [str(ops) for ops in LENGTHS], lambda ops: measure(int(ops)), render)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ in ``parameters``.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.processes import main_of
 
 MODELS = ("linear 8192", "resnet18", "vit_b_16")
 FLOWS = ("ours", "stock")
@@ -48,7 +48,7 @@ def peaks(name: str, flow: str) -> Record:
     """Peak of each stage in MB above the base."""
     import torch
 
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    sys.path.insert(0, str(Path(__file__).parent))
     from support.models import torchvision_model
     from torch import nn
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -120,28 +120,9 @@ def render(record: Record) -> str:
 
 
 def main() -> None:
-    """Measure all, or one in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--one", nargs=2, metavar=("MODEL", "FLOW"), help="in this process")
-    parser.add_argument("--output", type=Path, help="folder to write memory.json and .md to")
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(peaks(*options.one)))
-        return
-    records = []
-    for name in options.models:
-        for flow in FLOWS:
-            command = [sys.executable, __file__, "--one", name, flow]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            records.append(json.loads(done.stdout.splitlines()[-1]))
-            print(records[-1], flush=True)
-    if options.output is not None:
-        from custom_quantizer.core.files import write_json_atomic, write_text_atomic
-
-        record = {"version": 1, "results": records}
-        write_json_atomic(options.output / "memory.json", record)
-        write_text_atomic(options.output / "memory.md", render(record))
+    """Measure each network in both flows."""
+    cases = [f"{name}, {flow}" for name in MODELS for flow in FLOWS]
+    main_of(__file__, __doc__, cases, lambda case: peaks(*case.split(", ")), render)
 
 
 if __name__ == "__main__":
