@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from custom_quantizer.core.arithmetic import QParams
     from custom_quantizer.core.formats import IntFormat
     from custom_quantizer.core.schemes import OpScheme, TensorScheme, scheme
-    from custom_quantizer.planning.planner import OpPlan, Plan, TensorPlan
+    from custom_quantizer.planning.plan import OpPlan, Plan, TensorPlan
     from custom_quantizer.planning.quantizer import IntegerQuantizer
     from custom_quantizer.reference import (
         Accumulator,
@@ -92,8 +92,10 @@ if TYPE_CHECKING:
         save_encodings,
     )
     from custom_quantizer.reference.interchange.onnx_file import OnnxSummary, save_onnx
+    from custom_quantizer.report.graph_record import inspect
     from custom_quantizer.report.profiles import Profile, profile
-    from custom_quantizer.report.record import ProgramReport, Report, inspect, inspect_program
+    from custom_quantizer.report.program_record import inspect_program
+    from custom_quantizer.report.record import ProgramReport, Report
 
 __all__ = [
     "Accumulator",
@@ -210,10 +212,12 @@ _NAMES = {
     "reference.interchange.encodings": ("EncodingSummary", "load_encodings", "save_encodings"),
     "reference.interchange.onnx_file": ("OnnxSummary", "save_onnx"),
     "app.pipeline": ("QuantizationResult", "quantize", "record_calibration"),
-    "planning.planner": ("OpPlan", "Plan", "TensorPlan"),
+    "planning.plan": ("OpPlan", "Plan", "TensorPlan"),
     "planning.quantizer": ("IntegerQuantizer",),
     "report.profiles": ("Profile", "profile"),
-    "report.record": ("ProgramReport", "Report", "inspect", "inspect_program"),
+    "report.graph_record": ("inspect",),
+    "report.program_record": ("inspect_program",),
+    "report.record": ("ProgramReport", "Report"),
     "app.saved_graph": ("load_graph", "save_graph"),
     "core.schemes": ("OpScheme", "TensorScheme", "scheme"),
     "analysis.allocation.searching": ("SearchPoint", "SearchResult"),

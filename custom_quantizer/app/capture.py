@@ -192,6 +192,8 @@ def _dynamic_batch(example: tuple[Any, ...], largest: int) -> Any:
             "dynamic_batch needs inputs that share their first dimension; the example's have "
             f"{', '.join(map(str, sorted(sizes))) or 'none'}"
         )
+    if not min(sizes):
+        raise InputError("the example is an empty batch; dynamic_batch needs one sample at least")
     if not max(sizes) <= largest:
         raise InputError(
             f"the example is a batch of {max(sizes)}, more than the largest batch {largest} of "

@@ -44,10 +44,11 @@ from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import ConfigError, ConversionError, InputError
-from custom_quantizer.planning.planner import Plan
+from custom_quantizer.planning.plan import Plan
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference.converted import read_converted
-from custom_quantizer.report.record import Report, report_of
+from custom_quantizer.report.graph_record import report_of
+from custom_quantizer.report.record import Report
 
 __all__ = [
     "RESULT_VERSION",

@@ -58,8 +58,10 @@ from custom_quantizer.ops.rewrites.training_graph import (
     is_training_call,
     origin_of,
 )
+from custom_quantizer.planning.drafts import is_annotated
 from custom_quantizer.planning.insertion import ANNOTATION_KEY, insert_observers
-from custom_quantizer.planning.planner import Derivation, Edge, Plan, is_annotated, make_plan
+from custom_quantizer.planning.plan import Derivation, Edge, Plan
+from custom_quantizer.planning.planner import make_plan
 from custom_quantizer.planning.torchao_folding import (
     fold_rightly,
     leave_weights_packed,

@@ -23,7 +23,8 @@ from custom_quantizer.core.graph import input_tuples
 from custom_quantizer.core.plot import new_figure, save_figure
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.errors import InputError
-from custom_quantizer.report.record import ProgramOp, ProgramRow, inspect_program
+from custom_quantizer.report.program_record import inspect_program
+from custom_quantizer.report.record import ProgramOp, ProgramRow
 
 if TYPE_CHECKING:
     from custom_quantizer.backends.xnnpack import LoweredProgram

@@ -17,7 +17,7 @@ from custom_quantizer.core.text_table import GAP, least_width, table_lines, with
 
 if TYPE_CHECKING:
     from custom_quantizer.analysis.evaluation import Evaluation
-    from custom_quantizer.planning.planner import Plan
+    from custom_quantizer.planning.plan import Plan
     from custom_quantizer.report.record import BiasRecord, Report, TensorRecord
 
 __all__ = [

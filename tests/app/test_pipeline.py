@@ -498,6 +498,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[CustomQuantizerError], list[str]
         InputError,
         ["batch of 4", "largest batch 3"],
     ),
+    "a dynamic batch of nothing": (
+        lambda: flow(example=(small_images(1)[:0],), dynamic_batch=True),
+        InputError,
+        ["the example is an empty batch"],
+    ),
     "a dynamic batch of different inputs": (
         lambda: capture(
             nn.Bilinear(3, 4, 5), (torch.randn(2, 3), torch.randn(3, 4)), dynamic_batch=True

@@ -25,7 +25,7 @@ import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack.checksum import split_checksum
 from custom_quantizer.backends.xnnpack.op_record import split_record
 from custom_quantizer.core.graph import is_dequantize, is_quantize
-from custom_quantizer.planning.planner import ANNOTATED_BEFORE
+from custom_quantizer.planning.drafts import ANNOTATED_BEFORE
 from custom_quantizer.reference.verifying import output_scales
 
 EXAMPLE = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)

@@ -26,7 +26,8 @@ from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import ConfigError
 from custom_quantizer.ops import Formats, OpRule, PatternMatch, rule_of
 from custom_quantizer.ops.backend import Kernel
-from custom_quantizer.planning.planner import Edge, Plan, make_plan
+from custom_quantizer.planning.plan import Edge, Plan
+from custom_quantizer.planning.planner import make_plan
 
 IMAGE = (2, 4, 6, 6)
 A8W8 = scheme("a8w8")

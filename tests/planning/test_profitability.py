@@ -17,7 +17,8 @@ import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import BACKEND
 from custom_quantizer.config.rules import Config, Rule, Scope
 from custom_quantizer.core.schemes import activation_scheme, scheme
-from custom_quantizer.planning.planner import Plan, make_plan
+from custom_quantizer.planning.plan import Plan
+from custom_quantizer.planning.planner import make_plan
 from custom_quantizer.planning.profitability import Kind, Step, unprofitable
 
 IMAGE = (2, 4, 6, 6)

@@ -21,7 +21,9 @@ from custom_quantizer.backends.xnnpack.checksum import seal, split_checksum
 from custom_quantizer.backends.xnnpack.op_record import split_record
 from custom_quantizer.core.graph import module_path
 from custom_quantizer.planning.quantizer import IntegerQuantizer
-from custom_quantizer.report.record import ProgramReport, Report, inspect, inspect_program
+from custom_quantizer.report.graph_record import inspect
+from custom_quantizer.report.program_record import inspect_program
+from custom_quantizer.report.record import ProgramReport, Report
 
 TALLY = "14 ops: 9 integer kernel, 1 table, 3 emulated, 1 float inside"
 Lowered = tuple[GraphModule, LoweredProgram]

@@ -30,6 +30,7 @@ from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.report.advice import worst_ops
 from custom_quantizer.report.charts import histogram
 from custom_quantizer.report.findings import Findings
+from custom_quantizer.report.graph_record import inspect
 from custom_quantizer.report.markup import element
 from custom_quantizer.report.network import (
     MOST_BOXES,
@@ -40,7 +41,7 @@ from custom_quantizer.report.network import (
     network_of,
     pictures_of,
 )
-from custom_quantizer.report.record import Report, inspect
+from custom_quantizer.report.record import Report
 from custom_quantizer.report.views import view_of
 
 NAMES = ("resnet20", "two_heads")

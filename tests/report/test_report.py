@@ -31,15 +31,16 @@ from custom_quantizer.backends.xnnpack import LoweredProgram, lower, read_progra
 from custom_quantizer.errors import ConversionError, InputError, ProgramError
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference import accumulators
-from custom_quantizer.report import record as report_module
+from custom_quantizer.report import program_record
+from custom_quantizer.report.graph_record import inspect
+from custom_quantizer.report.program_record import inspect_program
 from custom_quantizer.report.record import (
+    LoweringRecord,
     OpRow,
     ProgramReport,
     ProgramRow,
     Report,
     TensorRecord,
-    inspect,
-    inspect_program,
 )
 
 EXAMPLE = (torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(7)),)
@@ -541,7 +542,7 @@ def test_a_bias_of_another_scale_is_seen(lowered: LoweredProgram) -> None:
     tensors[op.bias] = dataclasses.replace(tensor, scale=scale)
     changed = dataclasses.replace(delegate, tensors=tuple(tensors))
     for contents, derived in ((delegate, True), (changed, False)):
-        row = report_module._delegate_row("forward", 0, contents, op)
+        row = program_record._delegate_row("forward", 0, contents, op)
         assert row.bias is not None
         assert row.bias.derived is derived
 
@@ -797,7 +798,7 @@ def test_any_text_fits_and_loses_nothing(node: str, path: str, backend: str, inp
         backend=backend,
         backend_reason="",
     )
-    lowering = report_module.LoweringRecord(1, (), 1)
+    lowering = LoweringRecord(1, (), 1)
     report = Report((row,), (), (), lowering)
     text = str(report)
     assert all(len(line) <= 120 for line in text.splitlines())

@@ -28,7 +28,7 @@ from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.ops import REGISTRY, Case, OpRule, QParamSharing, rule_of
 from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.ops.placement import Placement
-from custom_quantizer.planning.planner import Plan
+from custom_quantizer.planning.plan import Plan
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from support.graphs import Function, Inputs, differences, stress
 from support.models import convert, randomize_batch_norms

@@ -35,7 +35,7 @@ from custom_quantizer.ops import PatternMatch, QParamSharing, match_of
 from custom_quantizer.ops.attention import MATMUL
 from custom_quantizer.ops.backend import BackendLike
 from custom_quantizer.ops.gemm import CONV_TRANSPOSE
-from custom_quantizer.planning.planner import Edge, OpPlan, Plan
+from custom_quantizer.planning.plan import Edge, OpPlan, Plan
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 __all__ = [

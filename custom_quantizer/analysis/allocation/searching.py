@@ -46,7 +46,7 @@ from custom_quantizer.core.progress import stages
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import ConfigError
-from custom_quantizer.planning.planner import Plan
+from custom_quantizer.planning.plan import Plan
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 __all__ = ["Measured", "Quantized", "SearchPoint", "SearchResult", "Searcher"]

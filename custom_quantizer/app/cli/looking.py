@@ -77,7 +77,7 @@ def _read_report(file: Path) -> Report | ProgramReport:
         from custom_quantizer.app.reporting import load_result
 
         return load_result(file).report
-    from custom_quantizer.report.record import inspect_program
+    from custom_quantizer.report.program_record import inspect_program
 
     return inspect_program(file)
 

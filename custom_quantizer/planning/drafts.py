@@ -1,0 +1,90 @@
+"""Ops while a plan is made, and which integers each of them wants and makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch.fx import Node
+
+from custom_quantizer.config.rules import Decision
+from custom_quantizer.core.graph import tensor_meta
+from custom_quantizer.core.schemes import OpScheme, TensorScheme
+from custom_quantizer.ops import OpRule, PatternMatch, QParamSharing, Trait
+from custom_quantizer.ops.backend import Support
+from custom_quantizer.planning.insertion import ANNOTATION_KEY
+
+
+@dataclass
+class DraftOp:
+    """Working state of one op while the plan is made."""
+
+    node: Node
+    decision: Decision
+    rule: OpRule | None = None
+    support: Support | None = None  # what the backend does with its family
+    match: PatternMatch | None = None
+    fused: Node | None = None
+    scheme: OpScheme | None = None
+    follows: TensorScheme | None = None  # data-movement ops: the format they pass on
+    table: TensorScheme | None = None  # format of the table that it reads rows of, in float
+    centered: bool = False  # its output has zero point 0, for a consumer that needs it so
+    reason: str = ""
+
+    @property
+    def output(self) -> Node:
+        """What others read: the result of the fused activation, if there is one."""
+        return self.fused or self.node
+
+    @property
+    def moves_values(self) -> bool:
+        """Whether it is data movement, whose output has the scale of its input."""
+        return self.rule is not None and self.rule.sharing is QParamSharing.SAME
+
+    def has(self, trait: Trait) -> bool:
+        """Whether the family has a trait."""
+        return self.rule is not None and trait in self.rule.traits
+
+    @property
+    def activation(self) -> TensorScheme | None:
+        """Format of inputs and output; ``None`` when the op stays in float."""
+        if self.moves_values:
+            return self.follows
+        return None if self.scheme is None else self.scheme.activation
+
+    @property
+    def made(self) -> TensorScheme | None:
+        """Format of the output; ``None`` when the op stays in float."""
+        given = self.activation
+        return replace(given, symmetric=True) if self.centered and given is not None else given
+
+    def wanted(self, position: int) -> TensorScheme:
+        """Format of an input."""
+        given = cast(TensorScheme, self.activation)
+        centered = self.support is not None and position in self.support.requires_symmetric
+        return replace(given, symmetric=True) if centered else given
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether its activations are quantized at run time."""
+        return self.scheme is not None and self.scheme.dynamic
+
+
+ANNOTATED_BEFORE = "another quantizer annotated it before"
+
+
+def is_annotated(node: Node) -> bool:
+    """Whether a quantizer has annotated ``node``: in a ``ComposableQuantizer``, an earlier one."""
+    return bool(getattr(node.meta.get(ANNOTATION_KEY), "_annotated", False))
+
+
+def is_float32(node: Node) -> bool:
+    """Whether a node gives one float32 tensor."""
+    meta = tensor_meta(node)
+    return meta is not None and meta.dtype == torch.float32
+
+
+def same_format(a: TensorScheme | None, b: TensorScheme | None) -> bool:
+    """Whether two activations can be the same integers; the observer is the producer's choice."""
+    return a is not None and b is not None and (a.format, a.symmetric) == (b.format, b.symmetric)

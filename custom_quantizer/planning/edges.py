@@ -1,0 +1,349 @@
+"""From decided ops to observers and what is shown: groups that share a scale, edges, op plans.
+
+Tensors that must share quantization parameters are found as groups over the whole graph (a
+union-find), so that the result does not depend on the order of the nodes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, cast
+
+import torch
+from torch.fx import Node
+
+from custom_quantizer.core.formats import IntFormat
+from custom_quantizer.core.graph import describe, is_constant, module_path, tensor_meta
+from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_name
+from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
+from custom_quantizer.ops import OF_TARGET, Formats, PatternMatch
+from custom_quantizer.ops.backend import Backend, Delegation, Support
+from custom_quantizer.ops.placement import Placement, tally
+from custom_quantizer.planning.drafts import DraftOp, same_format
+from custom_quantizer.planning.model_io import ModelIO
+from custom_quantizer.planning.plan import (
+    Derivation,
+    Edge,
+    NodeAnnotation,
+    OpPlan,
+    Plan,
+    Role,
+    TensorPlan,
+)
+
+# Keys of values in the union-find: a node's own output, or a tensor requantized for consumers.
+_Key = tuple[Any, ...]
+
+
+class _Groups:
+    """Union-find over values; the smallest-numbered member names the group."""
+
+    def __init__(self) -> None:
+        self._parent: dict[_Key, _Key] = {}
+
+    def find(self, key: _Key) -> _Key:
+        root = key
+        while (parent := self._parent.setdefault(root, root)) != root:
+            root = parent
+        while self._parent[key] != root:
+            self._parent[key], key = root, self._parent[key]
+        return root
+
+    def union(self, a: _Key, b: _Key) -> None:
+        self._parent[self.find(b)] = self.find(a)
+
+
+class Annotator:
+    """Turns settled ops into groups, edges and the plan that is shown."""
+
+    def __init__(
+        self, ops: list[DraftOp], producer: dict[Node, DraftOp], io: ModelIO, backend: Backend
+    ) -> None:
+        self._ops = ops
+        self._producer = producer
+        self._io = io
+        self._backend = backend
+        self._groups = _Groups()
+        self._numbers: dict[_Key, int] = {}
+        self._schemes: dict[_Key, TensorScheme] = {}
+
+    def plan(self, warnings: tuple[str, ...]) -> Plan:
+        """Join what shares a scale, number the groups, and write down every edge and op."""
+        for op in self._ops:
+            if op.activation is None or op.match is None or op.is_dynamic:
+                continue
+            keys = self._input_keys(op)
+            if op.moves_values:
+                for key in keys:
+                    self._groups.union(key, ("out", op.output))
+        self._choose_schemes()
+        annotations: dict[str, NodeAnnotation] = {}
+        for node in self._io.inputs:
+            annotations[node.name] = NodeAnnotation({}, self._activation(("out", node), node))
+        plans = _as_written([(op.node, self._op_plan(op, annotations)) for op in self._ops])
+        outputs = {
+            node.name: self._activation(self._key(node, fmt), node)
+            for node, fmt in self._io.outputs
+        }
+        if outputs:
+            annotations[self._io.node.name] = NodeAnnotation(outputs, None)
+        return Plan(
+            plans,
+            warnings,
+            annotations,
+            self._io.integer_inputs,
+            self._io.integer_outputs,
+        )
+
+    def _input_keys(self, op: DraftOp) -> list[_Key]:
+        inputs = cast(PatternMatch, op.match).inputs
+        return [self._key(tensor, op.wanted(i)) for i, tensor in enumerate(inputs)]
+
+    def _key(self, tensor: Node, wanted: TensorScheme) -> _Key:
+        """The producer's own output where the formats agree, else a requantized copy of it."""
+        source = self._producer.get(tensor)
+        given = self._io.inputs.get(tensor)
+        if source is not None and not source.is_dynamic:
+            given = source.made
+        centered = source is not None and source.centered
+        if centered and given is not None and given.format == wanted.format:
+            return ("out", tensor)  # zero point 0 is one that affine consumers read as well
+        if same_format(given, wanted):
+            return ("out", tensor)
+        return ("requantized", tensor, wanted.format, wanted.symmetric)
+
+    def _choose_schemes(self) -> None:
+        """The ops that produce the tensors of a group choose its observer.
+
+        Where they name several, the one wins that comes first in ``OBSERVERS``: it clips least.
+        """
+        members: dict[_Key, list[tuple[bool, int, str, TensorScheme]]] = defaultdict(list)
+
+        def add(key: _Key, made: bool, scheme: TensorScheme) -> None:
+            name = scheme.observer
+            rank = next(i for i, kind in enumerate(OBSERVERS) if name.startswith(kind))
+            members[self._groups.find(key)].append((not made, rank, name, scheme))
+
+        for node, fmt in self._io.inputs.items():
+            add(("out", node), True, fmt)
+        for node, fmt in self._io.outputs:
+            add(self._key(node, fmt), False, fmt)
+        for op in self._ops:
+            if op.activation is None or op.match is None or op.is_dynamic:
+                continue
+            for i, key in enumerate(self._input_keys(op)):
+                add(key, False, op.wanted(i))
+            add(("out", op.output), not op.moves_values, cast(TensorScheme, op.made))
+        for root, found in members.items():
+            self._schemes[root] = min(found, key=lambda member: member[:3])[3]
+
+    def _number(self, key: _Key) -> int:
+        return self._numbers.setdefault(self._groups.find(key), len(self._numbers))
+
+    def _activation(self, key: _Key, tensor: Node) -> Edge:
+        scheme = self._schemes[self._groups.find(key)]
+        return Edge("activation", self._number(key), describe(tensor), scheme)
+
+    def _op_plan(self, op: DraftOp, annotations: dict[str, NodeAnnotation]) -> OpPlan:
+        tensors: list[TensorPlan] = []
+        if op.activation is not None and op.match is not None:
+            tensors = self._annotate(op, op.match, annotations)
+        elif op.table is not None and op.match is not None:
+            tensors = [self._annotate_table(op, op.match, op.table, annotations)]
+        scheme = op.scheme.name if op.scheme is not None else None
+        if op.moves_values and op.follows is not None:
+            scheme = f"a{op.follows.format.bits}"
+        delegation = _predict(op, self._backend) if op.activation is not None else None
+        kernel = self._backend.in_float(op.node) if delegation is None else delegation.kernel
+        return OpPlan(
+            node=op.node.name,
+            fused=op.fused.name if op.fused is not None else None,
+            path=module_path(op.node),
+            family=op.rule.family if op.rule is not None else None,
+            target=str(op.node.target),
+            scheme=scheme,
+            reason=op.reason,
+            placement=kernel.placement.value,
+            tensors=tuple(tensors),
+            backend=delegation.kernel.label if delegation is not None else None,
+            note=delegation.reason if delegation is not None else "",
+            size_bytes=_estimate_bytes(op, delegation),
+            written=original_name(op.node),
+        )
+
+    def _annotate(
+        self, op: DraftOp, match: PatternMatch, annotations: dict[str, NodeAnnotation]
+    ) -> list[TensorPlan]:
+        inputs: dict[str, Edge] = {}
+        tensors: list[TensorPlan] = []
+        dynamic = op.is_dynamic
+
+        def record(role: Role, tensor: Node, edge: Edge, fmt: IntFormat, why: str) -> None:
+            tensors.append(TensorPlan(role, tensor.name, str(fmt), edge.group, why))
+
+        for i, tensor in enumerate(match.inputs):
+            if tensor.name in inputs:
+                continue
+            if isinstance(tensor.meta.get("val"), (list, tuple)):
+                continue  # the list a split returns: observed before it and after each getitem
+            if dynamic:
+                scheme = cast(TensorScheme, op.activation)
+                key: _Key = ("dynamic", tensor, scheme)
+                edge = Edge("activation", self._number(key), describe(tensor), scheme, dynamic=True)
+            else:
+                edge = self._activation(self._key(tensor, op.wanted(i)), tensor)
+            inputs[tensor.name] = edge
+            record("input", tensor, edge, cast(TensorScheme, edge.scheme).format, op.reason)
+        if op.scheme is not None and match.weight is not None:
+            support = cast(Support, op.support)
+            tensors += self._weight_and_bias(op.scheme, match, support, inputs)
+        output = None
+        if isinstance(op.output.meta.get("val"), torch.Tensor) and not dynamic:
+            output = self._activation(("out", op.output), op.output)
+            record("output", op.output, output, cast(TensorScheme, output.scheme).format, op.reason)
+        if op.fused is None:
+            annotations[op.node.name] = NodeAnnotation(inputs, output)
+        else:
+            annotations[op.node.name] = NodeAnnotation(inputs, None)
+            annotations[op.fused.name] = NodeAnnotation({}, output)
+        return tensors
+
+    def _annotate_table(
+        self,
+        op: DraftOp,
+        match: PatternMatch,
+        stored: TensorScheme,
+        annotations: dict[str, NodeAnnotation],
+    ) -> TensorPlan:
+        """Nothing but the table: its rows are read in float."""
+        (table,) = match.inputs
+        group = self._number(("weight", table, stored, 0))
+        edge = Edge("weight", group, describe(op.node), stored)
+        annotations[op.node.name] = NodeAnnotation({table.name: edge}, None)
+        why = "table of constants"
+        return TensorPlan("weight", table.name, str(stored.format), group, why)
+
+    def _weight_and_bias(
+        self, scheme: OpScheme, match: PatternMatch, support: Support, inputs: dict[str, Edge]
+    ) -> list[TensorPlan]:
+        tensors: list[TensorPlan] = []
+        weight = cast(Node, match.weight)
+        weight_scheme = support.weight(scheme, match)
+        why = "constant weight"
+        if weight_scheme != scheme.weight:
+            why += f"; {support.weight_reason}"
+        key: _Key = ("weight", weight, weight_scheme, match.weight_axis)
+        edge = Edge(
+            "weight",
+            self._number(key),
+            describe(match.node),
+            weight_scheme,
+            axis=match.weight_axis,
+        )
+        inputs[weight.name] = edge
+        tensors.append(
+            TensorPlan("weight", weight.name, str(weight_scheme.format), edge.group, why)
+        )
+        bias = match.bias
+        if bias is None:
+            return tensors
+        dtype, group = "float32", None
+        if not is_constant(bias):
+            why = f"computed by {describe(bias)}, so it cannot be folded into the accumulator"
+        elif scheme.bias is None:
+            why = (
+                "the input scale is only known at run time"
+                if scheme.dynamic
+                else f"{scheme.name} leaves it in float"
+            )
+        else:
+            group = self._number(("bias", match.node))
+            source = inputs[match.inputs[0].name]
+            derivation = Derivation(
+                input_group=source.group,
+                weight_group=edge.group,
+                repeats=match.groups if match.weight_axis == 1 else 1,
+                input_bits=cast(TensorScheme, source.scheme).format.bits,
+            )
+            inputs[bias.name] = Edge(
+                "bias", group, describe(match.node), bias=scheme.bias, derivation=derivation
+            )
+            dtype, why = str(scheme.bias), "derived: input scale x weight scale"
+        tensors.append(TensorPlan("bias", bias.name, dtype, group, why))
+        return tensors
+
+
+def _as_written(plans: list[tuple[Node, OpPlan]]) -> tuple[OpPlan, ...]:
+    """Calls that were rewritten to others, each as one op again."""
+    parts: dict[str, list[tuple[Node, OpPlan]]] = {}
+    for node, plan in plans:
+        parts.setdefault(plan.written, []).append((node, plan))
+    return tuple(_joined(found) for found in parts.values())
+
+
+def _joined(found: list[tuple[Node, OpPlan]]) -> OpPlan:
+    (node, first), plans = found[0], tuple(plan for _, plan in found)
+    target = node.meta.get("original_target", node.target)
+    if len(plans) == 1 and (ORIGINAL_NAME not in node.meta or target is node.target):
+        return first
+    rule = OF_TARGET.get(target)
+    placed = tally((first.written, Placement(plan.placement)) for plan in plans)
+    placement = placed.placements[first.written].value
+    schemes = [plan.scheme for plan in plans if plan.scheme is not None]
+    with_weight = [p.scheme for p in plans if any(t.role == "weight" for t in p.tensors)]
+    scheme = next(filter(None, (*with_weight, *schemes)), None)
+    # Of the ops that it becomes, one that keeps it furthest from integers says how it runs.
+    decisive = min(plans, key=lambda plan: (plan.placement != placement, plan.scheme != scheme))
+    names = ", ".join(dict.fromkeys(plan.family or plan.target for plan in plans))
+    return OpPlan(
+        node=first.written,
+        fused=plans[-1].fused,
+        path=first.path,
+        family=None if rule is None else rule.family,
+        target=str(target),
+        scheme=scheme,
+        reason=decisive.reason,
+        placement=placement,
+        tensors=tuple(tensor for plan in plans for tensor in plan.tensors),
+        backend=decisive.backend,
+        note="; ".join(filter(None, (f"becomes {names}", decisive.note))),
+        size_bytes=sum(plan.size_bytes for plan in plans),
+        written=first.written,
+        parts=plans,
+    )
+
+
+def _predict(op: DraftOp, backend: Backend) -> Delegation:
+    """Where a quantized op will run."""
+    match, activation = cast(PatternMatch, op.match), cast(TensorScheme, op.activation)
+    weight = None
+    if op.scheme is not None and match.weight is not None:
+        weight = cast(Support, op.support).weight(op.scheme, match)
+    return backend.predict(
+        match,
+        Formats(
+            activation.format.bits,
+            None if weight is None else weight.format.bits,
+            "per_tensor" if weight is None else weight.granularity,
+            op.is_dynamic,
+        ),
+    )
+
+
+def _estimate_bytes(op: DraftOp, delegation: Delegation | None) -> int:
+    """Weights, biases and per-channel scales of an op, as the program stores them."""
+    if op.table is not None and op.match is not None:
+        meta = tensor_meta(op.match.inputs[0])
+        return 0 if meta is None else int(meta.numel()) + 4 * int(meta.shape[0])
+    if op.match is None or op.match.weight is None:
+        return 0
+    meta = tensor_meta(op.match.weight)
+    if meta is None:
+        return 0
+    each = 4.0 if delegation is None else delegation.kernel.weight_bytes
+    channels = int(meta.shape[op.match.weight_axis]) * (
+        op.match.groups if op.match.weight_axis == 1 else 1
+    )
+    per_channel = op.scheme is not None and op.scheme.weight.granularity != "per_tensor"
+    extra = 4 * channels * ((op.match.bias is not None) + (per_channel and each != 4.0))
+    return int(meta.numel() * each) + extra

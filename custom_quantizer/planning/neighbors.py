@@ -1,0 +1,260 @@
+"""Decisions that an op's neighbors change: what stays in float after all, what moves integers."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import (
+    constant_of,
+    describe,
+    effective_users,
+    is_constant,
+    is_empty,
+    tensor_meta,
+)
+from custom_quantizer.core.schemes import TensorScheme
+from custom_quantizer.ops import Formats, PatternMatch, Trait, rule_of
+from custom_quantizer.ops.backend import Backend
+from custom_quantizer.planning.decisions import to_float
+from custom_quantizer.planning.drafts import DraftOp, same_format
+from custom_quantizer.planning.model_io import ModelIO
+from custom_quantizer.planning.profitability import Kind, Step, unprofitable
+
+
+def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
+    """Sums and products that only float ops read are computed in float.
+
+    On the way into a softmax these are scales, biases and masks: a mask (a large negative number)
+    would take the whole range of an int8 sum for itself. Between layer norms it is the residual
+    stream of a transformer, whose parts differ by orders of magnitude. Either way the reader
+    dequantizes what an int8 kernel has just rounded.
+
+    Returns:
+        All ops, of whatever kind, that only float ops read.
+    """
+    floats: set[Node] = set()
+    only_floats: set[Node] = set()
+    for op in reversed(ops):
+        users = effective_users(op.output)
+        into = [user in floats or _computes_in_float(anchors.get(user)) for user in users]
+        if not users or not all(into):
+            continue
+        only_floats.add(op.node)
+        if not (op.has(Trait.SUM) or op.has(Trait.VIEW)):
+            continue
+        if op.has(Trait.SUM) and op.scheme is not None:
+            if op.decision.explicit:
+                continue
+            op.scheme = None
+            op.reason = "only float ops read its result: quantizing it would just round once more"
+        floats.add(op.node)
+    return only_floats
+
+
+def leave_joins(ops: list[DraftOp], producer: dict[Node, DraftOp], only_floats: set[Node]) -> None:
+    """Tensors that are joined for float ops alone keep scales of their own.
+
+    As integers they would need one scale: a class token that is joined to the patches of an image
+    before a norm has a few levels of theirs. Pieces of one tensor have one scale anyway.
+    """
+    for op in ops:
+        joined = op.match.inputs if op.match is not None and op.moves_values else ()
+        if len(joined) < 2 or op.node not in only_floats or op.decision.explicit:
+            continue
+        if len({_source(tensor, producer) for tensor in joined}) > 1:
+            op.match, op.reason = (
+                None,
+                "it joins tensors of different scales, and float ops read it",
+            )
+
+
+def _source(tensor: Node, producer: dict[Node, DraftOp]) -> Node:
+    """The tensor that ``tensor`` shows values of, in another order or shape."""
+    op = producer.get(tensor)
+    while op is not None and op.moves_values and op.match is not None:
+        tensor = op.match.inputs[0]
+        op = producer.get(tensor)
+    return tensor
+
+
+def leave_divisors(ops: list[DraftOp], producer: dict[Node, DraftOp]) -> None:
+    """What keeps a divisor away from zero is kept: rounded to a grid it would be zero.
+
+    ``F.normalize`` of a row of zeros is zero, and not 0 / 0. It is a bound, or a small number that
+    is added (``x / (x.sum() + 1e-6)``).
+    """
+    for op in ops:
+        if not op.has(Trait.DIVISION) or op.match is None:
+            continue
+        source = producer.get(op.match.inputs[-1])
+        while source is not None and source.moves_values and source.match is not None:
+            source = producer.get(source.match.inputs[0])
+        if source is None or source.scheme is None or source.decision.explicit:
+            continue
+        last = rule_of(source.output)  # a clamp of its own, or one that is fused
+        low = None if last is None or last.bounds is None else last.bounds(source.output)[0]
+        if (low is not None and low > 0) or _adds_epsilon(source):
+            source.scheme = None
+            source.reason = "it keeps a divisor away from zero, to which integers would round it"
+
+
+_LARGEST_EPSILON = 1e-3
+"""Of numbers that are added to keep a divisor away from zero, as norms do it."""
+
+
+def _adds_epsilon(op: DraftOp) -> bool:
+    if op.node.target is not torch.ops.aten.add.Tensor or op.match is None:
+        return False
+    graph = cast(GraphModule, op.node.graph.owning_module)
+    constants = [constant_of(graph, n) for n in op.match.inputs if n.op == "get_attr"]
+    return any(c.numel() == 1 and bool((c > 0) & (c <= _LARGEST_EPSILON)) for c in constants)
+
+
+def _computes_in_float(op: DraftOp | None) -> bool:
+    return op is not None and op.support is not None and bool(op.support.float_reason)
+
+
+def leave_readers_of_integers(ops: list[DraftOp], io: ModelIO, backend: Backend) -> None:
+    """Not every kernel reads an input that the program takes as integers."""
+    placeholders = [node for node in io.node.graph.nodes if node.op == "placeholder"]
+    integers = {placeholders[position] for position in io.integer_inputs}
+    for op in ops:
+        if op.match is None or op.scheme is None or integers.isdisjoint(op.match.inputs):
+            continue
+        if why := backend.refuses_integers(op.match, op.scheme):
+            op.scheme, op.reason = None, why
+
+
+def leave_unprofitable(ops: list[DraftOp], io: ModelIO, backend: Backend) -> None:
+    """Ops without an integer kernel stay in float where quantizing them would only cost."""
+    kinds = {op.node: _kind(op, backend) for op in ops}
+    steps = [
+        Step(
+            kinds[op.node],
+            () if op.match is None else tuple(t for t in op.match.inputs if not is_constant(t)),
+            op.output,
+            tuple(effective_users(op.output)),
+            op.node,
+        )
+        for op in ops
+    ]
+    refused = unprofitable(steps, io.inputs, io.wanted)
+    for op in ops:
+        if op.node in refused:
+            op.scheme = None
+            op.reason = (
+                f"{backend.title} has no integer kernel for it, and {refused[op.node]}: quantizing "
+                "it would only cost"
+            )
+
+
+def _kind(op: DraftOp, backend: Backend) -> Kind:
+    """What an op does with integers, now that it is settled."""
+    if op.moves_values:
+        return Kind.FLOAT if left_in_float(op, backend) else Kind.MOVEMENT
+    if op.scheme is None or op.match is None or op.scheme.dynamic:
+        return Kind.FLOAT
+    # A rule that names the op or its type is an order.
+    if op.decision.aimed:
+        return Kind.INTEGER
+    kernel = backend.predict(op.match, Formats(8)).kernel
+    return Kind.OPTIONAL if kernel.needs_integers else Kind.INTEGER
+
+
+def center(ops: list[DraftOp], producer: dict[Node, DraftOp]) -> None:
+    """Where an op needs zero point 0, make the producer of that operand quantize symmetrically.
+
+    Only if its range has both signs: of one sign, half of a symmetric range would be unused.
+    """
+    for op in ops:
+        if op.support is None or op.scheme is None or op.match is None:
+            continue
+        for position in op.support.requires_symmetric:
+            source = producer.get(op.match.inputs[position])
+            while source is not None and source.moves_values and source.match is not None:
+                source = producer.get(source.match.inputs[0])
+            if source is None or source.scheme is None or source.is_dynamic or source.fused:
+                continue
+            if source.match is not None and source.match.weight is None:
+                signed = source.has(Trait.SUM)
+            else:
+                signed = True
+            source.centered = signed
+
+
+def follow_producers(
+    ops: list[DraftOp],
+    producer: dict[Node, DraftOp],
+    inputs: dict[Node, TensorScheme],
+    backend: Backend,
+) -> None:
+    """A data-movement op passes on the integers it is given."""
+    for op in ops:
+        if not op.moves_values or left_in_float(op, backend):
+            continue
+        sources = [
+            source
+            for tensor in cast(PatternMatch, op.match).inputs
+            if (source := producer.get(tensor)) is not None and not source.is_dynamic
+        ]
+        op.centered = any(source.centered for source in sources)
+        given = [source.made for source in sources]
+        given += [inputs.get(tensor) for tensor in cast(PatternMatch, op.match).inputs]
+        formats = [fmt for fmt in given if fmt is not None]
+        if formats:
+            # Tensors that are joined must agree: on the widest format among them.
+            op.follows = max(formats, key=lambda fmt: fmt.format.bits)
+            op.reason = "moves values: keeps the integers it is given"
+
+
+def left_in_float(op: DraftOp, backend: Backend) -> bool:
+    """Of a data-movement op: whether something forbids passing integers on."""
+    if op.match is None:
+        return True
+    if op.decision.explicit and op.decision.scheme is None:
+        op.reason = op.decision.reason
+        return True
+    for tensor in (op.node, *op.match.inputs):
+        meta = tensor_meta(tensor)
+        if meta is not None and meta.dtype != torch.float32:
+            op.reason = f"{describe(tensor)} is {meta.dtype}; only float32 tensors are quantized"
+            op.reason += to_float(meta)
+            return True
+    refusal = backend.refuses_tensor(op.node) if is_empty(op.node) else ""
+    if refusal:
+        op.reason = f"its result {refusal}"
+        return True
+    return False
+
+
+def follow_consumers(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> None:
+    """Data movement of a float tensor moves integers if all users of the result want the same."""
+    for op in reversed(ops):
+        if not op.moves_values or op.follows is not None or op.match is None or op.reason:
+            continue
+        wanted: list[TensorScheme | None] = []
+        for user in effective_users(op.node):
+            consumer = anchors.get(user)
+            takes = (
+                consumer is not None
+                and consumer.match is not None
+                and op.node in consumer.match.inputs
+                and not consumer.is_dynamic
+            )
+            wanted.append(_wanted_by(consumer, op.node) if takes else None)
+        first = wanted[0] if wanted else None
+        if first is not None and all(same_format(first, other) for other in wanted):
+            op.follows = first
+            op.reason = "moves values: quantized before it, as its consumers want integers"
+        else:
+            op.reason = "moves values of a float tensor"
+
+
+def _wanted_by(consumer: DraftOp | None, tensor: Node) -> TensorScheme | None:
+    """Format in which an op takes ``tensor``."""
+    if consumer is None or consumer.activation is None:
+        return None
+    return consumer.wanted(cast(PatternMatch, consumer.match).inputs.index(tensor))
