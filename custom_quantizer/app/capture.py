@@ -156,10 +156,17 @@ def _check_values(model: nn.Module) -> None:
                 f"{kind}: {name} is on the meta device, and has no values; call "
                 "model.to_empty(device='cpu') and load its weights"
             )
-    for name, value in model.named_parameters():
-        if value.is_floating_point() and (wrong := int(value.isnan().sum())):
+        # Infinity is a number of masks, which are not trained; NaN may lie in a buffer that is
+        # written before it is read.
+        statistics = name.endswith(("running_mean", "running_var"))
+        checked = statistics or isinstance(value, nn.Parameter)
+        if not checked or not value.is_floating_point():
+            continue
+        wrong = value.isnan() if not (statistics or value.requires_grad) else ~value.isfinite()
+        if count := int(wrong.sum()):
+            what = "NaN" if bool(value[wrong].isnan().all()) else "not finite"
             raise InputError(
-                f"{kind}: {wrong:,} of the {value.numel():,} values of {name} are NaN; take a "
+                f"{kind}: {count:,} of the {value.numel():,} values of {name} are {what}; take a "
                 "checkpoint from before the training diverged"
             )
 

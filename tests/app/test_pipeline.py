@@ -369,6 +369,12 @@ class FixedBatch(nn.Module):
         return self.linear(x.reshape(2, 4))
 
 
+def with_value(model: nn.Module, name: str, number: float) -> nn.Module:
+    """A model that has ``number`` in a parameter or buffer."""
+    getattr(model, name).data.view(-1)[0] = number
+    return model
+
+
 class Keyword(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -442,6 +448,16 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[CustomQuantizerError], list[str]
         lambda: flow(nn.BatchNorm1d(4, affine=False, device="meta"), example=(torch.randn(2, 4),)),
         InputError,
         ["BatchNorm1d: running_mean is on the meta device", "to_empty(device='cpu')"],
+    ),
+    "an infinite weight": (
+        lambda: flow(with_value(nn.Linear(4, 4), "weight", torch.inf), example=EXAMPLE),
+        InputError,
+        ["Linear: 1 of the 16 values of weight are not finite", "before the training diverged"],
+    ),
+    "statistics that diverged": (
+        lambda: flow(with_value(nn.BatchNorm2d(1), "running_var", torch.nan), example=EXAMPLE),
+        InputError,
+        ["BatchNorm2d: 1 of the 1 values of running_var are NaN"],
     ),
     "a name of Python's own": (
         lambda: flow(Keyword(), example=(torch.randn(2, 4),)),
