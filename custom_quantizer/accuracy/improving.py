@@ -44,6 +44,7 @@ from custom_quantizer.accuracy.layers import Layer, find_layers
 from custom_quantizer.accuracy.learning import (
     EXACT,
     Block,
+    correct_biases,
     learn_block,
     learn_layer,
     walk_blocks,
@@ -489,6 +490,10 @@ class _Run:
     def _learn_block(
         self, index: int, block: Block, floating: Stream, rounded: Stream
     ) -> tuple[str, ...]:
+        corrects = "bias_correction" in self.algorithms
+        if corrects:  # once more: what arrives here is what the blocks before make of it now
+            with self._timing("bias_correction"):
+                correct_biases(block, floating, rounded, self.learned)
         if len(block.layers) > _MOST_LAYERS:
             reason: str | None = f"its block has {len(block.layers)} layers, too many to learn"
         else:
@@ -502,6 +507,7 @@ class _Run:
                     self.learned,
                     self.iterations,
                     generator,
+                    corrects=corrects,
                 )
         if reason is not None:
             self._leave("brecq", {layer.name: reason for layer in block.layers})

@@ -16,8 +16,15 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 import custom_quantizer as cq
 from custom_quantizer.accuracy import improving, learning
 from custom_quantizer.accuracy.layers import find_layers
-from custom_quantizer.accuracy.learning import _drawn, _dropped, find_blocks
-from custom_quantizer.accuracy.streams import on_grid
+from custom_quantizer.accuracy.learning import (
+    Block,
+    _drawn,
+    _dropped,
+    find_blocks,
+    learn_block,
+    walk_blocks,
+)
+from custom_quantizer.accuracy.streams import Stream, on_grid, walk
 from custom_quantizer.calibration.observers import ActivationObserver
 
 DATA = list(smooth_images(64).split(8))
@@ -146,7 +153,10 @@ def test_masks_have_their_share(share: float) -> None:
     assert abs(float(neighbours.float().mean()) - share**2) < 0.005
 
 
-def test_weights_are_settled_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("algorithm", "iterations"), [("adaround", 600), ("brecq", 150)])
+def test_weights_are_settled_in_the_end(
+    algorithm: str, iterations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was learned is what ships: hardly a weight stays between two integers."""
     between: list[Tensor] = []
     settle = learning._SoftWeight.settle
@@ -157,6 +167,61 @@ def test_weights_are_settled_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None
         settle(weight)
 
     monkeypatch.setattr(learning._SoftWeight, "settle", settled)
-    cq.improve(prepared_every_layer("a8w3"), DATA, ["adaround"], iterations=600)
+    cq.improve(prepared_every_layer("a8w3"), DATA, [algorithm], iterations=iterations)
     assert len(between) > 4
     assert float(torch.cat(between).float().mean()) < 0.05
+
+
+def test_biases_are_corrected_for_what_a_block_learned() -> None:
+    """The mean error of each output is less than a unit of its bias, as before the block."""
+    prepared = prepared_every_layer("a8w3")
+    result = cq.improve(prepared, DATA, ["gptq", "bias_correction", "brecq"], iterations=40)
+    learned = {layer.node for layer in result.layers if "brecq" in layer.algorithms}
+    assert learned
+    layers = [layer for layer in find_layers(prepared)[0] if layer.bias is not None]
+    floats = {n: value for layer in layers for n, value in layer.float_constants().items()}
+    calls = [[x] for x in DATA[: -len(DATA) // 8]]
+    streams = Stream(prepared, calls, False, floats), Stream(prepared, calls, True)
+    for layer in walk(prepared, streams, find_layers(prepared)[0]):
+        for stream in streams:
+            stream.run_layer(layer)
+        if layer.bias is None or layer.input_observer is None:
+            continue
+        exact, found = (layer.channel_means(stream.batches(layer.node)) for stream in streams)
+        unit = layer.final_scale().double() * float(layer.input_observer.qparams().scale)
+        unit = unit.reshape(-1).repeat(len(exact) // unit.numel())
+        assert bool(((found - exact).abs() <= 0.51 * unit).all()), layer.name
+
+
+def test_a_block_is_judged_on_batches_that_it_did_not_learn_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared = prepared_every_layer("a8w3")
+    layers = find_layers(prepared)[0]
+    seen: list[int] = []
+    loss = learning._loss
+
+    def counted(run: object, sources: list[Tensor], targets: list[Tensor]) -> float:
+        seen.append(len(sources))
+        return loss(run, sources, targets)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(learning, "_loss", counted)
+    calls = [[x] for x in DATA]
+    with torch.no_grad():
+        floating, rounded = (Stream(prepared, calls, rounded=on) for on in (False, True))
+        block = next(walk_blocks(prepared, (floating, rounded), layers))
+        generator = torch.Generator().manual_seed(0)
+        before = [layer.state() for layer in block.layers]
+        # Made worse by what it learned from: another target on the batch that judges.
+        floating.batches(block.target)[7].copy_(rounded_output(prepared, block, rounded)[7])
+        reason = learn_block(prepared, block, floating, rounded, 8, 20, generator, corrects=False)
+    assert seen == [1, 7, 1]
+    assert reason == "no better integers were found"
+    after = [layer.state() for layer in block.layers]
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(before, after, strict=True) for k in a)
+
+
+def rounded_output(prepared: GraphModule, block: Block, rounded: Stream) -> list[Tensor]:
+    """What a block computes as it is rounded now."""
+    run = learning._Forward(prepared, block, rounded)
+    return [run(x, {}) for x in rounded.batches(block.source)]
