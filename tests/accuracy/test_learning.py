@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.improvement import every_layer, prepared_every_layer, smooth_images
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.accuracy import improving, learning
@@ -153,23 +153,41 @@ def test_masks_have_their_share(share: float) -> None:
     assert abs(float(neighbours.float().mean()) - share**2) < 0.005
 
 
-@pytest.mark.parametrize(("algorithm", "iterations"), [("adaround", 600), ("brecq", 150)])
-def test_weights_are_settled_in_the_end(
-    algorithm: str, iterations: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was learned is what ships: hardly a weight stays between two integers."""
-    between: list[Tensor] = []
+@pytest.fixture
+def between(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """By layer, which of its weights stand between two integers when they are settled."""
+    found: list[Tensor] = []
     settle = learning._SoftWeight.settle
 
     def settled(weight: learning._SoftWeight) -> None:
         raised = weight.raised()
-        between.append(((raised > 0.05) & (raised < 0.95)).flatten())
+        found.append(((raised > 0.05) & (raised < 0.95)).flatten())
         settle(weight)
 
     monkeypatch.setattr(learning._SoftWeight, "settle", settled)
-    cq.improve(prepared_every_layer("a8w3"), DATA, [algorithm], iterations=iterations)
+    return found
+
+
+def test_weights_are_settled_in_the_end(between: list[Tensor]) -> None:
+    """What was learned is what ships: hardly a weight stays between two integers."""
+    cq.improve(prepared_every_layer("a8w3"), DATA, ["adaround"], iterations=600)
     assert len(between) > 4
     assert float(torch.cat(between).float().mean()) < 0.05
+
+
+def test_weights_of_a_large_layer_in_a_block_are_settled_too(between: list[Tensor]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
+    images = [x[..., :10, :10] for x in DATA]
+    prepared = prepare_pt2e(
+        torch.export.export(model, (images[0],)).module(),
+        cq.IntegerQuantizer().set_global("a8w3"),
+    )
+    cq.calibrate(prepared, images, progress=False)
+    cq.improve(prepared, images, ["brecq"], iterations=150)
+    assert len(between[-1]) == 9 * 32 * 32
+    assert float(between[-1].float().mean()) < 0.05
 
 
 def test_biases_are_corrected_for_what_a_block_learned() -> None:
