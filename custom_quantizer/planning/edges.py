@@ -13,7 +13,13 @@ import torch
 from torch.fx import Node
 
 from custom_quantizer.core.formats import IntFormat
-from custom_quantizer.core.graph import describe, is_constant, module_path, tensor_meta
+from custom_quantizer.core.graph import (
+    describe,
+    effective_users,
+    is_constant,
+    module_path,
+    tensor_meta,
+)
 from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_name
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
 from custom_quantizer.ops import OF_TARGET, Formats, PatternMatch
@@ -167,9 +173,31 @@ class Annotator:
             tensors=tuple(tensors),
             backend=delegation.kernel.label if delegation is not None else None,
             note=delegation.reason if delegation is not None else "",
-            size_bytes=_estimate_bytes(op, delegation),
+            size_bytes=_estimate_bytes(op, delegation) or self._table_bytes(op),
             written=original_name(op.node),
         )
+
+    def _table_bytes(self, op: DraftOp) -> int:
+        """Bytes of a table that has no format of its own; 0 for any other op.
+
+        It is stored as the integers that what reads its rows wants, if all want the same.
+        """
+        if op.match is None or op.support is None or op.support.table is None:
+            return 0
+        meta = tensor_meta(op.match.inputs[0])
+        if meta is None or not is_constant(op.match.inputs[0]):
+            return 0
+        wanted: dict[Node, _Key] = {}
+        for reader in self._ops:
+            if reader.activation is None or reader.match is None or reader.is_dynamic:
+                continue
+            for tensor, key in zip(reader.match.inputs, self._input_keys(reader), strict=True):
+                if tensor is op.output:
+                    wanted[reader.node] = self._groups.find(key)
+        keys = set(wanted.values())
+        integers = wanted.keys() >= set(effective_users(op.output)) and len(keys) == 1
+        narrow = integers and self._schemes[keys.pop()].format.bits <= 8
+        return int(meta.numel()) * (1 if narrow else meta.element_size())
 
     def _annotate(
         self, op: DraftOp, match: PatternMatch, annotations: dict[str, NodeAnnotation]

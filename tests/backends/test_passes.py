@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.exact import with_dyadic_scales
 from support.graphs import Function, calls, capture, differences, lowered_exactly, quantized
+from support.models import convert
 from support.registry import Surrounded
 from support.selection import slow_but
 from torch import Tensor, nn
@@ -434,7 +435,8 @@ def test_a_pad_of_integers_that_stays_float_is_quantized_at_once() -> None:
     assert all(is_quantize(user) for user in pad.users)
 
 
-def test_a_clamp_of_integers_is_the_last_of_its_chain() -> None:
+@pytest.mark.parametrize("dynamic", [(), (0, 3)])
+def test_a_clamp_of_integers_is_the_last_of_its_chain(dynamic: tuple[int, ...]) -> None:
     """Two of them in one chain of functions abort the process when XNNPACK loads the program."""
 
     def chain(_self: Function, x: Tensor) -> Tensor:
@@ -443,12 +445,12 @@ def test_a_clamp_of_integers_is_the_last_of_its_chain() -> None:
             x = torch.tanh(torch.relu(torch.sigmoid(x)))
         return x + 1.0
 
-    _, applied = applied_to(chain)
-    assert applied["break_chains"] == 2
-    x = torch.randn(IMAGE)
-    converted_graph = quantized(Function(chain), (x,))
-    program = cq.lower(converted_graph, (x,))
-    assert differences(program.run(x), cq.integer_reference(converted_graph)(x)) == []
+    x = torch.randn(2, *IMAGE[1:])
+    sizes = {dim: torch.export.Dim(f"d{dim}", min=1, max=8) for dim in dynamic}
+    captured = convert(Function(chain), (x,), dynamic_shapes=((sizes,),)).graph
+    assert run_passes(copy.deepcopy(captured))["break_chains"] == 2
+    program = cq.lower(captured, (x,))
+    assert differences(program.run(x), cq.integer_reference(captured)(x)) == []
 
 
 def test_a_pad_by_another_value_is_not_rounded_to_the_grid() -> None:
@@ -510,7 +512,8 @@ def test_clamps_become_what_xnnpack_fuses(activation: Any, target: Any) -> None:
     assert len(calls(graph, target)) == 1
 
 
-def test_a_clamp_to_another_scale_is_not_fused() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_clamp_to_another_scale_is_not_fused(dynamic: bool) -> None:
     """XNNPACK would fuse it into what makes its input, and forget the scale between them."""
 
     def forward(s: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -522,7 +525,10 @@ def test_a_clamp_to_another_scale_is_not_fused() -> None:
     quantizer.set_operator_type(aten.relu.default, "a8w8-percentile90")
     model = Function(forward, conv=nn.Conv2d(4, 4, 3), linear=nn.Linear(6, 5))
     inputs = (torch.randn(IMAGE) * 4,)
-    lowered = lowered_exactly(quantized(model, inputs, quantizer), inputs)
+    sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", min=4, max=8)}
+    sizes = sizes if dynamic else {}
+    graph = convert(model, inputs, quantizer, dynamic_shapes=((sizes,),)).graph
+    lowered = lowered_exactly(graph, inputs)
     assert lowered.report.passes["keep_apart"] == 4
     assert lowered.report.fully_delegated
     assert {op.backend for op in lowered.report.ops} == {kernels.INT8}
@@ -642,13 +648,13 @@ def test_what_a_pass_takes_and_what_it_leaves(
     ("name", "function", "count"),
     [
         ("tell_copies_apart", lambda s, x: torch.cat([y := torch.sin(x), y]), 0),
-        ("keep_apart", lambda s, x: on(F.relu(on(F.max_pool2d(on(x), 2))), COARSE), 0),
-        ("break_chains", lambda s, x: torch.tanh(on(F.relu(on(x)))), 0),
+        ("keep_apart", lambda s, x: on(F.relu(on(F.max_pool2d(on(x), 2))), COARSE), 1),
+        ("break_chains", lambda s, x: torch.tanh(on(F.relu(on(x)))), 1),
         ("means_keep_dims", lambda s, x: x.mean((2, 3)), 1),
     ],
 )
 def test_two_sizes_that_are_not_known(name: str, function: Callable[..., Any], count: int) -> None:
-    """A view takes one: a pass that would need one of more leaves the op as it is."""
+    """A view takes one: a pass that would need one of more leaves the op as it is, or moves it."""
     sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", min=4, max=16)}
     graph = capture(
         Function(function), (torch.randn(IMAGE),), dynamic_shapes=(({0: sizes[0], 2: sizes[2]},),)

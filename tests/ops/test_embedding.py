@@ -90,6 +90,18 @@ def test_a_text_model_is_a_table_of_integers_and_one_delegate() -> None:
         assert differences(program.run(*given), reference(*given)) == []
 
 
+def test_a_plan_counts_the_bytes_of_tables() -> None:
+    """As integers where what reads the rows wants them, else in float."""
+    tokens = (torch.randint(0, 300, (1, 6)),)
+    models = {1: nn.Sequential(nn.Embedding(300, 32), nn.Linear(32, 4)), 4: Tied()}
+    for each, model in models.items():
+        graph = convert(model.eval(), tokens)
+        (op,) = (op for op in graph.plan.ops if op.family == "embedding")
+        assert op.size_bytes == 300 * 32 * each
+        program = cq.lower(graph.graph, tokens)
+        assert abs(program.report.size_bytes - graph.plan.size_bytes) < 12_000
+
+
 class TestContract(FloatContract):
     families = ("embedding",)
 

@@ -110,11 +110,10 @@ def keep_apart(model: GraphModule) -> int:
         maker = cast(Node, stored.args[0])
         if rule_of(maker) in (RELU, CLAMP):
             maker = cast(Node, maker.args[0])
-        shape = view_sizes(shape_of(node))
-        if maker.target not in GEMMS | MAX_POOL.targets or shape.count(-1) > 1:
+        if maker.target not in GEMMS | MAX_POOL.targets:
             continue
         build = Builder(model, node)
-        same = build.call(aten.view_copy.default, before, shape)
+        same = _moved(build, before, before)
         node.replace_input_with(before, build.requantized(same, before))
         count += 1
     return count
@@ -143,14 +142,23 @@ def break_chains(model: GraphModule) -> int:
         readers = [user for dequantize in after.users for user in dequantize.users]
         if (isinstance(maker, Node) and maker.target in sums) or not any(map(_maps, readers)):
             continue
-        shape = view_sizes(shape_of(node))
-        if shape.count(-1) > 1:
-            continue
         build = Builder(model, after, origin_of(node))
-        view = build.call(aten.view_copy.default, build.requantized(node, after), shape)
-        after.replace_input_with(node, view)
+        after.replace_input_with(node, _moved(build, build.requantized(node, after), after))
         count += 1
     return count
+
+
+def _moved(build: Builder, value: Node, like: Node) -> Node:
+    """A value, moved to where it is: by a reshape, or to and fro where several sizes are dynamic.
+
+    ``like`` has the scale of the value.
+    """
+    shape = view_sizes(shape_of(value))
+    if shape.count(-1) < 2:
+        return build.call(aten.view_copy.default, value, shape)
+    dims = [1, 0, *range(2, len(shape))]
+    turned = build.call(aten.permute_copy.default, value, dims)
+    return build.call(aten.permute_copy.default, build.requantized(turned, like), dims)
 
 
 def _maps(node: Node) -> bool:
