@@ -52,6 +52,17 @@ class Turned(nn.Module):
         return y, y.relu() * 2.0, outside, torch.sign(outside).transpose(1, 3)
 
 
+class Summed(nn.Module):
+    """An op outside of the delegate behind a view: its result is laid out as behind a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.image(x).permute(0, 3, 1, 2).cumsum(1)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +75,7 @@ class Recurrent(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mixed": (Mixed, (1, 3, 8, 8)),
     "recurrent": (Recurrent, (3, 1, 4)),
+    "summed": (Summed, (1, 3, 4, 6)),
     "turned": (Turned, (1, 3, 4, 6)),
 }
 LARGE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -107,7 +119,8 @@ def programs(
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"), [("mixed", "a8w8"), ("mixed", "dyn8w8"), ("recurrent", "a8w8")]
+    ("name", "scheme"),
+    [("mixed", "a8w8"), ("mixed", "dyn8w8"), ("recurrent", "a8w8"), ("summed", "a8w8")],
 )
 def test_the_same_program(name: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``dyn8w8`` an output of the delegate is one that a pass puts another in the place of."""

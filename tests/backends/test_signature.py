@@ -74,7 +74,23 @@ def exchange(signature: ExportGraphSignature) -> None:
     signature.input_specs = [first, second, *rest]
 
 
-@pytest.mark.parametrize("change", [rename, rename_by_hook, lengthen, shorten, exchange])
+def exchange_one(signature: ExportGraphSignature) -> None:
+    spec = copy.deepcopy(signature.input_specs[0])
+    spec.arg.name = "p_other"
+    signature.input_specs[0] = spec
+
+
+def exchange_some(signature: ExportGraphSignature) -> None:
+    rest = copy.deepcopy(signature.input_specs[:2])
+    for spec in rest:
+        spec.target = f"{spec.target}_other"
+    signature.input_specs[:2] = rest
+
+
+CHANGES = (rename, rename_by_hook, lengthen, shorten, exchange, exchange_one, exchange_some)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_seen(
     signature: ExportGraphSignature, change: Callable[[ExportGraphSignature], None]
 ) -> None:

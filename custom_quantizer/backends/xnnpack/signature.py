@@ -9,9 +9,10 @@ square of the number of layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch.export import ExportedProgram, ExportGraphSignature
+from torch.export.graph_signature import InputSpec
 
 __all__ = ["RememberingSignature", "remember_constants"]
 
@@ -19,17 +20,27 @@ _TABLES = "_tables"
 Table = Mapping[str, str]
 
 
+class _Watched(list[InputSpec]):
+    """A list that counts the changes that its length does not show."""
+
+    changes = 0
+
+    def __setitem__(self, *args: Any) -> None:
+        super().__setitem__(*args)
+        self.changes += 1
+
+
 class RememberingSignature(ExportGraphSignature):
     """A signature that keeps its tables until its inputs change.
 
     They change where the list is exchanged (``_unsafe_adjust_original_program`` and the pass that
-    copies constants do), where it gets longer or shorter (``create_constant_placeholder``), and
-    where an input is renamed by ``replace_all_uses``.
+    copies constants do), where it gets longer or shorter (``create_constant_placeholder``), where
+    one of its items is exchanged, and where an input is renamed by ``replace_all_uses``.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Forget the tables of other inputs."""
-        super().__setattr__(name, value)
+        super().__setattr__(name, _Watched(value) if name == "input_specs" else value)
         self.__dict__.pop(_TABLES, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -42,8 +53,9 @@ class RememberingSignature(ExportGraphSignature):
         self.__dict__.pop(_TABLES, None)
 
     def _remembered(self, name: str) -> Table:
-        tables: dict[tuple[str, int], Table] = self.__dict__.setdefault(_TABLES, {})
-        key = name, len(self.input_specs)
+        tables: dict[tuple[str, int, int], Table] = self.__dict__.setdefault(_TABLES, {})
+        specs = cast(_Watched, self.input_specs)
+        key = name, len(specs), specs.changes
         if key not in tables:
             tables[key] = getattr(super(), name)
         return tables[key]
