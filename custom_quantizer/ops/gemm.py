@@ -262,7 +262,7 @@ CONV = _layer(
         Case("2d", _conv(8, 12, 3), _IMAGE),
         Case("2d_padded", _conv(8, 12, 3, padding=1), _IMAGE),
         Case("2d_stride", _conv(8, 12, 3, stride=2, padding=1), _IMAGE),
-        Case("2d_first", _conv(3, 12, 7, stride=2, padding=3), ((2, 3, 9, 10),)),
+        Case("2d_first", _conv(3, 12, 3, stride=2, padding=1), ((2, 3, 9, 10),)),
         Case("2d_pointwise", _conv(8, 16, 1), _IMAGE),
         Case("2d_rectangular", _conv(8, 12, (3, 1), padding=(1, 0), stride=(1, 2)), _IMAGE),
         Case("2d_dilated", _conv(8, 12, 3, dilation=2, padding=2), _IMAGE),

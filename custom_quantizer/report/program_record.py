@@ -206,6 +206,9 @@ def _delegate_row(
     outputs = tuple(_stored(delegate.tensors[i]) for i in op.outputs)
     weight = None if op.weight is None else _stored(delegate.tensors[op.weight])
     compute = _compute(inputs, outputs, weight)
+    reason = "its tensors are float in the file" if compute == "float" else ""
+    if compute == "float" and _precedes_quantization(delegate, op):
+        compute, reason = "convert", "puts floats in order before they are quantized"
     bias = None
     if op.bias is not None:
         bias = _stored_bias(delegate, op, inputs, weight, compute)
@@ -215,7 +218,7 @@ def _delegate_row(
         delegate=index,
         kind=op.kind,
         compute=compute,
-        reason="its tensors are float in the file" if compute == "float" else "",
+        reason=reason,
         inputs=inputs,
         weight=weight,
         bias=bias,
@@ -224,6 +227,15 @@ def _delegate_row(
         high=_bound(op.params.get("output_max")),
         accumulator_bits=_stored_accumulator_bits(delegate, op, inputs, weight, bias),
     )
+
+
+def _precedes_quantization(delegate: DelegateContents, op: DelegateOp) -> bool:
+    """Whether an op only changes the layout of what nothing but conversions read."""
+    result = op.outputs[0] if op.kind == "static_transpose" else None
+    if result is None or delegate.tensors[result].is_output:
+        return False
+    readers = [reader.kind for reader in delegate.ops if result in reader.inputs]
+    return bool(readers) and set(readers) == {"convert"}
 
 
 def _compute(

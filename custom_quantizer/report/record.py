@@ -137,7 +137,7 @@ class _Row:
 
     Attributes:
         compute: ``"integer"``; ``"dynamic"``: integer, with scales chosen at run time; ``"float"``;
-            ``"convert"``: between float and integers.
+            ``"convert"``: between float and integers, and the order of floats before that.
         reason: the rule that decided, or why the op is float.
         inputs: activations, in argument order.
         weight: of convolutions and linear layers.

@@ -502,8 +502,9 @@ def test_every_node_of_the_delegate_has_a_row(
     assert program.kernels == ()
     assert program.backends == ("XnnpackBackend",)
     computes = [row.compute for row in program.rows]
-    assert [computes[0], computes[-1]] == ["convert", "convert"]
-    assert set(computes[1:-1]) == {"integer"}
+    # The image is put channels last, quantized, and the output dequantized.
+    assert [*computes[:2], computes[-1]] == ["convert"] * 3
+    assert set(computes[2:-1]) == {"integer"}
 
 
 @pytest.mark.parametrize(
