@@ -104,7 +104,9 @@ def measure(name: str, python: Path, work: Path, seconds: float) -> Record:
         calibration = images(name, size, CALIBRATION, 2)
         checked = images(name, size, CHECKED, 3)
         export(model, calibration, checked, folder)
-        program = quantized(model, calibration)
+        program = cq.quantize(
+            model, calibration[0], calibration, config="a8w8", accuracy="plain", progress=False
+        ).lowered.buffer
         method = Runtime.get().load_program(program).load_method("forward")
         (example, *_) = checked
         wanted = [[first(model(*given))] for given in checked]
@@ -136,22 +138,14 @@ def measure(name: str, python: Path, work: Path, seconds: float) -> Record:
         },
         "ratio": statistics.median(ratios),
         "quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "matrix_share": matrix_share(program, example),
         "sqnr": {"ours": decibels(wanted, mine), "onnxruntime": decibels(wanted, theirs)},
     }
 
 
-def quantized(model: torch.nn.Module, calibration: list[tuple[torch.Tensor]]) -> bytes:
-    """Our program of a model."""
-    return cq.quantize(
-        model, calibration[0], calibration, config="a8w8", accuracy="plain", progress=False
-    ).lowered.buffer
-
-
-def matrix_share(name: str) -> float:
+def matrix_share(program: bytes, example: tuple[torch.Tensor]) -> float:
     """The share of a run of our program that convolutions and matrix products take."""
-    calibration = images(name, size_of(name, None), CALIBRATION, 2)
-    program = quantized(torchvision_model(name), calibration)
-    rows = cq.profile(program, calibration[:1], threads=1).rows
+    rows = cq.profile(program, example, threads=1).rows
     return sum(
         row.share
         for row in rows
@@ -255,18 +249,9 @@ def main() -> None:
         for name in options.models
         if options.again or "error" in result["models"].get(name, {"error": ""})
     ]
-    unprofiled = [
-        name
-        for name in options.models
-        if name in missing or "matrix_share" not in result["models"][name]
-    ]
-    for name in track(unprofiled, "models"):
-        row = result["models"].get(name)
+    for name in track(missing, "models"):
         with torch.no_grad():
-            if name in missing:
-                row = measure(name, python, options.work / "latency", options.seconds)
-            if "error" not in row:
-                row |= {"matrix_share": matrix_share(name)}
+            row = measure(name, python, options.work / "latency", options.seconds)
         result["models"][name] = row
         write_json_atomic(file, result)
         print(json.dumps(row), flush=True)
