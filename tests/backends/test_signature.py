@@ -18,6 +18,7 @@ import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack.signature import RememberingSignature, remember_constants
 
 TABLES = ("inputs_to_parameters", "inputs_to_buffers", "inputs_to_lifted_tensor_constants")
+LISTS = ("non_persistent_buffers", "user_inputs")
 
 
 class Constants(nn.Module):
@@ -26,7 +27,7 @@ class Constants(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.parameter = nn.Parameter(torch.ones(2))
-        self.register_buffer("buffer", torch.ones(2))
+        self.register_buffer("buffer", torch.ones(2), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.parameter + self.buffer + torch.tensor([1.0, 2.0])
@@ -39,12 +40,13 @@ def signature() -> ExportGraphSignature:
     return program.graph_signature
 
 
-def tables(signature: ExportGraphSignature) -> list[dict[str, str]]:
+def tables(signature: ExportGraphSignature) -> list[Any]:
     """As read."""
-    return [dict(getattr(signature, name)) for name in TABLES]
+    lists = [list(getattr(signature, name)) for name in LISTS]
+    return [*(dict(getattr(signature, name)) for name in TABLES), *lists]
 
 
-def anew(signature: ExportGraphSignature) -> list[dict[str, str]]:
+def anew(signature: ExportGraphSignature) -> list[Any]:
     """As upstream makes them of the specs."""
     return tables(ExportGraphSignature(signature.input_specs, signature.output_specs))
 
@@ -60,7 +62,7 @@ def rename_by_hook(signature: ExportGraphSignature) -> None:
 
 
 def lengthen(signature: ExportGraphSignature) -> None:
-    spec = InputSpec(InputKind.BUFFER, TensorArgument("b_more"), "more", persistent=True)
+    spec = InputSpec(InputKind.BUFFER, TensorArgument("b_more"), "more", persistent=False)
     signature.input_specs.insert(0, spec)
 
 
@@ -87,7 +89,20 @@ def exchange_some(signature: ExportGraphSignature) -> None:
     signature.input_specs[:2] = rest
 
 
-CHANGES = (rename, rename_by_hook, lengthen, shorten, exchange, exchange_one, exchange_some)
+def rename_input(signature: ExportGraphSignature) -> None:
+    signature.replace_all_uses("x", "other")
+
+
+CHANGES = (
+    rename,
+    rename_input,
+    rename_by_hook,
+    lengthen,
+    shorten,
+    exchange,
+    exchange_one,
+    exchange_some,
+)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -97,7 +112,7 @@ def test_a_change_is_seen(
     assert isinstance(signature, RememberingSignature)
     before = tables(signature)
     assert all(len(table) == 1 for table in before)
-    assert all(getattr(signature, name) is getattr(signature, name) for name in TABLES)
+    assert all(getattr(signature, name) is getattr(signature, name) for name in (*TABLES, *LISTS))
     change(signature)
     assert tables(signature) == anew(signature) != before
 

@@ -1,14 +1,14 @@
 """Tables of a program's constants that are made once, not for every node.
 
-``ExportGraphSignature`` (torch 2.15) makes ``inputs_to_parameters``, ``inputs_to_buffers`` and
-``inputs_to_lifted_tensor_constants`` anew whenever they are read, and ExecuTorch reads them for
-every node that its partitioner, its passes and its serializer look at: their time grows with the
-square of the number of layers.
+``ExportGraphSignature`` (torch 2.15) makes ``inputs_to_parameters``, ``inputs_to_buffers``,
+``inputs_to_lifted_tensor_constants``, ``non_persistent_buffers`` and ``user_inputs`` anew whenever
+they are read, and ExecuTorch reads them for every node that its partitioner, its passes and its
+serializer look at: their time grows with the square of the number of layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from torch.export import ExportedProgram, ExportGraphSignature
@@ -52,8 +52,8 @@ class RememberingSignature(ExportGraphSignature):
         super().replace_all_uses(old, new)
         self.__dict__.pop(_TABLES, None)
 
-    def _remembered(self, name: str) -> Table:
-        tables: dict[tuple[str, int, int], Table] = self.__dict__.setdefault(_TABLES, {})
+    def _remembered(self, name: str) -> Any:
+        tables: dict[tuple[str, int, int], Any] = self.__dict__.setdefault(_TABLES, {})
         specs = cast(_Watched, self.input_specs)
         key = name, len(specs), specs.changes
         if key not in tables:
@@ -63,17 +63,27 @@ class RememberingSignature(ExportGraphSignature):
     @property
     def inputs_to_parameters(self) -> Table:
         """Names of parameters, by placeholder."""
-        return self._remembered("inputs_to_parameters")
+        return cast(Table, self._remembered("inputs_to_parameters"))
 
     @property
     def inputs_to_buffers(self) -> Table:
         """Names of buffers, by placeholder."""
-        return self._remembered("inputs_to_buffers")
+        return cast(Table, self._remembered("inputs_to_buffers"))
 
     @property
     def inputs_to_lifted_tensor_constants(self) -> Table:
         """Names of other constants, by placeholder."""
-        return self._remembered("inputs_to_lifted_tensor_constants")
+        return cast(Table, self._remembered("inputs_to_lifted_tensor_constants"))
+
+    @property
+    def non_persistent_buffers(self) -> Collection[str]:
+        """Names of buffers that are not in the state dict."""
+        return cast(Collection[str], self._remembered("non_persistent_buffers"))
+
+    @property
+    def user_inputs(self) -> Collection[int | float | bool | str | None]:
+        """Names of placeholders of inputs, and inputs that are numbers."""
+        return cast(Collection[str], self._remembered("user_inputs"))
 
 
 def remember_constants(program: ExportedProgram) -> None:
