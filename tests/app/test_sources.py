@@ -622,6 +622,7 @@ def test_tensor_files(
     ("content", "message"),
     [
         ({"images": X, "x": X}, "images and x, which mean the same"),
+        ({"x": X, "y": X}, r"y means labels, .* name the inputs of a model with several inputs\.0"),
         ({"a": X, "b": X}, "cannot tell the inputs among a, b"),
         ({"a": X, "labels": Y}, "cannot tell the inputs among a, labels"),
         ({"labels": Y}, "cannot tell the inputs among labels"),
