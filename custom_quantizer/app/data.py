@@ -717,11 +717,10 @@ def _named_tensors(
     named = {str(key): value for key, value in content.items()}
     label_key = _one_of(_LABEL_KEYS, named, path)
     labels = None if label_key is None else _tensors([named.pop(label_key)], path)[0]
-    if labels is not None and label_key == "y" and labels.is_floating_point():
+    if labels is not None and label_key == "y" and labels.is_floating_point() and labels.dim() > 1:
         raise InputError(
-            f"{path}: y means labels, which are integers, and it is "
-            f"{str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}; name the "
-            "inputs of a model with several inputs.0, inputs.1, ..."
+            f"{path}: y means labels, one integer for each sample, and is no integers of shape "
+            f"{list(labels.shape)}; name the inputs of a model with several inputs.0, inputs.1, ..."
         )
     input_key = _one_of(_INPUT_KEYS, named, path)
     if input_key is None and len(named) == 1 and labels is None:
