@@ -188,6 +188,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "chains": as_stored("chains"),
     "improve": as_stored("improve"),
     "learned_rounding": as_stored("learned_rounding"),
+    "memory": as_stored("memory"),
     "mutation_score": as_stored("mutation_score"),
     "packed_layers": as_stored("packed_layers"),
     "qat_bias": qat_bias,

@@ -36,6 +36,7 @@ BENCHMARKS = {
     "improve": "improve",
     "chains": "chains",
     "learned_rounding": "learned_rounding",
+    "memory": "memory",
     "mutation_score": "mutation_score",
     "onnxruntime_latency": "onnxruntime_latency",
     "packed_layers": "packed_layers",

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,7 @@ def main() -> None:
     portable_lib._unsafe_reset_threadpool(task["threads"])
     clock = Clock()
     record: Record = {"model": task["model"], "flow": task["flow"], "size": task["size"]}
+    record["measured"] = date.today().isoformat()
     data: bytes | None = None
     try:
         with torch.no_grad():

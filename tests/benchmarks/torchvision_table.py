@@ -89,7 +89,8 @@ def _comparison(timed: Record) -> list[str]:
                 ratio(ours.get("bytes"), ours.get("needed_bytes"), 3),
             )
         )
-    lines = ["## Against the stock flow", "", *table(header, rows), "", *_summary(pairs), ""]
+    lines = ["## Against the stock flow", "", *_dates(pairs), *table(header, rows), ""]
+    lines += [*_summary(pairs), ""]
     failed = [
         f"- {name}, {flow}: {model[flow]['error']}"
         for name, model in pairs.items()
@@ -97,6 +98,21 @@ def _comparison(timed: Record) -> list[str]:
         if "error" in model[flow]
     ]
     return lines + (["Failures:", "", *failed, ""] if failed else [])
+
+
+def _dates(pairs: Record) -> list[str]:
+    """What was measured on the last day, where not all was."""
+
+    def day(model: Record, flow: str) -> str:
+        return str((model.get(flow) or {}).get("measured", ""))
+
+    last = max(day(model, flow) for model in pairs.values() for flow in ("ours", "stock"))
+    new = [name for name, model in pairs.items() if day(model, "ours") == last]
+    timed = [name for name, model in pairs.items() if day(model, "latency") == last]
+    if not last or len(new) == len(timed) == len(pairs):
+        return []
+    what = f"{', '.join(new)} (latency: {', '.join(timed) or 'of none'})"
+    return [f"Measured on {last}: {what}. All else in this table is older.", ""]
 
 
 def before_lowering(record: Record) -> float | None:

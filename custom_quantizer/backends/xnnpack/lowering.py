@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import operator
 import re
@@ -130,9 +131,12 @@ def lower_graph(
     constants = border_constants(graph.borders, "forward")
     validate = not check if validate is None else validate
     edge = _to_edge(rewritten.exported, constants, validate=validate)
+    _collect(graph)
     say("writing the program")
     data = to_bytes(edge, graph)
     program = describe_program(data, edge, {"forward": rewritten})
+    del edge, rewritten, data
+    _collect(graph)
     if check:
         from custom_quantizer.backends.xnnpack.checks import check_program
 
@@ -150,6 +154,22 @@ def _check_repeats(converted: GraphModule) -> None:
                 f"{describe(node)} draws random numbers ({node.target}), so that no output can be "
                 "compared with the integer reference; make the numbers an input of the model"
             )
+
+
+def _collect(graph: ConvertedGraph) -> None:
+    """Free what a stage leaves in cycles, which Python would do when it has made more objects.
+
+    Graphs refer to their nodes, which refer to them, so what was exported, partitioned and written
+    stays until then, with copies of the weights. It takes a tenth of a second or more, for which
+    small networks do not wait.
+    """
+    values = (*graph.model.parameters(), *graph.model.buffers())
+    if sum(value.numel() * value.element_size() for value in values) >= _LARGE:
+        gc.collect()
+
+
+_LARGE = 32 << 20
+"""Bytes of constants from which on they are not left to Python's collector."""
 
 
 def _warn_of_state(converted: GraphModule) -> None:
