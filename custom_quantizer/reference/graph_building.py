@@ -43,7 +43,7 @@ from custom_quantizer.core.graph import (
     module_stack,
 )
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
-from custom_quantizer.ops.rewrites.canonical import OVERWRITTEN
+from custom_quantizer.ops.rewrites.writes import OVERWRITTEN
 from custom_quantizer.reference.graph_document import (
     ConstantEntry,
     DimEntry,

@@ -41,7 +41,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
 )
 from custom_quantizer.core.graph import is_dequantize, is_quantize
 from custom_quantizer.errors import CustomQuantizerError, LoweringError, first_line
-from custom_quantizer.ops.rewrites.canonical import mark_overwritten
+from custom_quantizer.ops.rewrites.writes import mark_overwritten
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
 __all__ = [

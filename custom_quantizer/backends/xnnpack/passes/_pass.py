@@ -24,7 +24,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
-from custom_quantizer.ops.rewrites.canonical import overwritten_by
+from custom_quantizer.ops.rewrites.writes import overwritten_by
 
 aten = torch.ops.aten
 

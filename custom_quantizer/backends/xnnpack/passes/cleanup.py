@@ -11,7 +11,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import graph_pass, quantized
 from custom_quantizer.core.graph import is_dequantize, is_quantize, tensor_meta
 from custom_quantizer.ops.movement import EXPAND, RESHAPE, SLICE, is_identity
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, adaptive_kernel
-from custom_quantizer.ops.rewrites.canonical import overwritten_by
+from custom_quantizer.ops.rewrites.writes import overwritten_by
 
 aten = torch.ops.aten
 

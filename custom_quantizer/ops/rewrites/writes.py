@@ -1,0 +1,327 @@
+"""In-place ops as functions: an observer cannot stand between an op and its own input.
+
+A write through a view, ``x[:, 1:] += y``, becomes a new value of the tensor that owns the memory,
+with all that was not written as it was; who reads the memory later reads the new value. Where it is
+not certain what shares memory (a reshape copies where it has to), or where the memory is an input's
+or a buffer's, the op stays, and every tensor in that memory is marked: see :func:`overwritten_by`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import argument, describe, shape_of, tensor_meta, written_inputs
+from custom_quantizer.core.rewriting import Insertion, replace
+
+__all__ = ["OVERWRITTEN", "functionalize", "mark_overwritten", "overwritten_by"]
+
+aten = torch.ops.aten
+
+
+def functional_overload(target: Any) -> Any | None:
+    """The out-of-place twin of an in-place overload, or ``None`` if it is not in-place."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    namespace, name = target._schema.name.split("::")
+    if namespace != "aten" or not name.endswith("_") or name.startswith("_"):
+        return None
+    packet = getattr(aten, name[:-1], None)
+    return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def overwritten_by(node: Node) -> str | None:
+    """Name of an op that writes into the memory of ``node``'s tensor, if one is left."""
+    return cast("str | None", node.meta.get(OVERWRITTEN))
+
+
+def mark_overwritten(model: GraphModule) -> None:
+    """Let :func:`overwritten_by` know what the writes of a graph reach.
+
+    What :func:`canonicalize` left in place it has marked; exporting a graph again loses that.
+    """
+    for node in model.graph.nodes:
+        for written in written_inputs(node):
+            for alias in (*_aliases(written), node):
+                alias.meta[OVERWRITTEN] = describe(node)
+
+
+OVERWRITTEN = "custom_quantizer_overwritten"
+"""Key in ``node.meta`` of what :func:`overwritten_by` returns."""
+
+# In eval mode these return their input itself, which their schema does not say.
+_PASS_THROUGH = frozenset({operator.getitem, aten.dropout.default, aten.feature_dropout.default})
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether the result of ``node`` may be a view of its first argument.
+
+    In-place ops that come later do not count: they see the new values once ``node`` is functional.
+    """
+    target = node.target
+    if target in _PASS_THROUGH:
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target._schema.is_mutable:
+        return overwritten_by(node) is not None
+    return any(result.alias_info is not None for result in target._schema.returns)
+
+
+def _aliases(written: Node) -> set[Node]:
+    """All nodes whose tensors may share memory with ``written``, itself included."""
+    base = written
+    while _shares_memory(base) and base.args and isinstance(base.args[0], Node):
+        base = base.args[0]
+    aliases, stack = {base}, [base]
+    while stack:
+        for user in stack.pop().users:
+            if user not in aliases and _shares_memory(user) and user.args[0] in aliases:
+                aliases.add(user)
+                stack.append(user)
+    return aliases
+
+
+def _keeps_dtype(node: Node) -> bool:
+    """Whether the functional twin gives the dtype of the tensor that was written."""
+    metas = [tensor_meta(arg) for arg in node.all_input_nodes]
+    written = metas[0]
+    return written is not None and all(
+        meta is None or torch.result_type(written, meta) == written.dtype for meta in metas
+    )
+
+
+_View = tuple[Node, Callable[[Insertion, Node], Node]]
+"""A view, and what makes the new value of its source of a new value of the view."""
+
+
+def functionalize(model: GraphModule) -> None:
+    """Make in-place ops functional, and mark the tensors of those that stay."""
+    writes = _Writes(model)
+    for node in list(model.graph.nodes):
+        for written in written_inputs(node):
+            writes.make_functional(node, written)
+    _write_plainly(model)
+
+
+class _Writes:
+    """The writes of a graph, one after the other.
+
+    Attributes:
+        _order: positions of nodes; what takes the place of one has its position.
+        _equal: by source and arguments of a view, a value that is equal to it.
+    """
+
+    def __init__(self, model: GraphModule) -> None:
+        self._model = model
+        self._order = {node: i for i, node in enumerate(model.graph.nodes)}
+        self._equal: dict[tuple[Node, str], Node] = {}
+
+    def make_functional(self, node: Node, written: Node) -> None:
+        """Put a function in the place of ``node``, or mark what it writes."""
+        if node.target is aten.copy_.default and self._known(written) is node.args[1]:
+            # What ``x[1:] += y`` ends with: its result is assigned to where it is.
+            node.replace_all_uses_with(written)
+            self._model.graph.erase_node(node)
+            return
+        aliases = _aliases(written)
+        functional = functional_overload(node.target)
+        stateful = any(alias.op == "get_attr" for alias in aliases)
+        # A write through a view changes what is later read under another name.
+        others = aliases - {written}
+        seen = any(self._later(alias, node) for alias in others)
+        views = self._views_to_owner(node, written, aliases) if seen else []
+        if functional is None or stateful or views is None or not _keeps_dtype(node):
+            for alias in (*aliases, node):
+                alias.meta[OVERWRITTEN] = describe(node)
+        elif seen:
+            self._write_through(node, written, functional, views, aliases)
+        else:
+            node.meta["original_target"] = node.target
+            node.target = functional
+            self._read(written, node, node)
+
+    def _later(self, alias: Node, node: Node) -> list[Node]:
+        """Who reads ``alias`` after ``node``."""
+        return [user for user in alias.users if self._order[user] > self._order[node]]
+
+    def _read(self, old: Node, new: Node, node: Node) -> None:
+        """Let who reads ``old`` after ``node`` read ``new``."""
+        for user in self._later(old, node):
+            if user is not node:
+                user.replace_input_with(old, new)
+
+    def _known(self, value: Node) -> Node:
+        """A value that ``value``, which may be a view, is equal to."""
+        if not _shares_memory(value) or not value.args or not isinstance(value.args[0], Node):
+            return value
+        return self._equal.get((self._known(value.args[0]), _what(value)), value)
+
+    def _views_to_owner(self, node: Node, written: Node, aliases: set[Node]) -> list[_View] | None:
+        """The views from what is written to what owns the memory.
+
+        ``None``: it is not certain what shares the memory, or only writing in place reaches it.
+        """
+        views: list[_View] = []
+        owner = written
+        while _shares_memory(owner):
+            put_back = _put_back(owner)
+            if put_back is None:
+                return None
+            views.append((owner, put_back))
+            owner = cast(Node, owner.args[0])
+        for alias in aliases:
+            while alias is not owner and self._later(alias, node):
+                if alias.target not in _CERTAIN:
+                    return None
+                alias = cast(Node, alias.args[0])
+        return views if owner.op == "call_function" else None
+
+    def _write_through(
+        self, node: Node, written: Node, functional: Any, views: list[_View], aliases: set[Node]
+    ) -> None:
+        late = [
+            alias
+            for alias in aliases
+            if self._order[alias] < self._order[node] and self._later(alias, node)
+        ]
+        insert = Insertion(self._model, node)
+        before = set(self._model.graph.nodes)
+        result = insert.call(functional, *node.args, **node.kwargs)
+        values = {written: result}
+        for view, put_back in views:
+            source = cast(Node, view.args[0])
+            values[source] = put_back(insert, values[view])
+            self._equal[values[source], _what(view)] = values[view]
+
+        def derived(alias: Node) -> Node:
+            if alias not in values:
+                source = cast(Node, alias.args[0])
+                value = derived(source)
+                with self._model.graph.inserting_before(node):
+                    values[alias] = self._model.graph.node_copy(
+                        alias, lambda arg: value if arg is source else arg
+                    )
+            return values[alias]
+
+        changed = {alias: derived(alias) for alias in late}
+        for added in set(self._model.graph.nodes) - before:
+            self._order[added] = self._order[node]
+        for alias, value in changed.items():
+            self._read(alias, value, node)
+        node.replace_all_uses_with(result)
+        self._model.graph.erase_node(node)
+        result.name = node.name
+
+
+def _what(view: Node) -> str:
+    """What a view takes of its source."""
+    return f"{view.target} {view.args[1:]} {view.kwargs}"
+
+
+_CERTAIN = frozenset(
+    {
+        *(operator.getitem, aten.slice.Tensor, aten.select.int, aten.view.default),
+        *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+        *(aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default),
+        *(aten.detach.default, aten.alias.default, aten.unbind.int, aten.chunk.default),
+        *(aten.split.Tensor, aten.split_with_sizes.default),
+    }
+)
+"""Ops whose results share memory with their first argument in any case."""
+
+_SAME_ORDER = frozenset(
+    {
+        *(aten.view.default, aten.detach.default, aten.alias.default, aten.unsqueeze.default),
+        *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+    }
+)
+"""Views of all of a tensor, whose values are in its order."""
+
+
+def _put_back(view: Node) -> Callable[[Insertion, Node], Node] | None:
+    """What makes the new value of a view's source of a new value of the view, if that is known."""
+    source = cast(Node, view.args[0])
+    if tensor_meta(source) is None:
+        return None
+    shape: tuple[Any, ...] = shape_of(source)  # sizes may be symbolic
+    if view.target in _SAME_ORDER and all(isinstance(size, int) for size in shape):
+        return lambda insert, value: insert.reshape(value, shape)
+    if view.target is aten.transpose.int:
+        a, b = view.args[1:]
+        return lambda insert, value: insert.call(aten.transpose.int, value, a, b)
+    if view.target is aten.permute.default:
+        order = [int(dim) % len(shape) for dim in cast("list[int]", view.args[1])]
+        back = sorted(range(len(shape)), key=order.__getitem__)
+        return lambda insert, value: insert.permute(value, back)
+    if view.target in (aten.slice.Tensor, aten.select.int):
+        dim = int(argument(view, 1, "dim", 0)) % len(shape)
+        size = shape[dim]
+        if not isinstance(size, int):
+            return None
+        if view.target is aten.select.int:
+            index = argument(view, 2, "index")
+            if not isinstance(index, int):
+                return None
+            start = index % size
+            return partial(_between, source, dim, start, start + 1, is_row=True)
+        start, stop = argument(view, 2, "start", None), argument(view, 3, "end", None)
+        if argument(view, 4, "step", 1) != 1 or any(isinstance(at, Node) for at in (start, stop)):
+            return None
+        start, stop, _ = slice(start, stop).indices(size)
+        return partial(_between, source, dim, start, max(start, stop), is_row=False)
+    return None
+
+
+def _between(
+    source: Node,
+    dim: int,
+    start: int,
+    stop: int,
+    insert: Insertion,
+    value: Node,
+    *,
+    is_row: bool,
+) -> Node:
+    """``source`` with ``value`` in the place of ``source[start:stop]`` along a dim."""
+    size = shape_of(source)[dim]
+    row = insert.call(aten.unsqueeze.default, value, dim) if is_row else value
+    parts = [row]
+    if start > 0:
+        parts.insert(0, insert.slice(source, dim, 0, start))
+    if stop < size:
+        parts.append(insert.slice(source, dim, stop, size))
+    return row if len(parts) == 1 else insert.call(aten.cat.default, parts, dim)
+
+
+def _write_plainly(model: GraphModule) -> None:
+    """What a tensor is overwritten with is that, not an op on what was there before."""
+    for node in list(model.graph.nodes):
+        if overwritten_by(node) is not None or node.target not in _OVERWRITE_ALL:
+            continue
+        kept = tensor_meta(cast(Node, node.args[0]))
+        if kept is None or not all(isinstance(size, int) for size in kept.shape):
+            continue
+        if node.target is not aten.copy.default:
+            number = argument(node, 1, "value", 0)
+            if isinstance(number, (int, float)):
+                value = torch.full(kept.shape, number, dtype=kept.dtype)
+                replace(model, node, Insertion(model, node).constant("value", value))
+            continue
+        given = cast(Node, node.args[1])
+        meta = tensor_meta(given)
+        if meta is None or meta.dtype != kept.dtype or overwritten_by(given) is not None:
+            continue
+        if meta.shape == kept.shape:
+            node.replace_all_uses_with(given)
+        else:
+            node.target, node.args = aten.expand.default, (given, list(kept.shape))
+
+
+_OVERWRITE_ALL = frozenset({aten.copy.default, aten.fill.Scalar, aten.zero.default})
+"""Ops of whose first argument only shape and dtype count."""
