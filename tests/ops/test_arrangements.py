@@ -319,6 +319,8 @@ RUN: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
     "diagonal": (lambda x: x.diagonal(1, 1, 2), (2, 4, 6)),
     "as_strided": (lambda x: x.as_strided((2, 3, 4), (24, 6, 2), 1), (2, 4, 6)),
     "windows": (lambda x: x.unfold(1, 3, 2), (2, 7, 3)),
+    "windows of an image": (lambda x: x.unfold(2, 5, 3).unfold(3, 4, 4), (2, 6, 11, 8)),
+    "windows side by side": (lambda x: x.unfold(3, 2, 2), (2, 3, 4, 6)),
     "rot90": (lambda x: x.rot90(3, (1, 2)), (2, 4, 6)),
     "reflected": (lambda x: F.pad(x, (1, 2, 2, 1), mode="reflect"), (2, 3, 4, 6)),
     "replicated": (lambda x: F.pad(x, (1, 2, 0, 1), mode="replicate"), (2, 3, 4, 6)),

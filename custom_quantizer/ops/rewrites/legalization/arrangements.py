@@ -125,7 +125,8 @@ class _Gather:
 
     Attributes:
         taken: by dim of the input, which entries.
-        dims: by dim of the result, the dim of the input it shows; ``None``: it repeats.
+        dims: by dim of the result, the dim of the input it shows; ``None``: it repeats. Several
+            may show one: windows, and the entries of each.
         shape: of the result.
     """
 
@@ -146,16 +147,21 @@ class _Gather:
             sums = sums + steps
         if not torch.equal(sums.expand_as(places), places):
             return None
-        taken = [[int(c)] for c in torch.unravel_index(first, tuple(source))]
+        start = [int(c) for c in torch.unravel_index(first, tuple(source))]
+        taken = [[c] for c in start]
         dims: list[int | None] = []
         for line in lines:
             coordinates = torch.unravel_index(line, tuple(source))
             moving = [j for j, c in enumerate(coordinates) if int(c.min()) != int(c.max())]
-            if len(moving) > 1 or (moving and moving[0] in dims):
+            if len(moving) > 1:
                 return None
             dims.append(moving[0] if moving else None)
-            if moving:
-                taken[moving[0]] = [int(c) for c in coordinates[moving[0]]]
+            for j in moving:
+                steps = [int(c) - start[j] for c in coordinates[j]]
+                taken[j] = [entry + step for entry in taken[j] for step in steps]
+        for chosen, size in zip(taken, source, strict=True):
+            if min(chosen) < 0 or max(chosen) >= size:
+                return None  # what looks like steps along one dim goes on to the next row
         return cls(taken, dims, list(places.shape))
 
     def written(self, insert: Insertion, data: Node) -> Node | None:
@@ -174,12 +180,12 @@ class _Gather:
             value = pieces(insert, cast(Node, value), dim, entries)
             if value is None:
                 return None
-        shown = [dim for dim in self.dims if dim is not None]
-        kept = sorted(shown)
-        moved = _reshaped(insert, cast(Node, value), [shape_of(cast(Node, value))[d] for d in kept])
+        shown = [r for r, dim in enumerate(self.dims) if dim is not None]
+        kept = sorted(shown, key=lambda r: (cast(int, self.dims[r]), r))
+        moved = _reshaped(insert, cast(Node, value), [out[r] for r in kept])
         if moved is None:
             return None
-        moved = insert.permute(moved, [kept.index(dim) for dim in shown])
+        moved = insert.permute(moved, [kept.index(r) for r in shown])
         ones = [1 if dim is None else size for dim, size in zip(self.dims, out, strict=True)]
         moved = _reshaped(insert, moved, ones)
         repeats = [size if dim is None else -1 for dim, size in zip(self.dims, out, strict=True)]
