@@ -157,8 +157,8 @@ class _Gather:
                 return None
             dims.append(moving[0] if moving else None)
             for j in moving:
-                steps = [int(c) - start[j] for c in coordinates[j]]
-                taken[j] = [entry + step for entry in taken[j] for step in steps]
+                apart = [int(c) - start[j] for c in coordinates[j]]
+                taken[j] = [entry + step for entry in taken[j] for step in apart]
         for chosen, size in zip(taken, source, strict=True):
             if min(chosen) < 0 or max(chosen) >= size:
                 return None  # what looks like steps along one dim goes on to the next row
