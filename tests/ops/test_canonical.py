@@ -307,14 +307,8 @@ def test_writes_through_views_become_values_of_the_whole(name: str) -> None:
     model = Function(THROUGH_VIEWS[name], conv=conv(), head=conv())
     x = torch.randn(IMAGE)
     with torch.no_grad():
-        wanted = model(x.clone())
-        quantizer = cq.IntegerQuantizer().set_global("a8w8")
-        converted = quantized(model, (x,), quantizer)
-        got = converted(x)
-        # What is written is a unit or more; what is rounded, a hundredth.
-        for a, b in zip(_leaves(got), _leaves(wanted), strict=True):
-            assert float((a - b).abs().max()) < 0.1
-        assert quantizer.last_plan.floating == ()
+        plan, converted, _ = _quantized_closely(model, x)
+        assert plan.floating == ()
         lowered = cq.lower(converted, (x,))
         assert (lowered.report.delegates, lowered.report.outside) == (1, ())
         assert differences(lowered.run(x), cq.integer_reference(converted)(x)) == []
@@ -335,14 +329,7 @@ def test_writes_that_are_seen_elsewhere_stay_in_float_and_say_so(name: str) -> N
     model.function = lambda s, x: inner(s, s.stem(x))
     x = torch.randn(IMAGE)
     with torch.no_grad():
-        wanted = model(x.clone())
-        quantizer = cq.IntegerQuantizer().set_global("a8w8")
-        converted = quantized(model, (x,), quantizer)
-        # Only the stem and what comes in is rounded; a lost write is a whole unit and more.
-        got = converted(x)
-        for a, b in zip(_leaves(got), _leaves(wanted), strict=True):
-            assert float((a - b).abs().max()) < 0.1
-        plan = quantizer.last_plan
+        plan, converted, got = _quantized_closely(model, x)
         assert plan.op("conv2d").scheme == "a8w8"
         reasons = [op.reason for op in plan.floating if "writes into the memory of" in op.reason]
         assert reasons
@@ -351,6 +338,17 @@ def test_writes_that_are_seen_elsewhere_stay_in_float_and_say_so(name: str) -> N
         lowered = cq.lower(converted, (x,))
         for a, b in zip(_leaves(lowered.run(x)), _leaves(got), strict=True):
             assert float((a - b).abs().max()) < 0.1
+
+
+def _quantized_closely(model: nn.Module, x: Tensor) -> tuple[cq.Plan, GraphModule, Any]:
+    """A lost write is off by half a unit and more, a rounding by a hundredth."""
+    wanted = model(x.clone())
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    converted = quantized(model, (x,), quantizer)
+    got = converted(x)
+    for a, b in zip(_leaves(got), _leaves(wanted), strict=True):
+        assert float((a - b).abs().max()) < 0.1
+    return quantizer.last_plan, converted, got
 
 
 def _leaves(value: Any) -> list[Tensor]:

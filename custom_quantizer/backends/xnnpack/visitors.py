@@ -66,10 +66,7 @@ from torch.fx import Node
 
 from custom_quantizer.backends.xnnpack.columns import JoinedColumns, join_columns
 from custom_quantizer.backends.xnnpack.passes import (
-    is_joined,
-    is_moved_first,
-    is_operand_transpose,
-    is_packed,
+    Mark,
 )
 from custom_quantizer.errors import LoweringError
 
@@ -137,9 +134,9 @@ class ConvolutionVisitor(_Convolution):  # type: ignore[misc]
 
     def define_node(self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
         """Write the layer."""
-        if is_packed(node):
+        if Mark.PACKED.on(node):
             self._write_packed(node, xnn_graph, vals_to_ids, debug_handle)
-        elif is_joined(node):
+        elif Mark.JOINED_COLUMNS.on(node):
             self._write_joined(node, xnn_graph, vals_to_ids, debug_handle)
         else:
             super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
@@ -293,7 +290,7 @@ def _reads_what_is_moved_first(node: Node) -> bool:
     if not is_dequant(dequantize) or len(dequantize.users) != 1:
         return False
     quantize = dequantize.args[0]
-    return is_quant(quantize) and len(quantize.users) == 1 and is_moved_first(quantize)
+    return is_quant(quantize) and len(quantize.users) == 1 and Mark.MOVED_FIRST.on(quantize)
 
 
 _HEIGHT, _WIDTH = 2, 3
@@ -379,12 +376,12 @@ def _transpose_before(node: Node) -> Node | None:
     if not (is_quant(quantize) and is_tagged_as_implicit_q_dq(quantize)):
         return None
     found: Node = quantize.args[0]
-    return found if is_operand_transpose(found) else None
+    return found if Mark.OPERAND_TRANSPOSE.on(found) else None
 
 
 def _readers(transpose: Node) -> list[Node]:
     """What reads the result of a marked permute, behind quantize and dequantize."""
-    if not is_operand_transpose(transpose):
+    if not Mark.OPERAND_TRANSPOSE.on(transpose):
         return []
     return [
         reader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -30,18 +31,6 @@ aten = torch.ops.aten
 
 ORIGIN = "custom_quantizer_op"
 """Key in ``node.meta["custom"]``: name of the converted graph's op a node stands for."""
-
-_OPERAND_TRANSPOSE = "custom_quantizer_operand_transpose"
-"""Key in ``node.meta["custom"]`` of a permute that is written as a flag of a product."""
-
-_PACKED = "custom_quantizer_packed"
-"""Key in ``node.meta["custom"]`` of a convolution that is written with two weights to a byte."""
-
-_JOINED = "custom_quantizer_joined_columns"
-"""Key in ``node.meta["custom"]`` of a convolution that is written with columns as channels."""
-
-_MOVED_FIRST = "custom_quantizer_moved_first"
-"""Key in ``node.meta["custom"]`` of a quantize node behind a change of layout, not before it."""
 
 GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 """Calls with a weight and a bias."""
@@ -92,53 +81,26 @@ def set_origin(node: Node, name: str) -> None:
     node.meta["custom"] = {**(node.meta.get("custom") or {}), ORIGIN: name}
 
 
-def mark_operand_transpose(permute: Node) -> None:
-    """Say that a permute, of which a product reads the result, shall be a flag of the product."""
-    _mark(permute, _OPERAND_TRANSPOSE)
+class Mark(Enum):
+    """What a pass tells a visitor of a node: a key in ``node.meta["custom"]``; export keeps it."""
 
+    OPERAND_TRANSPOSE = "custom_quantizer_operand_transpose"
+    """A permute, of which a product reads the result, that is written as a flag of the product."""
+    PACKED = "custom_quantizer_packed"
+    """A pointwise convolution that is written as a layer with two weights to a byte."""
+    JOINED_COLUMNS = "custom_quantizer_joined_columns"
+    """A convolution that is written with neighbouring columns as channels."""
+    MOVED_FIRST = "custom_quantizer_moved_first"
+    """A quantize node of floats that may be put into another layout before it, not after."""
 
-def is_operand_transpose(node: Node) -> bool:
-    """Whether :func:`mark_operand_transpose` was called for a node, across export and passes."""
-    return _is_marked(node, _OPERAND_TRANSPOSE)
+    def put(self, node: Node) -> None:
+        """Mark a node."""
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), self.value: True}
 
-
-def mark_packed(conv: Node) -> None:
-    """Say that a pointwise convolution shall be written as a layer of packed 4-bit weights."""
-    _mark(conv, _PACKED)
-
-
-def is_packed(node: Node) -> bool:
-    """Whether :func:`mark_packed` was called for a node, across export and passes."""
-    return _is_marked(node, _PACKED)
-
-
-def mark_joined(conv: Node) -> None:
-    """Say that a convolution shall be written as one over joined columns."""
-    _mark(conv, _JOINED)
-
-
-def is_joined(node: Node) -> bool:
-    """Whether :func:`mark_joined` was called for a node, across export and passes."""
-    return _is_marked(node, _JOINED)
-
-
-def mark_moved_first(quantize: Node) -> None:
-    """Say that floats may be put into another layout before they are quantized, not after."""
-    _mark(quantize, _MOVED_FIRST)
-
-
-def is_moved_first(node: Node) -> bool:
-    """Whether :func:`mark_moved_first` was called for a node, across export and passes."""
-    return _is_marked(node, _MOVED_FIRST)
-
-
-def _mark(node: Node, key: str) -> None:
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), key: True}
-
-
-def _is_marked(node: Node, key: str) -> bool:
-    custom = node.meta.get("custom")
-    return isinstance(custom, dict) and custom.get(key) is True
+    def on(self, node: Node) -> bool:
+        """Whether a node is marked."""
+        custom = node.meta.get("custom")
+        return isinstance(custom, dict) and custom.get(self.value) is True
 
 
 class Builder:

@@ -12,10 +12,9 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
     Builder,
+    Mark,
     calls,
     graph_pass,
-    is_moved_first,
-    mark_moved_first,
     origin_of,
 )
 from custom_quantizer.core.graph import (
@@ -303,11 +302,11 @@ def move_images_first(model: GraphModule) -> int:
     """
     count = 0
     for node in model.graph.nodes:
-        if not is_quantize(node) or is_moved_first(node):
+        if not is_quantize(node) or Mark.MOVED_FIRST.on(node):
             continue
         image = cast(Node, node.args[0])
         meta = tensor_meta(image) if image.op == "placeholder" else None
         if meta is not None and meta.dim() == 4 and 1 < meta.shape[1] <= _FEW_CHANNELS:
-            mark_moved_first(node)
+            Mark.MOVED_FIRST.put(node)
             count += 1
     return count

@@ -19,15 +19,12 @@ from custom_quantizer.backends.xnnpack.kernels import (
 from custom_quantizer.backends.xnnpack.passes._pass import (
     GEMMS,
     Builder,
+    Mark,
     calls,
     dequantized_constant,
     graph_pass,
-    is_joined,
-    is_packed,
     is_wide,
     is_wide_gemm,
-    mark_joined,
-    mark_packed,
     stored_bits,
 )
 from custom_quantizer.core.graph import (
@@ -193,7 +190,7 @@ def weight_containers(model: GraphModule) -> int:
         pack = linear or pointwise
         stored = weight.args[0]
         if pointwise:
-            mark_packed(node)
+            Mark.PACKED.put(node)
             # Not shared with a layer that reads them otherwise.
             name = f"{cast(Node, stored).target}_packed"
             stored = add_constant(model, name, integers, node)
@@ -281,10 +278,10 @@ def join_columns(model: GraphModule) -> int:
         bound = CONV.match(CONV, node)
         if not (static and constant) or isinstance(bound, str):
             continue
-        if is_packed(node) or is_joined(node) or is_wide_gemm(node):
+        if Mark.PACKED.on(node) or Mark.JOINED_COLUMNS.on(node) or is_wide_gemm(node):
             continue
         if columns_of(bound, bound.groups) is None:
             continue
-        mark_joined(node)
+        Mark.JOINED_COLUMNS.put(node)
         count += 1
     return count

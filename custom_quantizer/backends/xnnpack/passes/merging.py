@@ -11,11 +11,10 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.backends.xnnpack.kernels import WIDEST_PRODUCT
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
+    Mark,
     calls,
     graph_pass,
-    is_operand_transpose,
     is_wide,
-    mark_operand_transpose,
     origin_of,
     quantized_neighbours,
     replace,
@@ -46,10 +45,10 @@ def merge_moves(model: GraphModule) -> int:
     """A view of a view is one view, a permute of a permute one permute; what undoes itself goes."""
     count = 0
     for node in calls(model, PERMUTE.targets):
-        if not is_operand_transpose(node) and _drop_single_sizes(model, node):
+        if not Mark.OPERAND_TRANSPOSE.on(node) and _drop_single_sizes(model, node):
             count += 1
     for node in calls(model, _MOVES):
-        if is_operand_transpose(node):
+        if Mark.OPERAND_TRANSPOSE.on(node):
             continue
         while (inner := _move_before(node)) is not None:
             source = cast(Node, inner.args[0])
@@ -189,7 +188,7 @@ def transpose_second_factors(model: GraphModule) -> int:
         build = Builder(model, node)
         swapped = _swapped(build, factor)
         back = build.call(_PERMUTE, swapped, [0, 2, 1])
-        mark_operand_transpose(back)
+        Mark.OPERAND_TRANSPOSE.put(back)
         node.update_arg(1, build.requantized(back, factor))
         count += 1
     return count
@@ -210,7 +209,7 @@ def _is_integer_product(node: Node) -> bool:
 
 
 def _is_marked(node: Node | None) -> bool:
-    return node is not None and is_operand_transpose(node)
+    return node is not None and Mark.OPERAND_TRANSPOSE.on(node)
 
 
 def _swapped(build: Builder, factor: Node) -> Node:
