@@ -18,6 +18,7 @@ from custom_quantizer.core.graph import (
     shape_of,
     view_sizes,
 )
+from custom_quantizer.core.memory import overwritten_by, shares_memory
 
 __all__ = [
     "FULL_PRECISION",
@@ -145,6 +146,8 @@ def rewrite_calls(
         rewrite = rewrites.get(node.target) if node.op == "call_function" else None
         if rewrite is not None and reads_sizes(node):
             continue  # no form has a window or a shift that only the inputs tell
+        if overwritten_by(node) is not None and shares_memory(node):
+            continue  # a view that is written through has to stay one of the same memory
         # What an earlier rewrite took along has no users any more.
         alive = rewrite is not None and bool(node.users)
         insert = Insertion(model, node, training=training)

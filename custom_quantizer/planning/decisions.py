@@ -15,11 +15,11 @@ from custom_quantizer.core.graph import (
     is_constant,
     tensor_meta,
 )
+from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import FULL_PRECISION
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.ops import OpRule, PatternMatch, Trait, rule_of, unknown_op
 from custom_quantizer.ops.backend import Backend, Support
-from custom_quantizer.ops.rewrites.writes import overwritten_by
 from custom_quantizer.planning.drafts import ANNOTATED_BEFORE, DraftOp, is_annotated, is_float32
 
 

@@ -42,8 +42,8 @@ from custom_quantizer.core.graph import (
     is_quantize,
     module_stack,
 )
+from custom_quantizer.core.memory import OVERWRITTEN
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
-from custom_quantizer.ops.rewrites.writes import OVERWRITTEN
 from custom_quantizer.reference.graph_document import (
     ConstantEntry,
     DimEntry,

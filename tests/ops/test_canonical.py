@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import custom_quantizer as cq
-from custom_quantizer.ops.rewrites.writes import overwritten_by
+from custom_quantizer.core.memory import overwritten_by
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 6, 6)
@@ -71,6 +71,13 @@ def _assign(view: Tensor, value: float) -> None:
     view[...] = value
 
 
+def _through_both(whole: Tensor, part: Tensor) -> Tensor:
+    """Each sees what was written through the other."""
+    part.add_(1.0)
+    whole.mul_(0.5)
+    return part.sub_(0.2)
+
+
 OVERWRITE: dict[str, Callable[[Tensor], Any]] = {
     "add_": lambda t: t.add_(0.5),
     "mul_": lambda t: t.mul_(-0.75),
@@ -86,6 +93,9 @@ OVERWRITE: dict[str, Callable[[Tensor], Any]] = {
     "add_to_itself_": lambda t: t.add_(t),
     "row_": lambda t: t[0].add_(1.0),
     "rows_": lambda t: t[1:].mul_(2.0),
+    "rows_, twice": lambda t: t[1:].add_(1.0).mul_(2.0),
+    "row of rows_": lambda t: t[:, 1:].relu_()[1].sub_(0.3),
+    "row_, whole_": lambda t: _through_both(t, t[0]),
     "row = ": lambda t: _assign(t[0], 0.5),
     "chunk_": lambda t: t.chunk(2, 0)[0].add_(3.0),
     "view_": lambda t: t.view(-1).mul_(0.5),
@@ -106,6 +116,10 @@ DERIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda t: F.dropout(t, 0.5, training=False),
     "movedim": lambda t: t.movedim(0, 1).movedim(1, 0),
     "half": lambda t: torch.cat([t[:1], t[1:]]),
+    "joined": lambda t: torch.cat([t]),
+    "picked": lambda t: t[:, list(range(t.shape[1]))],
+    "repeated": lambda t: t.repeat(1, 1),
+    "cut out": lambda t: torch.cat([t, t])[: len(t)],
 }
 COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a.add_(b)": lambda a, b: a.add_(b),
@@ -292,7 +306,27 @@ def _write_tensor(s: Any, x: Tensor) -> Any:
     return h
 
 
+def _twice(s: Any, x: Tensor) -> Any:
+    h = s.conv(x)
+    h[:, 1:].add_(1.0).mul_(2.0)
+    return s.head(h)
+
+
+def _through_all_names(s: Any, x: Tensor) -> Any:
+    """The memory has four names, each written after another."""
+    h = s.conv(x)
+    rows = h[:, 1:]
+    corner = rows[:, :, 2:]
+    same = rows.add_(1.0)
+    corner.mul_(3.0)
+    h[:, 2].sub_(1.0)
+    same[:, :, 1:].add_(0.5)
+    return h, rows, corner, same
+
+
 THROUGH_VIEWS = {
+    "twice in a row": _twice,
+    "through all names": _through_all_names,
     "assignment to a slice": _write_row,
     "assignment of a tensor": _write_tensor,
     "addition to a slice": _add_to_row,
@@ -312,6 +346,39 @@ def test_writes_through_views_become_values_of_the_whole(name: str) -> None:
         lowered = cq.lower(converted, (x,))
         assert (lowered.report.delegates, lowered.report.outside) == (1, ())
         assert differences(lowered.run(x), cq.integer_reference(converted)(x)) == []
+
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cat of one": lambda t: torch.cat([t], 1),
+    "stack of one": lambda t: torch.stack([t], 1),
+    "cut out of what was joined": lambda t: torch.cat([t, t], 1)[:, :4],
+    "all rows": lambda t: t[:, [0, 1, 2, 3]],
+    "repeated once": lambda t: t.repeat(1, 1, 1, 1),
+    "flip of one row": lambda t: t[:, :1].flip(1),
+    "roll by nothing": lambda t: t.roll(0, 1),
+    "pad by nothing": lambda t: F.pad(t, (0, 0)),
+    "resized to its size": lambda t: F.interpolate(t, scale_factor=1.0),
+}
+
+
+@pytest.mark.parametrize("of", ["the copy", "what was copied"])
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_with_nothing_to_move_stays_one_where_memory_is_written_later(
+    name: str, of: str
+) -> None:
+    def forward(s: Any, x: Tensor) -> tuple[Tensor, ...]:
+        h = s.conv(x)
+        copied = COPIES[name](h)
+        written = copied if of == "the copy" else h
+        written.flatten(1)[:, ::2].add_(1.0)  # stays in place
+        return h, copied
+
+    model, x = Function(forward, conv=nn.Conv2d(4, 4, 1)).eval(), torch.randn(IMAGE)
+    with torch.no_grad():
+        wanted = model(x.clone())
+        graph = canonicalize(capture(model, (x,)))
+        assert _in_place(graph) == ["add_"]
+        assert differences(graph(x), wanted) == []
 
 
 WRITES = {

@@ -3,7 +3,8 @@
 A write through a view, ``x[:, 1:] += y``, becomes a new value of the tensor that owns the memory,
 with all that was not written as it was; who reads the memory later reads the new value. Where it is
 not certain what shares memory (a reshape copies where it has to), or where the memory is an input's
-or a buffer's, the op stays, and every tensor in that memory is marked: see :func:`overwritten_by`.
+or a buffer's, the op stays, and every tensor in that memory is marked
+(:mod:`custom_quantizer.core.memory`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import argument, describe, shape_of, tensor_meta, written_inputs
+from custom_quantizer.core.memory import OVERWRITTEN, aliases_of, overwritten_by, shares_memory
 from custom_quantizer.core.rewriting import Insertion, replace
+from custom_quantizer.ops import QParamSharing, rule_of
+from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 
-__all__ = ["OVERWRITTEN", "functionalize", "mark_overwritten", "overwritten_by"]
+__all__ = ["functionalize", "mark_overwritten"]
 
 aten = torch.ops.aten
 
@@ -35,11 +39,6 @@ def functional_overload(target: Any) -> Any | None:
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
-def overwritten_by(node: Node) -> str | None:
-    """Name of an op that writes into the memory of ``node``'s tensor, if one is left."""
-    return cast("str | None", node.meta.get(OVERWRITTEN))
-
-
 def mark_overwritten(model: GraphModule) -> None:
     """Let :func:`overwritten_by` know what the writes of a graph reach.
 
@@ -47,44 +46,8 @@ def mark_overwritten(model: GraphModule) -> None:
     """
     for node in model.graph.nodes:
         for written in written_inputs(node):
-            for alias in (*_aliases(written), node):
+            for alias in (*aliases_of(written), node):
                 alias.meta[OVERWRITTEN] = describe(node)
-
-
-OVERWRITTEN = "custom_quantizer_overwritten"
-"""Key in ``node.meta`` of what :func:`overwritten_by` returns."""
-
-# In eval mode these return their input itself, which their schema does not say.
-_PASS_THROUGH = frozenset({operator.getitem, aten.dropout.default, aten.feature_dropout.default})
-
-
-def _shares_memory(node: Node) -> bool:
-    """Whether the result of ``node`` may be a view of its first argument.
-
-    In-place ops that come later do not count: they see the new values once ``node`` is functional.
-    """
-    target = node.target
-    if target in _PASS_THROUGH:
-        return True
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if target._schema.is_mutable:
-        return overwritten_by(node) is not None
-    return any(result.alias_info is not None for result in target._schema.returns)
-
-
-def _aliases(written: Node) -> set[Node]:
-    """All nodes whose tensors may share memory with ``written``, itself included."""
-    base = written
-    while _shares_memory(base) and base.args and isinstance(base.args[0], Node):
-        base = base.args[0]
-    aliases, stack = {base}, [base]
-    while stack:
-        for user in stack.pop().users:
-            if user not in aliases and _shares_memory(user) and user.args[0] in aliases:
-                aliases.add(user)
-                stack.append(user)
-    return aliases
 
 
 def _keeps_dtype(node: Node) -> bool:
@@ -94,6 +57,13 @@ def _keeps_dtype(node: Node) -> bool:
     return written is not None and all(
         meta is None or torch.result_type(written, meta) == written.dtype for meta in metas
     )
+
+
+def _may_vanish(node: Node) -> bool:
+    """Whether a call may be rewritten to a view of what it reads: it computes no numbers."""
+    rule = rule_of(node)
+    moves = rule is None or rule.sharing is QParamSharing.SAME
+    return moves and node.target in LEGALIZATIONS
 
 
 _View = tuple[Node, Callable[[Insertion, Node], Node]]
@@ -106,6 +76,7 @@ def functionalize(model: GraphModule) -> None:
     for node in list(model.graph.nodes):
         for written in written_inputs(node):
             writes.make_functional(node, written)
+    writes.read_directly()
     _write_plainly(model)
 
 
@@ -114,7 +85,8 @@ class _Writes:
 
     Attributes:
         _order: positions of nodes; what takes the place of one has its position.
-        _equal: by source and arguments of a view, a value that is equal to it.
+        _equal: by source and arguments of a view, a value that is equal to it. The view stays until
+            all writes are known: one that comes later may go through it.
     """
 
     def __init__(self, model: GraphModule) -> None:
@@ -124,12 +96,12 @@ class _Writes:
 
     def make_functional(self, node: Node, written: Node) -> None:
         """Put a function in the place of ``node``, or mark what it writes."""
-        if node.target is aten.copy_.default and self._known(written) is node.args[1]:
+        if node.target is aten.copy_.default and self._is_same(written, node.args[1]):
             # What ``x[1:] += y`` ends with: its result is assigned to where it is.
             node.replace_all_uses_with(written)
             self._model.graph.erase_node(node)
             return
-        aliases = _aliases(written)
+        aliases = aliases_of(written)
         functional = functional_overload(node.target)
         stateful = any(alias.op == "get_attr" for alias in aliases)
         # A write through a view changes what is later read under another name.
@@ -137,7 +109,8 @@ class _Writes:
         seen = any(self._later(alias, node) for alias in others)
         views = self._views_to_owner(node, written, aliases) if seen else []
         if functional is None or stateful or views is None or not _keeps_dtype(node):
-            for alias in (*aliases, node):
+            self._keep_copies(node, aliases)
+            for alias in (*aliases_of(written), node):
                 alias.meta[OVERWRITTEN] = describe(node)
         elif seen:
             self._write_through(node, written, functional, views, aliases)
@@ -150,15 +123,56 @@ class _Writes:
         """Who reads ``alias`` after ``node``."""
         return [user for user in alias.users if self._order[user] > self._order[node]]
 
+    def _keep_copies(self, node: Node, aliases: set[Node]) -> None:
+        """Copy what later rewrites could make a view of, or with, the memory that ``node`` writes.
+
+        Most ops that only move values are rewritten to views, and to nothing where there is nothing
+        to move, as where a single tensor is concatenated. That must not happen to those that read
+        the memory before it is written, nor to the one whose result it is.
+        """
+        for alias in aliases:
+            for user in list(alias.users):
+                early = self._order[user] < self._order[node] and not shares_memory(user)
+                if early and _may_vanish(user):
+                    user.replace_input_with(alias, self._copy(user, alias))
+        for owner in aliases:
+            if not shares_memory(owner) and _may_vanish(owner):
+                readers = list(owner.users)
+                copied = self._copy(owner, owner)
+                owner.append(copied)  # it was inserted before what it reads
+                for reader in readers:
+                    reader.replace_input_with(owner, copied)
+
+    def _copy(self, node: Node, value: Node) -> Node:
+        """A copy of ``value`` as a part of ``node``."""
+        copied = Insertion(self._model, node).call(aten.clone.default, value)
+        self._order[copied] = self._order[node]
+        return copied
+
     def _read(self, old: Node, new: Node, node: Node) -> None:
         """Let who reads ``old`` after ``node`` read ``new``."""
         for user in self._later(old, node):
             if user is not node:
                 user.replace_input_with(old, new)
 
+    def read_directly(self) -> None:
+        """Let who reads a view of what was written read what was written there."""
+        for node in list(self._model.graph.nodes):
+            known = self._known(node)
+            if known is not node and overwritten_by(node) is None and overwritten_by(known) is None:
+                node.replace_all_uses_with(known)
+
+    def _is_same(self, written: Node, value: object) -> bool:
+        """Whether a value is the one that stands where it is written to."""
+        return (
+            isinstance(value, Node)
+            and self._known(written) is self._known(value)
+            and overwritten_by(written) is None
+        )
+
     def _known(self, value: Node) -> Node:
         """A value that ``value``, which may be a view, is equal to."""
-        if not _shares_memory(value) or not value.args or not isinstance(value.args[0], Node):
+        if not shares_memory(value) or not value.args or not isinstance(value.args[0], Node):
             return value
         return self._equal.get((self._known(value.args[0]), _what(value)), value)
 
@@ -169,7 +183,7 @@ class _Writes:
         """
         views: list[_View] = []
         owner = written
-        while _shares_memory(owner):
+        while shares_memory(owner):
             put_back = _put_back(owner)
             if put_back is None:
                 return None
@@ -191,30 +205,34 @@ class _Writes:
             if self._order[alias] < self._order[node] and self._later(alias, node)
         ]
         insert = Insertion(self._model, node)
-        before = set(self._model.graph.nodes)
-        result = insert.call(functional, *node.args, **node.kwargs)
-        values = {written: result}
+        result = value = insert.call(functional, *node.args, **node.kwargs)
+        owner = written
         for view, put_back in views:
-            source = cast(Node, view.args[0])
-            values[source] = put_back(insert, values[view])
-            self._equal[values[source], _what(view)] = values[view]
+            inner, owner = value, cast(Node, view.args[0])
+            value = put_back(insert, inner)
+            self._equal[value, _what(view)] = inner
+        values = {owner: value}
 
         def derived(alias: Node) -> Node:
+            """The same view of the new value, through which more may be written."""
             if alias not in values:
                 source = cast(Node, alias.args[0])
-                value = derived(source)
+                new = derived(source)
                 with self._model.graph.inserting_before(node):
                     values[alias] = self._model.graph.node_copy(
-                        alias, lambda arg: value if arg is source else arg
+                        alias, lambda arg: new if arg is source else arg
                     )
             return values[alias]
 
         changed = {alias: derived(alias) for alias in late}
-        for added in set(self._model.graph.nodes) - before:
+        after = derived(written)
+        added = node.prev
+        while added not in self._order:
             self._order[added] = self._order[node]
-        for alias, value in changed.items():
-            self._read(alias, value, node)
-        node.replace_all_uses_with(result)
+            added = added.prev
+        for alias, new in changed.items():
+            self._read(alias, new, node)
+        node.replace_all_uses_with(after)
         self._model.graph.erase_node(node)
         result.name = node.name
 

@@ -24,8 +24,8 @@ from custom_quantizer.core.graph import (
     qparams_of,
     tensor_meta,
 )
+from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
-from custom_quantizer.ops.rewrites.writes import overwritten_by
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import graph_pass, quantized_neighbours, replace
 from custom_quantizer.core.graph import is_dequantize, is_quantize, tensor_meta
+from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.ops.movement import EXPAND, RESHAPE, SLICE, is_identity
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, adaptive_kernel
-from custom_quantizer.ops.rewrites.writes import overwritten_by
 
 aten = torch.ops.aten
 
