@@ -166,7 +166,7 @@ class ActivationObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc] 
                 f"{self.name}: {bad.numel()} of {x.numel()} values are not finite (the first is "
                 f"{float(bad[0])}); check the calibration data and the ops before this one"
             )
-        if self._solved is not None:
+        if self._solved is not None:  # setting an attribute of a module takes longer than to ask
             self._solved = None
         self._extend(low, high)
         counts = self.counts

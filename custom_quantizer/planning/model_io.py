@@ -140,8 +140,11 @@ def _wanted_by_readers(node: Node, anchors: dict[Node, DraftOp]) -> TensorScheme
             elif not op.moves_values and op.activation is not None and not op.is_dynamic:
                 wanted.append(op.wanted(op.match.inputs.index(tensor)))
     # One with zero point 0 cannot become another one for free; the other way round it is the same.
-    key = lambda fmt: (fmt.format.bits, not fmt.symmetric)  # noqa: E731
-    return max(wanted, key=key, default=_DEFAULT_BORDER)
+    return max(
+        wanted,
+        key=lambda fmt: (fmt.format.bits, not fmt.symmetric),
+        default=_DEFAULT_BORDER,
+    )
 
 
 def return_integers(io: ModelIO, config: Config, producer: dict[Node, DraftOp]) -> None:

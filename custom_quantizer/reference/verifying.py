@@ -120,9 +120,7 @@ def instrumented(
     taps: list[tuple[str, float]] = []
     results: list[Node] = []
     (output,) = (node for node in model.graph.nodes if node.op == "output")
-    for node in list(model.graph.nodes):
-        if node.target is not QUANTIZE_PER_TENSOR or is_constant(node.args[0]):
-            continue
+    for node in _quantizations(model):
         with model.graph.inserting_before(output):
             results.append(model.graph.call_function(DEQUANTIZE_PER_TENSOR, (node, *node.args[1:])))
         taps.append((cast(Node, node.args[0]).name, cast(float, node.args[1])))
@@ -135,6 +133,12 @@ def instrumented(
     return model, taps
 
 
+def _quantizations(model: GraphModule) -> list[Node]:
+    """What makes the quantized tensors of a converted graph, in execution order."""
+    quantizes = (node for node in model.graph.nodes if node.target is QUANTIZE_PER_TENSOR)
+    return [node for node in quantizes if not is_constant(node.args[0])]
+
+
 def tapped_integers(tapped: GraphModule, results: Sequence[Any]) -> dict[Node, Tensor]:
     """The integers of each quantize node of an :func:`instrumented` graph, int64.
 
@@ -142,11 +146,7 @@ def tapped_integers(tapped: GraphModule, results: Sequence[Any]) -> dict[Node, T
         tapped: the graph.
         results: what a program of it returns, flat: a float32 tensor for each node comes first.
     """
-    nodes = [
-        node
-        for node in tapped.graph.nodes
-        if node.target is QUANTIZE_PER_TENSOR and not is_constant(node.args[0])
-    ]
+    nodes = _quantizations(tapped)
     found: dict[Node, Tensor] = {}
     for node, real in zip(nodes, results[: len(nodes)], strict=True):
         qparams = qparams_of(tapped, node)

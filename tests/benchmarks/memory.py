@@ -49,9 +49,9 @@ def peaks(name: str, flow: str) -> Record:
     import torch
 
     sys.path.insert(0, str(Path(__file__).parent))
+    from support.chains import convert_in_stages
     from support.models import torchvision_model
     from torch import nn
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchvision_flow import Clock, lower_stock, stock_quantizer
 
     import custom_quantizer as cq
@@ -59,17 +59,9 @@ def peaks(name: str, flow: str) -> Record:
     torch.set_num_threads(1)
 
     def run(model: nn.Module, x: Any, stage: Callable[[str], Any]) -> None:
-        with stage("capture"):
-            captured = torch.export.export(model, (x,)).module()
-        with stage("prepare"):
-            quantizer = cq.IntegerQuantizer().set_global("a8w8")
-            prepared = prepare_pt2e(captured, quantizer if flow == "ours" else stock_quantizer())
-            del captured
-        with stage("calibrate"):
-            prepared(x)
-        with stage("convert"):
-            converted = convert_pt2e(prepared)
-            del prepared
+        ours = cq.IntegerQuantizer().set_global("a8w8")
+        quantizer = ours if flow == "ours" else stock_quantizer()
+        converted = convert_in_stages(model, x, quantizer, stage)
         with stage("lower"):
             if flow == "ours":
                 cq.lower(converted, (x,))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
@@ -35,22 +37,28 @@ Meter = Callable[[str], AbstractContextManager[None]]
 """Measures what runs inside of it, by the name of a stage."""
 
 
+def convert_in_stages(model: nn.Module, x: Tensor, quantizer: Any, stage: Meter) -> GraphModule:
+    """From the model to a converted graph; no stage leaves its input in memory."""
+    with stage("capture"):
+        captured = torch.export.export(model, (x,)).module()
+    with stage("prepare"):
+        prepared = prepare_pt2e(captured, quantizer)
+        del captured
+    with stage("calibrate"):
+        prepared(x)
+    with stage("convert"):
+        converted: GraphModule = convert_pt2e(prepared)
+        del prepared
+    return converted
+
+
 def run_stages(model: nn.Module, x: Tensor, stage: Meter) -> cq.LoweredProgram:
     """From the model to a program that was checked: each stage of this package inside of a meter.
 
     The last one, ``lower``, has stages of its own that ``progress`` tells of; the names of those
     say what they do.
     """
-    with stage("capture"):
-        captured = torch.export.export(model, (x,)).module()
-    with stage("prepare"):
-        prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
-        del captured
-    with stage("calibrate"):
-        prepared(x)
-    with stage("convert"):
-        converted = convert_pt2e(prepared)
-        del prepared
+    converted = convert_in_stages(model, x, cq.IntegerQuantizer().set_global("a8w8"), stage)
     inner: list[AbstractContextManager[None]] = []
 
     def begin(name: str) -> None:

@@ -18,14 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from custom_quantizer.backends.xnnpack.groups import INPUTS, rounded_up
 from custom_quantizer.core.graph import argument, shape_of, tensor_meta
 from custom_quantizer.ops import PatternMatch
 from custom_quantizer.ops.gemm import CONV, per_dim, symmetric_padding
 
 __all__ = ["JoinedColumns", "columns_of", "join_columns"]
-
-_ROUNDED_TO = 8
-"""Channels of a tap are rounded up to it: ``kr`` of the int8 kernels."""
 
 _WORTH = 0.75
 """Joined where no more than this part of the products is left. Copying the image costs something,
@@ -88,7 +86,7 @@ def join_columns(
         padding: on each side, in columns.
     """
     outputs = (columns + 2 * padding - taps) // stride + 1
-    least, found = _WORTH * taps * _up(channels, _ROUNDED_TO), None
+    least, found = _WORTH * taps * rounded_up(channels, INPUTS), None
     for factor in range(2, gcd(columns, stride) + 1):
         if columns % factor or stride % factor:
             continue
@@ -97,16 +95,12 @@ def join_columns(
         joined_taps = -(-(taps + zeros) // factor)
         width, step = columns // factor, stride // factor
         right = max(0, (outputs - 1) * step + joined_taps - left - width)
-        work = joined_taps * _up(factor * channels, _ROUNDED_TO)
+        work = joined_taps * rounded_up(factor * channels, INPUTS)
         if (left + width + right - joined_taps) // step + 1 == outputs and work <= least:
             after = factor * joined_taps - taps - zeros
             found = JoinedColumns(factor, (zeros, after), joined_taps, step, (left, right))
             least = work
     return found
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def columns_of(match: PatternMatch, groups: int) -> JoinedColumns | None:

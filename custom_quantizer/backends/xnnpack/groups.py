@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["DEPTHWISE_TAPS", "join_factor", "joined"]
+__all__ = ["DEPTHWISE_TAPS", "INPUTS", "join_factor", "joined", "rounded_up"]
 
 DEPTHWISE_TAPS = 25
 """Most taps of a depthwise int8 kernel (``src/configs/dwconv-config.c`` of XNNPACK 92a7ad50)."""
 
-_INPUTS, _OUTPUTS = 8, 16
+INPUTS, _OUTPUTS = 8, 16
 """What a matrix product is rounded up to: ``kr`` and ``nr`` of the int8 kernels."""
 
 _MOST_INPUTS = 16
@@ -35,13 +35,14 @@ def join_factor(groups: int, weight: tuple[int, ...]) -> int:
         return 1
 
     def work(factor: int) -> float:
-        return _up(factor * outputs, _OUTPUTS) * _up(factor * inputs, _INPUTS) / factor
+        return rounded_up(factor * outputs, _OUTPUTS) * rounded_up(factor * inputs, INPUTS) / factor
 
     factors = [f for f in range(1, _MOST_INPUTS // inputs + 1) if groups % f == 0]
     return min(factors, key=work, default=1)
 
 
-def _up(value: int, multiple: int) -> int:
+def rounded_up(value: int, multiple: int) -> int:
+    """The first multiple that is not smaller."""
     return -(-value // multiple) * multiple
 
 
