@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -436,21 +437,69 @@ def test_a_pad_of_integers_that_stays_float_is_quantized_at_once() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [(), (0, 3)])
-def test_a_clamp_of_integers_is_the_last_of_its_chain(dynamic: tuple[int, ...]) -> None:
-    """Two of them in one chain of functions abort the process when XNNPACK loads the program."""
+def test_chains_of_all_lengths_can_be_loaded(dynamic: tuple[int, ...]) -> None:
+    """XNNPACK aborts the process when it loads a chain of exactly 10 ops; a tanh takes 3."""
 
-    def chain(_self: Function, x: Tensor) -> Tensor:
-        x = x + x
-        for _ in range(2):
-            x = torch.tanh(torch.relu(torch.sigmoid(x)))
-        return x + 1.0
+    def chains(_self: Function, x: Tensor) -> list[Tensor]:
+        ends = []
+        for functions, clamps in itertools.product(range(4), range(4)):
+            y = x + x
+            for i in range(functions):
+                y = (torch.tanh, F.silu)[i % 2](y)
+            for i in range(clamps):
+                y = F.hardtanh(y, -0.7 + 0.1 * i, 0.8)
+            ends.append(y[:, :1] + 1.0)
+        return ends
 
     x = torch.randn(2, *IMAGE[1:])
     sizes = {dim: torch.export.Dim(f"d{dim}", min=1, max=8) for dim in dynamic}
-    captured = convert(Function(chain), (x,), dynamic_shapes=((sizes,),)).graph
-    assert run_passes(copy.deepcopy(captured))["break_chains"] == 2
+    captured = convert(Function(chains), (x,), dynamic_shapes=((sizes,),)).graph
+    assert run_passes(copy.deepcopy(captured))["break_chains"] > 0
     program = cq.lower(captured, (x,))
     assert differences(program.run(x), cq.integer_reference(captured)(x)) == []
+
+
+HALF, EYE = torch.tensor([0.5]), torch.eye(6)
+
+
+def _repeated(function: Callable[..., Tensor], times: int) -> Callable[..., Tensor]:
+    """Integers, a function over and over, integers."""
+
+    def repeated(_self: Function, x: Tensor) -> Tensor:
+        x = on(x)
+        for _ in range(times):
+            x = function(x)
+        return on(x)
+
+    return repeated
+
+
+@pytest.mark.parametrize(
+    ("function", "times", "count"),
+    [
+        (torch.sin, 7, 0),
+        (torch.sin, 8, 1),
+        (torch.sin, 18, 1),
+        (torch.sin, 40, 0),  # no integers where XNNPACK cuts it
+        (lambda x: on(torch.sin(x)), 2, 0),
+        (lambda x: on(torch.sin(x)), 3, 1),
+        (lambda x: on(torch.sin(x)), 6, 2),
+        (lambda x: on(F.relu(x)), 3, 1),
+        (lambda x: on(x + x), 3, 1),
+        (lambda x: on(x * 0.5), 3, 1),
+        (lambda x: on(x * HALF), 3, 1),
+        (lambda x: on(torch.sin(x)).permute(0, 1, 3, 2), 4, 0),
+        (lambda x: F.max_pool2d(on(torch.sin(x)), 1), 4, 0),
+        (lambda x: on(torch.sin(x)) @ EYE, 4, 0),
+    ],
+)
+def test_which_chains_are_broken(function: Callable[..., Tensor], times: int, count: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(IMAGE)
+    graph = capture(Function(_repeated(function, times)), (x,))
+    rewritten, found = after("break_chains", graph)
+    assert found == count
+    assert differences(rewritten(x), graph(x)) == []
 
 
 def test_a_pad_by_another_value_is_not_rounded_to_the_grid() -> None:
@@ -649,7 +698,8 @@ def test_what_a_pass_takes_and_what_it_leaves(
     [
         ("tell_copies_apart", lambda s, x: torch.cat([y := torch.sin(x), y]), 0),
         ("keep_apart", lambda s, x: on(F.relu(on(F.max_pool2d(on(x), 2))), COARSE), 1),
-        ("break_chains", lambda s, x: torch.tanh(on(F.relu(on(x)))), 1),
+        ("break_chains", _repeated(lambda x: on(torch.sin(x)), 4), 1),
+        ("break_chains", _repeated(torch.sin, 8), 1),
         ("means_keep_dims", lambda s, x: x.mean((2, 3)), 1),
     ],
 )

@@ -101,7 +101,6 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         widths.emulate_wide,
         activations.clamps_to_hardtanh,
         activations.keep_apart,
-        activations.break_chains,
     ),
     "boundaries": (
         boundaries.quantize_scalars_as_rows,
@@ -114,6 +113,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         boundaries.move_images_first,
         run_time.flatten_rows,
         run_time.order_images,
+        activations.break_chains,
     ),
 }
 """Constants first, then ops as kernels have them, then widths, then what stands between the two

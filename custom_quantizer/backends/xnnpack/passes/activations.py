@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -21,6 +22,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
 )
 from custom_quantizer.core.graph import (
     effective_users,
+    is_constant,
     is_dequantize,
     is_quantize,
     shape_of,
@@ -119,52 +121,88 @@ def keep_apart(model: GraphModule) -> int:
     return count
 
 
-@graph_pass(
-    "clamps of integers before functions of one tensor",
-    "a reshape between them",
-    requires={"split_activations", "narrow_activations"},
-)
+@graph_pass("long chains of functions of one tensor", "a reshape in them")
 def break_chains(model: GraphModule) -> int:
-    """A clamp of integers that a function of one tensor follows is the last of its chain.
+    """No chain of functions of one int8 tensor has the length at which XNNPACK fails to load it.
 
-    XNNPACK (92a7ad50) makes a table of a chain of such functions when it loads a program. With two
-    clamps from int8 to int8 in one chain it corrupts memory, and the process is aborted.
+    XNNPACK (92a7ad50, ``xnn_subgraph_fuse_unary_quantized_into_lut``) makes a table of a chain of
+    up to 10 ops that ends with integers. It computes the table with a copy of the ops that has room
+    for just 10, where ``xnn_subgraph_rewrite_dequant_bmm`` asks for room for one more: with 10 ops
+    memory is enlarged that was never allocated, and the process is aborted.
     """
     count = 0
-    sums = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)  # clamped at once
-    for node in calls(model, RELU.targets | CLAMP.targets):
-        around = quantized_neighbours(node)
-        if around is None or is_wide(around[0]) or around[0].args[1:] != around[1].args[1:]:
+    for first in list(model.graph.nodes):
+        if not is_dequantize(first) or is_wide(first):
             continue
-        before, after = around
-        stored = cast(Node, before.args[0])
-        maker = stored.args[0] if is_quantize(stored) else None
-        readers = [user for dequantize in after.users for user in dequantize.users]
-        if (isinstance(maker, Node) and maker.target in sums) or not any(map(_maps, readers)):
+        chain = _chain(first)
+        if not any(is_quantize(node) for node in chain[_TOO_LONG - 1 :]):
             continue
-        build = Builder(model, after, origin_of(node))
-        after.replace_input_with(node, _moved(build, build.requantized(node, after), after))
+        before = chain[: _TOO_LONG - 1]
+        quantize = next((node for node in reversed(before) if is_quantize(node)), None)
+        last = before[-1] if quantize is None else cast(Node, quantize.args[0])
+        reader = chain[_TOO_LONG - 1] if quantize is None else quantize
+        build = Builder(model, reader, origin_of(last))
+        value = last if quantize is None else build.requantized(last, quantize)
+        reader.replace_input_with(last, _moved(build, value, quantize))
         count += 1
     return count
 
 
-def _moved(build: Builder, value: Node, like: Node) -> Node:
+_TOO_LONG = 10
+"""Ops of a chain that XNNPACK must not see: shorter ones fit, and longer ones are cut to it."""
+
+
+def _chain(first: Node) -> list[Node]:
+    """What XNNPACK may compute as one table that begins with a dequantize node.
+
+    Rather too many nodes than too few: which of those between integers and floats become ops is
+    not known yet. Of three nodes at least one does, so that no more are needed than are listed.
+    """
+    chain, values = [first], {first.args[0], first}
+    while len(chain) < 3 * _TOO_LONG:
+        last = chain[-1]
+        readers = list(last.users)
+        if is_quantize(last) and len({user for reader in readers for user in reader.users}) == 1:
+            readers = readers[:1]  # all that dequantize these integers do so for one op
+        if len(readers) != 1 or not _is_function_of(readers[0], values):
+            break
+        chain.append(readers[0])
+        values.add(readers[0])
+    return chain
+
+
+def _is_function_of(node: Node, values: set[Any]) -> bool:
+    """Whether a node computes each number of some of ``values`` and single constants."""
+    rule = rule_of(node)
+    moves = rule is not None and rule.sharing is QParamSharing.SAME and rule not in (RELU, CLAMP)
+    return (
+        node.op == "call_function"
+        and not moves
+        and node.target not in GEMMS | {aten.view_copy.default, aten.permute_copy.default}
+        and all(
+            arg in values
+            or (is_dequantize(arg) and arg.args[0] in values)
+            or (is_constant(_stored(arg)) and math.prod(shape_of(arg)) == 1)
+            for arg in node.all_input_nodes
+        )
+    )
+
+
+def _stored(node: Node) -> object:
+    """What a dequantize node reads, else the node itself."""
+    return node.args[0] if is_dequantize(node) else node
+
+
+def _moved(build: Builder, value: Node, like: Node | None) -> Node:
     """A value, moved to where it is: by a reshape, or to and fro where several sizes are dynamic.
 
-    ``like`` has the scale of the value.
+    ``like`` has the scale of the value, if it is one of integers.
     """
     shape = view_sizes(shape_of(value))
     if shape.count(-1) < 2:
         return build.call(aten.view_copy.default, value, shape)
     dims = [1, 0, *range(2, len(shape))]
     turned = build.call(aten.permute_copy.default, value, dims)
-    return build.call(aten.permute_copy.default, build.requantized(turned, like), dims)
-
-
-def _maps(node: Node) -> bool:
-    """Whether a node may be computed as a table: it reads one tensor, and does not move it."""
-    rule = rule_of(node)
-    moves = rule is not None and rule.sharing is QParamSharing.SAME
-    others = (aten.add.Tensor, aten.sub.Tensor, aten.view_copy.default)
-    single = len(node.all_input_nodes) == 1 and node.op == "call_function"
-    return single and not moves and node.target not in others
+    if like is not None:
+        turned = build.requantized(turned, like)
+    return build.call(aten.permute_copy.default, turned, dims)
