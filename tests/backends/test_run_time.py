@@ -19,12 +19,14 @@ class Images(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.wider = nn.Conv2d(8, 16, 2, 2)
+        self.mix = nn.Conv2d(16, 15, 1)
+        self.back = nn.Conv2d(15, 16, 1)
         self.signal = nn.Conv1d(16, 8, 3)
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.depthwise(torch.relu(self.stem(x))))
-        return self.head(torch.relu(self.signal(torch.relu(self.wider(x)).flatten(2))).mean(2))
+        return self.head(torch.relu(self.signal(self.back(self.mix(torch.relu(self.wider(x)))).flatten(2))).mean(2))
 
 
 @pytest.mark.parametrize(("scheme", "decibels"), [("dyn8w8", 35.0), ("dyn8w4", 15.0)])
@@ -36,9 +38,15 @@ def test_dense_convolutions_and_linear_layers_in_one_delegate(scheme: str, decib
     plan, program = converted.plan, cq.lower(converted.graph, (x,))
     assert program.report.delegates == 1
     assert program.report.outside == ()
-    run = {op.node for op in program.report.ops if op.backend is kernels.DYNAMIC_INT8}
-    assert {"conv2d", "conv2d_2"} <= run
-    assert "conv2d_1" not in run
+    run = {op.node: op.backend for op in program.report.ops}
+    packed = kernels.PACKED_INT4 if scheme == "dyn8w4" else kernels.DYNAMIC_INT8
+    layers = {"conv2d": kernels.DYNAMIC_INT8, "conv2d_2": kernels.DYNAMIC_INT8}
+    layers |= {"conv2d_3": packed, "conv2d_4": kernels.DYNAMIC_INT8, "linear": packed}
+    assert {node: run[node] for node in layers} == layers
+    assert {node: plan.op(node).backend for node in layers} == {
+        node: kernel.label for node, kernel in layers.items()
+    }
+    assert run["conv2d_1"] is kernels.FLOAT
     assert "without groups" in plan.op("conv2d_1").reason
     want, got = model(x), program.run(x)
     for image in range(3):  # each has a scale of its own

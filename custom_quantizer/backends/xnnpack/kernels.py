@@ -187,12 +187,11 @@ def _runs_gemm(op: QuantizedOp) -> Verdict:
 def _gemm(match: PatternMatch, formats: Formats) -> Delegation:
     bits = formats.weight_bits or 8
     if formats.dynamic:
-        if match.rule is not LINEAR:
-            each = "image by image"
-            return Delegation(DYNAMIC_INT8, f"activations are quantized at run time, {each}")
-        packed = bits <= 4 and packable_features(match) is not None
+        layer = match.rule is LINEAR or is_pointwise(match)
+        packed = bits <= 4 and layer and packable_features(match) is not None
         kernel = PACKED_INT4 if packed else DYNAMIC_INT8
-        return Delegation(kernel, "activations are quantized at run time, row by row")
+        each = "row by row" if match.rule is LINEAR else "image by image"
+        return Delegation(kernel, f"activations are quantized at run time, {each}")
     per_channel = formats.granularity == "per_channel"
     if match.rule is CONV_TRANSPOSE and per_channel and match.groups > 1:
         return Delegation(
