@@ -26,7 +26,8 @@ class Images(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.depthwise(torch.relu(self.stem(x))))
-        return self.head(torch.relu(self.signal(self.back(self.mix(torch.relu(self.wider(x)))).flatten(2))).mean(2))
+        x = self.back(self.mix(torch.relu(self.wider(x))))
+        return self.head(torch.relu(self.signal(x.flatten(2))).mean(2))
 
 
 @pytest.mark.parametrize(("scheme", "decibels"), [("dyn8w8", 35.0), ("dyn8w4", 15.0)])
