@@ -108,7 +108,7 @@ FOUND_LOWERED = {
         ),
         seed=91,
     ),
-    # Two clamps from int8 to int8 in one chain of functions: the process was aborted.
+    # A chain of exactly 10 functions: the process was aborted.
     "functions of narrow integers in a row": Sample(
         ((2, 8, 5, 7),),
         (
@@ -118,6 +118,30 @@ FOUND_LOWERED = {
             Step("add", "itself"),
         ),
         default="a4w8",
+    ),
+    # The same, with a tensor that is read at the start of the chain and in it.
+    "functions of narrow integers and of what they read": Sample(
+        ((2, 3, 5, 8),),
+        (
+            Step("silu", "in_place", (1,), behind="clamp_min"),
+            Step("relu", "plain", (3, 1), behind="relu6"),
+            Step("floor", "rank2", (5,), fit="layer", behind="relu6"),
+            Step("add", "relu6", (2,), fit="first", behind="relu6"),
+            Step("add", "relu6", (4,), fit="layer", behind="hardtanh"),
+        ),
+        default="a5w12-per_tensor-bias27-moving_average",
+        rules=(
+            ("node", 0, "a8w8-symmetric-narrow-bias6-histogram"),
+            ("module", 3, "a14w5-bias12-lsq"),
+        ),
+        outputs_as="a8",
+        seed=246,
+    ),
+    # Pointwise convolutions that quantize at run time: the plan named another kernel.
+    "a pointwise convolution of 4-bit weights behind a slice": Sample(
+        ((2, 8, 6, 4),),
+        (Step("conv", "2d_pointwise"), Step("split", "unbind", (1,), fit="layer", behind="relu")),
+        default="dyn8w4",
     ),
 }
 
