@@ -207,6 +207,16 @@ def test_dynamic_linear(name: str) -> None:
         assert "run time" in bias.reason
 
 
+@pytest.mark.parametrize("name", ["a8w8", "a8w8-biasfloat", "a8w10", "a8w10-biasfloat"])
+def test_plans_know_where_a_layer_with_its_bias_runs(name: str) -> None:
+    example = (torch.randn(2, 8),)
+    converted = convert(nn.Linear(8, 4).eval(), example, name)
+    lowered = cq.lower(converted.graph, example)
+    (planned,), (run,) = converted.plan.ops, lowered.report.ops
+    assert planned.backend == run.backend.label
+    assert ("bias in float" in planned.note) == (name == "a8w10-biasfloat")
+
+
 def test_each_distinct_format_is_requantized_once() -> None:
     class Borders(nn.Module):
         def __init__(self) -> None:

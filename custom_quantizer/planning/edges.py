@@ -347,15 +347,22 @@ def _predict(op: DraftOp, backend: Backend) -> Delegation:
     weight = None
     if op.scheme is not None and match.weight is not None:
         weight = cast(Support, op.support).weight(op.scheme, match)
-    return backend.predict(
-        match,
-        Formats(
-            activation.format.bits,
-            None if weight is None else weight.format.bits,
-            "per_tensor" if weight is None else weight.granularity,
-            op.is_dynamic,
-        ),
+    formats = Formats(
+        activation.format.bits,
+        None if weight is None else weight.format.bits,
+        "per_tensor" if weight is None else weight.granularity,
+        op.is_dynamic,
     )
+    found = backend.predict(match, formats)
+    if found.kernel is backend.wide and match.bias is not None and _bias_in_float(op):
+        return Delegation(
+            backend.missing, f"int{formats.bits} and a bias in float: computed in float"
+        )
+    return found
+
+
+def _bias_in_float(op: DraftOp) -> bool:
+    return op.scheme is not None and op.scheme.bias is None
 
 
 def _estimate_bytes(op: DraftOp, delegation: Delegation | None) -> int:
