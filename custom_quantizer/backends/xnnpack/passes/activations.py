@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from custom_quantizer.core.graph import (
     is_dequantize,
     is_quantize,
     shape_of,
+    tensor_meta,
     view_sizes,
 )
 from custom_quantizer.ops import QParamSharing, rule_of
@@ -182,10 +182,15 @@ def _is_function_of(node: Node, values: set[Any]) -> bool:
         and all(
             arg in values
             or (is_dequantize(arg) and arg.args[0] in values)
-            or (is_constant(_stored(arg)) and math.prod(shape_of(arg)) == 1)
+            or (is_constant(_stored(arg)) and _is_single(arg))
             for arg in node.all_input_nodes
         )
     )
+
+
+def _is_single(node: Node) -> bool:
+    meta = tensor_meta(node)
+    return meta is not None and meta.numel() == 1
 
 
 def _stored(node: Node) -> object:
