@@ -314,6 +314,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "channel_slices_to_convs",
         "keep_apart",
         "tell_copies_apart",
+        "rescale_behind_moves",
         "break_chains",
         "dedicate_run_time",
         "flatten_rows",
@@ -626,7 +627,7 @@ def test_dynamic_sizes_survive() -> None:
 
 Grid = tuple[float, int, int, int, torch.dtype]
 INT8: Grid = (0.0625, 3, -128, 127, torch.int8)
-COARSE: Grid = (0.15, -7, -128, 127, torch.int8)
+COARSE: Grid = (0.15625, -7, -128, 127, torch.int8)
 INT16: Grid = (0.001, 0, -32768, 32767, torch.int16)
 
 
@@ -714,6 +715,50 @@ def test_two_sizes_that_are_not_known(name: str, function: Callable[..., Any], c
     for shape in (IMAGE, (5, 4, 8, 6)):
         x = torch.randn(shape)
         assert differences(rewritten(x), graph(x)) == []
+
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reshape": lambda x: aten.reshape.default(x, (2, 24, 6)),
+    "flatten": lambda x: aten.view_copy.default(x, (2, -1)),
+    "permute": lambda x: x.permute(0, 2, 3, 1),
+    "slice": lambda x: x[:, :, 1:5],
+    "cat": lambda x: torch.cat([x, on(x[:, :1])], 1),
+    "pad": lambda x: F.pad(x, (1, 2)),
+    "max_pool": lambda x: F.max_pool2d(x, 2),
+    "unsqueeze": lambda x: x.unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_what_is_moved_to_another_scale_is_moved_first(name: str) -> None:
+    """XNNPACK refuses a move whose result has another scale; between two of one it has a kernel."""
+
+    def moved(_self: Function, x: Tensor) -> list[Tensor]:
+        x = on(x)
+        other = MOVES[name](x)
+        return [on(other, COARSE), torch.sin(other), on(MOVES[name](x))]
+
+    x = torch.randn(IMAGE)
+    graph = capture(Function(moved), (x,))
+    rewritten, count = after("rescale_behind_moves", graph)
+    assert count == 1
+    assert differences(rewritten(x), graph(x)) == []
+    program = cq.lower(graph, (x,))
+    assert program.report.delegates == 1
+    assert differences(program.run(x)[::2], graph(x)[::2]) == []
+
+
+def test_joined_tensors_of_different_scales_stay_float() -> None:
+    x = torch.randn(IMAGE)
+    graph = capture(
+        Function(lambda s, x: on(torch.cat([on(x), on(torch.sin(x), COARSE)], 1), COARSE)), (x,)
+    )
+    rewritten, count = after("rescale_behind_moves", graph)
+    assert count == 1
+    assert differences(rewritten(x), graph(x)) == []
+    program = cq.lower(graph, (x,))
+    assert program.report.delegates == 1
+    assert differences(program.run(x)[:, :4], graph(x)[:, :4]) == []
 
 
 def test_a_dense_max_pool_is_on_the_grid_of_its_input() -> None:

@@ -103,6 +103,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         activations.keep_apart,
     ),
     "boundaries": (
+        boundaries.rescale_behind_moves,
         boundaries.quantize_scalars_as_rows,
         boundaries.keep_convs_float,
         boundaries.shield_composites,

@@ -29,11 +29,12 @@ from custom_quantizer.core.graph import (
     tensor_meta,
     view_sizes,
 )
-from custom_quantizer.ops import rule_of
+from custom_quantizer.ops import QParamSharing, rule_of
 from custom_quantizer.ops.attention import MATMUL
 from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
-from custom_quantizer.ops.movement import CAT, PAD
+from custom_quantizer.ops.movement import CAT, GETITEM, PAD, SPLIT
+from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR
 
 aten = torch.ops.aten
 
@@ -119,6 +120,50 @@ def dedicate_run_time(model: GraphModule) -> int:
         node.args = (value, scale, zero_point, *node.args[3:])
         count += 1
     return count
+
+
+@graph_pass("moves from one scale to another", "the same integers moved, and then rescaled")
+def rescale_behind_moves(model: GraphModule) -> int:
+    """What moves values between integers of different scales moves those that it is given.
+
+    The partitioner takes it for an op on integers, whatever their scales, and XNNPACK refuses to
+    load that. Where tensors of different scales are joined, a product with one, which changes no
+    bit, keeps the op in float.
+    """
+    count = 0
+    one: Node | None = None
+    for node in list(model.graph.nodes):
+        sources = node.all_input_nodes
+        if not _only_moves(node) or not sources or not all(map(is_dequantize, sources)):
+            continue
+        grids = {source.args[1:3] for source in sources}
+        for quantize in [user for user in node.users if is_quantize(user) and is_static(user)]:
+            if grids == {quantize.args[1:3]}:
+                continue
+            build = Builder(model, quantize, origin_of(node) or node.name)
+            if len(grids) == 1:
+                value = build.requantized(node, sources[0])
+            else:
+                if one is None:
+                    one = _one(model)
+                value = build.call(aten.mul.Tensor, node, one)
+            quantize.replace_input_with(node, value)
+            count += 1
+    return count
+
+
+def _only_moves(node: Node) -> bool:
+    """Whether the results of a call are among the numbers it reads, or zeros."""
+    rule = rule_of(node)
+    if node.target in (aten.view_copy.default, aten.permute_copy.default):
+        return True
+    if rule is None or rule.sharing is not QParamSharing.SAME or rule is UPSAMPLE_BILINEAR:
+        return False
+    return rule not in (RELU, CLAMP, SPLIT, GETITEM) and not isinstance(rule.match(rule, node), str)
+
+
+def _one(model: GraphModule) -> Node:
+    return add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
 
 
 @graph_pass("pads between int8 and float", "pads of integers")
@@ -226,7 +271,7 @@ def shield_composites(model: GraphModule) -> int:
             if is_constant(source.args[0]) or not (product or len(shape_of(source)) == 4):
                 continue
             if one is None:
-                one = add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
+                one = _one(model)
             build = Builder(model, node, origin_of(node) or node.name)
             node.replace_input_with(source, build.call(aten.mul.Tensor, source, one))
             count += 1
