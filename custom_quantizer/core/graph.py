@@ -21,6 +21,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quanti
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.memory import overwritten_by, written_inputs
 from custom_quantizer.errors import ConversionError, InputError
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "is_empty",
     "is_quantize",
     "is_run_time_quantization",
+    "is_same_shape",
     "is_static",
     "module_path",
     "module_stack",
@@ -53,7 +55,6 @@ __all__ = [
     "state_of",
     "tensor_meta",
     "view_sizes",
-    "written_inputs",
 ]
 
 _q = torch.ops.quantized_decomposed
@@ -278,6 +279,19 @@ def shape_of(node: Node) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
+def is_same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are the same for all inputs.
+
+    ``==`` of a dynamic size is about the example that was captured, and fixes the size to it.
+    """
+    return len(a) == len(b) and all(_written(x) == _written(y) for x, y in zip(a, b, strict=True))
+
+
+def _written(size: Any) -> Any:
+    """A size as a number, or as an expression over symbols, of which ``==`` compares the form."""
+    return size if isinstance(size, int) else size.node.expr
+
+
 def view_sizes(shape: Sequence[Any]) -> list[int]:
     """Sizes for a reshape to ``shape``: -1 in the place of a symbolic one."""
     return [size if isinstance(size, int) else -1 for size in shape]
@@ -316,18 +330,6 @@ def reads_sizes(node: Node) -> bool:
 def effective_users(node: Node) -> list[Node]:
     """Users of the value; checks and size queries do not count."""
     return [user for user in node.users if user.target not in ASSERTIONS]
-
-
-def written_inputs(node: Node) -> list[Node]:
-    """The tensors a call writes into."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    values = [
-        node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
-        for i, parameter in enumerate(node.target._schema.arguments)
-        if parameter.alias_info is not None and parameter.alias_info.is_write
-    ]
-    return [value for value in values if isinstance(value, Node)]
 
 
 def state_of(graph: torch.fx.Graph) -> list[Node]:
@@ -398,11 +400,13 @@ def detached_copy(model: GraphModule, *, share_constants: bool = False) -> Graph
 
 
 def is_constant(node: object) -> bool:
-    """Whether ``node`` reads a parameter, buffer or attribute of the module.
+    """Whether ``node`` reads a parameter, buffer or attribute of the module that no call writes.
 
     So does a call that is folded into one at conversion (batch norms in training).
     """
-    return isinstance(node, Node) and (node.op == "get_attr" or FOLDED_KEY in node.meta)
+    if not isinstance(node, Node):
+        return False
+    return (node.op == "get_attr" and overwritten_by(node) is None) or FOLDED_KEY in node.meta
 
 
 def constant_of(model: torch.nn.Module, node: Node) -> torch.Tensor:

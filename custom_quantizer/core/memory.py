@@ -3,20 +3,57 @@
 from __future__ import annotations
 
 import operator
-from typing import cast
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import Node
 
-__all__ = ["OVERWRITTEN", "aliases_of", "overwritten_by", "shares_memory"]
+__all__ = [
+    "OVERWRITTEN",
+    "UNSAID",
+    "aliases_of",
+    "overwritten_by",
+    "shares_memory",
+    "viewed_by",
+    "written_inputs",
+]
 
 aten = torch.ops.aten
 
 OVERWRITTEN = "custom_quantizer_overwritten"
 """Key in ``node.meta`` of what :func:`overwritten_by` returns."""
 
-# In eval mode these return their input itself, which their schema does not say.
-_PASS_THROUGH = frozenset({operator.getitem, aten.dropout.default, aten.feature_dropout.default})
+UNSAID: Mapping[Any, int] = MappingProxyType(
+    {
+        operator.getitem: 0,
+        **dict.fromkeys((aten.alpha_dropout.default, aten.dropout.default), 0),
+        **dict.fromkeys((aten.feature_alpha_dropout.default, aten.feature_dropout.default), 0),
+        **dict.fromkeys((aten.atleast_1d.default, aten.atleast_1d.Sequence), 0),
+        **dict.fromkeys((aten.atleast_2d.default, aten.atleast_2d.Sequence), 0),
+        **dict.fromkeys((aten.atleast_3d.default, aten.atleast_3d.Sequence), 0),
+        **dict.fromkeys((aten.meshgrid.default, aten.meshgrid.indexing), 0),
+        **dict.fromkeys((aten.unsafe_chunk.default, aten.unsafe_split.Tensor), 0),
+        aten._unsafe_view.default: 0,
+        aten.broadcast_tensors.default: 0,
+        aten.cartesian_prod.default: 0,
+        aten.conj_physical.default: 0,
+        aten.data.default: 0,
+        aten.einsum.default: 1,
+        aten.flatten_dense_tensors.default: 0,
+        aten.lift.default: 0,
+        aten.sum_to_size.default: 0,
+        aten.to_dense.default: 0,
+        aten.type_as.default: 0,
+        aten.unsafe_split_with_sizes.default: 0,
+    }
+)
+"""Ops that return an input itself or a view of it, which their schema does not say; by position.
+
+Some only where there is nothing to do (a dropout in evaluation, an ``einsum`` of one operand).
+"""
 
 
 def overwritten_by(node: Node) -> str | None:
@@ -24,30 +61,57 @@ def overwritten_by(node: Node) -> str | None:
     return cast("str | None", node.meta.get(OVERWRITTEN))
 
 
-def shares_memory(node: Node) -> bool:
-    """Whether the result of ``node`` may be a view of its first argument.
+def written_inputs(node: Node) -> list[Node]:
+    """The tensors a call writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    values = [
+        node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
+        for i, parameter in enumerate(node.target._schema.arguments)
+        if parameter.alias_info is not None and parameter.alias_info.is_write
+    ]
+    return [value for value in values if isinstance(value, Node)]
+
+
+def viewed_by(node: Node) -> list[Node]:
+    """The tensors of which the result of ``node`` may be a view, or several results may be some.
 
     In-place ops that come later do not count: they see the new values once ``node`` is functional.
     """
     target = node.target
-    if target in _PASS_THROUGH:
-        return True
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if target._schema.is_mutable:
-        return overwritten_by(node) is not None
-    return any(result.alias_info is not None for result in target._schema.returns)
+    if target in UNSAID:
+        viewed = node.args[UNSAID[target]] if len(node.args) > UNSAID[target] else None
+        if target is aten.einsum.default and len(cast("list[Node]", viewed)) > 1:
+            return []  # a product
+    elif not isinstance(target, torch._ops.OpOverload):
+        return []
+    elif target._schema.is_mutable:
+        return [] if overwritten_by(node) is None else written_inputs(node)
+    elif all(result.alias_info is None for result in target._schema.returns):
+        return []
+    else:
+        viewed = node.args[0] if node.args else None
+    return [value for value in pytree.tree_leaves(viewed) if isinstance(value, Node)]
+
+
+def shares_memory(node: Node) -> bool:
+    """Whether the result of ``node`` may be a view of another tensor: :func:`viewed_by`."""
+    return bool(viewed_by(node))
 
 
 def aliases_of(written: Node) -> set[Node]:
     """All nodes whose tensors may share memory with ``written``, itself included."""
-    base = written
-    while shares_memory(base) and base.args and isinstance(base.args[0], Node):
-        base = base.args[0]
-    aliases, stack = {base}, [base]
+    aliases, stack = {written}, [written]
     while stack:
-        for user in stack.pop().users:
-            if user not in aliases and shares_memory(user) and user.args[0] in aliases:
-                aliases.add(user)
-                stack.append(user)
+        node = stack.pop()
+        near = [*viewed_by(node), *(user for user in node.users if node in viewed_by(user))]
+        if node.op == "get_attr":  # a constant may be read in several places
+            near += [read for read in node.graph.nodes if _is_same_constant(read, node)]
+        new = [alias for alias in near if alias not in aliases]
+        aliases.update(new)
+        stack += new
     return aliases
+
+
+def _is_same_constant(read: Node, node: Node) -> bool:
+    return read.op == "get_attr" and read.target == node.target

@@ -14,11 +14,12 @@ from custom_quantizer.core.graph import (
     FOLDED_KEY,
     add_constant,
     constant_of,
+    is_same_shape,
     reads_sizes,
     shape_of,
     view_sizes,
 )
-from custom_quantizer.core.memory import overwritten_by, shares_memory
+from custom_quantizer.core.memory import overwritten_by, shares_memory, viewed_by
 
 __all__ = [
     "FULL_PRECISION",
@@ -92,10 +93,17 @@ class Insertion:
         """
         if value.op == "get_attr" or any(not isinstance(size, int) for size in shape_of(value)):
             return value
+        if self._reads_state(value):
+            return value
         if self.training:
             value.meta[FOLDED_KEY] = True
             return value
         return self.constant(name, self._evaluate(value))
+
+    def _reads_state(self, value: Node) -> bool:
+        if value.op == "get_attr":
+            return overwritten_by(value) is not None
+        return any(map(self._reads_state, value.all_input_nodes))
 
     def _evaluate(self, value: Node) -> Tensor:
         if value.op == "get_attr":
@@ -106,7 +114,7 @@ class Insertion:
 
     def reshape(self, value: Node, shape: Sequence[Any]) -> Node:
         """Reshape unless the shape is that already; at most one size is symbolic."""
-        if tuple(shape) == tuple(shape_of(value)):
+        if is_same_shape(shape, shape_of(value)):
             return value
         sizes = view_sizes(shape)
         return self.call(aten.reshape.default, value, sizes)
@@ -146,18 +154,62 @@ def rewrite_calls(
         rewrite = rewrites.get(node.target) if node.op == "call_function" else None
         if rewrite is not None and reads_sizes(node):
             continue  # no form has a window or a shift that only the inputs tell
-        if overwritten_by(node) is not None and shares_memory(node):
-            continue  # a view that is written through has to stay one of the same memory
+        if overwritten_by(node) is not None:
+            continue  # a view has to stay one, and what is viewed has to keep its strides
         # What an earlier rewrite took along has no users any more.
         alive = rewrite is not None and bool(node.users)
         insert = Insertion(model, node, training=training)
         result = cast(Rewrite, rewrite)(insert) if alive else None
-        if result is not None:
+        if result is not None and _gives_the_same(result, node):
             replace(model, node, result)
             count += 1
     if count:
         model.graph.eliminate_dead_code()
     return count
+
+
+def _gives_the_same(result: Node, node: Node) -> bool:
+    """Whether a form has dtype and shape of the call, and cannot see writes that the call did not.
+
+    Memory that is written in place (:mod:`custom_quantizer.core.memory`) has to be read when the
+    call reads it: the form may not be a view of it where the call copies, nor read more of it.
+    """
+    wanted, given = (pytree.tree_leaves(n.meta.get("val")) for n in (node, result))
+    if len(wanted) == len(given) and not all(map(_is_like, given, wanted)):
+        return False
+    if not shares_memory(node) and any(overwritten_by(n) for n in _viewed(result)):
+        return False
+    seen, stack = {result}, [result]
+    while stack:
+        part = stack.pop()
+        if original_name(part) != original_name(node) or part is node:
+            if overwritten_by(part) is not None and part not in node.all_input_nodes:
+                return False
+            continue
+        new = [source for source in part.all_input_nodes if source not in seen]
+        seen.update(new)
+        stack += new
+    return True
+
+
+def _is_like(given: Any, wanted: Any) -> bool:
+    if not isinstance(given, Tensor) or not isinstance(wanted, Tensor):
+        return True
+    if given.dtype != wanted.dtype or given.dim() != wanted.dim():
+        return False
+    # Dynamic sizes may be written in different ways.
+    sizes = zip(given.shape, wanted.shape, strict=True)
+    return all(a == b for a, b in sizes if isinstance(a, int) and isinstance(b, int))
+
+
+def _viewed(result: Node) -> set[Node]:
+    """All tensors that a tensor may be a view of, and itself."""
+    seen, stack = {result}, [result]
+    while stack:
+        new = [source for source in viewed_by(stack.pop()) if source not in seen]
+        seen.update(new)
+        stack += new
+    return seen
 
 
 def original_name(node: Node) -> str:

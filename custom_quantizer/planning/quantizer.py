@@ -64,6 +64,7 @@ from custom_quantizer.planning.plan import Derivation, Edge, Plan
 from custom_quantizer.planning.planner import make_plan
 from custom_quantizer.planning.torchao_folding import (
     fold_rightly,
+    leave_state_alone,
     leave_weights_packed,
     prepares_for_training,
 )
@@ -366,6 +367,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
 
 
 fold_rightly(IntegerQuantizer)
+leave_state_alone()
 leave_weights_packed()
 
 

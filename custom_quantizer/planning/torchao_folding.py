@@ -20,9 +20,15 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
 from custom_quantizer.core.graph import is_constant, is_dequantize
+from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.ops.rewrites.batch_norms import fold_in_place
 
-__all__ = ["fold_rightly", "leave_weights_packed", "prepares_for_training"]
+__all__ = [
+    "fold_rightly",
+    "leave_state_alone",
+    "leave_weights_packed",
+    "prepares_for_training",
+]
 
 _FOLDS = ("_fuse_conv_bn_", "_fuse_linear_bn_")
 """What ``prepare_pt2e`` calls to fold batch norms, before it calls the quantizer."""
@@ -88,6 +94,22 @@ def _is_of(quantizer: object, kind: type) -> bool:
     if isinstance(quantizer, ComposableQuantizer):
         return any(_is_of(inner, kind) for inner in quantizer.quantizers)
     return isinstance(quantizer, kind)
+
+
+def leave_state_alone() -> None:
+    """Keep ``convert_pt2e`` from folding what is computed from buffers that the graph writes.
+
+    It takes a buffer for one that changes if a ``copy_`` or ``put_`` writes it (pytorch/ao,
+    ``pt2e/constant_fold.py``, ``_find_mutable_buffers``). What a counter selects that ``add_``
+    writes, and a quantize op reads, would stay what it is at conversion.
+    """
+    deduce = ConstantFolder._deduce_value
+
+    @wraps(deduce)
+    def deduce_value(self: ConstantFolder, node: Node) -> Any:
+        return self.unknown_value if overwritten_by(node) is not None else deduce(self, node)
+
+    ConstantFolder._deduce_value = deduce_value
 
 
 def leave_weights_packed() -> None:

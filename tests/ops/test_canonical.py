@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import (
@@ -20,12 +22,15 @@ from support.graphs import (
     lowered_exactly,
     quantized,
 )
-from support.models import conv
+from support.models import conv, randomize_batch_norms
+from test_arrangements import overloads, takes_one
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.core.graph import set_state
+from custom_quantizer.core.memory import UNSAID, overwritten_by
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 6, 6)
@@ -422,6 +427,213 @@ def _leaves(value: Any) -> list[Tensor]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
+Write = Callable[[Tensor], Any]
+
+
+def _written_later(view: Callable[[Tensor], Tensor], write: Write, *, through: bool = False) -> Any:
+    """A tensor, what ``view`` made of it before one of them was written, and both together."""
+
+    def forward(s: Any, x: Tensor) -> tuple[Tensor, ...]:
+        h = s.conv(x)
+        other = view(h)
+        write(other if through else h)
+        return h * 1.0, other * 1.0, h.sum() + other.sum()
+
+    return forward
+
+
+def _in_place_still(t: Tensor) -> Tensor:
+    return t.flatten(1)[:, ::2].add_(1.0)
+
+
+WRITE: dict[str, Write] = {
+    "all": lambda t: t.add_(1.0),
+    "half": lambda t: t[1:].mul_(2.0),
+    "in place": _in_place_still,
+}
+UNSAID_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "einsum": lambda t: torch.einsum("abcd->abdc", t),
+    "unsafe_split": lambda t: torch.unsafe_split(t, 2, 1)[0],
+    "unsafe_chunk": lambda t: torch.unsafe_chunk(t, 2, 1)[1],
+    "unsafe_view": lambda t: aten._unsafe_view(t, [2, -1]),
+    "lift": lambda t: aten.lift(t),
+    "meshgrid": lambda t: torch.meshgrid(t[0, 0, 0], t[1, 0, 0], indexing="ij")[0],
+    "cartesian_prod": lambda t: torch.cartesian_prod(t.view(-1)),
+    "broadcast_tensors": lambda t: torch.broadcast_tensors(t, t[:1])[1],
+}
+
+
+def _same(function: Callable[..., Any], *inputs: Tensor, **children: nn.Module) -> GraphModule:
+    """The canonical graph, which computes what the captured one does."""
+    model = Function(function, **children).eval()
+    with torch.no_grad():
+        captured = capture(model, inputs)
+        wanted = captured(*(x.clone() for x in inputs))
+        graph = canonicalize(copy.deepcopy(captured))
+        graph.graph.lint()
+        got = graph(*(x.clone() for x in inputs))
+        for a, b in zip(_leaves(got), _leaves(wanted), strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+    return graph
+
+
+@pytest.mark.parametrize("write", WRITE)
+@pytest.mark.parametrize("name", UNSAID_VIEWS)
+def test_views_that_no_schema_tells_see_what_is_written(name: str, write: str) -> None:
+    shared = _written_later(UNSAID_VIEWS[name], WRITE[write])
+    _same(shared, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
+
+
+@pytest.mark.parametrize("name", ["einsum", "unsafe_split", "unsafe_view", "lift"])
+def test_what_is_written_through_views_that_no_schema_tells_is_seen(name: str) -> None:
+    shared = _written_later(UNSAID_VIEWS[name], WRITE["all"], through=True)
+    _same(shared, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
+
+
+def _candidates(argument: Any, shape: tuple[int, ...]) -> list[Any]:
+    kind = str(argument.type).replace("SymInt", "int")
+    known = {"int": [1, 0], "bool": [False], "float": [1.0, 0.0], "List[int]": [list(shape), [1]]}
+    if argument.has_default_value() or kind.startswith("Optional"):
+        return [argument.default_value if argument.has_default_value() else None]
+    return [torch.randn(shape)] if kind == "Tensor" else known.get(kind, [None])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_ops_that_return_views_and_do_not_say_so_are_known() -> None:
+    """Every op of aten that takes a tensor, or a list of some, is run."""
+    unsaid = set()
+    for op in overloads():
+        if any(result.alias_info is not None for result in op._schema.returns):
+            continue
+        if op is aten._chunk_cat.default:
+            continue  # torch 2.15 crashes if it is given less than it needs
+        for shape in ((4,), (2, 3)):
+            arguments = op._schema.arguments[1:]
+            choices = itertools.product(*(_candidates(a, shape) for a in arguments))
+            for chosen in itertools.islice(choices, 4):
+                x = torch.randn(shape)
+                pairs = list(zip(arguments, chosen, strict=True))
+                args = [value for a, value in pairs if not a.kwarg_only]
+                named = {a.name: value for a, value in pairs if a.kwarg_only}
+                try:
+                    results = op(x if takes_one(op) else [x], *args, **named)
+                except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
+                    continue
+                memory = x.untyped_storage().data_ptr()
+                for t in pytree.tree_leaves(results):
+                    if t.numel() and not t.is_sparse and t.untyped_storage().data_ptr() == memory:
+                        unsaid.add(op)
+    assert len(unsaid) >= 12
+    assert unsaid <= UNSAID.keys(), unsaid - UNSAID.keys()
+
+
+def _unsqueezed(s: Any, x: Tensor) -> Any:
+    h = s.conv(x)
+    first = h[:1]
+    h.unsqueeze_(0)
+    first.add_(1.0)
+    return first * 1.0, h * 1.0
+
+
+def _transposed(s: Any, x: Tensor) -> Any:
+    h = s.conv(x)
+    part = h[:, :2]
+    part.transpose_(1, 2)
+    part[:, 1].mul_(2.0)
+    return part * 1.0, h * 1.0
+
+
+def _reshaped_in_all_ways(s: Any, x: Tensor) -> Any:
+    h = s.conv(x)[:1]
+    h.squeeze_(0).swapaxes_(0, 1)
+    h[1].add_(1.0)
+    return h, h[1]
+
+
+def _copied_by_flatten(s: Any, x: Tensor) -> Any:
+    """A flatten of what is not contiguous is a copy: a view of that sees no write."""
+    h = s.conv(x).transpose(1, 2)
+    part = h.flatten(1)[:, :3]
+    h.add_(1.0)
+    return part * 1.0, h * 1.0
+
+
+def _out(s: Any, x: Tensor) -> Any:
+    h = s.conv(x)
+    result = torch.mul(x, 2.0, out=h)
+    result.relu_()
+    return h * 1.0, result
+
+
+@pytest.mark.parametrize(
+    "function", [_unsqueezed, _transposed, _reshaped_in_all_ways, _copied_by_flatten, _out]
+)
+def test_names_of_one_memory_keep_their_shapes(function: Callable[..., Any]) -> None:
+    _same(function, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
+
+
+@pytest.mark.parametrize(
+    "name", ["gt_", "eq_", "ne_", "logical_and_", "logical_xor_", "fmod_", "true_divide_"]
+)
+def test_ops_in_place_keep_the_dtype_of_what_they_write(name: str) -> None:
+    _same(lambda s, x: getattr(s.conv(x), name)(x) + 1, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
+    _same(lambda s, x, i: ((i + 1).gt_(2), x + 1), torch.randn(2), torch.arange(5))
+
+
+OWNERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    # Results that are not contiguous: whether a flatten is a view depends on it.
+    "gru": lambda s, x: s.gru(x[:, 0])[0],
+    "conv3d": lambda s, x: s.conv3d(x.unsqueeze(0)),
+    "roll": lambda s, x: s.conv(x).transpose(1, 2).roll(1, 1),
+    # Results that are their input where there is nothing to do.
+    "diff": lambda s, x: torch.diff(s.conv(x), n=0),
+    "maximum of one": lambda s, x: s.conv(x).unsqueeze(0).max(0)[0],
+    "batch norm": lambda s, x: s.norm(s.conv(x)),
+    "factor": lambda s, x: s.conv(x) * s.norm.weight.reshape(-1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_who_owns_memory_that_is_written_in_place_stays_as_it_is(name: str) -> None:
+    def forward(s: Any, x: Tensor) -> Any:
+        h = OWNERS[name](s, x)
+        before = h + 1.0
+        _in_place_still(h)
+        return before, h * 2.0, h
+
+    layers = {
+        "conv": nn.Conv2d(4, 4, 1),
+        "conv3d": nn.Conv3d(2, 3, 3, padding=1),
+        "gru": nn.GRU(6, 5, batch_first=True),
+        "norm": randomize_batch_norms(nn.BatchNorm2d(4)),
+    }
+    _same(forward, torch.randn(IMAGE), **layers)
+
+
+@pytest.mark.parametrize("name", ["diff", "maximum of one"])
+def test_copies_stay_copies_of_what_is_written_later(name: str) -> None:
+    """Also where the form of an op has nothing to compute."""
+
+    def forward(s: Any, x: Tensor) -> Any:
+        h = s.conv(x)
+        copied = torch.diff(h, n=0) if name == "diff" else h.unsqueeze(0).max(0)[0]
+        _in_place_still(h)
+        return h, copied
+
+    _same(forward, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
+
+
+def test_a_mask_that_is_written_between_two_readers_is_read_twice() -> None:
+    def forward(s: Any, x: Tensor, y: Tensor) -> Any:
+        mask = y > 0
+        first = torch.where(mask, s.conv(x), 0.0)
+        mask.flatten(1)[:, ::2].logical_not_()
+        return first, torch.where(mask, s.conv(x), 0.0)
+
+    _same(forward, torch.randn(IMAGE), torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
+
+
 def test_a_marked_tensor_names_the_op_that_writes() -> None:
     with torch.no_grad():
         graph = _canonical(_add_to_chunk, conv=conv(), head=conv())
@@ -429,6 +641,131 @@ def test_a_marked_tensor_names_the_op_that_writes() -> None:
     assert overwritten_by(node) == "mul_"
     (clean,) = (n for n in graph.graph.nodes if n.name == "conv2d_1")
     assert overwritten_by(clean) is None
+
+
+class Stateful(nn.Module):
+    """Layers and the state they read and write."""
+
+    def __init__(self, function: Callable[..., Any], **state: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.layer, self.gru, self.lstm = nn.Linear(4, 4), nn.GRU(4, 4), nn.LSTM(4, 4)
+        self.cell, self.conv = nn.GRUCell(4, 4), nn.Conv2d(4, 4, 1)
+        self.norm = randomize_batch_norms(nn.BatchNorm2d(4))
+        for name, value in state.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def _streamed_gru(s: Any, x: Tensor) -> Tensor:
+    result, state = s.gru(x, s.h)
+    s.h.copy_(state)
+    return result
+
+
+def _streamed_lstm(s: Any, x: Tensor) -> Tensor:
+    result, (hidden, cell) = s.lstm(x, (s.h, s.c))
+    s.h.copy_(hidden)
+    s.c.copy_(cell)
+    return result
+
+
+def _streamed_cell(s: Any, x: Tensor) -> Tensor:
+    s.h.copy_(s.cell(x, s.h))
+    return s.h * 1.0
+
+
+def _halved(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A buffer is half of what it was after each call."""
+
+    def forward(s: Any, x: Tensor) -> Any:
+        result = function(s, x)
+        getattr(s, name).mul_(0.5)
+        return result
+
+    return forward
+
+
+def _position(s: Any, x: Tensor) -> Tensor:
+    y = s.layer(x) + s.table[s.n]
+    s.n.add_(1).remainder_(5)
+    return y
+
+
+def _inverted(s: Any, x: Tensor) -> Tensor:
+    y = torch.where(s.mask, s.conv(x), 0.0)
+    s.mask.logical_not_()
+    return y
+
+
+STEPS_OF_STATE: dict[str, tuple[Callable[..., Any], dict[str, Tensor], tuple[int, ...]]] = {
+    "gru": (_streamed_gru, {"h": torch.zeros(1, 2, 4)}, (3, 2, 4)),
+    "lstm": (_streamed_lstm, {n: torch.zeros(1, 2, 4) for n in "hc"}, (3, 2, 4)),
+    "cell": (_streamed_cell, {"h": torch.zeros(2, 4)}, (2, 4)),
+    "factor": (
+        _halved("f", lambda s, x: s.conv(x) * s.f),
+        {"f": torch.arange(1.0, 5.0).reshape(4, 1, 1)},
+        IMAGE,
+    ),
+    "weight before a batch norm": (
+        _halved("w", lambda s, x: s.norm(F.conv2d(x, s.w))),
+        {"w": torch.eye(4).reshape(4, 4, 1, 1)},
+        IMAGE,
+    ),
+    "weight of a recurrent layer": (
+        _halved(
+            "w",
+            lambda s, x: torch.lstm(x, [s.h, s.h], [s.w, s.v], False, 1, 0.0, False, False, False)[
+                0
+            ],
+        ),
+        {
+            "w": torch.linspace(-1, 1, 64).reshape(16, 4),
+            "v": torch.linspace(1, -1, 64).reshape(16, 4),
+            "h": torch.zeros(1, 2, 4),
+        },
+        (3, 2, 4),
+    ),
+    "mask": (_inverted, {"mask": torch.tensor([True, False] * 3)}, IMAGE),
+    "number": (
+        _halved("n", lambda s, x: torch.where(x > 0, s.n, s.conv(x))),
+        {"n": torch.tensor(0.5)},
+        IMAGE,
+    ),
+    "position": (
+        _position,
+        {"n": torch.tensor(0), "table": torch.linspace(-1, 1, 20).reshape(5, 4)},
+        (2, 4),
+    ),
+    "computed weight": (
+        _halved("w", lambda s, x: x @ (s.w * 0.5)),
+        {"w": torch.linspace(-1, 1, 16).reshape(4, 4)},
+        (2, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS_OF_STATE)
+def test_state_is_no_constant(name: str) -> None:
+    """Not in the graph before rounding, and not for what ``convert_pt2e`` folds."""
+    function, state, shape = STEPS_OF_STATE[name]
+    model = Stateful(function, **{key: value.clone() for key, value in state.items()}).eval()
+    inputs = [torch.randn(shape) for _ in range(3)]
+    with torch.no_grad():
+        captured = capture(model, (inputs[0],))
+        wanted = [copy.deepcopy(value) for value in map(copy.deepcopy(captured), inputs)]
+        canonical = canonicalize(copy.deepcopy(captured))
+        for x, want in zip(inputs, wanted, strict=True):
+            torch.testing.assert_close(canonical(x), want, rtol=1e-5, atol=1e-5)
+        prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a16w8"))
+        cq.calibrate(prepared, inputs)
+        converted = convert_pt2e(prepared)
+        set_state(converted, state)
+        for x, want in zip(inputs, wanted, strict=True):
+            got = converted(x)
+            assert float((got - want).norm()) < 0.04 * float(want.norm())
 
 
 def test_state_that_is_written_is_not_made_functional() -> None:

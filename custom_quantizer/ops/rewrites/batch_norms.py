@@ -35,6 +35,7 @@ from custom_quantizer.core.graph import (
     read_constant,
     tensor_meta,
 )
+from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import ORIGINAL_NAME, Insertion, replace, rewrite_calls
 from custom_quantizer.ops import PatternMatch, match_of
 from custom_quantizer.ops.gemm import CONV_TRANSPOSE, LINEAR
@@ -75,6 +76,8 @@ def layer_before(norm: Node) -> PatternMatch | None:
     """
     layer = norm.args[0]
     if not isinstance(layer, Node) or effective_users(layer) != [norm]:
+        return None
+    if overwritten_by(norm) is not None:
         return None
     match = match_of(layer)
     if match is None or not is_constant(match.weight):

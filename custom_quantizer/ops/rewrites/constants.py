@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import add_constant, argument, tensor_meta, written_inputs
+from custom_quantizer.core.graph import add_constant, argument, tensor_meta
+from custom_quantizer.core.memory import written_inputs
 
 __all__ = ["draws_numbers", "fold_constants"]
 

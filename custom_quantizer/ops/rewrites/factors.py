@@ -22,6 +22,7 @@ from custom_quantizer.core.graph import (
     shape_of,
     tensor_meta,
 )
+from custom_quantizer.core.memory import overwritten_by
 
 __all__ = ["fold_factors"]
 
@@ -42,7 +43,7 @@ def fold_factors(model: GraphModule) -> int:
     """
     count = 0
     for node in list(model.graph.nodes):
-        if node.op != "call_function" or node.target is not aten.mul.Tensor:
+        if node.target is not aten.mul.Tensor or overwritten_by(node) is not None:
             continue
         for factor, data in (node.args[:2], node.args[1::-1]):
             if isinstance(factor, Node) and isinstance(data, Node) and is_constant(factor):

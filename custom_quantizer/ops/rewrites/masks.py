@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import constant_of, is_constant, shape_of, tensor_meta
+from custom_quantizer.core.graph import (
+    constant_of,
+    effective_users,
+    is_constant,
+    is_same_shape,
+    shape_of,
+    tensor_meta,
+)
+from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops import rule_of
 from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
@@ -24,7 +32,7 @@ from custom_quantizer.ops.elementwise import WHERE
 from custom_quantizer.ops.functions import DIV, EXP, LOG, RECIPROCAL, RSQRT, SQRT
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 
-__all__ = ["MASKED", "MASKS", "added_mask"]
+__all__ = ["MASKED", "MASKS", "added_mask", "is_finite"]
 
 aten = torch.ops.aten
 
@@ -71,7 +79,8 @@ def _numbers(insert: Insertion, condition: Node, *, where: bool) -> Node:
 
 def _once(insert: Insertion, source: Node, target: Any, *args: Any) -> Node:
     """A call that all layers that share a mask share."""
-    for user in source.users:
+    shared = source.users if overwritten_by(source) is None else ()
+    for user in shared:
         if _SHARED in user.meta and user.target is target and user.args == args:
             return user
     call = insert.call(target, *args)
@@ -84,13 +93,21 @@ def _softmax(insert: Insertion) -> Node | None:
     added = insert.node.args[0]
     if not isinstance(added, Node) or added.target is not aten.add.Tensor:
         return None
-    for position, term in enumerate(added.args[:2]):
+    terms = list(added.args[:2])
+    for position, term in enumerate(terms):
         if isinstance(term, Node) and is_constant(term):
             value = constant_of(insert.model, term)
             if value.is_floating_point() and bool((value == -math.inf).any()):
                 finite = Insertion(insert.model, added).constant("mask", value.clamp(min=MASKED))
-                added.update_arg(position, finite)
-    return None
+                terms[position] = finite
+    if terms == list(added.args[:2]):
+        return None
+    if effective_users(added) == [insert.node]:
+        added.args = tuple(terms)
+        return None
+    # Others read minus infinity.
+    scores = insert.call(aten.add.Tensor, *terms, **added.kwargs)
+    return insert.call(insert.node.target, scores, *insert.node.args[1:], **insert.node.kwargs)
 
 
 def _masked_fill(insert: Insertion) -> Node | None:
@@ -117,7 +134,9 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
         if isinstance(data, Node) and isinstance(number, float) and number <= _LEFT_OUT:
             return _without(insert, data, condition, where=where)
     sides = (left, right)
-    if any(isinstance(side, Node) and not _is_finite(insert, side) for side in sides):
+    if any(isinstance(side, Node) and not is_finite(insert, side) for side in sides):
+        return None
+    if _asks_what_is_finite(condition):
         return None
     # Written so that NaN is refused, too.
     if any(isinstance(side, float) and not abs(side) < -_LEFT_OUT for side in sides):
@@ -127,8 +146,10 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
     wanted = [_part(insert, condition, left, where=True)]
     wanted.append(_part(insert, condition, right, where=False))
     parts = [part for part in wanted if part is not None]
+    if not parts:
+        return None
     total = parts[0] if len(parts) == 1 else insert.call(aten.add.Tensor, *parts)
-    return total if tuple(shape_of(total)) == tuple(shape_of(insert.node)) else None
+    return total if is_same_shape(shape_of(total), shape_of(insert.node)) else None
 
 
 def _without(insert: Insertion, data: Node, condition: Node, *, where: bool) -> Node | None:
@@ -142,7 +163,7 @@ def _without(insert: Insertion, data: Node, condition: Node, *, where: bool) -> 
         out = value if where else ~value
         mask = insert.constant("mask", torch.zeros(out.shape).masked_fill(out, MASKED))
     total = insert.call(aten.add.Tensor, data, mask)
-    return total if tuple(shape_of(total)) == tuple(shape_of(insert.node)) else None
+    return total if is_same_shape(shape_of(total), shape_of(insert.node)) else None
 
 
 _MOVES = frozenset({aten.clone.default, aten.contiguous.default, aten.view.default})
@@ -189,7 +210,31 @@ _SUMS = frozenset({CONV, CONV_TRANSPOSE, LINEAR, MATMUL, SOFTMAX})
 """Families that mix values: one that is no number in there spoils results anyway."""
 
 
-def _is_finite(insert: Insertion, side: Node) -> bool:
+_ASKS = frozenset(
+    {
+        *(aten.isfinite.default, aten.isinf.default, aten.isnan.default),
+        *(aten.isneginf.default, aten.isposinf.default),
+    }
+)
+
+
+def _asks_what_is_finite(condition: Node) -> bool:
+    """Whether values that are no numbers are expected: they are what the condition is about."""
+    waiting, seen = [condition], {condition}
+    while waiting:
+        node = waiting.pop()
+        values = node.args[:2]
+        if node.target in _ASKS or (len(values) == 2 and values[0] is values[1]):
+            return True
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+            return True
+        near = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(near)
+        waiting += [n for n in near if (m := tensor_meta(n)) is not None and m.dtype == torch.bool]
+    return False
+
+
+def is_finite(insert: Insertion, side: Node) -> bool:
     """Whether nothing between a tensor and the layers before it makes infinities."""
     waiting, seen = [side], {side}
     while waiting:
@@ -201,11 +246,20 @@ def _is_finite(insert: Insertion, side: Node) -> bool:
         rule = rule_of(node)
         if node.op == "placeholder" or rule in _SUMS:
             continue
-        if rule is None or rule in _UNBOUNDED:
+        if rule is DIV and _has_no_zeros(insert, node.args[1]):
+            pass
+        elif rule is None or rule in _UNBOUNDED:
             return False
         waiting += [source for source in node.all_input_nodes if source not in seen]
         seen.update(node.all_input_nodes)
     return True
+
+
+def _has_no_zeros(insert: Insertion, divisor: object) -> bool:
+    """Whether a divisor is a number, or a constant, by which anything can be divided."""
+    if isinstance(divisor, Node):
+        return is_constant(divisor) and bool(constant_of(insert.model, divisor).all())
+    return bool(divisor)
 
 
 MASKS: Mapping[Any, Rewrite] = MappingProxyType(

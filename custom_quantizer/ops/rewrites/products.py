@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import constant_of, is_constant, shape_of
+from custom_quantizer.core.graph import constant_of, is_constant, is_same_shape, shape_of
 from custom_quantizer.core.rewriting import Insertion
 
 __all__ = ["einsum", "product", "sum_and_product", "written_product"]
@@ -285,7 +285,7 @@ class _Views:
         return self.insert.call(aten.expand.default, rows, wanted) if expands else rows
 
     def shaped(self, value: Node, shape: Sequence[Any]) -> Node | None:
-        if tuple(shape_of(value)) == tuple(shape):
+        if is_same_shape(shape_of(value), shape):
             return value
         if sum(not isinstance(size, int) for size in shape) > 1:
             return None

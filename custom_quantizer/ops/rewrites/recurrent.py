@@ -18,6 +18,7 @@ import torch
 from torch.fx import Node
 
 from custom_quantizer.core.graph import constant_of, is_constant, shape_of
+from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 
 __all__ = ["RECURRENT"]
@@ -175,7 +176,7 @@ def _layer(insert: Insertion, cell: _Cell, parameters: Sequence[Node]) -> _Layer
 
 def _initial(insert: Insertion, state: Node, index: int | None) -> Node | None:
     """The state that a layer starts with, ``(batch, features)``; ``None``: zeros."""
-    if state.target is aten.zeros.default:
+    if state.target is aten.zeros.default and overwritten_by(state) is None:
         return None
     if is_constant(state) and not bool(constant_of(insert.model, state).any()):
         return None

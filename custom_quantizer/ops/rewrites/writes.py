@@ -17,11 +17,15 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import argument, describe, shape_of, tensor_meta, written_inputs
-from custom_quantizer.core.memory import OVERWRITTEN, aliases_of, overwritten_by, shares_memory
+from custom_quantizer.core.graph import argument, describe, shape_of, tensor_meta
+from custom_quantizer.core.memory import (
+    OVERWRITTEN,
+    aliases_of,
+    overwritten_by,
+    shares_memory,
+    written_inputs,
+)
 from custom_quantizer.core.rewriting import Insertion, replace
-from custom_quantizer.ops import QParamSharing, rule_of
-from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 
 __all__ = ["functionalize", "mark_overwritten"]
 
@@ -50,20 +54,29 @@ def mark_overwritten(model: GraphModule) -> None:
                 alias.meta[OVERWRITTEN] = describe(node)
 
 
-def _keeps_dtype(node: Node) -> bool:
-    """Whether the functional twin gives the dtype of the tensor that was written."""
-    metas = [tensor_meta(arg) for arg in node.all_input_nodes]
-    written = metas[0]
-    return written is not None and all(
-        meta is None or torch.result_type(written, meta) == written.dtype for meta in metas
-    )
+def _is_view_in_place(node: Node, functional: Any) -> bool:
+    """Whether a call writes no values: its tensor becomes a view of itself, as ``unsqueeze_`` does.
+
+    Other names of the memory keep their shapes.
+    """
+    if torch.Tag.inplace_view not in cast("torch._ops.OpOverload", node.target).tags:
+        return False
+    return all(result.alias_info is not None for result in functional._schema.returns)
 
 
-def _may_vanish(node: Node) -> bool:
-    """Whether a call may be rewritten to a view of what it reads: it computes no numbers."""
-    rule = rule_of(node)
-    moves = rule is None or rule.sharing is QParamSharing.SAME
-    return moves and node.target in LEGALIZATIONS
+def _keeps_dtype(node: Node, written: Node, functional: Any) -> bool:
+    """Whether the functional twin gives the dtype of the tensor that was written.
+
+    It may give a wider one, and comparisons give booleans: ``x.gt_(0)`` writes floats.
+    """
+    meta = tensor_meta(written)
+    mode = getattr(meta, "fake_mode", None)
+    if meta is None or mode is None:
+        return False
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    with mode:
+        result = functional(*args, **kwargs)
+    return isinstance(result, torch.Tensor) and result.dtype == meta.dtype
 
 
 _View = tuple[Node, Callable[[Insertion, Node], Node]]
@@ -101,15 +114,20 @@ class _Writes:
             node.replace_all_uses_with(written)
             self._model.graph.erase_node(node)
             return
-        aliases = aliases_of(written)
         functional = functional_overload(node.target)
+        if functional is not None and _is_view_in_place(node, functional):
+            node.meta["original_target"] = node.target
+            node.target = functional
+            self._read(written, node, node)
+            return
+        aliases = aliases_of(written)
         stateful = any(alias.op == "get_attr" for alias in aliases)
         # A write through a view changes what is later read under another name.
         others = aliases - {written}
         seen = any(self._later(alias, node) for alias in others)
         views = self._views_to_owner(node, written, aliases) if seen else []
-        if functional is None or stateful or views is None or not _keeps_dtype(node):
-            self._keep_copies(node, aliases)
+        stays = stateful or functional is None or not _keeps_dtype(node, written, functional)
+        if stays or functional is None or views is None:
             for alias in (*aliases_of(written), node):
                 alias.meta[OVERWRITTEN] = describe(node)
         elif seen:
@@ -122,32 +140,6 @@ class _Writes:
     def _later(self, alias: Node, node: Node) -> list[Node]:
         """Who reads ``alias`` after ``node``."""
         return [user for user in alias.users if self._order[user] > self._order[node]]
-
-    def _keep_copies(self, node: Node, aliases: set[Node]) -> None:
-        """Copy what later rewrites could make a view of, or with, the memory that ``node`` writes.
-
-        Most ops that only move values are rewritten to views, and to nothing where there is nothing
-        to move, as where a single tensor is concatenated. That must not happen to those that read
-        the memory before it is written, nor to the one whose result it is.
-        """
-        for alias in aliases:
-            for user in list(alias.users):
-                early = self._order[user] < self._order[node] and not shares_memory(user)
-                if early and _may_vanish(user):
-                    user.replace_input_with(alias, self._copy(user, alias))
-        for owner in aliases:
-            if not shares_memory(owner) and _may_vanish(owner):
-                readers = list(owner.users)
-                copied = self._copy(owner, owner)
-                owner.append(copied)  # it was inserted before what it reads
-                for reader in readers:
-                    reader.replace_input_with(owner, copied)
-
-    def _copy(self, node: Node, value: Node) -> Node:
-        """A copy of ``value`` as a part of ``node``."""
-        copied = Insertion(self._model, node).call(aten.clone.default, value)
-        self._order[copied] = self._order[node]
-        return copied
 
     def _read(self, old: Node, new: Node, node: Node) -> None:
         """Let who reads ``old`` after ``node`` read ``new``."""
@@ -190,10 +182,11 @@ class _Writes:
             views.append((owner, put_back))
             owner = cast(Node, owner.args[0])
         for alias in aliases:
-            while alias is not owner and self._later(alias, node):
-                if alias.target not in _CERTAIN:
+            name = alias if self._later(alias, node) else owner
+            while name is not owner:
+                if name.target not in _CERTAIN:
                     return None
-                alias = cast(Node, alias.args[0])
+                name = cast(Node, name.args[0])
         return views if owner.op == "call_function" else None
 
     def _write_through(
@@ -264,8 +257,8 @@ _SAME_ORDER = frozenset(
 
 def _put_back(view: Node) -> Callable[[Insertion, Node], Node] | None:
     """What makes the new value of a view's source of a new value of the view, if that is known."""
-    source = cast(Node, view.args[0])
-    if tensor_meta(source) is None:
+    source = view.args[0]
+    if not isinstance(source, Node) or tensor_meta(source) is None:
         return None
     shape: tuple[Any, ...] = shape_of(source)  # sizes may be symbolic
     if view.target in _SAME_ORDER and all(isinstance(size, int) for size in shape):

@@ -15,6 +15,7 @@ from custom_quantizer.core.graph import (
     is_constant,
     shape_of,
 )
+from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.rewrites.batch_norms import has_constants, norm_constants
@@ -78,7 +79,7 @@ def conv3d(insert: Insertion) -> Node | None:
     offset = None if bias is None else constant_of(insert.model, cast(Node, bias))
     last, users = node, effective_users(node)
     norm = users[0] if len(users) == 1 and users[0].target is aten.batch_norm.default else None
-    if norm is not None and has_constants(norm):
+    if norm is not None and has_constants(norm) and overwritten_by(norm) is None:
         factor, shift = norm_constants(insert.model, norm)
         flat = flat * factor.reshape(-1, 1, 1, 1)
         offset = shift if offset is None else offset * factor + shift
@@ -93,7 +94,8 @@ def conv3d(insert: Insertion) -> Node | None:
         dilation[1:],
         groups,
     )
-    if len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default):
+    clamps = len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default)
+    if clamps and overwritten_by(users[0]) is None:
         last = users[0]
         result = insert.call(last.target, result, *last.args[1:], **last.kwargs)
     out = shape_of(result)
