@@ -370,6 +370,29 @@ def test_a_dynamic_batch_is_no_obstacle() -> None:
         assert differences(graph(x), model(x)) == []
 
 
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: x[[0, 1, 2]],
+        lambda x: x.index_select(0, torch.arange(3)),
+        lambda x: x.roll(3, 0),
+        lambda x: x.roll((-3, 1), (0, 1)),
+        lambda x: x.flatten(1).gather(0, torch.arange(3).unsqueeze(1).expand(3, 9)),
+        lambda x: x.as_strided((3, 9), (9, 1)),
+    ],
+)
+def test_what_is_no_move_for_other_sizes_than_the_example_stays(
+    move: Callable[[Tensor], Tensor],
+) -> None:
+    """Rolled by as many as the example has, a batch is what it was."""
+    model, x = Function(lambda _, x: move(x * 1.0)), torch.randn(3, 3, 3)
+    sizes = (({0: torch.export.Dim("n", min=3, max=8)},),)
+    graph = canonicalize(capture(model, (x,), dynamic_shapes=sizes))
+    for n in (3, 5):
+        x = torch.randn(n, 3, 3)
+        assert differences(graph(x), model(x)) == []
+
+
 def test_what_computes_is_no_move() -> None:
     """Values that choose where others stand are no constants, and other dtypes no copies."""
     x, index = torch.randn(2, 4), torch.tensor([[1, 0], [2, 2]])

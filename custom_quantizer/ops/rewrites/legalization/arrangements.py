@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, constant_of, is_constant, shape_of, tensor_meta
+from custom_quantizer.core.graph import (
+    argument,
+    constant_of,
+    expression_bounds,
+    is_constant,
+    is_same_shape,
+    shape_of,
+    tensor_meta,
+)
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.rewrites.legalization._common import (
     MAX_PIECES,
@@ -56,42 +64,140 @@ _LIKE_ANOTHER = frozenset(
 def arrangement(insert: Insertion) -> Node | None:
     """The moves that a call stands for; ``None``: it computes, or is no few of them."""
     node, data = insert.node, float_input(insert)
-    if data is None:
-        return None
-    source, result = _sizes(data), _sizes(node)
     meta = tensor_meta(node)
-    if meta is None or meta.dtype != torch.float32:
+    if data is None or meta is None or meta.dtype != torch.float32:
         return None
-    if source is None or result is None or 0 in source + result:
+    found = _Places.of(insert, data)
+    if found is None or not _holds_for_all_sizes(insert, data, found):
         return None
-    if max(math.prod(source), math.prod(result)) > MAX_VALUES:
-        return None
-    # From 1 on: a zero is none of the values, as beside the diagonal of torch.diag.
-    numbers = torch.arange(1, math.prod(source) + 1, dtype=torch.float64).reshape(source)
-    numbered = _applied(insert, data, numbers)
-    if numbered is None or list(numbered.shape) != result or bool((numbered == 0).any()):
-        return None
-    places = numbered.to(torch.int64) - 1
-    if torch.equal(places.flatten(), torch.arange(math.prod(source))):
+    if found.stay:
         return _reshaped(insert, data, shape_of(node))
-    found = _Gather.of(places, source)
-    if found is not None:
-        return found.written(insert, data)
-    return _flat(insert, data, places)
+    if found.gather is not None:
+        return found.gather.written(insert, data)
+    return _flat(insert, data, found.places)
 
 
-def _sizes(node: Node) -> list[int] | None:
-    """Sizes of a tensor, dynamic ones as capture's example had them."""
+@dataclass(frozen=True)
+class _Places:
+    """Where the values of a result come from.
+
+    Attributes:
+        source: sizes of the input.
+        places: of the result, int64: positions in the flat input.
+        gather: entries of each dim on their own, if it is that.
+    """
+
+    source: list[int]
+    places: Tensor
+    gather: _Gather | None
+
+    @property
+    def stay(self) -> bool:
+        """Whether the values are those of the input in their order."""
+        return torch.equal(self.places.flatten(), torch.arange(math.prod(self.source)))
+
+    @classmethod
+    def of(cls, insert: Insertion, data: Node, symbols: _Symbols | None = None) -> _Places | None:
+        """Apply the call to numbers; ``None``: it computes, or is too large."""
+        source, result = _sizes(data, symbols), _sizes(insert.node, symbols)
+        if source is None or result is None or 0 in source + result:
+            return None
+        if max(math.prod(source), math.prod(result)) > MAX_VALUES:
+            return None
+        # From 1 on: a zero is none of the values, as beside the diagonal of torch.diag.
+        numbers = torch.arange(1, math.prod(source) + 1, dtype=torch.float64).reshape(source)
+        numbered = _applied(insert, data, numbers, symbols)
+        if numbered is None or list(numbered.shape) != result or bool((numbered == 0).any()):
+            return None
+        places = numbered.to(torch.int64) - 1
+        return cls(source, places, _Gather.of(places, source))
+
+    def is_like(self, other: _Places, dynamic: Sequence[bool]) -> bool:
+        """Whether ``other`` says the same of other sizes of some dims of the input."""
+        if self.stay or other.stay:
+            return self.stay and other.stay
+        mine, theirs = self.gather, other.gather
+        if mine is None or theirs is None:
+            alike = mine is None and theirs is None and self.places.dim() == other.places.dim()
+            return alike and torch.equal(self.places[:1].flatten(), other.places[:1].flatten())
+        return mine.dims == theirs.dims and all(
+            (a == list(range(before)) and b == list(range(after))) if varies else a == b
+            for a, b, before, after, varies in zip(
+                mine.taken, theirs.taken, self.source, other.source, dynamic, strict=True
+            )
+        )
+
+
+_Symbols = Mapping[Any, int]
+"""Values of the symbols that dynamic sizes are made of."""
+
+
+def _holds_for_all_sizes(insert: Insertion, data: Node, found: _Places) -> bool:
+    """Whether a call says the same where dynamic sizes are not those of the example.
+
+    Rolled by as many as the example has samples, a batch is what it was; one of another size is
+    not. Each dynamic size is tried with some values that no other has.
+    """
+    dynamic = [
+        size
+        for tensor in (*insert.node.all_input_nodes, insert.node)
+        if tensor_meta(tensor) is not None
+        for size in cast("tuple[Any, ...]", shape_of(tensor))
+        if not isinstance(size, int)
+    ]
+    if not dynamic:
+        return True
+    varies = [not isinstance(size, int) for size in cast("tuple[Any, ...]", shape_of(data))]
+    tried = 0
+    for first in _TRIED:
+        try:
+            other = _Places.of(insert, data, _values(dynamic, first))
+        except (RuntimeError, IndexError):
+            continue  # sizes that the model does not take
+        if other is not None:
+            if not found.is_like(other, varies):
+                return False
+            tried += 1
+    return tried > 0
+
+
+_TRIED = (1, 3, 24, 60)
+"""By how much the sizes that are tried exceed the smallest: some, and some that can be divided."""
+
+
+def _values(dynamic: Sequence[Any], first: int) -> dict[Any, int]:
+    """A value for each symbol of dynamic sizes, within its bounds."""
+    values: dict[Any, int] = {}
+    for size in dynamic:
+        for symbol in sorted(size.node.expr.free_symbols, key=str):
+            if symbol not in values:
+                low, high = expression_bounds(size, symbol)
+                # From 0 on where that is possible, so that what can be divided stays so.
+                start = low if first < _TRIED[2] else 0
+                value = max(low, start + first * (len(values) + 1))
+                values[symbol] = value if high is None else min(value, high)
+    return values
+
+
+def _sizes(node: Node, symbols: _Symbols | None = None) -> list[int] | None:
+    """Sizes of a tensor, dynamic ones as symbols say, or as capture's example had them."""
     sizes: list[int] = []
     for size in cast("tuple[Any, ...]", shape_of(node)):
-        known = size if isinstance(size, int) else size.node.hint
+        if isinstance(size, int):
+            known: int | None = size
+        elif symbols is None:
+            known = size.node.hint
+        else:
+            known = int(size.node.expr.subs(symbols))
         if known is None or (known < 2 and not isinstance(size, int)):
             return None
         sizes.append(int(known))
     return sizes
 
 
-def _applied(insert: Insertion, data: Node, numbers: Tensor) -> Tensor | None:
+def _applied(
+    insert: Insertion, data: Node, numbers: Tensor, symbols: _Symbols | None = None
+) -> Tensor | None:
     """What the call makes of numbered values; ``None``: it depends on other values."""
     node = insert.node
     values: dict[Node, Tensor] = {data: numbers}
@@ -103,7 +209,7 @@ def _applied(insert: Insertion, data: Node, numbers: Tensor) -> Tensor | None:
             origin = cast(Node, origin.args[0])
         if is_constant(origin) and origin.op == "get_attr":
             values[source] = constant_of(insert.model, origin)
-        elif node.target in _LIKE_ANOTHER and (sizes := _sizes(source)) is not None:
+        elif node.target in _LIKE_ANOTHER and (sizes := _sizes(source, symbols)) is not None:
             values[source] = torch.empty(sizes, dtype=cast(Tensor, tensor_meta(source)).dtype)
         else:
             return None
@@ -172,7 +278,9 @@ class _Gather:
         for dim, entries in enumerate(self.taken):
             if entries == list(range(len(entries))) and not isinstance(shape[dim], int):
                 # All of a dynamic size, which stands where it stood in the result.
-                if dim not in self.dims or out[self.dims.index(dim)] != shape[dim]:
+                if dim not in self.dims:
+                    return None
+                if not is_same_shape([out[self.dims.index(dim)]], [shape[dim]]):
                     return None
                 continue
             if not isinstance(shape[dim], int):
@@ -204,7 +312,8 @@ def _flat(insert: Insertion, data: Node, places: Tensor) -> Node | None:
     if places.dim() > 1 and len(shape) > 1 and places.shape[0] == (_sizes(data) or [0])[0]:
         rows = places.reshape(places.shape[0], rest)
         starts = torch.arange(places.shape[0]).unsqueeze(1) * each
-        if torch.equal(rows - starts, rows[:1].expand_as(rows)) and out[0] == shape[0]:
+        alike = torch.equal(rows - starts, rows[:1].expand_as(rows))
+        if alike and is_same_shape(out[:1], shape[:1]):
             if not is_static(shape[1:]):
                 return None
             flat = insert.reshape(data, [shape[0], each])
