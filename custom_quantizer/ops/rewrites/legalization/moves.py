@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, shape_of
+from custom_quantizer.core.graph import argument, is_same_shape, shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.movement import slice_of
@@ -44,6 +44,8 @@ def piece(insert: Insertion) -> Node | None:
     shape = shape_of(joined)
     dim = int(argument(joined, 1, "dim", 0)) % len(shape)
     pieces = cast("Sequence[Node]", joined.args[0])
+    if any(len(shape_of(tensor)) != len(shape) for tensor in pieces):
+        return None  # an empty one of rank 1 may be joined to anything
     sizes: list[Any] = [shape_of(tensor)[dim] for tensor in pieces]
     if int(argument(node, 1, "dim", 0)) % len(shape) != dim or not is_static(sizes):
         return None
@@ -110,7 +112,7 @@ def broadcast_result(insert: Insertion) -> Node | None:
         return None
     tensor = cast("Sequence[Node]", source.args[0])[cast(int, index)]
     shape = shape_of(insert.node)
-    if tuple(shape_of(tensor)) == tuple(shape):
+    if is_same_shape(shape_of(tensor), shape):
         return tensor
     return insert.call(aten.expand.default, tensor, list(shape)) if is_static(shape) else None
 
@@ -203,12 +205,14 @@ def upsample_nearest(insert: Insertion) -> Node | None:
     value = data
     for dim in range(2, len(shape)):
         size, wanted = int(shape[dim]), int(out[dim])
-        if wanted % size == 0:
+        entries = _nearest(node, dim)
+        # A given factor need not be the ratio of the sizes: 2.05 doubles ten entries otherwise.
+        if wanted % size == 0 and entries == [i * size // wanted for i in range(wanted)]:
             value = spread(insert, value, dim, wanted // size)
         elif wanted > MAX_PIECES:
             return None
         else:
-            pieces = [insert.slice(value, dim, i, i + 1) for i in _nearest(node, dim)]
+            pieces = [insert.slice(value, dim, i, i + 1) for i in entries]
             value = insert.call(aten.cat.default, pieces, dim)
     return value
 
