@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from support.graphs import Function, calls, canonicalize, capture, differences, quantized, stress
 from support.models import randomize_batch_norms
 from support.selection import slow_but
@@ -19,6 +20,7 @@ import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.ops.backend import Kernel
 from custom_quantizer.ops.rewrites.legalization import sums
+from custom_quantizer.ops.rewrites.masks import MASKED
 
 aten = torch.ops.aten
 IMAGE, SIGNAL, VOLUME = (2, 4, 6, 6), (2, 4, 12), (2, 4, 5, 6, 6)
@@ -519,3 +521,87 @@ def test_what_is_cut_out_of_joined_tensors_is_cut_out_of_one(
     assert bool(joined) == (reads == "cat")
     if reads.startswith("x"):  # the whole of a piece
         assert not calls(graph, aten.slice.Tensor)
+
+
+FACTORS = {
+    "nearest 1d, twice and a bit": ((1, 2, 10), 2.05, "nearest"),
+    "nearest 1d, once and a bit": ((1, 2, 10), 1.05, "nearest"),
+    "nearest 2d, three times and a bit": ((1, 2, 4, 4), 3.1, "nearest"),
+    "nearest exact, three times and a bit": ((1, 2, 4, 4), 3.1, "nearest-exact"),
+    "nearest 2d, half": ((1, 2, 6, 6), 0.52, "nearest"),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_factor_that_is_not_the_ratio_of_the_sizes_is_followed(name: str) -> None:
+    shape, factor, mode = FACTORS[name]
+    model = Function(lambda _, x: F.interpolate(x, scale_factor=factor, mode=mode))
+    x = torch.randn(shape)
+    assert differences(canonicalize(capture(model, (x,)))(x), model(x)) == []
+
+
+INFINITE = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 0.0], [0.0, 3.0, 1.0]])
+ODD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "triangle of logarithms": (lambda x: torch.log(x).tril(), (INFINITE,)),
+    "sums of logarithms": (lambda x: torch.log(x).cumsum(-1).exp(), (INFINITE,)),
+    "what is no number": (
+        lambda x: torch.where(torch.isnan(x), 0.0, x) * 2,
+        (torch.log(INFINITE - 1),),
+    ),
+    "what is not finite": (
+        lambda x: torch.where(x == -torch.inf, 0.0, x * 1.5),
+        (torch.log(INFINITE),),
+    ),
+    "zero in any case": (lambda x: torch.where(x > 0, 0.0, 0.0) + x, (INFINITE,)),
+    "masked scores that are read": (
+        lambda x: (s := x + torch.full((3, 3), -torch.inf).triu(1), s.softmax(-1)),
+        (INFINITE,),
+    ),
+    "einsum of a broadcast dim": (
+        lambda x, y: torch.einsum("ijl,jlk->ik", x, y),
+        (torch.randn(3, 4, 5), torch.randn(1, 5, 6)),
+    ),
+    "addcmul of integers": (
+        lambda x, i: (torch.addcmul(i, i, i, value=2), x + 1),
+        (INFINITE, torch.arange(4)),
+    ),
+    "slice of what was joined to integers": (
+        lambda x, i: torch.cat([x, i], 1)[:, 3:],
+        (INFINITE, torch.arange(6).reshape(3, 2)),
+    ),
+    "slice of what was joined to nothing": (
+        lambda x: torch.cat([torch.empty(0), x * 2], 1)[:, :2],
+        (INFINITE,),
+    ),
+    "mean of nothing": (lambda x: (x[:, :0].mean(1), x + 1), (INFINITE,)),
+    "pool to nothing": (
+        lambda x: F.adaptive_avg_pool2d(x.reshape(1, 1, 3, 3), (0, 2)),
+        (INFINITE,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_ops_with_odd_arguments_compute_what_they_did(name: str) -> None:
+    function, inputs = ODD[name]
+    model = Function(lambda _, *given: function(*given))
+    want, got = model(*inputs), canonicalize(capture(model, inputs))(*inputs)
+    for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_a_mask_of_some_scores_is_still_finite_for_the_softmax() -> None:
+    """Others read minus infinity."""
+    function, inputs = ODD["masked scores that are read"]
+    graph = canonicalize(capture(Function(lambda _, *given: function(*given)), inputs))
+    (softmax,) = calls(graph, aten.softmax.int)
+    mask = getattr(graph, softmax.args[0].args[1].target)
+    assert float(mask.min()) == MASKED
+
+
+def test_a_triangle_behind_a_division_by_a_number_is_a_product() -> None:
+    model, x = Function(lambda _, x: (x / 3.0).tril()), torch.randn(2, 3, 3)
+    graph = canonicalize(capture(model, (x,)))
+    assert calls(graph, aten.tril.default) == []
+    assert differences(graph(x), model(x)) == []

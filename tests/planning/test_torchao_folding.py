@@ -148,6 +148,37 @@ def test_constant_integers_are_not_dequantized_to_be_thrown_away(
         assert {node.args[0].op for node in weights} == {"get_attr"}
 
 
+class Counted(nn.Module):
+    """Adds another row of a table in each call."""
+
+    table: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("table", torch.eye(4) * 3)
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) + self.table[self.count]
+        self.count.add_(1)
+        return y
+
+
+def test_what_a_written_buffer_selects_is_no_constant() -> None:
+    """If the stock quantizer's graph counts, ``leave_state_alone`` may not be needed."""
+    x = torch.randn(2, 4)
+    config = get_symmetric_quantization_config(is_per_channel=True)
+    for quantizer in (Stock().set_global(config), cq.IntegerQuantizer().set_global("a8w8")):
+        with torch.no_grad():
+            prepared = prepare_pt2e(capture(Counted(), (x,)), quantizer)
+            prepared(x)
+            converted = convert_pt2e(prepared)
+            rows = [converted(x) for _ in range(2)]
+        assert torch.equal(*rows) == isinstance(quantizer, Stock)
+
+
 @pytest.mark.parametrize("composed", [False, True])
 def test_ours_are_folded_rightly(shared: tuple[nn.Module, Tensor], composed: bool) -> None:
     quantizer: Quantizer = cq.IntegerQuantizer().set_global("a8w8")

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.ops.rewrites.masks import is_finite
 
 __all__ = ["ARITHMETIC"]
 
@@ -67,6 +68,8 @@ def _triangle(insert: Insertion) -> Node | None:
     sizes = shape_of(data)[-2:]
     if meta is None or meta.dtype != torch.float32 or not all(isinstance(s, int) for s in sizes):
         return None
+    if not is_finite(insert, data):
+        return None  # 0 times infinity is no number
     cut = torch.tril if node.target is aten.tril.default else torch.triu
     ones = cut(torch.ones(*sizes), int(argument(node, 1, "diagonal", 0)))
     return insert.call(aten.mul.Tensor, data, insert.constant("ones", ones))
@@ -97,7 +100,7 @@ def _sums_so_far(insert: Insertion) -> Node | None:
     meta, shape = tensor_meta(data), shape_of(data)
     if meta is None or meta.dtype != torch.float32 or argument(node, 2, "dtype") is not None:
         return None
-    if not shape:
+    if not shape or not is_finite(insert, data):
         return None
     dim, last = int(cast(int, node.args[1])) % len(shape), len(shape) - 1
     if not isinstance(shape[dim], int) or shape[dim] > _MAX_SUMMED:

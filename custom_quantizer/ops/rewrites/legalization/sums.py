@@ -54,7 +54,7 @@ def _reduce(insert: Insertion, *, average: bool) -> Node | None:
     keepdim = bool(argument(node, 2, "keepdim", False))
     outer = [d for d in range(len(shape)) if d not in dims]
     spatial = len(shape) == 4 and dims == [2, 3]
-    if not outer or not is_static([shape[d] for d in dims]):
+    if not outer or not is_static([shape[d] for d in dims]) or 0 in [shape[d] for d in dims]:
         return None
     if average and spatial and is_static([shape[d] for d in outer]):
         return None
@@ -117,7 +117,7 @@ def adaptive_avg_pool(insert: Insertion) -> Node | None:
     wanted = cast("Sequence[int | None]", insert.node.args[1])
     rank = len(wanted)
     sizes = shape[-rank:]
-    if not is_static(sizes) or len(shape) != rank + 2:
+    if not is_static(sizes) or len(shape) != rank + 2 or 0 in wanted:
         return None
     out = [int(size) if w is None else int(w) for size, w in zip(sizes, wanted, strict=True)]
     # What pools in two dims is left to the entry of the registry.
