@@ -935,3 +935,18 @@ def test_what_is_made_of_a_folded_constant_has_a_shape() -> None:
     moved = Builder(model, add).call(aten.permute.default, weight, [1, 0])
     assert moved.meta["val"].fake_mode is recorded.fake_mode
     assert tensor_meta(moved).shape == (3, 4)
+
+
+def test_a_row_that_only_the_inputs_tell_stays_selected() -> None:
+    """Where it is, counted from the end or not, nobody knows before."""
+    table = torch.randn(5, 4)
+
+    def forward(s: Any, x: Tensor, i: Tensor) -> Tensor:
+        return s.layer(x) + table[i.item()]
+
+    inputs = (torch.randn(2, 4), torch.tensor(-2))
+    graph = quantized(Function(forward, layer=nn.Linear(4, 4)), inputs)
+    rewritten = copy.deepcopy(graph)
+    run_passes(rewritten)
+    assert len(calls(rewritten, torch.ops.aten.select.int)) == 1
+    assert differences(rewritten(*inputs), graph(*inputs)) == []

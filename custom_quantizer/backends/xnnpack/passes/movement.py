@@ -26,6 +26,7 @@ from custom_quantizer.core.graph import (
     argument,
     effective_users,
     is_dequantize,
+    reads_sizes,
     shape_of,
     tensor_meta,
 )
@@ -69,7 +70,7 @@ def splits_to_slices(model: GraphModule) -> int:
 @graph_pass("selects", "slices and reshapes")
 def selects_to_slices(model: GraphModule) -> int:
     """Select becomes slice and reshape."""
-    targets = calls(model, SELECT.targets)
+    targets = [node for node in calls(model, SELECT.targets) if not reads_sizes(node)]
     for node in targets:
         source = cast(Node, node.args[0])
         shape = shape_of(source)
