@@ -41,7 +41,7 @@ from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 from custom_quantizer.analysis.rerun import Rerun, capture_like, copied, is_float, rerun_in_float64
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
-from custom_quantizer.core.graph import describe
+from custom_quantizer.core.graph import describe, state_buffers
 from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import TensorScheme
@@ -317,16 +317,12 @@ def check_calls(
             difference = tolerance.difference(a, None if fine is None else fine[index], b)
             if difference is not None:
                 where = _first_wrong(prepared, captured, values) or f"output {index} ({name})"
-                raise VerificationError(
-                    f"{where}: before any rounding the prepared graph does not compute what the "
-                    f"float model does ({difference} at output {index}); pass the model that was "
-                    "prepared, in eval mode; if it is that, leave the op in float with "
-                    "set_node_name, and please report the model"
-                )
+                raise _other_function(where, f"{difference} at output {index}")
         exact.append(plain)
         if rounded is not None:
             again = Rerun(prepared, state=captured, rounding=True, weights=weights)
             rounded.append(again.outputs(values))
+    _check_sequence(prepared, captured, calls, tolerance)
     graph = GraphInputs.of(prepared)
     return FloatCheck(
         sum(map(graph.batch_size, calls)),
@@ -335,6 +331,43 @@ def check_calls(
         tuple(exact),
         None if rounded is None else tuple(rounded),
         names,
+    )
+
+
+def _check_sequence(
+    prepared: GraphModule,
+    captured: GraphModule,
+    calls: Sequence[list[Any]],
+    tolerance: _Tolerance,
+) -> None:
+    """Compare one call after the other where calls write what the next one reads.
+
+    What is known of one call says nothing of a state that is taken for a constant.
+
+    Raises:
+        VerificationError: they compute different things.
+    """
+    if not state_buffers(captured):
+        return
+    mine, theirs = Rerun(prepared, state=captured), Rerun(captured)
+    sequence, names = (*calls, calls[0]), _output_names(captured)
+    for number, values in enumerate(sequence):
+        plain, got = theirs.outputs(values), mine.outputs(values)
+        if all(map(tolerance.is_near, plain, got)):
+            continue
+        fine = rerun_in_float64(captured, values, sequence[:number])
+        for index, (name, a, b) in enumerate(zip(names, plain, got, strict=True)):
+            difference = tolerance.difference(a, None if fine is None else fine[index], b)
+            if difference is not None:
+                where = f"output {index} ({name}), which depends on buffers that calls write"
+                raise _other_function(where, f"{difference} in call {number + 1}")
+
+
+def _other_function(where: str, difference: str) -> VerificationError:
+    return VerificationError(
+        f"{where}: before any rounding the prepared graph does not compute what the float model "
+        f"does ({difference}); pass the model that was prepared, in eval mode; if it is that, "
+        "leave the op in float with set_node_name, and please report the model"
     )
 
 

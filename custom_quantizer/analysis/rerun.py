@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -209,10 +209,21 @@ def _rounded(x: Tensor, scale: Tensor | float) -> Tensor:
     return result
 
 
-def rerun_in_float64(captured: GraphModule, values: list[Any]) -> list[Any] | None:
-    """Outputs of a captured graph in float64; ``None`` where an op does not know that dtype."""
+def rerun_in_float64(
+    captured: GraphModule, values: list[Any], before: Iterable[list[Any]] = ()
+) -> list[Any] | None:
+    """Outputs of a captured graph in float64; ``None`` where an op does not know that dtype.
+
+    Args:
+        captured: the graph.
+        values: one for each placeholder.
+        before: those of calls before, which leave their state to this one.
+    """
     try:
-        return Rerun(captured, dtype=torch.float64).outputs(values)
+        rerun = Rerun(captured, dtype=torch.float64)
+        for earlier in before:
+            rerun.outputs(earlier)
+        return rerun.outputs(values)
     except Exception as error:  # whatever a kernel raises
         logger.debug("the float model does not run in float64: %s", error)
         return None

@@ -206,6 +206,24 @@ def test_state_begins_as_captured_and_stays() -> None:
     assert not captured.total.any()
 
 
+def test_calls_are_compared_one_after_the_other_where_they_write_state() -> None:
+    """A state that is taken for what it was at capture is right in the first call."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    captured = capture(Counts(), (x,))
+    prepared = prepare_pt2e(copy.deepcopy(captured), cq.IntegerQuantizer().set_global("a8w8"))
+    cq.calibrate(prepared, [x], progress=False)
+    cq.check_prepared(prepared, captured, [x])
+    (write,) = calls(prepared, aten.add_.Tensor)
+    with prepared.graph.inserting_before(write):
+        fresh = prepared.graph.call_function(aten.mul.Tensor, (write.args[0], 0.0))
+        lost = prepared.graph.call_function(aten.add.Tensor, (fresh, write.args[1]))
+    write.replace_all_uses_with(lost)
+    prepared.recompile()
+    with pytest.raises(VerificationError, match=r"buffers that calls write.* in call 2"):
+        cq.check_prepared(prepared, captured, [x])
+
+
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_values_that_are_not_finite_are_left_out(value: float) -> None:
     def forward(self: Function, x: Tensor) -> tuple[Tensor, Tensor]:
