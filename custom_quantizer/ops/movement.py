@@ -150,13 +150,16 @@ PERMUTE = _view(
 
 
 def slice_of(node: Node) -> tuple[int, int, int, int]:
-    """``(dim, start, stop, step)`` of a slice, normalized to the input's size."""
+    """``(dim, start, stop, step)`` of a slice, normalized to the input's size.
+
+    What only the inputs tell stays as it is written.
+    """
     shape = shape_of(cast(Node, node.args[0]))
     dim = int(argument(node, 1, "dim", 0)) % len(shape)
     size: Any = shape[dim]
     start, stop = argument(node, 2, "start"), argument(node, 3, "end")
     step = int(argument(node, 4, "step", 1))
-    if not isinstance(size, int):
+    if not isinstance(size, int) or isinstance(start, Node) or isinstance(stop, Node):
         # Of a dynamic size only the ends that are missing are known.
         return dim, 0 if start is None else start, size if stop is None else stop, step
     first, last, _ = slice(start, stop, step).indices(size)

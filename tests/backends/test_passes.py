@@ -950,3 +950,28 @@ def test_a_row_that_only_the_inputs_tell_stays_selected() -> None:
     run_passes(rewritten)
     assert len(calls(rewritten, torch.ops.aten.select.int)) == 1
     assert differences(rewritten(*inputs), graph(*inputs)) == []
+
+
+def test_what_changes_nothing_in_the_example_may_change_other_sizes() -> None:
+    """Slices that end where the example ends, of any batch and of a table."""
+    table = torch.randn(9, 4)
+
+    def forward(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = s.layer(x)
+        return h[:3] * 2.0, h + table[: x.shape[1]]
+
+    sizes = {0: torch.export.Dim("n", min=3, max=8), 1: torch.export.Dim("m", min=2, max=9)}
+    model, x = Function(forward, layer=nn.Linear(4, 4)), torch.randn(3, 3, 4)
+    prepared = prepare_pt2e(
+        capture(model, (x,), dynamic_shapes=((sizes,),)), cq.IntegerQuantizer().set_global("a8w8")
+    )
+    prepared(x)
+    graph = convert_pt2e(prepared)
+    rewritten = copy.deepcopy(graph)
+    run_passes(rewritten)
+    for shape in ((3, 3, 4), (5, 9, 4)):
+        x = torch.randn(shape)
+        got, want = rewritten(x), graph(x)
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape
+            assert float((a - b).abs().max()) < 0.1

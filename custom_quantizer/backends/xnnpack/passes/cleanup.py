@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import graph_pass, quantized_neighbours, replace
-from custom_quantizer.core.graph import is_dequantize, is_quantize, tensor_meta
+from custom_quantizer.core.graph import is_dequantize, is_quantize, is_same_shape, tensor_meta
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.ops.movement import EXPAND, RESHAPE, SLICE, is_identity
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, adaptive_kernel
@@ -98,4 +98,4 @@ def _same_shape(node: Node) -> bool:
     if node.target in ADAPTIVE_AVG_POOL.targets and adaptive_kernel(node) != (1, 1):
         return False
     meta, source = tensor_meta(node), tensor_meta(node.args[0])
-    return meta is not None and source is not None and tuple(meta.shape) == tuple(source.shape)
+    return meta is not None and source is not None and is_same_shape(meta.shape, source.shape)

@@ -25,6 +25,7 @@ from custom_quantizer.core.graph import (
     effective_users,
     is_dequantize,
     is_quantize,
+    is_same_shape,
     shape_of,
     view_sizes,
 )
@@ -150,7 +151,7 @@ def _changes_nothing(node: Node) -> bool:
     if node.target is _PERMUTE:
         order = permutation(node)
         return order == sorted(order)
-    return tuple(shape_of(node)) == tuple(shape_of(cast(Node, node.args[0])))
+    return is_same_shape(shape_of(node), shape_of(cast(Node, node.args[0])))
 
 
 def _drop(node: Node) -> None:

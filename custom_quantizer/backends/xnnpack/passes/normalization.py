@@ -37,6 +37,7 @@ from custom_quantizer.core.graph import (
     argument,
     constant_of,
     is_dequantize,
+    is_same_shape,
     shape_of,
     view_sizes,
 )
@@ -237,4 +238,4 @@ def _broadcasts(user: Node, node: Node, source: Node) -> bool:
     others = [arg for arg in user.args[:2] if isinstance(arg, Node) and arg is not node]
     shapes = [shape_of(source), *(shape_of(other) for other in others)]
     broadcast = cast("Callable[..., torch.Size]", torch.broadcast_shapes)
-    return tuple(broadcast(*shapes)) == tuple(shape_of(user))
+    return is_same_shape(broadcast(*shapes), shape_of(user))
