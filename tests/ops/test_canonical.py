@@ -624,6 +624,34 @@ def test_copies_stay_copies_of_what_is_written_later(name: str) -> None:
     _same(forward, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
 
 
+VIEWED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "conv3d": lambda s, x: F.relu(s.conv3d(x.unsqueeze(0)))[0],
+    "gru": lambda s, x: s.gru(x[:, 0])[0].transpose(0, 1),
+    "matmul": lambda s, x: torch.matmul(s.gru.weight_hh_l0, s.conv(x).flatten(2)[:, :, :5].mT),
+    "roll by all": lambda s, x: s.conv(x).transpose(1, 2).roll(6, 1),
+    "joined": lambda s, x: torch.cat([s.conv(x).transpose(1, 2)], 1),
+    "written through a transpose": lambda s, x: _first_column_raised(s.conv(x)),
+    "overwritten": lambda s, x: s.conv(x).copy_(x.transpose(2, 3)),
+}
+
+
+def _first_column_raised(h: Tensor) -> Tensor:
+    h.transpose(1, 2)[:, 0].add_(1.0)
+    return h
+
+
+@pytest.mark.parametrize("name", VIEWED)
+def test_what_has_other_strides_than_in_the_model_can_still_be_viewed(name: str) -> None:
+    layers = {
+        "conv": nn.Conv2d(4, 4, 1),
+        "conv3d": nn.Conv3d(2, 3, 3, padding=1),
+        "gru": nn.GRU(6, 5, batch_first=True),
+    }
+    graph = _same(lambda s, x: VIEWED[name](s, x).view(-1), torch.randn(IMAGE), **layers)
+    (view,) = (n for n in graph.graph.nodes if n.name == "view")
+    assert view.meta["original_target"] is aten.view.default  # rules are for what was captured
+
+
 def test_a_mask_that_is_written_between_two_readers_is_read_twice() -> None:
     def forward(s: Any, x: Tensor, y: Tensor) -> Any:
         mask = y > 0

@@ -12,7 +12,8 @@ Rewrites, applied in ``transform_for_annotation``:
 - batch norms and factors of each channel become part of the weights before them
   (:mod:`custom_quantizer.ops.rewrites.batch_norms`, :mod:`custom_quantizer.ops.rewrites.factors`),
   and batch norms with no layer before them convolutions;
-- numbers in add, sub, mul and ``1 - x`` become constant tensors, so that they are quantized too.
+- numbers in add, sub, mul and ``1 - x`` become constant tensors, so that they are quantized too;
+- views become reshapes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from custom_quantizer.core.graph import (
     argument,
     tensor_meta,
 )
+from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.ops.rewrites.batch_norms import (
     batch_norms_to_convs,
     fold_into_layers,
@@ -68,6 +70,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
         fold_factors(model)
         batch_norms_to_convs(model)
     _numbers_to_tensors(model)
+    _views_to_reshapes(model)
     model.graph.eliminate_dead_code()
     model.recompile()
     return model
@@ -95,6 +98,17 @@ def _numbers_to_tensors(model: GraphModule) -> None:
                 else arg
                 for i, arg in enumerate(node.args)
             )
+
+
+def _views_to_reshapes(model: GraphModule) -> None:
+    """Forms of ops may have other strides than the ops, which a view would not take.
+
+    Of memory that is written in place a view has to be one.
+    """
+    for node in model.graph.nodes:
+        if node.target is aten.view.default and overwritten_by(node) is None:
+            node.meta.setdefault("original_target", node.target)
+            node.target = aten.reshape.default
 
 
 def _float32(arg: Any) -> bool:
