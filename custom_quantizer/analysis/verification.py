@@ -31,6 +31,7 @@ from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.verifying import (
     Program,
+    beyond,
     output_scales,
     tensor_differences,
 )
@@ -48,6 +49,10 @@ class OutputCheck:
         mismatches: how many of the program's differ from the integer reference's.
         max_lsb: largest difference in units of the output's scale; ``None`` for a float output.
         max_abs: largest absolute difference.
+        bound: what it may be at most: 0 where integers come out, and a derived one where images are
+            enlarged in float behind the last integers; ``None``: float ops take part of which none
+            is known.
+        beyond: how many values differ by more; 0 where there is no bound.
         graph_mismatches: how many of the converted graph's (PyTorch) differ from the program's.
         graph_max_lsb: the largest of those differences in units.
         sqnr_float: of the program against the float model, in dB, infinite where they are equal;
@@ -60,6 +65,8 @@ class OutputCheck:
     mismatches: int
     max_lsb: float | None
     max_abs: float
+    bound: float | None
+    beyond: int
     graph_mismatches: int
     graph_max_lsb: float | None
     sqnr_float: float | None
@@ -115,6 +122,15 @@ class Verification:
         wrong = any(output.mismatches for output in self.outputs)
         return self.constants_equal is not False and not wrong
 
+    @property
+    def as_derived(self) -> bool:
+        """As :attr:`bit_exact`, but where images are enlarged in float behind the last integers.
+
+        There each value is within the bound of that; other float ops are no part of it.
+        """
+        wrong = any(out.mismatches if out.bound is None else out.beyond for out in self.outputs)
+        return self.constants_equal is not False and not wrong
+
     def to_json(self) -> str:
         """All fields as JSON; null for the SQNR of an output without any error."""
         record = finite(asdict(self)) | {"bit_exact": self.bit_exact, "version": 1}
@@ -123,10 +139,13 @@ class Verification:
     def __str__(self) -> str:
         lines = [f"bit-exact: {'yes' if self.bit_exact else 'NO'}"]
         for out in self.outputs:
-            lsb = "" if out.max_lsb is None else f", by up to {out.max_lsb:g} LSB"
+            far = "" if out.max_lsb is None else f", by up to {out.max_lsb:g} LSB"
+            if out.bound:
+                far = f", by up to {out.max_abs:.2g}; {out.beyond:,} by more than {out.bound:.2g}"
+                far += ", for which its float ops account"
             lines.append(
                 f"  output {out.index}: {out.mismatches:,} of {out.values:,} values differ from "
-                f"the integer reference{lsb}"
+                f"the integer reference{far}"
             )
             graph_lsb = "" if out.graph_max_lsb is None else f" (up to {out.graph_max_lsb:g} LSB)"
             lines.append(
@@ -173,7 +192,11 @@ def verify(
     if not batches:
         raise InputError("there are no inputs to verify on; pass at least one tuple of inputs")
     reference = IntegerReference(graph)
-    statistics = [_OutputStatistics(i, scale) for i, scale in enumerate(output_scales(converted))]
+    bounds = checks.output_bounds(lowered, graph)
+    statistics = [
+        _OutputStatistics(i, scale, bound)
+        for i, (scale, bound) in enumerate(zip(output_scales(converted), bounds, strict=True))
+    ]
     lowered.reset()
     with exclusive(), torch.no_grad(), state_kept(converted), _state_kept(float_model):
         for batch in batches:
@@ -194,7 +217,7 @@ def verify(
     first: FirstDifference | None = None
     if found is not None:
         first = FirstDifference(found.node, _path(graph, found.node), found.what, found.detail)
-    elif exact and any(output.mismatches for output in outputs):
+    elif any(output.beyond for output in outputs):
         first = _first_wrong_tensor(graph, batches, partial(checks.lower_again, lowered))
     equal = None if stored is None else found is None
     return Verification(outputs, equal, exact, first, checks.inexact_ops(lowered, graph))
@@ -263,10 +286,11 @@ def _first_wrong_tensor(
 class _OutputStatistics:
     """Statistics of one output over batches."""
 
-    def __init__(self, index: int, scale: float | None) -> None:
+    def __init__(self, index: int, scale: float | None, bound: float | None) -> None:
         self._index = index
         self._scale = scale
-        self._values = self._mismatches = self._graph_mismatches = 0
+        self._bound = bound
+        self._values = self._mismatches = self._beyond = self._graph_mismatches = 0
         self._max = self._graph_max = 0.0
         self._graph, self._float = Noise(), Noise()
         self._has_float = False
@@ -274,6 +298,8 @@ class _OutputStatistics:
     def add(self, got: Tensor, want: Tensor, eager: Tensor, real: Tensor | None) -> None:
         self._values += got.numel()
         self._mismatches += int((got != want).sum())
+        if self._bound is not None:
+            self._beyond += int(beyond(got, want, self._bound).sum())
         self._graph_mismatches += int((got != eager).sum())
         if got.numel():
             self._max = max(self._max, float((got - want).abs().max()))
@@ -293,6 +319,8 @@ class _OutputStatistics:
             self._mismatches,
             self._lsb(self._max),
             self._max,
+            self._bound,
+            self._beyond,
             self._graph_mismatches,
             self._lsb(self._graph_max),
             self._float.ratio if self._has_float else None,

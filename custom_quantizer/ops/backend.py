@@ -102,6 +102,8 @@ class Support:
             :class:`~custom_quantizer.ops.OpRule`.
         float_reason: why the family has no integer kernel; it then runs in float between exact
             boundaries.
+        float_output: why an op that passes integers on is better computed in float where only float
+            outputs of the model show its result; empty: it is not.
         table: of a family that reads rows of a table in float, the format in which the table may
             be stored, one scale a row; ``None``: as it is.
     """
@@ -116,6 +118,7 @@ class Support:
     weight_reason: str = ""
     integers: Callable[[QuantizedOp, Integers, Arithmetic], Tensor] | None = None
     float_reason: str = ""
+    float_output: Callable[[PatternMatch], str] = lambda _match: ""
     table: TensorScheme | None = None
 
 

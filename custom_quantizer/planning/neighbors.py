@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import cast
 
 import torch
@@ -17,7 +18,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait, rule_of
-from custom_quantizer.ops.backend import Backend
+from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.planning.decisions import to_float
 from custom_quantizer.planning.drafts import DraftOp, same_format
 from custom_quantizer.planning.model_io import ModelIO
@@ -185,26 +186,65 @@ def center(ops: list[DraftOp], producer: dict[Node, DraftOp]) -> None:
             source.centered = signed
 
 
+def returned_in_float(
+    ops: list[DraftOp], anchors: dict[Node, DraftOp], io: ModelIO
+) -> frozenset[Node]:
+    """Ops whose results nobody sees but the caller of the model, who gets float32 of them."""
+    integers, found = set(io.wanted), set[Node]()
+    for op in reversed(ops):
+        users = effective_users(op.output)
+        if not users or op.output in integers:
+            continue
+        if all(user is io.node or _hands_on(anchors.get(user), found) for user in users):
+            found.add(op.node)
+    return frozenset(found)
+
+
+def _hands_on(op: DraftOp | None, returned: set[Node]) -> bool:
+    """Whether an op shows one tensor to the caller, and no rule wants it on integers."""
+    if op is None or op.node not in returned or not op.moves_values or op.match is None:
+        return False
+    return len(op.match.inputs) == 1 and not _has_rule(op)
+
+
+def _has_rule(op: DraftOp) -> bool:
+    return op.decision.explicit and op.decision.scheme is not None
+
+
 def follow_producers(
     ops: list[DraftOp],
     producer: dict[Node, DraftOp],
-    inputs: dict[Node, TensorScheme],
+    io: ModelIO,
+    returned: Set[Node],
     backend: Backend,
 ) -> None:
-    """A data-movement op passes on the integers it is given."""
+    """A data-movement op passes on the integers it is given, if that is worth it.
+
+    Args:
+        ops: all, in graph order.
+        producer: by output.
+        io: what the config asks of inputs and outputs.
+        returned: those that only float outputs of the model show.
+        backend: may compute these better in float, where no rule names them.
+    """
     for op in ops:
         if not op.moves_values or left_in_float(op, backend):
             continue
+        match = cast(PatternMatch, op.match)
         sources = [
             source
-            for tensor in cast(PatternMatch, op.match).inputs
+            for tensor in match.inputs
             if (source := producer.get(tensor)) is not None and not source.is_dynamic
         ]
         op.centered = any(source.centered for source in sources)
         given = [source.made for source in sources]
-        given += [inputs.get(tensor) for tensor in cast(PatternMatch, op.match).inputs]
+        given += [io.inputs.get(tensor) for tensor in match.inputs]
         formats = [fmt for fmt in given if fmt is not None]
-        if formats:
+        why = cast(Support, op.support).float_output(match)
+        if formats and why and op.node in returned and not _has_rule(op):
+            op.centered = False
+            op.reason = f"only float outputs of the model show it: {why}"
+        elif formats:
             # Tensors that are joined must agree: on the widest format among them.
             op.follows = max(formats, key=lambda fmt: fmt.format.bits)
             op.reason = "moves values: keeps the integers it is given"

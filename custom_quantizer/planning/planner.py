@@ -21,6 +21,7 @@ from custom_quantizer.planning.neighbors import (
     leave_readers_of_integers,
     leave_sums,
     leave_unprofitable,
+    returned_in_float,
 )
 from custom_quantizer.planning.plan import Plan
 
@@ -52,7 +53,7 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     leave_unprofitable(ops, io, backend)
     center(ops, producer)
     # What integers it is given comes first; what its consumers want only where it is given none.
-    follow_producers(ops, producer, io.inputs, backend)
+    follow_producers(ops, producer, io, returned_in_float(ops, anchors, io), backend)
     follow_consumers(ops, anchors)
     return_integers(io, config, producer)
     return Annotator(ops, producer, io, backend).plan(tuple(warnings))

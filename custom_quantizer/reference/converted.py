@@ -37,7 +37,6 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops import (
-    OpRule,
     PatternMatch,
     QParamSharing,
     QuantizedOp,
@@ -45,7 +44,7 @@ from custom_quantizer.ops import (
     rule_of,
     unknown_op,
 )
-from custom_quantizer.ops.backend import Backend, BackendLike, get_backend
+from custom_quantizer.ops.backend import Backend, BackendLike, Support, get_backend
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.movement import GETITEM, SPLIT
 
@@ -191,27 +190,24 @@ def _integer_op(
         inputs = tuple(qparams_of(model, source) for source in match.inputs)
     if any(inputs[i].zero_point != 0 for i in support.requires_symmetric):
         return "the zero point of its second operand is not 0"
-    return _with_output(model, rule, match, inputs, support.fuses)
+    return _with_output(model, match, inputs, support)
 
 
 def _with_output(
-    model: GraphModule,
-    rule: OpRule,
-    match: PatternMatch,
-    inputs: tuple[QParams, ...],
-    may_fuse: bool,
+    model: GraphModule, match: PatternMatch, inputs: tuple[QParams, ...], support: Support
 ) -> QuantizedOp | str:
-    node, bounds, output_node = match.node, None, match.node
+    rule, node, bounds, output_node = match.rule, match.node, None, match.node
     if rule is SPLIT:
         return QuantizedOp(match, inputs, inputs[0], node)
     users = effective_users(node)
-    clamp = match_of(users[0]) if len(users) == 1 and may_fuse else None
+    clamp = match_of(users[0]) if len(users) == 1 and support.fuses else None
     if clamp is not None and clamp.rule.bounds is not None and clamp.rule.family in rule.fuses:
         output_node = clamp.node
         bounds = clamp.rule.bounds(output_node)
         users = effective_users(output_node)
     if len(users) != 1 or not is_quantize(users[0]):
-        return "its result is used in float"
+        why = support.float_output(match)
+        return f"its result is used in float: {why}" if why else "its result is used in float"
     output = qparams_of(model, users[0])
     if rule.sharing is QParamSharing.SAME and any(not output.same_grid(q) for q in inputs):
         return "it moves values between different scales"

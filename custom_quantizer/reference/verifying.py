@@ -27,6 +27,7 @@ __all__ = [
     "Difference",
     "Program",
     "TensorDifference",
+    "beyond",
     "instrumented",
     "output_scales",
     "tapped_integers",
@@ -84,6 +85,9 @@ class Checks(Protocol):
     def is_exact(self, program: Any, graph: ConvertedGraph) -> bool:
         """Whether the reference gives every output bit for bit: no float op, none emulated."""
 
+    def output_bounds(self, program: Any, graph: ConvertedGraph) -> Sequence[float | None]:
+        """How far each output may be from the reference's; ``None``: that is not known."""
+
     def inexact_ops(self, program: Any, graph: ConvertedGraph) -> tuple[str, ...]:
         """Ops that are float or emulated, so that equality is not expected, and why."""
 
@@ -91,6 +95,11 @@ class Checks(Protocol):
         self, program: Any, converted: GraphModule, example: tuple[Any, ...]
     ) -> Program:
         """Lower another graph as this program was lowered, without checks."""
+
+
+def beyond(got: Tensor, want: Tensor, bound: float) -> Tensor:
+    """Which values are further apart than ``bound``; NaN is far from everything."""
+    return (got != want) & ~((got - want).abs() <= bound)
 
 
 def output_scales(model: GraphModule) -> list[float | None]:

@@ -173,7 +173,8 @@ def verify_command(
 
     Compares every weight, bias, scale and clamp in the file with the graph's, then the outputs of
     the runtime with the integer reference. Names the first op that differs. Exits with 0 if the
-    program is bit-exact, with 1 if it is not.
+    program is bit-exact, with 1 if it is not. Images that are enlarged in float behind the last
+    integers may differ by what is derived for that.
 
     With --device-outputs nothing is run: the outputs that a device computed are compared with those
     of the integer reference in the same folder.
@@ -202,7 +203,7 @@ def verify_command(
         inputs = list(source.with_batch_size(lowered.batch_size or 1).inputs)
     checked = verify(converted, lowered, inputs, float_model=floating)
     show(checked, as_json)
-    if not checked.bit_exact:
+    if not checked.as_derived:
         raise SystemExit(1)
 
 

@@ -14,9 +14,17 @@ from custom_quantizer.backends.tosa.program import TosaProgram
 from custom_quantizer.core.graph import describe
 from custom_quantizer.errors import CustomQuantizerError, LoweringError, VerificationError
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
-from custom_quantizer.reference.verifying import Difference, tensor_differences
+from custom_quantizer.reference.verifying import Difference, output_scales, tensor_differences
 
-__all__ = ["check_program", "differences", "here", "inexact_ops", "is_exact", "lower_again"]
+__all__ = [
+    "check_program",
+    "differences",
+    "here",
+    "inexact_ops",
+    "is_exact",
+    "lower_again",
+    "output_bounds",
+]
 
 
 def check_program(program: TosaProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> None:
@@ -57,6 +65,11 @@ def here(graph: ConvertedGraph) -> ConvertedGraph:
 def is_exact(program: TosaProgram, graph: ConvertedGraph) -> bool:
     """Whether nothing is outside, where it runs in float, and PyTorch's kernels may differ."""
     return not inexact_ops(program, graph)
+
+
+def output_bounds(program: TosaProgram, graph: ConvertedGraph) -> tuple[float | None, ...]:
+    """0 for each output where nothing is outside; otherwise not known."""
+    return (0.0 if is_exact(program, graph) else None,) * len(output_scales(graph.model))
 
 
 def inexact_ops(program: TosaProgram, graph: ConvertedGraph) -> tuple[str, ...]:

@@ -239,6 +239,29 @@ def xnnpack_positions(resizing: Resizing, *, fused: bool) -> tuple[int, ...]:
     return tuple((lower.astype(np.int64) * (1 << POSITION_BITS) + weight.astype(np.int64)).tolist())
 
 
+def float_resize_error(rows: Resizing, columns: Resizing, largest: float) -> float:
+    """How far two bilinear resizes in float32 may be from each other: this backend's, PyTorch's.
+
+    With ``u = 2**-24``, to first order in it: where a pixel is taken from is ``index * scale +
+    offset`` or ``(index + 0.5) * scale - 0.5`` with a rounded scale, off by at most ``3.5 u size``
+    and ``3 u size``, and the result is continuous in it, with a slope of at most ``2 largest`` a
+    pixel. That makes ``13 u (height + width) largest``. ``a + (b - a) * w`` in both directions
+    rounds by at most ``10 u largest``, sums of products with weights ``w`` and ``1 - w`` by
+    ``8 u largest``. One more unit of each is for what is of second order.
+
+    Args:
+        rows: how the height changes.
+        columns: how the width changes.
+        largest: absolute value of a pixel.
+
+    References:
+        XNNPACK at commit 92a7ad50, ``src/indirection.c``:
+        ``xnn_indirection_init_resize_bilinear2d_hwc_f32``, ``src/f32-ibilinear``; PyTorch,
+        ``aten/src/ATen/native/UpSample.h`` and ``cpu/UpSampleKernel.cpp``.
+    """
+    return (14 * (rows.size + columns.size) + 19) * _ULP * largest
+
+
 def _store_emulated(real: Tensor, q: QParams) -> Tensor:
     """Store float64 reals as the float32 emulation does: half up above 8 bits, even below."""
     scaled = real / scale_of(q)

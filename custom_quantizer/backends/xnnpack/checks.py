@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack import kernels
-from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, XNNPACK_NEON
+from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, XNNPACK_NEON, float_resize_error
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.columns import columns_of
 from custom_quantizer.backends.xnnpack.groups import joined
@@ -29,15 +29,29 @@ from custom_quantizer.backends.xnnpack.program import (
 )
 from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp, ProgramContents
 from custom_quantizer.core.arithmetic import QParams
-from custom_quantizer.core.graph import describe, is_run_time_quantization, tensor_meta
+from custom_quantizer.core.graph import (
+    describe,
+    effective_users,
+    is_dequantize,
+    is_run_time_quantization,
+    qparams_of,
+    tensor_meta,
+)
 from custom_quantizer.errors import LoweringError, ProgramError, VerificationError
-from custom_quantizer.ops import QParamSharing, QuantizedOp
+from custom_quantizer.ops import QParamSharing, QuantizedOp, match_of
 from custom_quantizer.ops._rule import as_limits
 from custom_quantizer.ops.gemm import CONV, expand_channels
+from custom_quantizer.ops.movement import PAD
+from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR, resizings_of
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.reference.following import first_departure
-from custom_quantizer.reference.verifying import Difference, instrumented, tapped_integers
+from custom_quantizer.reference.verifying import (
+    Difference,
+    beyond,
+    instrumented,
+    tapped_integers,
+)
 
 __all__ = [
     "check_program",
@@ -46,6 +60,7 @@ __all__ = [
     "inexact_ops",
     "is_exact",
     "lower_again",
+    "output_bounds",
     "relative_error",
 ]
 
@@ -388,26 +403,28 @@ def _check_outputs(
         raise VerificationError(
             f"the program returns {len(outputs)} tensors, the model {len(reference)}"
         )
-    exact = is_exact(program, graph)
+    bounds = output_bounds(program, graph)
     # Of integers at the border the float32 values, which are equal if and only if these are.
     dequantize = graph.backend.arithmetic.dequantize
     reference = graph.borders.reals(reference, dequantize)
     outputs = graph.borders.reals(outputs, dequantize)
-    for i, (want, got) in enumerate(zip(reference, outputs, strict=True)):
+    for i, (want, got, bound) in enumerate(zip(reference, outputs, bounds, strict=True)):
         if not isinstance(want, Tensor):
             continue
         if want.shape != got.shape:
             raise VerificationError(
                 f"output {i} has shape {tuple(got.shape)}, the model returns {tuple(want.shape)}"
             )
-        wrong = int((want != got).sum())
-        if wrong and (exact or relative_error(want, got) > FLOAT_TOLERANCE):
+        wrong = int(beyond(got, want, bound or 0.0).sum())
+        if wrong and (bound is not None or relative_error(want, got) > FLOAT_TOLERANCE):
             worst = float((want - got).abs().max())
             difference = (
                 f"output {i}: {wrong} of {want.numel()} values differ from the integer reference, "
                 f"by up to {worst:.6g}"
             )
-            if exact:
+            if bound:
+                difference += f", and the float ops at its end account for {bound:.6g}"
+            if bound is not None:
                 raise VerificationError(f"{difference}; custom_quantizer.verify names the op")
             _check_each_tensor(graph, example, outputs, difference)
             return
@@ -454,13 +471,60 @@ def _check_each_tensor(
             )
 
 
-def is_exact(program: LoweredProgram, graph: ConvertedGraph) -> bool:
-    """Whether the reference gives every output bit for bit: no float op, none emulated.
+_EXACT = INTEGER_BACKENDS | {kernels.FOLDED, kernels.TABLE, kernels.FLOAT}
+"""Of integer ops: average pooling and padding run in float as the reference knows exactly."""
 
-    Average pooling and padding run in float in a way that the reference knows exactly.
+
+def is_exact(program: LoweredProgram, graph: ConvertedGraph) -> bool:
+    """Whether the reference gives every output bit for bit: no float op, none emulated."""
+    return not graph.floating and all(op.backend in _EXACT for op in program.report.ops)
+
+
+def output_bounds(program: LoweredProgram, graph: ConvertedGraph) -> tuple[float | None, ...]:
+    """How far each output may be from that of the reference, in absolute value.
+
+    That is 0 where integers come out. Where the only float ops of a graph are resizes and moves
+    behind its last integers, these integers are exact, and the bound is that of
+    :func:`~custom_quantizer.backends.xnnpack.arithmetic.float_resize_error`. ``None``: other float
+    ops take part, whose last bits may become units of integers.
     """
-    known = INTEGER_BACKENDS | {kernels.FOLDED, kernels.TABLE, kernels.FLOAT}
-    return not graph.floating and all(op.backend in known for op in program.report.ops)
+    (output,) = (node for node in graph.model.graph.nodes if node.op == "output")
+    floating = {op.node for op in graph.floating}
+    ends = [_float_end(graph.model, x, floating) for x in pytree.tree_leaves(output.args[0])]
+    nodes = frozenset[Node]().union(*(found for found, _ in ends))
+    readers = {user for node in nodes for user in effective_users(node)}
+    exact = floating <= nodes and readers <= nodes | {output}
+    if not exact or any(op.backend not in _EXACT for op in program.report.ops):
+        return (None,) * len(ends)
+    return tuple(bound for _, bound in ends)
+
+
+def _float_end(
+    model: GraphModule, value: object, floating: Set[Node]
+) -> tuple[frozenset[Node], float | None]:
+    """The float ops between the last integers and an output, and how far off they may be."""
+    nodes: list[Node] = []
+    resizes: list[Node] = []
+    while value in floating:
+        node = cast(Node, value)
+        match = match_of(node)
+        if match is None or match.rule.sharing is not QParamSharing.SAME or len(match.inputs) != 1:
+            return frozenset(), None
+        if match.rule is PAD and resizes:
+            return frozenset(), None  # it is resized, and may be larger than the integers before it
+        nodes.append(node)
+        if match.rule is UPSAMPLE_BILINEAR:
+            resizes.append(node)
+        (value,) = match.inputs
+    if not resizes:
+        return frozenset(nodes), 0.0
+    source = cast(Node, value)
+    if not is_dequantize(source):
+        return frozenset(), None
+    qparams = qparams_of(model, source)
+    most = max(qparams.quant_max - qparams.zero_point, qparams.zero_point - qparams.quant_min)
+    largest = most * cast(float, qparams.scale)
+    return frozenset(nodes), sum(float_resize_error(*resizings_of(n), largest) for n in resizes)
 
 
 def here(graph: ConvertedGraph) -> ConvertedGraph:

@@ -377,6 +377,22 @@ def refuses_resize(node: Node) -> str:
     return ""
 
 
+def _enlarges(match: PatternMatch) -> str:
+    """Why a resize whose result is wanted in float is better computed in float.
+
+    Of 1 to 150 channels enlarged 2 to 8 times the float kernel and the move of its result into
+    PyTorch's layout took 0.63 to 1.2 of the time of those of int8 and the conversion behind them;
+    of 21 channels made smaller, 1.1 to 1.3 (x86-64 with AVX512).
+    """
+    rows, columns = resizings_of(match.node)
+    if rows.out * columns.out < rows.size * columns.size:
+        return ""
+    return (
+        "XNNPACK enlarges images of floats as fast as those of integers, which it would round once "
+        "more"
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # Data movement
 # ---------------------------------------------------------------------------------------------
@@ -477,7 +493,9 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         AVG_POOL.family: Support(_always(FLOAT, "XNNPACK averages windows in float")),
         ADAPTIVE_AVG_POOL.family: Support(_adaptive, accepts=_accepts_mean),
         MEAN.family: Support(_int8, accepts=_accepts_mean),
-        UPSAMPLE_BILINEAR.family: Support(_int8, refuses=lambda match: refuses_resize(match.node)),
+        UPSAMPLE_BILINEAR.family: Support(
+            _int8, refuses=lambda match: refuses_resize(match.node), float_output=_enlarges
+        ),
         CAT.family: Support(_int8),
         IDENTITY.family: Support(_always(FOLDED, "it does not change the tensor")),
         RESHAPE.family: Support(_reshape),
