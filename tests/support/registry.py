@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from custom_quantizer.backends.xnnpack import BACKEND
-from custom_quantizer.ops import REGISTRY, Case, Formats, OpRule, QParamSharing, rule_of
+from custom_quantizer.ops import (
+    REGISTRY,
+    Case,
+    Formats,
+    OpRule,
+    PatternMatch,
+    QParamSharing,
+    rule_of,
+)
 from support.graphs import canonicalize
 
 WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "matmul", "prelu"})
@@ -45,30 +53,43 @@ def weighed(family: str) -> bool:
 
     Such an op is quantized between ops that give and take integers only.
     """
+    return any(BACKEND.predict(op, Formats(8)).kernel.needs_integers for op in _ops_of(family))
+
+
+@cache
+def ends_in_float(family: str) -> bool:
+    """Whether a case of the family has an op of it that float outputs of a model read as float."""
+    return any(BACKEND.support(op.rule).float_output(op) for op in _ops_of(family))
+
+
+def _ops_of(family: str) -> list[PatternMatch]:
+    """The first op of the family in each of its cases that have one."""
     (rule,) = (rule for rule in REGISTRY if rule.family == family)
-    return any(_needs_integers(rule, case) for case in rule.cases)
+    return [op for case in rule.cases if (op := _op_of(rule, case)) is not None]
 
 
-def _needs_integers(rule: OpRule, case: Case) -> bool:
+def _op_of(rule: OpRule, case: Case) -> PatternMatch | None:
     example = tuple(torch.randn(shape) for shape in case.shapes)
     graph = canonicalize(torch.export.export(case.build().eval(), example).module())
     for node in graph.graph.nodes:
         bound = rule.match(rule, node) if rule_of(node) is rule else "another op"
         if not isinstance(bound, str):
-            return BACKEND.predict(bound, Formats(8)).kernel.needs_integers
-    return False
+            return bound
+    return None
 
 
 class Surrounded(nn.Module):
     """A case with integers before it, if it needs some, and an op that takes integers behind it.
 
-    Ops that move values, and those without an int8 kernel, are quantized between other ops only.
+    Ops that move values, and those without an int8 kernel, are quantized between other ops only,
+    and an op that only float outputs read may be in float.
     """
 
     def __init__(self, rule: OpRule, case: Case) -> None:
         super().__init__()
         moves, costs = rule.sharing is QParamSharing.SAME, weighed(rule.family)
-        self.before, self.behind = moves or costs, costs and not moves
+        self.before = moves or costs
+        self.behind = (costs and not moves) or ends_in_float(rule.family)
         self.case = case.build()
 
     def forward(self, *inputs: Tensor) -> Any:
