@@ -116,13 +116,20 @@ OTHERS: dict[str, tuple[tuple[int, ...], set[str]]] = {
 }
 
 
+SEGMENTING = ("fcn_resnet50", "lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large")
+"""Models that end with a resize, which is computed in float unless a rule names it."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_model_is_one_delegate(name: str) -> None:
     """Lowering compares its outputs with the integer reference; float kernels must be expected."""
     shape, floating = OTHERS[name]
     example = (torch.randn(shape),)
-    converted = convert(torchvision_model(name), example)
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    if name in SEGMENTING:
+        quantizer.set_operator_type(torch.ops.aten.upsample_bilinear2d.vec, "a8w8")
+    converted = convert(torchvision_model(name), example, quantizer)
     lowered = cq.lower(converted.graph, example)
     assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)
     assert {row.family for row in lowered.report.not_integer()} <= floating
@@ -130,6 +137,20 @@ def test_model_is_one_delegate(name: str) -> None:
     exact = not any(family.startswith("aten") for family in floating)
     assert checked.exact_expected is exact
     assert checked.bit_exact or not exact, str(checked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEGMENTING)
+def test_a_model_that_ends_with_a_resize_is_one_delegate_and_as_derived(name: str) -> None:
+    example = (torch.randn(IMAGE),)
+    converted = convert(torchvision_model(name), example)
+    lowered = cq.lower(converted.graph, example)
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ()), str(lowered.report)
+    (op,) = converted.plan.floating
+    assert op.family == "upsample_bilinear2d"
+    checked = cq.verify(converted.graph, lowered, [(torch.randn(IMAGE),)])
+    assert checked.as_derived, str(checked)
+    assert not checked.exact_expected
 
 
 @pytest.mark.slow

@@ -213,7 +213,8 @@ def _described(graph: ConvertedGraph) -> tuple[Entry, dict[str, Array]]:
         if len(floating) > _LISTED:
             listed += f"; and {len(floating) - _LISTED} more"
         raise ConversionError(
-            f"integers alone cannot express a graph with ops in float; quantize these, or move "
+            f"integers alone cannot express a graph with ops in float; quantize these "
+            f"(IntegerQuantizer(backend=None) does so wherever integers mean something), or move "
             f"them out of the model: {listed}"
         )
     writer = _Writer(graph)

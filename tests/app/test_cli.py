@@ -15,7 +15,9 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from support.flow import small_images, small_labels, small_model, small_result
+from torch import nn
 
+import custom_quantizer as cq
 from custom_quantizer.app.cli import cli
 from custom_quantizer.app.saved_graph import load_graph
 from custom_quantizer.backends.xnnpack import load_program
@@ -321,6 +323,20 @@ def test_verify(work: Path, program: Path, tmp_path: Path) -> None:
     result = run("verify", broken, "--graph", program.with_suffix(".graph.safetensors"))
     assert result.exit_code == 1
     assert "error: " in result.stderr or "bit-exact: NO" in result.stdout
+
+
+def test_verify_takes_what_is_enlarged_in_float_at_the_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=4, mode="bilinear"))
+    x = torch.randn(1, 3, 9, 8)
+    cq.quantize(model.eval(), (x,), [x]).save(tmp_path / "net.pte")
+    text = ok("verify", tmp_path / "net.pte")
+    assert text.startswith("bit-exact: no, and within what is derived for the float ops at its end")
+    document = json.loads(ok("verify", tmp_path / "net.pte", "--json"))
+    assert (document["bit_exact"], document["as_derived"]) == (False, True)
+    (output,) = document["outputs"]
+    assert 0 < output["max_abs"] <= output["bound"]
+    assert (output["beyond"], output["values"]) == (0, 20 * 4 * 28 * 24)
 
 
 def test_a_model_with_two_heads(work: Path, program: Path, tmp_path: Path) -> None:

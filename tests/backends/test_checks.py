@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import re
@@ -16,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import Function, quantized
+from support.graphs import Function, lower_sabotaged, quantized
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import checks, passes
+from custom_quantizer.backends.xnnpack import checks
 from custom_quantizer.backends.xnnpack.checksum import seal, split_checksum
 from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp
 from custom_quantizer.core.graph import add_constant, is_quantize
@@ -367,24 +366,6 @@ def test_files_that_are_wrong_by_one_number() -> None:
 # ---------------------------------------------------------------------------------------------
 # Outputs
 # ---------------------------------------------------------------------------------------------
-
-
-def lower_sabotaged(
-    graph: GraphModule, x: Tensor, change: Callable[[Node], None], name: str
-) -> cq.LoweredProgram:
-    """Lower with passes of which the last also changes a node."""
-    honest = passes.PASSES
-
-    def run(model: GraphModule) -> int:
-        count = honest[-1].run(model)
-        # Others that are called so stand before it: products with one.
-        change([n for n in model.graph.nodes if name in str(n.target)][-1])
-        return count
-
-    with pytest.MonkeyPatch.context() as patch:
-        last = dataclasses.replace(honest[-1], run=run)
-        patch.setattr(passes, "PASSES", (*honest[:-1], last))
-        return cq.lower(graph, (x,))
 
 
 def test_one_unit_of_some_outputs_is_noticed_where_all_ops_are_integer() -> None:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support.contracts import IntegerContract
-from support.graphs import Function, differences, quantized, stress
-from torch import Tensor
+from support.graphs import Function, Inputs, differences, lower_sabotaged, quantized, stress
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import kernels, read_program
-from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, xnnpack_positions
+from custom_quantizer.backends.xnnpack import checks, kernels, read_program
+from custom_quantizer.backends.xnnpack.arithmetic import (
+    XNNPACK,
+    float_resize_error,
+    xnnpack_positions,
+)
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.exact import EXACT
 from custom_quantizer.core.fixed_point import FIXED_POINT
+from custom_quantizer.core.graph import is_quantize
 from custom_quantizer.core.resizing import Resizing
-from custom_quantizer.errors import InputError, SchemeError
+from custom_quantizer.errors import ConversionError, InputError, SchemeError, VerificationError
+from custom_quantizer.planning.plan import OpPlan
+from custom_quantizer.reference.converted import read_converted
 
 aten = torch.ops.aten
 INT8 = QParams(0.0625, 3, -128, 127)
@@ -225,3 +236,206 @@ def test_an_antialiased_image_of_width_1_is_left_to_pytorch() -> None:
     x = torch.arange(6.0).reshape(1, 1, 6, 1)
     made: Tensor = F.interpolate(x, size=(3, 1), mode="bilinear", antialias=True)
     assert np.ptp(made.numpy()) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------
+# What only float outputs of a model show
+# ---------------------------------------------------------------------------------------------
+
+SHOWN = "only float outputs of the model show it"
+RULE = "upsample_bilinear2d.vec"
+
+
+def twice(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear")
+
+
+def planned(
+    function: Callable[..., Any], quantizer: cq.IntegerQuantizer | None = None
+) -> list[OpPlan]:
+    """What the plan says of the resizes of a layer's result."""
+    model = Function(function, layer=nn.Conv2d(3, 4, 1), other=nn.Conv2d(4, 2, 1))
+    quantizer = (quantizer or cq.IntegerQuantizer()).set_global("a8w8")
+    plan = quantizer.plan(torch.export.export(model.eval(), (torch.randn(1, 3, 6, 5),)).module())
+    return [op for op in plan.ops if op.family == "upsample_bilinear2d"]
+
+
+FLOAT_ENDS: dict[str, Callable[..., Any]] = {
+    "returned": lambda s, x: twice(s.layer(x)),
+    "moved": lambda s, x: twice(s.layer(x)).permute(0, 2, 3, 1).flatten(1, 2)[:, 1:],
+    "split": lambda s, x: twice(s.layer(x)).split([1, 3], 1),
+    "pooled": lambda s, x: F.max_pool2d(twice(s.layer(x)), 2),
+    "returned twice": lambda s, x: (twice(s.layer(x)),) * 2,
+    "beside integers": lambda s, x: (lambda y: [twice(y), s.other(y)])(s.layer(x)),
+}
+INTEGER_ENDS: dict[str, Callable[..., Any]] = {
+    "read by a layer": lambda s, x: s.other(twice(s.layer(x))),
+    "returned and read": lambda s, x: (lambda y: [y, s.other(y)])(twice(s.layer(x))),
+    "joined": lambda s, x: torch.cat([twice(s.layer(x)), s.layer(twice(x))], 1),
+    "made smaller": lambda s, x: F.interpolate(s.layer(x), size=(5, 5), mode="bilinear"),
+    "read by a float op": lambda s, x: torch.sin(twice(s.layer(x))),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT_ENDS)
+def test_what_only_float_outputs_show_is_enlarged_in_float(name: str) -> None:
+    (op,) = planned(FLOAT_ENDS[name])
+    assert (op.scheme, op.placement) == (None, "float inside")
+    assert op.reason.startswith(f"{SHOWN}: XNNPACK enlarges"), op.reason
+
+
+@pytest.mark.parametrize("name", INTEGER_ENDS)
+def test_what_others_read_stays_integers(name: str) -> None:
+    op = planned(INTEGER_ENDS[name])[0]
+    assert (op.scheme, op.placement) == ("a8", "integer kernel")
+
+
+def test_a_second_resize_moves_floats() -> None:
+    first, second = planned(lambda s, x: twice(twice(s.layer(x))))
+    assert first.reason.startswith(SHOWN)
+    assert second.reason == "moves values of a float tensor"
+
+
+ASKED: dict[str, Callable[[cq.IntegerQuantizer], object]] = {
+    "its name": lambda q: q.set_node_name("upsample_bilinear2d", "a8w8"),
+    "its type": lambda q: q.set_operator_type(aten.upsample_bilinear2d.vec, "a8w8"),
+    "the type of its module": lambda q: q.set_module_type(Function, "a8w8"),
+    "what moves it": lambda q: q.set_node_name("permute", "a8w8"),
+    "rounded outputs": lambda q: q.set_io(outputs="a8"),
+    "integer outputs": lambda q: q.set_io(integer=True),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_rules_and_integer_outputs_win(name: str) -> None:
+    quantizer = cq.IntegerQuantizer()
+    ASKED[name](quantizer)
+    (op,) = planned(lambda s, x: twice(s.layer(x)).permute(0, 2, 3, 1), quantizer)
+    assert (op.scheme, op.placement) == ("a8", "integer kernel")
+
+
+def test_a_rule_for_float_gives_its_own_reason() -> None:
+    quantizer = cq.IntegerQuantizer().set_operator_type(aten.upsample_bilinear2d.vec, None)
+    (op,) = planned(FLOAT_ENDS["returned"], quantizer)
+    assert (op.scheme, op.reason) == (None, f'set_operator_type("aten.{RULE}", None)')
+
+
+@pytest.mark.parametrize(("backend", "kernel"), [(None, "integer"), ("tosa", "integer")])
+def test_backends_without_a_say_keep_integers(backend: str | None, kernel: str) -> None:
+    (op,) = planned(FLOAT_ENDS["returned"], cq.IntegerQuantizer(backend))
+    assert op.scheme is not None
+    assert op.placement == "integer kernel"
+
+
+ENDS = (
+    lambda x: twice(x),
+    lambda x: F.interpolate(x, size=(31, 17), mode="bilinear", align_corners=True).mT,
+    lambda x: twice(twice(x)).flatten(2)[..., 3:],
+    lambda x: F.interpolate(x, size=(223, 4), mode="bilinear"),
+    lambda x: F.pad(twice(x), (1, 2)),
+    lambda x: F.interpolate(x.flatten(2), scale_factor=4.0, mode="linear"),
+)
+
+
+@cache
+def ends() -> tuple[GraphModule, cq.LoweredProgram, Inputs]:
+    """A layer's result, enlarged in several ways, and another layer behind it."""
+    torch.manual_seed(0)
+    model = Function(
+        lambda s, x: (lambda y: [*(end(y) for end in ENDS), s.other(y)])(s.layer(x)),
+        layer=nn.Conv2d(3, 5, 1),
+        other=nn.Conv2d(5, 2, 1),
+    )
+    example = (torch.randn(1, 3, 28, 3),)
+    graph = quantized(model, example)
+    return graph, cq.lower(graph, example), example
+
+
+def test_floats_at_the_end_are_one_delegate_and_say_why() -> None:
+    _, program, _ = ends()
+    assert (program.report.delegates, program.report.outside) == (1, ())
+    (first, *_) = program.report.not_integer()
+    assert first.backend is kernels.FLOAT
+    assert first.reason.startswith("its result is used in float: XNNPACK enlarges"), first.reason
+
+
+def test_they_are_as_near_to_the_reference_as_derived() -> None:
+    graph, program, (x,) = ends()
+    checked = cq.verify(graph, program, stress([tuple(x.shape)]))
+    assert not checked.exact_expected
+    assert not checked.bit_exact
+    assert checked.as_derived
+    assert checked.first is None
+    assert "; 0 by more than" in str(checked)
+    *shown, layer = checked.outputs
+    for output in shown:
+        assert output.bound is not None
+        assert 0 < output.max_abs <= output.bound, output
+    assert (layer.bound, layer.mismatches) == (0.0, 0)
+    # A tenth of a step: an integer that is off by one is far beyond it.
+    step = float(next(n for n in graph.graph.nodes if is_quantize(n.prev)).args[1])
+    assert max(cast(float, output.bound) for output in shown[:3]) < step / 10
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    ("size", "out"),
+    [((1, 1), (4, 3)), ((28, 4), (223, 5)), ((7, 131), (60, 500)), ((9, 9), (9, 70))],
+)
+def test_a_resize_in_float32_is_within_its_share_of_the_bound(
+    size: tuple[int, int], out: tuple[int, int], align_corners: bool
+) -> None:
+    """Both resizes of the bound, PyTorch's and XNNPACK's formulas, against float64."""
+    rows, columns = (Resizing(s, o, align_corners) for s, o in zip(size, out, strict=True))
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).sign()
+    real = F.interpolate(x.double(), size=out, mode="bilinear", align_corners=align_corners)
+    rounded = F.interpolate(x, size=out, mode="bilinear", align_corners=align_corners)
+    bound = float_resize_error(rows, columns, 1.0)
+    assert float((rounded.double() - real).abs().max()) <= bound / 2
+    assert bound == (14 * sum(size) + 19) * 2.0**-24
+
+
+def test_another_resize_than_the_graph_says_is_noticed() -> None:
+    """A smooth image, off by less than what other float ops are allowed."""
+    x = torch.linspace(1.0, 2.0, 48).reshape(1, 1, 48, 1).expand(1, 3, 48, 4).contiguous()
+    graph = quantized(Function(lambda s, x: twice(s.layer(x)), layer=nn.Conv2d(3, 4, 1)), (x,))
+    want = cq.integer_reference(graph)(x)
+
+    def change(resize: Node) -> None:
+        resize.args = (resize.args[0], [96, 8], True, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "output_bounds", lambda _program, _graph: (None,))
+        wrong = lower_sabotaged(graph, x, change, RULE)
+    assert 0 < checks.relative_error(want, wrong.run(x)) < checks.FLOAT_TOLERANCE
+    with pytest.raises(
+        VerificationError, match=r"output 0: \d+ of 3072 values .* the float ops at its end account"
+    ):
+        lower_sabotaged(graph, x, change, RULE)
+    checked = cq.verify(graph, wrong, [(x,)])
+    assert not checked.as_derived
+    assert checked.outputs[0].beyond > 0
+    assert checked.first is not None
+
+
+NO_ENDS: dict[str, Callable[..., Any]] = {
+    "before": lambda s, x: twice(s.layer(torch.sin(x))),
+    "of another kind": lambda s, x: torch.sin(s.layer(x)),
+    "before integers": lambda s, x: (lambda y: [y, s.other(y)])(twice(s.layer(x))),
+}
+
+
+@pytest.mark.parametrize("name", NO_ENDS)
+def test_other_float_ops_leave_no_bound(name: str) -> None:
+    x = torch.randn(1, 3, 6, 5)
+    model = Function(NO_ENDS[name], layer=nn.Conv2d(3, 4, 1), other=nn.Conv2d(4, 2, 1))
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    graph = quantized(model, (x,), quantizer.set_operator_type(aten.upsample_bilinear2d.vec, None))
+    program = cq.lower(graph, (x,))
+    assert set(checks.output_bounds(program, read_converted(graph))) == {None}
+
+
+def test_integers_alone_refuse_it_and_say_what_to_do(tmp_path: Path) -> None:
+    graph, *_ = ends()
+    with pytest.raises(ConversionError, match=r"backend=None.*upsample_bilinear2d: its result is"):
+        cq.save_integers(graph, tmp_path / "net")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import BACKEND
+from custom_quantizer.backends.xnnpack import BACKEND, passes
 from custom_quantizer.ops.rewrites import canonical
 from support.models import convert
 
@@ -94,3 +96,21 @@ def lowered_exactly(
     for given in [example, *(stress(shapes) if inputs is None else inputs)]:
         assert differences(lowered.run(*given), reference(*given)) == []
     return lowered
+
+
+def lower_sabotaged(
+    graph: GraphModule, x: Tensor, change: Callable[[Node], None], name: str
+) -> cq.LoweredProgram:
+    """Lower with passes of which the last also changes a node."""
+    honest = passes.PASSES
+
+    def run(model: GraphModule) -> int:
+        count = honest[-1].run(model)
+        # Others that are called so stand before it: products with one.
+        change([n for n in model.graph.nodes if name in str(n.target)][-1])
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        last = dataclasses.replace(honest[-1], run=run)
+        patch.setattr(passes, "PASSES", (*honest[:-1], last))
+        return cq.lower(graph, (x,))

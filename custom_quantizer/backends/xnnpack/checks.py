@@ -41,7 +41,6 @@ from custom_quantizer.errors import LoweringError, ProgramError, VerificationErr
 from custom_quantizer.ops import QParamSharing, QuantizedOp, match_of
 from custom_quantizer.ops._rule import as_limits
 from custom_quantizer.ops.gemm import CONV, expand_channels
-from custom_quantizer.ops.movement import PAD
 from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR, resizings_of
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
@@ -510,8 +509,6 @@ def _float_end(
         match = match_of(node)
         if match is None or match.rule.sharing is not QParamSharing.SAME or len(match.inputs) != 1:
             return frozenset(), None
-        if match.rule is PAD and resizes:
-            return frozenset(), None  # it is resized, and may be larger than the integers before it
         nodes.append(node)
         if match.rule is UPSAMPLE_BILINEAR:
             resizes.append(node)
