@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from support.contracts import IntegerContract
 from support.graphs import Function, Inputs, differences, lower_sabotaged, quantized, stress
+from support.models import convert
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -124,6 +125,10 @@ def test_an_image_of_another_size_is_refused() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+def twice(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear")
+
+
 def resized(cases: list[dict[str, Any]]) -> Any:
     """Sums of an image, resized in several ways side by side."""
     return Function(
@@ -198,6 +203,21 @@ def test_a_factor_that_is_not_the_ratio_of_the_sizes_is_followed() -> None:
     assert float((program.run(x)[0] - want).abs().max()) < 4 * step
 
 
+def test_a_dynamic_batch_is_one_delegate() -> None:
+    """Upstream's partitioner leaves such a resize out; its sizes are static, and that will do."""
+    model = Function(
+        lambda s, x: [twice(s.layer(x)), twice(s.layer(x)) + 1.0], layer=nn.Conv2d(3, 4, 1)
+    )
+    example = (torch.randn(2, 3, 6, 5),)
+    batch = torch.export.Dim("batch", min=1, max=5)
+    graph = convert(model, example, dynamic_shapes=(({0: batch},),)).graph
+    program = cq.lower(graph, example)
+    assert (program.report.delegates, program.report.outside) == (1, ())
+    checked = cq.verify(graph, program, [(torch.randn(n, 3, 6, 5),) for n in (1, 5, 3)])
+    assert checked.as_derived, str(checked)
+    assert checked.outputs[1].mismatches == 0
+
+
 RESIZES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "linear": ((2, 3, 7), {"mode": "linear", "scale_factor": 2.0}),
     "linear by a factor": ((2, 3, 7), {"mode": "linear", "scale_factor": 1.7}),
@@ -244,10 +264,6 @@ def test_an_antialiased_image_of_width_1_is_left_to_pytorch() -> None:
 
 SHOWN = "only float outputs of the model show it"
 RULE = "upsample_bilinear2d.vec"
-
-
-def twice(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear")
 
 
 def planned(

@@ -24,6 +24,7 @@ from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
 from custom_quantizer.backends.xnnpack import visitors as _visitors  # noqa: F401  # registers them
 from custom_quantizer.backends.xnnpack.kernels import refuses_resize
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
+from custom_quantizer.core.graph import shape_of
 from custom_quantizer.ops.resize import steps_otherwise
 
 __all__ = ["configurations", "partitioner"]
@@ -58,8 +59,14 @@ class IntegerResize(UpsampleBilinear2dConfig):  # type: ignore[misc]  # ExecuTor
         return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
 
     def check_constraints(self, node: torch.fx.Node, ep: Any) -> bool:
-        """Leave out what XNNPACK would compute otherwise: it steps by the ratio of the sizes."""
-        return super().check_constraints(node, ep) is True and not steps_otherwise(node)
+        """Leave out what XNNPACK would compute otherwise: it steps by the ratio of the sizes.
+
+        Upstream leaves out whatever has a dynamic size; the kernel needs those of the image only.
+        """
+        sizes = (*shape_of(node.all_input_nodes[0])[-2:], *shape_of(node)[-2:])
+        static = all(isinstance(size, int) for size in sizes)
+        common = self.check_common_constraints(node, ep) is True
+        return common and static and not steps_otherwise(node)
 
     def get_node_and_deps(self, node: torch.fx.Node, ep: Any) -> list[torch.fx.Node]:
         """The resize and, if it can run in integers, the q/dq nodes that become part of it."""
