@@ -81,17 +81,20 @@ def _op_of(rule: OpRule, case: Case) -> PatternMatch | None:
 class Surrounded(nn.Module):
     """A case with integers before it, if it needs some, and an op that takes integers behind it.
 
-    Ops that move values, and those without an int8 kernel, are quantized between other ops only,
-    and an op that only float outputs read may be in float.
+    Ops that move values, and those without an int8 kernel, are quantized between other ops only. A
+    result that would be float where only float outputs show it is joined to itself, which changes
+    no integer.
     """
 
     def __init__(self, rule: OpRule, case: Case) -> None:
         super().__init__()
         moves, costs = rule.sharing is QParamSharing.SAME, weighed(rule.family)
-        self.before = moves or costs
-        self.behind = (costs and not moves) or ends_in_float(rule.family)
+        self.before, self.behind = moves or costs, costs and not moves
+        self.joined = ends_in_float(rule.family)
         self.case = case.build()
 
     def forward(self, *inputs: Tensor) -> Any:
         result = self.case(*[x + x for x in inputs] if self.before else inputs)
+        if self.joined:
+            return torch.cat([result, result])
         return result * 1.25 if self.behind else result
