@@ -586,6 +586,8 @@ OWNERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "gru": lambda s, x: s.gru(x[:, 0])[0],
     "conv3d": lambda s, x: s.conv3d(x.unsqueeze(0)),
     "roll": lambda s, x: s.conv(x).transpose(1, 2).roll(1, 1),
+    "clamped conv3d": lambda s, x: F.relu(s.conv3d(x.unsqueeze(0))),
+    "sum of a conv3d": lambda s, x: s.conv3d(x.unsqueeze(0)) + 1.0,
     # Results that are their input where there is nothing to do.
     "diff": lambda s, x: torch.diff(s.conv(x), n=0),
     "maximum of one": lambda s, x: s.conv(x).unsqueeze(0).max(0)[0],

@@ -2,9 +2,10 @@
 
 A write through a view, ``x[:, 1:] += y``, becomes a new value of the tensor that owns the memory,
 with all that was not written as it was; who reads the memory later reads the new value. Where it is
-not certain what shares memory (a reshape copies where it has to), or where the memory is an input's
-or a buffer's, the op stays, and every tensor in that memory is marked
-(:mod:`custom_quantizer.core.memory`).
+not certain what shares memory (a reshape copies where it has to), or where the memory is a
+buffer's, the op stays, and every tensor in that memory is marked
+(:mod:`custom_quantizer.core.memory`). So it is where an input is written through a view; one that
+is written as a whole becomes a value, too, and the caller's tensor keeps what it held.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ class _Writes:
         views = self._views_to_owner(node, written, aliases) if seen else []
         stays = stateful or functional is None or not _keeps_dtype(node, written, functional)
         if stays or functional is None or views is None:
+            written = self._keep_strides(written, aliases)
             for alias in (*aliases_of(written), node):
                 alias.meta[OVERWRITTEN] = describe(node)
         elif seen:
@@ -136,6 +138,40 @@ class _Writes:
             node.meta["original_target"] = node.target
             node.target = functional
             self._read(written, node, node)
+
+    def _keep_strides(self, written: Node, aliases: set[Node]) -> Node:
+        """A copy with the strides of capture, where they tell which names share the memory.
+
+        A flatten is a view of what is contiguous, and a copy of other tensors. What an op gives may
+        be laid out in another way once those before it are rewritten.
+
+        Args:
+            written: a tensor that is written in place.
+            aliases: all names of its memory.
+
+        Returns:
+            The tensor that is written now: ``written``, or its copy.
+        """
+        certain = _CERTAIN - {aten.view.default}
+        for owner in [alias for alias in aliases if not shares_memory(alias)]:
+            meta = tensor_meta(owner)
+            if owner.op != "call_function" or meta is None:
+                continue
+            if not all(isinstance(size, int) for size in meta.shape):
+                continue
+            names = aliases - {owner}
+            if all(name.target in certain for name in names) or not meta.is_contiguous():
+                continue
+            readers = list(owner.users)
+            copied = Insertion(self._model, owner).call(
+                aten.clone.default, owner, memory_format=torch.contiguous_format
+            )
+            owner.append(copied)  # it was inserted before what it reads
+            self._order[copied] = self._order[owner]
+            for reader in readers:
+                reader.replace_input_with(owner, copied)
+            written = copied if written is owner else written
+        return written
 
     def _later(self, alias: Node, node: Node) -> list[Node]:
         """Who reads ``alias`` after ``node``."""
