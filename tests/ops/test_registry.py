@@ -15,7 +15,6 @@ from support.graphs import canonicalize
 from custom_quantizer.errors import CustomQuantizerError
 from custom_quantizer.ops import REGISTRY, _index, known_targets
 
-
 aten = torch.ops.aten
 
 
