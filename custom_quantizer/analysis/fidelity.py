@@ -38,10 +38,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 
-from custom_quantizer.analysis.rerun import Rerun, capture_like, copied, is_float, rerun_in_float64
+from custom_quantizer.analysis.rerun import (
+    Rerun,
+    capture_like,
+    copied,
+    float_fingerprint,
+    is_float,
+    rerun_in_float64,
+)
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
-from custom_quantizer.core.graph import describe, state_buffers
+from custom_quantizer.core.graph import describe, state_buffers, state_of
 from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import TensorScheme
@@ -201,6 +208,9 @@ class FloatCheck:
         exact: outputs of the float model in float32, of each call.
         rounded: outputs of the prepared graph on its grids, of each call; ``None`` if it is trained
             rather than calibrated, or has no ranges yet.
+        names: of the ops that make the outputs.
+        model: :func:`~custom_quantizer.analysis.rerun.float_fingerprint` of the float model.
+        graph: likewise of the prepared graph.
     """
 
     samples: int
@@ -209,6 +219,8 @@ class FloatCheck:
     exact: tuple[list[Any], ...] = field(repr=False)
     rounded: tuple[list[Any], ...] | None = field(repr=False)
     names: tuple[str, ...] = field(repr=False)
+    model: str = field(repr=False)
+    graph: str = field(repr=False)
 
     def compare(self, converted: GraphModule) -> Fidelity:
         """Measure what ``convert_pt2e`` made of the prepared graph on the same samples.
@@ -294,23 +306,48 @@ def check_prepared(
 
 
 def check_calls(
-    prepared: GraphModule, captured: GraphModule, calls: Sequence[list[Any]]
+    prepared: GraphModule,
+    captured: GraphModule,
+    calls: Sequence[list[Any]],
+    outputs: Sequence[list[Any] | None] = (),
+    earlier: FloatCheck | None = None,
 ) -> FloatCheck:
-    """:func:`check_prepared` for a captured graph and inputs sorted by placeholder."""
+    """:func:`check_prepared` for a captured graph and inputs sorted by placeholder.
+
+    Args:
+        prepared: as there.
+        captured: the float model.
+        calls: inputs.
+        outputs: what the prepared graph made of each of them, where that is known
+            (:class:`FirstCalls`); what is not near enough is computed again.
+        earlier: of the same model, the same calls and any prepared graph. What the model computed
+            is taken from it; and the prepared graph is not run if it was this one, but for its
+            observers.
+    """
+    model, graph = float_fingerprint(captured), float_fingerprint(prepared)
+    if earlier is not None and earlier.model != model:
+        raise VerificationError(
+            "the float model is not the one that was compared before: its weights or buffers were "
+            "changed since; quantize it anew, with its data"
+        )
     tolerance = _Tolerance(captured)
     exact: list[list[Any]] = []
     rounded: list[list[Any]] | None = [] if _is_calibrated(prepared) else None
     weights: dict[Node, Any] = {}
     names = _output_names(captured)
-    for values in calls:
-        plain = Rerun(captured).outputs(values)
-        got = Rerun(prepared, state=captured).outputs(values)
+    for call, values in enumerate(calls):
+        plain = Rerun(captured).outputs(values) if earlier is None else earlier.exact[call]
+        got = outputs[call] if outputs else None
+        if earlier is not None and earlier.graph == graph:
+            got = plain  # as near as it was found to be then
+        elif got is None or not tolerance.are_near(plain, got):
+            got = Rerun(prepared, state=captured).outputs(values)
         if len(got) != len(plain):
             raise VerificationError(
                 f"the prepared graph has {len(got)} outputs, the float model {len(plain)}: pass "
                 "the model that was prepared"
             )
-        doubtful = not all(map(tolerance.is_near, plain, got))
+        doubtful = not tolerance.are_near(plain, got)
         fine = rerun_in_float64(captured, values) if doubtful else None
         pairs = zip(names, plain, got, strict=True) if doubtful else ()
         for index, (name, a, b) in enumerate(pairs):
@@ -323,14 +360,15 @@ def check_calls(
             again = Rerun(prepared, state=captured, rounding=True, weights=weights)
             rounded.append(again.outputs(values))
     _check_sequence(prepared, captured, calls, tolerance)
-    graph = GraphInputs.of(prepared)
     return FloatCheck(
-        sum(map(graph.batch_size, calls)),
+        sum(map(GraphInputs.of(prepared).batch_size, calls)),
         _narrowest(prepared),
         tuple(calls),
         tuple(exact),
         None if rounded is None else tuple(rounded),
         names,
+        model,
+        graph,
     )
 
 
@@ -377,26 +415,45 @@ class FirstCalls:
     Args:
         prepared: the graph; it is watched while this is used in a ``with`` statement.
         samples: how many are kept.
+
+    Attributes:
+        calls: one value per placeholder for each.
+        outputs: the flat outputs of each; ``None`` where not all samples of the call are kept, or
+            where they depend on the calls before, since the graph writes its buffers.
     """
 
     def __init__(self, prepared: GraphModule, samples: int = DEFAULT_SAMPLES) -> None:
         self._prepared, self._graph = prepared, GraphInputs.of(prepared)
         self._missing = samples
+        self._has_state = bool(state_of(prepared.graph))
+        self._awaited = False
         self.calls: list[list[Any]] = []
+        self.outputs: list[list[Any] | None] = []
 
     def __enter__(self) -> FirstCalls:
-        self._handle = self._prepared.register_forward_pre_hook(self._note, with_kwargs=True)
+        self._handles = (
+            self._prepared.register_forward_pre_hook(self._note, with_kwargs=True),
+            self._prepared.register_forward_hook(self._note_outputs),
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _note(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._missing > 0:
-            values = [copied(value) for value in pytree.tree_leaves((args, kwargs))]
-            values = _few(self._graph, values, self._missing)
+            given = [copied(value) for value in pytree.tree_leaves((args, kwargs))]
+            values = _few(self._graph, given, self._missing)
             self._missing -= self._graph.batch_size(values)
             self.calls.append(values)
+            self.outputs.append(None)
+            self._awaited = values is given and not self._has_state
+
+    def _note_outputs(self, _module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
+        if self._awaited:
+            self.outputs[-1] = [copied(value) for value in pytree.tree_leaves(result)]
+            self._awaited = False
 
 
 def _few(graph: GraphInputs, values: list[Any], samples: int) -> list[Any]:
@@ -472,6 +529,10 @@ class _Tolerance:
         calls = [node for node in captured.graph.nodes if node.op == "call_function"]
         self._ops = len(calls)
         self._jumps = any(_name_of(node) in _JUMPING for node in calls)
+
+    def are_near(self, plain: Sequence[Any], got: Sequence[Any]) -> bool:
+        """:meth:`is_near` of all outputs."""
+        return len(plain) == len(got) and all(map(self.is_near, plain, got))
 
     def is_near(self, plain: Any, got: Any) -> bool:
         """Whether :meth:`difference` finds nothing wrong, whatever float64 gives.

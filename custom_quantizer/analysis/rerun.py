@@ -17,12 +17,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 
 from custom_quantizer.calibration.channel_factors import ChannelFactors
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.run import GraphInputs
 from custom_quantizer.core.arithmetic import along
+from custom_quantizer.core.checkpoint import fingerprint
 from custom_quantizer.core.graph import (
     distinct,
     is_dequantize,
@@ -36,7 +38,7 @@ from custom_quantizer.errors import CaptureError, first_line
 _PART = 1 << 16
 """Values that are rounded at once."""
 
-__all__ = ["Rerun", "capture_like", "copied", "is_float", "rerun_in_float64"]
+__all__ = ["Rerun", "capture_like", "copied", "float_fingerprint", "is_float", "rerun_in_float64"]
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +209,32 @@ def _rounded(x: Tensor, scale: Tensor | float) -> Tensor:
         part = x[start : start + rows].double()
         result[start : start + rows] = part.div_(step).round_().mul_(step)
     return result
+
+
+def float_fingerprint(model: GraphModule) -> str:
+    """SHA-256 of what a graph computes where observers hand on their input: ops and constants.
+
+    Graphs with equal ones have equal outputs for equal inputs. Names of nodes do not count.
+    """
+    names: dict[Node, str] = {}
+    lines: list[str] = []
+    constants: list[Tensor] = []
+    for node in model.graph.nodes:
+        what: object = node.target
+        if node.op in ("get_attr", "call_module"):
+            what = operator.attrgetter(str(node.target))(model)
+        if isinstance(what, (ObserverBase, FakeQuantizeBase)):
+            names[node] = names[node.args[0]]
+            continue
+        if isinstance(what, Tensor):
+            constants.append(what)
+            what = "constant"
+        elif isinstance(what, GraphModule):  # of a loop or a branch
+            what = float_fingerprint(what)
+        names[node] = f"%{len(names)}"
+        given = map_arg((node.args, node.kwargs), names.__getitem__)
+        lines.append(f"{node.op} {what} {given}")
+    return fingerprint(constants, "\n".join(lines))
 
 
 def rerun_in_float64(

@@ -14,9 +14,9 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,22 +28,34 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from custom_quantizer.accuracy.defaults import Remembered, algorithms_for, choose_observers
 from custom_quantizer.accuracy.improving import Improvement
 from custom_quantizer.accuracy.improving import improve as run_improve
-from custom_quantizer.analysis.fidelity import Fidelity, FirstCalls, check_calls, first_calls
+from custom_quantizer.analysis.fidelity import (
+    Fidelity,
+    FirstCalls,
+    FloatCheck,
+    check_calls,
+    first_calls,
+)
 from custom_quantizer.app.capture import DEFAULT_MAX_BATCH, capture
 from custom_quantizer.app.configuration import Configuration, as_quantizer
 from custom_quantizer.app.recorded import Recorded, read_calibration, write_calibration
 from custom_quantizer.app.saved_graph import serialize_graph
 from custom_quantizer.backends.xnnpack import LoweredProgram
 from custom_quantizer.backends.xnnpack.lowering import lower_graph
+from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import CalibrationSummary, GraphInputs, calibrate
-from custom_quantizer.calibration.statistics import activation_observers
+from custom_quantizer.calibration.statistics import (
+    ModelStatistics,
+    activation_observers,
+    load_statistics,
+    statistics_of,
+)
 from custom_quantizer.config.improvement import check_accuracy, check_algorithms
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, sha256_of
 from custom_quantizer.core.files import check_utf8, json_bytes, new_directory, write_files_atomic
 from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.threads import tools
-from custom_quantizer.errors import ConfigError, ConversionError, InputError
+from custom_quantizer.errors import CalibrationError, ConfigError, ConversionError, InputError
 from custom_quantizer.planning.plan import Plan
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference.converted import read_converted
@@ -84,6 +96,54 @@ class SavedFiles:
 
 
 @dataclass(frozen=True, eq=False)
+class _Measured:
+    """What does not depend on the scheme, kept for the next one.
+
+    Attributes:
+        example: as the model was captured with it.
+        summary: what the observers were shown.
+        statistics: what they recorded.
+        checked: what the float model computed of the first calls.
+    """
+
+    example: tuple[Any, ...]
+    summary: CalibrationSummary
+    statistics: ModelStatistics
+    checked: FloatCheck
+
+    path = "what was measured for the first scheme"
+
+    @property
+    def calls(self) -> tuple[list[Any], ...]:
+        """Inputs of the first calls, one value per placeholder."""
+        return self.checked.inputs
+
+    def check_model(self, exported: GraphModule) -> None:
+        """Nothing to do: ``check_calls`` compares the model with the one it saw before."""
+
+    def load(self, prepared: GraphModule) -> None:
+        """Give the statistics to the observers of a model prepared with another scheme.
+
+        Raises:
+            CalibrationError: they are not those that it needs.
+        """
+        if not _has_ranges(prepared):
+            return
+        try:
+            load_statistics(prepared, self.statistics)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{self.path} is not enough for this one: {error}; call quantize, with data"
+            ) from error
+
+
+def _has_ranges(prepared: GraphModule) -> bool:
+    """Whether any activation is quantized statically."""
+    modules = prepared.modules()
+    return any(isinstance(m, ActivationObserver) and not m.is_dynamic for m in modules)
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizationResult:
     """Everything the flow made, each part finished.
 
@@ -109,6 +169,56 @@ class QuantizationResult:
     report: Report = field(repr=False)
     lowered: LoweredProgram | None = field(repr=False)
     example_inputs: tuple[Any, ...] = field(repr=False)
+    _measured: _Measured = field(repr=False)
+
+    def with_config(
+        self,
+        config: Configuration | IntegerQuantizer,
+        calibration_data: object = None,
+        *,
+        accuracy: str | None = None,
+        improve: Sequence[str] | None = None,
+        lower: bool = True,
+        progress: bool | None = None,
+    ) -> QuantizationResult:
+        """Quantize the same model in another scheme; what was measured for this one is not again.
+
+        The model is not captured again, no data are run through it, and what the float model and
+        the prepared graph compute is known. The result is that of :func:`quantize` with the same
+        data, bit for bit.
+
+        Args:
+            config: as :func:`quantize` takes it.
+            calibration_data: for algorithms that improve accuracy; not needed where there are none.
+            accuracy: as :func:`quantize` takes it.
+            improve: likewise.
+            lower: likewise.
+            progress: likewise.
+
+        Raises:
+            ConfigError: as :func:`quantize`.
+            InputError: an algorithm needs data.
+            CalibrationError: this scheme observed less than the other needs: other tensors, or
+                extremes where values are to be counted (counts serve both).
+            VerificationError: as :func:`quantize`; or the weights of ``exported`` were changed.
+            LoweringError: as :func:`quantize`.
+
+        Example::
+
+            eight = cq.quantize(model, example, data)
+            four = eight.with_config("a8w4")
+        """
+        return _quantize(
+            lambda: (self.exported, self._measured.example),
+            self.example_inputs,
+            calibration_data,
+            self._measured,
+            config=config,
+            accuracy=accuracy,
+            improve=improve,
+            lower=lower,
+            progress=progress,
+        )
 
     def to_json(self) -> str:
         """Plan, calibration, report and lowering as one JSON object."""
@@ -258,6 +368,32 @@ def quantize(
             :mod:`custom_quantizer.analysis.fidelity`).
         LoweringError: the backend refused the graph, or wrote something wrong.
     """
+    return _quantize(
+        lambda: capture(model, example_inputs, dynamic_batch=dynamic_batch),
+        tuple(example_inputs),
+        calibration_data,
+        _recorded(statistics, example_inputs, dynamic_batch),
+        config=config,
+        accuracy=accuracy,
+        improve=improve,
+        lower=lower,
+        progress=progress,
+    )
+
+
+def _quantize(
+    captured: Callable[[], tuple[GraphModule, tuple[Any, ...]]],
+    example_inputs: tuple[Any, ...],
+    data: object,
+    known: Recorded | _Measured | None,
+    *,
+    config: Configuration | IntegerQuantizer | None,
+    accuracy: str | None,
+    improve: Sequence[str] | None,
+    lower: bool,
+    progress: bool | None,
+) -> QuantizationResult:
+    """:func:`quantize` of what ``captured`` returns; ``known`` stands for data, if there is any."""
     quantizer = as_quantizer(config)
     if lower and quantizer.backend.name != "xnnpack":
         raise ConfigError(
@@ -267,36 +403,42 @@ def quantize(
         )
     wanted = check_accuracy(accuracy or quantizer.accuracy or "fast")
     named = quantizer.improve if improve is None else check_algorithms(improve)
-    recorded = _recorded(statistics, example_inputs, dynamic_batch)
     with stages("quantize", 12 if lower else 7, progress) as stage:
         stage("capturing the model")
-        exported, example = capture(model, example_inputs, dynamic_batch=dynamic_batch)
-        if recorded is not None:
-            recorded.check_model(exported)
+        exported, example = captured()
+        if known is not None:
+            known.check_model(exported)
         stage("planning")
         prepared, plan = _prepare(exported, quantizer)
         stage("calibrating")
         algorithms = algorithms_for(wanted, prepared) if named is None else named
         if wanted != "plain":
             choose_observers(prepared)
-        data = calibration_data
-        if recorded is not None:
+        outputs: Sequence[list[Any] | None] = ()
+        if known is not None:
             if algorithms and data is None:
                 raise InputError(
-                    f"{recorded.path}: statistics are all that calibration needs, but "
+                    f"{known.path}: statistics are all that calibration needs, but "
                     f"{' and '.join(algorithms)} need{'s' * (len(algorithms) == 1)} samples: give "
                     "calibration data as well, or ask for accuracy 'plain'"
                 )
-            recorded.load(prepared)
-            summary, calls = recorded.summary, list(recorded.calls)
+            known.load(prepared)
+            summary, calls = known.summary, list(known.calls)
         else:
             if algorithms and isinstance(data, Iterator):
                 data = Remembered(data)
             with FirstCalls(prepared) as first:
                 summary = calibrate(prepared, data, progress=progress)
-            calls = first.calls
+            calls, outputs = first.calls, first.outputs
         stage("comparing with the float model")
-        checked = check_calls(prepared, exported, calls)
+        earlier = known.checked if isinstance(known, _Measured) else None
+        checked = check_calls(prepared, exported, calls, outputs, earlier)
+        # Before anything improves them.
+        if known is not None:
+            observed = known.statistics
+        else:
+            observed = statistics_of(prepared) if _has_ranges(prepared) else ModelStatistics(())
+        measured = _Measured(example, summary, observed, replace(checked, rounded=None))
         stage("improving")
         improvement = None
         if algorithms:
@@ -321,7 +463,8 @@ def quantize(
         converted,
         report,
         lowered,
-        tuple(example_inputs),
+        example_inputs,
+        measured,
     )
 
 

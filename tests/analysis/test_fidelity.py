@@ -19,6 +19,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, 
 import custom_quantizer as cq
 from custom_quantizer.analysis import fidelity
 from custom_quantizer.analysis.fidelity import FirstCalls, _Tolerance, check_calls
+from custom_quantizer.analysis.rerun import float_fingerprint
 from custom_quantizer.core.graph import constant_of
 from custom_quantizer.core.noise import Noise, ratio_db
 from custom_quantizer.errors import CalibrationError, InputError, VerificationError
@@ -410,6 +411,77 @@ def test_the_first_calls_are_kept(sizes: list[int], samples: int, kept: list[int
     assert [len(call[0]) for call in first.calls] == kept
     for given, (got,) in zip(batches, first.calls, strict=False):
         assert torch.equal(got, given[: len(got)])
+    for given, (got,), outputs in zip(batches, first.calls, first.outputs, strict=False):
+        if len(got) < len(given):  # other samples may be multiplied in another order
+            assert outputs is None
+        else:
+            assert outputs is not None
+            assert torch.equal(outputs[0], prepared(given))
+    assert len(first.outputs) == len(first.calls)
+
+
+def test_outputs_that_depend_on_calls_before_are_not_kept() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return self.layer(x) * self.calls
+
+    x = torch.randn(2, 4)
+    prepared = prepare_pt2e(capture(Counts(), (x,)), cq.IntegerQuantizer().set_global("a8w8"))
+    with FirstCalls(prepared) as first:
+        prepared(x)
+    assert first.outputs == [None]
+
+
+def test_what_calibration_computed_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is not near enough, as with random numbers: then with those of the model."""
+    captured, prepared = prepared_small()
+    ran: list[GraphModule] = []
+
+    class Counted(fidelity.Rerun):
+        def outputs(self, values: list[Any]) -> list[Any]:
+            ran.append(self.module)
+            return super().outputs(values)
+
+    monkeypatch.setattr(fidelity, "Rerun", Counted)
+    known = [prepared(IMAGES)]
+    checked = check_calls(prepared, captured, [[IMAGES]], [known])
+    assert ran == [captured, prepared]  # the prepared graph on its grids
+    for wrong in ([known[0] * 1.01], [known[0][:, :2]], [], None):
+        ran.clear()
+        again = check_calls(prepared, captured, [[IMAGES]], [wrong])
+        assert ran == [captured, prepared, prepared]
+        assert torch.equal(again.exact[0][0], checked.exact[0][0])
+
+
+def test_the_fingerprint_is_of_what_is_computed() -> None:
+    x = torch.randn(2, 4)
+
+    def graph(factor: float = 2.0, op: Any = torch.relu, weight: float = 0.0) -> GraphModule:
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4)
+        with torch.no_grad():
+            layer.weight[0, 0] += weight
+        return capture(Function(lambda m, x: op(m.layer(x)) * factor, layer=layer), (x,))
+
+    plain = float_fingerprint(graph())
+    assert plain == float_fingerprint(graph())
+    others = {
+        float_fingerprint(other)
+        for other in (graph(factor=2.5), graph(op=torch.sigmoid), graph(weight=1e-3))
+    }
+    assert len({plain, *others}) == 4
+    prepared = prepare_pt2e(graph(), cq.IntegerQuantizer().set_global("a8w8"))
+    wide = prepare_pt2e(graph(), cq.IntegerQuantizer().set_global("a16w4"))
+    assert float_fingerprint(prepared) == float_fingerprint(wide)
+    with torch.no_grad():
+        wide.get_parameter("layer.bias")[0] += 1e-6
+    assert float_fingerprint(prepared) != float_fingerprint(wide)
 
 
 def test_noise() -> None:
