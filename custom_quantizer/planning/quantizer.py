@@ -63,6 +63,7 @@ from custom_quantizer.planning.insertion import ANNOTATION_KEY, insert_observers
 from custom_quantizer.planning.plan import Derivation, Edge, Plan
 from custom_quantizer.planning.planner import make_plan
 from custom_quantizer.planning.torchao_folding import (
+    compile_converted_once,
     fold_rightly,
     leave_state_alone,
     leave_weights_packed,
@@ -369,6 +370,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
 fold_rightly(IntegerQuantizer)
 leave_state_alone()
 leave_weights_packed()
+compile_converted_once()
 
 
 def _is_for_all(config: Config) -> bool:

@@ -19,11 +19,12 @@ from torchao.quantization.pt2e.constant_fold import ConstantFolder
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
-from custom_quantizer.core.graph import is_constant, is_dequantize
+from custom_quantizer.core.graph import STATE_KEY, is_constant, is_dequantize
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.ops.rewrites.batch_norms import fold_in_place
 
 __all__ = [
+    "compile_converted_once",
     "fold_rightly",
     "leave_state_alone",
     "leave_weights_packed",
@@ -131,3 +132,33 @@ def leave_weights_packed() -> None:
         return deduce(self, node)
 
     ConstantFolder._deduce_value = deduce_value
+
+
+def compile_converted_once() -> None:
+    """Let ``convert_pt2e`` write and compile the code of a graph at its end alone.
+
+    It does so after each of its passes, five times, which takes half of its time; the code is not
+    run before the last (pytorch/ao, ``pt2e/quantize_pt2e.py``, ``convert_pt2e``). The graph that
+    its first step makes is told not to, until its last step. Graphs that were not prepared by
+    this package's quantizer, or for training, are compiled as ever.
+    """
+    first = quantize_pt2e._convert_to_reference_decomposed_fx
+    last = quantize_pt2e._disallow_eval_train
+
+    @wraps(first)
+    def without_compiling(model: GraphModule, *args: Any, **options: Any) -> GraphModule:
+        ours = STATE_KEY in model.meta
+        converted: GraphModule = first(model, *args, **options)
+        if ours:
+            converted.__dict__["recompile"] = lambda: None
+        return converted
+
+    @wraps(last)
+    def compiled(model: GraphModule) -> GraphModule:
+        if model.__dict__.pop("recompile", None) is not None:
+            model.recompile()
+        finished: GraphModule = last(model)
+        return finished
+
+    quantize_pt2e._convert_to_reference_decomposed_fx = without_compiling
+    quantize_pt2e._disallow_eval_train = compiled

@@ -179,6 +179,38 @@ def test_what_a_written_buffer_selects_is_no_constant() -> None:
         assert torch.equal(*rows) == isinstance(quantizer, Stock)
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_converted_graph_is_compiled_once(
+    shared: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch, fold: bool
+) -> None:
+    """If the count for the stock quantizer fails, ``compile_converted_once`` may not be needed."""
+    model, x = shared
+    compiled: list[torch.fx.GraphModule] = []
+    compile_code = torch.fx.GraphModule.recompile
+
+    def noted(self: torch.fx.GraphModule) -> Any:
+        compiled.append(self)
+        return compile_code(self)
+
+    config = get_symmetric_quantization_config(is_per_channel=True)
+    for quantizer in (Stock().set_global(config), cq.IntegerQuantizer().set_global("a8w8")):
+        prepared = prepare_pt2e(capture(model, (x,)), quantizer)
+        prepared(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.fx.GraphModule, "recompile", noted)
+            compiled.clear()
+            converted = convert_pt2e(prepared, fold_quantize=fold)
+        # Once more when it is made of the prepared graph.
+        again = 4 + fold if isinstance(quantizer, Stock) else 2
+        assert len([graph for graph in compiled if graph is converted]) == again
+        code, outputs = converted.code, converted(x)
+        converted.recompile()
+        assert "recompile" not in vars(converted)
+        assert converted.code == code
+        for value, wanted in zip(converted(x), outputs, strict=True):
+            assert torch.equal(value, wanted)
+
+
 @pytest.mark.parametrize("composed", [False, True])
 def test_ours_are_folded_rightly(shared: tuple[nn.Module, Tensor], composed: bool) -> None:
     quantizer: Quantizer = cq.IntegerQuantizer().set_global("a8w8")
