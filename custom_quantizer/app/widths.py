@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from custom_quantizer.analysis.allocation.sensitivity import (
 )
 from custom_quantizer.app.capture import capture
 from custom_quantizer.app.latency import latencies_here, read_latencies
-from custom_quantizer.app.pipeline import quantize
+from custom_quantizer.app.pipeline import QuantizationResult, quantize
 from custom_quantizer.config.improvement import check_accuracy, check_algorithms
 from custom_quantizer.core.schemes import OpScheme
+from custom_quantizer.errors import CalibrationError
 from custom_quantizer.ops.backend import BackendLike
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 
@@ -184,11 +186,20 @@ def search(
         progress=progress,
     )
 
+    calibrated: QuantizationResult | None = None
+
     def quantized(quantizer: IntegerQuantizer) -> Quantized:
-        made = quantize(
+        nonlocal calibrated
+        if calibrated is not None:
+            with suppress(CalibrationError):  # this choice counts values, and that one did not
+                made = calibrated.with_config(
+                    quantizer, found.inputs(), lower=False, progress=False
+                )
+                return Quantized(made.converted, made.plan, 0.0)
+        calibrated = quantize(
             exported, example, found.inputs(), config=quantizer, lower=False, progress=False
         )
-        return Quantized(made.converted, made.plan, 1.0)
+        return Quantized(calibrated.converted, calibrated.plan, 1.0)
 
     return Searcher(
         choices,

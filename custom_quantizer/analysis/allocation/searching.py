@@ -61,7 +61,8 @@ class Quantized:
     Attributes:
         converted: the graph.
         plan: what became of each op.
-        forwards: what it took, in float forwards of the samples it was calibrated with.
+        forwards: what it took, in float forwards of the samples it was calibrated with; 0 where
+            what an earlier choice was calibrated with did.
     """
 
     converted: GraphModule
@@ -132,8 +133,8 @@ class SearchResult:
         sensitivity: of single choices.
         floating: the float model on the samples held back.
         held_back: number of these.
-        forwards: cost of all, in float forwards of the samples; quantizing counts as one for its
-            calibration, without what accuracy algorithms take.
+        forwards: cost of all, in float forwards of the samples; a calibration, which choices share,
+            counts as one, without what accuracy algorithms take.
         config: the rules of ``best``, as a configuration file holds them.
         quantizer: with these rules, as ``quantize(config=...)`` takes it.
     """

@@ -18,7 +18,9 @@ from custom_quantizer.analysis.allocation.choices import Choices, find_choices
 from custom_quantizer.analysis.allocation.samples import Samples
 from custom_quantizer.analysis.allocation.searching import Quantized, Searcher
 from custom_quantizer.analysis.allocation.sensitivity import measure_sensitivity
+from custom_quantizer.app import pipeline
 from custom_quantizer.app.capture import capture
+from custom_quantizer.core.noise import Noise
 
 WEIGHTS = ["a8w8", "a8w4", "a8w2"]
 
@@ -298,6 +300,38 @@ def test_an_accuracy_that_cannot_be_told_is_an_error_before_anything_is_quantize
     x = torch.randn(8, 1, 6, 6)
     with pytest.raises(cq.ConfigError, match="accuracy needs labels or outputs that are scores"):
         cq.search(Image(), (x[:2],), x, {"accuracy": 1.0}, progress=False)
+
+
+@pytest.mark.parametrize(("narrow", "calibrations"), [("a8w4", 1), ("a4w8", 2)])
+def test_all_choices_share_a_calibration(
+    narrow: str, calibrations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more, where a range of few bits is chosen by counts, which the first did not need."""
+    calibrated: list[object] = []
+    calibrate = pipeline.calibrate
+
+    def noted(prepared: Any, *args: Any, **options: Any) -> Any:
+        calibrated.append(prepared)
+        return calibrate(prepared, *args, **options)
+
+    monkeypatch.setattr(pipeline, "calibrate", noted)
+    x = inputs(32)
+    options: dict[str, Any] = {"schemes": ["a8w8", narrow], "points": 3, "estimate_only": True}
+    budget = {"bit_operations": 0.8}
+    found = cq.search(Delicate(), (x[:8],), x, budget, progress=False, **options)
+    assert len(found.points) >= 3
+    assert len(calibrated) == calibrations
+    measured = len(found.points) * found.held_back / found.sensitivity.samples
+    parts = calibrations + measured + sum(found.sensitivity.forwards.values())
+    assert found.forwards == pytest.approx(parts)
+    # Each is what it would be alone.
+    best = cq.quantize(
+        Delicate(), (x[:8],), x[:24].split(8), config=found.quantizer, lower=False, progress=False
+    )
+    noise = Noise()
+    for part in x[24:].split(8):
+        noise.add(Delicate()(part).detach(), best.converted(part).detach())
+    assert found.best.measured.noise == pytest.approx(noise.error / noise.signal, rel=1e-6)
 
 
 def test_one_batch_cannot_be_divided() -> None:
