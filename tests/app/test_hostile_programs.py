@@ -362,6 +362,8 @@ def test_damaged_files_are_refused(program: bytes, graph: bytes, tmp_path: Path)
         (1, program, lambda path: outcome_of_program(path, IMAGES, ())),
     ):
         for kind, new in damaged(data, 30, seed):
+            if new == data[:-SIZE]:
+                continue  # cut where the checksum begins: a whole program without one
             file.write_bytes(new)
             assert outcome(file) == "refused", kind
     for kind, new in rewritten(graph, 30, 2):

@@ -43,7 +43,7 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize
 from torchao.quantization.granularity import PerGroup
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from custom_quantizer.backends.xnnpack import readback
+from custom_quantizer.backends.xnnpack import flatbuffer, readback
 from custom_quantizer.backends.xnnpack.readback import (
     DelegateCall,
     DelegateContents,
@@ -992,9 +992,9 @@ def test_schemas_use_only_what_the_reader_knows(paths: list[str]) -> None:
     assert not re.search(r"\bid\s*:\s*\d", text)
     defaults = re.findall(r":\s*\[?\w+\]?\s*=\s*(\w+)", text)
     assert set(defaults) <= {"CPU", "0"}  # absent fields read as zero
-    schema = readback._parse_schema(*paths)
+    schema = flatbuffer._parse_schema(*paths)
     assert schema.root in schema.tables
-    known = {*schema.tables, *schema.enums, *schema.unions, *readback._SCALARS, "string"}
+    known = {*schema.tables, *schema.enums, *schema.unions, *flatbuffer.SCALARS, "string"}
     for fields in schema.tables.values():
         assert {found.type for found in fields.values()} <= known
     for members in schema.unions.values():
@@ -1002,7 +1002,7 @@ def test_schemas_use_only_what_the_reader_knows(paths: list[str]) -> None:
 
 
 def test_schema_identifiers_and_types() -> None:
-    program, xnnpack = readback._program_schema(), readback._xnnpack_schema()
+    program, xnnpack = flatbuffer.program_schema(), flatbuffer.xnnpack_schema()
     assert (program.identifier, program.root) == (b"ET12", "Program")
     assert (xnnpack.identifier, xnnpack.root) == (b"XN01", "XNNGraph")
     _, datatypes = xnnpack.enums["XNNDatatype"]
@@ -1014,4 +1014,4 @@ def test_schema_identifiers_and_types() -> None:
 
 def test_schema_from_another_release_is_an_error() -> None:
     with pytest.raises(ProgramError, match=r"no schema/gone\.fbs; install executorch"):
-        readback._parse_schema("schema/gone.fbs")
+        flatbuffer._parse_schema("schema/gone.fbs")

@@ -25,6 +25,7 @@ from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checksum import seal
 from custom_quantizer.backends.xnnpack.edge import to_edge
+from custom_quantizer.backends.xnnpack.inline_constants import ALIGNMENT, inline_constants
 from custom_quantizer.backends.xnnpack.op_record import encode
 from custom_quantizer.backends.xnnpack.partition import partitioner
 from custom_quantizer.backends.xnnpack.passes import origin_of, run_passes
@@ -387,12 +388,14 @@ def _to_edge(
     # The partitioner logs an ERROR for each op it leaves to another backend; the report says it.
     try:
         with _no_size_guards():
-            return to_edge(exported, partitioner(), config, constants or None)
+            edge = to_edge(exported, partitioner(), config, constants or None)
     except Exception as error:
         raise LoweringError(
             f"ExecuTorch could not partition the graph: {first_line(error)}"
             f"{_control_flow(exported)}"
         ) from error
+    inline_constants(edge)
+    return edge
 
 
 def _control_flow(exported: torch.export.ExportedProgram) -> str:
@@ -412,7 +415,9 @@ def _control_flow(exported: torch.export.ExportedProgram) -> str:
 
 def backend_config() -> ExecutorchBackendConfig:
     """How programs are written: memory is planned for the upper bounds of dynamic sizes."""
-    return ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
+    return ExecutorchBackendConfig(
+        sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(), segment_alignment=ALIGNMENT
+    )
 
 
 def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> bytes:

@@ -15,33 +15,35 @@ be compared with those of the graph, number by number.
 ``ours`` are the record of ops (:mod:`~custom_quantizer.backends.xnnpack.op_record`) and the
 checksum, each if there is one.
 
-Nothing of ExecuTorch is imported: its wheel ships both flatbuffer schemas as text, and the small
-reader below follows them. It is exact (``flatc`` prints floats rounded, this reads the 32 bits
-of a scale), checks every offset, and needs neither a subprocess nor generated code.
-
-References:
-    Flatbuffers internals: https://flatbuffers.dev/internals/
-    ``schema/program.fbs`` and ``backends/xnnpack/serialization/schema.fbs`` in ExecuTorch 1.5.1.
+Nothing of ExecuTorch is imported but the text of its schemas
+(:mod:`~custom_quantizer.backends.xnnpack.flatbuffer`).
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.resources
 import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from custom_quantizer.backends.xnnpack.checksum import split_checksum
+from custom_quantizer.backends.xnnpack.flatbuffer import (
+    Buffer,
+    ParamValue,
+    Table,
+    Unreadable,
+    corrupt,
+    program_schema,
+    xnnpack_schema,
+)
 from custom_quantizer.backends.xnnpack.op_record import (
     Damaged,
     OpsOfMethods,
@@ -67,8 +69,6 @@ __all__ = [
 ]
 
 XNNPACK_BACKEND = "XnnpackBackend"
-
-ParamValue: TypeAlias = int | float | tuple[int, ...]
 
 _T = TypeVar("_T")
 
@@ -480,7 +480,7 @@ def read_program(
     try:
         contents = _read_container(program)
         ops, note = (None, "") if record is None else _read_ops(record)
-    except _Unreadable as error:
+    except Unreadable as error:
         raise ProgramError(f"{where}: {error}") from error
     return replace(
         contents,
@@ -498,7 +498,7 @@ def _read_ops(record: memoryview) -> tuple[OpsOfMethods | None, str]:
     except UnknownVersion as error:
         return None, f"its record of ops has {error}"
     except Damaged as error:
-        raise _corrupt(f"the record of ops behind the program is damaged: {error}") from error
+        raise corrupt(f"the record of ops behind the program is damaged: {error}") from error
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[bytes, bool]:
@@ -536,17 +536,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[bytes, bool]:
 # --------------------------------------------------------------------------------------------
 
 _EXTENDED_HEADER = struct.Struct("<4sIQQ")  # magic, header size, program size, segment base
-_XNN_HEADER = struct.Struct("<4sHIIIQ")  # magic, size, graph offset, size, data offset, size
-
-
-class _Unreadable(Exception):
-    """Why a file cannot be read, without its name; ``read_program`` adds that."""
-
-
-def _corrupt(problem: str) -> _Unreadable:
-    return _Unreadable(
-        f"{problem}, so the file is truncated or corrupt; copy it again or lower the model again"
-    )
+XNN_HEADER = struct.Struct("<4sHIIIQ")  # magic, size, graph offset, size, data offset, size
 
 
 _OTHER_FILES = {
@@ -560,20 +550,20 @@ _OTHER_FILES = {
 
 def _read_container(data: memoryview) -> ProgramContents:
     if not data:
-        raise _Unreadable("is empty; lower the model again")
-    schema = _program_schema()
+        raise Unreadable("is empty; lower the model again")
+    schema = program_schema()
     if bytes(data[4:8]) != schema.identifier:
         for kind, (begin, hint) in _OTHER_FILES.items():
             if bytes(data[begin : begin + len(kind)]) == kind:
-                raise _Unreadable(f"is {hint}")
+                raise Unreadable(f"is {hint}")
         if bytes(data[4:6]) == schema.identifier[:2]:
-            raise _Unreadable(
+            raise Unreadable(
                 f"is a .pte of another version: bytes 4 to 8 are {bytes(data[4:8])!r}, not "
                 f"{schema.identifier!r}; lower the model again"
             )
-        raise _Unreadable("is not a .pte of ExecuTorch; give a file written by to_executorch()")
+        raise Unreadable("is not a .pte of ExecuTorch; give a file written by to_executorch()")
     graph_bytes, segment_bytes = _split_segments(data)
-    program = _Buffer(graph_bytes, schema, "the program").root()
+    program = Buffer(graph_bytes, schema, "the program").root()
 
     segments = tuple(
         _slice(segment_bytes, entry.integer("offset"), entry.integer("size"), f"segment {index}")
@@ -581,7 +571,7 @@ def _read_container(data: memoryview) -> ProgramContents:
     )
     # Those of a sound file do not overlap, so that reading each once takes no longer than the file.
     if sum(map(len, segments)) > len(data):
-        raise _corrupt("the segments are larger than the file")
+        raise corrupt("the segments are larger than the file")
     named_segments: dict[str, int] = {}
     for entry in program.children("named_data"):
         index = entry.integer("segment_index")
@@ -636,17 +626,17 @@ def _split_segments(data: memoryview) -> tuple[memoryview, memoryview]:
         return data, memoryview(b"")
     _, header_size, program_size, base = _EXTENDED_HEADER.unpack_from(data, start)
     if header_size < _EXTENDED_HEADER.size:
-        raise _corrupt(f"the extended header claims {header_size} bytes")
+        raise corrupt(f"the extended header claims {header_size} bytes")
     if header_size >= _EXTENDED_HEADER.size + 8:
         _slice(data, start + _EXTENDED_HEADER.size, 8, "the extended header")
         (size,) = struct.unpack_from("<Q", data, start + _EXTENDED_HEADER.size)
         end = base + size if size else program_size
         if end != len(data):
-            raise _corrupt(f"the program ends at byte {end} of {len(data)}")
+            raise corrupt(f"the program ends at byte {end} of {len(data)}")
     return _slice(data, 0, program_size, "the program"), data[min(base, len(data)) :]
 
 
-def _constant_number(plan: _Table) -> int | float | None:
+def _constant_number(plan: Table) -> int | float | None:
     """What a method returns that takes nothing, calls nothing and returns one number."""
     values, outputs = plan.children("values"), plan.integers("outputs")
     if plan.integers("inputs") or len(outputs) != 1:
@@ -659,14 +649,14 @@ def _constant_number(plan: _Table) -> int | float | None:
     return value.real("double_val") if kind == "Double" else None
 
 
-def _read_method(plan: _Table, delegates: tuple[DelegateContents, ...]) -> MethodContents:
+def _read_method(plan: Table, delegates: tuple[DelegateContents, ...]) -> MethodContents:
     values = tuple(_value_info(entry) for entry in plan.children("values"))
     operators = []
     for entry in plan.children("operators"):
         name, overload = entry.text("name"), entry.text("overload")
         operators.append(f"{name}.{overload}" if overload else name)
 
-    def infos(table: _Table, name: str) -> tuple[ValueInfo, ...]:
+    def infos(table: Table, name: str) -> tuple[ValueInfo, ...]:
         return tuple(_item(values, index, "value") for index in table.integers(name))
 
     calls: list[KernelCall | DelegateCall] = []
@@ -689,7 +679,7 @@ def _read_method(plan: _Table, delegates: tuple[DelegateContents, ...]) -> Metho
     )
 
 
-def _value_info(entry: _Table) -> ValueInfo:
+def _value_info(entry: Table) -> ValueInfo:
     kind, value = entry.member("val")
     if kind != "Tensor":
         return ValueInfo(_snake_case(kind))
@@ -713,25 +703,23 @@ def _read_delegate(
     if backend_id != XNNPACK_BACKEND:
         return DelegateContents(backend_id, (), (), (), (), len(blob)), 0
     if bytes(blob[4:8]) != b"XH00":
-        raise _Unreadable(
+        raise Unreadable(
             f"holds an XNNPACK delegate that starts with {bytes(blob[4:8])!r}, not b'XH00'; "
             "the file is corrupt or its version is unknown: lower the model again"
         )
-    if len(blob) < 4 + _XNN_HEADER.size:
-        raise _corrupt("the header of an XNNPACK delegate is incomplete")
-    _, _, offset, size, data_offset, data_size = _XNN_HEADER.unpack_from(blob, 4)
-    schema = _xnnpack_schema()
+    if len(blob) < 4 + XNN_HEADER.size:
+        raise corrupt("the header of an XNNPACK delegate is incomplete")
+    _, _, offset, size, data_offset, data_size = XNN_HEADER.unpack_from(blob, 4)
+    schema = xnnpack_schema()
     flatbuffer = _slice(blob, offset, size, "an XNNPACK graph")
     if bytes(flatbuffer[4:8]) != schema.identifier:
-        raise _Unreadable(
+        raise Unreadable(
             f"holds an XNNPACK graph of schema {bytes(flatbuffer[4:8])!r}, and the installed "
             f"ExecuTorch has {schema.identifier!r}; lower the model again"
         )
-    graph = _Buffer(flatbuffer, schema, "an XNNPACK graph").root()
+    graph = Buffer(flatbuffer, schema, "an XNNPACK graph").root()
     inline = _slice(blob, data_offset, data_size, "constants of an XNNPACK delegate")
-    constants = tuple(
-        _read_constant(entry, inline, named) for entry in graph.children("constant_data")
-    )
+    constants = _Constants(graph.children("constant_data"), inline, named)
     tensors = tuple(
         _read_tensor(position, entry, constants)
         for position, entry in enumerate(graph.children("xvalues"))
@@ -745,7 +733,7 @@ def _read_delegate(
     contents = DelegateContents(
         backend_id, ops, tensors, externals("input_ids"), externals("output_ids"), len(blob)
     )
-    return contents, data_size
+    return contents, sum(size for _, size in constants.unnamed) + sum(constants.scales.values())
 
 
 class _Named:
@@ -766,7 +754,7 @@ class _Named:
             if index not in self._digests:
                 self._digests[index] = sha256_of(self._segments[index])
             if self._digests[index] != digest:
-                raise _corrupt(
+                raise corrupt(
                     f"the bytes of constant {key!r} do not have the SHA-256 they are named by"
                 )
         return self._segments[index]
@@ -778,29 +766,47 @@ class _Constant:
     data: memoryview | None  # None: named, and not in this file
 
 
-def _read_constant(entry: _Table, inline: memoryview, named: _Named) -> _Constant:
-    key, offset, size = entry.text("named_key"), entry.integer("offset"), entry.integer("size")
-    if offset != _NAMED:
-        return _Constant(None, _slice(inline, offset, size, "a constant"))
-    return _Constant(key, named[key])
+class _Constants:
+    """The constants that tensors of a graph refer to.
+
+    Attributes:
+        unnamed: where those in the delegate itself are, and how many bytes they take.
+        scales: likewise of scales in the graph.
+    """
+
+    def __init__(self, entries: Iterable[Table], inline: memoryview, named: _Named) -> None:
+        self.unnamed: set[tuple[int, int]] = set()
+        self.scales: dict[int, int] = {}
+        self._list = []
+        for entry in entries:
+            offset, size = entry.integer("offset"), entry.integer("size")
+            if offset == _NAMED:
+                key = entry.text("named_key")
+                self._list.append(_Constant(key, named[key]))
+            else:
+                self.unnamed.add((offset, size))
+                self._list.append(_Constant(None, _slice(inline, offset, size, "a constant")))
+
+    def __getitem__(self, index: int) -> _Constant:
+        return _item(self._list, index, "constant")
 
 
-def _read_tensor(position: int, entry: _Table, constants: tuple[_Constant, ...]) -> DelegateTensor:
+def _read_tensor(position: int, entry: Table, constants: _Constants) -> DelegateTensor:
     kind, table = entry.member("xvalue_union")
     quantization, params = "None", None
     if kind == "XNNQuantizedTensorValue":
         quantization, params = table.member("quant_params")
         table = table.required("tensor_value")
     if table.integer("id_out") != position:
-        raise _corrupt(f"tensor {position} has the id {table.integer('id_out')}")
+        raise corrupt(f"tensor {position} has the id {table.integer('id_out')}")
 
     datatype = table.enum("datatype")
     dtype = _XNN_DTYPES.get(datatype)
     if dtype is None:
-        raise _corrupt(f"tensor {position} has the type {datatype}")
+        raise corrupt(f"tensor {position} has the type {datatype}")
     shape = table.integers("dims")
     if dtype == "int4" and len(shape) < 2:
-        raise _corrupt(f"tensor {position} is int4 and has the shape {list(shape)}")
+        raise corrupt(f"tensor {position} is int4 and has the shape {list(shape)}")
 
     scale: npt.NDArray[np.float32] | float | None = None
     zero_point = channel_axis = group_size = None
@@ -815,9 +821,9 @@ def _read_tensor(position: int, entry: _Table, constants: tuple[_Constant, ...])
 
     flags, external_id = table.integer("flags"), table.integer("external_id")
     index = table.integer("constant_buffer_idx")
-    constant = _item(constants, index, "constant") if index else _Constant(None, None)
+    constant = constants[index] if index else _Constant(None, None)
     if constant.data is not None and len(constant.data) < _stored_bytes(dtype, shape):
-        raise _corrupt(
+        raise corrupt(
             f"tensor {position} ({dtype}{list(shape)}) needs {_stored_bytes(dtype, shape)} bytes "
             f"and has {len(constant.data)}"
         )
@@ -840,27 +846,33 @@ def _read_tensor(position: int, entry: _Table, constants: tuple[_Constant, ...])
 
 
 def _read_scales(
-    params: _Table,
+    params: Table,
     shape: tuple[int, ...],
     axis: int,
     grouped: bool,
-    constants: tuple[_Constant, ...],
+    constants: _Constants,
     position: int,
 ) -> npt.NDArray[np.float32] | None:
     """Return the scales, shape (channels,) or (channels, groups); None where in a .ptd file."""
     count = params.integer("num_scales")
     channels = shape[axis] if 0 <= axis < len(shape) else 0
     if not channels or count % channels or not (grouped or count == channels):
-        raise _corrupt(f"tensor {position} {list(shape)} has {count} scales along axis {axis}")
+        raise corrupt(f"tensor {position} {list(shape)} has {count} scales along axis {axis}")
     index = params.integer("scale_buffer_idx")
+    if index == 0 and not grouped:
+        stored = params.vector("scale")
+        if len(stored) != count:
+            raise corrupt(f"tensor {position} has {len(stored)} scales, not {count}")
+        constants.scales[stored.__array_interface__["data"][0]] = stored.nbytes
+        return _frozen(stored)
     if index == 0:
-        raise _corrupt(f"tensor {position} has no scales")
-    data = _item(constants, index, "constant").data
+        raise corrupt(f"tensor {position} has no scales")
+    data = constants[index].data
     if data is None:
         return None
     storage = _STORAGE["bfloat16" if grouped else "float32"]
     if len(data) < count * storage.itemsize:
-        raise _corrupt(f"tensor {position} needs {count} scales and has {len(data)} bytes of them")
+        raise corrupt(f"tensor {position} needs {count} scales and has {len(data)} bytes of them")
     stored = np.frombuffer(data, storage, count)
     return _frozen(_widen_bfloat16(stored).reshape(channels, -1)) if grouped else stored
 
@@ -877,7 +889,7 @@ _PAIRS = {
 _SIDES = ("padding_top", "padding_right", "padding_bottom", "padding_left")
 
 
-def _read_op(entry: _Table, tensors: tuple[DelegateTensor, ...]) -> DelegateOp:
+def _read_op(entry: Table, tensors: tuple[DelegateTensor, ...]) -> DelegateOp:
     union_name, node = entry.member("xnode_union")
     kind = _snake_case(union_name.removeprefix("XNN"))
     ids: dict[str, int] = {}
@@ -936,283 +948,19 @@ def _integers(raw: Mapping[str, ParamValue], *names: str) -> tuple[int, ...]:
 
 
 # --------------------------------------------------------------------------------------------
-# Flatbuffers
-# --------------------------------------------------------------------------------------------
-
-_MOST_TABLES = 1 << 21
-"""Bounds the memory that reading a file takes; the largest networks have tens of thousands."""
-
-_SCALARS: Mapping[str, np.dtype[Any]] = {
-    "bool": np.dtype("u1"),
-    "byte": np.dtype("i1"),
-    "ubyte": np.dtype("u1"),
-    "short": np.dtype("<i2"),
-    "ushort": np.dtype("<u2"),
-    "int": np.dtype("<i4"),
-    "uint": np.dtype("<u4"),
-    "uint32": np.dtype("<u4"),
-    "long": np.dtype("<i8"),
-    "int64": np.dtype("<i8"),
-    "uint64": np.dtype("<u8"),
-    "float": np.dtype("<f4"),
-    "double": np.dtype("<f8"),
-}
-
-
-@dataclass(frozen=True)
-class _Field:
-    slot: int
-    type: str
-    is_vector: bool
-
-
-@dataclass(frozen=True)
-class _Schema:
-    """A parsed ``.fbs``, as far as ExecuTorch's two use the language.
-
-    Tables, enums with explicit values and unions; no structs, no explicit field ids, no default
-    other than 0.
-    """
-
-    identifier: bytes
-    root: str
-    tables: Mapping[str, Mapping[str, _Field]]
-    enums: Mapping[str, tuple[str, Mapping[int, str]]]  # underlying type, names by value
-    unions: Mapping[str, tuple[tuple[str, str], ...]]  # (name, table), the first has tag 1
-
-
-@functools.cache
-def _program_schema() -> _Schema:
-    return _parse_schema("schema/scalar_type.fbs", "schema/program.fbs")
-
-
-@functools.cache
-def _xnnpack_schema() -> _Schema:
-    return _parse_schema("backends/xnnpack/serialization/schema.fbs")
-
-
-def _parse_schema(*paths: str) -> _Schema:
-    """Parse schema files of the installed ExecuTorch, included ones first.
-
-    Raises:
-        ProgramError: the installed ExecuTorch does not have the file.
-    """
-    package = importlib.resources.files("executorch")
-    try:
-        text = "\n".join(package.joinpath(path).read_text("utf-8") for path in paths)
-    except OSError as error:
-        raise ProgramError(
-            f"the installed ExecuTorch has no {' and '.join(paths)}; install executorch 1.5"
-        ) from error
-    text = re.sub(r"//[^\n]*", "", text)
-
-    enums = {}
-    for name, underlying, body in re.findall(r"\benum (\w+)\s*:\s*(\w+)\s*\{(.*?)\}", text, re.S):
-        members = re.findall(r"(\w+)\s*=\s*(\d+)", body)
-        enums[name] = (underlying, {int(value): member for member, value in members})
-    unions = {}
-    for name, body in re.findall(r"\bunion (\w+)\s*\{(.*?)\}", text, re.S):
-        members = re.findall(r"(\w+)(?:\s*:\s*(\w+))?", body)
-        unions[name] = tuple((alias, table or alias) for alias, table in members)
-    tables = {}
-    for name, body in re.findall(r"\btable (\w+)\s*\{(.*?)\}", text, re.S):
-        fields, slot = {}, 0
-        for field_name, bracket, type_name in re.findall(r"(\w+)\s*:\s*(\[?)\s*(\w+)", _bare(body)):
-            # A union takes two slots: its tag, then its table.
-            slot += type_name in unions
-            fields[field_name] = _Field(slot, type_name, bool(bracket))
-            slot += 1
-        tables[name] = fields
-    (identifier,) = re.findall(r'file_identifier "(\w{4})"', text)
-    (root,) = re.findall(r"root_type (\w+)", text)
-    return _Schema(identifier.encode(), root, tables, enums, unions)
-
-
-def _bare(body: str) -> str:
-    """Remove the attributes of a table's fields: ``(deprecated, force_align: 16)``."""
-    return re.sub(r"\([^)]*\)", "", body)
-
-
-class _Buffer:
-    """A flatbuffer whose every read is checked against its bounds."""
-
-    def __init__(self, data: memoryview, schema: _Schema, name: str) -> None:
-        self.data = data
-        self.schema = schema
-        self.name = name
-        # Offsets of a corrupt buffer may overlap, so that following all would take forever. Of a
-        # sound one, no vector is visited twice.
-        self._bytes_left = len(data)
-        self._tables_left = _MOST_TABLES
-
-    def visit(self, size: int) -> None:
-        self._bytes_left -= size
-        if self._bytes_left < 0:
-            raise _corrupt(f"{self.name} refers to more than fits in it")
-
-    def array(self, dtype: np.dtype[Any], position: int, count: int) -> npt.NDArray[Any]:
-        if position < 0 or position + count * dtype.itemsize > len(self.data):
-            raise _corrupt(f"{self.name} refers to bytes after its end ({len(self.data)})")
-        return np.frombuffer(self.data, dtype, count, position)
-
-    def scalar(self, type_name: str, position: int) -> int | float:
-        value: int | float = self.array(_SCALARS[type_name], position, 1)[0].item()
-        return value
-
-    def integer(self, type_name: str, position: int) -> int:
-        return int(self.scalar(type_name, position))
-
-    def follow(self, position: int) -> int:
-        return position + self.integer("uint", position)
-
-    def table(self, name: str, position: int) -> _Table:
-        # Nothing of a vector of offsets to one table is visited twice, and each takes memory here.
-        self._tables_left -= 1
-        if self._tables_left < 0:
-            raise _corrupt(f"{self.name} has more than {_MOST_TABLES:,} tables")
-        return _Table(self, name, position)
-
-    def root(self) -> _Table:
-        return self.table(self.schema.root, self.follow(0))
-
-
-class _Table:
-    """A table in a buffer; reads a field when it is asked for, by the schema's name."""
-
-    def __init__(self, buffer: _Buffer, name: str, position: int) -> None:
-        self._buffer = buffer
-        self._name = name
-        self._position = position
-        self._vtable = position - buffer.integer("int", position)
-        self._slots = buffer.integer("ushort", self._vtable) // 2 - 2
-
-    def _field(self, name: str) -> _Field:
-        found = self._buffer.schema.tables[self._name].get(name)
-        if found is None:
-            raise _Unreadable(
-                f"cannot be read: the installed ExecuTorch has no field {name!r} in its table "
-                f"{self._name!r}; install executorch 1.5"
-            )
-        return found
-
-    def _at(self, slot: int) -> int | None:
-        """Return the position of a field, or None where it is absent."""
-        if slot >= self._slots:
-            return None
-        offset = self._buffer.integer("ushort", self._vtable + 4 + 2 * slot)
-        return self._position + offset if offset else None
-
-    def _scalar(self, name: str) -> int | float:
-        found = self._field(name)
-        position = self._at(found.slot)
-        if position is None:
-            return 0
-        underlying, _ = self._buffer.schema.enums.get(found.type, (found.type, {}))
-        return self._buffer.scalar(underlying, position)
-
-    def integer(self, name: str) -> int:
-        return int(self._scalar(name))
-
-    def real(self, name: str) -> float:
-        return float(self._scalar(name))
-
-    def enum(self, name: str) -> str:
-        type_name = self._field(name).type
-        _, members = self._buffer.schema.enums[type_name]
-        value = self.integer(name)
-        if value not in members:
-            raise _corrupt(f"{self._name}.{name} is {value}, which is no {type_name}")
-        return members[value]
-
-    def vector(self, name: str) -> npt.NDArray[Any]:
-        found = self._field(name)
-        dtype = _SCALARS.get(found.type, _SCALARS["uint"])  # of anything else: offsets
-        position = self._at(found.slot)
-        if position is None:
-            return np.empty(0, dtype)
-        start = self._buffer.follow(position)
-        return self._buffer.array(dtype, start + 4, self._buffer.integer("uint", start))
-
-    def integers(self, name: str) -> tuple[int, ...]:
-        values = self.vector(name)
-        self._buffer.visit(values.nbytes)
-        return tuple(values.tolist())
-
-    def raw(self, name: str) -> memoryview:
-        values = self.vector(name)
-        self._buffer.visit(values.nbytes)
-        return values.data
-
-    def text(self, name: str) -> str:
-        position = self._at(self._field(name).slot)
-        if position is None:
-            return ""
-        start = self._buffer.follow(position)
-        length = self._buffer.integer("uint", start)
-        self._buffer.visit(length)
-        encoded = self._buffer.array(_SCALARS["ubyte"], start + 4, length).tobytes()
-        try:
-            return encoded.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise _corrupt(f"{self._name}.{name} is not text") from error
-
-    def child(self, name: str) -> _Table | None:
-        found = self._field(name)
-        position = self._at(found.slot)
-        if position is None:
-            return None
-        return self._buffer.table(found.type, self._buffer.follow(position))
-
-    def required(self, name: str) -> _Table:
-        table = self.child(name)
-        if table is None:
-            raise _corrupt(f"{self._name}.{name} is missing")
-        return table
-
-    def children(self, name: str) -> tuple[_Table, ...]:
-        found = self._field(name)
-        position = self._at(found.slot)
-        if position is None:
-            return ()
-        start = self._buffer.follow(position) + 4
-        return tuple(
-            self._buffer.table(found.type, start + 4 * index + offset)
-            for index, offset in enumerate(self.integers(name))
-        )
-
-    def member(self, name: str) -> tuple[str, _Table]:
-        """Return which member a union holds, by the schema's alias, and its table."""
-        found = self._field(name)
-        members = self._buffer.schema.unions[found.type]
-        tag_position, position = self._at(found.slot - 1), self._at(found.slot)
-        tag = 0 if tag_position is None else self._buffer.integer("ubyte", tag_position)
-        if position is None or not 1 <= tag <= len(members):
-            raise _corrupt(f"{self._name}.{name} holds member {tag} of {found.type}")
-        alias, table_name = members[tag - 1]
-        return alias, self._buffer.table(table_name, self._buffer.follow(position))
-
-    def plain_fields(self) -> Iterator[tuple[str, ParamValue]]:
-        """Yield all scalars and vectors of scalars, in the schema's order."""
-        for name, found in self._buffer.schema.tables[self._name].items():
-            if found.type not in _SCALARS:
-                continue
-            yield name, self.integers(name) if found.is_vector else self._scalar(name)
-
-
-# --------------------------------------------------------------------------------------------
 # Small things
 # --------------------------------------------------------------------------------------------
 
 
 def _slice(data: memoryview, offset: int, size: int, what: str) -> memoryview:
     if offset + size > len(data):
-        raise _corrupt(f"{what} should end at byte {offset + size} of {len(data)}")
+        raise corrupt(f"{what} should end at byte {offset + size} of {len(data)}")
     return data[offset : offset + size]
 
 
 def _item(items: Sequence[_T], index: int, what: str) -> _T:
     if not 0 <= index < len(items):
-        raise _corrupt(f"{what} {index} is referred to, and there are {len(items)}")
+        raise corrupt(f"{what} {index} is referred to, and there are {len(items)}")
     return items[index]
 
 

@@ -39,6 +39,7 @@ from executorch.export import (
 
 from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checks import check_program
+from custom_quantizer.backends.xnnpack.inline_constants import inline_constants
 from custom_quantizer.backends.xnnpack.lowering import (
     Rewritten,
     backend_config,
@@ -289,6 +290,7 @@ class _Lowering:
         _REWRITTEN[edge] = methods
         for name, rewritten in methods.items():
             add_constants(edge, border_constants(rewritten.graph.borders, name))
+        inline_constants(edge)
         # Writing leaves marks in the graph that fix dynamic sizes when it is written again.
         data = to_bytes(copy.deepcopy(edge))
         for name, rewritten in methods.items():
