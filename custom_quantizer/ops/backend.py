@@ -106,6 +106,8 @@ class Support:
             outputs of the model show its result; empty: it is not.
         table: of a family that reads rows of a table in float, the format in which the table may
             be stored, one scale a row; ``None``: as it is.
+        operand: of a family that may be left in float for its readers, the format in which a large
+            constant operand is stored then, with one scale; ``None``: as it is.
     """
 
     delegation: Callable[[PatternMatch, Formats], Delegation]
@@ -120,6 +122,7 @@ class Support:
     float_reason: str = ""
     float_output: Callable[[PatternMatch], str] = lambda _match: ""
     table: TensorScheme | None = None
+    operand: TensorScheme | None = None
 
 
 _ANY_BIAS = BiasLimits(WIDE_BIAS, WIDE_BIAS)

@@ -29,6 +29,7 @@ class DraftOp:
     scheme: OpScheme | None = None
     follows: TensorScheme | None = None  # data-movement ops: the format they pass on
     table: TensorScheme | None = None  # format of the table that it reads rows of, in float
+    operand: tuple[Node, TensorScheme] | None = None  # a constant of a float op, and its format
     centered: bool = False  # its output has zero point 0, for a consumer that needs it so
     reason: str = ""
 

@@ -155,7 +155,10 @@ class Annotator:
         if op.activation is not None and op.match is not None:
             tensors = self._annotate(op, op.match, annotations)
         elif op.table is not None and op.match is not None:
-            tensors = [self._annotate_table(op, op.match, op.table, annotations)]
+            (table,) = op.match.inputs
+            tensors = [self._annotate_constant(op, table, op.table, "table", annotations)]
+        elif op.operand is not None:
+            tensors = [self._annotate_constant(op, *op.operand, "operand", annotations)]
         scheme = op.scheme.name if op.scheme is not None else None
         if op.moves_values and op.follows is not None:
             scheme = f"a{op.follows.format.bits}"
@@ -236,20 +239,20 @@ class Annotator:
             annotations[op.fused.name] = NodeAnnotation({}, output)
         return tensors
 
-    def _annotate_table(
+    def _annotate_constant(
         self,
         op: DraftOp,
-        match: PatternMatch,
+        constant: Node,
         stored: TensorScheme,
+        what: str,
         annotations: dict[str, NodeAnnotation],
     ) -> TensorPlan:
-        """Nothing but the table: its rows are read in float."""
-        (table,) = match.inputs
-        group = self._number(("weight", table, stored, 0))
+        """Nothing but a constant of an op in float, which is dequantized for it."""
+        group = self._number(("weight", constant, stored, 0))
         edge = Edge("weight", group, describe(op.node), stored)
-        annotations[op.node.name] = NodeAnnotation({table.name: edge}, None)
-        why = "table of constants"
-        return TensorPlan("weight", table.name, str(stored.format), group, why)
+        annotations[op.node.name] = NodeAnnotation({constant.name: edge}, None)
+        why = f"{what} of constants" if what == "table" else f"constant {what}"
+        return TensorPlan("weight", constant.name, str(stored.format), group, why)
 
     def _weight_and_bias(
         self, scheme: OpScheme, match: PatternMatch, support: Support, inputs: dict[str, Edge]
@@ -370,6 +373,9 @@ def _estimate_bytes(op: DraftOp, delegation: Delegation | None) -> int:
     if op.table is not None and op.match is not None:
         meta = tensor_meta(op.match.inputs[0])
         return 0 if meta is None else int(meta.numel()) + 4 * int(meta.shape[0])
+    if op.operand is not None:
+        meta = tensor_meta(op.operand[0])
+        return 0 if meta is None else int(meta.numel())
     if op.match is None or op.match.weight is None:
         return 0
     meta = tensor_meta(op.match.weight)

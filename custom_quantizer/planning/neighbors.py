@@ -20,7 +20,7 @@ from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait, rule_of
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.planning.decisions import to_float
-from custom_quantizer.planning.drafts import DraftOp, same_format
+from custom_quantizer.planning.drafts import DraftOp, is_float32, same_format
 from custom_quantizer.planning.model_io import ModelIO
 from custom_quantizer.planning.profitability import Kind, Step, unprofitable
 
@@ -51,8 +51,44 @@ def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
                 continue
             op.scheme = None
             op.reason = "only float ops read its result: quantizing it would just round once more"
+            _store_operand(op)
         floats.add(op.node)
     return only_floats
+
+
+_LARGE = 1024
+"""Elements of a constant operand from which on it is worth a conversion at run time."""
+
+_LOST = 0.03
+"""Root mean square of what rounding may take from a constant, as a part of how far its values lie
+apart: nothing next to what is lost of the other operand, which was made of integers."""
+
+_NOTHING = 2.0**-20
+"""The same of a constant that is integers times a scale, as a part of its largest value."""
+
+
+def _store_operand(op: DraftOp) -> None:
+    """A large constant that a float sum adds is stored as integers, as weights are.
+
+    It is a table of relative positions, a position embedding or a mask. Not if its values are
+    bunched, as those of a mask that was added to a table: one scale would round them all away.
+    """
+    stored = None if op.support is None else op.support.operand
+    if stored is None or op.match is None:
+        return
+    constants = [tensor for tensor in op.match.inputs if is_constant(tensor)]
+    if len(constants) != 1 or not is_float32(constants[0]):
+        return
+    values = constant_of(cast(GraphModule, op.node.graph.owning_module), constants[0]).flatten()
+    if values.numel() < _LARGE or not bool(values.isfinite().all()):
+        return
+    largest = values.abs().max()
+    scale = largest / stored.format.quant_max
+    lost = (values - scale * (values / scale).round()).square().mean().sqrt()
+    spread = (values - values.median()).abs().median()
+    if bool(lost <= torch.maximum(_LOST * spread, _NOTHING * largest)):
+        op.operand = constants[0], stored
+        op.reason += f"; its constant is stored as {stored.format}"
 
 
 def leave_joins(ops: list[DraftOp], producer: dict[Node, DraftOp], only_floats: set[Node]) -> None:

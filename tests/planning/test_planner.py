@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import Function, canonicalize, capture
-from support.models import conv
+from support.models import conv, convert
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -22,6 +22,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.config.rules import Config, Rule, Scope
+from custom_quantizer.core.graph import constant_of, is_dequantize
 from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import ConfigError
 from custom_quantizer.ops import Formats, OpRule, PatternMatch, rule_of
@@ -924,3 +925,59 @@ def test_what_integers_read_too_is_joined_on_one_scale() -> None:
     layers = {name: nn.Linear(8, 8) for name in ("a", "b", "head")}
     plan = plan_of(both, shapes=[(2, 5, 8)], **layers)
     assert plan.op("cat").scheme == "a8"
+
+
+class Scores(nn.Module):
+    """Products whose softmax reads a constant, which is added in float."""
+
+    def __init__(self, constant: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("constant", constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.transpose(-2, -1)
+        return cast(Tensor, (scores + cast(Tensor, self.constant)).softmax(-1) @ x)
+
+
+def _table() -> Tensor:
+    return torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def _mask(hidden: float) -> Tensor:
+    return torch.full((32, 32), hidden).triu(1)
+
+
+@pytest.mark.parametrize(
+    ("constant", "stored"),
+    [
+        (_table(), True),
+        (_mask(-100.0), True),
+        (_mask(-1e9), True),
+        (torch.full((32, 32), 0.1), True),
+        (_table()[:31], False),  # 992 numbers are not worth a conversion
+        (_table() + _mask(-100.0), False),  # one scale for both would leave the mask alone
+        (_mask(-torch.inf), True),  # it becomes -1e9
+    ],
+)
+def test_a_large_constant_of_a_float_sum_is_stored_as_integers(
+    constant: Tensor, stored: bool
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 8)
+    made = convert(Scores(constant[:, : len(constant)]), (x[:, : len(constant)],))
+    op = made.plan.op("add")
+    assert op.scheme is None
+    assert [(t.role, t.dtype) for t in op.tensors] == ([("weight", "int8")] if stored else [])
+    assert ("its constant is stored as int8" in op.reason) is stored
+    assert op.size_bytes == (constant.numel() if stored else 0)
+    (add,) = (n for n in made.graph.graph.nodes if n.target is torch.ops.aten.add.Tensor)
+    operand = add.args[1]
+    assert is_dequantize(operand) is stored
+    if stored:
+        integers = constant_of(made.graph, operand.args[0])
+        assert integers.dtype == torch.int8
+        constant = constant.clamp(min=-1e9)
+        wrong = (integers * operand.args[1] - constant).abs().max()
+        assert wrong <= 0.5 * operand.args[1]
+        if constant.unique().numel() <= 2:
+            assert wrong <= 1e-6 * constant.abs().max()

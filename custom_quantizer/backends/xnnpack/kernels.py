@@ -473,6 +473,9 @@ FLOAT_TARGETS = frozenset(
 """Ops of no family that XNNPACK computes in float, by the partitioner's list."""
 
 
+_STORED = scheme("a8w8-per_tensor").weight
+"""Of constants that are dequantized while the program runs: it has one scale for a tensor there."""
+
 SUPPORT: Mapping[str, Support] = MappingProxyType(
     {
         CONV.family: _GEMM,
@@ -484,8 +487,8 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
             runs=_runs_product,
             requires_symmetric=frozenset({1}),
         ),
-        ADD.family: Support(_int8, runs=_runs_add),
-        SUB.family: Support(_int8, runs=_runs_add),
+        ADD.family: Support(_int8, runs=_runs_add, operand=_STORED),
+        SUB.family: Support(_int8, runs=_runs_add, operand=_STORED),
         MUL.family: Support(_int8, runs=_runs_mul),
         RELU.family: Support(_int8),
         CLAMP.family: Support(_int8),

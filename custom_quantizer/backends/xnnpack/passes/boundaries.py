@@ -48,11 +48,14 @@ def dedicate_dequantize(model: GraphModule) -> int:
     """Each use of a quantized tensor gets a dequantize node of its own.
 
     A shared one fails at load when an int8 and a float op read it, and can make partitions cyclic.
+    That of a constant goes before its use: as floats it would take memory from where it stands.
     """
     count = 0
     for node in list(model.graph.nodes):
         if not is_dequantize(node):
             continue
+        if node.users and is_constant(cast(Node, node.args[0])):
+            next(iter(node.users)).prepend(node)
         for user in list(node.users)[1:]:
             with model.graph.inserting_before(user):
                 copy = model.graph.node_copy(node)
