@@ -186,6 +186,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration_observers": as_stored("calibration_observers"),
     "calibration_samples": as_stored("calibration_samples"),
     "chains": as_stored("chains"),
+    "file_sizes": as_stored("file_sizes"),
     "improve": as_stored("improve"),
     "learned_rounding": as_stored("learned_rounding"),
     "memory": as_stored("memory"),

@@ -33,6 +33,7 @@ BENCHMARKS = {
     "calibration_samples": "calibration_studies",
     **{f"qat_{name}": "qat_studies" for name in ("bias", "networks", "rates", "widths")},
     "qat_starts": "qat_studies",
+    "file_sizes": "file_sizes",
     "improve": "improve",
     "chains": "chains",
     "learned_rounding": "learned_rounding",
@@ -270,6 +271,7 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
     },
     "flows.md": {"ExecuTorch 1.5.1": "version"},
     "files.md": {
+        "multiples of 16 bytes, not of 128": "alignments",
         "grow by 16 times the size of the file (2 GiB at least": "limits that the code sets",
         "has 300 s to load": "the same",
         "A tensor above 4 GiB, more than 16 GiB at once": "the same",
@@ -298,6 +300,7 @@ NOT_MEASURED: dict[str, dict[str, str]] = {
         "whose kernel (1.5.1)": "version",
         "exponents 0.5, -0.5 and -1": "arguments",
         "for 8 times the weights": "blocks of 8 channels",
+        "would take more than 3%": "a constant of the code",
     },
     "search.md": {
         "arxiv.org/abs/1911.03852": "address",

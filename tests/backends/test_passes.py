@@ -317,11 +317,37 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "rescale_behind_moves",
         "break_chains",
         "dedicate_run_time",
+        "dequantize_late",
         "flatten_rows",
         "order_images",
         *FLOAT_OPS,
     }
     assert found | rare == set(BY_NAME)
+
+
+class Masked(nn.Module):
+    """A mask, which the graph reads first, in scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((32, 32), -100.0).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.transpose(-2, -1) + cast(Tensor, self.mask)
+        return cast(Tensor, scores.softmax(-1) @ x)
+
+
+def test_a_constant_is_dequantized_where_a_sum_reads_it() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 8)
+    lowered = cq.lower(quantized(Masked(), (x,)), (x,))
+    assert lowered.report.passes["dequantize_late"] == 1
+    (delegate,) = lowered.contents.delegates
+    (at,) = (i for i, op in enumerate(delegate.ops) if op.kind == "add")
+    before = delegate.ops[at - 1]
+    assert before.kind == "convert"
+    assert delegate.tensors[before.inputs[0]].shape == (32, 32)
+    assert delegate.tensors[before.inputs[0]].dtype == "int8"
 
 
 # ---------------------------------------------------------------------------------------------

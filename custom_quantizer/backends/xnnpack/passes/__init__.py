@@ -116,9 +116,11 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         run_time.order_images,
         activations.break_chains,
     ),
+    "order": (boundaries.dequantize_late,),
 }
 """Constants first, then ops as kernels have them, then widths, then what stands between the two
-kinds of numbers. Within a stage the order follows from what passes require (:func:`ordered`).
+kinds of numbers, then where it stands. Within a stage the order follows from what passes require
+(:func:`ordered`).
 """
 
 

@@ -20,6 +20,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
 from custom_quantizer.core.graph import (
     CHOOSE_QPARAMS,
     DEQUANTIZE_GROUPED,
+    DEQUANTIZE_PER_TENSOR,
     add_constant,
     is_constant,
     is_dequantize,
@@ -31,7 +32,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.ops import QParamSharing, rule_of
 from custom_quantizer.ops.attention import MATMUL
-from custom_quantizer.ops.elementwise import CLAMP, RELU
+from custom_quantizer.ops.elementwise import ADD, CLAMP, RELU, SUB
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
 from custom_quantizer.ops.movement import CAT, GETITEM, PAD, SPLIT
 from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR
@@ -48,14 +49,11 @@ def dedicate_dequantize(model: GraphModule) -> int:
     """Each use of a quantized tensor gets a dequantize node of its own.
 
     A shared one fails at load when an int8 and a float op read it, and can make partitions cyclic.
-    That of a constant goes before its use: as floats it would take memory from where it stands.
     """
     count = 0
     for node in list(model.graph.nodes):
         if not is_dequantize(node):
             continue
-        if node.users and is_constant(cast(Node, node.args[0])):
-            next(iter(node.users)).prepend(node)
         for user in list(node.users)[1:]:
             with model.graph.inserting_before(user):
                 copy = model.graph.node_copy(node)
@@ -167,6 +165,23 @@ def _only_moves(node: Node) -> bool:
 
 def _one(model: GraphModule) -> Node:
     return add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
+
+
+@graph_pass("constants that are dequantized far ahead of a sum", "dequantized before it")
+def dequantize_late(model: GraphModule) -> int:
+    """A constant takes memory as floats from where it is dequantized."""
+    count = 0
+    for node in calls(model, ADD.targets | SUB.targets):
+        constants = [
+            source
+            for source in node.all_input_nodes
+            if source.target is DEQUANTIZE_PER_TENSOR and is_constant(cast(Node, source.args[0]))
+        ]
+        for constant in constants[:1]:
+            if constant.next is not node:
+                node.prepend(constant)
+                count += 1
+    return count
 
 
 @graph_pass("pads between int8 and float", "pads of integers")
