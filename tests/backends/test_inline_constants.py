@@ -215,6 +215,9 @@ def test_what_is_written_reads_as_what_was_read() -> None:
         return flatbuffer.Buffer(data, schema, "a graph").root().contents()
 
     once = read(memoryview(program.buffer)[at:])
+    inline = [c for c in once["constant_data"][1:] if c["named_key"] is None]
+    assert len(inline) == 7  # of three small layers, of which one is called with two biases
+    assert all(constant["offset"] % ALIGNMENT == 0 for constant in inline)
     again = flatbuffer.write(once, schema)
     assert repr(read(memoryview(again))) == repr(once)
     # Nothing is lost of a number: not its last bit, not the sign of a zero.
