@@ -287,8 +287,8 @@ def _stored_bias(
 ) -> BiasRecord:
     tensor = delegate.tensors[cast(int, op.bias)]
     where = f"tensor {tensor.id}"
-    if tensor.constant_key is not None:
-        where += f", constant {tensor.constant_key[:12]}"
+    if tensor.name is not None:
+        where += f", constant {tensor.name[:12]}"
     if tensor.dtype != "int32" or tensor.scale is None:
         reason = (
             "the input scale is only known at run time, so no bias scale follows from it"

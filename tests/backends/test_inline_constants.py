@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +74,9 @@ def test_small_constants_stand_in_the_delegate_and_others_have_names() -> None:
     assert all(wide)
     (delegate,) = program.contents.delegates
     read = {i for op in delegate.ops if op.weight is None for i in op.inputs}
+    for tensor in delegate.tensors:
+        if tensor.is_constant:
+            assert tensor.name == hashlib.sha256(tensor.array().tobytes()).hexdigest()
     operands = [t for t in delegate.tensors if t.is_constant and t.id in read]
     assert operands
     assert all(t.constant_key for t in operands)

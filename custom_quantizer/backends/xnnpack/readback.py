@@ -178,7 +178,8 @@ class DelegateTensor:
         is_input: Whether the delegate is handed this value.
         is_output: Whether the delegate hands this value back.
         external_id: Position among the delegate's arguments, inputs first, or None.
-        constant_key: Name of the stored bytes in the program's named data, or None.
+        constant_key: Name of the stored bytes in the program's named data; None if they stand in
+            the delegate, or are computed.
     """
 
     id: int
@@ -195,6 +196,13 @@ class DelegateTensor:
     external_id: int | None
     constant_key: str | None
     _data: memoryview | None = field(repr=False)
+
+    @property
+    def name(self) -> str | None:
+        """Name of a constant, wherever it stands: ExecuTorch takes the SHA-256 of its bytes."""
+        if self.constant_key is not None or self._data is None:
+            return self.constant_key
+        return sha256_of(self._data)
 
     def array(self) -> npt.NDArray[Any]:
         """Return the stored constant in its stored layout, as a read-only array of ``shape``.
