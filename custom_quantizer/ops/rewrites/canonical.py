@@ -103,10 +103,12 @@ def _numbers_to_tensors(model: GraphModule) -> None:
 def _views_to_reshapes(model: GraphModule) -> None:
     """Forms of ops may have other strides than the ops, which a view would not take.
 
-    Of memory that is written in place a view has to be one.
+    Of memory that is written in place a view has to be one, and inputs are as they were.
     """
     for node in model.graph.nodes:
-        if node.target is aten.view.default and overwritten_by(node) is None:
+        if node.target is not aten.view.default or overwritten_by(node) is not None:
+            continue
+        if cast(Node, node.args[0]).op != "placeholder":
             node.meta.setdefault("original_target", node.target)
             node.target = aten.reshape.default
 

@@ -297,7 +297,7 @@ def _forget_counters(model: GraphModule) -> None:
     """Remove what counts the batches of batch norms: nothing reads it."""
     for node in list(model.graph.nodes):
         counted = node.args[0] if node.target is aten.add_.Tensor else None
-        if not isinstance(counted, Node) or not is_constant(counted) or node.users:
+        if not isinstance(counted, Node) or counted.op != "get_attr" or node.users:
             continue
         if str(counted.target).endswith("num_batches_tracked"):
             model.graph.erase_node(node)
