@@ -21,7 +21,7 @@ def test_the_commands_print_what_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     section = PAGE.read_text(encoding="utf-8").split("### From the command line\n")[1]
-    blocks = [part.split("```")[0] for part in section.split("\n## ")[0].split("```")[1::2]]
+    blocks = [part.split("```")[0] for part in section.split("\n##")[0].split("```")[1::2]]
     kinds = [block.split("\n", 1)[0] for block in blocks]
     assert kinds == ["python", *["sh", "text"] * 3]
     texts = [dedent(block.split("\n", 1)[1]) for block in blocks]
