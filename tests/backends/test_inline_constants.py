@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from executorch.exir import EdgeProgramManager
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.extension.pybindings import portable_lib
 from support.graphs import Function, quantized
 from torch import Tensor, nn
@@ -65,6 +69,16 @@ def keys(program: cq.LoweredProgram) -> list[tuple[str | None, ...]]:
         tuple(d.tensors[cast(int, i)].constant_key for i in (op.weight, op.bias))
         for d, op in layers(program)
     ]
+
+
+def test_what_is_known_of_upstream() -> None:
+    """Delegates and their constants have no seam: ``inline_constants`` sets private fields."""
+    assert version("executorch").partition("+")[0] == "1.5.1"
+    assert isinstance(LoweredBackendModule.processed_bytes, property)
+    assert isinstance(LoweredBackendModule.named_data_store_output, property)
+    fields = inspect.getsource(LoweredBackendModule) + inspect.getsource(EdgeProgramManager)
+    for name in ("_processed_bytes", "_named_data_store_output", "_named_data_store"):
+        assert f"self.{name}" in fields
 
 
 def test_small_constants_stand_in_the_delegate_and_others_have_names() -> None:
