@@ -121,7 +121,17 @@ def keep_apart(model: GraphModule) -> int:
     return count
 
 
-@graph_pass("long chains of functions of one tensor", "a reshape in them")
+@graph_pass(
+    "long chains of functions of one tensor",
+    "a reshape in them",
+    requires={
+        "dedicate_dequantize",
+        "quantize_pads",
+        "quantize_scalars_as_rows",
+        "rescale_behind_moves",
+        "shield_composites",
+    },
+)
 def break_chains(model: GraphModule) -> int:
     """No chain of functions of one int8 tensor has the length at which XNNPACK fails to load it.
 
