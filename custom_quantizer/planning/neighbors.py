@@ -19,6 +19,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait, rule_of
 from custom_quantizer.ops.backend import Backend, Support
+from custom_quantizer.ops.elementwise import CLAMP
 from custom_quantizer.planning.decisions import to_float
 from custom_quantizer.planning.drafts import DraftOp, is_float32, same_format
 from custom_quantizer.planning.model_io import ModelIO
@@ -31,7 +32,8 @@ def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
     On the way into a softmax these are scales, biases and masks: a mask (a large negative number)
     would take the whole range of an int8 sum for itself. Between layer norms it is the residual
     stream of a transformer, whose parts differ by orders of magnitude. Either way the reader
-    dequantizes what an int8 kernel has just rounded.
+    dequantizes what an int8 kernel has just rounded. So are clamps of an input of the model, as
+    that of a mask in which minus infinity stands.
 
     Returns:
         All ops, of whatever kind, that only float ops read.
@@ -44,9 +46,10 @@ def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
         if not users or not all(into):
             continue
         only_floats.add(op.node)
-        if not (op.has(Trait.SUM) or op.has(Trait.VIEW)):
+        sums = op.has(Trait.SUM) or _clamps_input(op, anchors)
+        if not (sums or op.has(Trait.VIEW)):
             continue
-        if op.has(Trait.SUM) and op.scheme is not None:
+        if sums and op.scheme is not None:
             if op.decision.explicit:
                 continue
             op.scheme = None
@@ -54,6 +57,16 @@ def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
             _store_operand(op)
         floats.add(op.node)
     return only_floats
+
+
+def _clamps_input(op: DraftOp, anchors: dict[Node, DraftOp]) -> bool:
+    """Whether an op clamps an input of the model, which may be moved before."""
+    if op.match is None or op.match.rule is not CLAMP:
+        return False
+    (source,) = op.match.inputs
+    while (move := anchors.get(source)) is not None and move.moves_values and move.match:
+        source = move.match.inputs[0]
+    return source.op == "placeholder"
 
 
 _LARGE = 1024

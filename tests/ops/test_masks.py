@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from support.graphs import Function, calls, canonicalize, capture, lowered_exactly, quantized
 from torch import Tensor, nn
 
+import custom_quantizer as cq
 from custom_quantizer.ops import match_of
 
 aten = torch.ops.aten
@@ -18,6 +20,13 @@ aten = torch.ops.aten
 SCORES = (2, 3, 4, 4)
 CAUSAL = torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)
 KEPT = torch.tensor([True, False, True, True])
+
+
+BEFORE = torch.zeros(CAUSAL.shape).masked_fill(CAUSAL, -math.inf)
+
+
+def zeros(scores: Tensor) -> Tensor:
+    return torch.zeros_like(scores)
 
 
 def soft(scores: Tensor) -> Tensor:
@@ -34,6 +43,15 @@ CASES: dict[str, tuple[Callable[..., Tensor], int]] = {
     ),
     "given": (lambda x, m: soft(x.masked_fill(m, float("-inf"))), 1),
     "given, kept": (lambda x, m: soft(torch.where(m, x, -1e9)), 1),
+    "given, added to scores": (lambda x, m: soft(x + zeros(x).masked_fill(m, -math.inf)), 1),
+    "given, moved and added": (
+        lambda x, m: soft((x + zeros(x).masked_fill(m, -math.inf).transpose(2, 3)).mT),
+        1,
+    ),
+    "given, and captured": (
+        lambda x, m: soft(x + (zeros(x).masked_fill(m, -math.inf) + BEFORE)),
+        1,
+    ),
     "zeros": (lambda x, m: x.masked_fill(~KEPT, 0.0), 0),
     "a number": (lambda x, m: x.masked_fill(~KEPT, 1.5), 0),
     "a number first": (lambda x, m: torch.where(KEPT, 0.25, x), 0),
@@ -64,6 +82,9 @@ def test_a_mask_is_numbers(name: str) -> None:
         lambda x: torch.where(KEPT, 1 / x, x),
         lambda x: x.masked_fill(~KEPT, -1e9),  # no softmax reads it
         lambda x: x.masked_fill(~KEPT, float("inf")),
+        lambda x: (soft(y := x.masked_fill(~KEPT, -math.inf)), y)[1],  # others read it too
+        lambda x: soft(x.masked_fill(~KEPT, -math.inf) * KEPT),  # minus infinity times 0
+        lambda x: soft(2.0 - x.masked_fill(~KEPT, -math.inf)),
     ],
 )
 def test_what_cannot_be_numbers_stays(function: Callable[[Tensor], Tensor]) -> None:
@@ -95,6 +116,49 @@ def test_layers_share_what_a_mask_becomes() -> None:
     graph = canonicalize(capture(model, (x, kept)))
     assert len(calls(graph, aten.to.dtype)) == 1
     torch.testing.assert_close(graph(x, kept), model(x, kept), rtol=1e-5, atol=1e-5)
+
+
+class Padded(nn.Module):
+    """PyTorch's own attention, given what of the inputs is padding."""
+
+    causal: Tensor
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.register_buffer("causal", nn.Transformer.generate_square_subsequent_mask(6))
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        if self.name == "layer":
+            return cast(Tensor, self.layer(x, src_key_padding_mask=padding))
+        if self.name == "causal layer":
+            return cast(Tensor, self.layer(x, self.causal, src_key_padding_mask=padding))
+        weights = self.name == "attention and weights"
+        attention = self.layer.self_attn
+        return cast(Tensor, attention(x, x, x, padding, need_weights=weights)[0])
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("name", ["layer", "causal layer", "attention", "attention and weights"])
+def test_padding_is_a_mask_in_one_delegate(name: str, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Padded(name).eval(), torch.randn(2, 6, 16)
+    padding = torch.arange(6) >= torch.tensor([[4], [6]])
+    if kind == torch.float32:
+        padding = torch.zeros(2, 6).masked_fill(padding, -math.inf)
+    converted = quantized(model, (x, padding))
+    program = cq.lower(converted, (x, padding))
+    assert program.report.delegates == 1
+    assert len(program.report.outside) <= 1  # that makes numbers of conditions
+    with torch.no_grad():
+        want, got = model(x, padding), program.run(x, padding)
+        noise = (got - want).norm() / want.norm()
+        assert float(noise) < 0.03
+        other = x.clone()
+        other[0, 4:] = 3.0  # what is left out changes nothing
+        again = program.run(other, padding)
+    assert torch.equal(again[0, :4], got[0, :4])
 
 
 def test_constant_masks_run_as_integers_in_one_delegate() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.core.graph import (
+    argument,
     constant_of,
     effective_users,
     is_constant,
@@ -62,7 +63,24 @@ def added_mask(insert: Insertion, mask: Node) -> Node:
         return insert.constant("mask", value.clamp(min=MASKED))
     if cast(Tensor, tensor_meta(mask)).dtype == torch.bool:
         return _left_out(insert, mask, where=False)
+    if _is_finite_mask(insert, mask):
+        return mask
     return insert.call(aten.clamp_min.default, mask, MASKED)
+
+
+def _is_finite_mask(insert: Insertion, mask: Node) -> bool:
+    """Whether a mask is a sum of numbers, of what was made of conditions here, and of clamps."""
+    waiting = [mask]
+    while waiting:
+        node = waiting.pop()
+        if is_constant(node):
+            if not bool(torch.isfinite(constant_of(insert.model, node)).all()):
+                return False
+        elif node.target in _MOVES or node.target is aten.add.Tensor:
+            waiting += node.all_input_nodes
+        elif _SHARED not in node.meta and node.target is not aten.clamp_min.default:
+            return False
+    return True
 
 
 def _left_out(insert: Insertion, condition: Node, *, where: bool) -> Node:
@@ -108,6 +126,37 @@ def _softmax(insert: Insertion) -> Node | None:
     # Others read minus infinity.
     scores = insert.call(aten.add.Tensor, *terms, **added.kwargs)
     return insert.call(insert.node.target, scores, *insert.node.args[1:], **insert.node.kwargs)
+
+
+def _masked_sum(insert: Insertion) -> Node | None:
+    """A mask that is captured and one that is given, added before attention adds both to scores.
+
+    Minus infinity becomes :data:`MASKED` in each of them: a clamp of their sum would have it taken
+    for integers, of which one scale cannot show biases beside it.
+    """
+    node = insert.node
+    terms = [term for term in node.args[:2] if isinstance(term, Node)]
+    if node.kwargs or len(terms) < 2 or not any(map(is_constant, terms)):
+        return None
+    endless = [_may_be_endless(insert, term) for term in terms]
+    if not any(endless) or not _only_softmax_reads(node):
+        return None
+    finite = [
+        added_mask(insert, term) if be else term for term, be in zip(terms, endless, strict=True)
+    ]
+    return insert.call(aten.add.Tensor, *finite)
+
+
+def _may_be_endless(insert: Insertion, term: Node) -> bool:
+    """Whether a mask has minus infinity, or is given and may have it."""
+    meta = tensor_meta(term)
+    if meta is None or not meta.is_floating_point():
+        return False
+    if is_constant(term):
+        return bool((constant_of(insert.model, term) == -math.inf).any())
+    while term.target in _MOVES:
+        term = cast(Node, term.args[0])
+    return term.op == "placeholder"
 
 
 def _masked_fill(insert: Insertion) -> Node | None:
@@ -162,20 +211,49 @@ def _without(insert: Insertion, data: Node, condition: Node, *, where: bool) -> 
         value = constant_of(insert.model, condition)
         out = value if where else ~value
         mask = insert.constant("mask", torch.zeros(out.shape).masked_fill(out, MASKED))
+    if data.target in _ZEROS and is_same_shape(shape_of(mask), shape_of(insert.node)):
+        return mask
     total = insert.call(aten.add.Tensor, data, mask)
     return total if is_same_shape(shape_of(total), shape_of(insert.node)) else None
 
 
-_MOVES = frozenset({aten.clone.default, aten.contiguous.default, aten.view.default})
+_ZEROS = frozenset({aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default})
+
+_MOVES = frozenset(
+    {
+        *(aten.clone.default, aten.contiguous.default, aten.expand.default, aten.permute.default),
+        *(aten.reshape.default, aten.slice.Tensor, aten.squeeze.dim, aten.transpose.int),
+        *(aten.unsqueeze.default, aten.view.default),
+    }
+)
 
 
 def _only_softmax_reads(node: Node) -> bool:
-    users = list(node.users)
-    return bool(users) and all(
-        user.target in (aten.softmax.int, aten._softmax.default)
-        or (user.target in _MOVES and _only_softmax_reads(user))
-        for user in users
-    )
+    """Whether a tensor ends in scores that a softmax reads, or is moved and added on the way."""
+    if not node.users:
+        return False
+    waiting, seen = [node], {node}
+    while waiting:
+        source = waiting.pop()
+        for user in source.users:
+            if user.target in (aten.softmax.int, aten._softmax.default):
+                continue
+            if user.target is aten.scaled_dot_product_attention.default:
+                if argument(user, 3, "attn_mask") is not source or source in user.args[:3]:
+                    return False
+            elif not _hands_on(user, source) or not user.users:
+                return False
+            elif user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return True
+
+
+def _hands_on(user: Node, source: Node) -> bool:
+    """Whether a call moves a tensor, or adds another one to it."""
+    if user.target is aten.baddbmm.default:
+        return user.args[0] is source and source not in user.args[1:3] and not user.kwargs
+    return user.target in _MOVES or (user.target is aten.add.Tensor and not user.kwargs)
 
 
 def _number(insert: Insertion, side: Any) -> Any:
@@ -264,6 +342,7 @@ def _has_no_zeros(insert: Insertion, divisor: object) -> bool:
 
 MASKS: Mapping[Any, Rewrite] = MappingProxyType(
     {
+        aten.add.Tensor: _masked_sum,
         aten.masked_fill.Scalar: _masked_fill,
         aten.masked_fill.Tensor: _masked_fill,
         aten.softmax.int: _softmax,
