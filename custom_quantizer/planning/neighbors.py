@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 from typing import cast
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
@@ -14,6 +16,7 @@ from custom_quantizer.core.graph import (
     effective_users,
     is_constant,
     is_empty,
+    shape_of,
     tensor_meta,
 )
 from custom_quantizer.core.schemes import TensorScheme
@@ -40,22 +43,24 @@ def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
     """
     floats: set[Node] = set()
     only_floats: set[Node] = set()
+    sums: list[DraftOp] = []
     for op in reversed(ops):
         users = effective_users(op.output)
         into = [user in floats or _computes_in_float(anchors.get(user)) for user in users]
         if not users or not all(into):
             continue
         only_floats.add(op.node)
-        sums = op.has(Trait.SUM) or _clamps_input(op, anchors)
-        if not (sums or op.has(Trait.VIEW)):
+        computes = op.has(Trait.SUM) or _clamps_input(op, anchors)
+        if not (computes or op.has(Trait.VIEW)):
             continue
-        if sums and op.scheme is not None:
+        if computes and op.scheme is not None:
             if op.decision.explicit:
                 continue
             op.scheme = None
             op.reason = "only float ops read its result: quantizing it would just round once more"
-            _store_operand(op)
+            sums.append(op)
         floats.add(op.node)
+    _store_operands(sums)
     return only_floats
 
 
@@ -80,28 +85,57 @@ _NOTHING = 2.0**-20
 """The same of a constant that is integers times a scale, as a part of its largest value."""
 
 
-def _store_operand(op: DraftOp) -> None:
-    """A large constant that a float sum adds is stored as integers, as weights are.
+_PART = 0.02
+"""Of the bytes of a program that large constants have to take as floats to be rounded."""
 
-    It is a table of relative positions, a position embedding or a mask. Not if its values are
-    bunched, as those of a mask that was added to a table: one scale would round them all away.
+
+def _store_operands(sums: list[DraftOp]) -> None:
+    """Large constants that float sums add are stored as integers, as weights are.
+
+    They are tables of relative positions, position embeddings and masks. What rounding changes is
+    rounded only where the file is notably smaller for it.
     """
-    stored = None if op.support is None else op.support.operand
-    if stored is None or op.match is None:
+    rounded: list[tuple[DraftOp, Node, TensorScheme]] = []
+    for op in sums:
+        stored = None if op.support is None else op.support.operand
+        constants = [t for t in op.match.inputs if is_constant(t)] if op.match is not None else []
+        if stored is None or len(constants) != 1 or not is_float32(constants[0]):
+            continue
+        (constant,) = constants
+        model = cast(GraphModule, op.node.graph.owning_module)
+        lost, spread, largest = _rounding(constant_of(model, constant).flatten(), stored)
+        if lost <= _NOTHING * largest:
+            _store_operand(op, constant, stored)
+        elif lost <= _LOST * spread:
+            rounded.append((op, constant, stored))
+    if not rounded:
         return
-    constants = [tensor for tensor in op.match.inputs if is_constant(tensor)]
-    if len(constants) != 1 or not is_float32(constants[0]):
-        return
-    values = constant_of(cast(GraphModule, op.node.graph.owning_module), constants[0]).flatten()
+    model = cast(GraphModule, rounded[0][0].node.graph.owning_module)
+    all_bytes = sum(value.numel() for value in model.state_dict().values())
+    constant_bytes = 4 * sum(math.prod(shape_of(constant)) for _, constant, _ in rounded)
+    if constant_bytes >= _PART * all_bytes:
+        for op, constant, stored in rounded:
+            _store_operand(op, constant, stored)
+
+
+def _rounding(values: Tensor, stored: TensorScheme) -> tuple[float, float, float]:
+    """Root mean square of what rounding takes from values, how far these lie apart, the largest.
+
+    The first is infinite if they are few, or not all finite. How far they lie apart is no mean:
+    bunches of them, as of a mask that was added to a table, would be rounded away by one scale.
+    """
     if values.numel() < _LARGE or not bool(values.isfinite().all()):
-        return
+        return math.inf, 0.0, 0.0
     largest = values.abs().max()
     scale = largest / stored.format.quant_max
     lost = (values - scale * (values / scale).round()).square().mean().sqrt()
     spread = (values - values.median()).abs().median()
-    if bool(lost <= torch.maximum(_LOST * spread, _NOTHING * largest)):
-        op.operand = constants[0], stored
-        op.reason += f"; its constant is stored as {stored.format}"
+    return float(lost), float(spread), float(largest)
+
+
+def _store_operand(op: DraftOp, constant: Node, stored: TensorScheme) -> None:
+    op.operand = constant, stored
+    op.reason += f"; its constant is stored as {stored.format}"
 
 
 def leave_joins(ops: list[DraftOp], producer: dict[Node, DraftOp], only_floats: set[Node]) -> None:

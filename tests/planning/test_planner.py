@@ -981,3 +981,23 @@ def test_a_large_constant_of_a_float_sum_is_stored_as_integers(
         assert wrong <= 0.5 * operand.args[1]
         if constant.unique().numel() <= 2:
             assert wrong <= 1e-6 * constant.abs().max()
+
+
+class Wide(Scores):
+    """Of which the constant is a small part."""
+
+    def __init__(self, constant: Tensor) -> None:
+        super().__init__(constant)
+        self.layer = nn.Linear(8, 60_000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.layer(super().forward(x)))
+
+
+@pytest.mark.parametrize(("constant", "stored"), [(_table(), False), (_mask(-100.0), True)])
+def test_a_small_part_of_a_file_is_stored_as_integers_only_where_that_is_exact(
+    constant: Tensor, stored: bool
+) -> None:
+    graph = capture(Wide(constant), (torch.randn(1, 32, 8),))
+    op = cq.IntegerQuantizer().set_global("a8w8").plan(graph).op("add")
+    assert ("its constant is stored as int8" in op.reason) is stored
