@@ -31,6 +31,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 import custom_quantizer as cq
 from custom_quantizer.core.graph import set_state
 from custom_quantizer.core.memory import UNSAID, overwritten_by
+from custom_quantizer.ops.rewrites.writes import functionalize
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 6, 6)
@@ -351,6 +352,19 @@ def test_writes_through_views_become_values_of_the_whole(name: str) -> None:
         lowered = cq.lower(converted, (x,))
         assert (lowered.report.delegates, lowered.report.outside) == (1, ())
         assert differences(lowered.run(x), cq.integer_reference(converted)(x)) == []
+
+
+def test_more_views_of_one_another_than_python_nests_calls() -> None:
+    def turned(m: Function, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        y[:, 1:] = 0.5
+        for _ in range(1000):
+            y = y.transpose(2, 3)
+        return y
+
+    graph = torch.export.export(Function(turned, conv=conv()), (torch.randn(IMAGE),)).module()
+    functionalize(graph)
+    assert all(overwritten_by(node) is None for node in graph.graph.nodes)
 
 
 COPIES: dict[str, Callable[[Tensor], Tensor]] = {

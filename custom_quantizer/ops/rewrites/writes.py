@@ -11,8 +11,9 @@ is written as a whole becomes a value, too, and the caller's tensor keeps what i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -185,8 +186,9 @@ class _Writes:
 
     def read_directly(self) -> None:
         """Let who reads a view of what was written read what was written there."""
+        found: dict[Node, Node] = {}
         for node in list(self._model.graph.nodes):
-            known = self._known(node)
+            known = found[node] = self._known(node, found)
             if known is not node and overwritten_by(node) is None and overwritten_by(known) is None:
                 node.replace_all_uses_with(known)
 
@@ -198,11 +200,18 @@ class _Writes:
             and overwritten_by(written) is None
         )
 
-    def _known(self, value: Node) -> Node:
-        """A value that ``value``, which may be a view, is equal to."""
-        if not shares_memory(value) or not value.args or not isinstance(value.args[0], Node):
-            return value
-        return self._equal.get((self._known(value.args[0]), _what(value)), value)
+    def _known(self, value: Node, found: Mapping[Node, Node] = MappingProxyType({})) -> Node:
+        """A value that ``value``, which may be a view, is equal to; ``found``: of other nodes."""
+        views: list[Node] = []  # of one another: graphs may have more than Python nests calls
+        while value not in found and shares_memory(value):
+            if not value.args or not isinstance(value.args[0], Node):
+                break
+            views.append(value)
+            value = value.args[0]
+        value = found.get(value, value)
+        for view in reversed(views):
+            value = self._equal.get((value, _what(view)), view)
+        return value
 
     def _views_to_owner(self, node: Node, written: Node, aliases: set[Node]) -> list[_View] | None:
         """The views from what is written to what owns the memory.
