@@ -19,7 +19,7 @@ from custom_quantizer.core.graph import (
     shape_of,
     tensor_meta,
 )
-from custom_quantizer.core.schemes import TensorScheme
+from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait, rule_of
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.ops.elementwise import CLAMP
@@ -43,7 +43,7 @@ def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
     """
     floats: set[Node] = set()
     only_floats: set[Node] = set()
-    sums: list[DraftOp] = []
+    sums: list[tuple[DraftOp, OpScheme]] = []
     for op in reversed(ops):
         users = effective_users(op.output)
         into = [user in floats or _computes_in_float(anchors.get(user)) for user in users]
@@ -56,9 +56,9 @@ def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
         if computes and op.scheme is not None:
             if op.decision.explicit:
                 continue
-            op.scheme = None
+            scheme, op.scheme = op.scheme, None
             op.reason = "only float ops read its result: quantizing it would just round once more"
-            sums.append(op)
+            sums.append((op, scheme))
         floats.add(op.node)
     _store_operands(sums)
     return only_floats
@@ -89,14 +89,15 @@ _PART = 0.02
 """Of the bytes of a program that large constants have to take as floats to be rounded."""
 
 
-def _store_operands(sums: list[DraftOp]) -> None:
+def _store_operands(sums: list[tuple[DraftOp, OpScheme]]) -> None:
     """Large constants that float sums add are stored as integers, as weights are.
 
     They are tables of relative positions, position embeddings and masks. What rounding changes is
-    rounded only where the file is notably smaller for it.
+    rounded only where the file is notably smaller for it, and where the scheme of the op has no
+    more bits, which say how little may be lost.
     """
     rounded: list[tuple[DraftOp, Node, TensorScheme]] = []
-    for op in sums:
+    for op, scheme in sums:
         stored = None if op.support is None else op.support.operand
         constants = [t for t in op.match.inputs if is_constant(t)] if op.match is not None else []
         if stored is None or len(constants) != 1 or not is_float32(constants[0]):
@@ -106,7 +107,7 @@ def _store_operands(sums: list[DraftOp]) -> None:
         lost, spread, largest = _rounding(constant_of(model, constant).flatten(), stored)
         if lost <= _NOTHING * largest:
             _store_operand(op, constant, stored)
-        elif lost <= _LOST * spread:
+        elif lost <= _LOST * spread and _widest(scheme) <= stored.format.bits:
             rounded.append((op, constant, stored))
     if not rounded:
         return
@@ -116,6 +117,10 @@ def _store_operands(sums: list[DraftOp]) -> None:
     if constant_bytes >= _PART * all_bytes:
         for op, constant, stored in rounded:
             _store_operand(op, constant, stored)
+
+
+def _widest(scheme: OpScheme) -> int:
+    return max(scheme.activation.format.bits, scheme.weight.format.bits)
 
 
 def _rounding(values: Tensor, stored: TensorScheme) -> tuple[float, float, float]:

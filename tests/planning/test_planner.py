@@ -1001,3 +1001,12 @@ def test_a_small_part_of_a_file_is_stored_as_integers_only_where_that_is_exact(
     graph = capture(Wide(constant), (torch.randn(1, 32, 8),))
     op = cq.IntegerQuantizer().set_global("a8w8").plan(graph).op("add")
     assert ("its constant is stored as int8" in op.reason) is stored
+
+
+@pytest.mark.parametrize("scheme", ["a16w8", "a16w16", "a9w8", "a8w16"])
+def test_wider_schemes_round_no_constant_of_a_float_sum_to_8_bits(scheme: str) -> None:
+    x = torch.randn(2, 32, 8)
+    for constant, stored in ((_table(), False), (_mask(-100.0), True)):
+        op = convert(Scores(constant), (x,), scheme).plan.op("add")
+        assert op.scheme is None
+        assert ("its constant is stored as int8" in op.reason) is stored
