@@ -49,9 +49,9 @@ xcit_nano_12_p16_224 has a class token that is far smaller than the patches it i
 Sizes are those before small constants stood in the delegate ([files](../files.md)); since then
 levit_128s takes 0.94 of stock's bytes (1.13 here). Programs that are larger than stock's hold
 depthwise convolutions of more than 25 taps that are joined for speed (`join_narrow_groups`:
-ConvNext 1.23, convmixer_768_32). poolformer_s12 is slower for no reason that is known yet. With these random
-weights coat_lite_tiny magnifies last bits of float ops; `lower` finds that each of its tensors
-follows from those before.
+ConvNext 1.23, convmixer_768_32). poolformer_s12 is slower for no reason that is known yet. With
+these random weights coat_lite_tiny magnifies last bits of float ops; `lower` finds that each of its
+tensors follows from those before.
 
 Rows are of one day, not of one
 commit; where a column of stock or of latency has a dash and no failure is listed below, it was not
