@@ -627,6 +627,18 @@ def test_who_owns_memory_that_is_written_in_place_stays_as_it_is(name: str) -> N
     _same(forward, torch.randn(IMAGE), **layers)
 
 
+def test_memory_that_is_written_several_times_is_copied_once() -> None:
+    def forward(s: Any, x: Tensor) -> Any:
+        h = s.conv(x)
+        for _ in range(3):
+            _in_place_still(h)
+        return h
+
+    graph = _same(forward, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
+    assert len(calls(graph, aten.add_.Tensor)) == 3
+    assert len(calls(graph, aten.clone.default)) == 1
+
+
 @pytest.mark.parametrize("name", ["diff", "maximum of one"])
 def test_copies_stay_copies_of_what_is_written_later(name: str) -> None:
     """Also where the form of an op has nothing to compute."""

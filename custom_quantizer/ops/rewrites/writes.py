@@ -156,7 +156,7 @@ class _Writes:
         certain = _CERTAIN - {aten.view.default}
         for owner in [alias for alias in aliases if not shares_memory(alias)]:
             meta = tensor_meta(owner)
-            if owner.op != "call_function" or meta is None:
+            if owner.op != "call_function" or meta is None or _is_contiguous_copy(owner):
                 continue
             if not all(isinstance(size, int) for size in meta.shape):
                 continue
@@ -273,6 +273,12 @@ class _Writes:
         node.replace_all_uses_with(after)
         self._model.graph.erase_node(node)
         result.name = node.name
+
+
+def _is_contiguous_copy(node: Node) -> bool:
+    """Whether a tensor has the strides of its sizes, whatever it is a copy of."""
+    layout = node.kwargs.get("memory_format")
+    return node.target is aten.clone.default and layout is torch.contiguous_format
 
 
 def _what(view: Node) -> str:
