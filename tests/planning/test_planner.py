@@ -108,6 +108,14 @@ def test_sizes_of_weight_groups(group_size: int, features: int, reason: str | No
     assert reason is None or reason in op.reason
 
 
+@pytest.mark.parametrize("name", ["dyn8w8-symmetric", "dyn8w4g32-symmetric"])
+def test_activations_have_a_zero_point_at_run_time(name: str) -> None:
+    graph = canonicalize(capture(nn.Linear(32, 4), (torch.randn(2, 32),)))
+    (op,) = make_plan(graph, Config([Rule(Scope.GLOBAL, "", scheme(name))]), BACKEND).ops
+    assert op.scheme is None
+    assert "at run time with a zero point only" in op.reason
+
+
 @pytest.mark.parametrize(
     ("bound", "kept"),
     [

@@ -152,6 +152,10 @@ def _accepts_gemm(match: PatternMatch, scheme: OpScheme) -> Verdict:
             "activations are quantized at run time for linear layers and for convolutions over two "
             "dims without groups only; a scheme with ranges from data (a8w8) takes it"
         )
+    if scheme.dynamic and scheme.activation.symmetric:
+        return refused(
+            "XNNPACK quantizes activations at run time with a zero point only; leave out -symmetric"
+        )
     group = scheme.weight.group_size
     if group is not None:
         features = int(meta.shape[1]) if meta is not None else group
