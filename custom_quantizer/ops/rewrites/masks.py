@@ -317,6 +317,8 @@ def is_finite(insert: Insertion, side: Node) -> bool:
     waiting, seen = [side], {side}
     while waiting:
         node = waiting.pop()
+        if _FINITE in node.meta:
+            continue
         if is_constant(node):
             if not bool(torch.isfinite(constant_of(insert.model, node)).all()):
                 return False
@@ -330,7 +332,13 @@ def is_finite(insert: Insertion, side: Node) -> bool:
             return False
         waiting += [source for source in node.all_input_nodes if source not in seen]
         seen.update(node.all_input_nodes)
+    for node in seen:
+        node.meta[_FINITE] = True
     return True
+
+
+_FINITE = "custom_quantizer_finite"
+"""Marks, in ``meta``, what :func:`is_finite` found to be, so that chains are not walked again."""
 
 
 def _has_no_zeros(insert: Insertion, divisor: object) -> bool:
