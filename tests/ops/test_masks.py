@@ -96,6 +96,20 @@ def test_what_cannot_be_numbers_stays(function: Callable[[Tensor], Tensor]) -> N
     assert torch.equal(got.view(torch.int32), want.view(torch.int32))
 
 
+def test_zeros_that_are_written_in_place_are_not_zeros() -> None:
+    def masked(_self: Function, x: Tensor, given: Tensor) -> Tensor:
+        bias = torch.zeros_like(x)
+        bias.view(-1).gt_(x.flatten())  # stays in place, as its function gives booleans
+        return soft(x + bias.masked_fill(given, -math.inf))
+
+    x, given = torch.randn(SCORES), torch.rand(SCORES) > 0.6
+    given[..., 0] = False
+    model, batch = Function(masked), {0: torch.export.Dim("batch")}
+    graph = canonicalize(capture(model, (x, given), dynamic_shapes=((batch, batch),)))
+    assert any(n.target is aten.gt_.Tensor for n in graph.graph.nodes)
+    assert torch.equal(graph(x, given), model(x, given))
+
+
 class Layers(nn.Module):
     """Two layers of attention that share a mask."""
 

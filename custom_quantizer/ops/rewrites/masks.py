@@ -211,7 +211,8 @@ def _without(insert: Insertion, data: Node, condition: Node, *, where: bool) -> 
         value = constant_of(insert.model, condition)
         out = value if where else ~value
         mask = insert.constant("mask", torch.zeros(out.shape).masked_fill(out, MASKED))
-    if data.target in _ZEROS and is_same_shape(shape_of(mask), shape_of(insert.node)):
+    zeros = data.target in _ZEROS and overwritten_by(data) is None
+    if zeros and is_same_shape(shape_of(mask), shape_of(insert.node)):
         return mask
     total = insert.call(aten.add.Tensor, data, mask)
     return total if is_same_shape(shape_of(total), shape_of(insert.node)) else None
