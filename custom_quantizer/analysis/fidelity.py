@@ -391,7 +391,7 @@ def _check_sequence(
     sequence, names = (*calls, calls[0]), _output_names(captured)
     for number, values in enumerate(sequence):
         plain, got = theirs.outputs(values), mine.outputs(values)
-        if all(map(tolerance.is_near, plain, got)):
+        if tolerance.are_near(plain, got):
             continue
         fine = rerun_in_float64(captured, values, sequence[:number])
         for index, (name, a, b) in enumerate(zip(names, plain, got, strict=True)):

@@ -206,7 +206,7 @@ class QuantizationResult:
         Example::
 
             eight = cq.quantize(model, example, data)
-            four = eight.with_config("a8w4")
+            four = eight.with_config("a8w4", data)  # bias correction needs samples
         """
         return _quantize(
             lambda: (self.exported, self._measured.example),

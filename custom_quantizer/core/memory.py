@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ __all__ = [
     "UNSAID",
     "aliases_of",
     "overwritten_by",
+    "reached",
     "shares_memory",
     "viewed_by",
     "written_inputs",
@@ -101,16 +102,24 @@ def shares_memory(node: Node) -> bool:
 
 def aliases_of(written: Node) -> set[Node]:
     """All nodes whose tensors may share memory with ``written``, itself included."""
-    aliases, stack = {written}, [written]
+    return reached(written, _share_memory_with)
+
+
+def _share_memory_with(node: Node) -> list[Node]:
+    near = [*viewed_by(node), *(user for user in node.users if node in viewed_by(user))]
+    if node.op == "get_attr":  # a constant may be read in several places
+        near += [read for read in node.graph.nodes if _is_same_constant(read, node)]
+    return near
+
+
+def reached(start: Node, near: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """All nodes that can be reached from one, itself included; ``near``: in one step."""
+    seen, stack = {start}, [start]
     while stack:
-        node = stack.pop()
-        near = [*viewed_by(node), *(user for user in node.users if node in viewed_by(user))]
-        if node.op == "get_attr":  # a constant may be read in several places
-            near += [read for read in node.graph.nodes if _is_same_constant(read, node)]
-        new = [alias for alias in near if alias not in aliases]
-        aliases.update(new)
+        new = [node for node in near(stack.pop()) if node not in seen]
+        seen.update(new)
         stack += new
-    return aliases
+    return seen
 
 
 def _is_same_constant(read: Node, node: Node) -> bool:

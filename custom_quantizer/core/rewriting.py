@@ -19,7 +19,7 @@ from custom_quantizer.core.graph import (
     shape_of,
     view_sizes,
 )
-from custom_quantizer.core.memory import overwritten_by, shares_memory, viewed_by
+from custom_quantizer.core.memory import overwritten_by, reached, shares_memory, viewed_by
 
 __all__ = [
     "FULL_PRECISION",
@@ -93,17 +93,12 @@ class Insertion:
         """
         if value.op == "get_attr" or any(not isinstance(size, int) for size in shape_of(value)):
             return value
-        if self._reads_state(value):
+        if any(map(_is_state, reached(value, lambda part: part.all_input_nodes))):
             return value
         if self.training:
             value.meta[FOLDED_KEY] = True
             return value
         return self.constant(name, self._evaluate(value))
-
-    def _reads_state(self, value: Node) -> bool:
-        if value.op == "get_attr":
-            return overwritten_by(value) is not None
-        return any(map(self._reads_state, value.all_input_nodes))
 
     def _evaluate(self, value: Node) -> Tensor:
         if value.op == "get_attr":
@@ -177,7 +172,7 @@ def _gives_the_same(result: Node, node: Node) -> bool:
     wanted, given = (pytree.tree_leaves(n.meta.get("val")) for n in (node, result))
     if len(wanted) == len(given) and not all(map(_is_like, given, wanted)):
         return False
-    if not shares_memory(node) and any(overwritten_by(n) for n in _viewed(result)):
+    if not shares_memory(node) and any(map(overwritten_by, reached(result, viewed_by))):
         return False
     seen, stack = {result}, [result]
     while stack:
@@ -202,14 +197,8 @@ def _is_like(given: Any, wanted: Any) -> bool:
     return all(a == b for a, b in sizes if isinstance(a, int) and isinstance(b, int))
 
 
-def _viewed(result: Node) -> set[Node]:
-    """All tensors that a tensor may be a view of, and itself."""
-    seen, stack = {result}, [result]
-    while stack:
-        new = [source for source in viewed_by(stack.pop()) if source not in seen]
-        seen.update(new)
-        stack += new
-    return seen
+def _is_state(node: Node) -> bool:
+    return node.op == "get_attr" and overwritten_by(node) is not None
 
 
 def original_name(node: Node) -> str:

@@ -25,7 +25,7 @@ from custom_quantizer.core.graph import (
     shape_of,
     tensor_meta,
 )
-from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.core.memory import overwritten_by, reached
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops import rule_of
 from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
@@ -70,17 +70,17 @@ def added_mask(insert: Insertion, mask: Node) -> Node:
 
 def _is_finite_mask(insert: Insertion, mask: Node) -> bool:
     """Whether a mask is a sum of numbers, of what was made of conditions here, and of clamps."""
-    waiting = [mask]
-    while waiting:
-        node = waiting.pop()
+
+    def terms(node: Node) -> list[Node]:
+        return node.all_input_nodes if node.target in _MOVES | {aten.add.Tensor} else []
+
+    def finite(node: Node) -> bool:
         if is_constant(node):
-            if not bool(torch.isfinite(constant_of(insert.model, node)).all()):
-                return False
-        elif node.target in _MOVES or node.target is aten.add.Tensor:
-            waiting += node.all_input_nodes
-        elif _SHARED not in node.meta and node.target is not aten.clamp_min.default:
-            return False
-    return True
+            return bool(torch.isfinite(constant_of(insert.model, node)).all())
+        made_here = _SHARED in node.meta or node.target is aten.clamp_min.default
+        return made_here or bool(terms(node))
+
+    return all(map(finite, reached(mask, terms)))
 
 
 def _left_out(insert: Insertion, condition: Node, *, where: bool) -> Node:

@@ -233,7 +233,7 @@ def keep_convs_float(model: GraphModule) -> int:
             clamps = [u for u in node.users if u.target in RELU.targets | CLAMP.targets]
             edges += [(u, made) for made in (node, *clamps) for u in made.users if is_quantize(u)]
         if one is None and edges:
-            one = add_constant(model, "one", torch.ones(1), next(iter(model.graph.nodes)))
+            one = _one(model)
         for reader, source in edges:
             if is_quantize(reader) and not is_static(reader):
                 count += _view_for_run_time(model, source)
