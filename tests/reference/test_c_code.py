@@ -25,6 +25,9 @@ from torch.fx import GraphModule
 import custom_quantizer as cq
 from custom_quantizer.ops import Case, OpRule
 from custom_quantizer.reference import c_code, numpy_runner
+from custom_quantizer.reference.c.memory import Span, place
+from custom_quantizer.reference.c.ops import EMITTERS
+from custom_quantizer.reference.c.text import integers
 from custom_quantizer.reference.c_code import CCode, save_c
 
 if shutil.which("gcc") is None:
@@ -141,7 +144,7 @@ def test_a_network_of_every_op_equals_numpy(
 def test_the_network_of_every_op_has_every_op() -> None:
     description, _ = c_code.integers_of(everything("a8w8"))
     present = {op["op"] for op in description["ops"]}
-    assert c_code._EMITTERS.keys() - present <= {"identity"}
+    assert EMITTERS.keys() - present <= {"identity"}
 
 
 def test_what_is_written_needs_no_float_and_no_library(tmp_path: Path) -> None:
@@ -191,7 +194,7 @@ def test_inputs_of_ones_own_and_another_batch(tmp_path: Path, checked_kernels: P
     bundle = numpy_runner.NumpyReference(*c_code.integers_of(graph))
     (stored,) = bundle.quantize(image.numpy()).values()
     test = (tmp_path / "net_test.c").read_text()
-    assert c_code._numbers(stored.reshape(-1)) in test
+    assert integers(stored.reshape(-1)) in test
     header = (tmp_path / "net.h").read_text()
     assert "#define NET_INPUT0_SIZE 468" in header
     scale = float(bundle.tensors[bundle.description["inputs"][0]["tensors"][0]].scale)
@@ -227,8 +230,8 @@ def test_networks_share_the_kernels(tmp_path: Path) -> None:
 def test_parts_of_the_arena_that_are_in_use_at_once_do_not_meet(
     wanted: list[tuple[int, int, int]],
 ) -> None:
-    spans = [c_code._Span(4 * size, start, start + length) for size, start, length in wanted]
-    total = c_code._place(spans)
+    spans = [Span(4 * size, start, start + length) for size, start, length in wanted]
+    total = place(spans)
     for index, span in enumerate(spans):
         assert 0 <= span.offset <= total - span.size
         for other in spans[:index]:

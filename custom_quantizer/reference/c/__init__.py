@@ -1,0 +1,1 @@
+"""C code of a network: memory, text and calls; and the kernels, which are C files."""
