@@ -93,11 +93,23 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, int]] = {
         2,
     ),
     "patches": (lambda: nn.Conv2d(3, 8, 4, 4), (2, 3, 8, 12), "a8w8", 4),
+    "valid padding": (
+        lambda: nn.Conv2d(3, 8, 4, 4, padding="valid"),
+        (1, 3, 8, 12),
+        "a8w8",
+        4,
+    ),
     "columns that no tap reads": (lambda: nn.Conv2d(3, 8, 3, 4), (1, 3, 9, 16), "a8w8", 4),
     "a part of the stride": (lambda: nn.Conv2d(3, 5, 11, 4, 2), (1, 3, 20, 22), "a8w8", 2),
     "one channel": (lambda: nn.Conv2d(1, 8, 5, (1, 3), 2), (2, 1, 7, 18), "a8w8", 3),
     "signal": (lambda: nn.Conv1d(1, 8, 10, 5), (2, 1, 50), "a8w8", 5),
     "signal with padding": (lambda: nn.Conv1d(2, 8, 7, 4, 3), (2, 2, 32), "a8w8", 4),
+    "signal with valid padding": (
+        lambda: nn.Conv1d(1, 8, 10, 5, padding="valid"),
+        (2, 1, 50),
+        "a8w8",
+        5,
+    ),
     "rows with dilation": (
         lambda: nn.Conv2d(3, 8, 3, 2, (2, 1), (2, 1)),
         (1, 3, 12, 12),

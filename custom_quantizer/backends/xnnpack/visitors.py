@@ -303,8 +303,13 @@ def _columns_of(node: Node) -> tuple[JoinedColumns, int]:
     data, weight, _, stride, padding, *_ = arguments
     sizes, kernel = data.meta["val"].shape, weight.meta["val"].shape
     axis = _HEIGHT if sizes[_WIDTH] == 1 else _WIDTH
-    at = (axis - _HEIGHT) % len(stride)
-    columns = join_columns(sizes[1], sizes[axis], kernel[axis], stride[at], padding[at])
+
+    def along_axis(values: Any) -> int:  # one number may stand for all dims
+        return int(values[(axis - _HEIGHT) % len(values)])
+
+    columns = join_columns(
+        sizes[1], sizes[axis], kernel[axis], along_axis(stride), along_axis(padding)
+    )
     if columns is None:
         raise LoweringError(
             f"{node} was marked as one over joined columns, and became another convolution"
