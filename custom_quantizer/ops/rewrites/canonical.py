@@ -2,6 +2,8 @@
 
 Rewrites, applied in ``transform_for_annotation``:
 
+- ops of core ATen become those that ``torch.export`` captures
+  (:mod:`custom_quantizer.ops.rewrites.core_aten`);
 - what does not depend on the inputs becomes a constant
   (:mod:`custom_quantizer.ops.rewrites.constants`);
 - in-place ops become functional: an observer cannot stand between an op and its own input.
@@ -30,12 +32,14 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.core.rewriting import rewrite_calls
 from custom_quantizer.ops.rewrites.batch_norms import (
     batch_norms_to_convs,
     fold_into_layers,
     keep_own_statistics,
 )
 from custom_quantizer.ops.rewrites.constants import fold_constants
+from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN
 from custom_quantizer.ops.rewrites.decompositions import decompose
 from custom_quantizer.ops.rewrites.factors import fold_factors
 from custom_quantizer.ops.rewrites.regions import inline_regions
@@ -59,6 +63,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
         training: parameters change, so nothing that is computed from them is a constant.
     """
     inline_regions(model, training=training)
+    rewrite_calls(model, CORE_ATEN, training=training)
     fold_constants(model, parameters=not training)
     keep_own_statistics(model)
     functionalize(model)
