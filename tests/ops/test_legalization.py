@@ -219,6 +219,21 @@ SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         VOLUME,
         aten.conv3d.default,
     ),
+    "conv3d without padding": (
+        module(lambda: nn.Conv3d(4, 6, 2, padding="valid")),
+        VOLUME,
+        aten.conv3d.padding,
+    ),
+    "conv3d of the same size": (
+        module(lambda: nn.Conv3d(4, 6, (2, 3, 3), padding="same", dilation=(3, 1, 2)), nn.ReLU),
+        VOLUME,
+        aten.conv3d.padding,
+    ),
+    "conv3d of the same size, by unequal padding": (
+        module(lambda: nn.Conv3d(4, 6, (2, 4, 3), padding="same"), nn.ReLU),
+        VOLUME,
+        aten.conv3d.padding,
+    ),
     "conv3d of points": (
         module(lambda: nn.Conv3d(4, 6, 1, stride=2)),
         VOLUME,

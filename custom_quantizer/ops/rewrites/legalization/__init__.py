@@ -134,6 +134,7 @@ _FORMS: dict[Any, Rewrite] = {
 _OF_PARAMETERS: dict[Any, Rewrite] = {
     aten.batch_norm.default: layers.batch_norm,
     aten.conv3d.default: batched(3, layers.conv3d),
+    aten.conv3d.padding: batched(3, layers.conv3d),
 }
 
 

@@ -17,7 +17,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion
-from custom_quantizer.ops.gemm import per_dim
+from custom_quantizer.ops.gemm import per_dim, symmetric_padding
 from custom_quantizer.ops.rewrites.batch_norms import has_constants, norm_constants
 from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static
 
@@ -57,17 +57,16 @@ def conv3d(insert: Insertion) -> Node | None:
     stride = per_dim(argument(node, 3, "stride", 1), 3)
     dilation = per_dim(argument(node, 5, "dilation", 1), 3)
     groups = int(argument(node, 6, "groups", 1))
-    padding = argument(node, 4, "padding", 0)
-    if not is_static((channels, depth)) or isinstance(padding, str):
+    if not is_static((channels, depth)):
         return None
-    pads = per_dim(padding, 3)
+    before, after = symmetric_padding(node, stored.shape[2:])
     taps = stored.shape[2]
     frames = insert.permute(data, [0, 2, 1, 3, 4])
-    if pads[0]:
+    if before[0] or after[0]:
         frames = insert.call(
-            aten.constant_pad_nd.default, frames, [0, 0, 0, 0, 0, 0, pads[0], pads[0]]
+            aten.constant_pad_nd.default, frames, [0, 0, 0, 0, 0, 0, before[0], after[0]]
         )
-    padded = depth + 2 * pads[0]
+    padded = depth + before[0] + after[0]
     count = (padded - dilation[0] * (taps - 1) - 1) // stride[0] + 1
     pieces = [_frames(insert, frames, k * dilation[0], count, stride[0]) for k in range(taps)]
     stacked = pieces[0]
@@ -84,13 +83,14 @@ def conv3d(insert: Insertion) -> Node | None:
         flat = flat * factor.reshape(-1, 1, 1, 1)
         offset = shift if offset is None else offset * factor + shift
         last, users = norm, effective_users(norm)
+    even = before[1:] == after[1:]
     result = insert.call(
-        aten.conv2d.default,
+        aten.conv2d.default if even else aten.conv2d.padding,
         images,
         insert.constant("weight", flat.contiguous()),
         None if offset is None else insert.constant("bias", offset),
         stride[1:],
-        pads[1:],
+        before[1:] if even else "same",
         dilation[1:],
         groups,
     )
