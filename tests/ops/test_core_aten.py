@@ -136,6 +136,12 @@ def test_rules_name_the_op_that_is_in_the_graph_or_the_one_that_was_written() ->
             str(aten.convolution.default),
             "a8w4",
         )
+    graph = decomposed(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)), (torch.randn(2, 8),))
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    quantizer.set_operator_type(aten.native_layer_norm.default, None)
+    norm, _ = quantizer.plan(graph).ops
+    assert norm.target == "aten.native_layer_norm.default"
+    assert quantizer.last_plan.warnings == ()  # the rule selects something
     with pytest.raises(cq.ConfigError, match="not an operator this quantizer knows"):
         cq.IntegerQuantizer().set_operator_type("aten.convolutions.default", "a8w4")
 

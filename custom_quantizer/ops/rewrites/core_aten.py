@@ -19,7 +19,7 @@ from torch.fx import Node
 from custom_quantizer.core.graph import shape_of
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 
-__all__ = ["CORE_ATEN"]
+__all__ = ["CORE_ATEN", "CORE_OPS"]
 
 aten = torch.ops.aten
 
@@ -81,8 +81,12 @@ _FIRST_RESULTS: dict[Any, Any] = {
 
 def _first_result(insert: Insertion) -> Node | None:
     source, index = insert.node.args
-    form = _FIRST_RESULTS.get(source.target) if isinstance(source, Node) else None
-    return None if form is None or index != 0 else form(insert, source)
+    if not isinstance(source, Node) or source.target not in _FIRST_RESULTS or index != 0:
+        return None
+    form = _FIRST_RESULTS[source.target]
+    result: Node = form(insert, source)
+    result.meta["original_target"] = source.target
+    return result
 
 
 def _safe_softmax(insert: Insertion) -> Node | None:
@@ -128,3 +132,6 @@ CORE_ATEN: Mapping[Any, Rewrite] = MappingProxyType(
     }
 )
 """By overload."""
+
+CORE_OPS = frozenset({*CORE_ATEN, *_FIRST_RESULTS})
+"""Ops that may be replaced; what replaces them answers to rules for them."""
