@@ -320,6 +320,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "dequantize_late",
         "flatten_rows",
         "order_images",
+        "pad_images",
         *FLOAT_OPS,
     }
     assert found | rare == set(BY_NAME)

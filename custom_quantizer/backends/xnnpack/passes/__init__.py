@@ -113,6 +113,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         boundaries.dedicate_run_time,
         boundaries.move_images_first,
         run_time.flatten_rows,
+        run_time.pad_images,
         run_time.order_images,
         activations.break_chains,
     ),

@@ -29,7 +29,7 @@ from custom_quantizer.core.graph import (
     view_sizes,
 )
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
-from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, symmetric_padding
 from custom_quantizer.ops.movement import CAT
 from custom_quantizer.ops.pool import AVG_POOL, MAX_POOL
 
@@ -67,9 +67,40 @@ def flatten_rows(model: GraphModule) -> int:
 
 
 @graph_pass(
+    "convolutions with unequal padding whose input is quantized at run time",
+    "pads in float before what is quantized",
+    requires={"dedicate_run_time"},
+)
+def pad_images(model: GraphModule) -> int:
+    """An image is padded before its scale is chosen, which zeros do not change.
+
+    ExecuTorch (1.5.1, ``InsertPadQDQPass``) would put the pad behind the quantization, and the
+    convolution would no longer be a quantized one.
+    """
+    count = 0
+    for node in calls(model, CONV.targets):
+        data = cast(Node, node.args[0])
+        if data.target is not DEQUANTIZE_DYNAMIC:
+            continue
+        before, after = symmetric_padding(node)
+        if before == after:
+            continue
+        source = cast(Node, cast(Node, data.args[0]).args[0])
+        # Of the last dim first.
+        sides = [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
+        build = Builder(model, node)
+        image = build.call(aten.constant_pad_nd.default, source, sides)
+        node.target = aten.conv2d.default
+        node.replace_input_with(data, _again(build, data, image))
+        node.update_arg(4, [0] * len(before))
+        count += 1
+    return count
+
+
+@graph_pass(
     "images of another order that are quantized at run time",
     "images behind a prelu with slopes of one",
-    requires={"dedicate_run_time"},
+    requires={"dedicate_run_time", "pad_images"},
 )
 def order_images(model: GraphModule) -> int:
     """A prelu with slopes of one, which changes no bit, makes an image channels last in float."""
