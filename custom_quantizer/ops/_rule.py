@@ -209,6 +209,8 @@ class Trait(Enum):
     """A product of activations: exact only where a model asks for it by leaving autocast."""
     TABLE = "table"
     """A function of one tensor, element by element: on integers, a table."""
+    BOUNDED = "bounded"
+    """Its results lie between -1 and 1, whatever it is given."""
 
 
 @dataclass(frozen=True)

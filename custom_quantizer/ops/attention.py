@@ -91,6 +91,7 @@ SOFTMAX = OpRule(
     family="softmax",
     targets=frozenset({aten.softmax.int}),
     match=_match_softmax,
+    traits=frozenset({Trait.BOUNDED}),
     cases=(
         _case("last", lambda x: F.softmax(x, -1), (2, 3, 5, 7)),
         _case("channels", lambda x: F.softmax(x, 1), (2, 6, 4, 5)),

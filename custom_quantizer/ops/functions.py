@@ -233,19 +233,28 @@ def table_of(match: PatternMatch) -> bool:
     return Trait.TABLE in match.rule.traits and len(match.inputs) == 1
 
 
-def _function_rule(family: str, target: Any, *cases: Case, also: Sequence[Any] = ()) -> OpRule:
+_TABLE = frozenset({Trait.TABLE})
+_IMAGE = (2, 8, 5, 7)
+
+
+def _function_rule(
+    family: str,
+    target: Any,
+    *cases: Case,
+    also: Sequence[Any] = (),
+    traits: frozenset[Trait] = _TABLE,
+) -> OpRule:
     return OpRule(
         family=family,
         targets=frozenset({target, *also}),
         match=_match_single,
-        traits=_TABLE,
+        traits=traits,
         integers=_table_integers,
         cases=cases,
     )
 
 
-_TABLE = frozenset({Trait.TABLE})
-_IMAGE = (2, 8, 5, 7)
+_BOUNDED = _TABLE | {Trait.BOUNDED}
 
 
 def _cases(function: Callable[..., Tensor]) -> tuple[Case, ...]:
@@ -261,6 +270,7 @@ HARDSIGMOID = _function_rule(
     aten.hardsigmoid.default,
     *_cases(lambda x: F.hardsigmoid(x * 3)),
     _case("in_place", lambda x: F.hardsigmoid(x * 2, inplace=True), _IMAGE),
+    traits=_BOUNDED,
 )
 HARDSWISH = _function_rule(
     "hardswish", aten.hardswish.default, *_cases(lambda x: F.hardswish(x * 3))
@@ -278,9 +288,9 @@ RECIPROCAL = _function_rule(
     "reciprocal", aten.reciprocal.default, *_cases(lambda x: torch.reciprocal(F.relu(x) + 0.5))
 )
 RSQRT = _function_rule("rsqrt", aten.rsqrt.default, *_cases(lambda x: (F.relu(x) + 0.5).rsqrt()))
-SIGMOID = _function_rule("sigmoid", aten.sigmoid.default, *_cases(torch.sigmoid))
+SIGMOID = _function_rule("sigmoid", aten.sigmoid.default, *_cases(torch.sigmoid), traits=_BOUNDED)
 SQRT = _function_rule("sqrt", aten.sqrt.default, *_cases(lambda x: torch.sqrt(F.relu(x))))
-TANH = _function_rule("tanh", aten.tanh.default, *_cases(torch.tanh))
+TANH = _function_rule("tanh", aten.tanh.default, *_cases(torch.tanh), traits=_BOUNDED)
 
 # ---------------------------------------------------------------------------------------------
 # elu

@@ -289,10 +289,15 @@ def returned_in_float(
 
 
 def _hands_on(op: DraftOp | None, returned: set[Node]) -> bool:
-    """Whether an op shows one tensor to the caller, and no rule wants it on integers."""
+    """Whether an op shows tensors to the caller as they are, and no rule wants it on integers.
+
+    Those that it joins are seen on one scale, unless it joins them as floats.
+    """
     if op is None or op.node not in returned or not op.moves_values or op.match is None:
         return False
-    return len(op.match.inputs) == 1 and not _has_rule(op)
+    if _has_rule(op):
+        return False
+    return len(op.match.inputs) == 1 or bool(cast(Support, op.support).float_output(op.match))
 
 
 def _has_rule(op: DraftOp) -> bool:

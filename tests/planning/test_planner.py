@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -923,6 +923,65 @@ def test_pieces_of_one_tensor_are_joined_as_they_are() -> None:
         return cast(Tensor, s.head(F.layer_norm(rows, (3,))))
 
     assert plan_of(merged, conv=conv(), head=nn.Linear(3, 3)).op("cat").scheme == "a8"
+
+
+def detections(s: Any, x: Tensor) -> Tensor:
+    """Boxes in pixels and probabilities, of two levels of a pyramid."""
+
+    def level(y: Tensor) -> Tensor:
+        p = y.sigmoid()
+        return torch.cat([p[..., :2] * 640.0, p[..., 2:]], -1)
+
+    return torch.cat([level(s.a(x)), level(s.b(x)).flip(1)], 1)
+
+
+HEADS = {name: nn.Linear(8, 8) for name in "ab"}
+
+
+def test_probabilities_beside_boxes_keep_a_scale_of_their_own() -> None:
+    plan = plan_of(detections, shapes=[(2, 5, 8)], **HEADS)
+    joins = [op for op in plan.ops if op.family == "cat"]
+    assert [(op.scheme, op.placement) for op in joins] == [(None, "float inside")] * len(joins)
+    assert "it joins values between -1 and 1 with others" in joins[0].reason
+    assert group(plan, "sigmoid") != group(plan, "mul")
+    assert group(plan, "mul") != group(plan, "mul_1")
+
+
+JOINED_AS_INTEGERS: dict[str, tuple[Callable[..., Any], Sequence[Rule]]] = {
+    "a rule": (detections, [Rule(Scope.OPERATOR_TYPE, "aten.cat.default", A8W8)]),
+    "boxes alone": (lambda s, x: torch.cat([s.a(x), F.relu(s.b(x))], 1), ()),
+    "probabilities alone": (lambda s, x: torch.cat([s.a(x).sigmoid(), s.b(x).tanh()], 1), ()),
+    "zeros beside them": (lambda s, x: torch.cat([s.a(x).sigmoid(), s.zeros], 1), ()),
+    "read by a layer": (lambda s, x: s.b(torch.cat([s.a(x), s.a(x).sigmoid()], 1)), ()),
+    "read by a layer too": (
+        lambda s, x: (lambda y: (y, s.b(y)))(torch.cat([s.a(x), s.a(x).sigmoid()], 1)),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOINED_AS_INTEGERS)
+def test_all_others_are_joined_as_integers(name: str) -> None:
+    function, rules = JOINED_AS_INTEGERS[name]
+    zeros = nn.Parameter(torch.zeros(2, 5, 8))
+    plan = plan_of(function, *rules, shapes=[(2, 5, 8)], zeros=zeros, **HEADS)
+    joins = [op for op in plan.ops if op.family == "cat"]
+    assert joins
+    assert all("it joins" not in op.reason for op in joins)
+    # What has no integer kernel is not worth one where only float outputs show it.
+    floats = name in ("probabilities alone", "zeros beside them")
+    assert {op.scheme for op in joins} == {None if floats else "a8"}
+
+
+def test_integers_alone_are_joined_as_integers() -> None:
+    """So are they where the program returns them, whatever their ranges."""
+    graph = torch.export.export(Function(detections, **HEADS).eval(), (torch.randn(2, 5, 8),))
+    for quantizer in (
+        cq.IntegerQuantizer(backend=None),
+        cq.IntegerQuantizer().set_io(integer=True),
+    ):
+        plan = quantizer.set_global("a8w8").plan(graph)
+        assert {op.scheme for op in plan.ops if op.family == "cat"} == {"a8"}
 
 
 def test_what_integers_read_too_is_joined_on_one_scale() -> None:

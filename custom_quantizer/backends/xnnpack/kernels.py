@@ -21,10 +21,27 @@ from custom_quantizer.backends.xnnpack.arithmetic import (
 )
 from custom_quantizer.backends.xnnpack.tables import gelu_integers, silu_integers
 from custom_quantizer.core.arithmetic import QParams, scale_of
-from custom_quantizer.core.graph import argument, is_constant, is_empty, shape_of, tensor_meta
+from custom_quantizer.core.graph import (
+    argument,
+    is_constant,
+    is_dequantize,
+    is_empty,
+    is_quantize,
+    shape_of,
+    tensor_meta,
+)
 from custom_quantizer.core.schemes import OpScheme, TensorScheme, scheme
 from custom_quantizer.errors import SchemeError
-from custom_quantizer.ops import Formats, PatternMatch, QuantizedOp, Verdict, functions
+from custom_quantizer.ops import (
+    Formats,
+    PatternMatch,
+    QParamSharing,
+    QuantizedOp,
+    Trait,
+    Verdict,
+    functions,
+    match_of,
+)
 from custom_quantizer.ops._rule import ACCEPTED, refused
 from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL
 from custom_quantizer.ops.backend import Delegation, Kernel, Support
@@ -402,6 +419,32 @@ def _enlarges(match: PatternMatch) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+def _joins_unlike(match: PatternMatch) -> str:
+    """Why tensors that are joined for the caller of the model are better joined as floats.
+
+    Probabilities beside boxes in pixels, as detectors return them, would be 0 or 1 on the scale of
+    the boxes, and so would all else that is made of them. As floats they keep scales of their own,
+    and as many values are dequantized.
+    """
+    kinds: set[bool] = set()
+    seen, waiting = set[Node](), list(match.inputs)
+    while waiting:
+        tensor = waiting.pop()
+        if tensor in seen or is_constant(tensor):
+            continue
+        seen.add(tensor)
+        made = match_of(tensor)
+        if is_quantize(tensor) or is_dequantize(tensor):
+            waiting.append(cast(Node, tensor.args[0]))
+        elif made is not None and made.rule.sharing is QParamSharing.SAME:
+            waiting.extend(made.inputs)
+        else:
+            kinds.add(made is not None and Trait.BOUNDED in made.rule.traits)
+    if len(kinds) < 2:
+        return ""
+    return "it joins values between -1 and 1 with others, on whose scale little is left of them"
+
+
 def _reshape(match: PatternMatch, _formats: Formats) -> Delegation:
     if shape_of(match.node) == shape_of(match.inputs[0]):
         return Delegation(FOLDED, "it does not change the tensor")
@@ -503,7 +546,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         UPSAMPLE_BILINEAR.family: Support(
             _int8, refuses=lambda match: refuses_resize(match.node), float_output=_enlarges
         ),
-        CAT.family: Support(_int8),
+        CAT.family: Support(_int8, float_output=_joins_unlike),
         IDENTITY.family: Support(_always(FOLDED, "it does not change the tensor")),
         RESHAPE.family: Support(_reshape),
         PERMUTE.family: Support(_int8),
