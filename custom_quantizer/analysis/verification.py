@@ -31,6 +31,7 @@ from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.verifying import (
     Program,
+    apart,
     beyond,
     output_scales,
     tensor_differences,
@@ -304,8 +305,8 @@ class _OutputStatistics:
             self._beyond += int(beyond(got, want, self._bound).sum())
         self._graph_mismatches += int((got != eager).sum())
         if got.numel():
-            self._max = max(self._max, float((got - want).abs().max()))
-            self._graph_max = max(self._graph_max, float((got - eager).abs().max()))
+            self._max = max(self._max, float(apart(got, want).max()))
+            self._graph_max = max(self._graph_max, float(apart(got, eager).max()))
         self._graph.add(eager, got)
         if real is not None:
             self._has_float = True

@@ -27,6 +27,7 @@ __all__ = [
     "Difference",
     "Program",
     "TensorDifference",
+    "apart",
     "beyond",
     "instrumented",
     "output_scales",
@@ -97,9 +98,20 @@ class Checks(Protocol):
         """Lower another graph as this program was lowered, without checks."""
 
 
+def apart(got: Tensor, want: Tensor) -> Tensor:
+    """How far values are apart; equal ones not at all, of whatever type.
+
+    Truth values have no difference, that of unsigned integers wraps around, and that of infinities
+    is no number.
+    """
+    if not want.is_floating_point():
+        got, want = got.to(torch.int64), want.to(torch.int64)
+    return torch.where(got == want, 0, (got - want).abs())
+
+
 def beyond(got: Tensor, want: Tensor, bound: float) -> Tensor:
     """Which values are further apart than ``bound``; NaN is far from everything."""
-    return (got != want) & ~((got - want).abs() <= bound)
+    return ~(apart(got, want) <= bound)
 
 
 def output_scales(model: GraphModule) -> list[float | None]:

@@ -25,7 +25,7 @@ from custom_quantizer.backends.xnnpack.readback import DelegateContents, Delegat
 from custom_quantizer.core.graph import add_constant, is_quantize
 from custom_quantizer.errors import VerificationError
 from custom_quantizer.reference.converted import read_converted
-from custom_quantizer.reference.verifying import Difference
+from custom_quantizer.reference.verifying import Difference, apart, beyond
 
 aten = torch.ops.aten
 IMAGE = (1, 4, 6, 6)
@@ -380,6 +380,58 @@ def test_one_unit_of_some_outputs_is_noticed_where_all_ops_are_integer() -> None
         VerificationError, match=r"output 0: 24 of 168 values differ .* by up to 0\.0"
     ):
         lower_sabotaged(graph, x, change, "pad")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_far_from_all_else(value: float) -> None:
+    want = torch.tensor([1.0, -torch.inf, torch.nan, 2.0])
+    assert checks.relative_error(want, want.clone()) == 0.0
+    got = want.clone()
+    got[0] = value
+    assert checks.relative_error(want, got) == math.inf
+    assert checks.relative_error(got, want) == math.inf
+
+
+def test_an_output_that_is_no_number_is_noticed() -> None:
+    """XNNPACK's reciprocal root of zero is no number, that of the graph is infinite."""
+    x = torch.tensor([[0.0, 1.0, 4.0, 9.0]])
+    graph = quantized(Function(lambda s, x: torch.rsqrt(x + x)), (x,))
+    assert cq.integer_reference(graph)(x)[0, 0] == torch.inf
+    with pytest.raises(VerificationError, match=r"output 0: \d of 4 values differ"):
+        cq.lower(graph, (x,))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: ((y := x + x) > 0, y),
+        lambda s, x: (x + x > 0) & (x - x >= 0),
+        lambda s, x: ((x + x) * 10 + 100).to(torch.uint8),
+        lambda s, x: (x + x).argmax(-1),
+    ],
+)
+def test_outputs_that_are_no_floats_are_compared(function: Callable[..., Any]) -> None:
+    x = torch.randn(IMAGE)
+    graph = quantized(Function(function), (x,))
+    program = cq.lower(graph, (x,))
+    checked = cq.verify(graph, program, [(x,)])
+    assert all(output.mismatches == 0 for output in checked.outputs)
+    other = (-x,)
+    moved = [o.mismatches for o in cq.verify(graph, program, [other]).outputs]
+    assert moved == [0] * len(moved)
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "far"),
+    [
+        (torch.tensor([True, False]), torch.tensor([True, True]), [0, 1]),
+        (torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([255, 255]).byte(), [255, 0]),
+        (torch.tensor([torch.inf, 1.0]), torch.tensor([torch.inf, torch.inf]), [0.0, torch.inf]),
+    ],
+)
+def test_how_far_values_are_apart(got: Tensor, want: Tensor, far: list[float]) -> None:
+    assert apart(got, want).tolist() == far
+    assert beyond(got, want, 0.5).tolist() == [distance > 0 for distance in far]
 
 
 @pytest.mark.parametrize(("factor", "noticed"), [(1.09, False), (1.11, True)])

@@ -434,6 +434,29 @@ def test_another_resize_than_the_graph_says_is_noticed() -> None:
     assert checked.first is not None
 
 
+def test_what_is_joined_in_float_is_bounded_by_its_pieces() -> None:
+    """Moves alone are exact; a resize among them is as far off as it would be alone."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(1, 3, 6, 5), nn.Conv2d(3, 4, 1)
+
+    def bounds(function: Callable[..., Any]) -> tuple[float | None, ...]:
+        graph = quantized(Function(function, layer=layer), (x,))
+        return checks.output_bounds(cq.lower(graph, (x,)), read_converted(graph))
+
+    def joined(resize: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        def function(s: Any, x: Tensor) -> Tensor:
+            p = s.layer(x).sigmoid()
+            return torch.cat(
+                [resize(s.layer(x)).flatten(1), (p * 640.0).flatten(1), p.flatten(1)], 1
+            )
+
+        return function
+
+    assert bounds(joined(lambda y: y)) == (0.0,)
+    alone = bounds(lambda s, x: twice(s.layer(x)))
+    assert bounds(joined(twice)) == alone != (0.0,)
+
+
 NO_ENDS: dict[str, Callable[..., Any]] = {
     "before": lambda s, x: twice(s.layer(torch.sin(x))),
     "of another kind": lambda s, x: torch.sin(s.layer(x)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator, Set
 from dataclasses import replace
@@ -47,6 +48,7 @@ from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_c
 from custom_quantizer.reference.following import first_departure
 from custom_quantizer.reference.verifying import (
     Difference,
+    apart,
     beyond,
     instrumented,
     tapped_integers,
@@ -416,7 +418,7 @@ def _check_outputs(
             )
         wrong = int(beyond(got, want, bound or 0.0).sum())
         if wrong and (bound is not None or relative_error(want, got) > FLOAT_TOLERANCE):
-            worst = float((want - got).abs().max())
+            worst = float(apart(got, want).max())
             difference = (
                 f"output {i}: {wrong} of {want.numel()} values differ from the integer reference, "
                 f"by up to {worst:.6g}"
@@ -482,8 +484,8 @@ def is_exact(program: LoweredProgram, graph: ConvertedGraph) -> bool:
 def output_bounds(program: LoweredProgram, graph: ConvertedGraph) -> tuple[float | None, ...]:
     """How far each output may be from that of the reference, in absolute value.
 
-    That is 0 where integers come out. Where the only float ops of a graph are resizes and moves
-    behind its last integers, these integers are exact, and the bound is that of
+    That is 0 where integers come out. Where the only float ops of a graph are resizes, moves and
+    joins behind its last integers, these integers are exact, and the bound is that of
     :func:`~custom_quantizer.backends.xnnpack.arithmetic.float_resize_error`. ``None``: other float
     ops take part, whose last bits may become units of integers.
     """
@@ -502,26 +504,37 @@ def _float_end(
     model: GraphModule, value: object, floating: Set[Node]
 ) -> tuple[frozenset[Node], float | None]:
     """The float ops between the last integers and an output, and how far off they may be."""
-    nodes: list[Node] = []
-    resizes: list[Node] = []
-    while value in floating:
-        node = cast(Node, value)
-        match = match_of(node)
-        if match is None or match.rule.sharing is not QParamSharing.SAME or len(match.inputs) != 1:
-            return frozenset(), None
-        nodes.append(node)
-        if match.rule is UPSAMPLE_BILINEAR:
-            resizes.append(node)
-        (value,) = match.inputs
-    if not resizes:
-        return frozenset(nodes), 0.0
-    source = cast(Node, value)
-    if not is_dequantize(source):
-        return frozenset(), None
-    qparams = qparams_of(model, source)
-    most = max(qparams.quant_max - qparams.zero_point, qparams.zero_point - qparams.quant_min)
-    largest = most * cast(float, qparams.scale)
-    return frozenset(nodes), sum(float_resize_error(*resizings_of(n), largest) for n in resizes)
+    nodes: set[Node] = set()
+    error = 0.0
+    waiting: list[tuple[object, tuple[Node, ...]]] = [(value, ())]  # and the resizes behind it
+    seen: set[tuple[object, tuple[Node, ...]]] = set()
+    while waiting:
+        found = waiting.pop()
+        if found in seen:
+            continue
+        seen.add(found)
+        value, resizes = found
+        if value in floating:
+            node = cast(Node, value)
+            match = match_of(node)
+            if match is None or match.rule.sharing is not QParamSharing.SAME:
+                return frozenset(), None
+            nodes.add(node)
+            if match.rule is UPSAMPLE_BILINEAR:
+                resizes = (*resizes, node)
+            waiting.extend((source, resizes) for source in match.inputs)
+        elif resizes:
+            source = cast(Node, value)
+            if not is_dequantize(source):
+                return frozenset(), None
+            qparams = qparams_of(model, source)
+            most = max(
+                qparams.quant_max - qparams.zero_point, qparams.zero_point - qparams.quant_min
+            )
+            largest = most * cast(float, qparams.scale)
+            bounds = (float_resize_error(*resizings_of(n), largest) for n in resizes)
+            error = max(error, sum(bounds))
+    return frozenset(nodes), error
 
 
 def here(graph: ConvertedGraph) -> ConvertedGraph:
@@ -546,8 +559,17 @@ def lower_again(
 
 
 def relative_error(want: Tensor, got: Tensor) -> float:
-    """Root-mean-square difference over the root-mean-square of ``want``."""
-    reference = want.to(torch.float64)
-    noise = (got.to(torch.float64) - reference).square().mean().sqrt()
-    signal = reference.square().mean().sqrt()
+    """Root-mean-square difference over the root-mean-square of ``want``, of what is finite.
+
+    Infinite where one of the two is not, and the other is another value.
+    """
+    reference, value = want.to(torch.float64), got.to(torch.float64)
+    finite = torch.isfinite(reference) & torch.isfinite(value)
+    same = (reference == value) | (torch.isnan(reference) & torch.isnan(value))
+    if not bool((finite | same).all()):
+        return math.inf
+    if not bool(finite.any()):
+        return 0.0
+    noise = (value - reference)[finite].square().mean().sqrt()
+    signal = reference[finite].square().mean().sqrt()
     return float(noise / signal) if signal > 0 else float(noise)
