@@ -32,7 +32,7 @@ from torch.fx.node import map_arg
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from custom_quantizer.analysis.activations import ActivationCounter, quantized_activations
-from custom_quantizer.analysis.fidelity import finite
+from custom_quantizer.analysis.fidelity import finite, output_record
 from custom_quantizer.analysis.rerun import capture_like, is_float
 from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
@@ -236,7 +236,7 @@ class Diagnosis:
             "worst": None if self.worst is None else self.worst.name,
             "tensors": [_record(tensor) for tensor in self.tensors],
             "weights": [_record(weight) for weight in self.weights],
-            "outputs": [_record(output) for output in self.outputs],
+            "outputs": [output_record(output) for output in self.outputs],
         }
         return json.dumps(document, indent=2, allow_nan=False)
 
@@ -640,7 +640,7 @@ _TENSOR_HEADER = (
 _WEIGHT_HEADER = ("weight", "format", "SQNR", "worst channel", "its SQNR", "levels used")
 
 
-def _record(row: TensorDiagnosis | WeightDiagnosis | OutputDiagnosis) -> dict[str, Any]:
+def _record(row: TensorDiagnosis | WeightDiagnosis) -> dict[str, Any]:
     return cast("dict[str, Any]", finite(asdict(row)))
 
 

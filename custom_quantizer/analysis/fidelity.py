@@ -49,7 +49,7 @@ from custom_quantizer.analysis.rerun import (
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
 from custom_quantizer.core.graph import describe, state_buffers, state_of
-from custom_quantizer.core.noise import Noise
+from custom_quantizer.core.noise import NOTHING_DB, Noise
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.errors import CalibrationError, InputError, VerificationError
@@ -65,6 +65,7 @@ __all__ = [
     "db_text",
     "finite",
     "first_calls",
+    "output_record",
 ]
 
 DEFAULT_SAMPLES = 8
@@ -109,13 +110,15 @@ class OutputFidelity:
         name: of the op that makes it, by the captured graph.
         sqnr: of the converted graph against the float model, in dB; infinite where they are equal.
         rounding_sqnr: likewise with rounding alone, without the ends of the ranges; ``None`` where
-            it is not known (after training).
+            it is not known (after training), or rounding alone makes values that are not finite.
+        lost: values of the converted graph that are not finite, where the float model's are.
     """
 
     index: int
     name: str
     sqnr: float
     rounding_sqnr: float | None
+    lost: int = 0
 
     def __str__(self) -> str:
         text = (
@@ -146,7 +149,14 @@ class Fidelity:
         found = []
         for output in self.outputs:
             rounding = output.rounding_sqnr
-            if rounding is not None and output.sqnr < rounding - MARGIN_DB:
+            if output.lost:
+                found.append(
+                    f"{output}: {output.lost} of its values are not finite, where the float "
+                    "model's are: something that is divided by, or of which a logarithm is taken, "
+                    "was rounded to zero; leave the op that makes it in float with "
+                    "set_node_name(name, None), or add to it what is not rounded away"
+                )
+            elif rounding is not None and output.sqnr < rounding - MARGIN_DB:
                 found.append(
                     f"{output}: {rounding - output.sqnr:.0f} dB are lost to something other than "
                     "rounding; if values are cut off at the ends of their ranges, calibrate with "
@@ -161,12 +171,15 @@ class Fidelity:
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain data; null for an output without any error."""
+        """All fields as plain data; null for an output without any error.
+
+        ``NOTHING_DB`` (-999) stands for one of which nothing is left.
+        """
         return {
             "kind": "fidelity",
             "samples": self.samples,
             "bits": self.bits,
-            "outputs": [finite(asdict(output)) for output in self.outputs],
+            "outputs": [output_record(output) for output in self.outputs],
             "warnings": list(self.warnings),
         }
 
@@ -181,6 +194,14 @@ class Fidelity:
 def db_text(value: float) -> str:
     """``42.0 dB``; ``without limit`` where there is no error."""
     return "without limit" if value == math.inf else f"{value:.1f} dB"
+
+
+def output_record(output: Any) -> dict[str, Any]:
+    """What was measured of an output, as plain data: an infinite SQNR is null or ``NOTHING_DB``."""
+    fields = asdict(output)
+    record = finite(fields)
+    record["sqnr"] = NOTHING_DB if fields["sqnr"] == -math.inf else record["sqnr"]
+    return cast("dict[str, Any]", record)
 
 
 def finite(value: Any) -> Any:
@@ -244,7 +265,13 @@ class FloatCheck:
                     noise[1].add(want, grid)
         known = self.rounded is not None
         outputs = tuple(
-            OutputFidelity(i, name, total.ratio, rounding.ratio if known else None)
+            OutputFidelity(
+                i,
+                name,
+                total.ratio,
+                rounding.ratio if known and not rounding.lost else None,
+                total.lost,
+            )
             for i, (name, (total, rounding)) in enumerate(zip(self.names, noises, strict=True))
             if is_float(self.exact[0][i])
         )

@@ -376,6 +376,7 @@ def test_the_record() -> None:
             "name": "linear",
             "sqnr": found.outputs[0].sqnr,
             "rounding_sqnr": found.outputs[0].rounding_sqnr,
+            "lost": 0,
         }
     ]
     assert str(found).startswith("output 0 (linear): SQNR ")
@@ -492,6 +493,23 @@ def test_noise() -> None:
     assert noise.ratio == pytest.approx(10 * math.log10(50))
     assert ratio_db(1.0, 0.0) == math.inf
     assert ratio_db(0.0, 1.0) == -math.inf
+    noise.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, torch.inf, torch.nan]))
+    assert (noise.lost, noise.ratio) == (2, -math.inf)
+    assert ratio_db(1.0, math.nan) == -math.inf
+
+
+def test_values_that_are_no_longer_finite_are_reported() -> None:
+    """Small divisors are rounded to zero: infinite where the float model is not."""
+    x = torch.linspace(-1.0, 1.0, 64).reshape(8, 8)
+    captured, prepared = prepared_function(lambda self, x: torch.log((x * 2.0) * (x * 2.0)), x)
+    found = cq.check_prepared(prepared, captured, [x]).compare(convert_pt2e(prepared))
+    (output,) = found.outputs
+    assert (output.sqnr, output.rounding_sqnr) == (-math.inf, None)
+    assert output.lost > 0
+    (warning,) = found.warnings
+    assert f"{output.lost} of its values are not finite" in warning
+    # Null would be an output without any error.
+    assert json.loads(found.to_json())["outputs"][0]["sqnr"] == -999.0
 
 
 def test_the_margins_are_those_of_the_docstring() -> None:
