@@ -23,6 +23,8 @@ from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait, rule_of
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.ops.elementwise import CLAMP
+from custom_quantizer.ops.functions import DIV, RECIPROCAL, RSQRT, SQRT
+from custom_quantizer.ops.placement import Placement
 from custom_quantizer.planning.decisions import to_float
 from custom_quantizer.planning.drafts import DraftOp, is_float32, same_format
 from custom_quantizer.planning.model_io import ModelIO
@@ -181,13 +183,80 @@ def leave_divisors(ops: list[DraftOp], producer: dict[Node, DraftOp]) -> None:
         source = producer.get(op.match.inputs[-1])
         while source is not None and source.moves_values and source.match is not None:
             source = producer.get(source.match.inputs[0])
-        if source is None or source.scheme is None or source.decision.explicit:
+        if source is not None and _keeps_from_zero(source):
+            _leave(source, "a divisor")
+
+
+def leave_poles(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Backend) -> None:
+    """So is what keeps the argument of a float op away from zero, where that op is infinite.
+
+    A table of integers takes its own smallest or largest integer there. A float op makes an
+    infinity, or what is no number, of it. A square root or a quotient between the two would be
+    rounded to zero as well: ``x / torch.sqrt(variance + 1e-5)``,
+    ``torch.log(p.clamp(min=1e-5) / (1 - p).clamp(min=1e-5))``.
+    """
+    for op in ops:
+        argument, what = _pole(op)
+        if argument is None or not _runs_in_float(op, backend):
             continue
-        last = rule_of(source.output)  # a clamp of its own, or one that is fused
-        low = None if last is None or last.bounds is None else last.bounds(source.output)[0]
-        if (low is not None and low > 0) or _adds_epsilon(source):
-            source.scheme = None
-            source.reason = "it keeps a divisor away from zero, to which integers would round it"
+        between: list[DraftOp] = []
+        source = producer.get(argument)
+        while source is not None and source.match is not None:
+            if source.match.rule in (DIV, SQRT) and not source.decision.explicit:
+                between.append(source)
+            elif not source.moves_values:
+                break
+            source = producer.get(source.match.inputs[0])
+        if source is None or not (_keeps_from_zero(source) or (between and _guards(source))):
+            continue
+        for each in (source, *between):
+            _leave(each, what)
+
+
+_LOGARITHMS = frozenset(
+    {torch.ops.aten.log.default, torch.ops.aten.log2.default, torch.ops.aten.log10.default}
+)
+
+
+def _pole(op: DraftOp) -> tuple[Node | None, str]:
+    """The argument at whose zero an op is infinite, and what it is called."""
+    node = op.node
+    if node.target in _LOGARITHMS:
+        return cast(Node, node.args[0]), "the argument of a logarithm"
+    if op.rule in (RECIPROCAL, RSQRT):
+        return cast(Node, node.args[0]), "a divisor"
+    if node.target is torch.ops.aten.pow.Tensor_Scalar and cast(float, node.args[1]) < 0:
+        return cast(Node, node.args[0]), "a divisor"
+    if op.rule is DIV and op.match is not None and len(op.match.inputs) == 2:
+        return op.match.inputs[1], "a divisor"
+    return None, ""
+
+
+def _runs_in_float(op: DraftOp, backend: Backend) -> bool:
+    if op.scheme is None or op.match is None:
+        return True
+    placement = backend.predict(op.match, Formats(8)).kernel.placement
+    return placement not in (Placement.INTEGER, Placement.TABLE)
+
+
+def _keeps_from_zero(op: DraftOp) -> bool:
+    """Whether integers would round away what an op keeps away from zero."""
+    return op.scheme is not None and _guards(op)
+
+
+def _guards(op: DraftOp) -> bool:
+    """Whether an op keeps its result away from zero."""
+    if op.decision.explicit:
+        return False
+    last = rule_of(op.output)  # a clamp of its own, or one that is fused
+    low = None if last is None or last.bounds is None else last.bounds(op.output)[0]
+    return (low is not None and low > 0) or _adds_epsilon(op)
+
+
+def _leave(op: DraftOp, what: str) -> None:
+    if op.scheme is not None:
+        op.scheme = None
+        op.reason = f"it keeps {what} away from zero, to which integers would round it"
 
 
 _LARGEST_EPSILON = 1e-3

@@ -18,6 +18,7 @@ from custom_quantizer.planning.neighbors import (
     follow_producers,
     leave_divisors,
     leave_joins,
+    leave_poles,
     leave_readers_of_integers,
     leave_sums,
     leave_unprofitable,
@@ -51,6 +52,8 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     io = model_io(model, config, ops)
     leave_readers_of_integers(ops, io, backend)
     leave_unprofitable(ops, io, backend)
+    leave_poles(ops, producer, backend)
+    leave_unprofitable(ops, io, backend)  # next to what stays in float now
     center(ops, producer)
     # What integers it is given comes first; what its consumers want only where it is given none.
     follow_producers(ops, producer, io, returned_in_float(ops, anchors, io), backend)

@@ -138,6 +138,42 @@ def test_bounds_that_keep_divisors_from_zero(
     assert (op.scheme is not None) is kept, op
 
 
+POLES: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "log": (lambda y: torch.log(y.clamp(min=1e-5)), "clamp"),
+    "log of a sum": (lambda y: torch.log(y + 1e-6), "add"),
+    "log10": (lambda y: torch.log10(y + 1e-6), "add"),
+    "log2": (lambda y: torch.log2(y.clamp(min=1e-6)), "clamp"),
+    "reciprocal": (lambda y: torch.reciprocal(y + 1e-3), "add"),
+    "power": (lambda y: (y + 1e-4) ** -2, "add"),
+    "root": (lambda y: (y + 1e-4) ** -0.5, "add"),
+    "moved": (lambda y: torch.log((y + 1e-6).permute(0, 2, 3, 1)), "add"),
+    "divided by a root": (lambda y: torch.sin(y) / torch.sqrt(y + 1e-6), "add"),
+    "log of a quotient": (
+        lambda y: torch.log(y.clamp(min=1e-5) / (1 - y).clamp(min=1e-5)),
+        "clamp",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POLES)
+def test_what_keeps_float_ops_from_infinity_stays_in_float(name: str) -> None:
+    """The op is in float where its result is: nothing of an infinity would be cut off."""
+    function, guard = POLES[name]
+    plan = plan_of(lambda s, x: function(F.relu(s.conv(x))), conv=conv())
+    (op,) = (op for op in plan.ops if op.node == guard)
+    assert op.scheme is None
+    assert "away from zero, to which integers would round it" in op.reason
+    assert all(op.scheme is None for op in plan.ops if op.family in ("sqrt", "div"))
+
+
+@pytest.mark.parametrize("name", ["log", "log of a sum", "reciprocal", "root"])
+def test_tables_need_nothing_that_keeps_them_from_infinity(name: str) -> None:
+    function, guard = POLES[name]
+    plan = plan_of(lambda s, x: s.conv(function(F.relu(s.conv(x)))), conv=conv())
+    (op,) = (op for op in plan.ops if op.node == guard)
+    assert op.scheme == "a8w8"
+
+
 @pytest.mark.parametrize(
     ("added", "kept"), [(1e-15, False), (1e-3, False), (1.0, True), (0.0, True), (-1e-6, True)]
 )
