@@ -56,6 +56,7 @@ from custom_quantizer.ops.rewrites.training_graph import (
     fold_batch_norms,
     insert_normalization,
     is_training_call,
+    norms_that_stand_still,
     origin_of,
 )
 from custom_quantizer.planning.drafts import is_annotated
@@ -325,6 +326,14 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             model.meta[STATE_KEY] = held
         model = canonicalize(model, self._backend.legalize, training=training)
         if training:
+            if still := norms_that_stand_still(model):
+                logger.warning(
+                    "%s %s captured with momentum 0, as momentum=None is in evaluation mode: "
+                    "training leaves the running statistics as they are, with which the network "
+                    "ships; give the module a momentum (0.1) before torch.export.export",
+                    ", ".join(map(describe, still)),
+                    "was" if len(still) == 1 else "were",
+                )
             fold_batch_norms(model, self._is_ours)
         return model
 

@@ -39,7 +39,11 @@ from custom_quantizer.core.graph import ADOPTED_KEY, state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import CustomQuantizerError, TrainingError, first_line
-from custom_quantizer.ops.rewrites.training_graph import DROPOUTS, training_mode_of
+from custom_quantizer.ops.rewrites.training_graph import (
+    DROPOUTS,
+    switch_calls,
+    training_mode_of,
+)
 from custom_quantizer.training.checkpoint import TrainingCheckpoint, TrainingPosition
 from custom_quantizer.training.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 
@@ -79,7 +83,8 @@ def training_mode(prepared: GraphModule) -> GraphModule:
 
     ``torchao.quantization.pt2e.move_exported_model_to_train`` with what it forgets: torchao 0.18
     gives every dropout ``p=0.5`` and every batch norm that is not folded ``eps=1e-5`` and
-    ``momentum=0.1``, whatever the model said.
+    ``momentum=0.1``, whatever the model said; and it leaves other calls as they were captured:
+    ``Dropout2d``, the dropout inside of attention and recurrent layers, ``RReLU``.
 
     Returns:
         ``prepared`` itself.
@@ -87,7 +92,7 @@ def training_mode(prepared: GraphModule) -> GraphModule:
     Raises:
         TrainingError: it is not what ``prepare_qat_pt2e`` returns.
     """
-    return _move(prepared, move_exported_model_to_train)
+    return _move(prepared, move_exported_model_to_train, training=True)
 
 
 def evaluation_mode(prepared: GraphModule) -> GraphModule:
@@ -96,11 +101,13 @@ def evaluation_mode(prepared: GraphModule) -> GraphModule:
     Raises:
         TrainingError: it is not what ``prepare_qat_pt2e`` returns.
     """
-    return _move(prepared, move_exported_model_to_eval)
+    return _move(prepared, move_exported_model_to_eval, training=False)
 
 
 @tools()
-def _move(prepared: GraphModule, move: Callable[[GraphModule], Any]) -> GraphModule:
+def _move(
+    prepared: GraphModule, move: Callable[[GraphModule], Any], *, training: bool
+) -> GraphModule:
     _check_prepared(prepared)
     before = [_literals(node) for node in _switched(prepared)]
     move(prepared)
@@ -113,6 +120,7 @@ def _move(prepared: GraphModule, move: Callable[[GraphModule], Any]) -> GraphMod
     for node, literals in zip(after, before, strict=True):
         for index, value in literals.items():
             node.update_arg(index, value)
+    switch_calls(prepared, training)
     prepared.recompile()
     return prepared
 

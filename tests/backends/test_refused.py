@@ -9,6 +9,7 @@ from support.graphs import Function
 from support.models import convert
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torchao.quantization.pt2e import move_exported_model_to_train
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack.passes import float_fallback
@@ -62,6 +63,16 @@ def test_an_op_that_draws_random_numbers_is_named() -> None:
     net = Function(lambda s, x: s.layer(x) + torch.rand_like(x), layer=nn.Conv2d(3, 3, 1))
     graph = convert(net, EXAMPLE).graph
     with pytest.raises(LoweringError, match=r"^rand_like draws random numbers .*an input of the"):
+        cq.lower(graph, EXAMPLE)
+
+
+def test_an_op_that_was_left_in_training_is_named() -> None:
+    net = Function(
+        lambda s, x: F.dropout(s.layer(x), 0.5, training=False), layer=nn.Conv2d(3, 3, 1)
+    )
+    graph = convert(net, EXAMPLE).graph
+    move_exported_model_to_train(graph)
+    with pytest.raises(LoweringError, match=r"is in training mode .*capture model.eval"):
         cq.lower(graph, EXAMPLE)
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.selection import slow_but
 from support.training import (
     Everything,
@@ -354,6 +355,70 @@ def test_modes_keep_the_numbers_of_the_model() -> None:
     assert _literals(qat.evaluation_mode(prepared)) == [(False, 0.01, 0.25), (False, 0.1)]
     move_exported_model_to_train(prepared)
     assert _literals(prepared) == [(True, 0.1, 1e-5)]  # and the dropout has p=0.5 now
+
+
+class Drops(nn.Module):
+    """What drops in training, and torchao does not switch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.drop = nn.Conv2d(3, 4, 1), nn.Dropout2d(0.3)
+        self.rows = nn.LSTM(4, 4, num_layers=2, dropout=0.4, batch_first=True)
+        self.attention = nn.TransformerEncoderLayer(4, 1, 8, dropout=0.2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.drop(self.conv(x))[:, :, :2, :2].flatten(2).transpose(1, 2)
+        return cast(Tensor, self.attention(self.rows(rows)[0]))
+
+
+DROPPED = {"feature_dropout.default": 2, "lstm.input": 6, "scaled_dot_product_attention.default": 4}
+"""Position of what says so."""
+
+
+def test_modes_switch_what_torchao_leaves() -> None:
+    prepared = prepared_for(build=Drops, train=True)
+
+    def switches() -> list[Any]:
+        names = [str(node.target).removeprefix("aten.") for node in prepared.graph.nodes]
+        nodes = dict(zip(names, prepared.graph.nodes, strict=True))
+        return [nodes[name].args[position] for name, position in DROPPED.items()]
+
+    assert switches() == [True, True, 0.2]
+    some_steps(prepared, 1)
+    move_exported_model_to_eval(prepared)
+    assert switches() == [True, True, 0.2]
+    with pytest.raises(ConversionError, match=r"training mode; call .*qat.evaluation_mode\(prep"):
+        convert_pt2e(copy.deepcopy(prepared))
+    qat.evaluation_mode(prepared)
+    assert switches() == [False, False, 0.0]
+    qat.evaluation_mode(prepared)
+    assert switches() == [False, False, 0.0]
+    qat.training_mode(prepared)
+    assert switches() == [True, True, 0.2]
+    qat.evaluation_mode(prepared)
+    qat.freeze_observers(prepared)
+    x = images()
+    want = prepared(x)
+    assert torch.equal(prepared(x), want)
+    assert torch.equal(convert_pt2e(prepared)(x), want)
+
+
+class StandingStill(nn.Module):
+    """Batch norms that take the mean over all batches, one that is folded and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=None)
+        self.last = nn.BatchNorm2d(4, momentum=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.last(F.relu(self.norm(self.conv(x)))))
+
+
+def test_statistics_that_no_training_moves_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    prepared_for(build=StandingStill, train=False)
+    (message,) = (r.getMessage() for r in caplog.records if "momentum" in r.getMessage())
+    assert message.startswith("batch_norm (norm) was captured with momentum 0")
 
 
 def test_nothing_is_rounded_behind_a_dropout() -> None:

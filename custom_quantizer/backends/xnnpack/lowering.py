@@ -54,7 +54,7 @@ from custom_quantizer.core.threads import exclusive, interruption_point, tools
 from custom_quantizer.errors import InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend, Kernel
-from custom_quantizer.ops.rewrites.constants import draws_numbers
+from custom_quantizer.ops.rewrites.constants import draws_numbers, training_switches
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX, export_again
 from custom_quantizer.reference.inputs import check_example, placeholder_metas, specs_of
@@ -151,6 +151,11 @@ def _check_repeats(converted: GraphModule) -> None:
     graphs = [module for module in converted.modules() if isinstance(module, GraphModule)]
     for node in (node for graph in graphs for node in graph.graph.nodes):
         if draws_numbers(node):
+            if training_switches(node):
+                raise LoweringError(
+                    f"{describe(node)} is in training mode ({node.target}), so that no two runs "
+                    "agree; capture model.eval(), and leave the graph in evaluation"
+                )
             raise LoweringError(
                 f"{describe(node)} draws random numbers ({node.target}), so that no output can be "
                 "compared with the integer reference; make the numbers an input of the model"

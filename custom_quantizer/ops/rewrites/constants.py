@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.core.graph import add_constant, argument, tensor_meta
 from custom_quantizer.core.memory import written_inputs
 
-__all__ = ["draws_numbers", "fold_constants"]
+__all__ = ["draws_numbers", "fold_constants", "training_switches"]
 
 aten = torch.ops.aten
 
@@ -203,12 +203,19 @@ def draws_numbers(node: Node) -> bool:
         return False
     if torch.Tag.nondeterministic_seeded not in target.tags:
         return False
-    switches = [
-        argument(node, i, parameter.name, 0)
-        for i, parameter in enumerate(target._schema.arguments)
+    switches = training_switches(node)
+    return not switches or any(value for _, _, value in switches)
+
+
+def training_switches(node: Node) -> list[tuple[int, str, Any]]:
+    """Arguments of a call that are neither 0 nor False in training: position, name and value."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    return [
+        (i, parameter.name, argument(node, i, parameter.name, 0))
+        for i, parameter in enumerate(node.target._schema.arguments)
         if parameter.name in _RANDOM_IF
     ]
-    return not switches or any(switches)
 
 
 def _replace_uses(model: GraphModule, run: _Run) -> int:

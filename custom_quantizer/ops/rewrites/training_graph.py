@@ -48,7 +48,11 @@ from custom_quantizer.ops.rewrites.batch_norms import (
     scale_channels,
     uses_own_statistics,
 )
-from custom_quantizer.ops.rewrites.constants import fold_constants
+from custom_quantizer.ops.rewrites.constants import (
+    draws_numbers,
+    fold_constants,
+    training_switches,
+)
 
 __all__ = [
     "DROPOUTS",
@@ -62,9 +66,11 @@ __all__ = [
     "insert_normalization",
     "is_foldable_parameter",
     "is_training_call",
+    "norms_that_stand_still",
     "origin_of",
     "planned_tensor",
     "put_folded",
+    "switch_calls",
     "training_mode_of",
 ]
 
@@ -74,6 +80,12 @@ aten = torch.ops.aten
 DROPOUTS = frozenset(
     {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 )
+
+_SWITCHED_BY_TORCHAO = frozenset({aten.batch_norm.default, aten.dropout.default})
+"""What torchao (0.18) moves between training and evaluation."""
+
+# In ``meta`` of other calls that are in evaluation: their arguments in training.
+_TRAINING_KEY = "custom_quantizer_training"
 
 MODE_NAME = "batch_norm_mode"
 """Name of the module that says whether batch norms use statistics of the batch."""
@@ -364,10 +376,7 @@ def dropouts_behind(rounded: Node) -> Iterator[Node]:
 def _set_training(node: Node, *, training: bool) -> None:
     for i, parameter in enumerate(cast(Any, node.target)._schema.arguments):
         if parameter.name in ("train", "training"):
-            if i < len(node.args):
-                node.update_arg(i, training)
-            else:
-                node.update_kwarg(parameter.name, training)
+            _set_argument(node, i, parameter.name, training)
 
 
 def read_constants_late(model: GraphModule) -> None:
@@ -437,14 +446,18 @@ def fold_for_good(model: GraphModule) -> None:
     if not model.meta.pop(_TRAINED_KEY, False):
         return
     for node in list(model.graph.nodes):
-        if node.target not in DROPOUTS or _is_probe(node):
+        if _is_probe(node):
             continue
-        if is_training_call(node):
+        if is_training_call(node) or (draws_numbers(node) and training_switches(node)):
+            known = node.target in _SWITCHED_BY_TORCHAO
+            call = "torchao.quantization.pt2e.move_exported_model_to_eval(prepared)"
+            if not known:
+                call = "custom_quantizer.qat.evaluation_mode(prepared), as torchao leaves it so,"
             raise ConversionError(
-                f"{describe(node)} is in training mode; call "
-                "torchao.quantization.pt2e.move_exported_model_to_eval(prepared) before "
-                "convert_pt2e"
+                f"{describe(node)} is in training mode; call {call} before convert_pt2e"
             )
+        if node.target not in DROPOUTS:
+            continue
         node.replace_all_uses_with(cast(Node, node.args[0]))
         model.graph.erase_node(node)
     for node in model.graph.nodes:
@@ -551,6 +564,47 @@ def is_training_call(node: Node) -> bool:
         parameter.name in ("train", "training") and argument(node, i, parameter.name) is True
         for i, parameter in enumerate(node.target._schema.arguments)
     )
+
+
+def norms_that_stand_still(model: GraphModule) -> list[Node]:
+    """Batch norms whose running statistics no training moves: those with a momentum of 0.
+
+    ``momentum=None``, a mean over all batches, is captured so in evaluation mode: how many batches
+    there were is not in the graph.
+    """
+    return [
+        node
+        for node in model.graph.nodes
+        if node.target is aten.batch_norm.default
+        and not uses_own_statistics(node)
+        and argument(node, 6, "momentum") == 0
+    ]
+
+
+def switch_calls(model: GraphModule, training: bool) -> None:
+    """Move calls between training and evaluation that torchao leaves as they were captured.
+
+    These are dropouts of whole channels and of other distributions, and what drops inside of
+    attention, recurrent layers and randomized activations. What was captured in evaluation stays
+    so, except for dropouts, which say how much they drop all the same.
+    """
+    for node in model.graph.nodes:
+        if node.target in _SWITCHED_BY_TORCHAO or uses_own_statistics(node):
+            continue
+        held = node.meta.setdefault(_TRAINING_KEY, {})
+        for i, name, value in training_switches(node):
+            if value and not training:
+                held[name] = value
+                _set_argument(node, i, name, type(value)(0))
+            elif training and (name in held or node.target in DROPOUTS):
+                _set_argument(node, i, name, held.get(name, True))
+
+
+def _set_argument(node: Node, index: int, name: str, value: Any) -> None:
+    if len(node.args) > index:
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(name, value)
 
 
 def training_mode_of(prepared: GraphModule) -> TrainingMode | None:
