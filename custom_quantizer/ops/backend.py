@@ -39,6 +39,7 @@ from custom_quantizer.ops._rule import (
 from custom_quantizer.ops.functions import table_of
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS, legalize_by
+from custom_quantizer.ops.run_time import RunTime
 
 __all__ = [
     "INTEGERS",
@@ -148,6 +149,8 @@ class Backend:
         refuses_tensor: why no kernel takes a tensor, whatever the op; empty: they do.
         refuses_integers: why an op cannot read an input that the program takes as integers; empty:
             it can.
+        run_time: how it computes layers whose activations are quantized while they run; ``None``:
+            it has none.
     """
 
     name: str
@@ -163,6 +166,7 @@ class Backend:
     legalize: Callable[[GraphModule, bool], object] = lambda _model, _training: None
     refuses_tensor: Callable[[Node], str] = lambda _node: ""
     refuses_integers: Callable[[PatternMatch, OpScheme], str] = lambda _match, _scheme: ""
+    run_time: RunTime | None = None
 
     def support(self, rule: OpRule) -> Support:
         """What becomes of a family; for one without an entry, that it is float."""

@@ -31,8 +31,10 @@ __all__ = [
     "CONV_TRANSPOSE",
     "LINEAR",
     "RULES",
+    "channel_axis",
     "expand_channels",
     "per_dim",
+    "sums_of_products",
     "symmetric_padding",
 ]
 
@@ -131,32 +133,56 @@ _PART = 1 << 18
 
 
 def _accumulate(op: QuantizedOp, data: Tensor, contract: Callable[..., Tensor]) -> Tensor:
-    """``bias + sum((x - z_x) * w)`` as exact integers, held in a floating-point tensor.
+    """``bias + sum((x - z_x) * w)`` as exact integers, held in a floating-point tensor."""
+    (qx,) = op.inputs
+    weight = cast(Tensor, op.weight)
+    largest_bias = 0 if op.bias is None else int(op.bias.to(torch.int64).abs().max())
+    dtype = _exact_dtype(op.match, qx.reach * _largest_row(op.match, weight) + largest_bias)
+    acc = contract((data - qx.zero_point).to(dtype), weight)
+    if op.bias is not None:
+        acc += along(op.bias.to(dtype), channel_axis(op.match), acc)
+    return acc
+
+
+def _exact_dtype(match: PatternMatch, bound: int) -> torch.dtype:
+    """Floating-point numbers in which sums up to ``bound`` are exact.
 
     Convolutions of floats are fast and, as long as no partial sum can reach 2**24 (float32) or
     2**53 (float64), exact in any order. The worst case over all inputs decides the type.
     """
-    (qx,) = op.inputs
-    largest_bias = 0 if op.bias is None else int(op.bias.to(torch.int64).abs().max())
-    bound = qx.reach * _largest_row(op) + largest_bias
     dtype = next((dtype for dtype, limit in _EXACT if bound < limit), None)
     if dtype is None:
         raise ConversionError(
-            f"{describe(op.node)}: its accumulator may need {bound.bit_length() + 1} bits; at most "
-            "54 are computed exactly; choose fewer bits for weights or activations"
+            f"{describe(match.node)}: its accumulator may need {bound.bit_length() + 1} bits; at "
+            "most 54 are computed exactly; choose fewer bits for weights or activations"
         )
-    acc = contract((data - qx.zero_point).to(dtype), cast(Tensor, op.weight))
-    if op.bias is not None:
-        acc += along(op.bias.to(dtype), -1 if op.match.rule is LINEAR else 1, acc)
-    return acc
+    return dtype
 
 
-def _largest_row(op: QuantizedOp) -> int:
+def sums_of_products(match: PatternMatch, data: Tensor, weight: Tensor, reach: int) -> Tensor:
+    """``sum(x * w)`` of a convolution or linear layer as exact integers, held in floats.
+
+    Args:
+        match: the layer.
+        data: integers less their zero point, any dtype.
+        weight: integers, in the layout of the aten op.
+        reach: the largest absolute value that ``data`` may hold.
+    """
+    dtype = _exact_dtype(match, reach * _largest_row(match, weight))
+    contract = _linear if match.rule is LINEAR else _convolution(match.node, match.groups)
+    return contract(data.to(dtype), weight)
+
+
+def channel_axis(match: PatternMatch) -> int:
+    """Dimension of a layer's result that holds its output channels."""
+    return -1 if match.rule is LINEAR else 1
+
+
+def _largest_row(match: PatternMatch, weight: Tensor) -> int:
     """Largest sum of absolute weights that meet in one accumulator."""
-    weight = cast(Tensor, op.weight)
-    if op.match.rule is CONV_TRANSPOSE:
+    if match.rule is CONV_TRANSPOSE:
         # Input channels are summed within a group; every kernel position may overlap.
-        grouped = weight.to(torch.int64).abs().reshape(op.match.groups, -1, *weight.shape[1:])
+        grouped = weight.to(torch.int64).abs().reshape(match.groups, -1, *weight.shape[1:])
         return int(grouped.sum(dim=1).flatten(2).sum(dim=2).max())
     parts = _parts(weight.flatten(1))
     return max(int(part.to(torch.int32).abs().sum(dim=1).max()) for part in parts)
@@ -178,7 +204,7 @@ def _requantize(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) -> Tensor:
         acc if _continues_in_float32(op, acc, arithmetic) else acc.to(torch.int64),
         input_scale=cast(float, op.inputs[0].scale),
         weight_scale=scale,
-        channel_axis=acc.dim() - 1 if op.match.rule is LINEAR else 1,
+        channel_axis=channel_axis(op.match) % acc.dim(),
         out=op.output,
         bounds=op.stored_bounds(arithmetic),
         accumulator_width=64 if op.is_wide else 32,
@@ -190,8 +216,8 @@ def _continues_in_float32(op: QuantizedOp, acc: Tensor, arithmetic: Arithmetic) 
     return acc.dtype == torch.float32 and arithmetic.continues_in_float32 and not op.is_wide
 
 
-def _conv_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
-    node = op.node
+def _convolution(node: Node, groups: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A convolution of integers that are held in floats."""
     before, after = symmetric_padding(node)
     dims = len(before)
     stride = per_dim(argument(node, 3, "stride", 1), dims)
@@ -202,10 +228,15 @@ def _conv_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) ->
         weight = integers.to(data.dtype)
         # Padding with the zero point is padding the centered input with zero.
         if before == after:
-            return conv(data, weight, None, stride, before, dilation, op.match.groups)
+            return conv(data, weight, None, stride, before, dilation, groups)
         pads = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
-        return conv(F.pad(data, pads), weight, None, stride, 0, dilation, op.match.groups)
+        return conv(F.pad(data, pads), weight, None, stride, 0, dilation, groups)
 
+    return contract
+
+
+def _conv_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    contract = _convolution(op.node, op.match.groups)
     return _requantize(op, _accumulate(op, inputs[0], contract), arithmetic)
 
 
@@ -225,12 +256,13 @@ def _conv_transpose_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arit
     return _requantize(op, _accumulate(op, inputs[0], contract), arithmetic)
 
 
-def _linear_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
-    def contract(data: Tensor, integers: Tensor) -> Tensor:
-        parts = _parts(integers)
-        return torch.cat([F.linear(data, part.to(data.dtype)) for part in parts], dim=-1)
+def _linear(data: Tensor, integers: Tensor) -> Tensor:
+    parts = _parts(integers)
+    return torch.cat([F.linear(data, part.to(data.dtype)) for part in parts], dim=-1)
 
-    return _requantize(op, _accumulate(op, inputs[0], contract), arithmetic)
+
+def _linear_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
+    return _requantize(op, _accumulate(op, inputs[0], _linear), arithmetic)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ from custom_quantizer.core.borders import (
 )
 from custom_quantizer.core.graph import (
     ASSERTIONS,
+    DEQUANTIZE_DYNAMIC,
+    DEQUANTIZE_GROUPED,
     constant_of,
     describe,
     effective_users,
@@ -47,6 +49,7 @@ from custom_quantizer.ops import (
 from custom_quantizer.ops.backend import Backend, BackendLike, Support, get_backend
 from custom_quantizer.ops.gemm import expand_channels
 from custom_quantizer.ops.movement import GETITEM, SPLIT
+from custom_quantizer.ops.run_time import RunTimeOp
 
 __all__ = ["ConvertedGraph", "FloatOp", "read_converted"]
 
@@ -59,11 +62,13 @@ class FloatOp:
         node: the call.
         reason: for the report.
         float_fallback: its scales are known, and the integer kernel refuses them.
+        run_time: it reads activations that are quantized while it runs, as the backend does it.
     """
 
     node: Node
     reason: str
     float_fallback: bool = False
+    run_time: RunTimeOp | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def read_converted(
             continue  # arithmetic on sizes
         found = _integer_op(model, node, integer, backend)
         if isinstance(found, str):
-            floating.append(FloatOp(node, found))
+            floating.append(FloatOp(node, found, run_time=_run_time_op(model, node, backend)))
             continue
         # What is wider than the kernels is emulated, at any scales.
         if backend.wide is None or not found.is_wide:
@@ -191,6 +196,35 @@ def _integer_op(
     if any(inputs[i].zero_point != 0 for i in support.requires_symmetric):
         return "the zero point of its second operand is not 0"
     return _with_output(model, match, inputs, support)
+
+
+def _run_time_op(model: GraphModule, node: Node, backend: Backend) -> RunTimeOp | None:
+    """A layer that the backend computes on integers chosen at run time, if ``node`` is one."""
+    match = match_of(node)
+    if backend.run_time is None or match is None or match.weight is None:
+        return None
+    (data,), weight, bias = match.inputs, match.weight, match.bias
+    if not backend.run_time.shared(match):
+        return None
+    if data.target is not DEQUANTIZE_DYNAMIC or (bias is not None and not is_constant(bias)):
+        return None
+    grouped = weight.target is DEQUANTIZE_GROUPED
+    if not (grouped or is_dequantize(weight)) or not is_constant(weight.args[0]):
+        return None
+    integers = constant_of(model, cast(Node, weight.args[0]))
+    if integers.dtype != torch.int8:
+        return None  # wider ones are emulated in float
+    if grouped:
+        scale = constant_of(model, cast(Node, weight.args[2]))
+    else:
+        scale = torch.as_tensor(qparams_of(model, weight).scale, dtype=torch.float32)
+    return RunTimeOp(
+        match,
+        source=cast(Node, cast(Node, data.args[0]).args[0]),
+        weight=integers,
+        weight_scale=scale if scale.dim() else scale.expand(len(integers)),
+        bias=None if bias is None else constant_of(model, bias),
+    )
 
 
 def _with_output(

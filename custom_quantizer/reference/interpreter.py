@@ -7,7 +7,7 @@ are float in the graph run in float, with exact Q/DQ boundaries, and are listed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from custom_quantizer.core.graph import (
     flatten_inputs,
     is_dequantize,
     is_quantize,
+    is_run_time_quantization,
     is_static,
     qparams_of,
     state_of,
@@ -32,6 +33,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.errors import CustomQuantizerError, InputError
 from custom_quantizer.ops import QuantizedOp
 from custom_quantizer.ops.backend import get_mode
+from custom_quantizer.ops.run_time import RunTimeOp
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 
 __all__ = ["IntegerReference", "integer_reference"]
@@ -74,6 +76,8 @@ class IntegerReference:
         self.reset()
         self._ops = {op.node: op for op in graph.integer}
         self._outputs = {op.output_node: op for op in graph.integer}
+        self._run_time = {op.node: op.run_time for op in graph.floating if op.run_time is not None}
+        self._replaced = _replaced(graph.model, self._run_time)
         self._qparams = {
             node: qparams_of(graph.model, node)
             for node in graph.model.graph.nodes
@@ -186,6 +190,12 @@ class IntegerReference:
             if not users:
                 return stored
             return _Boundary(stored, self._qparams[node], self.arithmetic)
+        if node in self._replaced:
+            return None
+        layer = self._run_time.get(node)
+        run_time = self.graph.backend.run_time
+        if layer is not None and run_time is not None:
+            return run_time.compute(layer, _real(values[layer.source]))
         op = self._ops.get(node)
         if op is not None:
             stored = self._compute(op, values)
@@ -214,10 +224,25 @@ class IntegerReference:
         for node in self.graph.model.graph.nodes:
             for source in node.all_input_nodes:
                 last[source] = node
+            if node in self._run_time:
+                last[self._run_time[node].source] = node
         uses: dict[Node, list[Node]] = {}
         for source, user in last.items():
             uses.setdefault(user, []).append(source)
         return uses
+
+
+def _replaced(model: GraphModule, layers: Mapping[Node, RunTimeOp]) -> set[Node]:
+    """What only serves layers that the backend quantizes for in another way than the graph."""
+    found: set[Node] = set()
+    for node in reversed(model.graph.nodes):
+        if not (is_quantize(node) or is_dequantize(node) or is_run_time_quantization(node)):
+            continue
+        if node.users and all(
+            user in found or (user in layers and node in user.args[:2]) for user in node.users
+        ):
+            found.add(node)
+    return found
 
 
 class _Boundary:

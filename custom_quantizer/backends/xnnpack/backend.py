@@ -25,6 +25,7 @@ from custom_quantizer.backends.xnnpack.kernels import (
     refuses_integers,
     refuses_tensor,
 )
+from custom_quantizer.backends.xnnpack.run_time import RUN_TIME
 from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, BiasLimits
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS, legalize_by
@@ -46,4 +47,5 @@ BACKEND = Backend(
     legalize=lambda model, training: legalize_by(model, LEGALIZATIONS, training=training),
     refuses_tensor=refuses_tensor,
     refuses_integers=refuses_integers,
+    run_time=RUN_TIME,
 )

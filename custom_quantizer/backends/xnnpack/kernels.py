@@ -19,6 +19,7 @@ from custom_quantizer.backends.xnnpack.arithmetic import (
     xnnpack_multiplier,
     xnnpack_positions,
 )
+from custom_quantizer.backends.xnnpack.run_time import each
 from custom_quantizer.backends.xnnpack.tables import gelu_integers, silu_integers
 from custom_quantizer.core.arithmetic import QParams, scale_of
 from custom_quantizer.core.graph import (
@@ -211,8 +212,7 @@ def _gemm(match: PatternMatch, formats: Formats) -> Delegation:
         layer = match.rule is LINEAR or is_pointwise(match)
         packed = bits <= 4 and layer and packable_features(match) is not None
         kernel = PACKED_INT4 if packed else DYNAMIC_INT8
-        each = "row by row" if match.rule is LINEAR else "image by image"
-        return Delegation(kernel, f"activations are quantized at run time, {each}")
+        return Delegation(kernel, f"activations are quantized at run time, {each(match)}")
     per_channel = formats.granularity == "per_channel"
     if match.rule is CONV_TRANSPOSE and per_channel and match.groups > 1:
         return Delegation(

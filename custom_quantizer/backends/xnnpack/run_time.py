@@ -1,0 +1,239 @@
+"""What XNNPACK computes where it chooses scales while it runs.
+
+A linear layer has a scale for each row of its input, a convolution for each image, and a pointwise
+convolution, which XNNPACK turns into a linear layer, for each pixel. With ``fl()`` one float32
+rounding, ``RNE`` half to even, and ``lo``, ``hi`` the extremes of the values that share a scale,
+and 0::
+
+    t    = fl(255 / fl(hi - lo)), or 1 if lo = hi       inv = fl(1 / t)
+    below, above = fl(lo * t), fl(hi * t)
+    zp   = RNE(fl(-128 - below)) if fl(fl(-128 + below) + fl(127 + above)) > 0
+           else RNE(fl(127 - above)), within [-128, 127]
+    q    = sat8(sat16(RNE(min(fl(x * t), 32767))) + zp)
+    acc  = sum((q - zp) * w)                            exact; padding is zp
+    y    = fl(fl(fl(acc) * inv) * s_w + bias)           rounded once: a fused multiply-add
+
+A range so small that ``t`` is infinite has ``inv = 0``: the result is the bias. Values that are not
+finite, and ranges beyond float32, have no scale, and kernels differ in what they make of them.
+
+Weights in groups sum ``acc`` of each group times its scale in float32, in an order that differs
+from kernel to kernel: see :func:`grouped_error`.
+
+References:
+    XNNPACK at commit 92a7ad50: ``src/xnnpack/quantization.h``
+    (``xnn_f32_qd8_asymmetric_quantization_params``), ``src/operator-run.c``
+    (``xnn_compute_f32_qx8_convert``, ``xnn_compute_dq_zero_buffer_igemm``), ``src/f32-qs8-vcvt``,
+    ``src/qd8-f32-qc8w-gemm``, ``src/qd8-f32-qc8w-igemm``, ``src/qd8-f32-qc4w-gemm``,
+    ``src/qd8-f32-qb4w-gemm``, ``src/subgraph/convolution-2d.c`` (pointwise), and
+    ``src/configs/gemm-config.c`` (which CPU has which kernel). It is compiled with
+    ``-ffp-contract=off``. CPUs with VNNI store ``q + 128`` and ``zp + 128``; the differences are
+    the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from custom_quantizer.core.arithmetic import INT8, INT16, along, as_reals, f32
+from custom_quantizer.core.graph import argument, describe, shape_of
+from custom_quantizer.errors import InputError
+from custom_quantizer.ops import PatternMatch
+from custom_quantizer.ops.gemm import (
+    CONV,
+    LINEAR,
+    channel_axis,
+    per_dim,
+    sums_of_products,
+    symmetric_padding,
+)
+from custom_quantizer.ops.run_time import RunTime, RunTimeOp
+
+__all__ = ["RUN_TIME", "RowIntegers", "each", "fused_multiply_add", "quantize_rows", "shared_dims"]
+
+_ULP = 2.0**-24
+"""Half a unit in the last place, relative: one rounding to float32."""
+
+_REACH = INT8[1] - INT8[0]
+"""Largest absolute value of ``q - zp``."""
+
+
+@dataclass(frozen=True)
+class RowIntegers:
+    """A tensor that was quantized row by row.
+
+    Attributes:
+        offsets: ``q - zp``, float32 integers of the shape of the tensor.
+        zero_point: float32 integers, with size 1 in the dims that share a scale.
+        scale: float32, likewise: one step of the integers, ``inv`` above.
+    """
+
+    offsets: Tensor
+    zero_point: Tensor
+    scale: Tensor
+
+
+def shared_dims(match: PatternMatch) -> tuple[int, ...]:
+    """Dims of a layer's input whose values share one scale; empty: it has no kernel for that."""
+    if match.rule is LINEAR:
+        return (-1,)
+    if match.rule is not CONV or match.groups != 1 or len(shape_of(match.node)) != 4:
+        return ()
+    return (1,) if _is_linear(match) else (1, 2, 3)
+
+
+def each(match: PatternMatch) -> str:
+    """What has a scale of its own, for sentences."""
+    if match.rule is LINEAR:
+        return "row by row"
+    return "pixel by pixel" if _is_linear(match) else "image by image"
+
+
+def _is_linear(match: PatternMatch) -> bool:
+    """Whether XNNPACK makes a linear layer over channels of a convolution (of one group)."""
+    out, channels, *taps = shape_of(cast(Node, match.weight))
+    before, after = symmetric_padding(match.node)
+    strides = per_dim(argument(match.node, 3, "stride", 1), len(taps))
+    return not any(before + after) and {*taps, *strides} == {1} and out + channels > 2
+
+
+def quantize_rows(x: Tensor, dims: tuple[int, ...]) -> RowIntegers:
+    """Integers of at most 8 bits, with one scale for all values along ``dims``.
+
+    Args:
+        x: float32, of any shape.
+        dims: that share a scale.
+
+    Raises:
+        InputError: ``x`` is not float32; or values that share a scale are not all finite, or span
+            more than float32.
+    """
+    as_reals(x, "The tensor to quantize")
+    if x.numel() == 0:
+        shape = [1 if d in {n % x.dim() for n in dims} else n for d, n in enumerate(x.shape)]
+        return RowIntegers(x, x.new_zeros(shape), x.new_ones(shape))
+    low = x.amin(dims, keepdim=True).clamp(max=0.0)
+    high = x.amax(dims, keepdim=True).clamp(min=0.0)
+    span = high - low
+    if not bool(torch.isfinite(span).all()):
+        raise InputError(
+            f"{int((~torch.isfinite(span)).sum())} of {span.numel()} rows hold NaN or infinities, "
+            "or span more than float32, so that no scale can be chosen for them"
+        )
+    least, most = (f32(float(end)) for end in INT8)
+    # A tensor over a tensor: dividing a number by a tensor may be computed as a reciprocal.
+    steps = torch.where(span == 0, f32(1.0), (most - least).expand_as(span) / span)
+    below, above = low * steps, high * steps
+    from_low = (least + below) + (most + above) > 0
+    # What is no number comes of infinite steps; clamping takes it for the least integer.
+    zero_point = torch.where(from_low, least - below, most - above).nan_to_num(float(least))
+    zero_point = torch.round(zero_point.clamp(*INT8))
+    scaled = torch.fmin(x * steps, f32(INT16[1]))
+    stored = (torch.round(scaled).clamp(*INT16) + zero_point).clamp(*INT8)
+    return RowIntegers(stored - zero_point, zero_point, torch.ones_like(steps) / steps)
+
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``fl(a * b + c)`` of float32 tensors, rounded once.
+
+    The product is exact in float64. The sum is rounded there to odd, which leaves the next rounding
+    what it needs to know (Boldo and Melquiond, "When double rounding is odd", 2005).
+    """
+    wide = [t.to(torch.float64) for t in (a, b, c)]
+    product, addend = torch.broadcast_tensors(wide[0] * wide[1], wide[2])
+    total = product + addend
+    # What was rounded off the sum, exactly (Knuth's TwoSum).
+    part = total - product
+    rest = (product - (total - part)) + (addend - part)
+    bits = total.view(torch.int64)
+    inexact = torch.isfinite(total) & (rest != 0) & (bits % 2 == 0)
+    outward = (rest > 0) == (total > 0)
+    bits = torch.where(inexact, torch.where(outward, bits + 1, bits - 1), bits)
+    return bits.view(torch.float64).to(torch.float32)
+
+
+def _rows(op: RunTimeOp, x: Tensor) -> RowIntegers:
+    try:
+        return quantize_rows(x, shared_dims(op.match))
+    except InputError as error:
+        raise InputError(f"the input of {describe(op.node)}: {error}") from error
+
+
+def _bias(op: RunTimeOp, like: Tensor) -> Tensor:
+    bias = torch.zeros(len(op.weight)) if op.bias is None else op.bias
+    return along(bias, channel_axis(op.match), like)
+
+
+def compute(op: RunTimeOp, x: Tensor) -> Tensor:
+    """What the layer gives: float32.
+
+    With weights in groups, the float32 number next to the real one.
+    """
+    rows = _rows(op, x)
+    if op.is_grouped:
+        total = torch.zeros(())
+        for part, weight, scale in _groups(op, rows.offsets):
+            acc = sums_of_products(op.match, part, weight, _REACH).to(torch.float64)
+            total = total + acc * scale.to(torch.float64)
+        real = total * rows.scale.to(torch.float64)
+        return (real + _bias(op, real)).to(torch.float32)
+    acc = sums_of_products(op.match, rows.offsets, op.weight, _REACH).to(torch.float32)
+    scale = along(op.weight_scale, channel_axis(op.match), acc)
+    return fused_multiply_add(acc * rows.scale, scale, _bias(op, acc))
+
+
+def _groups(op: RunTimeOp, offsets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Input features, weights ``(out, features)`` and scales ``(out,)`` of each group."""
+    size = op.weight.shape[1] // op.weight_scale.shape[1]
+    columns = op.weight_scale.unbind(1)
+    parts, weights = offsets.split(size, -1), op.weight.split(size, 1)
+    return list(zip(parts, weights, columns, strict=True))
+
+
+def error(op: RunTimeOp, x: Tensor) -> Tensor:
+    """How far :func:`compute` may be from what a kernel gives, whatever the CPU; float64.
+
+    Without groups all kernels agree but for the last step: those of x86-64 without FMA, and some of
+    ARM, round the product before they add the bias. Two roundings of real numbers that are
+    ``u |p|`` apart (``p`` the product, ``u = 2**-24``) are at most ``u (|p| + |y| + |y'|)`` apart.
+    Without a bias there is no difference.
+    """
+    y = compute(op, x).to(torch.float64)
+    if op.is_grouped:
+        return grouped_error(op, x, y)
+    if op.bias is None or not bool(op.bias.any()):
+        return torch.zeros_like(y)
+    product = y - _bias(op, y)
+    return _ULP * (product.abs() + 2 * y.abs()) * _SECOND_ORDER
+
+
+_SECOND_ORDER = 1.001
+"""For products of roundings, and the rounding of ``y`` itself."""
+
+
+def grouped_error(op: RunTimeOp, x: Tensor, y: Tensor) -> Tensor:
+    """How far the sum over groups may be off in float32, in any kernel's order.
+
+    Let ``S = sum(s_g |w|)`` over the ``k`` features of a channel, of ``G`` groups. When a program is
+    loaded, ``sum(s_g w)`` is added up in at most ``k / 2`` parts (one error ``u S`` each), and
+    multiplied by the zero point, at most 255. To that, sums of each group (converted, multiplied,
+    added) are added, in up to 8 lanes that come together in 3 more additions; ``q`` is at most 255,
+    so no partial sum exceeds ``510 S``. Then come the row's scale and the bias::
+
+        |error| <= u inv S (255 k / 2 + 510 (G + 7)) + 3 u (|y| + |bias|)
+    """
+    rows = _rows(op, x)
+    features, groups = op.weight.shape[1], op.weight_scale.shape[1]
+    scales = op.weight_scale.repeat_interleave(features // groups, 1).to(torch.float64)
+    most = (op.weight.to(torch.float64).abs() * scales).sum(1)
+    roundings = 255 * features / 2 + 510 * (groups + 7)
+    bias = _bias(op, y).abs()
+    last = 3 * (y.abs() + bias)
+    return _ULP * (rows.scale.to(torch.float64) * most * roundings + last) * _SECOND_ORDER
+
+
+RUN_TIME = RunTime(shared_dims, compute, error)
