@@ -30,6 +30,7 @@ from custom_quantizer.errors import CustomQuantizerError, InputError
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.verifying import (
+    LayerCheck,
     Program,
     apart,
     beyond,
@@ -103,9 +104,11 @@ class Verification:
         outputs: one entry per output tensor.
         constants_equal: every weight, bias, scale and clamp in the file is the graph's; ``None``:
             they are not read back (TOSA).
-        exact_expected: every op is integer, so the outputs must be equal bit for bit.
+        exact_expected: the reference computes every op bit for bit, so the outputs must be equal.
         first: the first op that differs, if any does.
         inexact_ops: ops that are float or emulated, so that equality is not expected, and why.
+        layers: where equality is not expected, each layer that quantizes at run time, computed from
+            the input that the runtime gave it, on the first inputs.
     """
 
     outputs: tuple[OutputCheck, ...]
@@ -113,6 +116,7 @@ class Verification:
     exact_expected: bool
     first: FirstDifference | None
     inexact_ops: tuple[str, ...]
+    layers: tuple[LayerCheck, ...] = ()
 
     @property
     def bit_exact(self) -> bool:
@@ -161,8 +165,18 @@ class Verification:
             lines.append(f"  first difference: {self.first}")
         if self.constants_equal is None:
             lines.append("  the file's constants were not read back; judged by the outputs alone")
+        if self.layers:
+            lines.append(f"  {_layer_line(self.layers)}")
         lines += [f"  not bit-exact by design: {op}" for op in self.inexact_ops]
         return "\n".join(lines)
+
+
+def _layer_line(layers: Sequence[LayerCheck]) -> str:
+    """How layers that quantize at run time follow from their inputs."""
+    equal = sum(not layer.mismatches for layer in layers)
+    within = sum(not layer.beyond for layer in layers)
+    line = f"layers quantized at run time, each from its own input: {equal} of {len(layers)} equal"
+    return line if equal == within else f"{line}, {within} within what their kernels may differ by"
 
 
 def verify(
@@ -217,13 +231,18 @@ def verify(
     found = None if stored is None else next(stored, None)
     outputs = tuple(each.result() for each in statistics)
     exact = checks.is_exact(lowered, graph)
+    layers = () if exact else checks.run_time_layers(graph, batches[0])
+    layer = next((layer for layer in layers if layer.beyond), None)
     first: FirstDifference | None = None
     if found is not None:
         first = FirstDifference(found.node, _path(graph, found.node), found.what, found.detail)
+    elif layer is not None:
+        first = FirstDifference(layer.node, layer.path, "output", str(layer))
     elif any(output.beyond for output in outputs):
         first = _first_wrong_tensor(graph, batches, partial(checks.lower_again, lowered))
     equal = None if stored is None else found is None
-    return Verification(outputs, equal, exact, first, checks.inexact_ops(lowered, graph))
+    reasons = checks.inexact_ops(lowered, graph)
+    return Verification(outputs, equal, exact, first, reasons, layers)
 
 
 def _reals(graph: ConvertedGraph, batch: tuple[Any, ...]) -> tuple[Any, ...]:

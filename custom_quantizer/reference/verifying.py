@@ -25,12 +25,14 @@ from custom_quantizer.reference.interpreter import IntegerReference
 __all__ = [
     "Checks",
     "Difference",
+    "LayerCheck",
     "Program",
     "TensorDifference",
     "apart",
     "beyond",
     "instrumented",
     "output_scales",
+    "showing",
     "tapped_integers",
     "tensor_differences",
 ]
@@ -55,6 +57,36 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """A layer that quantizes at run time, next to what follows from the input that it got.
+
+    Attributes:
+        node: its anchor in the converted graph.
+        path: module path.
+        values: how many results were compared.
+        mismatches: how many differ in any bit.
+        beyond: how many differ by more than kernels may: 0 allowed where ``exact``.
+        max_abs: largest difference.
+        exact: all kernels of this machine give the same bits.
+    """
+
+    node: str
+    path: str
+    values: int
+    mismatches: int
+    beyond: int
+    max_abs: float
+    exact: bool
+
+    def __str__(self) -> str:
+        where = f"{self.node} ({self.path})" if self.path else self.node
+        return (
+            f"{self.beyond} of {self.values} values of {where} do not follow from its input, by up "
+            f"to {self.max_abs:.3g}"
+        )
 
 
 class Program(Protocol):
@@ -88,6 +120,11 @@ class Checks(Protocol):
 
     def output_bounds(self, program: Any, graph: ConvertedGraph) -> Sequence[float | None]:
         """How far each output may be from the reference's; ``None``: that is not known."""
+
+    def run_time_layers(
+        self, graph: ConvertedGraph, example: tuple[Any, ...]
+    ) -> tuple[LayerCheck, ...]:
+        """Each layer that quantizes at run time, compared with what follows from its input."""
 
     def inexact_ops(self, program: Any, graph: ConvertedGraph) -> tuple[str, ...]:
         """Ops that are float or emulated, so that equality is not expected, and why."""
@@ -152,6 +189,18 @@ def instrumented(
     model.graph.eliminate_dead_code()
     model.recompile()
     return model, taps
+
+
+def showing(converted: GraphModule, nodes: Sequence[Node]) -> GraphModule:
+    """A copy of a converted graph, inputs and outputs flat, that returns some of its tensors."""
+    model = detached_copy(converted)
+    by_name = {node.name: node for node in model.graph.nodes}
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    output.args = (tuple(by_name[node.name] for node in nodes),)
+    model.graph.set_codegen(CodeGen())
+    model.graph.eliminate_dead_code()
+    model.recompile()
+    return model
 
 
 def _quantizations(model: GraphModule) -> list[Node]:

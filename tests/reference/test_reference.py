@@ -337,7 +337,7 @@ def test_a_layer_that_is_taken_in_parts(heavy: int) -> None:
     (op,) = read_converted(graph).integer
     weight = cast(Tensor, op.weight).to(torch.int64)
     assert len(gemm._parts(weight)) > 1
-    assert gemm._largest_row(op) == int(weight.abs().sum(1).max()) == 1024 * 127
+    assert gemm._largest_row(op.match, op.weight) == int(weight.abs().sum(1).max()) == 1024 * 127
     assert cq.integer_reference(graph)(x).shape == (3, 2048)
     q = op.inputs[0]
     integers = XnnpackArithmetic().quantize(x, q)

@@ -14,7 +14,12 @@ from custom_quantizer.backends.tosa.program import TosaProgram
 from custom_quantizer.core.graph import describe
 from custom_quantizer.errors import CustomQuantizerError, LoweringError, VerificationError
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
-from custom_quantizer.reference.verifying import Difference, output_scales, tensor_differences
+from custom_quantizer.reference.verifying import (
+    Difference,
+    LayerCheck,
+    output_scales,
+    tensor_differences,
+)
 
 __all__ = [
     "check_program",
@@ -24,6 +29,7 @@ __all__ = [
     "is_exact",
     "lower_again",
     "output_bounds",
+    "run_time_layers",
 ]
 
 
@@ -70,6 +76,11 @@ def is_exact(program: TosaProgram, graph: ConvertedGraph) -> bool:
 def output_bounds(program: TosaProgram, graph: ConvertedGraph) -> tuple[float | None, ...]:
     """0 for each output where nothing is outside; otherwise not known."""
     return (0.0 if is_exact(program, graph) else None,) * len(output_scales(graph.model))
+
+
+def run_time_layers(graph: ConvertedGraph, example: tuple[Any, ...]) -> tuple[LayerCheck, ...]:
+    """None: nothing is quantized at run time."""
+    return ()
 
 
 def inexact_ops(program: TosaProgram, graph: ConvertedGraph) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.backends.xnnpack import kernels
+from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, XNNPACK_NEON, float_resize_error
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.columns import columns_of
@@ -27,30 +27,37 @@ from custom_quantizer.backends.xnnpack.program import (
     find_weighted,
     missing_kernels,
     no_kernel,
+    quantizes_at_run_time,
 )
 from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp, ProgramContents
+from custom_quantizer.backends.xnnpack.run_time import is_exact_here
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import (
+    CHOOSE_QPARAMS,
     describe,
     effective_users,
     is_dequantize,
-    is_run_time_quantization,
+    module_path,
     qparams_of,
     tensor_meta,
 )
 from custom_quantizer.errors import LoweringError, ProgramError, VerificationError
 from custom_quantizer.ops import QParamSharing, QuantizedOp, match_of
 from custom_quantizer.ops._rule import as_limits
+from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
 from custom_quantizer.ops.gemm import CONV, expand_channels
 from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR, resizings_of
+from custom_quantizer.ops.run_time import RunTimeOp
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.reference.following import first_departure
 from custom_quantizer.reference.verifying import (
     Difference,
+    LayerCheck,
     apart,
     beyond,
     instrumented,
+    showing,
     tapped_integers,
 )
 
@@ -63,6 +70,7 @@ __all__ = [
     "lower_again",
     "output_bounds",
     "relative_error",
+    "run_time_layers",
 ]
 
 MOST_DIMS = 6
@@ -179,9 +187,32 @@ def differences(program: LoweredProgram, graph: ConvertedGraph) -> Iterator[Diff
         if op.weight is not None:
             yield from _weight_and_bias(program.contents, op, row)
         yield from _parameters(program.contents, op, row)
+    for layer in (op.run_time for op in graph.floating if op.run_time is not None):
+        yield from _run_time_constants(program.contents, layer, rows[layer.node.name])
 
 
-def _difference(op: QuantizedOp, what: str, detail: str) -> Difference:
+def _run_time_constants(
+    contents: ProgramContents, op: RunTimeOp, row: OpBackend
+) -> Iterator[Difference]:
+    """Integers and scales of the weight, and the float bias."""
+    found = find_weighted(contents, row)
+    if found is None or not quantizes_at_run_time(*found):
+        yield _difference(op, "missing", "no node of the program quantizes its input at run time")
+        return
+    delegate, node = found
+    stored = delegate.weight(node)
+    weight = op.weight.reshape(stored.shape) if stored.size == op.weight.numel() else op.weight
+    yield from _arrays(op, "weight", weight.numpy(), stored)
+    scale = np.asarray(delegate.tensors[cast(int, node.weight)].scale, np.float32)
+    yield from _arrays(op, "weight scale", op.weight_scale.numpy(), scale)
+    bias = np.zeros(len(op.weight), np.float32) if op.bias is None else op.bias.numpy()
+    if node.bias is not None:
+        yield from _arrays(op, "bias", bias, delegate.tensors[node.bias].array())
+    elif bias.any():
+        yield _difference(op, "bias", "the program dropped it")
+
+
+def _difference(op: QuantizedOp | RunTimeOp, what: str, detail: str) -> Difference:
     return Difference(op.node.name, describe(op.node), what, detail)
 
 
@@ -230,7 +261,10 @@ def _weight_scale(
 
 
 def _arrays(
-    op: QuantizedOp, what: str, graph: np.ndarray[Any, Any], program: np.ndarray[Any, Any]
+    op: QuantizedOp | RunTimeOp,
+    what: str,
+    graph: np.ndarray[Any, Any],
+    program: np.ndarray[Any, Any],
 ) -> Iterator[Difference]:
     if graph.shape != program.shape:
         yield _difference(
@@ -448,8 +482,12 @@ def _check_each_tensor(
     Raises:
         VerificationError: names the first tensor that does not follow.
     """
-    if any(is_run_time_quantization(node) for node in graph.model.graph.nodes):
-        # The delegate chooses scales row by row, PyTorch for the whole tensor.
+    layers = run_time_layers(graph, example)
+    wrong = next((layer for layer in layers if layer.beyond), None)
+    if wrong is not None:
+        raise VerificationError(f"{difference}; {wrong}")
+    if layers or any(node.target is CHOOSE_QPARAMS for node in graph.model.graph.nodes):
+        # Each follows, and integers chosen at run time are no taps: there is nothing to name.
         raise VerificationError(f"{difference}; custom_quantizer.verify shows how far they are off")
     tapped, taps = instrumented(graph.model, outputs=True)
     other = read_converted(tapped, here(graph).backend)
@@ -472,13 +510,84 @@ def _check_each_tensor(
             )
 
 
-_EXACT = INTEGER_BACKENDS | {kernels.FOLDED, kernels.TABLE, kernels.FLOAT}
+def run_time_layers(graph: ConvertedGraph, example: tuple[Any, ...]) -> tuple[LayerCheck, ...]:
+    """Compare each layer that quantizes at run time with what follows from its input.
+
+    The graph is lowered once more, with inputs and results of these layers as outputs; the
+    reference computes each from the input that the runtime shows. So last bits of float ops in
+    between, which such a layer may turn into units, do not count.
+
+    Args:
+        graph: a converted graph.
+        example: inputs of it.
+
+    Raises:
+        LoweringError: the graph cannot be lowered so.
+        ProgramError: the program does not run.
+    """
+    run_time = graph.backend.run_time
+    layers = [op.run_time for op in graph.floating if op.run_time is not None]
+    if run_time is None or not layers:
+        return ()
+    shown = dict.fromkeys(node for layer in layers for node in (layer.source, layer.node))
+    model = showing(graph.model, list(shown))
+    flat = tuple(pytree.tree_leaves(example))
+    program = lower_graph(read_converted(model, BACKEND), flat, check=False, validate=False)
+    given = dict(zip(shown, pytree.tree_leaves(program.run(*flat)), strict=True))
+    checks = []
+    for layer in layers:
+        x, got = given[layer.source], given[layer.node]
+        want = run_time.compute(layer, x)
+        exact = is_exact_here(layer)
+        far = torch.zeros(()) if exact else run_time.error(layer, x)
+        off = (got.to(torch.float64) - want.to(torch.float64)).abs()
+        wrong = (got != want) & ~(off <= far)
+        checks.append(
+            LayerCheck(
+                layer.node.name,
+                module_path(layer.node),
+                got.numel(),
+                int((got != want).sum()),
+                int(wrong.sum()),
+                float(off.max()) if off.numel() else 0.0,
+                exact,
+            )
+        )
+    return tuple(checks)
+
+
+_EXACT = INTEGER_BACKENDS | {
+    kernels.FOLDED,
+    kernels.TABLE,
+    kernels.FLOAT,
+    kernels.DYNAMIC_INT8,
+}
 """Of integer ops: average pooling and padding run in float as the reference knows exactly."""
+
+_ONE_ROUNDING = (RELU, CLAMP, ADD, SUB, MUL)
+"""Computed in float, each result is rounded once at most: by any kernel to the same bits."""
 
 
 def is_exact(program: LoweredProgram, graph: ConvertedGraph) -> bool:
-    """Whether the reference gives every output bit for bit: no float op, none emulated."""
-    return not graph.floating and all(op.backend in _EXACT for op in program.report.ops)
+    """Whether the reference gives every output bit for bit.
+
+    It does so for integer ops that are not emulated, for layers quantized at run time where all
+    kernels of this machine agree, and for float ops that round at most once.
+    """
+    exact = all(op.backend in _EXACT for op in program.report.ops)
+    return exact and all(map(_has_one_result, graph.floating))
+
+
+def _has_one_result(op: FloatOp) -> bool:
+    """Whether every kernel gives the same bits for an op that is float in the graph."""
+    if op.run_time is not None:
+        return is_exact_here(op.run_time)
+    match = match_of(op.node)
+    if match is None or op.float_fallback:
+        return False
+    rule = match.rule
+    moves = rule.sharing is QParamSharing.SAME and rule is not UPSAMPLE_BILINEAR
+    return moves or rule in _ONE_ROUNDING
 
 
 def output_bounds(program: LoweredProgram, graph: ConvertedGraph) -> tuple[float | None, ...]:
@@ -490,6 +599,8 @@ def output_bounds(program: LoweredProgram, graph: ConvertedGraph) -> tuple[float
     ops take part, whose last bits may become units of integers.
     """
     (output,) = (node for node in graph.model.graph.nodes if node.op == "output")
+    if is_exact(program, graph):
+        return (0.0,) * len(pytree.tree_leaves(output.args[0]))
     floating = {op.node for op in graph.floating}
     ends = [_float_end(graph.model, x, floating) for x in pytree.tree_leaves(output.args[0])]
     nodes = frozenset[Node]().union(*(found for found, _ in ends))
@@ -546,9 +657,21 @@ def here(graph: ConvertedGraph) -> ConvertedGraph:
 
 def inexact_ops(program: LoweredProgram, graph: ConvertedGraph) -> tuple[str, ...]:
     """Ops that are float or emulated, so that equality is not expected, and why."""
-    reasons = {op.node.name: op.reason for op in graph.floating}
+    if is_exact(program, graph):
+        return ()
+    reasons = {op.node.name: _why_inexact(op) for op in graph.floating}
     reasons.update({row.node: row.reason for row in program.report.not_integer()})
+    for op in filter(_has_one_result, graph.floating):
+        del reasons[op.node.name]
     return tuple(f"{node}: {reason}" for node, reason in reasons.items())
+
+
+def _why_inexact(op: FloatOp) -> str:
+    if op.run_time is None:
+        return op.reason
+    if op.run_time.is_grouped:
+        return "its groups of weights are summed in float, in an order that depends on the kernel"
+    return "its bias is added in float, fused or not, which depends on the kernel"
 
 
 def lower_again(

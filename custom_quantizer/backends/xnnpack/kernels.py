@@ -165,11 +165,8 @@ def _accepts_gemm(match: PatternMatch, scheme: OpScheme) -> Verdict:
     unbatched = data is not None and meta is not None and data.dim() < meta.dim()
     if unbatched and match.rule is not LINEAR:
         return refused("its input has no batch dimension, which XNNPACK needs")
-    if scheme.dynamic and not (match.rule is LINEAR or _is_dense_image_conv(match)):
-        return refused(
-            "activations are quantized at run time for linear layers and for convolutions over two "
-            "dims without groups only; a scheme with ranges from data (a8w8) takes it"
-        )
+    if scheme.dynamic and match.rule is not LINEAR and (reason := _refuses_images(match)):
+        return refused(f"{reason}; a scheme with ranges from data (a8w8) takes it")
     if scheme.dynamic and scheme.activation.symmetric:
         return refused(
             "XNNPACK quantizes activations at run time with a zero point only; leave out -symmetric"
@@ -189,10 +186,23 @@ def _accepts_gemm(match: PatternMatch, scheme: OpScheme) -> Verdict:
     return ACCEPTED
 
 
-def _is_dense_image_conv(match: PatternMatch) -> bool:
-    """Whether XNNPACK has a kernel that quantizes the images of a convolution itself."""
+def _refuses_images(match: PatternMatch) -> str:
+    """Why XNNPACK does not quantize the images of a convolution itself; empty: it does."""
     meta = tensor_meta(cast(Node, match.weight))
-    return match.rule is CONV and match.groups == 1 and meta is not None and meta.dim() == 4
+    if match.rule is not CONV or match.groups != 1 or meta is None or meta.dim() != 4:
+        return (
+            "activations are quantized at run time for linear layers and for convolutions over two "
+            "dims without groups only"
+        )
+    if meta.shape[1] == 1:
+        return (
+            "ExecuTorch's partitioner (1.5.1) takes a convolution of one input channel for a "
+            "depthwise one, of which no activations are quantized at run time"
+        )
+    before, after = symmetric_padding(match.node)
+    if before != after:
+        return "it needs a pad before it, and images are quantized at run time without one"
+    return ""
 
 
 _LEAST_THINNED = 1 << 14
@@ -209,7 +219,8 @@ def _runs_gemm(op: QuantizedOp) -> Verdict:
 def _gemm(match: PatternMatch, formats: Formats) -> Delegation:
     bits = formats.weight_bits or 8
     if formats.dynamic:
-        layer = match.rule is LINEAR or is_pointwise(match)
+        # The pixels of a strided one are not taken first, as they are of integers.
+        layer = match.rule is LINEAR or pointwise_strides(match) == [1, 1]
         packed = bits <= 4 and layer and packable_features(match) is not None
         kernel = PACKED_INT4 if packed else DYNAMIC_INT8
         return Delegation(kernel, f"activations are quantized at run time, {each(match)}")

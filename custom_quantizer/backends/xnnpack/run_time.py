@@ -32,6 +32,7 @@ References:
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from typing import cast
 
@@ -53,7 +54,15 @@ from custom_quantizer.ops.gemm import (
 )
 from custom_quantizer.ops.run_time import RunTime, RunTimeOp
 
-__all__ = ["RUN_TIME", "RowIntegers", "each", "fused_multiply_add", "quantize_rows", "shared_dims"]
+__all__ = [
+    "RUN_TIME",
+    "RowIntegers",
+    "each",
+    "fused_multiply_add",
+    "is_exact_here",
+    "quantize_rows",
+    "shared_dims",
+]
 
 _ULP = 2.0**-24
 """Half a unit in the last place, relative: one rounding to float32."""
@@ -122,7 +131,8 @@ def quantize_rows(x: Tensor, dims: tuple[int, ...]) -> RowIntegers:
     if not bool(torch.isfinite(span).all()):
         raise InputError(
             f"{int((~torch.isfinite(span)).sum())} of {span.numel()} rows hold NaN or infinities, "
-            "or span more than float32, so that no scale can be chosen for them"
+            "or span more than float32, so that no scale can be chosen for them; look for it in "
+            "the data and the ops before"
         )
     least, most = (f32(float(end)) for end in INT8)
     # A tensor over a tensor: dividing a number by a tensor may be computed as a reciprocal.
@@ -143,8 +153,8 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     The product is exact in float64. The sum is rounded there to odd, which leaves the next rounding
     what it needs to know (Boldo and Melquiond, "When double rounding is odd", 2005).
     """
-    wide = [t.to(torch.float64) for t in (a, b, c)]
-    product, addend = torch.broadcast_tensors(wide[0] * wide[1], wide[2])
+    product = a.to(torch.float64) * b.to(torch.float64)
+    addend = c.to(torch.float64)
     total = product + addend
     # What was rounded off the sum, exactly (Knuth's TwoSum).
     part = total - product
@@ -190,7 +200,7 @@ def _groups(op: RunTimeOp, offsets: Tensor) -> list[tuple[Tensor, Tensor, Tensor
     """Input features, weights ``(out, features)`` and scales ``(out,)`` of each group."""
     size = op.weight.shape[1] // op.weight_scale.shape[1]
     columns = op.weight_scale.unbind(1)
-    parts, weights = offsets.split(size, -1), op.weight.split(size, 1)
+    parts, weights = torch.split(offsets, size, -1), torch.split(op.weight, size, 1)
     return list(zip(parts, weights, columns, strict=True))
 
 
@@ -211,6 +221,20 @@ def error(op: RunTimeOp, x: Tensor) -> Tensor:
     return _ULP * (product.abs() + 2 * y.abs()) * _SECOND_ORDER
 
 
+def is_exact_here(op: RunTimeOp) -> bool:
+    """Whether the kernels of this machine give every bit of :func:`compute`.
+
+    They do without a bias, and where all of them fuse the last product and the bias: on x86-64 with
+    AVX2.
+    """
+    if op.is_grouped:
+        return False
+    if op.bias is None or not bool(op.bias.any()):
+        return True
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+
+
 _SECOND_ORDER = 1.001
 """For products of roundings, and the rounding of ``y`` itself."""
 
@@ -218,8 +242,8 @@ _SECOND_ORDER = 1.001
 def grouped_error(op: RunTimeOp, x: Tensor, y: Tensor) -> Tensor:
     """How far the sum over groups may be off in float32, in any kernel's order.
 
-    Let ``S = sum(s_g |w|)`` over the ``k`` features of a channel, of ``G`` groups. When a program is
-    loaded, ``sum(s_g w)`` is added up in at most ``k / 2`` parts (one error ``u S`` each), and
+    Let ``S = sum(s_g |w|)`` over the ``k`` features of a channel, of ``G`` groups. When a program
+    is loaded, ``sum(s_g w)`` is added up in at most ``k / 2`` parts (one error ``u S`` each), and
     multiplied by the zero point, at most 255. To that, sums of each group (converted, multiplied,
     added) are added, in up to 8 lanes that come together in 3 more additions; ``q`` is at most 255,
     so no partial sum exceeds ``510 S``. Then come the row's scale and the bias::

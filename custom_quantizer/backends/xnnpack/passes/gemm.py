@@ -186,7 +186,7 @@ def weight_containers(model: GraphModule) -> int:
         integers = constant_of(model, cast(Node, weight.args[0]))
         even = bits <= 4 and integers.shape[1] % 2 == 0
         linear = even and node.target in LINEAR.targets
-        pointwise = even and _is_pointwise(node)
+        pointwise = even and _is_pointwise(node, strided=not dynamic)
         pack = linear or pointwise
         stored = weight.args[0]
         if pointwise:
@@ -220,9 +220,12 @@ def weight_containers(model: GraphModule) -> int:
     return count
 
 
-def _is_pointwise(node: Node) -> bool:
+def _is_pointwise(node: Node, *, strided: bool) -> bool:
     bound = CONV.match(CONV, node) if node.target in CONV.targets else ""
-    return not isinstance(bound, str) and is_pointwise(bound)
+    if isinstance(bound, str) or not is_pointwise(bound):
+        return False
+    strides = cast("list[int]", pointwise_strides(bound))
+    return strided or all(stride == 1 for stride in strides)
 
 
 @graph_pass(
