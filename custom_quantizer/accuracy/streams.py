@@ -133,17 +133,7 @@ def on_grid(observer: ActivationObserver, x: Tensor) -> Tensor:
     if not x.is_floating_point() or x.numel() == 0:
         return x
     if observer.is_dynamic:
-        op = torch.ops.quantized_decomposed
-        scale, zero_point = op.choose_qparams.tensor(
-            x, observer.quant_min, observer.quant_max, observer.eps, observer.dtype
-        )
-        return torch.fake_quantize_per_tensor_affine(
-            x,
-            scale.to(torch.float32),
-            zero_point.to(torch.int32),
-            observer.quant_min,
-            observer.quant_max,
-        )
+        return observer.round_at_run_time(x)
     qparams = observer.qparams()
     return torch.fake_quantize_per_tensor_affine(
         x, cast(float, qparams.scale), qparams.zero_point, observer.quant_min, observer.quant_max

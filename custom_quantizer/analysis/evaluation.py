@@ -37,6 +37,7 @@ from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import InputError, some
 from custom_quantizer.reference import IntegerReference
+from custom_quantizer.reference.interpreter import with_run_time_scales
 
 __all__ = [
     "Evaluation",
@@ -224,7 +225,9 @@ def evaluate(
         models: by name: modules, converted graphs, integer references, ``LoweredProgram``,
             ``StoredProgram``, or any callable. One of the tensors that a model returns holds its
             scores, shape ``(batch, classes)``. Programs and references whose inputs and outputs are
-            integers take the same float32 data, and what they return is dequantized.
+            integers take the same float32 data, and what they return is dequantized. Converted
+            graphs that quantize at run time are computed by their integer reference, since PyTorch
+            would choose one scale for a whole batch; a note says so.
         data: batches: a :class:`~custom_quantizer.app.sources.DataSource`, or an iterable of input
             tensors, or of pairs of inputs (a tensor or a tuple of tensors) and integer labels of
             shape ``(batch,)``.
@@ -259,6 +262,13 @@ def evaluate(
     labelled: bool | None = None
     tallies = {name: _Tally(name, metrics, output) for name in models}
     folders = tuple(getattr(data, "classes", ()))
+    given, models = models, {name: with_run_time_scales(model) for name, model in models.items()}
+    notes = [
+        f"{name}: scales chosen at run time are those of the device, one for each row, pixel or "
+        "image; PyTorch's own call of the graph has one for a whole batch"
+        for name in models
+        if models[name] is not given[name]
+    ]
     with _states_kept(models.values()):
         for batch in track(data, "evaluate", enabled=progress):
             inputs, labels = inputs_and_labels(batch, any_labels=bool(metrics))
@@ -280,10 +290,10 @@ def evaluate(
     reference = next(iter(tallies.values()))
     scores = tuple(tally.score(reference, slices) for tally in tallies.values())
     several = max(tally.outputs for tally in tallies.values())
-    if output is not None or several == 1 or not reference.is_classifier:
-        return Evaluation(scores)
-    note = f"scores are those of output 0, the first of {several}; output=N chooses another"
-    return Evaluation(scores, (note,))
+    if output is None and several > 1 and reference.is_classifier:
+        first_of = f"scores are those of output 0, the first of {several}"
+        notes.append(f"{first_of}; output=N chooses another")
+    return Evaluation(scores, tuple(notes))
 
 
 class _Tally:

@@ -54,6 +54,8 @@ from custom_quantizer.core.rewriting import ORIGINAL_NAME
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.errors import CalibrationError, InputError, VerificationError
 from custom_quantizer.ops.rewrites.training_graph import is_training_call
+from custom_quantizer.reference import IntegerReference
+from custom_quantizer.reference.interpreter import with_run_time_scales
 
 __all__ = [
     "Fidelity",
@@ -251,8 +253,13 @@ class FloatCheck:
         """
         noises: list[tuple[Noise, Noise]] = [(Noise(), Noise()) for _ in self.names]
         weights: dict[Node, Any] = {}
+        device = with_run_time_scales(converted)
         for call, (values, exact) in enumerate(zip(self.inputs, self.exact, strict=True)):
-            got = Rerun(converted, weights=weights).outputs(values)
+            if isinstance(device, IntegerReference):
+                device.reset()
+                got = pytree.tree_leaves(device(*values))
+            else:
+                got = Rerun(converted, weights=weights).outputs(values)
             if len(got) != len(exact):
                 raise VerificationError(
                     f"the converted graph has {len(got)} outputs, the float model {len(exact)}: "

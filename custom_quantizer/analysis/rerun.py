@@ -180,11 +180,7 @@ def _on_grid(observer: nn.Module, x: Tensor) -> Tensor:
     elif not isinstance(observer, ActivationObserver) or x.numel() == 0:
         return x  # a bias is rounded far more finely than anything else
     elif observer.is_dynamic:
-        low, high = torch.aminmax(x.detach())
-        reach = max(float(high), 0.0) - min(float(low), 0.0)
-        scale = reach / (observer.quant_max - observer.quant_min)
-        if scale == 0:
-            return x
+        return observer.round_at_run_time(x)
     elif int(observer.count) == 0:
         return x
     else:

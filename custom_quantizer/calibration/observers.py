@@ -48,6 +48,7 @@ from custom_quantizer.core.graph import (
     is_dequantize,
     qparams_of,
 )
+from custom_quantizer.core.rows import round_rows
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.errors import CalibrationError, ConversionError
 from custom_quantizer.ops import PatternMatch, rule_of
@@ -100,6 +101,7 @@ class ActivationObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc] 
         scheme: what the range is for.
         name: of the tensor, for messages.
         averaging_constant: weight of a new batch with ``observer="moving_average"``.
+        shared: where scales are chosen at run time, the dims whose values share one; empty: all.
 
     Attributes:
         kind: what is recorded.
@@ -129,9 +131,11 @@ class ActivationObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc] 
         scheme: TensorScheme,
         name: str = "",
         averaging_constant: float = 0.01,
+        shared: tuple[int, ...] = (),
         **spec: Any,
     ) -> None:
         super().__init__(dtype=spec["dtype"], is_dynamic=bool(spec.get("is_dynamic", False)))
+        self.shared = shared
         self.scheme = scheme
         self.name = name
         self.averaging_constant = averaging_constant
@@ -174,6 +178,10 @@ class ActivationObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc] 
             add_counts(counts, values, low, high)
         self.count.add_(x.numel())
         return x
+
+    def round_at_run_time(self, x: Tensor) -> Tensor:
+        """``x`` as the integers that are chosen at run time stand for it; gradients pass."""
+        return round_rows(x, self.shared or tuple(range(x.dim()))) if x.numel() else x
 
     @property
     def _averages(self) -> bool:

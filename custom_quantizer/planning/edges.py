@@ -219,8 +219,12 @@ class Annotator:
                 continue  # the list a split returns: observed before it and after each getitem
             if dynamic:
                 scheme = cast(TensorScheme, op.activation)
-                key: _Key = ("dynamic", tensor, scheme)
-                edge = Edge("activation", self._number(key), describe(tensor), scheme, dynamic=True)
+                run_time = self._backend.run_time
+                shared = () if run_time is None else run_time.shared(match)
+                group = self._number(("dynamic", tensor, scheme, shared))
+                edge = Edge(
+                    "activation", group, describe(tensor), scheme, dynamic=True, shared=shared
+                )
             else:
                 edge = self._activation(self._key(tensor, op.wanted(i)), tensor)
             inputs[tensor.name] = edge

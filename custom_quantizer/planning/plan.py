@@ -102,6 +102,7 @@ class Edge:
         axis: output-channel axis of a weight.
         name: for messages.
         dynamic: quantized at run time.
+        shared: of one that is, the dims whose values share a scale; empty: all of them.
         derivation: of a bias.
     """
 
@@ -112,6 +113,7 @@ class Edge:
     bias: IntFormat | None = None
     axis: int = 0
     dynamic: bool = False
+    shared: tuple[int, ...] = ()
     derivation: Derivation | None = None
 
 

@@ -525,9 +525,11 @@ class _Specs:
 
     def _activation(self, edge: Edge, scheme: TensorScheme) -> Any:
         if not self._training:
-            return ActivationObserver.with_args(scheme=scheme, name=edge.name)
+            return ActivationObserver.with_args(scheme=scheme, name=edge.name, shared=edge.shared)
         slot = self._slots[edge.group]
-        return ActivationFakeQuantize.with_args(scheme=scheme, name=edge.name, slot=slot)
+        return ActivationFakeQuantize.with_args(
+            scheme=scheme, name=edge.name, slot=slot, shared=edge.shared
+        )
 
     def _weight(self, edge: Edge, scheme: TensorScheme, where: EdgeOrNode) -> Any:
         if not self._training:

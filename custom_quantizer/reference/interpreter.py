@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.borders import is_border_call
 from custom_quantizer.core.graph import (
+    CHOOSE_QPARAMS,
     check_input,
     constant_of,
     describe,
@@ -36,7 +37,7 @@ from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.ops.run_time import RunTimeOp
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 
-__all__ = ["IntegerReference", "integer_reference"]
+__all__ = ["IntegerReference", "integer_reference", "with_run_time_scales"]
 
 
 def integer_reference(converted: GraphModule, mode: str = "xnnpack") -> IntegerReference:
@@ -54,6 +55,21 @@ def integer_reference(converted: GraphModule, mode: str = "xnnpack") -> IntegerR
         SchemeError: there is no such mode.
     """
     return IntegerReference(read_converted(converted, get_mode(mode)))
+
+
+def with_run_time_scales(model: Callable[..., Any]) -> Callable[..., Any]:
+    """What computes scales at run time as the device does.
+
+    Of a converted graph that quantizes at run time, its integer reference: PyTorch's own call of
+    the graph has one scale for a whole batch, the device one for each row, pixel or image. Anything
+    else is returned as it is, as are graphs whose layers no backend computes so.
+    """
+    if not isinstance(model, GraphModule):
+        return model
+    if not any(node.target is CHOOSE_QPARAMS for node in model.graph.nodes):
+        return model
+    graph = read_converted(model, integer_io=False)
+    return IntegerReference(graph) if any(op.run_time for op in graph.floating) else model
 
 
 class IntegerReference:

@@ -117,6 +117,7 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
         name: of the tensor, for messages.
         slot: takes a reference to this module.
         averaging_constant: weight of a new batch in the average of extremes.
+        shared: as for :class:`~custom_quantizer.calibration.observers.ActivationObserver`.
 
     Attributes:
         scale: with ``lsq`` a float32 scalar parameter.
@@ -135,11 +136,12 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
         name: str = "",
         slot: Slot | None = None,
         averaging_constant: float = 0.01,
+        shared: tuple[int, ...] = (),
         **spec: Any,
     ) -> None:
         if scheme.observer == "minmax":
             scheme = replace(scheme, observer="moving_average")
-        super().__init__(scheme, name, averaging_constant, **spec)
+        super().__init__(scheme, name, averaging_constant, shared, **spec)
         self.learned = scheme.observer == "lsq" and not self.is_dynamic
         self.register_buffer("initialized", torch.tensor([0], dtype=torch.uint8))
         self.register_buffer("solved_scale", torch.tensor(1.0))
@@ -154,7 +156,7 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
     def forward(self, x: Tensor) -> Tensor:
         """Record and round ``x`` (any shape)."""
         if self.is_dynamic:
-            return self._round_at_run_time(x) if self.fake_quant_enabled[0] else x
+            return self.round_at_run_time(x) if self.fake_quant_enabled[0] else x
         learning = self.learned and bool(self.initialized)
         if self.observer_enabled[0] and not learning:
             super().forward(x)
@@ -257,17 +259,6 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
             _LearnedStep.apply(
                 x, value, live_scale, live_zero, self.quant_min, self.quant_max, strength
             ),
-        )
-
-    def _round_at_run_time(self, x: Tensor) -> Tensor:
-        """As ``choose_qparams`` does for the tensor at hand."""
-        op = torch.ops.quantized_decomposed
-        with torch.no_grad():
-            scale, zero_point = op.choose_qparams.tensor(
-                x, self.quant_min, self.quant_max, self.eps, self.dtype
-            )
-        return torch.fake_quantize_per_tensor_affine(
-            x, scale.to(torch.float32), zero_point.to(torch.int32), self.quant_min, self.quant_max
         )
 
 

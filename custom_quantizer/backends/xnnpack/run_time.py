@@ -1,47 +1,35 @@
 """What XNNPACK computes where it chooses scales while it runs.
 
 A linear layer has a scale for each row of its input, a convolution for each image, and a pointwise
-convolution, which XNNPACK turns into a linear layer, for each pixel. With ``fl()`` one float32
-rounding, ``RNE`` half to even, and ``lo``, ``hi`` the extremes of the values that share a scale,
-and 0::
+convolution, which XNNPACK turns into a linear layer, for each pixel. The integers are those of
+:func:`~custom_quantizer.core.rows.quantize_rows`. With ``fl()`` one float32 rounding::
 
-    t    = fl(255 / fl(hi - lo)), or 1 if lo = hi       inv = fl(1 / t)
-    below, above = fl(lo * t), fl(hi * t)
-    zp   = RNE(fl(-128 - below)) if fl(fl(-128 + below) + fl(127 + above)) > 0
-           else RNE(fl(127 - above)), within [-128, 127]
-    q    = sat8(sat16(RNE(min(fl(x * t), 32767))) + zp)
-    acc  = sum((q - zp) * w)                            exact; padding is zp
-    y    = fl(fl(fl(acc) * inv) * s_w + bias)           rounded once: a fused multiply-add
-
-A range so small that ``t`` is infinite has ``inv = 0``: the result is the bias. Values that are not
-finite, and ranges beyond float32, have no scale, and kernels differ in what they make of them.
+    acc = sum((q - zero_point) * w)                exact; padding is the zero point
+    y   = fl(fl(fl(acc) * scale) * s_w + bias)     the last two at once: a fused multiply-add
 
 Weights in groups sum ``acc`` of each group times its scale in float32, in an order that differs
 from kernel to kernel: see :func:`grouped_error`.
 
 References:
-    XNNPACK at commit 92a7ad50: ``src/xnnpack/quantization.h``
-    (``xnn_f32_qd8_asymmetric_quantization_params``), ``src/operator-run.c``
-    (``xnn_compute_f32_qx8_convert``, ``xnn_compute_dq_zero_buffer_igemm``), ``src/f32-qs8-vcvt``,
-    ``src/qd8-f32-qc8w-gemm``, ``src/qd8-f32-qc8w-igemm``, ``src/qd8-f32-qc4w-gemm``,
-    ``src/qd8-f32-qb4w-gemm``, ``src/subgraph/convolution-2d.c`` (pointwise), and
-    ``src/configs/gemm-config.c`` (which CPU has which kernel). It is compiled with
-    ``-ffp-contract=off``. CPUs with VNNI store ``q + 128`` and ``zp + 128``; the differences are
-    the same.
+    XNNPACK at commit 92a7ad50: ``src/qd8-f32-qc8w-gemm``, ``src/qd8-f32-qc8w-igemm``,
+    ``src/qd8-f32-qc4w-gemm``, ``src/qd8-f32-qb4w-gemm``, ``src/operator-run.c``
+    (``xnn_compute_dq_zero_buffer_igemm``: padding), ``src/subgraph/convolution-2d.c`` (pointwise),
+    ``src/reference/packing.cc`` (groups) and ``src/configs/gemm-config.c`` (which CPU has which
+    kernel).
 """
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.arithmetic import INT8, INT16, along, as_reals, f32
+from custom_quantizer.core.arithmetic import INT8, along
 from custom_quantizer.core.graph import argument, describe, shape_of
+from custom_quantizer.core.rows import RowIntegers, quantize_rows
 from custom_quantizer.errors import InputError
 from custom_quantizer.ops import PatternMatch
 from custom_quantizer.ops.gemm import (
@@ -56,11 +44,9 @@ from custom_quantizer.ops.run_time import RunTime, RunTimeOp
 
 __all__ = [
     "RUN_TIME",
-    "RowIntegers",
     "each",
     "fused_multiply_add",
     "is_exact_here",
-    "quantize_rows",
     "shared_dims",
 ]
 
@@ -69,21 +55,6 @@ _ULP = 2.0**-24
 
 _REACH = INT8[1] - INT8[0]
 """Largest absolute value of ``q - zp``."""
-
-
-@dataclass(frozen=True)
-class RowIntegers:
-    """A tensor that was quantized row by row.
-
-    Attributes:
-        offsets: ``q - zp``, float32 integers of the shape of the tensor.
-        zero_point: float32 integers, with size 1 in the dims that share a scale.
-        scale: float32, likewise: one step of the integers, ``inv`` above.
-    """
-
-    offsets: Tensor
-    zero_point: Tensor
-    scale: Tensor
 
 
 def shared_dims(match: PatternMatch) -> tuple[int, ...]:
@@ -108,43 +79,6 @@ def _is_linear(match: PatternMatch) -> bool:
     before, after = symmetric_padding(match.node)
     strides = per_dim(argument(match.node, 3, "stride", 1), len(taps))
     return not any(before + after) and {*taps, *strides} == {1} and out + channels > 2
-
-
-def quantize_rows(x: Tensor, dims: tuple[int, ...]) -> RowIntegers:
-    """Integers of at most 8 bits, with one scale for all values along ``dims``.
-
-    Args:
-        x: float32, of any shape.
-        dims: that share a scale.
-
-    Raises:
-        InputError: ``x`` is not float32; or values that share a scale are not all finite, or span
-            more than float32.
-    """
-    as_reals(x, "The tensor to quantize")
-    if x.numel() == 0:
-        shape = [1 if d in {n % x.dim() for n in dims} else n for d, n in enumerate(x.shape)]
-        return RowIntegers(x, x.new_zeros(shape), x.new_ones(shape))
-    low = x.amin(dims, keepdim=True).clamp(max=0.0)
-    high = x.amax(dims, keepdim=True).clamp(min=0.0)
-    span = high - low
-    if not bool(torch.isfinite(span).all()):
-        raise InputError(
-            f"{int((~torch.isfinite(span)).sum())} of {span.numel()} rows hold NaN or infinities, "
-            "or span more than float32, so that no scale can be chosen for them; look for it in "
-            "the data and the ops before"
-        )
-    least, most = (f32(float(end)) for end in INT8)
-    # A tensor over a tensor: dividing a number by a tensor may be computed as a reciprocal.
-    steps = torch.where(span == 0, f32(1.0), (most - least).expand_as(span) / span)
-    below, above = low * steps, high * steps
-    from_low = (least + below) + (most + above) > 0
-    # What is no number comes of infinite steps; clamping takes it for the least integer.
-    zero_point = torch.where(from_low, least - below, most - above).nan_to_num(float(least))
-    zero_point = torch.round(zero_point.clamp(*INT8))
-    scaled = torch.fmin(x * steps, f32(INT16[1]))
-    stored = (torch.round(scaled).clamp(*INT16) + zero_point).clamp(*INT8)
-    return RowIntegers(stored - zero_point, zero_point, torch.ones_like(steps) / steps)
 
 
 def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -174,7 +108,7 @@ def _rows(op: RunTimeOp, x: Tensor) -> RowIntegers:
 
 
 def _bias(op: RunTimeOp, like: Tensor) -> Tensor:
-    bias = torch.zeros(len(op.weight)) if op.bias is None else op.bias
+    bias = op.weight_scale.new_zeros(len(op.weight)) if op.bias is None else op.bias
     return along(bias, channel_axis(op.match), like)
 
 
