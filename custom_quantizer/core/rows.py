@@ -10,16 +10,17 @@ and 0::
            else RNE(fl(127 - above)), within [-128, 127]
     q    = sat8(sat16(RNE(min(fl(x * t), 32767))) + zp)
 
-A range so small that ``t`` is infinite has the scale 0: all that is left of the row is 0. Values
-that are not finite, and ranges beyond float32, have no scale; kernels differ in what they make of
-them, so that they are refused here.
+Numbers below ``2**-126`` are 0 here, read or written: the runtime switches subnormal numbers off
+while it computes. A range below ``3e-36`` so has the scale 0, and all that is left of the row is 0.
+Values that are not finite, and ranges beyond float32, have no scale; kernels differ in what they
+make of them, so that they are refused here.
 
 References:
     XNNPACK at commit 92a7ad50: ``src/xnnpack/quantization.h``
-    (``xnn_f32_qd8_asymmetric_quantization_params``), ``src/operator-run.c``
-    (``xnn_compute_f32_qx8_convert``) and ``src/f32-qs8-vcvt``. It is compiled with
-    ``-ffp-contract=off``. CPUs with VNNI store ``q + 128`` and ``zp + 128``; the differences are
-    the same.
+    (``xnn_f32_qd8_asymmetric_quantization_params``), ``src/f32-qs8-vcvt`` and
+    ``src/operator-run.c`` (``xnn_compute_f32_qx8_convert``, ``PTHREADPOOL_FLAG_DISABLE_DENORMALS``).
+    It is compiled with ``-ffp-contract=off``. CPUs with VNNI store ``q + 128`` and ``zp + 128``; the
+    differences are the same.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from custom_quantizer.core.arithmetic import INT8, INT16, as_reals, f32
+from custom_quantizer.core.arithmetic import INT8, INT16, SMALLEST_NORMAL, as_reals, f32
 from custom_quantizer.errors import InputError
 
-__all__ = ["RowIntegers", "quantize_rows", "round_rows"]
+__all__ = ["RowIntegers", "quantize_rows", "round_rows", "without_subnormal"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def quantize_rows(x: Tensor, dims: tuple[int, ...]) -> RowIntegers:
     if x.numel() == 0:
         shape = [1 if d in {n % x.dim() for n in dims} else n for d, n in enumerate(x.shape)]
         return RowIntegers(x, x.new_zeros(shape), x.new_ones(shape))
-    low = x.amin(dims, keepdim=True).clamp(max=0.0)
-    high = x.amax(dims, keepdim=True).clamp(min=0.0)
+    low = without_subnormal(x.amin(dims, keepdim=True).clamp(max=0.0))
+    high = without_subnormal(x.amax(dims, keepdim=True).clamp(min=0.0))
     span = high - low
     if not bool(torch.isfinite(span).all()):
         raise InputError(
@@ -83,9 +84,21 @@ def quantize_rows(x: Tensor, dims: tuple[int, ...]) -> RowIntegers:
     # What is no number comes of infinite steps; clamping takes it for the least integer.
     zero_point = torch.where(from_low, least - below, most - above).nan_to_num(float(least))
     zero_point = torch.round(zero_point.clamp(*INT8))
+    if bool((span < _SMALL).any()):
+        x = without_subnormal(x)
     scaled = torch.fmin(x * steps, f32(INT16[1]))
     stored = (torch.round(scaled).clamp(*INT16) + zero_point).clamp(*INT8)
-    return RowIntegers(stored - zero_point, zero_point, torch.ones_like(steps) / steps)
+    scale = without_subnormal(torch.ones_like(steps) / steps)
+    return RowIntegers(stored - zero_point, zero_point, scale)
+
+
+_SMALL = 2.0**-100
+"""Below this range a subnormal number may be half a step."""
+
+
+def without_subnormal(x: Tensor) -> Tensor:
+    """``x`` with 0 in the place of numbers too small for the exponents of float32."""
+    return torch.where(x.abs() < SMALLEST_NORMAL, torch.zeros_like(x), x)
 
 
 class _StraightThrough(torch.autograd.Function):

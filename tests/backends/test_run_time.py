@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import operator
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from support.models import convert
 from torch import Tensor, nn
+from torch.export import Dim
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import kernels
+from custom_quantizer.backends.xnnpack import kernels, run_time
+from custom_quantizer.backends.xnnpack.checks import run_time_layers
+from custom_quantizer.core.rows import quantize_rows
+from custom_quantizer.reference.converted import read_converted
 
 
 class Images(nn.Module):
@@ -132,3 +140,226 @@ def test_layers_read_images_in_any_order(mixed: bool) -> None:
     assert (program.report.delegates, program.report.outside) == (1, ())
     for want, got in zip(model(*example), program.run(*example), strict=True):
         assert float((got - want).norm() / want.norm()) < 0.02
+
+
+# ---------------------------------------------------------------------------------------------
+# Bit for bit
+# ---------------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Layers of all shapes, each with an input of its own."""
+
+    def __init__(self, grouped: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, 33), nn.Linear(64, 70, bias=False)])
+        if not grouped:
+            self.layers.extend(
+                [
+                    nn.Linear(7, 5),
+                    nn.Conv2d(64, 9, 3, padding=1),
+                    nn.Conv2d(64, 6, (3, 2), stride=(2, 1), padding=(0, 1), bias=False),
+                    nn.Conv2d(64, 20, 1),
+                    nn.Conv2d(64, 256, 1, stride=2),
+                    nn.Conv2d(64, 20, 1, padding=1),
+                    nn.Conv2d(64, 5, 2, dilation=2),
+                    nn.Sequential(nn.Conv2d(64, 9, 3), nn.ReLU()),
+                ]
+            )
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer, x in zip(self.layers, inputs, strict=True))
+
+
+def inputs_of(model: Layers, rows: int, seed: int) -> tuple[Tensor, ...]:
+    """Rows, or images, of all kinds, three dims or four of them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {0: (rows, 64), 1: (rows, 2, 3, 64), 2: (rows, 3, 7)}
+    inputs = []
+    for i in range(len(model.layers)):
+        x = torch.randn(shapes.get(i, (rows, 64, 5, 6)), generator=generator)
+        x *= 10.0 ** torch.randint(-3, 4, (rows, *[1] * (x.dim() - 1)), generator=generator)
+        x[0] = 0.0
+        x[1], x[2] = x[1].abs(), -x[2].abs()
+        x[3] *= 1e-37
+        x[4] *= 1e30
+        x[5] = 2.0**-149
+        inputs.append(x)
+    return tuple(inputs)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["dyn8w8", "dyn8w4"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("dyn8w8-per_tensor", "dyn8w3")],
+)
+def test_each_layer_is_computed_bit_for_bit(scheme: str) -> None:
+    torch.manual_seed(0)
+    model = Layers(grouped=False)
+    rows = Dim("rows", min=1, max=9)
+    example = inputs_of(model, 8, 0)
+    shapes = {"dynamic_shapes": {"inputs": tuple({0: rows} for _ in example)}}
+    graph = convert(model, example, scheme, **shapes).graph
+    program = cq.lower(graph, example)
+    assert {row.backend for row in program.report.ops} <= {
+        kernels.DYNAMIC_INT8,
+        kernels.PACKED_INT4,
+        kernels.FOLDED,
+    }
+    reference = cq.integer_reference(graph)
+    for seed, size in enumerate((8, 9, 6)):
+        inputs = inputs_of(model, size, seed)
+        for i, (want, got) in enumerate(zip(reference(*inputs), program.run(*inputs), strict=True)):
+            assert torch.equal(want, got), model.layers[i]
+    checked = cq.verify(graph, program, [inputs_of(model, 8, 5)])
+    assert checked.bit_exact
+    assert checked.exact_expected
+    assert checked.inexact_ops == ()
+    assert all(output.bound == 0.0 for output in checked.outputs)
+
+
+@pytest.mark.parametrize("scheme", ["dyn8w4g32", "dyn8w3g64"])
+def test_weights_in_groups_are_within_what_is_derived(scheme: str) -> None:
+    torch.manual_seed(0)
+    model = Layers(grouped=True)
+    example = inputs_of(model, 8, 0)
+    graph = convert(model, example, scheme).graph
+    program = cq.lower(graph, example)
+    for layer in run_time_layers(read_converted(graph), inputs_of(model, 8, 1)):
+        assert layer.beyond == 0, layer
+        assert not layer.exact
+    checked = cq.verify(graph, program, [example])
+    assert len(checked.layers) == 2
+    assert checked.first is None
+    assert all("groups of weights are summed in float" in op for op in checked.inexact_ops)
+    # The bound says something: a change of one unit of one weight is beyond it.
+    (op, _) = (op.run_time for op in read_converted(graph).floating if op.run_time is not None)
+    x = example[0][6:]
+    broken = replace(op, weight=op.weight.clone())
+    broken.weight[0, 0] += 1
+    off = (run_time.compute(op, x) - run_time.compute(broken, x)).abs()
+    assert bool((off[:, 0] > run_time.error(op, x)[:, 0]).all())
+
+
+def test_kernels_without_a_fused_multiply_add_are_within_the_bound() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(48, 64), torch.randn(100, 48)
+    graph = convert(model, (x,), "dyn8w8").graph
+    (op,) = (op.run_time for op in read_converted(graph).floating)
+    rows = quantize_rows(x, (-1,))
+    acc = nn.functional.linear(rows.offsets, op.weight.float())
+    unfused = acc * rows.scale * op.weight_scale + model.bias
+    want, bound = run_time.compute(op, x), run_time.error(op, x)
+    assert not torch.equal(unfused, want)
+    assert bool(((unfused.double() - want.double()).abs() <= bound).all())
+    assert bool((bound <= 3 * 2.0**-24 * (want.abs() + op.bias.abs())).all())
+    assert not run_time.error(replace(op, bias=None), x).any()
+
+
+def test_images_rows_and_pixels_that_read_one_tensor() -> None:
+    """A layer over rows, a convolution and a pointwise one choose scales of their own."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.image, self.pixels = (
+                nn.Linear(6, 6),
+                nn.Conv2d(4, 4, 3, padding=1),
+                nn.Conv2d(4, 4, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.image(x) + self.pixels(x) + self.rows(x)
+
+    torch.manual_seed(0)
+    model, x = Shared(), torch.randn(2, 4, 5, 6)
+    done = convert(model, (x,), "dyn8w8")
+    notes = [done.plan.op(node).note for node in ("conv2d", "conv2d_1", "linear")]
+    assert [note.split(", ")[-1] for note in notes] == [
+        "image by image",
+        "pixel by pixel",
+        "row by row",
+    ]
+    program = cq.lower(done.graph, (x,))
+    checked = cq.verify(done.graph, program, [(torch.randn(2, 4, 5, 6),) for _ in range(3)])
+    assert checked.bit_exact
+    assert checked.exact_expected
+
+
+def test_layers_between_float_ops_follow_from_their_inputs() -> None:
+    torch.manual_seed(0)
+    model, x = Gated().eval(), torch.randn(2, 5, 8)
+    graph = convert(model, (x,), "dyn8w8").graph
+    checked = cq.verify(graph, cq.lower(graph, (x,)), [x])
+    assert not checked.exact_expected
+    assert [(layer.mismatches, layer.exact) for layer in checked.layers] == [(0, True)] * 3
+    assert "3 of 3 equal" in str(checked)
+    assert {op.split(":")[0] for op in checked.inexact_ops} == {"silu"}
+
+
+@pytest.mark.parametrize("what", ["weight", "weight scale", "bias"])
+def test_a_constant_that_is_not_the_graphs_is_named(what: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 8)
+    graph = convert(model, (x,), "dyn8w8").graph
+    program = cq.lower(graph, (x,))
+    last = [op.run_time for op in read_converted(graph).floating if op.run_time][-1]
+    dequantize = last.match.weight
+    node = {
+        "weight": dequantize.args[0],
+        "weight scale": dequantize.args[1],
+        "bias": last.match.bias,
+    }[what]
+    with torch.no_grad():
+        constant = operator.attrgetter(node.target)(graph)
+        flat = constant.view(-1)
+        flat[1] = flat[1] - 1 if what == "weight" else flat[1] * 1.0000002
+    checked = cq.verify(graph, program, [(x,)])
+    assert checked.first is not None
+    assert (checked.first.node, checked.first.what) == ("linear_1", what)
+    assert not checked.constants_equal
+
+
+def test_a_row_without_a_scale_is_named() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 8)
+    reference = cq.integer_reference(convert(nn.Linear(8, 4), (x,), "dyn8w8").graph)
+    x[2, 1] = torch.inf
+    with pytest.raises(cq.InputError, match=r"the input of linear: 1 of 3 rows hold NaN"):
+        reference(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels", "reason"),
+    [
+        (lambda: nn.Conv2d(1, 8, 3), 1, "a convolution of one input channel for a depthwise one"),
+        (lambda: nn.Conv2d(4, 8, (2, 4), padding="same"), 4, "it needs a pad before it"),
+    ],
+)
+def test_convolutions_that_stay_in_float(layer: Any, channels: int, reason: str) -> None:
+    """The partitioner would leave their quantization outside."""
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)).eval()
+    x = torch.randn(2, channels, 6, 7)
+    model(x)
+    done = convert(model, (x,), "dyn8w8")
+    assert reason in done.plan.op("conv2d").reason
+    assert cq.lower(done.graph, (x,)).report.outside == ()
+
+
+def test_evaluation_is_that_of_the_device() -> None:
+    """Whatever the batches, and PyTorch's own call of the graph is another."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(16, 5).eval(), torch.randn(40, 16)
+    x[::2] *= 300.0
+    rows = Dim("rows", max=40)
+    graph = convert(model, (x,), "dyn8w8", dynamic_shapes=({0: rows},)).graph
+    program = cq.lower(graph, (x,))
+    for batches in ([x], list(x.split(1)), list(x.split(7))):
+        found = cq.evaluate({"graph": graph, "program": program.run}, batches)
+        assert found["program"].agreement == 1.0
+        assert "graph: scales chosen at run time are those of the device" in found.notes[0]
+    assert (
+        cq.evaluate({"program": program.run, "graph": lambda v: graph(v)}, [x])["graph"].agreement
+        < 1.0
+    )

@@ -24,7 +24,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
-from custom_quantizer.backends.xnnpack.checks import is_exact
+from custom_quantizer.backends.xnnpack.checks import is_exact, run_time_layers
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import derived_scale
 from custom_quantizer.core.graph import (
@@ -586,6 +586,8 @@ def check_lowered(sample: Sample) -> cq.LoweredProgram:
             assert differences(program.run(*given), reference(*given)) == []
     else:
         check_each_tensor(done)
+        layers = run_time_layers(graph, done.example)
+        assert [str(layer) for layer in layers if layer.beyond] == []
     return program
 
 

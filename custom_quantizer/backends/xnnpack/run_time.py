@@ -7,6 +7,8 @@ convolution, which XNNPACK turns into a linear layer, for each pixel. The intege
     acc = sum((q - zero_point) * w)                exact; padding is the zero point
     y   = fl(fl(fl(acc) * scale) * s_w + bias)     the last two at once: a fused multiply-add
 
+Subnormal numbers are 0, as there.
+
 Weights in groups sum ``acc`` of each group times its scale in float32, in an order that differs
 from kernel to kernel: see :func:`grouped_error`.
 
@@ -27,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.arithmetic import INT8, along
+from custom_quantizer.core.arithmetic import INT8, SMALLEST_NORMAL, along
 from custom_quantizer.core.graph import argument, describe, shape_of
-from custom_quantizer.core.rows import RowIntegers, quantize_rows
+from custom_quantizer.core.rows import RowIntegers, quantize_rows, without_subnormal
 from custom_quantizer.errors import InputError
 from custom_quantizer.ops import PatternMatch
 from custom_quantizer.ops.gemm import (
@@ -124,10 +126,11 @@ def compute(op: RunTimeOp, x: Tensor) -> Tensor:
             acc = sums_of_products(op.match, part, weight, _REACH).to(torch.float64)
             total = total + acc * scale.to(torch.float64)
         real = total * rows.scale.to(torch.float64)
-        return (real + _bias(op, real)).to(torch.float32)
+        return without_subnormal((real + _bias(op, real)).to(torch.float32))
     acc = sums_of_products(op.match, rows.offsets, op.weight, _REACH).to(torch.float32)
     scale = along(op.weight_scale, channel_axis(op.match), acc)
-    return fused_multiply_add(acc * rows.scale, scale, _bias(op, acc))
+    product = without_subnormal(acc * rows.scale)
+    return without_subnormal(fused_multiply_add(product, scale, _bias(op, acc)))
 
 
 def _groups(op: RunTimeOp, offsets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -152,7 +155,7 @@ def error(op: RunTimeOp, x: Tensor) -> Tensor:
     if op.bias is None or not bool(op.bias.any()):
         return torch.zeros_like(y)
     product = y - _bias(op, y)
-    return _ULP * (product.abs() + 2 * y.abs()) * _SECOND_ORDER
+    return _ULP * (product.abs() + 2 * y.abs()) * _SECOND_ORDER + SMALLEST_NORMAL
 
 
 def is_exact_here(op: RunTimeOp) -> bool:
@@ -170,7 +173,8 @@ def is_exact_here(op: RunTimeOp) -> bool:
 
 
 _SECOND_ORDER = 1.001
-"""For products of roundings, and the rounding of ``y`` itself."""
+"""For products of roundings, and the rounding of ``y`` itself. What is too small for a normal
+number is left out of it, and added as one."""
 
 
 def grouped_error(op: RunTimeOp, x: Tensor, y: Tensor) -> Tensor:
@@ -191,7 +195,8 @@ def grouped_error(op: RunTimeOp, x: Tensor, y: Tensor) -> Tensor:
     roundings = 255 * features / 2 + 510 * (groups + 7)
     bias = _bias(op, y).abs()
     last = 3 * (y.abs() + bias)
-    return _ULP * (rows.scale.to(torch.float64) * most * roundings + last) * _SECOND_ORDER
+    most_off = _ULP * (rows.scale.to(torch.float64) * most * roundings + last) * _SECOND_ORDER
+    return most_off + SMALLEST_NORMAL
 
 
 RUN_TIME = RunTime(shared_dims, compute, error)
