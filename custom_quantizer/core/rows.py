@@ -17,10 +17,10 @@ make of them, so that they are refused here.
 
 References:
     XNNPACK at commit 92a7ad50: ``src/xnnpack/quantization.h``
-    (``xnn_f32_qd8_asymmetric_quantization_params``), ``src/f32-qs8-vcvt`` and
-    ``src/operator-run.c`` (``xnn_compute_f32_qx8_convert``, ``PTHREADPOOL_FLAG_DISABLE_DENORMALS``).
-    It is compiled with ``-ffp-contract=off``. CPUs with VNNI store ``q + 128`` and ``zp + 128``; the
-    differences are the same.
+    (``xnn_f32_qd8_asymmetric_quantization_params``), ``src/f32-qs8-vcvt``, ``src/operator-run.c``
+    (``xnn_compute_f32_qx8_convert``, and ``PTHREADPOOL_FLAG_DISABLE_DENORMALS``). It is compiled
+    with ``-ffp-contract=off``. CPUs with VNNI store ``q + 128`` and ``zp + 128``; the differences
+    are the same.
 """
 
 from __future__ import annotations
