@@ -255,7 +255,8 @@ class DeviceProgram:
             model, inputs(0), quantizer, [inputs(seed) for seed in range(4)]
         )
         self.lowered = cq.lower(self.converted.graph, inputs(0))
-        self.exact = is_exact(self.lowered, read_converted(self.converted.graph))
+        graph = read_converted(self.converted.graph)
+        self.exact = is_exact(self.lowered, graph, everywhere=True)
         self.batches = [inputs(seed) for seed in range(4, 4 + self.network.samples)]
 
     def save(self, folder: Path, machine: str) -> Path:

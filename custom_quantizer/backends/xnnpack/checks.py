@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
+from custom_quantizer.backends.xnnpack import run_time as _run_time
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, XNNPACK_NEON, float_resize_error
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.columns import columns_of
@@ -30,7 +31,6 @@ from custom_quantizer.backends.xnnpack.program import (
     quantizes_at_run_time,
 )
 from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp, ProgramContents
-from custom_quantizer.backends.xnnpack.run_time import is_exact_here
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import (
     CHOOSE_QPARAMS,
@@ -538,7 +538,7 @@ def run_time_layers(graph: ConvertedGraph, example: tuple[Any, ...]) -> tuple[La
     for layer in layers:
         x, got = given[layer.source], given[layer.node]
         want = run_time.compute(layer, x)
-        exact = is_exact_here(layer)
+        exact = _run_time.is_exact(layer, everywhere=False)
         far = torch.zeros(()) if exact else run_time.error(layer, x)
         off = (got.to(torch.float64) - want.to(torch.float64)).abs()
         wrong = (got != want) & ~(off <= far)
@@ -568,20 +568,25 @@ _ONE_ROUNDING = (RELU, CLAMP, ADD, SUB, MUL)
 """Computed in float, each result is rounded once at most: by any kernel to the same bits."""
 
 
-def is_exact(program: LoweredProgram, graph: ConvertedGraph) -> bool:
+def is_exact(program: LoweredProgram, graph: ConvertedGraph, *, everywhere: bool = False) -> bool:
     """Whether the reference gives every output bit for bit.
 
     It does so for integer ops that are not emulated, for layers quantized at run time where all
-    kernels of this machine agree, and for float ops that round at most once.
+    kernels agree, and for float ops that round at most once.
+
+    Args:
+        program: of the graph.
+        graph: what it was made from.
+        everywhere: on all machines, and not on this one alone.
     """
     exact = all(op.backend in _EXACT for op in program.report.ops)
-    return exact and all(map(_has_one_result, graph.floating))
+    return exact and all(_has_one_result(op, everywhere) for op in graph.floating)
 
 
-def _has_one_result(op: FloatOp) -> bool:
+def _has_one_result(op: FloatOp, everywhere: bool) -> bool:
     """Whether every kernel gives the same bits for an op that is float in the graph."""
     if op.run_time is not None:
-        return is_exact_here(op.run_time)
+        return _run_time.is_exact(op.run_time, everywhere=everywhere)
     match = match_of(op.node)
     if match is None or op.float_fallback:
         return False
@@ -655,14 +660,23 @@ def here(graph: ConvertedGraph) -> ConvertedGraph:
     return replace(graph, backend=replace(graph.backend, arithmetic=XNNPACK_NEON))
 
 
-def inexact_ops(program: LoweredProgram, graph: ConvertedGraph) -> tuple[str, ...]:
-    """Ops that are float or emulated, so that equality is not expected, and why."""
-    if is_exact(program, graph):
+def inexact_ops(
+    program: LoweredProgram, graph: ConvertedGraph, *, everywhere: bool = False
+) -> tuple[str, ...]:
+    """Ops that are float or emulated, so that equality is not expected, and why.
+
+    Args:
+        program: of the graph.
+        graph: what it was made from.
+        everywhere: on all machines, and not on this one alone.
+    """
+    if is_exact(program, graph, everywhere=everywhere):
         return ()
     reasons = {op.node.name: _why_inexact(op) for op in graph.floating}
     reasons.update({row.node: row.reason for row in program.report.not_integer()})
-    for op in filter(_has_one_result, graph.floating):
-        del reasons[op.node.name]
+    for op in graph.floating:
+        if _has_one_result(op, everywhere):
+            del reasons[op.node.name]
     return tuple(f"{node}: {reason}" for node, reason in reasons.items())
 
 

@@ -112,7 +112,7 @@ def write_device_test(
     bundle, why_not = bundled(program.buffer, method, feeds, expected)
     if bundle is not None:
         files[f"{name}.bpte"] = bundle
-    exact = is_exact(lowered, graph)
+    exact = is_exact(lowered, graph, everywhere=True)
     manifest = DeviceManifest(
         program=_entry(files, f"{name}.pte"),
         method=method,
@@ -120,7 +120,7 @@ def write_device_test(
         mode=mode,
         bundled=None if bundle is None else _entry(files, f"{name}.bpte"),
         exact=exact,
-        inexact=() if exact else inexact_ops(lowered, graph),
+        inexact=inexact_ops(lowered, graph, everywhere=True),
         outputs=tuple(outputs),
         samples=samples,
     )

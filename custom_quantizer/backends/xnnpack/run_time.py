@@ -48,7 +48,7 @@ __all__ = [
     "RUN_TIME",
     "each",
     "fused_multiply_add",
-    "is_exact_here",
+    "is_exact",
     "shared_dims",
 ]
 
@@ -158,16 +158,22 @@ def error(op: RunTimeOp, x: Tensor) -> Tensor:
     return _ULP * (product.abs() + 2 * y.abs()) * _SECOND_ORDER + SMALLEST_NORMAL
 
 
-def is_exact_here(op: RunTimeOp) -> bool:
-    """Whether the kernels of this machine give every bit of :func:`compute`.
+def is_exact(op: RunTimeOp, *, everywhere: bool) -> bool:
+    """Whether kernels give every bit of :func:`compute`.
 
     They do without a bias, and where all of them fuse the last product and the bias: on x86-64 with
     AVX2.
+
+    Args:
+        op: the layer.
+        everywhere: on all machines, and not on this one alone.
     """
     if op.is_grouped:
         return False
     if op.bias is None or not bool(op.bias.any()):
         return True
+    if everywhere:
+        return False
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
