@@ -15,10 +15,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from support.device import CPUS, Cpu, missing, run_on
-from support.device_programs import PROGRAMS, DeviceProgram
+from support.device_programs import MODES, PROGRAMS, DeviceProgram
+from support.models import convert
+from support.run_time import Layers, inputs_of
 
-from custom_quantizer.reference.device_manifest import read_manifest
+import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack import run_time
+from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.device_manifest import read_manifest, tensor_from_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +56,36 @@ def test_a_program_computes_the_integers_of_the_reference(
     judged = lowered(name, scheme).judge(kit)
     assert judged.wrong == ()
     assert not judged.exact or judged.different == 0
+
+
+@pytest.mark.parametrize("scheme", ["dyn8w8", "dyn8w4", "dyn8w4g32"])
+@pytest.mark.parametrize("cpu", CPUS, ids=lambda cpu: cpu.name)
+def test_layers_quantized_at_run_time(
+    tmp_path_factory: pytest.TempPathFactory, cpu: Cpu, scheme: str
+) -> None:
+    """Equal on CPUs whose kernels fuse the last product and the bias, within the bound on all."""
+    if why := missing(cpu):
+        pytest.skip(why)
+    torch.manual_seed(0)
+    model = Layers(grouped="g" in scheme)
+    graph = convert(model, inputs_of(model, 11, 0), scheme).graph
+    inputs = inputs_of(model, 11, 1)
+    kit = tmp_path_factory.mktemp("layers") / "kit"
+    program = cq.lower(graph, inputs)
+    program.save_device_test(kit, [inputs], mode=MODES[cpu.machine])
+    run_on(cpu, kit, "program.pte", kit.parent)
+    manifest = read_manifest(kit)
+    assert not manifest.exact
+    layers = [op.run_time for op in read_converted(graph).floating if op.run_time is not None]
+    want = cq.integer_reference(graph)(*inputs)
+    entries = manifest.samples[0].outputs
+    for layer, x, mine, entry in zip(layers, inputs, want, entries, strict=True):
+        data = (kit / "outputs" / entry.file).read_bytes()
+        got = tensor_from_bytes(data, entry, entry.file)
+        off = (got.double() - mine.double()).abs()
+        assert bool((off <= run_time.error(layer, x)).all()), layer.match.node
+        if cpu.kernels in ("AVX2", "NEON", "NEON, SVE") and not layer.is_grouped:
+            assert torch.equal(got, mine), layer.match.node
 
 
 def test_one_unit_is_too_much_for_integers_and_two_for_emulated_ops(folder: Path) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
-from custom_quantizer.backends.xnnpack import run_time as _run_time
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, XNNPACK_NEON, float_resize_error
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.columns import columns_of
@@ -31,6 +30,7 @@ from custom_quantizer.backends.xnnpack.program import (
     quantizes_at_run_time,
 )
 from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp, ProgramContents
+from custom_quantizer.backends.xnnpack.run_time import is_exact_here
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import (
     CHOOSE_QPARAMS,
@@ -538,7 +538,7 @@ def run_time_layers(graph: ConvertedGraph, example: tuple[Any, ...]) -> tuple[La
     for layer in layers:
         x, got = given[layer.source], given[layer.node]
         want = run_time.compute(layer, x)
-        exact = _run_time.is_exact(layer, everywhere=False)
+        exact = is_exact_here(layer)
         far = torch.zeros(()) if exact else run_time.error(layer, x)
         off = (got.to(torch.float64) - want.to(torch.float64)).abs()
         wrong = (got != want) & ~(off <= far)
@@ -586,7 +586,7 @@ def is_exact(program: LoweredProgram, graph: ConvertedGraph, *, everywhere: bool
 def _has_one_result(op: FloatOp, everywhere: bool) -> bool:
     """Whether every kernel gives the same bits for an op that is float in the graph."""
     if op.run_time is not None:
-        return _run_time.is_exact(op.run_time, everywhere=everywhere)
+        return not everywhere and is_exact_here(op.run_time)
     match = match_of(op.node)
     if match is None or op.float_fallback:
         return False
@@ -685,7 +685,7 @@ def _why_inexact(op: FloatOp) -> str:
         return op.reason
     if op.run_time.is_grouped:
         return "its groups of weights are summed in float, in an order that depends on the kernel"
-    return "its bias is added in float, fused or not, which depends on the kernel"
+    return "its scales are multiplied and its bias is added in float, in a way of each kernel"
 
 
 def lower_again(

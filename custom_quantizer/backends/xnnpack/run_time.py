@@ -48,7 +48,7 @@ __all__ = [
     "RUN_TIME",
     "each",
     "fused_multiply_add",
-    "is_exact",
+    "is_exact_here",
     "shared_dims",
 ]
 
@@ -144,38 +144,35 @@ def _groups(op: RunTimeOp, offsets: Tensor) -> list[tuple[Tensor, Tensor, Tensor
 def error(op: RunTimeOp, x: Tensor) -> Tensor:
     """How far :func:`compute` may be from what a kernel gives, whatever the CPU; float64.
 
-    Without groups all kernels agree but for the last step: those of x86-64 without FMA, and some of
-    ARM, round the product before they add the bias. Two roundings of real numbers that are
-    ``u |p|`` apart (``p`` the product, ``u = 2**-24``) are at most ``u (|p| + |y| + |y'|)`` apart.
-    Without a bias there is no difference.
+    Without groups all kernels agree up to the accumulator. Then some round the last product before
+    they add the bias (x86-64 without FMA), and some multiply the two scales first (dot products of
+    ARM, ``4x16c4-asm-aarch64-neondot``). Let ``u = 2**-24`` and ``p = acc scale s_w``. Before the
+    last rounding ``p`` is off by one rounding here and by two at most elsewhere; the last ones are
+    of two numbers that far apart::
+
+        |error| <= 3 u |p| + u (|y| + |y'|)
+
+    A product of scales that is subnormal is 0, which takes ``2**-126`` from each unit of ``acc``.
     """
     y = compute(op, x).to(torch.float64)
     if op.is_grouped:
         return grouped_error(op, x, y)
-    if op.bias is None or not bool(op.bias.any()):
-        return torch.zeros_like(y)
     product = y - _bias(op, y)
-    return _ULP * (product.abs() + 2 * y.abs()) * _SECOND_ORDER + SMALLEST_NORMAL
+    largest = _REACH * op.weight.to(torch.float64).abs().flatten(1).sum(1)
+    lost = SMALLEST_NORMAL * (1 + along(largest, channel_axis(op.match), y))
+    return _ULP * (3 * product.abs() + 2 * y.abs()) * _SECOND_ORDER + lost
 
 
-def is_exact(op: RunTimeOp, *, everywhere: bool) -> bool:
-    """Whether kernels give every bit of :func:`compute`.
+def is_exact_here(op: RunTimeOp) -> bool:
+    """Whether the kernels of this machine give every bit of :func:`compute`.
 
-    They do without a bias, and where all of them fuse the last product and the bias: on x86-64 with
-    AVX2.
-
-    Args:
-        op: the layer.
-        everywhere: on all machines, and not on this one alone.
+    Those of x86-64 do without a bias; with one those that have FMA, from AVX2 on. On ARM it depends
+    on the CPU and on the number of rows.
     """
-    if op.is_grouped:
+    if op.is_grouped or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    if op.bias is None or not bool(op.bias.any()):
-        return True
-    if everywhere:
-        return False
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    biased = op.bias is not None and bool(op.bias.any())
+    return not biased or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
 _SECOND_ORDER = 1.001
