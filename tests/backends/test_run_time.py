@@ -324,3 +324,28 @@ def test_evaluation_is_that_of_the_device() -> None:
         cq.evaluate({"program": program.run, "graph": lambda v: graph(v)}, [x])["graph"].agreement
         < 1.0
     )
+
+
+@pytest.mark.parametrize("scheme", ["dyn8w8", "a16w8"])
+def test_activations_in_a_row(scheme: str) -> None:
+    """ExecuTorch fuses both into the op before them, and would keep the limits of the last."""
+
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 32), nn.Linear(8, 32)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            a = torch.relu(self.first(x)).clamp(-0.5, 0.3)
+            b = torch.relu((x * 3.0).clamp(-0.7, 0.9)).clamp(max=0.6)
+            c = nn.functional.hardtanh(self.second(x), -0.2, 0.2).clamp(0.3, 0.4)
+            return a, b, c
+
+    torch.manual_seed(0)
+    model, x = Clamped(), torch.randn(5, 8)
+    graph = convert(model, (x,), scheme).graph
+    program = cq.lower(graph, (x,))
+    checked = cq.verify(graph, program, [(x,)])
+    assert checked.bit_exact or scheme == "a16w8"
+    for want, got in zip(model(x), program.run(x), strict=True):
+        assert float((got - want).abs().max()) < 0.02

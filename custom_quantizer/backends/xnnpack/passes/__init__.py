@@ -100,6 +100,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         widths.narrow_activations,
         widths.emulate_wide,
         activations.clamps_to_hardtanh,
+        activations.merge_activations,
         activations.keep_apart,
     ),
     "boundaries": (

@@ -92,6 +92,42 @@ def clamps_to_hardtanh(model: GraphModule) -> int:
 
 
 @graph_pass(
+    "activations behind activations",
+    "one clamp to what both leave",
+    requires={"split_activations", "narrow_activations", "emulate_wide", "clamps_to_hardtanh"},
+)
+def merge_activations(model: GraphModule) -> int:
+    """Of two activations in a row one clamp is left.
+
+    ExecuTorch's FuseActivationPass (1.5.1) makes both part of the op before them, one by one, and
+    keeps the limits of the last alone.
+    """
+    count = 0
+    for node in calls(model, _FUSED):
+        first = node.args[0]
+        if not isinstance(first, Node) or first.target not in _FUSED or len(first.users) != 1:
+            continue
+        (low, high), (least, most) = _limits(first), _limits(node)
+        low, high = (min(max(end, least), most) for end in (low, high))
+        build = Builder(model, node)
+        replace(node, build.call(aten.hardtanh.default, first.args[0], low, high))
+        model.graph.erase_node(first)
+        count += 1
+    return count
+
+
+_FUSED = frozenset({aten.relu.default, aten.hardtanh.default})
+
+
+def _limits(node: Node) -> tuple[float, float]:
+    """What an activation leaves, open sides closed beyond what float32 activations reach."""
+    if node.target is aten.relu.default:
+        return 0.0, FLOAT32_MAX
+    low, high = cast(Callable[[Node], tuple[float, float]], CLAMP.bounds)(node)
+    return low, high
+
+
+@graph_pass(
     "clamps from one scale to another behind what XNNPACK fuses them into", "a reshape between them"
 )
 def keep_apart(model: GraphModule) -> int:
