@@ -59,7 +59,7 @@ from custom_quantizer.errors import ConversionError, InputError
 from custom_quantizer.ops import PatternMatch, QParamSharing, QuantizedOp, match_of, rule_of
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference.accumulators import accumulator_of
-from custom_quantizer.reference.converted import read_converted
+from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
 __all__ = [
     "Diagnosis",
@@ -379,7 +379,7 @@ class _Walk:
         self._twin, self._converted = twin, converted
         self._by_name: dict[str, Node] = {node.name: node for node in twin.graph.nodes}
         graph = read_converted(converted, integer_io=False)
-        self._ops = {op.node: op for op in graph.integer}
+        self._graph = graph
         producers = {op.output_node: op for op in graph.integer}
         self._tensors: dict[Node, _Tensor] = {}
         self._twin_of: dict[Node, Node] = {}
@@ -431,7 +431,7 @@ class _Walk:
             exact = _Recorder(self._twin, wanted)
             exact_outputs = _leaves(exact.run(*values, enable_io_processing=False))
             quantized = _Comparer(
-                self._converted, self._ops, self._tensors, self._twin_of, exact.seen
+                self._converted, self._graph, self._tensors, self._twin_of, exact.seen
             )
             outputs = _leaves(quantized.run(*values, enable_io_processing=False))
         if [(i, a.shape) for i, a in exact_outputs] != [(i, b.shape) for i, b in outputs]:
@@ -549,19 +549,30 @@ class _Comparer(Interpreter):
     def __init__(
         self,
         model: GraphModule,
-        ops: dict[Node, QuantizedOp],
+        graph: ConvertedGraph,
         tensors: dict[Node, _Tensor],
         twin_of: dict[Node, Node],
         exact: dict[Node, Tensor],
     ) -> None:
         super().__init__(model)
-        self._ops, self._tensors = ops, tensors
+        self._ops, self._tensors = {op.node: op for op in graph.integer}, tensors
         self._twin_of, self._exact = twin_of, exact
-        self._activations = {op.output_node: op.node for op in ops.values()}
+        self._activations = {op.output_node: op.node for op in graph.integer}
+        self._run_time = graph.backend.run_time
+        self._layers = {op.node: op.run_time for op in graph.floating if op.run_time is not None}
+        self._sources: dict[Node, Tensor | None] = {
+            layer.source: None for layer in self._layers.values()
+        }
         self._alone: dict[Node, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
+        if self._run_time is not None and n in self._layers:
+            # With the scales of the backend, not one for the whole batch.
+            layer = self._layers[n]
+            result = self._run_time.compute(layer, cast(Tensor, self._sources[layer.source]))
+        if n in self._sources:
+            self._sources[n] = result
         op = self._ops.get(n)
         if op is not None and _computes(op):
             inputs = {s: self._twin_of[s] for s in op.match.inputs if s in self._twin_of}

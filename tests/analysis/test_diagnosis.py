@@ -18,6 +18,7 @@ from custom_quantizer.calibration.run import calibrate
 from custom_quantizer.core.graph import qparams_of
 from custom_quantizer.errors import CalibrationError, CaptureError, ConversionError, InputError
 from custom_quantizer.planning.quantizer import IntegerQuantizer
+from custom_quantizer.reference import integer_reference
 from custom_quantizer.reference.converted import read_converted
 
 # The graph dequantizes in float32, a diagnosis in float64: a value differs by 2**-24 of its
@@ -254,7 +255,7 @@ def test_activations_quantized_at_run_time_have_weights_only(
     assert row.levels == levels
     assert 10 < row.sqnr < 50
     with torch.no_grad():
-        expected = ratio(model(x), converted(x))
+        expected = ratio(model(x), integer_reference(converted)(x))
     assert diagnosis.outputs[0].sqnr == pytest.approx(expected, abs=DECIBELS)
 
 
@@ -375,3 +376,15 @@ def test_a_float_graph_is_refused() -> None:
 
 def test_an_empty_diagnosis_has_no_worst_op() -> None:
     assert Diagnosis(1, (), (), ()).worst is None
+
+
+def test_layers_quantized_at_run_time_have_the_scales_of_the_device() -> None:
+    """PyTorch's own call of the graph has one scale for rows that differ by a factor of 1,000."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(8, 16)
+    x[::2] *= 1000.0
+    graph = converted_of(model, x, IntegerQuantizer().set_global("dyn8w8"))
+    (output,) = diagnose(model, graph, [x]).outputs
+    found = integer_reference(graph)(x)
+    assert output.sqnr == pytest.approx(ratio(model(x), found), abs=DECIBELS)
+    assert abs(output.sqnr - ratio(model(x), graph(x))) > 0.1

@@ -313,6 +313,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "refused_to_float",
         "channel_slices_to_convs",
         "keep_apart",
+        "merge_activations",
         "tell_copies_apart",
         "rescale_behind_moves",
         "break_chains",
