@@ -48,7 +48,8 @@ def integer_reference(converted: GraphModule, mode: str = "xnnpack") -> IntegerR
         mode: the arithmetic: the name of a backend (``xnnpack``: what its delegate computes on
             x86-64; ``xnnpack-neon``: on ARM, where products of two tensors round half up),
             ``fixed_point`` (integer multiplier and shift) or ``exact`` (rational numbers). The last
-            two are pure integers: no backend's limits apply.
+            two are pure integers: no backend's limits apply. Scales that are chosen at run time
+            are the backend's, and in the last two modes those of PyTorch, one for a whole batch.
 
     Raises:
         ConversionError: the graph is not a converted one.
