@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -94,6 +94,7 @@ __all__ = [
     "pointwise_strides",
     "refuses_integers",
     "refuses_resize",
+    "refuses_slice",
     "refuses_tensor",
 ]
 
@@ -462,14 +463,36 @@ def _reshape(match: PatternMatch, _formats: Formats) -> Delegation:
     return Delegation(INT8)
 
 
-def _slice(match: PatternMatch, _formats: Formats) -> Delegation:
+def refuses_slice(node: Node) -> str:
+    """Why XNNPACK cannot take a part of a dynamic size; others may be dynamic.
+
+    Its slices (92a7ad50, ``reshape_slice_operator``) count from the beginning of a dim, and end with
+    it at the latest, however long it is. A program holds no negative number there.
+    """
+    shape = shape_of(cast(Node, node.args[0]))
+    if node.target in SELECT.targets:
+        dim = int(cast(int, node.args[1])) % len(shape)
+        bounds: tuple[Any, ...] = (node.args[2],)
+    else:
+        dim, *bounds = slice_of(node)[:3]
+    if isinstance(shape[dim], int) or not any(isinstance(b, int) and b < 0 for b in bounds):
+        return ""
+    return "XNNPACK counts from the beginning, and its size is dynamic"
+
+
+def _select(match: PatternMatch, _formats: Formats) -> Delegation:
+    reason = refuses_slice(match.node)
+    return Delegation(PORTABLE, reason) if reason else Delegation(INT8)
+
+
+def _slice(match: PatternMatch, formats: Formats) -> Delegation:
     source = shape_of(match.inputs[0])
-    dim, start, _, step = slice_of(match.node)
-    if all(isinstance(size, int) for size in source) or (len(source) == 4 and dim == 1):
-        return Delegation(INT8)
-    if len(source) == 4 and dim in (2, 3) and step > 1 and start == 0:
-        return Delegation(INT8)
-    return Delegation(PORTABLE, "XNNPACK slices tensors of static shape only")
+    dim, _, _, step = slice_of(match.node)
+    dynamic = sum(not isinstance(size, int) for size in source)
+    of_image = len(source) == 4 and dim in (2, 3) and isinstance(source[1], int)
+    if step > 1 and not of_image and (dynamic > 1 or not isinstance(source[dim], int)):
+        return Delegation(PORTABLE, "XNNPACK has no strided slices, and its views one dynamic size")
+    return _select(match, formats)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -562,7 +585,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         RESHAPE.family: Support(_reshape),
         PERMUTE.family: Support(_int8),
         SLICE.family: Support(_slice),
-        SELECT.family: Support(_int8),
+        SELECT.family: Support(_select),
         EXPAND.family: Support(_reshape),
         SPLIT.family: Support(_always(FOLDED, "each of its pieces is a slice")),
         GETITEM.family: Support(_int8),

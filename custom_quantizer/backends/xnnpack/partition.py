@@ -1,9 +1,10 @@
-"""Which ops XNNPACK takes: upstream's list, elu, integer products of activations and resizes.
+"""Which ops XNNPACK takes: upstream's list, elu, integer products of activations, resizes, slices.
 
 XNNPACK multiplies batches of int8 matrices, ``(a - z_a) @ b`` requantized like a linear layer, if
 the zero point of the second operand is 0. ExecuTorch's partitioner (1.5.1) offers it batched
 products in float only; its serializer and its runtime know both. They know elu as well, which is
-not on the partitioner's list, and the bilinear resize of int8 images.
+not on the partitioner's list, the bilinear resize of int8 images, and slices of tensors with dynamic
+sizes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.generic_node_configs import (
     BMMConfig,
     EluConfig,
+    SliceCopyConfig,
     UpsampleBilinear2dConfig,
 )
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
@@ -22,9 +24,10 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
 
 from custom_quantizer.backends.xnnpack import visitors as _visitors  # noqa: F401  # registers them
-from custom_quantizer.backends.xnnpack.kernels import refuses_resize
+from custom_quantizer.backends.xnnpack.kernels import refuses_resize, refuses_slice
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
-from custom_quantizer.core.graph import shape_of
+from custom_quantizer.core.graph import reads_sizes, shape_of
+from custom_quantizer.ops.movement import slice_of
 from custom_quantizer.ops.resize import steps_otherwise
 
 __all__ = ["configurations", "partitioner"]
@@ -85,6 +88,28 @@ class IntegerResize(UpsampleBilinear2dConfig):  # type: ignore[misc]  # ExecuTor
         return nodes
 
 
+class AnySlice(SliceCopyConfig):  # type: ignore[misc]  # ExecuTorch is untyped
+    """Slices, in float or of integers; sizes may be dynamic, which upstream leaves out."""
+
+    def check_constraints(self, node: torch.fx.Node, ep: Any) -> bool:
+        """Leave out steps, and what counts from the end of a dynamic size."""
+        sizes = (*shape_of(node.all_input_nodes[0]), *shape_of(node))
+        if all(isinstance(size, int) for size in sizes):
+            return super().check_constraints(node, ep) is True
+        before: Any = node.args[0]
+        after = list(node.users)
+        other_scale = (
+            len(after) == 1
+            and is_dequant(before)
+            and is_quant(after[0])
+            and before.args[1:] != after[0].args[1:]
+        )
+        empty = any(isinstance(size, int) and size == 0 for size in sizes)
+        left_out = other_scale or empty or reads_sizes(node) or slice_of(node)[3] != 1
+        common = self.check_common_constraints(node, ep) is True
+        return common and not left_out and not refuses_slice(node)
+
+
 class FloatElu(EluConfig):  # type: ignore[misc]  # ExecuTorch is untyped
     """elu in float; between int8 Q/DQ boundaries XNNPACK makes a table of the three steps."""
 
@@ -104,7 +129,11 @@ class FloatElu(EluConfig):  # type: ignore[misc]  # ExecuTorch is untyped
 
 def configurations() -> list[Any]:
     """Upstream's configs, with those of this module in the place of their base classes."""
-    ours = {BMMConfig: IntegerBatchMatmul, UpsampleBilinear2dConfig: IntegerResize}
+    ours = {
+        BMMConfig: IntegerBatchMatmul,
+        SliceCopyConfig: AnySlice,
+        UpsampleBilinear2dConfig: IntegerResize,
+    }
     return [*(ours.get(config, config) for config in ALL_PARTITIONER_CONFIGS), FloatElu]
 
 

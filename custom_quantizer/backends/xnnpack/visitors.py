@@ -1,7 +1,7 @@
 """How the delegate's file says what XNNPACK can compute and ExecuTorch (1.5.1) does not write.
 
 ExecuTorch writes each op of a delegate with the ``NodeVisitor`` that is registered for it. Those of
-this module take the place of five of its own and differ from them only at nodes that our passes
+this module take the place of six of its own and differ from them only at nodes that our passes
 marked (``node.meta["custom"]``) and at what our partitioner alone puts into integers, so that
 graphs of other flows are written as before.
 
@@ -22,6 +22,9 @@ ExecuTorch does it after: XNNPACK is faster at that, and the integers are the sa
 
 A bilinear resize between int8 Q/DQ boundaries is written with its scale and zero point, which
 ExecuTorch leaves out.
+
+A slice of a tensor with dynamic sizes takes all there is of those that it does not cut, where
+ExecuTorch would write their bounds.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ from executorch.backends.xnnpack.utils.quant_utils import (
     is_quant,
     is_tagged_as_implicit_q_dq,
 )
+from executorch.backends.xnnpack.utils.utils import PERM_NCHW_TO_NHWC
 from executorch.backends.xnnpack.utils.xnnpack_constants import (
     XNN_FLAG_ALIGN_CORNERS,
     XNN_FLAG_TRANSPOSE_B,
@@ -68,6 +72,7 @@ from custom_quantizer.backends.xnnpack.columns import JoinedColumns, join_column
 from custom_quantizer.backends.xnnpack.passes import (
     Mark,
 )
+from custom_quantizer.core.graph import is_same_shape
 from custom_quantizer.errors import LoweringError
 
 __all__ = ["VISITORS"]
@@ -93,6 +98,7 @@ _Product: Any = _registered("aten.bmm.default")
 _Convolution: Any = _registered("aten.convolution.default")
 _Resize: Any = _registered("aten.upsample_bilinear2d.vec")
 _Layout: Any = _registered("aten._to_copy.default")
+_Slice: Any = _registered("aten.slice_copy.Tensor")
 
 
 class TransposeVisitor(_Permute):  # type: ignore[misc]  # ExecuTorch is untyped
@@ -284,6 +290,20 @@ class ResizeVisitor(_Resize):  # type: ignore[misc]  # ExecuTorch is untyped
         xnn_graph.xnodes.append(XNode(xnode_union=resize, debug_handle=debug_handle))
 
 
+class SliceVisitor(_Slice):  # type: ignore[misc]
+    """A slice, of tensors with dynamic sizes, too."""
+
+    def define_node(self, node: Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
+        """Write the slice; a size of 0 is that of the input."""
+        super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
+        written = xnn_graph.xnodes[-1].xnode_union
+        given, kept = (tensor.meta["val"].shape for tensor in (node.all_input_nodes[0], node))
+        order = PERM_NCHW_TO_NHWC if "XNN_NHWC_NODE" in node.meta else range(len(kept))
+        for position, dim in enumerate(order):
+            if not isinstance(kept[dim], int) and is_same_shape([given[dim]], [kept[dim]]):
+                written.sizes[position] = 0
+
+
 def _reads_what_is_moved_first(node: Node) -> bool:
     """Whether a marked quantize node gives the integers that a change of layout alone reads."""
     dequantize: Any = node.args[0]
@@ -402,6 +422,7 @@ VISITORS: tuple[type[NodeVisitor], ...] = (
     ConvolutionVisitor,
     LayoutVisitor,
     ResizeVisitor,
+    SliceVisitor,
 )
 """Registered when this module is imported; each writes what is not marked as the one before it."""
 
