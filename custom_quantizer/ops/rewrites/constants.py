@@ -28,15 +28,9 @@ MAX_GROWTH = 1 << 20
 # They only say again what a constant is: folding them would make copies.
 _RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
 # Their first argument gives a dtype, or a shape too, but no values.
+_DTYPE_ONLY = frozenset({aten.new_full.default, aten.new_ones.default, aten.new_zeros.default})
 _SHAPE_ONLY = frozenset(
-    {
-        aten.full_like.default,
-        aten.new_full.default,
-        aten.new_ones.default,
-        aten.new_zeros.default,
-        aten.ones_like.default,
-        aten.zeros_like.default,
-    }
+    {aten.full_like.default, aten.ones_like.default, aten.zeros_like.default, *_DTYPE_ONLY}
 )
 # Random if one of these arguments is neither 0 nor False, as in training.
 _RANDOM_IF = frozenset({"dropout_p", "train", "training"})
@@ -148,8 +142,9 @@ class _Run:
             node.target in _SHAPE_ONLY
             and (meta := tensor_meta(cast(Node, node.args[0]))) is not None
         ):
-            shape = [size for size in meta.shape if isinstance(size, int)]
-            if len(shape) == meta.dim():
+            given = () if node.target in _DTYPE_ONLY else meta.shape
+            shape = [size for size in given if isinstance(size, int)]
+            if len(shape) == len(given):
                 values[cast(Node, node.args[0])] = torch.empty(shape, dtype=meta.dtype)
         if not all(source in values for source in node.all_input_nodes):
             return None

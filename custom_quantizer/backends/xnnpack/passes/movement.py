@@ -26,9 +26,11 @@ from custom_quantizer.core.graph import (
     argument,
     effective_users,
     is_dequantize,
+    is_same_shape,
     reads_sizes,
     shape_of,
     tensor_meta,
+    view_sizes,
 )
 from custom_quantizer.ops.movement import EXPAND, RESHAPE, SELECT, SLICE, SPLIT, slice_of
 
@@ -281,24 +283,29 @@ def _take(build: Builder, source: Node, dim: int, groups: tuple[int, int, int, i
 
 @graph_pass("expands", "concatenations", requires={"drop_broadcasts"})
 def expands_to_cats(model: GraphModule) -> int:
-    """Expanding becomes repeated concatenation: XNNPACK has no expand."""
+    """Expanding becomes repeated concatenation: XNNPACK has no expand.
+
+    Sizes that are not expanded may be dynamic.
+    """
     count = 0
     for node in calls(model, EXPAND.targets):
         source = node.args[0]
         if not isinstance(source, Node) or not _is_expanded_inside(source, node):
             continue
-        old, new = shape_of(source), shape_of(node)
-        if not all(isinstance(s, int) for s in (*old, *new)) or len(old) > len(new):
+        old: list[Any] = list(shape_of(source))
+        new: list[Any] = list(shape_of(node))
+        missing = len(new) - len(old)
+        if missing < 0 or (missing and sum(not isinstance(size, int) for size in old) > 1):
+            continue
+        old = [1] * missing + old
+        dims = [d for d in range(len(new)) if not is_same_shape([old[d]], [new[d]])]
+        if not dims or any(not isinstance(new[d], int) or new[d] > _MAX_REPEATS for d in dims):
             continue
         build = Builder(model, node)
         value = source
-        if len(old) < len(new):
-            padded = [1] * (len(new) - len(old)) + list(old)
-            viewed = build.call(aten.view.default, value, padded)
-            old, value = tuple(padded), _kept(build, viewed, source)
-        dims = [d for d in range(len(new)) if old[d] != new[d]]
-        if not dims or any(new[d] > _MAX_REPEATS for d in dims):
-            continue
+        if missing:
+            viewed = build.call(aten.view.default, value, view_sizes(old))
+            value = _kept(build, viewed, source)
         result = value
         for position, dim in enumerate(dims):
             result = build.call(aten.cat.default, [value] * int(new[dim]), dim)
