@@ -84,6 +84,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         movement.strided_slices_to_convs,
         movement.channel_slices_to_convs,
         movement.strided_slices_to_groups,
+        movement.expands_to_biases,
         movement.expands_to_cats,
         pool.means_keep_dims,
         movement.reshapes_to_views,

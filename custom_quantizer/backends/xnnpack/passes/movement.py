@@ -24,7 +24,9 @@ from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     add_constant,
     argument,
+    constant_of,
     effective_users,
+    is_constant,
     is_dequantize,
     is_same_shape,
     reads_sizes,
@@ -314,6 +316,65 @@ def expands_to_cats(model: GraphModule) -> int:
         replace(node, result)
         count += 1
     return count
+
+
+@graph_pass("constants expanded to a dynamic size", "layers of zeros with the constant as bias")
+def expands_to_biases(model: GraphModule) -> int:
+    """A constant for each sample of a dynamic batch, such as a class token, is a bias.
+
+    The layer reads one finite number of each sample, and multiplies it by 0.
+    """
+    count = 0
+    for node in calls(model, _REPEATS):
+        source, users = node.args[0], effective_users(node)
+        if not is_constant(source) or not users or not reads_sizes(node):
+            continue
+        shape: list[Any] = list(shape_of(node))
+        values = constant_of(model, cast(Node, source))
+        dynamic = [d for d, size in enumerate(shape) if not isinstance(size, int)]
+        if len(dynamic) != 1 or values.dtype != torch.float32:
+            continue
+        rest = [*shape[: dynamic[0]], *shape[dynamic[0] + 1 :]]
+        before = math.prod(shape[: dynamic[0]])
+        if before != 1 or math.prod(rest) != values.numel():
+            continue
+        first = next(other for other in model.graph.nodes if other in users)
+        batch = _integers_of_size(first, shape[dynamic[0]])
+        if batch is None:
+            continue
+        build = Builder(model, first, origin_of(node) or node.name)
+        weight = add_constant(model, f"{node.name}_zeros", torch.zeros(values.numel(), 1), first)
+        bias = add_constant(model, f"{node.name}_bias", values.flatten(), first)
+        one = _one_of_each(build, *batch)
+        layer = build.call(aten.linear.default, one, weight, bias)
+        replace(node, build.call(aten.view_copy.default, layer, view_sizes(shape)))
+        count += 1
+    return count
+
+
+_REPEATS = EXPAND.targets | {aten.repeat.default}
+
+
+def _integers_of_size(before: Node, size: Any) -> tuple[Node, int] | None:
+    """The nearest integers, dequantized, whose one dynamic size is a given one; and which dim."""
+    node = before.prev
+    while node.op != "root":
+        meta = tensor_meta(node) if node.target is DEQUANTIZE_PER_TENSOR else None
+        if meta is not None and not is_wide(node):
+            dynamic = [d for d, given in enumerate(meta.shape) if not isinstance(given, int)]
+            if len(dynamic) == 1 and is_same_shape([meta.shape[dynamic[0]]], [size]):
+                return node, dynamic[0]
+        node = node.prev
+    return None
+
+
+def _one_of_each(build: Builder, source: Node, dim: int) -> Node:
+    """The first number at each place of a dim, as rows of one."""
+    value = source
+    for other, size in enumerate(shape_of(source)):
+        if other != dim and size != 1:
+            value = build.requantized(build.call(aten.slice.Tensor, value, other, 0, 1), source)
+    return build.requantized(build.call(aten.view_copy.default, value, [-1, 1]), source)
 
 
 def _is_expanded_inside(source: Node, node: Node) -> bool:
