@@ -18,6 +18,7 @@ from custom_quantizer.core.graph import (
     describe,
     reads_sizes,
     shape_of,
+    sizes_of,
     tensor_meta,
     view_sizes,
 )
@@ -93,11 +94,15 @@ def _apply(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Any:
 def _reshape_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
     """Reshape to the recorded shape: sizes may be symbolic, and integers have any strides."""
     shape = shape_of(op.node)
-    if sum(not isinstance(size, int) for size in shape) > 1:
+    sizes = view_sizes(shape)
+    if sizes.count(-1) > 1:
+        sizes = sizes_of(shape, shape_of(cast(Node, op.node.args[0])), inputs[0].shape)
+    if sizes.count(-1) > 1:
         raise ConversionError(
-            f"{describe(op.node)} makes a tensor of shape {shape}; at most one size can be dynamic"
+            f"{describe(op.node)} makes a tensor of shape {shape}, and its input tells at most one "
+            "of the dynamic sizes"
         )
-    return inputs[0].reshape(view_sizes(shape))
+    return inputs[0].reshape(sizes)
 
 
 _move = partial(OpRule, match=_match_move, sharing=QParamSharing.SAME)

@@ -328,8 +328,6 @@ def _refuses_matmul(match: PatternMatch) -> str:
         return "its first operand is a constant"
     if matmul_batch(match.node) is None:
         return "the batch dimensions of its operands differ"
-    if not can_be_batched(match.node):
-        return "more than one of its sizes is dynamic, and XNNPACK's views take one such size"
     return ""
 
 

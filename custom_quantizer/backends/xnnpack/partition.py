@@ -25,6 +25,7 @@ from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
 
 from custom_quantizer.backends.xnnpack import visitors as _visitors  # noqa: F401  # registers them
 from custom_quantizer.backends.xnnpack.kernels import refuses_resize, refuses_slice
+from custom_quantizer.backends.xnnpack.passes import Mark
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
 from custom_quantizer.core.graph import reads_sizes, shape_of
 from custom_quantizer.ops.movement import slice_of
@@ -52,6 +53,23 @@ class IntegerBatchMatmul(BMMConfig):  # type: ignore[misc]  # ExecuTorch is unty
             return [node]
         nodes: list[torch.fx.Node] = super().get_node_and_deps(node, ep)
         return nodes
+
+
+class WholeProduct(IntegerBatchMatmul):
+    """Products over several batch dims that a pass has marked; ExecuTorch must leave them whole.
+
+    It would make views of them, with two dynamic sizes.
+    """
+
+    target_name = "matmul.default"
+
+    def get_original_aten(self) -> torch._ops.OpOverload:
+        """What is not decomposed, where :meth:`check_constraints` says so."""
+        return torch.ops.aten.matmul.default
+
+    def check_constraints(self, node: torch.fx.Node, ep: Any) -> bool:
+        """Whether a pass has marked it."""
+        return Mark.WHOLE.on(node) and self.check_common_constraints(node, ep) is True
 
 
 class IntegerResize(UpsampleBilinear2dConfig):  # type: ignore[misc]  # ExecuTorch is untyped
@@ -134,7 +152,8 @@ def configurations() -> list[Any]:
         SliceCopyConfig: AnySlice,
         UpsampleBilinear2dConfig: IntegerResize,
     }
-    return [*(ours.get(config, config) for config in ALL_PARTITIONER_CONFIGS), FloatElu]
+    upstream = (ours.get(config, config) for config in ALL_PARTITIONER_CONFIGS)
+    return [*upstream, FloatElu, WholeProduct]
 
 
 def partitioner() -> XnnpackPartitioner:

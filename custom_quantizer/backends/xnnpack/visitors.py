@@ -135,6 +135,12 @@ class ProductVisitor(_Product):  # type: ignore[misc]
         xnn_graph.xnodes.append(XNode(xnode_union=product, debug_handle=debug_handle))
 
 
+class WholeProductVisitor(ProductVisitor):
+    """Products over several batch dims, of which a view that joins them would have two dynamic."""
+
+    target = "aten.matmul.default"
+
+
 class ConvolutionVisitor(_Convolution):  # type: ignore[misc]
     """A convolution; a marked one as a fully connected layer, or over joined columns."""
 
@@ -392,7 +398,7 @@ def _behind_a_copy(operand: int, xnn_graph: Any, debug_handle: int) -> int:
 
 def _transpose_before(node: Node) -> Node | None:
     """The marked permute of a product's second operand, if only integers stand between the two."""
-    if getattr(node.target, "__name__", "") != _Product.target:
+    if getattr(node.target, "__name__", "") not in (_Product.target, WholeProductVisitor.target):
         return None
     dequantize: Any = node.args[1]
     if not (is_dequant(dequantize) and is_tagged_as_implicit_q_dq(dequantize)):
@@ -419,6 +425,7 @@ def _readers(transpose: Node) -> list[Node]:
 VISITORS: tuple[type[NodeVisitor], ...] = (
     TransposeVisitor,
     ProductVisitor,
+    WholeProductVisitor,
     ConvolutionVisitor,
     LayoutVisitor,
     ResizeVisitor,

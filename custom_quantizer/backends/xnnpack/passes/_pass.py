@@ -86,6 +86,8 @@ class Mark(Enum):
 
     OPERAND_TRANSPOSE = "custom_quantizer_operand_transpose"
     """A permute, of which a product reads the result, that is written as a flag of the product."""
+    WHOLE = "custom_quantizer_whole"
+    """A product over several batch dims that is written as it is."""
     PACKED = "custom_quantizer_packed"
     """A pointwise convolution that is written as a layer with two weights to a byte."""
     JOINED_COLUMNS = "custom_quantizer_joined_columns"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
 from custom_quantizer.backends.xnnpack.kernels import can_be_batched, matmul_batch
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
+    Mark,
     calls,
     graph_pass,
     is_wide,
@@ -41,19 +43,31 @@ from custom_quantizer.ops.attention import (
 from custom_quantizer.ops.elementwise import ADD, MUL, SUB
 from custom_quantizer.ops.embedding import EMBEDDING
 from custom_quantizer.ops.functions import DIV
-from custom_quantizer.ops.movement import PERMUTE, RESHAPE
+from custom_quantizer.ops.movement import CAT, PERMUTE, RESHAPE, SELECT, SLICE, SPLIT, slice_of
+from custom_quantizer.ops.normalization import LAYER_NORM, RMS_NORM
 
 aten = torch.ops.aten
 
 
-@graph_pass("products of two activations", "bmm, of one batch")
+@graph_pass("products of two activations", "bmm, of one batch; marked where that cannot be")
 def matmuls_to_bmms(model: GraphModule) -> int:
-    """Products over several batch dimensions are products over one: views before and after."""
+    """Products over several batch dimensions are products over one: views before and after.
+
+    A view has at most one dynamic size. Where it would have two, the product is marked and stays
+    whole (:class:`~custom_quantizer.backends.xnnpack.visitors.WholeProductVisitor`), which is right
+    if the delegate keeps both factors in the order of the model.
+    """
     count = 0
     for node in calls(model, MATMUL.targets):
         batch = matmul_batch(node)
         left, right = cast(Node, node.args[0]), cast(Node, node.args[1])
-        if batch is None or not can_be_batched(node):
+        if batch is None:
+            continue
+        if not can_be_batched(node):
+            in_order = all(_keeps_order(factor, _MOVED_ROWS) for factor in (left, right))
+            if in_order and not Mark.WHOLE.on(node):
+                Mark.WHOLE.put(node)
+                count += 1
             continue
         build = Builder(model, node)
         count += 1
@@ -104,10 +118,20 @@ _VIEWS = frozenset({aten.view_copy.default, aten.linear.default, *RESHAPE.target
 _ELEMENTWISE = ADD.targets | SUB.targets | MUL.targets | DIV.targets | PERMUTE.targets
 
 
-def _keeps_order(source: Node) -> bool:
+_MOVED_ROWS = (
+    SOFTMAX.targets | SELECT.targets | SPLIT.targets | CAT.targets | LAYER_NORM.targets
+) | RMS_NORM.targets | {operator.getitem}
+"""What products of rows are often made of, besides."""
+
+
+def _keeps_order(source: Node, others: frozenset[Any] = frozenset()) -> bool:
     """Whether no op before ``source`` makes the delegate keep it channels last.
 
     Scores of attention are such tensors: products, scaled and masked.
+
+    Args:
+        source: a tensor of four dims.
+        others: ops that keep the order of what they read.
     """
     waiting: list[Node] = [source]
     seen: set[Node] = set()
@@ -118,7 +142,9 @@ def _keeps_order(source: Node) -> bool:
             continue
         if meta is not None and meta.dim() < 4:
             continue
-        if not (is_quantize(node) or is_dequantize(node) or node.target in _ELEMENTWISE):
+        keeps = node.target in _ELEMENTWISE | others or Mark.WHOLE.on(node)
+        dense = node.target in SLICE.targets and slice_of(node)[3] == 1 and bool(others)
+        if not (is_quantize(node) or is_dequantize(node) or keeps or dense):
             return False
         seen.add(node)
         waiting += node.all_input_nodes

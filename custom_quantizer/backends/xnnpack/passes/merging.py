@@ -179,7 +179,9 @@ def transpose_second_factors(model: GraphModule) -> int:
     a flag of the product (:class:`~custom_quantizer.backends.xnnpack.visitors.ProductVisitor`).
     """
     count = 0
-    for node in calls(model, frozenset({aten.bmm.default})):
+    for node in calls(model, frozenset({aten.bmm.default, aten.matmul.default})):
+        if node.target is aten.matmul.default and not Mark.WHOLE.on(node):
+            continue
         factor = cast(Node, node.args[1])
         columns = shape_of(node)[-1]
         if isinstance(columns, int) and columns <= WIDEST_PRODUCT:
@@ -188,7 +190,7 @@ def transpose_second_factors(model: GraphModule) -> int:
             continue
         build = Builder(model, node)
         swapped = _swapped(build, factor)
-        back = build.call(_PERMUTE, swapped, [0, 2, 1])
+        back = build.call(_PERMUTE, swapped, _last_swapped(len(shape_of(factor))))
         Mark.OPERAND_TRANSPOSE.put(back)
         node.update_arg(1, build.requantized(back, factor))
         count += 1
@@ -213,16 +215,21 @@ def _is_marked(node: Node | None) -> bool:
     return node is not None and Mark.OPERAND_TRANSPOSE.on(node)
 
 
+def _last_swapped(rank: int) -> list[int]:
+    """The order of dims whose last two change places."""
+    return [*range(rank - 2), rank - 1, rank - 2]
+
+
 def _swapped(build: Builder, factor: Node) -> Node:
     """``factor`` with rows and columns swapped, before its batch dimensions became one if so."""
     view = maker_of(factor)
     inner = factor
-    if view is not None and view.target is _VIEW and isinstance(view.args[0], Node):
+    batched = len(shape_of(factor)) == 3
+    if batched and view is not None and view.target is _VIEW and isinstance(view.args[0], Node):
         source = view.args[0]
         if len(shape_of(source)) >= 3 and shape_of(source)[-2:] == shape_of(factor)[-2:]:
             inner = source if is_dequantize(source) else factor
-    order = list(range(len(shape_of(inner))))
-    order[-2:] = order[:-3:-1]
+    order = _last_swapped(len(shape_of(inner)))
     swapped = build.requantized(build.call(_PERMUTE, inner, order), factor)
     if inner is factor:
         return swapped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -80,9 +81,12 @@ def selects_to_slices(model: GraphModule) -> int:
         shape = shape_of(source)
         dim = int(cast(int, node.args[1])) % len(shape)
         index = cast(int, node.args[2])
-        start = index + shape[dim] if index < 0 else index
+        static = isinstance(shape[dim], int)
+        start = index + shape[dim] if index < 0 and static else index
         build = Builder(model, node)
-        taken = build.call(aten.slice.Tensor, source, dim, start, start + 1)
+        # From -1 on is the last one; to 0 would be none.
+        stop = sys.maxsize if start == -1 else start + 1
+        taken = build.call(aten.slice.Tensor, source, dim, start, stop)
         replace(node, then_move(build, source, taken, aten.squeeze.dim, dim))
     return len(targets)
 
