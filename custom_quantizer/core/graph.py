@@ -49,7 +49,6 @@ __all__ = [
     "set_state",
     "shape_of",
     "size_bounds",
-    "sizes_of",
     "source_of",
     "state_buffers",
     "state_kept",
@@ -296,31 +295,6 @@ def _written(size: Any) -> Any:
 def view_sizes(shape: Sequence[Any]) -> list[int]:
     """Sizes for a reshape to ``shape``: -1 in the place of a symbolic one."""
     return [size if isinstance(size, int) else -1 for size in shape]
-
-
-def sizes_of(shape: Sequence[Any], like: Sequence[Any], given: Sequence[int]) -> list[int]:
-    """Sizes of ``shape`` where a tensor of shape ``like`` has the sizes ``given``.
-
-    Args:
-        shape: ints and symbolic sizes.
-        like: the same, of another tensor of the graph.
-        given: what its sizes are in a call.
-
-    Returns:
-        The sizes; -1 for those that the other tensor does not tell.
-    """
-    values: dict[Any, int] = {}
-    for size, number in zip(like, given, strict=True):
-        symbols = set() if isinstance(size, int) else size.node.expr.free_symbols
-        if len(symbols) != 1:
-            continue
-        (symbol,) = symbols
-        expression = size.node.expr
-        factor, offset = expression.coeff(symbol), expression.subs(symbol, 0)
-        if factor.is_Integer and factor != 0 and expression.is_polynomial(symbol):
-            values[symbol] = (number - int(offset)) // int(factor)
-    found = [size if isinstance(size, int) else size.node.expr.subs(values) for size in shape]
-    return [int(size) if isinstance(size, int) or size.is_Integer else -1 for size in found]
 
 
 def size_bounds(size: Any) -> tuple[int, int | None]:

@@ -18,7 +18,6 @@ from custom_quantizer.core.graph import (
     describe,
     reads_sizes,
     shape_of,
-    sizes_of,
     tensor_meta,
     view_sizes,
 )
@@ -91,18 +90,17 @@ def _apply(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Any:
     return cast("Callable[..., Any]", node.target)(inputs[0], *node.args[1:], **node.kwargs)
 
 
-def _reshape_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
+def _reshape_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
     """Reshape to the recorded shape: sizes may be symbolic, and integers have any strides."""
-    shape = shape_of(op.node)
-    sizes = view_sizes(shape)
-    if sizes.count(-1) > 1:
-        sizes = sizes_of(shape, shape_of(cast(Node, op.node.args[0])), inputs[0].shape)
-    if sizes.count(-1) > 1:
+    sizes = view_sizes(shape_of(op.node))
+    if sizes.count(-1) <= 1:
+        return inputs[0].reshape(sizes)
+    if reads_sizes(op.node):
         raise ConversionError(
-            f"{describe(op.node)} makes a tensor of shape {shape}, and its input tells at most one "
-            "of the dynamic sizes"
+            f"{describe(op.node)} makes a tensor of shape {shape_of(op.node)}, of which only the "
+            "graph tells the dynamic sizes"
         )
-    return inputs[0].reshape(sizes)
+    return cast(Tensor, _apply(op, inputs, arithmetic))
 
 
 _move = partial(OpRule, match=_match_move, sharing=QParamSharing.SAME)

@@ -28,16 +28,20 @@ from custom_quantizer.core.graph import (
     is_run_time_quantization,
     is_static,
     qparams_of,
+    reads_sizes,
     state_of,
     tensor_meta,
 )
 from custom_quantizer.errors import CustomQuantizerError, InputError
 from custom_quantizer.ops import QuantizedOp
 from custom_quantizer.ops.backend import get_mode
+from custom_quantizer.ops.movement import RESHAPE
 from custom_quantizer.ops.run_time import RunTimeOp
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 
 __all__ = ["IntegerReference", "integer_reference", "with_run_time_scales"]
+
+aten = torch.ops.aten
 
 
 def integer_reference(converted: GraphModule, mode: str = "xnnpack") -> IntegerReference:
@@ -228,6 +232,10 @@ class IntegerReference:
 
     def _compute(self, op: QuantizedOp, values: dict[Node, Any]) -> Any:
         inputs = [_integers(values[source]) for source in op.match.inputs]
+        if op.match.rule is RESHAPE and reads_sizes(op.node):
+            # Views are reshapes: integers may have other strides than floats.
+            move = aten.reshape.default if op.node.target is aten.view.default else op.node.target
+            return cast(Callable[..., Any], move)(inputs[0], *_bind(op.node.args[1:], values))
         try:
             return self.graph.backend.compute(op, inputs)
         except CustomQuantizerError as error:

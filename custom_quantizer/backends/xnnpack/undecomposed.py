@@ -36,6 +36,11 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
         signature = ep.graph_signature  # of the caller's own program, in upstream's lowering call
         remember_constants(ep)
         try:
+            product = torch.ops.aten.matmul.default
+            if any(call.target is product and accepts(call) for call in calls):
+                return ops, accepts  # other ops are decomposed to products that are not to stay
+            ops = [op for op in ops if op is not product]
+            calls = [call for call in calls if call.target is not product]
             keep = None if all(accepts(call) for call in calls) else accepts
         finally:
             ep._graph_signature = signature

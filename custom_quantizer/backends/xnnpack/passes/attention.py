@@ -142,6 +142,8 @@ def _keeps_order(source: Node, others: frozenset[Any] = frozenset()) -> bool:
             continue
         if meta is not None and meta.dim() < 4:
             continue
+        if others and _reads_others(node):
+            continue  # no delegate computes that
         keeps = node.target in _ELEMENTWISE | others or Mark.WHOLE.on(node)
         dense = node.target in SLICE.targets and slice_of(node)[3] == 1 and bool(others)
         if not (is_quantize(node) or is_dequantize(node) or keeps or dense):
@@ -149,6 +151,13 @@ def _keeps_order(source: Node, others: frozenset[Any] = frozenset()) -> bool:
         seen.add(node)
         waiting += node.all_input_nodes
     return True
+
+
+def _reads_others(node: Node) -> bool:
+    """Whether a call makes floats of another kind of numbers: of a mask, or rows of a table."""
+    metas = [tensor_meta(source) for source in node.all_input_nodes]
+    other = any(meta is not None and not meta.is_floating_point() for meta in metas)
+    return other and not (is_quantize(node) or is_dequantize(node))
 
 
 @graph_pass(
