@@ -6,6 +6,8 @@ exporter of ONNX) goes through here.
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -28,10 +30,22 @@ DEFAULT_DYNAMIC_MAX = 64
 """Largest size of a dynamic dimension when the captured graph gives none: memory is planned."""
 
 
-def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> list[dict[int, Any] | None]:
-    """Dynamic dims for exporting again, with the bounds that capture recorded."""
+def dynamic_shapes_of(
+    model: GraphModule, dynamic_max: int, *, shared: bool = False
+) -> list[dict[int, Any] | None]:
+    """Dynamic dims for exporting again, with the bounds that capture recorded.
+
+    Args:
+        model: the graph.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        shared: give sizes that are the same in all calls, such as the batch of several inputs, one
+            dim; otherwise export finds out what the ops tell of them.
+    """
     shapes: list[dict[int, Any] | None] = []
-    for meta in placeholder_metas(model):
+    metas = placeholder_metas(model)
+    count = Counter(size for meta in metas if meta is not None for size in map(_symbol, meta.shape))
+    named: dict[Any, Any] = {}
+    for meta in metas:
         if meta is None:
             shapes.append(None)  # a number, None: export takes no shape for it
             continue
@@ -42,9 +56,19 @@ def dynamic_shapes_of(model: GraphModule, dynamic_max: int) -> list[dict[int, An
                 continue
             low, high = size_bounds(size)
             high = dynamic_max if high is None else high
-            dims[dim] = torch.export.Dim.AUTO(min=low, max=high)
+            symbol = _symbol(size)
+            if shared and symbol is not None and count[symbol] > 1:
+                name = f"size{len(named)}"
+                dims[dim] = named.setdefault(symbol, torch.export.Dim(name, min=low, max=high))
+            else:
+                dims[dim] = torch.export.Dim.AUTO(min=low, max=high)
         shapes.append(dims)
     return shapes
+
+
+def _symbol(size: Any) -> Any:
+    """The symbol that a dynamic size is; ``None``: it is a number, or made of symbols."""
+    return None if isinstance(size, int) or not size.node.expr.is_Symbol else size.node.expr
 
 
 @tools()
@@ -62,7 +86,7 @@ def export_again(
     Raises:
         LoweringError: ``torch.export`` refused it.
     """
-    flat = dynamic_shapes_of(model, dynamic_max)
+    auto = dynamic_shapes_of(model, dynamic_max)
     if not all(map(_is_plain, specs_of(model))):
         # No file names these types, so it takes and returns flat lists.
         model = detached_copy(model)
@@ -71,15 +95,25 @@ def export_again(
         example = tuple(pytree.tree_leaves(example))
     in_spec, _ = specs_of(model)
     structure = pytree.tree_structure((example, {})) if in_spec is None else in_spec
-    shapes: Any = None
-    if any(flat):
-        args, kwargs = pytree.tree_unflatten(flat, structure)
-        shapes = (*args, *kwargs.values())
-        example = _widened(example, flat, widest)
+    if any(auto):
+        example = _widened(example, auto, widest)
     args, kwargs = pytree.tree_unflatten(pytree.tree_leaves(example), structure)
-    try:
+
+    def exported(flat: list[dict[int, Any] | None]) -> torch.export.ExportedProgram:
+        shapes: Any = None
+        if any(flat):
+            positional, named = pytree.tree_unflatten(flat, structure)
+            shapes = (*positional, *named.values())
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+
+    shared = dynamic_shapes_of(model, dynamic_max, shared=True)
+    if shared != auto:
+        # A size of its own for each input is more memory in kernels outside the delegate.
+        with suppress(Exception):  # where ops tell more of a size, only that is refused
+            return exported(shared)
+    try:
+        return exported(auto)
     except CustomQuantizerError:
         raise
     except Exception as error:

@@ -322,7 +322,8 @@ def test_without_our_visitors_a_pointwise_convolution_is_right_and_larger() -> N
 def upstream_s_visitors() -> Iterator[None]:
     """ExecuTorch as it is without this package."""
     for visitor in VISITORS:
-        node_visitor.register_node_visitor(visitor.__mro__[1])
+        upstream_s = next(base for base in visitor.__mro__ if base not in VISITORS)
+        node_visitor.register_node_visitor(upstream_s)
     try:
         yield
     finally:

@@ -485,12 +485,16 @@ class TestFloatContract(FloatContract):
     families = ("softmax", "log_softmax")
 
 
-def test_a_product_over_two_sizes_that_are_not_known_says_so() -> None:
+@pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
+def test_a_product_over_two_sizes_that_are_not_known_stays_whole(scheme: str) -> None:
     sizes = {dim: torch.export.Dim(f"size{dim}", min=2, max=9) for dim in (0, 1)}
-    model = Function(lambda s, a, b: torch.matmul(a + a, b + b) + 1.0)
-    graph = capture(
-        model, (torch.randn(2, 3, 5, 8), torch.randn(2, 3, 8, 7)), dynamic_shapes=((sizes, sizes),)
-    )
-    op = cq.IntegerQuantizer().set_global("a8w8").plan(graph).op("matmul")
-    assert op.scheme is None
-    assert op.reason.startswith("more than one of its sizes is dynamic")
+    model = Function(lambda s, a, b: torch.matmul(a + a, b + b) * 1.5)
+    inputs = (torch.randn(2, 3, 5, 8), torch.randn(2, 3, 8, 7))
+    done = convert(model, inputs, scheme, dynamic_shapes=((sizes, sizes),))
+    assert done.plan.op("matmul").scheme == scheme.removesuffix("w8")
+    program = cq.lower(done.graph, inputs)
+    assert (program.report.delegates, program.report.outside) == (1, ())
+    reference = cq.integer_reference(done.graph)
+    for first, second in ((2, 9), (9, 2), (4, 5)):
+        batch = (torch.randn(first, second, 5, 8), torch.randn(first, second, 8, 7))
+        assert differences(program.run(*batch), reference(*batch)) == []

@@ -464,13 +464,13 @@ def _reshape(match: PatternMatch, _formats: Formats) -> Delegation:
 def refuses_slice(node: Node) -> str:
     """Why XNNPACK cannot take a part of a dynamic size; others may be dynamic.
 
-    Its slices (92a7ad50, ``reshape_slice_operator``) count from the beginning of a dim, and end with
-    it at the latest, however long it is. A program holds no negative number there.
+    Its slices (92a7ad50, ``reshape_slice_operator``) count from the beginning of a dim, and end
+    with it at the latest, however long it is. A program holds no negative number there.
     """
     shape = shape_of(cast(Node, node.args[0]))
+    bounds: list[Any]
     if node.target in SELECT.targets:
-        dim = int(cast(int, node.args[1])) % len(shape)
-        bounds: tuple[Any, ...] = (node.args[2],)
+        dim, bounds = int(cast(int, node.args[1])) % len(shape), [node.args[2]]
     else:
         dim, *bounds = slice_of(node)[:3]
     if isinstance(shape[dim], int) or not any(isinstance(b, int) and b < 0 for b in bounds):

@@ -28,7 +28,11 @@ from custom_quantizer.backends.xnnpack.edge import to_edge
 from custom_quantizer.backends.xnnpack.inline_constants import ALIGNMENT, inline_constants
 from custom_quantizer.backends.xnnpack.op_record import encode
 from custom_quantizer.backends.xnnpack.partition import partitioner
-from custom_quantizer.backends.xnnpack.passes import origin_of, run_passes
+from custom_quantizer.backends.xnnpack.passes import (
+    FOR_UPSTREAMS_PARTITIONER,
+    origin_of,
+    run_passes,
+)
 from custom_quantizer.backends.xnnpack.program import (
     LoweredProgram,
     LoweringReport,
@@ -216,7 +220,7 @@ def rewrite(
     say: Callable[[str], None] = lambda _stage: None,
     *,
     widest: bool = False,
-    skip: frozenset[str] = frozenset(),
+    skip: frozenset[str] = FOR_UPSTREAMS_PARTITIONER,
 ) -> Rewritten:
     """Apply all passes to a copy of a converted graph and export that.
 
@@ -228,7 +232,7 @@ def rewrite(
         widest: trace dynamic sizes at their upper bounds, for a caller that cannot keep upstream
             from making limits of the example's sizes (see :func:`_no_size_guards`): a limit that
             holds at the upper bound is a lower one, which no runtime looks at.
-        skip: names of passes to leave out.
+        skip: names of passes to leave out: those that are for another partitioner.
 
     Raises:
         LoweringError: a pass failed, or ``torch.export`` refused the result.
@@ -623,6 +627,9 @@ def _row(
     reason = op.reason if isinstance(op, FloatOp) else ""
     if outside:
         backend = kernels.PORTABLE
+        if isinstance(op, QuantizedOp):
+            predicted = planned.predict(op.match, op.formats)
+            reason = predicted.reason if predicted.kernel is backend else reason
         reason = reason or "XNNPACK has no kernel for it as it stands here"
     elif not delegated:
         backend, reason = kernels.FOLDED, reason or "nothing is left of it after lowering"

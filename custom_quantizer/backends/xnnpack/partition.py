@@ -3,8 +3,8 @@
 XNNPACK multiplies batches of int8 matrices, ``(a - z_a) @ b`` requantized like a linear layer, if
 the zero point of the second operand is 0. ExecuTorch's partitioner (1.5.1) offers it batched
 products in float only; its serializer and its runtime know both. They know elu as well, which is
-not on the partitioner's list, the bilinear resize of int8 images, and slices of tensors with dynamic
-sizes.
+not on the partitioner's list, the bilinear resize of int8 images, slices of tensors with dynamic
+sizes, and products over several batch dims.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 
 __all__ = [
     "FOR_OUR_PARTITIONER",
+    "FOR_UPSTREAMS_PARTITIONER",
     "GEMMS",
     "ORIGIN",
     "PASSES",
@@ -151,6 +152,9 @@ PASSES = tuple(graph_pass for stage in STAGES.values() for graph_pass in ordered
 
 FOR_OUR_PARTITIONER = frozenset({merging.transpose_second_factors.name})
 """Passes that only cost time where upstream's partitioner follows: it has products in float."""
+
+FOR_UPSTREAMS_PARTITIONER = frozenset({movement.channel_slices_to_convs.name})
+"""Passes that only cost time where our partitioner follows: it has slices of dynamic sizes."""
 
 
 def run_passes(

@@ -119,8 +119,10 @@ _ELEMENTWISE = ADD.targets | SUB.targets | MUL.targets | DIV.targets | PERMUTE.t
 
 
 _MOVED_ROWS = (
-    SOFTMAX.targets | SELECT.targets | SPLIT.targets | CAT.targets | LAYER_NORM.targets
-) | RMS_NORM.targets | {operator.getitem}
+    (SOFTMAX.targets | SELECT.targets | SPLIT.targets | CAT.targets | LAYER_NORM.targets)
+    | RMS_NORM.targets
+    | {operator.getitem}
+)
 """What products of rows are often made of, besides."""
 
 

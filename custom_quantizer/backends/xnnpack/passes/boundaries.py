@@ -300,7 +300,9 @@ _SUMMED_PRODUCTS = frozenset({aten.addmm.default, aten.baddbmm.default, aten.mv.
 
 
 def _is_dynamic_product(node: Node) -> bool:
-    """Whether a call multiplies activations and has not become a batched product."""
+    """Whether a call multiplies activations and is not written as such a product."""
+    if Mark.WHOLE.on(node):
+        return False
     if node.target in MATMUL.targets | _SUMMED_PRODUCTS:
         return True
     if node.target not in GEMMS:

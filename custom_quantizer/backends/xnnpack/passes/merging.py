@@ -245,7 +245,11 @@ def strided_slices_to_views(model: GraphModule) -> int:
     Height and width of a quantized image with channels first are left to a strided convolution.
     """
     slices = calls(model, SLICE.targets)
-    slices = [node for node in slices if is_split_evenly(node) and not _is_of_image(node)]
+    slices = [
+        node
+        for node in slices
+        if is_split_evenly(node) and not _is_of_image(node) and _can_be_viewed(node)
+    ]
     for node in slices:
         source = cast(Node, node.args[0])
         shape, (dim, start, _, step) = shape_of(source), slice_of(node)
@@ -255,6 +259,11 @@ def strided_slices_to_views(model: GraphModule) -> int:
         value = then_move(build, source, value, aten.slice.Tensor, dim + 1, start, start + 1)
         replace(node, then_move(build, source, value, _VIEW, view_sizes(shape_of(node))))
     return len(slices)
+
+
+def _can_be_viewed(node: Node) -> bool:
+    """Whether at most one size is dynamic."""
+    return sum(not isinstance(size, int) for size in shape_of(cast(Node, node.args[0]))) <= 1
 
 
 def _is_of_image(node: Node) -> bool:

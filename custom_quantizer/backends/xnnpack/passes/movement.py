@@ -135,7 +135,8 @@ def strided_slices_to_convs(model: GraphModule) -> int:
         source = before
         size = shape_of(before)[dim]
         if start != 0 or (isinstance(size, int) and stop != size):
-            cut = build.call(aten.slice.Tensor, before, dim, start, stop)
+            end = stop if isinstance(stop, int) else sys.maxsize
+            cut = build.call(aten.slice.Tensor, before, dim, start, end)
             source = build.requantized(cut, before)
         stride = [1, 1]
         stride[dim - 2] = step
@@ -198,7 +199,8 @@ def _unit_weight(build: Builder, integers: Tensor, prefix: str) -> Node:
 def channel_slices_to_convs(model: GraphModule) -> int:
     """A slice of the channels of a dynamic batch is a 1x1 convolution with weights 0 and 1.
 
-    XNNPACK slices tensors of static shape only. Equal scales make the multiplier exactly 1.
+    For upstream's partitioner, which leaves slices of dynamic sizes outside the delegate. Equal
+    scales make the multiplier exactly 1.
     """
     count = 0
     for node in calls(model, SLICE.targets):
@@ -246,7 +248,8 @@ def strided_slices_to_groups(model: GraphModule) -> int:
         if around is None or step == 1:
             continue
         shape = shape_of(around[0])
-        if not all(isinstance(size, int) for size in shape):
+        dynamic = [d for d, size in enumerate(shape) if not isinstance(size, int)]
+        if len(dynamic) > 1 or dim in dynamic:
             continue
         build, number = Builder(model, node), len(range(start, stop, step))
         beyond = start + number * step - shape[dim]
@@ -280,11 +283,13 @@ def _take(build: Builder, source: Node, dim: int, groups: tuple[int, int, int, i
         cut = build.call(aten.slice.Tensor, value, dim, start, start + number * step)
         value = build.requantized(cut, source)
     before, behind = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    grouped = build.call(aten.view_copy.default, value, [before, number, step, behind])
+    groups_of_step = view_sizes([before, number, step, behind])
+    grouped = build.call(aten.view_copy.default, value, groups_of_step)
     value = build.requantized(grouped, source)
     picked = build.call(aten.slice.Tensor, value, 2, entry, entry + 1)
     value = build.requantized(picked, source)
-    return build.call(aten.view_copy.default, value, [*shape[:dim], number, *shape[dim + 1 :]])
+    taken = view_sizes([*shape[:dim], number, *shape[dim + 1 :]])
+    return build.call(aten.view_copy.default, value, taken)
 
 
 @graph_pass("expands", "concatenations", requires={"drop_broadcasts"})
@@ -322,7 +327,11 @@ def expands_to_cats(model: GraphModule) -> int:
     return count
 
 
-@graph_pass("constants expanded to a dynamic size", "layers of zeros with the constant as bias")
+@graph_pass(
+    "constants expanded to a dynamic size",
+    "layers of zeros with the constant as bias",
+    requires={"drop_broadcasts"},
+)
 def expands_to_biases(model: GraphModule) -> int:
     """A constant for each sample of a dynamic batch, such as a class token, is a bias.
 

@@ -1,0 +1,296 @@
+"""Programs whose batch, or number of tokens, may change: one delegate, the same integers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+    XnnpackPartitioner as UpstreamPartitioner,
+)
+from executorch.exir import to_edge_transform_and_lower
+from support.graphs import Function, differences
+from support.models import convert
+from torch import Tensor, nn
+from torch.export import Dim
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack.readback import DelegateOp
+from custom_quantizer.ops.placement import Placement
+
+MOST = 12
+"""Largest size of all dims that change."""
+
+
+def program_of(
+    model: nn.Module, example: tuple[Tensor, ...], sizes: Any, scheme: str = "a8w8"
+) -> tuple[Any, cq.LoweredProgram]:
+    """The converted graph and its program; ``sizes``: of each input, names of its dynamic dims."""
+    bounds = {name: Dim(name, min=1 if name == "batch" else 4, max=MOST) for name in NAMES}
+    dims = tuple({dim: bounds[name] for dim, name in of.items()} for of in sizes)
+    shapes: Any = (dims,) if isinstance(model, Function) else dims
+    captured = torch.export.export(model.eval(), example, dynamic_shapes=shapes).module()
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global(scheme))
+    prepared(*example)
+    graph = convert_pt2e(prepared)
+    return graph, cq.lower(graph, example)
+
+
+NAMES = ("batch", "tokens", "keys", "rows", "columns")
+
+
+def check(graph: Any, program: cq.LoweredProgram, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    """Outputs are those of the reference, as the sizes grow and shrink from call to call."""
+    reference = cq.integer_reference(graph)
+    for batch in batches:
+        shapes = [tuple(x.shape) for x in batch]
+        assert differences(program.run(*batch), reference(*batch)) == [], shapes
+
+
+def is_whole(program: cq.LoweredProgram) -> bool:
+    return (program.report.delegates, program.report.outside) == (1, ())
+
+
+def kinds(program: cq.LoweredProgram, kind: str) -> list[DelegateOp]:
+    (delegate,) = program.contents.delegates
+    return [op for op in delegate.ops if op.kind == kind]
+
+
+# ---------------------------------------------------------------------------------------------
+# Slices
+# ---------------------------------------------------------------------------------------------
+
+OF_ROWS: dict[str, Callable[[Tensor], Any]] = {
+    "first": lambda x: x[:, :3],
+    "from the end": lambda x: x[:, -3:-1],
+    "every second": lambda x: x[:, ::2],
+    "every fourth, unevenly": lambda x: x[:, 1::4],
+    "one": lambda x: x[:, -1],
+    "chunks": lambda x: torch.cat(x.chunk(3, 2)[::-1], 2),
+    "one of all": lambda x: x.unbind(1)[1],
+    "exchanged": lambda x: x.roll(2, 2),
+    "the first sample": lambda x: x[:1],
+}
+OF_IMAGES: dict[str, Callable[[Tensor], Any]] = {
+    "channels": lambda x: x[:, 2:5],
+    "every second channel": lambda x: x[:, ::2],
+    "every fourth channel": lambda x: x[:, ::4],
+    "rows": lambda x: x[:, :, 1:, :-2],
+    "every second row": lambda x: x[:, :, 1::2],
+}
+
+
+def test_slices_of_a_dynamic_batch() -> None:
+    """XNNPACK has no room for a size in its slices, and takes all there is where none is written."""
+    layer = nn.Conv2d(6, 6, 1)
+
+    def function(s: Any, x: Tensor, y: Tensor) -> list[Tensor]:
+        rows, image = x + x, s.layer(y)
+        cut = [take(rows) * 1.5 for take in OF_ROWS.values()]
+        return cut + [take(image) * 1.5 for take in OF_IMAGES.values()]
+
+    example = (torch.randn(2, 6, 9), torch.randn(2, 6, 8, 7))
+    sizes = ({0: "batch"}, {0: "batch"})
+    graph, program = program_of(Function(function, layer=layer), example, sizes)
+    assert is_whole(program)
+    assert {row.placement for row in program.report.ops if row.family == "slice"} == {
+        Placement.INTEGER
+    }
+    check(graph, program, [(torch.randn(n, 6, 9), torch.randn(n, 6, 8, 7)) for n in (1, 7, 3, MOST)])
+
+
+def test_slices_of_dims_that_are_dynamic_themselves() -> None:
+    """They may begin anywhere, if counted from the beginning, and end with the dim."""
+
+    def function(_s: Any, x: Tensor, y: Tensor) -> list[Tensor]:
+        rows, image = x + x, y + y
+        cut = [rows[:, :2], rows[:, 1:], rows[:, 1:3], rows[:, 0], rows[:, 2:, 1:]]
+        cut += [image[:, :, 1:, 2:], image[:, :, ::2], image[:, 1:3]]
+        return [part * 1.5 for part in cut]
+
+    example = (torch.randn(2, 6, 8), torch.randn(2, 4, 6, 8))
+    sizes = ({0: "batch", 1: "tokens"}, {0: "batch", 2: "rows", 3: "columns"})
+    graph, program = program_of(Function(function), example, sizes)
+    assert is_whole(program)
+    counts = ((1, 4, 5, 4), (5, MOST, 4, 9), (2, 7, MOST, 5))
+    check(
+        graph,
+        program,
+        [(torch.randn(n, t, 8), torch.randn(n, 4, h, w)) for n, t, h, w in counts],
+    )
+
+
+def test_what_counts_from_the_end_of_a_dynamic_dim_stays_outside() -> None:
+    def function(_s: Any, x: Tensor) -> list[Tensor]:
+        rows = x + x
+        return [part * 1.5 for part in (rows[:, -1], rows[:, :-1], rows[:, -2:], rows[:, ::2])]
+
+    graph, program = program_of(Function(function), (torch.randn(2, 6, 8),), ({1: "tokens"},))
+    assert program.report.outside == ("aten::slice_copy.Tensor_out",) * 4
+    reasons = [row.reason for row in program.report.ops if row.placement is Placement.OUTSIDE]
+    assert sorted(reasons) == [
+        *["XNNPACK counts from the beginning, and its size is dynamic"] * 3,
+        "XNNPACK has no strided slices, and its views one dynamic size",
+    ]
+    check(graph, program, [(torch.randn(2, n, 8),) for n in (4, MOST, 7)])
+
+
+def test_upstream_s_partitioner_still_finds_convolutions_for_slices_of_channels() -> None:
+    done = convert(
+        Function(lambda s, x: s.layer(x)[:, 1:3] * 1.5, layer=nn.Conv2d(3, 4, 1)),
+        (torch.randn(2, 3, 4, 4),),
+        dynamic_shapes=(({0: Dim("batch", min=1, max=MOST)},),),
+    )
+    exported = cq.export_converted(done.graph, done.example)
+    edge = to_edge_transform_and_lower(exported, partitioner=[UpstreamPartitioner()])
+    contents = cq.read_program(bytes(edge.to_executorch().buffer))
+    assert (len(contents.delegates), contents.kernels) == (1, ())
+    assert not kinds(cq.lower(done.graph, done.example), "fully_connected")
+    assert len(kinds(cq.lower(done.graph, done.example), "conv2d")) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Expands
+# ---------------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """A learned token for each sample: joined in integers, joined in float, and one by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.several = nn.Parameter(torch.randn(3, 8))
+        self.layer = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor, image: Tensor) -> list[Tensor]:
+        rows, batch = self.layer(x), x.shape[0]
+        joined = torch.cat([self.token.expand(batch, -1, -1), rows], 1)
+        before = self.norm(torch.cat([rows, self.token.expand(batch, -1, -1)], 1))
+        queries = self.layer(self.several.unsqueeze(1).repeat(1, 1, 1).expand(3, 1, 8))
+        learned = torch.cat([self.several.expand(batch, -1, -1), rows], 1)
+        larger = F.interpolate(image + image, scale_factor=2)
+        return [self.layer(joined), self.layer(before), queries, learned * 1.5, larger * 1.5]
+
+
+def test_expands_to_and_in_a_dynamic_batch() -> None:
+    torch.manual_seed(0)
+    example = (torch.randn(2, 5, 8), torch.randn(2, 3, 4, 4))
+    graph, program = program_of(Tokens(), example, ({0: "batch"}, {0: "batch"}))
+    assert is_whole(program)
+    assert program.report.passes["expands_to_biases"] == 3
+    check(graph, program, [(torch.randn(n, 5, 8), torch.randn(n, 3, 4, 4)) for n in (1, 7, 3)])
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------
+
+WIDTH, HEADS = 48, 4
+
+
+class Block(nn.Module):
+    """A transformer block with one layer for queries, keys and values, in one of several ways."""
+
+    def __init__(self, way: str, *, fused: bool = True) -> None:
+        super().__init__()
+        self.way, self.fused = way, fused
+        self.packed, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def factors(self, x: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values, ``(batch, heads, tokens, width)``."""
+        batch, tokens, _ = x.shape
+        packed = self.packed(x)
+        if self.way == "unbind":  # timm
+            rows = packed.reshape(batch, tokens, 3, HEADS, WIDTH // HEADS)
+            return cast("Sequence[Tensor]", rows.permute(2, 0, 3, 1, 4).unbind(0))
+        parts = packed.split(WIDTH, 2) if self.way == "split" else packed.chunk(3, -1)  # GPT-2
+        return [p.view(batch, tokens, HEADS, WIDTH // HEADS).transpose(1, 2) for p in parts]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.factors(self.norm(x))
+        if self.fused:
+            seen = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(WIDTH // HEADS)
+            seen = scores.softmax(-1) @ v
+        return cast(Tensor, x + self.out(seen.transpose(1, 2).reshape(x.shape)))
+
+
+def tokens(batch: int, count: int = 6) -> Tensor:
+    return torch.randn(batch, count, WIDTH)
+
+
+@pytest.mark.parametrize("way", ["unbind", "split"])
+def test_packed_projections_of_a_dynamic_batch(way: str) -> None:
+    torch.manual_seed(0)
+    graph, program = program_of(Block(way), (tokens(2),), ({0: "batch"},))
+    assert is_whole(program)
+    check(graph, program, [(tokens(n),) for n in (1, 7, 3)])
+
+
+def test_attention_of_any_number_of_tokens() -> None:
+    """Scores have two dynamic sizes, so no view joins heads and batch: products stay whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block("unbind"), Block("split", fused=False))
+    graph, program = program_of(model, (tokens(1),), ({1: "tokens"},))
+    assert is_whole(program)
+    products = kinds(program, "batch_matrix_multiply")
+    assert [product.is_transposed for product in products] == [True] * 4
+    (delegate,) = program.contents.delegates
+    assert {delegate.tensors[p.outputs[0]].dtype for p in products} == {"int8"}
+    assert {len(delegate.tensors[p.outputs[0]].shape) for p in products} == {4}
+    check(graph, program, [(tokens(1, n),) for n in (4, MOST, 7)])
+
+
+def test_a_factor_that_the_delegate_keeps_channels_last_is_not_multiplied_whole() -> None:
+    def function(s: Any, x: Tensor) -> Tensor:
+        image = s.layer(x)
+        return cast(Tensor, image @ image.transpose(-2, -1) * 1.5)
+
+    model = Function(function, layer=nn.Conv2d(3, 4, 1))
+    sizes = ({0: "batch", 2: "rows", 3: "columns"},)
+    graph, program = program_of(model, (torch.randn(2, 3, 6, 5),), sizes)
+    assert "executorch_prim::et_view.default" in program.report.outside
+    assert all(
+        len(delegate.tensors[op.outputs[0]].shape) == 3
+        for delegate in program.contents.delegates
+        for op in delegate.ops
+        if op.kind == "batch_matrix_multiply"
+    )
+    check(graph, program, [(torch.randn(n, 3, h, w),) for n, h, w in ((1, 4, 9), (5, 9, 4))])
+
+
+class Cross(nn.Module):
+    """Attention to the keys and values of another input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True, kdim=8, vdim=8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return cast(Tensor, self.attention(x, y, y, need_weights=False)[0])
+
+
+def test_a_dynamic_batch_and_any_number_of_tokens() -> None:
+    """Heads are split by views with two dynamic sizes, which stay outside, with the right memory.
+
+    Of two inputs that share their batch export has to know that: told of each alone, sizes are made
+    of quotients, and the memory that is planned for a view is not that of what it views.
+    """
+    torch.manual_seed(0)
+    example = (torch.randn(2, 6, 16), torch.randn(2, 5, 8))
+    sizes = ({0: "batch", 1: "tokens"}, {0: "batch", 1: "keys"})
+    graph, program = program_of(Cross(), example, sizes)
+    outside = {kernel.split("::")[1].partition(".")[0] for kernel in program.report.outside}
+    assert outside <= {"et_view", "sym_size", "mul"}
+    counts = ((1, 4, 7), (5, MOST, 4), (MOST, 5, MOST))
+    check(graph, program, [(torch.randn(n, t, 16), torch.randn(n, k, 8)) for n, t, k in counts])
