@@ -102,7 +102,9 @@ def test_slices_of_a_dynamic_batch() -> None:
     assert {row.placement for row in program.report.ops if row.family == "slice"} == {
         Placement.INTEGER
     }
-    check(graph, program, [(torch.randn(n, 6, 9), torch.randn(n, 6, 8, 7)) for n in (1, 7, 3, MOST)])
+    check(
+        graph, program, [(torch.randn(n, 6, 9), torch.randn(n, 6, 8, 7)) for n in (1, 7, 3, MOST)]
+    )
 
 
 def test_slices_of_dims_that_are_dynamic_themselves() -> None:

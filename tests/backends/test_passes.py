@@ -312,6 +312,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "quantize_scalars_as_rows",
         "refused_to_float",
         "channel_slices_to_convs",
+        "expands_to_biases",
         "keep_apart",
         "merge_activations",
         "tell_copies_apart",

@@ -199,3 +199,16 @@ def test_a_constant_that_is_an_output_is_stored() -> None:
     graph.recompile()
     assert len(calls(graph, aten.linear.default)) == 1
     assert all(torch.equal(a, b) for a, b in zip(graph(x), want, strict=True))
+
+
+def test_what_has_only_the_dtype_of_an_input_is_constant_in_any_batch() -> None:
+    """Shifted windows make their mask so; what has the shape of a batch is no constant."""
+    model = Function(lambda s, x: x + x.new_zeros((4, 4)).fill_(2.0) + torch.ones_like(x))
+    sizes = {0: torch.export.Dim("batch", min=1, max=8)}
+    graph = capture(model, (torch.randn(2, 4, 4),), dynamic_shapes=((sizes,),))
+    assert fold_constants(graph) == 1
+    graph.recompile()
+    assert calls(graph, aten.new_zeros.default) == []
+    assert len(calls(graph, aten.ones_like.default)) == 1
+    x = torch.randn(5, 4, 4)
+    assert torch.equal(graph(x), x + 3.0)

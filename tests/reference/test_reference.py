@@ -148,16 +148,26 @@ def test_an_adaptive_pool_of_equal_windows_is_a_pool(mode: str) -> None:
     assert torch.equal(adaptive, pooled)
 
 
-def test_a_reshape_to_two_sizes_that_are_not_known() -> None:
+def test_reshapes_to_several_sizes_that_are_not_known() -> None:
+    """What their arguments do not tell, the graph computes: here the batch, behind a view."""
     sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", max=16)}
     x = torch.randn(2, 3, 4, 4)
-    model = Function(lambda s, x: (x + x).unsqueeze(1) * 2.0)
-    captured = capture(model, (x,), dynamic_shapes=((sizes,),))
+
+    def function(_s: Any, x: Tensor) -> list[Tensor]:
+        y = x + x
+        rows = y.transpose(1, 2).reshape(-1, 12)
+        moved = (y.unsqueeze(1), rows.view(x.shape[0], x.shape[2], 3, 4), y.unflatten(3, (2, 2)))
+        return [part * 1.5 for part in (y, *moved)]
+
+    captured = capture(Function(function), (x,), dynamic_shapes=((sizes,),))
     prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
     prepared(x)
     reference = cq.integer_reference(convert_pt2e(prepared))
-    with pytest.raises(ConversionError, match=r"unsqueeze makes .* at most one size"):
-        reference(x)
+    for batch, height in ((2, 4), (5, 3), (7, 16)):
+        plain, *moved = reference(torch.randn(batch, 3, height, 4))
+        assert torch.equal(moved[0], plain.unsqueeze(1))
+        assert torch.equal(moved[1], plain.transpose(1, 2))
+        assert torch.equal(moved[2], plain.unflatten(3, (2, 2)))
 
 
 def test_a_mean_multiplies_in_the_order_of_the_runtime() -> None:
