@@ -200,9 +200,6 @@ def _refuses_images(match: PatternMatch) -> str:
             "ExecuTorch's partitioner (1.5.1) takes a convolution of one input channel for a "
             "depthwise one, of which no activations are quantized at run time"
         )
-    before, after = symmetric_padding(match.node)
-    if before != after:
-        return "it needs a pad before it, and images are quantized at run time without one"
     return ""
 
 
