@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
@@ -19,6 +18,8 @@ from support.models import convert
 from torch import Tensor, nn
 from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack.readback import DelegateOp
@@ -29,14 +30,14 @@ MOST = 12
 
 
 def program_of(
-    model: nn.Module, example: tuple[Tensor, ...], sizes: Any, scheme: str = "a8w8"
+    model: nn.Module, example: tuple[Tensor, ...], sizes: Any
 ) -> tuple[Any, cq.LoweredProgram]:
     """The converted graph and its program; ``sizes``: of each input, names of its dynamic dims."""
     bounds = {name: Dim(name, min=1 if name == "batch" else 4, max=MOST) for name in NAMES}
     dims = tuple({dim: bounds[name] for dim, name in of.items()} for of in sizes)
     shapes: Any = (dims,) if isinstance(model, Function) else dims
     captured = torch.export.export(model.eval(), example, dynamic_shapes=shapes).module()
-    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global(scheme))
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
     prepared(*example)
     graph = convert_pt2e(prepared)
     return graph, cq.lower(graph, example)
@@ -72,14 +73,11 @@ OF_ROWS: dict[str, Callable[[Tensor], Any]] = {
     "every second": lambda x: x[:, ::2],
     "every fourth, unevenly": lambda x: x[:, 1::4],
     "one": lambda x: x[:, -1],
-    "chunks": lambda x: torch.cat(x.chunk(3, 2)[::-1], 2),
-    "one of all": lambda x: x.unbind(1)[1],
     "exchanged": lambda x: x.roll(2, 2),
     "the first sample": lambda x: x[:1],
 }
 OF_IMAGES: dict[str, Callable[[Tensor], Any]] = {
     "channels": lambda x: x[:, 2:5],
-    "every second channel": lambda x: x[:, ::2],
     "every fourth channel": lambda x: x[:, ::4],
     "rows": lambda x: x[:, :, 1:, :-2],
     "every second row": lambda x: x[:, :, 1::2],
@@ -87,7 +85,7 @@ OF_IMAGES: dict[str, Callable[[Tensor], Any]] = {
 
 
 def test_slices_of_a_dynamic_batch() -> None:
-    """XNNPACK has no room for a size in its slices, and takes all there is where none is written."""
+    """A size of 0 in XNNPACK's slices is all there is of a dim."""
     layer = nn.Conv2d(6, 6, 1)
 
     def function(s: Any, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -143,6 +141,7 @@ def test_what_counts_from_the_end_of_a_dynamic_dim_stays_outside() -> None:
     check(graph, program, [(torch.randn(2, n, 8),) for n in (4, MOST, 7)])
 
 
+@pytest.mark.slow
 def test_upstream_s_partitioner_still_finds_convolutions_for_slices_of_channels() -> None:
     done = convert(
         Function(lambda s, x: s.layer(x)[:, 1:3] * 1.5, layer=nn.Conv2d(3, 4, 1)),
@@ -231,7 +230,7 @@ def tokens(batch: int, count: int = 6) -> Tensor:
     return torch.randn(batch, count, WIDTH)
 
 
-@pytest.mark.parametrize("way", ["unbind", "split"])
+@pytest.mark.parametrize("way", ["unbind", pytest.param("split", marks=pytest.mark.slow)])
 def test_packed_projections_of_a_dynamic_batch(way: str) -> None:
     torch.manual_seed(0)
     graph, program = program_of(Block(way), (tokens(2),), ({0: "batch"},))
@@ -242,11 +241,11 @@ def test_packed_projections_of_a_dynamic_batch(way: str) -> None:
 def test_attention_of_any_number_of_tokens() -> None:
     """Scores have two dynamic sizes, so no view joins heads and batch: products stay whole."""
     torch.manual_seed(0)
-    model = nn.Sequential(Block("unbind"), Block("split", fused=False))
+    model = Block("split", fused=False)
     graph, program = program_of(model, (tokens(1),), ({1: "tokens"},))
     assert is_whole(program)
     products = kinds(program, "batch_matrix_multiply")
-    assert [product.is_transposed for product in products] == [True] * 4
+    assert [product.is_transposed for product in products] == [True] * 2
     (delegate,) = program.contents.delegates
     assert {delegate.tensors[p.outputs[0]].dtype for p in products} == {"int8"}
     assert {len(delegate.tensors[p.outputs[0]].shape) for p in products} == {4}
@@ -296,3 +295,151 @@ def test_a_dynamic_batch_and_any_number_of_tokens() -> None:
     assert outside <= {"et_view", "sym_size", "mul"}
     counts = ((1, 4, 7), (5, MOST, 4), (MOST, 5, MOST))
     check(graph, program, [(torch.randn(n, t, 16), torch.randn(n, k, 8)) for n, t, k in counts])
+
+
+# ---------------------------------------------------------------------------------------------
+# Many models
+# ---------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """``nn.MultiheadAttention`` of one input, or of two."""
+
+    def __init__(self, call: dict[str, Any] | None = None, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True, **options)
+        self.call = {"need_weights": False} if call is None else call
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        z = x if y is None else y
+        return cast(Tensor, self.attention(x, z, z, **self.call)[0])
+
+
+class Last(nn.Module):
+    """A head for the last step of a recurrent layer."""
+
+    def __init__(self, kind: type[nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.layers = kind(16, 8, batch_first=True, **options)
+        self.head = nn.Linear(16 if options.get("bidirectional") else 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.layers(x)[0][:, -1]))
+
+
+class Windows(nn.Module):
+    """A layer for each window of a shifted image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        shifted = x.roll((-2, -2), (1, 2)).view(batch, height // 4, 4, width // 4, 4, channels)
+        rows = self.layer(shifted.permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, channels))
+        windows = rows.view(batch, height // 4, width // 4, 4, 4, channels)
+        return windows.permute(0, 1, 3, 2, 4, 5).reshape(x.shape).roll((2, 2), (1, 2))
+
+
+def vision_transformer() -> nn.Module:
+    model = VisionTransformer(32, 16, 2, 4, 16, 32, num_classes=5)
+    nn.init.normal_(cast(nn.Linear, model.heads.head).weight)
+    return model
+
+
+def swin_transformer() -> nn.Module:
+    return SwinTransformer(
+        [2, 2], 8, [2, 2], [2, 2], [4, 4], stochastic_depth_prob=0.0, num_classes=5
+    )
+
+
+CAUSAL = torch.ones(6, 6, dtype=torch.bool).triu(1)
+ROWS, IMAGE = (2, 6, 16), (2, 3, 8, 8)
+LAYER: dict[str, Any] = {"d_model": 16, "nhead": 4, "dim_feedforward": 32, "batch_first": True}
+GRID: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
+    "attention": (Attention, (ROWS,)),
+    "attention with weights": (lambda: Attention({}), (ROWS,)),
+    "attention, a mask of bools": (lambda: Attention({"attn_mask": CAUSAL}), (ROWS,)),
+    "attention, a mask of floats": (
+        lambda: Attention({"attn_mask": CAUSAL.float() * -1e9, "need_weights": False}),
+        (ROWS,),
+    ),
+    "attention to others": (Attention, (ROWS, (2, 5, 16))),
+    "attention to others, of another width": (
+        lambda: Attention(kdim=8, vdim=8),
+        (ROWS, (2, 5, 8)),
+    ),
+    "attention without biases": (lambda: Attention(bias=False), (ROWS,)),
+    "attention with a key of its own": (lambda: Attention(add_bias_kv=True), (ROWS,)),
+    "encoder": (lambda: nn.TransformerEncoderLayer(**LAYER), (ROWS,)),
+    "encoder, norms first": (
+        lambda: nn.TransformerEncoderLayer(**LAYER, norm_first=True),
+        (ROWS,),
+    ),
+    "decoder": (lambda: nn.TransformerDecoderLayer(**LAYER), (ROWS, (2, 5, 16))),
+    "lstm": (lambda: Last(nn.LSTM, num_layers=2), (ROWS,)),
+    "lstm, both ways": (lambda: Last(nn.LSTM, bidirectional=True), (ROWS,)),
+    "gru": (lambda: Last(nn.GRU), (ROWS,)),
+    "windows": (Windows, ((2, 8, 8, 8),)),
+    "vision transformer": (vision_transformer, ((2, 3, 32, 32),)),
+    "swin transformer": (swin_transformer, ((2, 3, 32, 32),)),
+    "glu of rows": (
+        lambda: nn.Sequential(nn.Linear(16, 32), nn.GLU(-1), nn.Linear(16, 4)),
+        (ROWS,),
+    ),
+    "glu of an image": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GLU(1), nn.Conv2d(4, 4, 3)),
+        (IMAGE,),
+    ),
+    "pixel shuffle": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.PixelShuffle(2), nn.Conv2d(2, 4, 3)),
+        (IMAGE,),
+    ),
+    "reflected padding": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3)),
+        (IMAGE,),
+    ),
+}
+"""Models that are one delegate with a static batch, and shapes of their inputs."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRID)
+def test_a_dynamic_batch_takes_nothing_out_of_the_delegate(name: str) -> None:
+    make, shapes = GRID[name]
+    torch.manual_seed(0)
+    example = tuple(torch.randn(shape) for shape in shapes)
+    graph, program = program_of(make(), example, [{0: "batch"}] * len(shapes))
+    assert is_whole(program), program.report.outside
+    batches = [tuple(torch.randn(n, *shape[1:]) for shape in shapes) for n in (1, 7, 3)]
+    check_outputs(graph, program, batches)
+
+
+def check_outputs(graph: Any, program: cq.LoweredProgram, batches: Sequence[Any]) -> None:
+    """Integers are those of the reference; a norm at the end rounds floats below 4 a few times."""
+    checked = cq.verify(graph, program, batches)
+    assert checked.constants_equal
+    for output in checked.outputs:
+        assert output.mismatches == 0 or (output.max_lsb is None and output.max_abs <= 2**-20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["attention", "attention to others", "encoder", "encoder, norms first", "decoder"]
+)
+@pytest.mark.parametrize("batch", ["static", "dynamic"])
+def test_any_number_of_tokens(name: str, batch: str) -> None:
+    make, shapes = GRID[name]
+    torch.manual_seed(0)
+    example = tuple(torch.randn(shape) for shape in shapes)
+    first = {} if batch == "static" else {0: "batch"}
+    sizes = [{**first, 1: length} for length, _ in zip(("tokens", "keys"), shapes, strict=False)]
+    graph, program = program_of(make(), example, sizes)
+    assert is_whole(program) is (batch == "static"), program.report.outside
+    counts = [(2, 4, 7), (2, MOST, 5)] if batch == "static" else [(1, 4, 7), (7, MOST, 5)]
+    batches = [
+        tuple(torch.randn(n, *lengths[i : i + 1], s[2]) for i, s in enumerate(shapes))
+        for n, *lengths in counts
+    ]
+    check_outputs(graph, program, batches)

@@ -22,7 +22,6 @@ import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack.arithmetic import XnnpackArithmetic
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import is_dequantize, is_quantize
-from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops import REGISTRY, Case, OpRule, gemm
 from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.ops.gemm import _accumulate
