@@ -163,7 +163,9 @@ def _check_converted(model: GraphModule) -> None:
             )
     if not any(is_dequantize(node) for node in model.graph.nodes):
         raise ConversionError(
-            "the graph has no quantized tensor: convert a graph that was prepared with a quantizer"
+            "the graph has no quantized tensor: convert a graph that was prepared with a quantizer "
+            "by convert_pt2e(prepared), without use_reference_representation=True, which writes "
+            "integers as float ops"
         )
 
 

@@ -66,6 +66,13 @@ def test_an_op_that_draws_random_numbers_is_named() -> None:
         cq.lower(graph, EXAMPLE)
 
 
+def test_a_graph_that_was_decomposed_too_late_is_named() -> None:
+    net = Function(lambda s, x: s.layer(x), layer=nn.Conv2d(3, 3, 1))
+    exported = torch.export.export(convert(net, EXAMPLE).graph, EXAMPLE)
+    with pytest.raises(LoweringError, match=r"decomposed after convert_pt2e.*run_decompositions$"):
+        cq.lower(exported.run_decompositions().module(), EXAMPLE)
+
+
 def test_an_op_that_was_left_in_training_is_named() -> None:
     net = Function(
         lambda s, x: F.dropout(s.layer(x), 0.5, training=False), layer=nn.Conv2d(3, 3, 1)

@@ -429,6 +429,16 @@ def backend_config() -> ExecutorchBackendConfig:
     )
 
 
+_DECOMPOSED_LAYERS = frozenset(
+    {torch.ops.aten.addmm.default, torch.ops.aten.convolution.default, torch.ops.aten.mm.default}
+)
+
+
+def _is_decomposed(graph: ConvertedGraph) -> bool:
+    """Whether layers are written as ``run_decompositions`` writes them."""
+    return any(node.target in _DECOMPOSED_LAYERS for node in graph.model.graph.nodes)
+
+
 def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> bytes:
     """Write a partitioned program.
 
@@ -447,10 +457,15 @@ def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> b
     ]
     if leftover:
         names = ", ".join(origin_of(node) or node.name for node in leftover[:5])
+        advice = "leave the ops around them in float with set_node_name(name, None)"
+        if graph is not None and _is_decomposed(graph):
+            advice = (
+                "the graph was decomposed after convert_pt2e, so that its layers are no longer "
+                "seen; lower what convert_pt2e returned, without run_decompositions"
+            )
         raise LoweringError(
             f"{len(leftover)} quantize or dequantize ops stayed outside the delegate ({names}): "
-            "the bare runtime has no kernel for them; leave the ops around them in float with "
-            "set_node_name(name, None)"
+            f"the bare runtime has no kernel for them; {advice}"
         )
     try:
         with _no_size_guards():
