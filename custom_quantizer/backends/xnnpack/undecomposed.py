@@ -16,8 +16,9 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir.backend.partitioner import PartitionResult
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.partitioner import Partition
 
-from custom_quantizer.backends.xnnpack.dependencies import dependencies_on_demand
+from custom_quantizer.backends.xnnpack.grouping import merge_groups
 from custom_quantizer.backends.xnnpack.signature import remember_constants
 
 __all__ = ["QuickPartitioner"]
@@ -49,8 +50,11 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Choose what XNNPACK computes; upstream hands in a copy, which becomes the result."""
         remember_constants(exported_program)
-        with dependencies_on_demand():
-            return super().partition(exported_program)
+        return super().partition(exported_program)
+
+    def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
+        """Merge the groups of nodes that belong to one op each."""
+        return merge_groups(ep.graph, self.get_matched_nodes_from_configs(ep))
 
     def _check_if_called_from_to_backend(self) -> bool:
         """Whether ops were decomposed that the delegate wants whole: whoever lowers has asked.
