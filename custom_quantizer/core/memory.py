@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -64,14 +65,23 @@ def overwritten_by(node: Node) -> str | None:
 
 def written_inputs(node: Node) -> list[Node]:
     """The tensors a call writes into."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
     values = [
-        node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
-        for i, parameter in enumerate(node.target._schema.arguments)
-        if parameter.alias_info is not None and parameter.alias_info.is_write
+        node.args[i] if i < len(node.args) else node.kwargs.get(name)
+        for i, name in _written(node.target)
     ]
     return [value for value in values if isinstance(value, Node)]
+
+
+@cache
+def _written(target: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that calls of ``target`` write into."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return ()
+    return tuple(
+        (i, parameter.name)
+        for i, parameter in enumerate(target._schema.arguments)
+        if parameter.alias_info is not None and parameter.alias_info.is_write
+    )
 
 
 def viewed_by(node: Node) -> list[Node]:
@@ -79,20 +89,34 @@ def viewed_by(node: Node) -> list[Node]:
 
     In-place ops that come later do not count: they see the new values once ``node`` is functional.
     """
-    target = node.target
-    if target in UNSAID:
-        viewed = node.args[UNSAID[target]] if len(node.args) > UNSAID[target] else None
-        if target is aten.einsum.default and len(cast("list[Node]", viewed)) > 1:
-            return []  # a product
-    elif not isinstance(target, torch._ops.OpOverload):
+    position = _viewed(node.target)
+    if position is None:
         return []
-    elif target._schema.is_mutable:
+    if position == _WRITTEN:
         return [] if overwritten_by(node) is None else written_inputs(node)
-    elif all(result.alias_info is None for result in target._schema.returns):
-        return []
-    else:
-        viewed = node.args[0] if node.args else None
-    return [value for value in pytree.tree_leaves(viewed) if isinstance(value, Node)]
+    viewed = node.args[position] if len(node.args) > position else None
+    if isinstance(viewed, Node):
+        return [viewed]
+    values = [value for value in pytree.tree_leaves(viewed) if isinstance(value, Node)]
+    is_product = node.target is aten.einsum.default and len(values) > 1
+    return [] if is_product else values
+
+
+_WRITTEN = -1
+"""In the place of a position: results of an op that writes are what it writes into."""
+
+
+@cache
+def _viewed(target: Any) -> int | None:
+    """Position of what results of ``target`` may be views of; ``None``: they are new."""
+    if target in UNSAID:
+        return UNSAID[target]
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    if target._schema.is_mutable:
+        return _WRITTEN
+    views = any(result.alias_info is not None for result in target._schema.returns)
+    return 0 if views else None
 
 
 def shares_memory(node: Node) -> bool:

@@ -39,6 +39,7 @@ from custom_quantizer.core.graph import (
     constant_of,
     describe,
     expression_bounds,
+    fake_constant,
     is_quantize,
     module_stack,
 )
@@ -742,7 +743,7 @@ class _Sizes:
             held = operator.attrgetter(str(node.target))(model)
             if isinstance(held, GraphModule):
                 return held
-            return self._mode.from_tensor(held, static_shapes=True)
+            return fake_constant(held, self._mode)
         try:
             if node.target is CONTROL_FLOW["cond"]:
                 return self._cond(*args)

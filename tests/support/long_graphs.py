@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -107,7 +108,7 @@ class Ports(nn.Module):
         self.first = nn.Linear(SIZE, SIZE)
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        return [self.first(inputs[0]), *(a + b for a, b in zip(inputs, inputs[1:], strict=False))]
+        return [self.first(inputs[0]), *(a + b for a, b in pairwise(inputs))]
 
 
 def _in_place(_: Any, x: Tensor, i: int) -> Tensor:

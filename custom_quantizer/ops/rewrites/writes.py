@@ -48,12 +48,25 @@ def functional_overload(target: Any) -> Any | None:
 def mark_overwritten(model: GraphModule) -> None:
     """Let :func:`overwritten_by` know what the writes of a graph reach.
 
-    What :func:`canonicalize` left in place it has marked; exporting a graph again loses that.
+    What :func:`canonicalize` left in place it has marked; exporting a graph again loses that. A
+    tensor is marked with the last write that reaches it, so that the last one is looked at first,
+    and what it reaches no write before it has to visit.
     """
-    for node in model.graph.nodes:
-        for written in written_inputs(node):
-            for alias in (*aliases_of(written), node):
-                alias.meta[OVERWRITTEN] = describe(node)
+    marks: dict[Node, str] = {}
+    writes = [(node, found) for node in model.graph.nodes if (found := written_inputs(node))]
+    # What a write returns is a name of the memory for the writes that come later.
+    new = {node for node, _ in writes if overwritten_by(node) is None}
+    for node in new:
+        node.meta[OVERWRITTEN] = describe(node)
+    for node, (first, *others) in reversed(writes):
+        for written in (*others, first):
+            if written is first and node in new:
+                node.meta.pop(OVERWRITTEN, None)
+            names = set() if written in marks else aliases_of(written)
+            for alias in (*names, node):
+                marks.setdefault(alias, describe(node))
+    for alias, mark in marks.items():
+        alias.meta[OVERWRITTEN] = mark
 
 
 def _is_view_in_place(node: Node, functional: Any) -> bool:
