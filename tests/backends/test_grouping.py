@@ -92,9 +92,42 @@ def test_the_same_program(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = convert(Interleaved().eval(), (x,), "a8w8").graph
     program = cq.lower(graph, (x,))
     assert program.report.delegates > 1
-    upstream = XnnpackPartitioner.generate_partitions
-    monkeypatch.setattr(QuickPartitioner, "generate_partitions", upstream)
+    for method in ("generate_partitions", "partition"):
+        monkeypatch.setattr(QuickPartitioner, method, getattr(XnnpackPartitioner, method))
     assert program.buffer == cq.lower(graph, (x,)).buffer
+
+
+class Alternating(nn.Module):
+    """Layers with an op in between that no delegate has."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.erf(layer(x))
+        return x
+
+
+def test_code_is_written_for_each_delegate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for all before as well, whenever one is cut out of the graph."""
+    x, written = torch.randn(1, 4), 0
+    python_code = Graph.python_code
+
+    def counted(self: Graph, *args: Any, **options: Any) -> Any:
+        nonlocal written
+        written += 1
+        return python_code(self, *args, **options)
+
+    graphs = {n: convert(Alternating(n).eval(), (x,), "a8w8").graph for n in (2, 4, 6)}
+    monkeypatch.setattr(Graph, "python_code", counted)
+    counts = []
+    for layers, graph in graphs.items():
+        written = 0
+        assert cq.lower(graph, (x,)).report.delegates == layers
+        counts.append(written)
+    assert counts[2] - counts[1] == counts[1] - counts[0]
 
 
 def test_work_grows_with_the_number_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

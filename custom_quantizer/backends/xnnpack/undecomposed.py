@@ -16,12 +16,26 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir.backend.partitioner import PartitionResult
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.passes.infra.partitioner import Partition
 
 from custom_quantizer.backends.xnnpack.grouping import merge_groups
 from custom_quantizer.backends.xnnpack.signature import remember_constants
 
 __all__ = ["QuickPartitioner"]
+
+
+class _WithoutCode(_LazyGraphModule):
+    """A graph for which no Python code is written until it is called.
+
+    ExecuTorch cuts one delegate after the other out of a partitioned graph, and each time code
+    would be written for what is left and for all delegates before: half of the time of a graph
+    with a hundred of them.
+    """
+
+    def __str__(self) -> str:
+        """Without code, which a message that nobody sees (``logging.debug(f"...")``) asks for."""
+        return f"graph of {len(self.graph.nodes)} nodes"
 
 
 class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch is untyped
@@ -50,7 +64,10 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Choose what XNNPACK computes; upstream hands in a copy, which becomes the result."""
         remember_constants(exported_program)
-        return super().partition(exported_program)
+        result = super().partition(exported_program)
+        tagged = result.tagged_exported_program
+        tagged._graph_module = _WithoutCode(tagged.graph_module, tagged.graph)
+        return result
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
         """Merge the groups of nodes that belong to one op each."""
