@@ -16,6 +16,7 @@ __all__ = [
     "OVERWRITTEN",
     "UNSAID",
     "aliases_of",
+    "names_beside",
     "overwritten_by",
     "reached",
     "shares_memory",
@@ -126,10 +127,11 @@ def shares_memory(node: Node) -> bool:
 
 def aliases_of(written: Node) -> set[Node]:
     """All nodes whose tensors may share memory with ``written``, itself included."""
-    return reached(written, _share_memory_with)
+    return reached(written, names_beside)
 
 
-def _share_memory_with(node: Node) -> list[Node]:
+def names_beside(node: Node) -> list[Node]:
+    """Tensors of which ``node`` may be a view, or which may be views of it, and equal constants."""
     near = [*viewed_by(node), *(user for user in node.users if node in viewed_by(user))]
     if node.op == "get_attr":  # a constant may be read in several places
         near += [read for read in node.graph.nodes if _is_same_constant(read, node)]

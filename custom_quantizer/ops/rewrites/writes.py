@@ -11,7 +11,8 @@ is written as a whole becomes a value, too, and the caller's tensor keeps what i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from bisect import insort
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
@@ -23,7 +24,9 @@ from custom_quantizer.core.graph import argument, describe, shape_of, tensor_met
 from custom_quantizer.core.memory import (
     OVERWRITTEN,
     aliases_of,
+    names_beside,
     overwritten_by,
+    reached,
     shares_memory,
     written_inputs,
 )
@@ -102,17 +105,110 @@ def functionalize(model: GraphModule) -> None:
     """Make in-place ops functional, and mark the tensors of those that stay."""
     writes = _Writes(model)
     for node in list(model.graph.nodes):
+        writes.read_current(node)
         for written in written_inputs(node):
             writes.make_functional(node, written)
+    writes.finish()
     writes.read_directly()
     _write_plainly(model)
+
+
+class _Memory:
+    """One piece of memory at some place of a graph: its names.
+
+    Attributes:
+        names: tensors that were made before that place and show what is in the memory there.
+        later: names that are made behind it, the last one first.
+        read_later: how many of these anybody reads.
+        uncertain_later: how many of these, in turn, may be copies.
+        is_state: whether a buffer is among its names.
+    """
+
+    def __init__(self, names: Iterable[Node], order: Mapping[Node, int], position: int) -> None:
+        found = sorted(names, key=order.__getitem__)
+        self.names = {name: None for name in found if order[name] < position}
+        self.later = [name for name in reversed(found) if order[name] >= position]
+        self.read_later = sum(bool(name.users) for name in self.later)
+        self.uncertain_later = sum(map(_is_uncertain, self.later))
+        self.is_state = any(name.op == "get_attr" for name in found)
+        self._order, self._position = order, position
+        # The last write that stays, which names it reaches, and which came after it.
+        self._mark = ""
+        self._marked: dict[Node, None] = {}
+        self._unmarked = dict(self.names)
+        self._unmarked_later = list(self.later)
+
+    def go_to(self, position: int) -> None:
+        """Count as names what was made before a place further on."""
+        self._position = position
+        while self.later and self._order[self.later[-1]] < position:
+            name = self.later.pop()
+            self.read_later -= bool(name.users)
+            self.uncertain_later -= _is_uncertain(name)
+            self.names[name] = None
+            if name not in self._marked:
+                self._unmarked[name] = None
+
+    def join(self, other: _Memory) -> None:
+        """Add the names of what is the same memory from here on."""
+        self.names |= other.names
+        self._unmarked |= other.names
+        for name in other.later:
+            insort(self.later, name, key=lambda node: -self._order[node])
+        self._unmarked_later += other.later
+        self.read_later += other.read_later
+        self.uncertain_later += other.uncertain_later
+        self.is_state = self.is_state or other.is_state
+
+    def put_mark(self, mark: str) -> None:
+        """Mark all names with a write that stays; nodes show it when they are flushed."""
+        later = (name for name in self._unmarked_later if self._order[name] >= self._position)
+        self._marked |= self._unmarked | dict.fromkeys(later)
+        self._unmarked, self._unmarked_later = {}, []
+        self._mark = mark
+
+    def is_marked(self, name: Node) -> bool:
+        """Whether a write that stays reaches a name."""
+        return name in self._marked
+
+    def flush(self, names: Iterable[Node] | None = None) -> None:
+        """Write the mark of names, or of all names, into their nodes."""
+        if not self._marked:
+            return
+        for name in list(self._marked if names is None else names):
+            if name in self._marked:
+                name.meta[OVERWRITTEN] = self._mark
+                del self._marked[name]
+
+    def become(self, names: Iterable[Node]) -> None:
+        """From here on these are the names of the values, next to those that are made later."""
+        self.flush(self.names)
+        self.names = dict.fromkeys(names)
+        self._unmarked = dict(self.names)
+
+    def rename(self, old: Node, new: Node) -> None:
+        """Put a name in the place of another one, which is of other memory now."""
+        self.flush([old])
+        for names in (self.names, self._unmarked):
+            names.pop(old, None)
+            names[new] = None
+
+
+def _is_uncertain(name: Node) -> bool:
+    """Whether somebody reads what may be a view or a copy."""
+    return bool(name.users) and name.target not in _CERTAIN
 
 
 class _Writes:
     """The writes of a graph, one after the other.
 
+    A node that comes later reads what holds the values by then, once the walk has come to it.
+
     Attributes:
         _order: positions of nodes; what takes the place of one has its position.
+        _last_read: position of the last node that reads a tensor, or what takes its place.
+        _current: by tensor, what holds its values from here on.
+        _memories: by name.
         _equal: by source and arguments of a view, a value that is equal to it. The view stays until
             all writes are known: one that comes later may go through it.
     """
@@ -120,60 +216,109 @@ class _Writes:
     def __init__(self, model: GraphModule) -> None:
         self._model = model
         self._order = {node: i for i, node in enumerate(model.graph.nodes)}
+        self._last_read = dict.fromkeys(self._order, -1)
+        for node, position in self._order.items():
+            for source in node.all_input_nodes:
+                self._last_read[source] = position
+        self._current: dict[Node, Node] = {}
+        self._memories: dict[Node, _Memory] = {}
         self._equal: dict[tuple[Node, str], Node] = {}
+
+    def read_current(self, node: Node) -> None:
+        """Let ``node`` read what holds the values that it would have read."""
+        for source in node.all_input_nodes:
+            now = source
+            while now in self._current:
+                now = self._current[now]
+            passed = source
+            while passed is not now:
+                self._current[passed], passed = now, self._current[passed]
+            if now is not source:
+                node.replace_input_with(source, now)
+
+    def finish(self) -> None:
+        """Mark the names of what is still written in place."""
+        for memory in {id(memory): memory for memory in self._memories.values()}.values():
+            memory.flush()
 
     def make_functional(self, node: Node, written: Node) -> None:
         """Put a function in the place of ``node``, or mark what it writes."""
         if node.target is aten.copy_.default and self._is_same(written, node.args[1]):
             # What ``x[1:] += y`` ends with: its result is assigned to where it is.
+            if written in self._memories:
+                self._join(self._memory(written, node), self._results(node), node)
+            self._take_over(written, node)
             node.replace_all_uses_with(written)
             self._model.graph.erase_node(node)
             return
+        memory, results = self._memory(written, node), self._results(node)
         functional = functional_overload(node.target)
         if functional is not None and _is_view_in_place(node, functional):
             node.meta["original_target"] = node.target
             node.target = functional
             self._read(written, node, node)
+            self._join(memory, results)
             return
-        aliases = aliases_of(written)
-        stateful = any(alias.op == "get_attr" for alias in aliases)
         # A write through a view changes what is later read under another name.
-        others = aliases - {written}
-        seen = any(self._later(alias, node) for alias in others)
-        views = self._views_to_owner(node, written, aliases) if seen else []
-        stays = stateful or functional is None or not _keeps_dtype(node, written, functional)
+        others = (name for name in memory.names if name is not written)
+        seen = bool(memory.read_later) or any(self._is_read_after(name, node) for name in others)
+        views = self._views_to_owner(node, written, memory) if seen else []
+        stays = memory.is_state or functional is None or not _keeps_dtype(node, written, functional)
         if stays or functional is None or views is None:
-            written = self._keep_strides(written, aliases)
-            for alias in (*aliases_of(written), node):
-                alias.meta[OVERWRITTEN] = describe(node)
+            self._keep_strides(memory)
+            memory.put_mark(describe(node))
+            node.meta[OVERWRITTEN] = describe(node)
+            self._join(memory, results)
         elif seen:
-            self._write_through(node, written, functional, views, aliases)
+            self._write_through(node, written, functional, views, memory)
+            self._join(memory, results, node)
         else:
             node.meta["original_target"] = node.target
             node.target = functional
             self._read(written, node, node)
+            memory.become(())
+            self._join(memory, results)
 
-    def _keep_strides(self, written: Node, aliases: set[Node]) -> Node:
-        """A copy with the strides of capture, where they tell which names share the memory.
+    def _memory(self, name: Node, node: Node) -> _Memory:
+        """The memory of a tensor that ``node`` reads."""
+        position = self._order[node]
+        if name not in self._memories:
+            names = aliases_of(name)
+            memory = _Memory(names, self._order, position)
+            self._memories.update(dict.fromkeys(names, memory))
+        memory = self._memories[name]
+        memory.go_to(position)
+        return memory
+
+    def _results(self, node: Node) -> _Memory:
+        """What ``node`` returns, as if it were in memory of its own."""
+        names = aliases_of(node)
+        return _Memory(names, self._order, self._order[node] + 1)
+
+    def _join(self, memory: _Memory, results: _Memory, gone: Node | None = None) -> None:
+        """Let what an op returns be names of the memory that it wrote; ``gone``: but this one."""
+        if gone is not None:
+            results.become(name for name in results.names if name is not gone)
+        memory.join(results)
+        self._memories.update(dict.fromkeys((*results.names, *results.later), memory))
+
+    def _keep_strides(self, memory: _Memory) -> None:
+        """Copy with the strides of capture, where they tell which names share the memory.
 
         A flatten is a view of what is contiguous, and a copy of other tensors. What an op gives may
         be laid out in another way once those before it are rewritten.
 
         Args:
-            written: a tensor that is written in place.
-            aliases: all names of its memory.
-
-        Returns:
-            The tensor that is written now: ``written``, or its copy.
+            memory: what is written in place.
         """
         certain = _CERTAIN - {aten.view.default}
-        for owner in [alias for alias in aliases if not shares_memory(alias)]:
+        for owner in [name for name in memory.names if not shares_memory(name)]:
             meta = tensor_meta(owner)
             if owner.op != "call_function" or meta is None or _is_contiguous_copy(owner):
                 continue
             if not all(isinstance(size, int) for size in meta.shape):
                 continue
-            names = aliases - {owner}
+            names = (name for name in (*memory.names, *memory.later) if name is not owner)
             if all(name.target in certain for name in names) or not meta.is_contiguous():
                 continue
             readers = list(owner.users)
@@ -184,18 +329,24 @@ class _Writes:
             self._order[copied] = self._order[owner]
             for reader in readers:
                 reader.replace_input_with(owner, copied)
-            written = copied if written is owner else written
-        return written
+            self._take_over(copied, owner)
+            self._current[owner] = copied
+            memory.rename(owner, copied)
+            self._memories[copied] = memory
 
-    def _later(self, alias: Node, node: Node) -> list[Node]:
-        """Who reads ``alias`` after ``node``."""
-        return [user for user in alias.users if self._order[user] > self._order[node]]
+    def _is_read_after(self, name: Node, node: Node) -> bool:
+        return self._last_read[name] > self._order[node]
+
+    def _take_over(self, new: Node, old: Node) -> None:
+        """Note that who reads ``old`` later will read ``new``."""
+        self._last_read[new] = max(self._last_read.get(new, -1), self._last_read[old])
 
     def _read(self, old: Node, new: Node, node: Node) -> None:
         """Let who reads ``old`` after ``node`` read ``new``."""
-        for user in self._later(old, node):
-            if user is not node:
-                user.replace_input_with(old, new)
+        if self._is_read_after(old, node):
+            self._take_over(new, old)
+            self._current[old] = new
+            self._last_read[old] = self._order[node]
 
     def read_directly(self) -> None:
         """Let who reads a view of what was written read what was written there."""
@@ -207,10 +358,12 @@ class _Writes:
 
     def _is_same(self, written: Node, value: object) -> bool:
         """Whether a value is the one that stands where it is written to."""
+        memory = self._memories.get(written)
         return (
             isinstance(value, Node)
             and self._known(written) is self._known(value)
             and overwritten_by(written) is None
+            and not (memory is not None and memory.is_marked(written))
         )
 
     def _known(self, value: Node, found: Mapping[Node, Node] = MappingProxyType({})) -> Node:
@@ -226,7 +379,7 @@ class _Writes:
             value = self._equal.get((value, _what(view)), view)
         return value
 
-    def _views_to_owner(self, node: Node, written: Node, aliases: set[Node]) -> list[_View] | None:
+    def _views_to_owner(self, node: Node, written: Node, memory: _Memory) -> list[_View] | None:
         """The views from what is written to what owns the memory.
 
         ``None``: it is not certain what shares the memory, or only writing in place reaches it.
@@ -239,8 +392,10 @@ class _Writes:
                 return None
             views.append((owner, put_back))
             owner = cast(Node, owner.args[0])
-        for alias in aliases:
-            name = alias if self._later(alias, node) else owner
+        if memory.uncertain_later:
+            return None
+        for alias in memory.names:
+            name = alias if self._is_read_after(alias, node) else owner
             while name is not owner:
                 if name.target not in _CERTAIN:
                     return None
@@ -248,13 +403,11 @@ class _Writes:
         return views if owner.op == "call_function" else None
 
     def _write_through(
-        self, node: Node, written: Node, functional: Any, views: list[_View], aliases: set[Node]
+        self, node: Node, written: Node, functional: Any, views: list[_View], memory: _Memory
     ) -> None:
-        late = [
-            alias
-            for alias in aliases
-            if self._order[alias] < self._order[node] and self._later(alias, node)
-        ]
+        late = [name for name in memory.names if self._is_read_after(name, node)]
+        memory.flush(memory.names)  # views of the new value are copies, with their marks
+        first = node.prev
         insert = Insertion(self._model, node)
         result = value = insert.call(functional, *node.args, **node.kwargs)
         owner = written
@@ -266,26 +419,40 @@ class _Writes:
 
         def derived(alias: Node) -> Node:
             """The same view of the new value, through which more may be written."""
-            if alias not in values:
-                source = cast(Node, alias.args[0])
-                new = derived(source)
+            chain = []  # graphs may have more views of views than Python nests calls
+            while alias not in values:
+                chain.append(alias)
+                alias = cast(Node, alias.args[0])
+            new = values[alias]
+            for view in reversed(chain):
+                replaced = {cast(Node, view.args[0]): new}
                 with self._model.graph.inserting_before(node):
-                    values[alias] = self._model.graph.node_copy(
-                        alias, lambda arg: new if arg is source else arg
-                    )
-            return values[alias]
+                    new = self._model.graph.node_copy(view, partial(_replaced, replaced))
+                values[view] = new
+            return new
 
         changed = {alias: derived(alias) for alias in late}
         after = derived(written)
-        added = node.prev
-        while added not in self._order:
-            self._order[added] = self._order[node]
-            added = added.prev
+        added: set[Node] = set()
+        last = node.prev
+        while last is not first:
+            self._order[last] = self._order[node]
+            self._last_read[last] = self._order[node]
+            added.add(last)
+            last = last.prev
         for alias, new in changed.items():
             self._read(alias, new, node)
+        self._take_over(after, node)
         node.replace_all_uses_with(after)
         self._model.graph.erase_node(node)
         result.name = node.name
+        names = reached(value, lambda name: [n for n in names_beside(name) if n in added])
+        memory.become(names)
+        self._memories.update(dict.fromkeys(names, memory))
+
+
+def _replaced(replaced: Mapping[Node, Node], node: Node) -> Node:
+    return replaced.get(node, node)
 
 
 def _is_contiguous_copy(node: Node) -> bool:
