@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from support.graphs import Function, capture, quantized
+from support.long_graphs import KINDS
 from support.processes import measured
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +24,9 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, 
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 import custom_quantizer as cq
+from custom_quantizer.backends.xnnpack.passes import run_passes
 from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
+from custom_quantizer.core.graph import detached_copy
 from custom_quantizer.planning.insertion import ANNOTATION_KEY, insert_observers
 from custom_quantizer.reference.converted import read_converted
 
@@ -111,6 +116,52 @@ def growth(lengths: tuple[int, ...], runs: int) -> dict[str, float]:
     costs(50)  # what the first call does once
     short, *_, long = [least(ops, runs if ops < 5_000 else 1) for ops in lengths]
     return {stage: long[stage] / short[stage] for stage in short}
+
+
+PACKAGE = str(Path(cq.__file__).parent)
+
+
+@contextmanager
+def counted_calls() -> Iterator[Callable[[], int]]:
+    """How many calls of this package's functions there were: work that no other load changes."""
+    count = 0
+
+    def note(frame: Any, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield lambda: count
+    finally:
+        sys.setprofile(before)
+
+
+def work(kind: str, ops: int) -> dict[str, int]:
+    """Calls in each stage from a captured network to what the partitioner gets."""
+    torch.manual_seed(0)
+    model, inputs = KINDS[kind](ops)
+    graph, found = torch.export.export(model, inputs).module(), {}
+    with counted_calls() as calls:
+        prepared = prepare_pt2e(graph, cq.IntegerQuantizer().set_global("a8w8"))
+        found["prepare"] = calls()
+    prepared(*inputs)
+    with counted_calls() as calls:
+        converted = convert_pt2e(prepared)
+        found["convert"] = calls()
+    with counted_calls() as calls:
+        run_passes(detached_copy(converted), read_converted(converted))
+        found["rewrite"] = calls()
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"nested", "conv, relu", "functions"}))
+def test_work_per_op_does_not_grow(kind: str) -> None:
+    """Where every op looks at all others, twice the ops are four times the work."""
+    short, long = work(kind, 48), work(kind, 96)
+    growth = {stage: long[stage] / short[stage] for stage in short}
+    assert max(growth.values()) < 2.1, growth
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import operator
 from bisect import insort
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -118,6 +119,8 @@ class _Memory:
 
     Attributes:
         names: tensors that were made before that place and show what is in the memory there.
+        unread: of these, what nobody reads any more.
+        owners: names that are views of nothing.
         later: names that are made behind it, the last one first.
         read_later: how many of these anybody reads.
         uncertain_later: how many of these, in turn, may be copies.
@@ -127,6 +130,8 @@ class _Memory:
     def __init__(self, names: Iterable[Node], order: Mapping[Node, int], position: int) -> None:
         found = sorted(names, key=order.__getitem__)
         self.names = {name: None for name in found if order[name] < position}
+        self.unread: dict[Node, None] = {}
+        self.owners = [name for name in found if not shares_memory(name)]
         self.later = [name for name in reversed(found) if order[name] >= position]
         self.read_later = sum(bool(name.users) for name in self.later)
         self.uncertain_later = sum(map(_is_uncertain, self.later))
@@ -152,6 +157,7 @@ class _Memory:
     def join(self, other: _Memory) -> None:
         """Add the names of what is the same memory from here on."""
         self.names |= other.names
+        self.owners += [name for name in other.names if not shares_memory(name)]
         self._unmarked |= other.names
         for name in other.later:
             insort(self.later, name, key=lambda node: -self._order[node])
@@ -182,16 +188,18 @@ class _Memory:
 
     def become(self, names: Iterable[Node]) -> None:
         """From here on these are the names of the values, next to those that are made later."""
-        self.flush(self.names)
-        self.names = dict.fromkeys(names)
+        self.flush(self.names | self.unread)
+        self.names, self.unread = dict.fromkeys(names), {}
+        self.owners = [name for name in self.names if not shares_memory(name)]
         self._unmarked = dict(self.names)
 
     def rename(self, old: Node, new: Node) -> None:
         """Put a name in the place of another one, which is of other memory now."""
         self.flush([old])
-        for names in (self.names, self._unmarked):
+        self.owners = [new if owner is old else owner for owner in self.owners]
+        for names in (self.names, self.unread, self._unmarked):
             names.pop(old, None)
-            names[new] = None
+        self.names[new] = self._unmarked[new] = None
 
 
 def _is_uncertain(name: Node) -> bool:
@@ -246,7 +254,11 @@ class _Writes:
         if node.target is aten.copy_.default and self._is_same(written, node.args[1]):
             # What ``x[1:] += y`` ends with: its result is assigned to where it is.
             if written in self._memories:
-                self._join(self._memory(written, node), self._results(node), node)
+                memory = self._memory(written, node)
+                self._join(memory, self._results(node), node)
+                if written in memory.unread:
+                    del memory.unread[written]
+                    memory.names[written] = None
             self._take_over(written, node)
             node.replace_all_uses_with(written)
             self._model.graph.erase_node(node)
@@ -260,9 +272,9 @@ class _Writes:
             self._join(memory, results)
             return
         # A write through a view changes what is later read under another name.
-        others = (name for name in memory.names if name is not written)
-        seen = bool(memory.read_later) or any(self._is_read_after(name, node) for name in others)
-        views = self._views_to_owner(node, written, memory) if seen else []
+        late = self._read_later(memory, node)
+        seen = bool(memory.read_later) or any(name is not written for name in late)
+        views = self._views_to_owner(written, late, memory) if seen else []
         stays = memory.is_state or functional is None or not _keeps_dtype(node, written, functional)
         if stays or functional is None or views is None:
             self._keep_strides(memory)
@@ -270,7 +282,7 @@ class _Writes:
             node.meta[OVERWRITTEN] = describe(node)
             self._join(memory, results)
         elif seen:
-            self._write_through(node, written, functional, views, memory)
+            self._write_through(node, written, functional, views, memory, late)
             self._join(memory, results, node)
         else:
             node.meta["original_target"] = node.target
@@ -312,14 +324,15 @@ class _Writes:
             memory: what is written in place.
         """
         certain = _CERTAIN - {aten.view.default}
-        for owner in [name for name in memory.names if not shares_memory(name)]:
+        for owner in memory.owners:
             meta = tensor_meta(owner)
             if owner.op != "call_function" or meta is None or _is_contiguous_copy(owner):
                 continue
             if not all(isinstance(size, int) for size in meta.shape):
                 continue
-            names = (name for name in (*memory.names, *memory.later) if name is not owner)
-            if all(name.target in certain for name in names) or not meta.is_contiguous():
+            names = chain(memory.unread, memory.names, memory.later)
+            views = (name for name in names if name is not owner)
+            if all(view.target in certain for view in views) or not meta.is_contiguous():
                 continue
             readers = list(owner.users)
             copied = Insertion(self._model, owner).call(
@@ -336,6 +349,15 @@ class _Writes:
 
     def _is_read_after(self, name: Node, node: Node) -> bool:
         return self._last_read[name] > self._order[node]
+
+    def _read_later(self, memory: _Memory, node: Node) -> list[Node]:
+        """Names of a memory that somebody reads after ``node``; others are not looked at again."""
+        late = [name for name in memory.names if self._is_read_after(name, node)]
+        memory.unread |= memory.names
+        for name in late:
+            del memory.unread[name]
+        memory.names = dict.fromkeys(late)
+        return late
 
     def _take_over(self, new: Node, old: Node) -> None:
         """Note that who reads ``old`` later will read ``new``."""
@@ -379,7 +401,9 @@ class _Writes:
             value = self._equal.get((value, _what(view)), view)
         return value
 
-    def _views_to_owner(self, node: Node, written: Node, memory: _Memory) -> list[_View] | None:
+    def _views_to_owner(
+        self, written: Node, late: list[Node], memory: _Memory
+    ) -> list[_View] | None:
         """The views from what is written to what owns the memory.
 
         ``None``: it is not certain what shares the memory, or only writing in place reaches it.
@@ -394,8 +418,7 @@ class _Writes:
             owner = cast(Node, owner.args[0])
         if memory.uncertain_later:
             return None
-        for alias in memory.names:
-            name = alias if self._is_read_after(alias, node) else owner
+        for name in late:
             while name is not owner:
                 if name.target not in _CERTAIN:
                     return None
@@ -403,10 +426,17 @@ class _Writes:
         return views if owner.op == "call_function" else None
 
     def _write_through(
-        self, node: Node, written: Node, functional: Any, views: list[_View], memory: _Memory
+        self,
+        node: Node,
+        written: Node,
+        functional: Any,
+        views: list[_View],
+        memory: _Memory,
+        late: list[Node],
     ) -> None:
-        late = [name for name in memory.names if self._is_read_after(name, node)]
-        memory.flush(memory.names)  # views of the new value are copies, with their marks
+        memory.flush(
+            memory.names | memory.unread
+        )  # views of the new value are copies, with their marks
         first = node.prev
         insert = Insertion(self._model, node)
         result = value = insert.call(functional, *node.args, **node.kwargs)
@@ -419,12 +449,12 @@ class _Writes:
 
         def derived(alias: Node) -> Node:
             """The same view of the new value, through which more may be written."""
-            chain = []  # graphs may have more views of views than Python nests calls
+            passed = []  # graphs may have more views of views than Python nests calls
             while alias not in values:
-                chain.append(alias)
+                passed.append(alias)
                 alias = cast(Node, alias.args[0])
             new = values[alias]
-            for view in reversed(chain):
+            for view in reversed(passed):
                 replaced = {cast(Node, view.args[0]): new}
                 with self._model.graph.inserting_before(node):
                     new = self._model.graph.node_copy(view, partial(_replaced, replaced))
