@@ -26,7 +26,12 @@ from custom_quantizer.backends import checks_of
 from custom_quantizer.core.graph import input_tuples, module_path, state_kept, tensor_meta
 from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.threads import exclusive
-from custom_quantizer.errors import CustomQuantizerError, InputError
+from custom_quantizer.errors import (
+    CustomQuantizerError,
+    InputError,
+    LoweringError,
+    ProgramError,
+)
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.verifying import (
@@ -231,7 +236,12 @@ def verify(
     found = None if stored is None else next(stored, None)
     outputs = tuple(each.result() for each in statistics)
     exact = checks.is_exact(lowered, graph)
-    layers = () if exact else checks.run_time_layers(graph, batches[0])
+    reasons = checks.inexact_ops(lowered, graph)
+    layers: tuple[LayerCheck, ...] = ()
+    try:
+        layers = () if exact else checks.run_time_layers(graph, batches[0])
+    except (LoweringError, ProgramError) as error:
+        reasons += (f"layers quantized at run time could not be checked one by one: {error}",)
     layer = next((layer for layer in layers if layer.beyond), None)
     first: FirstDifference | None = None
     if found is not None:
@@ -241,7 +251,6 @@ def verify(
     elif any(output.beyond for output in outputs):
         first = _first_wrong_tensor(graph, batches, partial(checks.lower_again, lowered))
     equal = None if stored is None else found is None
-    reasons = checks.inexact_ops(lowered, graph)
     return Verification(outputs, equal, exact, first, reasons, layers)
 
 

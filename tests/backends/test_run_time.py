@@ -15,7 +15,7 @@ from torch.export import Dim
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels, run_time
 from custom_quantizer.backends.xnnpack.checks import run_time_layers
-from custom_quantizer.core.rows import quantize_rows
+from custom_quantizer.core.rows import RowIntegers, quantize_rows
 from custom_quantizer.reference.converted import read_converted
 
 
@@ -355,3 +355,19 @@ def test_activations_in_a_row(scheme: str) -> None:
     assert checked.bit_exact or scheme == "a16w8"
     for want, got in zip(model(x), program.run(x), strict=True):
         assert float((got - want).abs().max()) < 0.02
+
+
+def test_lower_names_a_layer_that_is_off_by_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a float op no output is promised, and each layer is."""
+    torch.manual_seed(0)
+    model, x = Gated().eval(), torch.randn(2, 5, 8)
+    graph = convert(model, (x,), "dyn8w8").graph
+    right = run_time.quantize_rows
+
+    def off(x: Tensor, dims: tuple[int, ...]) -> RowIntegers:
+        rows = right(x, dims)
+        return replace(rows, offsets=rows.offsets + 1.0)
+
+    monkeypatch.setattr(run_time, "quantize_rows", off)
+    with pytest.raises(cq.VerificationError, match=r"values of linear \(gate\) do not follow"):
+        cq.lower(graph, (x,))
