@@ -189,6 +189,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "file_sizes": as_stored("file_sizes"),
     "improve": as_stored("improve"),
     "learned_rounding": as_stored("learned_rounding"),
+    "long_graphs": as_stored("long_graphs"),
     "memory": as_stored("memory"),
     "mutation_score": as_stored("mutation_score"),
     "packed_layers": as_stored("packed_layers"),

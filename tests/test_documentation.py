@@ -37,6 +37,7 @@ BENCHMARKS = {
     "improve": "improve",
     "chains": "chains",
     "learned_rounding": "learned_rounding",
+    "long_graphs": "long_graphs",
     "memory": "memory",
     "mutation_score": "mutation_score",
     "onnxruntime_latency": "onnxruntime_latency",

@@ -348,23 +348,25 @@ def returned_in_float(
 ) -> frozenset[Node]:
     """Ops whose results nobody sees but the caller of the model, who gets float32 of them."""
     integers, found = set(io.wanted), set[Node]()
+    shown: set[Node] = {io.node}  # where what is read there is what the caller gets
     for op in reversed(ops):
         users = effective_users(op.output)
         if not users or op.output in integers:
             continue
-        if all(user is io.node or _hands_on(anchors.get(user), found) for user in users):
+        readers = (anchors[user].node if user in anchors else user for user in users)
+        if all(reader in shown for reader in readers):
             found.add(op.node)
+            if _hands_on(op):
+                shown.add(op.node)
     return frozenset(found)
 
 
-def _hands_on(op: DraftOp | None, returned: set[Node]) -> bool:
-    """Whether an op shows tensors to the caller as they are, and no rule wants it on integers.
+def _hands_on(op: DraftOp) -> bool:
+    """Whether an op hands on tensors as they are, and no rule wants it on integers.
 
     Those that it joins are seen on one scale, unless it joins them as floats.
     """
-    if op is None or op.node not in returned or not op.moves_values or op.match is None:
-        return False
-    if _has_rule(op):
+    if not op.moves_values or op.match is None or _has_rule(op):
         return False
     return len(op.match.inputs) == 1 or bool(cast(Support, op.support).float_output(op.match))
 
