@@ -404,8 +404,9 @@ def follow_producers(
         given = [source.made for source in sources]
         given += [io.inputs.get(tensor) for tensor in match.inputs]
         formats = [fmt for fmt in given if fmt is not None]
-        why = cast(Support, op.support).float_output(match)
-        if formats and why and op.node in returned and not _has_rule(op):
+        shown = bool(formats) and op.node in returned and not _has_rule(op)
+        why = cast(Support, op.support).float_output(match) if shown else ""
+        if why:
             op.centered = False
             op.reason = f"only float outputs of the model show it: {why}"
         elif formats:
