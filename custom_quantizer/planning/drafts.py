@@ -30,6 +30,7 @@ class DraftOp:
     follows: TensorScheme | None = None  # data-movement ops: the format they pass on
     table: TensorScheme | None = None  # format of the table that it reads rows of, in float
     operand: tuple[Node, TensorScheme] | None = None  # a constant of a float op, and its format
+    abstains: bool = False  # reads floats of what is before it, whatever others make of that
     centered: bool = False  # its output has zero point 0, for a consumer that needs it so
     reason: str = ""
 

@@ -159,6 +159,8 @@ class Annotator:
             tensors = [self._annotate_constant(op, table, op.table, "table", annotations)]
         elif op.operand is not None:
             tensors = [self._annotate_constant(op, *op.operand, "operand", annotations)]
+        elif op.abstains:
+            self._read_rows(op, annotations)
         scheme = op.scheme.name if op.scheme is not None else None
         if op.moves_values and op.follows is not None:
             scheme = f"a{op.follows.format.bits}"
@@ -180,6 +182,29 @@ class Annotator:
             written=original_name(op.node),
         )
 
+    def _read_rows(self, op: DraftOp, annotations: dict[str, NodeAnnotation]) -> None:
+        """Rows of a table that others want as integers, in float: so that it can be stored so."""
+        rows: dict[str, Edge] = {}
+        for tensor in cast(PatternMatch, op.match).inputs:
+            source = self._producer.get(tensor)
+            if source is not None and source.support is not None and source.support.table:
+                wanted = set(self._wanted_by_readers(tensor).values())
+                if len(wanted) == 1:
+                    rows[tensor.name] = self._activation(wanted.pop(), tensor)
+        if rows:
+            annotations[op.node.name] = NodeAnnotation(rows, None)
+
+    def _wanted_by_readers(self, tensor: Node) -> dict[Node, _Key]:
+        """By op that reads a tensor on integers, as which."""
+        wanted: dict[Node, _Key] = {}
+        for reader in self._ops:
+            if reader.activation is None or reader.match is None or reader.is_dynamic:
+                continue
+            for read, key in zip(reader.match.inputs, self._input_keys(reader), strict=True):
+                if read is tensor:
+                    wanted[reader.node] = self._groups.find(key)
+        return wanted
+
     def _table_bytes(self, op: DraftOp) -> int:
         """Bytes of a table that has no format of its own; 0 for any other op.
 
@@ -190,15 +215,10 @@ class Annotator:
         meta = tensor_meta(op.match.inputs[0])
         if meta is None or not is_constant(op.match.inputs[0]):
             return 0
-        wanted: dict[Node, _Key] = {}
-        for reader in self._ops:
-            if reader.activation is None or reader.match is None or reader.is_dynamic:
-                continue
-            for tensor, key in zip(reader.match.inputs, self._input_keys(reader), strict=True):
-                if tensor is op.output:
-                    wanted[reader.node] = self._groups.find(key)
+        wanted = self._wanted_by_readers(op.output)
+        beside = {reader.node for reader in self._ops if reader.abstains}
         keys = set(wanted.values())
-        integers = wanted.keys() >= set(effective_users(op.output)) and len(keys) == 1
+        integers = wanted.keys() | beside >= set(effective_users(op.output)) and len(keys) == 1
         narrow = integers and self._schemes[keys.pop()].format.bits <= 8
         return int(meta.numel()) * (1 if narrow else meta.element_size())
 

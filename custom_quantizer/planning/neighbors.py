@@ -19,12 +19,14 @@ from custom_quantizer.core.graph import (
     shape_of,
     tensor_meta,
 )
+from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait, rule_of
 from custom_quantizer.ops.backend import Backend, Support
-from custom_quantizer.ops.elementwise import CLAMP
+from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
 from custom_quantizer.ops.functions import DIV, RECIPROCAL, RSQRT, SQRT
 from custom_quantizer.ops.placement import Placement
+from custom_quantizer.ops.pool import AVG_POOL, MEAN
 from custom_quantizer.planning.decisions import to_float
 from custom_quantizer.planning.drafts import DraftOp, is_float32, same_format
 from custom_quantizer.planning.model_io import ModelIO
@@ -213,6 +215,79 @@ def leave_poles(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Back
             _leave(each, what)
 
 
+def leave_powers(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Backend) -> None:
+    """Powers under a root, and what is between, stay in float where no integer kernel has the root.
+
+    A power has a wider range than the root of its mean, sum or multiple: integers of one scale
+    round to zero what the root makes large again (norms that are written out, generalized means).
+    """
+    parts: dict[str, list[DraftOp]] = {}
+    powers: set[Node] = set()
+    for op in ops:
+        parts.setdefault(original_name(op.node), []).append(op)
+        inputs = () if op.match is None else op.match.inputs
+        if _is_power(op) or (_adds_up(op) and not powers.isdisjoint(inputs)):
+            powers.add(op.output)
+    for root in ops:
+        if not _is_root(root) or _has_integer_kernel(root, backend):
+            continue
+        found, waiting = {original_name(root.node): root}, [root]
+        while waiting:
+            for tensor in waiting.pop().node.all_input_nodes:
+                source = producer.get(tensor) if tensor in powers else None
+                if source is not None and original_name(source.node) not in found:
+                    found[original_name(source.node)] = source
+                    waiting += parts[original_name(source.node)]
+        chain = [op for name in found for op in parts[name]]
+        kept = any(op.decision.explicit for op in chain)
+        if len(found) > 1 and not kept and all(_can_be_float(op, backend) for op in chain):
+            for op in chain:
+                if op.scheme is not None:
+                    op.scheme, op.abstains = None, True
+                    op.reason = "a power and its root: integers of one scale lack the range between"
+
+
+def _is_power(op: DraftOp) -> bool:
+    """Whether an op multiplies a tensor by itself, or is a part of a power."""
+    target = op.node.meta.get("original_target", op.node.target)
+    both = op.node.args[:2]
+    return op.rule is MUL and (target in _POWERS or both[0] is both[1])
+
+
+def _adds_up(op: DraftOp) -> bool:
+    """Whether an op hands powers on: moved, summed up, or scaled."""
+    target = op.node.meta.get("original_target", op.node.target)
+    if op.moves_values or target in _SUMS or op.rule in (MEAN, AVG_POOL, ADD, SUB, CLAMP, RELU):
+        return True
+    return op.rule in (MUL, DIV) and any(not _is_activation(arg) for arg in op.node.args[:2])
+
+
+def _is_activation(arg: object) -> bool:
+    return isinstance(arg, Node) and not is_constant(arg)
+
+
+def _is_root(op: DraftOp) -> bool:
+    if op.rule in (SQRT, RSQRT):
+        return True
+    is_pow = op.node.target is torch.ops.aten.pow.Tensor_Scalar
+    return is_pow and 0 < abs(cast(float, op.node.args[1])) < 1
+
+
+def _can_be_float(op: DraftOp, backend: Backend) -> bool:
+    return op.moves_values or backend.in_float(op.node).placement is Placement.FLOAT
+
+
+_POWERS = frozenset({torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.square.default})
+
+_SUMS = frozenset(
+    {
+        torch.ops.aten.adaptive_avg_pool1d.default,
+        torch.ops.aten.adaptive_avg_pool2d.default,
+        torch.ops.aten.mean.dim,
+        torch.ops.aten.sum.dim_IntList,
+    }
+)
+
 _LOGARITHMS = frozenset(
     {torch.ops.aten.log.default, torch.ops.aten.log2.default, torch.ops.aten.log10.default}
 )
@@ -230,6 +305,13 @@ def _pole(op: DraftOp) -> tuple[Node | None, str]:
     if op.rule is DIV and op.match is not None and len(op.match.inputs) == 2:
         return op.match.inputs[1], "a divisor"
     return None, ""
+
+
+def _has_integer_kernel(op: DraftOp, backend: Backend) -> bool:
+    """Whether an op is one on integers wherever it stands."""
+    if op.scheme is None or op.match is None:
+        return False
+    return not backend.predict(op.match, Formats(8)).kernel.needs_integers
 
 
 def _runs_in_float(op: DraftOp, backend: Backend) -> bool:
@@ -443,6 +525,8 @@ def follow_consumers(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> None:
         wanted: list[TensorScheme | None] = []
         for user in effective_users(op.node):
             consumer = anchors.get(user)
+            if consumer is not None and consumer.abstains:
+                continue
             takes = (
                 consumer is not None
                 and consumer.match is not None

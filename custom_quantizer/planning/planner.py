@@ -19,6 +19,7 @@ from custom_quantizer.planning.neighbors import (
     leave_divisors,
     leave_joins,
     leave_poles,
+    leave_powers,
     leave_readers_of_integers,
     leave_sums,
     leave_unprofitable,
@@ -53,6 +54,7 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     leave_readers_of_integers(ops, io, backend)
     leave_unprofitable(ops, io, backend)
     leave_poles(ops, producer, backend)
+    leave_powers(ops, producer, backend)
     leave_unprofitable(ops, io, backend)  # next to what stays in float now
     center(ops, producer)
     # What integers it is given comes first; what its consumers want only where it is given none.

@@ -26,7 +26,7 @@ from custom_quantizer.core.graph import constant_of, is_dequantize
 from custom_quantizer.core.schemes import scheme
 from custom_quantizer.errors import ConfigError
 from custom_quantizer.ops import Formats, OpRule, PatternMatch, rule_of
-from custom_quantizer.ops.backend import Kernel
+from custom_quantizer.ops.backend import INTEGERS, Kernel
 from custom_quantizer.planning.plan import Edge, Plan
 from custom_quantizer.planning.planner import make_plan
 
@@ -164,6 +164,79 @@ def test_what_keeps_float_ops_from_infinity_stays_in_float(name: str) -> None:
     assert op.scheme is None
     assert "away from zero, to which integers would round it" in op.reason
     assert all(op.scheme is None for op in plan.ops if op.family in ("sqrt", "div"))
+
+
+ROOTS: dict[str, tuple[Callable[..., Tensor], set[str]]] = {
+    "rms norm": (
+        lambda y: y * torch.rsqrt(y.pow(2).mean(1, keepdim=True) + 1e-6),
+        {"pow_1", "mean", "add", "rsqrt"},
+    ),
+    "row of length one": (
+        lambda y: y / (y * y).sum(1, keepdim=True).sqrt(),
+        {"mul", "sum_1", "sqrt"},
+    ),
+    "standard deviation": (
+        lambda y: ((y - 1.0) ** 2).mean((2, 3), keepdim=True).sqrt() + y,
+        {"pow_1", "mean", "sqrt"},
+    ),
+    "generalized mean": (
+        lambda y: y + F.avg_pool2d(y.clamp(min=1e-6) ** 3, 6) ** 0.5,
+        {"pow_1", "avg_pool2d", "pow_2"},
+    ),
+    "length of two": (
+        lambda y: (y.square() + 0.5 * (y + 1.0).square()).sqrt(),
+        {"square", "square_1", "mul", "add_1", "sqrt"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_powers_under_a_root_stay_in_float(name: str) -> None:
+    """A norm that is written out, as XNNPACK has norms of one call: in float."""
+    function, chain = ROOTS[name]
+    plan = plan_of(lambda s, x: s.conv(function(s.conv(x))), conv=conv())
+    found = {op.node for op in plan.ops if "a power and its root" in op.reason}
+    assert found == chain
+    assert {op.placement for op in plan.ops if op.node in chain} == {"float inside"}
+    assert {op.scheme for op in plan.ops if op.node not in {*chain, "div"}} <= {"a8w8", "a8"}
+
+
+def test_powers_under_a_root_are_integers_where_a_rule_or_the_hardware_says_so() -> None:
+    function, chain = ROOTS["rms norm"]
+
+    def through(s: Any, x: Tensor) -> Tensor:
+        return s.conv(function(s.conv(x)))  # type: ignore[no-any-return]
+
+    graph = canonicalize(capture(Function(through, conv=conv()), (torch.randn(IMAGE),)))
+    for plan in (
+        plan_of(through, Rule(Scope.NODE_NAME, "mean", A8W8), conv=conv()),
+        make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8)]), INTEGERS),
+    ):
+        assert {op.scheme for op in plan.ops if op.node in chain} == {"a8w8"}
+
+
+def test_powers_that_no_root_is_taken_of_are_integers() -> None:
+    plan = plan_of(lambda s, x: s.conv((s.conv(x) ** 2).mean((2, 3), True) + x), conv=conv())
+    assert {op.scheme for op in plan.ops} == {"a8w8"}
+
+
+def test_a_table_is_stored_as_what_others_than_a_power_want() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(1000, 16), nn.Linear(16, 8)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            y = self.table(tokens)
+            return cast(Tensor, self.layer(y * torch.rsqrt(y.pow(2).mean(-1, True) + 1e-6)))
+
+    example = (torch.arange(6).reshape(1, 6),)
+    exported = torch.export.export(Tokens().eval(), example)
+    plan = cq.IntegerQuantizer().set_global("a8w8").plan(exported)
+    assert plan.op("pow_1").scheme is None
+    assert plan.op("embedding").size_bytes == 1000 * 16
+    program = cq.lower(convert(Tokens(), example).graph, example)
+    assert len(program.buffer) < 1000 * 16 * 2
 
 
 @pytest.mark.parametrize("name", ["log", "log of a sum", "reciprocal", "root"])
