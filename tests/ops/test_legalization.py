@@ -181,6 +181,21 @@ SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         aten.im2col.default,
     ),
     "patches of one image": (module(lambda: nn.Unfold(2)), (4, 6, 6), aten.im2col.default),
+    "patches side by side": (
+        module(lambda: nn.Unfold((2, 3), stride=(2, 3))),
+        (2, 3, 5, 7),  # the last row and column are in none
+        aten.im2col.default,
+    ),
+    "large patches side by side": (
+        module(lambda: nn.Unfold(10, stride=10)),
+        (1, 2, 20, 10),
+        aten.im2col.default,
+    ),
+    "patches put back": (
+        function(lambda x: F.fold(x, (6, 6), (3, 2), stride=(3, 2))),
+        (2, 12, 6),
+        aten.col2im.default,
+    ),
     "sums of patches": (
         function(lambda x: F.fold(x, (6, 6), 3, padding=(0, 1), stride=(3, 1))),
         (2, 36, 12),

@@ -1,4 +1,4 @@
-"""Patches of images: convolutions whose weights pick one value each."""
+"""Patches of images: moves where they lie side by side, else convolutions that pick one value."""
 
 from __future__ import annotations
 
@@ -20,12 +20,23 @@ MAX_TAPS = 64
 
 
 def unfold(insert: Insertion) -> Node | None:
-    """Columns of patches: a depthwise convolution with one output for each value of a patch."""
+    """Columns of patches: a depthwise convolution with one output for each value of a patch.
+
+    Patches that lie side by side (those of a transformer) are moves, of whatever size.
+    """
     node, data = insert.node, float_input(insert)
     if data is None or len(shape_of(data)) != 4 or not is_static(shape_of(data)[1:]):
         return None
     kernel, dilation, padding, stride = (per_dim(arg, 2) for arg in node.args[1:5])
     batch, channels = shape_of(data)[:2]
+    if _are_side_by_side(kernel, dilation, padding, stride):
+        counts = [size // k for size, k in zip(shape_of(data)[2:], kernel, strict=True)]
+        for dim, (count, k) in enumerate(zip(counts, kernel, strict=True), start=2):
+            data = insert.slice(data, dim, 0, count * k)
+        (rows, columns), (height, width) = counts, kernel
+        parts = insert.reshape(data, [batch, channels, rows, height, columns, width])
+        moved = insert.permute(parts, [0, 1, 3, 5, 2, 4])
+        return insert.reshape(moved, [batch, channels * height * width, rows * columns])
     if math.prod(kernel) > MAX_TAPS:
         return None
     weight = insert.constant("weight", _picks(channels, kernel))
@@ -36,7 +47,10 @@ def unfold(insert: Insertion) -> Node | None:
 
 
 def fold(insert: Insertion) -> Node | None:
-    """Sums of overlapping patches: a depthwise transposed convolution."""
+    """Sums of overlapping patches: a depthwise transposed convolution.
+
+    Patches that lie side by side, and are all of the image, are moves.
+    """
     node, data = insert.node, float_input(insert)
     if data is None or len(shape_of(data)) != 3 or not is_static(shape_of(data)[1:]):
         return None
@@ -49,9 +63,14 @@ def fold(insert: Insertion) -> Node | None:
     ]
     counts = [r // step + 1 for r, step in zip(room, stride, strict=True)]
     rest = [r % step for r, step in zip(room, stride, strict=True)]
-    if taps > MAX_TAPS or math.prod(counts) != shape_of(data)[2]:
+    if math.prod(counts) != shape_of(data)[2]:
         return None
     channels = rows // taps
+    if _are_side_by_side(kernel, dilation, padding, stride) and not any(rest):
+        parts = insert.reshape(data, [batch, channels, *kernel, *counts])
+        return insert.reshape(insert.permute(parts, [0, 1, 4, 2, 5, 3]), [batch, channels, *size])
+    if taps > MAX_TAPS:
+        return None
     patches = insert.reshape(data, [batch, rows, *counts])
     weight = insert.constant("weight", _picks(channels, kernel))
     return insert.call(
@@ -65,6 +84,12 @@ def fold(insert: Insertion) -> Node | None:
         channels,
         dilation,
     )
+
+
+def _are_side_by_side(
+    kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]
+) -> bool:
+    return stride == kernel and not any(padding) and all(step == 1 for step in dilation)
 
 
 def _picks(channels: int, kernel: list[int]) -> Tensor:
