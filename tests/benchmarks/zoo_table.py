@@ -46,10 +46,11 @@ cs3darknet_focus_s 0.3: what is requantized is rounded once more. So it is no de
 xcit_nano_12_p16_224 has a class token that is far smaller than the patches it is joined to; with
 16-bit activations it has 40 dB.
 
-Sizes are those before small constants stood in the delegate ([files](../files.md)); since then
-levit_128s takes 0.94 of stock's bytes (1.13 here). Programs that are larger than stock's hold
-depthwise convolutions of more than 25 taps that are joined for speed (`join_narrow_groups`:
-ConvNext 1.23, convmixer_768_32). poolformer_s12 is slower for no reason that is known yet. With
+mobilevitv2_050 has what stock has on eight other images (14.3 and 14.4); tnt_s_patch16_224 has it
+with histograms (7.1).
+
+Programs that are larger than stock's hold depthwise convolutions of more than 25 taps that are
+joined for speed (`join_narrow_groups`: ConvNext, convmixer_768_32). poolformer_s12 is slower for no reason that is known yet. With
 these random weights coat_lite_tiny magnifies last bits of float ops; `lower` finds that each of its
 tensors follows from those before.
 

@@ -504,6 +504,10 @@ class Compared(Interpreter):
             excess = _largest(op.inputs[0]) * 0.5 * 1.02 / 255 / scale
         elif is_tanh_gelu(op.node):
             excess = 4.8e-4 / scale
+        elif op.match.rule.family == "upsample_bilinear2d":
+            # Positions are rounded to 2**-11 of a pixel, in two dims; pixels are that far apart.
+            pixels = self.values[op.match.inputs[0]]
+            excess = 2 * 2.0**-12 * float(pixels.max() - pixels.min()) / scale
         elif op.match.weight is not None or op.match.rule.family == "matmul":
             # float32 sums in PyTorch: (K + 1) * 2**-24 * A, and 2 * 2**-24 of the result.
             arguments = [self._size(arg) for arg in op.node.args]
