@@ -56,7 +56,7 @@ The stock flow observes sums of indices, too, which become floats: 12 models of 
 its calibration. With these random weights coat_lite_tiny magnifies last bits of float ops; `lower`
 finds that each of its tensors follows from those before.
 
-Our columns are of one commit, but for those of latency that are older; where a column of stock or
+Our columns are of one day, but for those of latency that are older; where a column of stock or
 of latency has a dash and no failure is listed below, it was not measured.
 """
 
