@@ -91,16 +91,11 @@ class IntegerResize(UpsampleBilinear2dConfig):  # type: ignore[misc]  # ExecuTor
 
     def get_node_and_deps(self, node: torch.fx.Node, ep: Any) -> list[torch.fx.Node]:
         """The resize and, if it can run in integers, the q/dq nodes that become part of it."""
-        before: Any = node.args[0]
-        after = list(node.users)
-        integers = (
-            len(after) == 1
-            and is_dequant(before)
-            and is_quant(after[0])
-            and before.args[1:3] == after[0].args[1:3]
-            and not refuses_resize(node)
-        )
-        if not integers:
+        around = _integers_around(node)
+        if around is None or refuses_resize(node):
+            return [node]
+        before, after = around
+        if before.args[1:3] != after.args[1:3]:
             return [node]
         nodes: list[torch.fx.Node] = super().get_node_and_deps(node, ep)
         return nodes
@@ -114,18 +109,21 @@ class AnySlice(SliceCopyConfig):  # type: ignore[misc]  # ExecuTorch is untyped
         sizes = (*shape_of(node.all_input_nodes[0]), *shape_of(node))
         if all(isinstance(size, int) for size in sizes):
             return super().check_constraints(node, ep) is True
-        before: Any = node.args[0]
-        after = list(node.users)
-        other_scale = (
-            len(after) == 1
-            and is_dequant(before)
-            and is_quant(after[0])
-            and before.args[1:] != after[0].args[1:]
-        )
+        around = _integers_around(node)
+        other_scale = around is not None and around[0].args[1:] != around[1].args[1:]
         empty = any(isinstance(size, int) and size == 0 for size in sizes)
         left_out = other_scale or empty or reads_sizes(node) or slice_of(node)[3] != 1
         common = self.check_common_constraints(node, ep) is True
         return common and not left_out and not refuses_slice(node)
+
+
+def _integers_around(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
+    """The dequantize node that an op reads, and the quantize node that alone reads its result."""
+    before: Any = node.args[0]
+    after = list(node.users)
+    if len(after) == 1 and is_dequant(before) and is_quant(after[0]):
+        return before, after[0]
+    return None
 
 
 class FloatElu(EluConfig):  # type: ignore[misc]  # ExecuTorch is untyped

@@ -51,7 +51,7 @@ def flatten_rows(model: GraphModule) -> int:
         data = cast(Node, node.args[0])
         if data.target is not DEQUANTIZE_DYNAMIC:
             continue
-        source = cast(Node, cast(Node, data.args[0]).args[0])
+        source = _source(data)
         shape = shape_of(source)
         back = view_sizes(shape_of(node))
         if len(shape) != 4 or not isinstance(shape[3], int) or back.count(-1) > 1:
@@ -85,7 +85,7 @@ def pad_images(model: GraphModule) -> int:
         before, after = symmetric_padding(node)
         if before == after:
             continue
-        source = cast(Node, cast(Node, data.args[0]).args[0])
+        source = _source(data)
         # Of the last dim first.
         sides = [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
         build = Builder(model, node)
@@ -109,7 +109,7 @@ def order_images(model: GraphModule) -> int:
         data = cast(Node, node.args[0])
         if data.target is not DEQUANTIZE_DYNAMIC or len(shape_of(data)) != 4:
             continue
-        source = cast(Node, cast(Node, data.args[0]).args[0])
+        source = _source(data)
         own = set(_quantization(data))
         given = source.op == "placeholder" and own.issuperset(source.users)
         channels = shape_of(source)[1]
@@ -121,6 +121,11 @@ def order_images(model: GraphModule) -> int:
         node.replace_input_with(data, _again(build, data, image))
         count += 1
     return count
+
+
+def _source(data: Node) -> Node:
+    """The floats that a dequantize node stands for."""
+    return cast(Node, cast(Node, data.args[0]).args[0])
 
 
 def _quantization(data: Node) -> tuple[Node, Node]:
