@@ -34,6 +34,10 @@ class DraftOp:
     centered: bool = False  # its output has zero point 0, for a consumer that needs it so
     reason: str = ""
 
+    def leave(self, reason: str) -> None:
+        """Leave it in float, whatever a rule or default gave it."""
+        self.scheme, self.reason = None, reason
+
     @property
     def output(self) -> Node:
         """What others read: the result of the fused activation, if there is one."""

@@ -19,14 +19,10 @@ from custom_quantizer.core.graph import (
     shape_of,
     tensor_meta,
 )
-from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
-from custom_quantizer.ops import Formats, PatternMatch, Trait, rule_of
+from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
-from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
-from custom_quantizer.ops.functions import DIV, RECIPROCAL, RSQRT, SQRT
-from custom_quantizer.ops.placement import Placement
-from custom_quantizer.ops.pool import AVG_POOL, MEAN
+from custom_quantizer.ops.elementwise import CLAMP
 from custom_quantizer.planning.decisions import to_float
 from custom_quantizer.planning.drafts import DraftOp, is_float32, same_format
 from custom_quantizer.planning.model_io import ModelIO
@@ -60,9 +56,8 @@ def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
         if computes and op.scheme is not None:
             if op.decision.explicit:
                 continue
-            scheme, op.scheme = op.scheme, None
-            op.reason = "only float ops read its result: quantizing it would just round once more"
-            sums.append((op, scheme))
+            sums.append((op, op.scheme))
+            op.leave("only float ops read its result: quantizing it would just round once more")
         floats.add(op.node)
     _store_operands(sums)
     return only_floats
@@ -173,186 +168,6 @@ def _source(tensor: Node, producer: dict[Node, DraftOp]) -> Node:
     return tensor
 
 
-def leave_divisors(ops: list[DraftOp], producer: dict[Node, DraftOp]) -> None:
-    """What keeps a divisor away from zero is kept: rounded to a grid it would be zero.
-
-    ``F.normalize`` of a row of zeros is zero, and not 0 / 0. It is a bound, or a small number that
-    is added (``x / (x.sum() + 1e-6)``).
-    """
-    for op in ops:
-        if not op.has(Trait.DIVISION) or op.match is None:
-            continue
-        source = producer.get(op.match.inputs[-1])
-        while source is not None and source.moves_values and source.match is not None:
-            source = producer.get(source.match.inputs[0])
-        if source is not None and _keeps_from_zero(source):
-            _leave(source, "a divisor")
-
-
-def leave_poles(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Backend) -> None:
-    """So is what keeps the argument of a float op away from zero, where that op is infinite.
-
-    A table of integers takes its own smallest or largest integer there. A float op makes an
-    infinity, or what is no number, of it. A square root or a quotient between the two would be
-    rounded to zero as well: ``x / torch.sqrt(variance + 1e-5)``,
-    ``torch.log(p.clamp(min=1e-5) / (1 - p).clamp(min=1e-5))``.
-    """
-    for op in ops:
-        argument, what = _pole(op)
-        if argument is None or not _runs_in_float(op, backend):
-            continue
-        between: list[DraftOp] = []
-        source = producer.get(argument)
-        while source is not None and source.match is not None:
-            if source.match.rule in (DIV, SQRT) and not source.decision.explicit:
-                between.append(source)
-            elif not source.moves_values:
-                break
-            source = producer.get(source.match.inputs[0])
-        if source is None or not (_keeps_from_zero(source) or (between and _guards(source))):
-            continue
-        for each in (source, *between):
-            _leave(each, what)
-
-
-def leave_powers(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Backend) -> None:
-    """Powers under a root, and what is between, stay in float where no integer kernel has the root.
-
-    A power has a wider range than the root of its mean, sum or multiple: integers of one scale
-    round to zero what the root makes large again (norms that are written out, generalized means).
-    """
-    parts: dict[str, list[DraftOp]] = {}
-    powers: set[Node] = set()
-    for op in ops:
-        parts.setdefault(original_name(op.node), []).append(op)
-        inputs = () if op.match is None else op.match.inputs
-        if _is_power(op) or (_adds_up(op) and not powers.isdisjoint(inputs)):
-            powers.add(op.output)
-    for root in ops:
-        if not _is_root(root) or _has_integer_kernel(root, backend):
-            continue
-        found, waiting = {original_name(root.node): root}, [root]
-        while waiting:
-            for tensor in waiting.pop().node.all_input_nodes:
-                source = producer.get(tensor) if tensor in powers else None
-                if source is not None and original_name(source.node) not in found:
-                    found[original_name(source.node)] = source
-                    waiting += parts[original_name(source.node)]
-        chain = [op for name in found for op in parts[name]]
-        kept = any(op.decision.explicit for op in chain)
-        if len(found) > 1 and not kept and all(_can_be_float(op, backend) for op in chain):
-            for op in chain:
-                if op.scheme is not None:
-                    op.scheme, op.abstains = None, True
-                    op.reason = "a power and its root: integers of one scale lack the range between"
-
-
-def _is_power(op: DraftOp) -> bool:
-    """Whether an op multiplies a tensor by itself, or is a part of a power."""
-    target = op.node.meta.get("original_target", op.node.target)
-    both = op.node.args[:2]
-    return op.rule is MUL and (target in _POWERS or both[0] is both[1])
-
-
-def _adds_up(op: DraftOp) -> bool:
-    """Whether an op hands powers on: moved, summed up, or scaled."""
-    target = op.node.meta.get("original_target", op.node.target)
-    if op.moves_values or target in _SUMS or op.rule in (MEAN, AVG_POOL, ADD, SUB, CLAMP, RELU):
-        return True
-    return op.rule in (MUL, DIV) and any(not _is_activation(arg) for arg in op.node.args[:2])
-
-
-def _is_activation(arg: object) -> bool:
-    return isinstance(arg, Node) and not is_constant(arg)
-
-
-def _is_root(op: DraftOp) -> bool:
-    if op.rule in (SQRT, RSQRT):
-        return True
-    is_pow = op.node.target is torch.ops.aten.pow.Tensor_Scalar
-    return is_pow and 0 < abs(cast(float, op.node.args[1])) < 1
-
-
-def _can_be_float(op: DraftOp, backend: Backend) -> bool:
-    return op.moves_values or backend.in_float(op.node).placement is Placement.FLOAT
-
-
-_POWERS = frozenset({torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.square.default})
-
-_SUMS = frozenset(
-    {
-        torch.ops.aten.adaptive_avg_pool1d.default,
-        torch.ops.aten.adaptive_avg_pool2d.default,
-        torch.ops.aten.mean.dim,
-        torch.ops.aten.sum.dim_IntList,
-    }
-)
-
-_LOGARITHMS = frozenset(
-    {torch.ops.aten.log.default, torch.ops.aten.log2.default, torch.ops.aten.log10.default}
-)
-
-
-def _pole(op: DraftOp) -> tuple[Node | None, str]:
-    """The argument at whose zero an op is infinite, and what it is called."""
-    node = op.node
-    if node.target in _LOGARITHMS:
-        return cast(Node, node.args[0]), "the argument of a logarithm"
-    if op.rule in (RECIPROCAL, RSQRT):
-        return cast(Node, node.args[0]), "a divisor"
-    if node.target is torch.ops.aten.pow.Tensor_Scalar and cast(float, node.args[1]) < 0:
-        return cast(Node, node.args[0]), "a divisor"
-    if op.rule is DIV and op.match is not None and len(op.match.inputs) == 2:
-        return op.match.inputs[1], "a divisor"
-    return None, ""
-
-
-def _has_integer_kernel(op: DraftOp, backend: Backend) -> bool:
-    """Whether an op is one on integers wherever it stands."""
-    if op.scheme is None or op.match is None:
-        return False
-    return not backend.predict(op.match, Formats(8)).kernel.needs_integers
-
-
-def _runs_in_float(op: DraftOp, backend: Backend) -> bool:
-    if op.scheme is None or op.match is None:
-        return True
-    placement = backend.predict(op.match, Formats(8)).kernel.placement
-    return placement not in (Placement.INTEGER, Placement.TABLE)
-
-
-def _keeps_from_zero(op: DraftOp) -> bool:
-    """Whether integers would round away what an op keeps away from zero."""
-    return op.scheme is not None and _guards(op)
-
-
-def _guards(op: DraftOp) -> bool:
-    """Whether an op keeps its result away from zero."""
-    if op.decision.explicit:
-        return False
-    last = rule_of(op.output)  # a clamp of its own, or one that is fused
-    low = None if last is None or last.bounds is None else last.bounds(op.output)[0]
-    return (low is not None and low > 0) or _adds_epsilon(op)
-
-
-def _leave(op: DraftOp, what: str) -> None:
-    if op.scheme is not None:
-        op.scheme = None
-        op.reason = f"it keeps {what} away from zero, to which integers would round it"
-
-
-_LARGEST_EPSILON = 1e-3
-"""Of numbers that are added to keep a divisor away from zero, as norms do it."""
-
-
-def _adds_epsilon(op: DraftOp) -> bool:
-    if op.node.target is not torch.ops.aten.add.Tensor or op.match is None:
-        return False
-    graph = cast(GraphModule, op.node.graph.owning_module)
-    constants = [constant_of(graph, n) for n in op.match.inputs if n.op == "get_attr"]
-    return any(c.numel() == 1 and bool((c > 0) & (c <= _LARGEST_EPSILON)) for c in constants)
-
-
 def _computes_in_float(op: DraftOp | None) -> bool:
     return op is not None and op.support is not None and bool(op.support.float_reason)
 
@@ -365,7 +180,7 @@ def leave_readers_of_integers(ops: list[DraftOp], io: ModelIO, backend: Backend)
         if op.match is None or op.scheme is None or integers.isdisjoint(op.match.inputs):
             continue
         if why := backend.refuses_integers(op.match, op.scheme):
-            op.scheme, op.reason = None, why
+            op.leave(why)
 
 
 def leave_unprofitable(ops: list[DraftOp], io: ModelIO, backend: Backend) -> None:
@@ -384,8 +199,7 @@ def leave_unprofitable(ops: list[DraftOp], io: ModelIO, backend: Backend) -> Non
     refused = unprofitable(steps, io.inputs, io.wanted)
     for op in ops:
         if op.node in refused:
-            op.scheme = None
-            op.reason = (
+            op.leave(
                 f"{backend.title} has no integer kernel for it, and {refused[op.node]}: quantizing "
                 "it would only cost"
             )

@@ -16,16 +16,14 @@ from custom_quantizer.planning.neighbors import (
     center,
     follow_consumers,
     follow_producers,
-    leave_divisors,
     leave_joins,
-    leave_poles,
-    leave_powers,
     leave_readers_of_integers,
     leave_sums,
     leave_unprofitable,
     returned_in_float,
 )
 from custom_quantizer.planning.plan import Plan
+from custom_quantizer.planning.poles import leave_divisors, leave_poles, leave_powers
 
 
 def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:

@@ -52,6 +52,7 @@ MODULES = (
     "planning/edges.py",
     "planning/model_io.py",
     "planning/neighbors.py",
+    "planning/poles.py",
     "reference/accumulators.py",
     "reference/bundle.py",
     "reference/interpreter.py",
