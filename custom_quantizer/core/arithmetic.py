@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from custom_quantizer.core.formats import signed_bits
-from custom_quantizer.core.resizing import POSITION_BITS, Resizing
+from custom_quantizer.core.resizing import Resizing, position_bits
 from custom_quantizer.errors import InputError, SchemeError
 
 __all__ = [
@@ -655,7 +655,8 @@ class Arithmetic(ABC):
         """Resize stored integers of shape (..., H, W) by bilinear interpolation, on one grid.
 
         With the four neighbours of an output, and its position between them in units of
-        ``2**-11``, ``(weighted sum + 2**21) >> 22``: half goes up.
+        ``2**-f``, ``(weighted sum + 2**(2 * f - 1)) >> 2 * f``: half goes up.
+        :func:`~custom_quantizer.core.resizing.position_bits` gives ``f``, 11 for int8.
 
         Args:
             x: stored integers.
@@ -667,13 +668,13 @@ class Arithmetic(ABC):
             XNNPACK at commit 92a7ad50, ``src/s8-ibilinear``; TensorFlow Lite resizes with
             fractions of 10 bits.
         """
-        values = resizable(x, rows, columns)
+        values, fraction = resizable(x, rows, columns), position_bits(q.bits)
         for dim, resizing in ((-2, rows), (-1, columns)):
-            place = torch.tensor(resizing.positions)
-            lower = place >> POSITION_BITS
-            rest = place - (lower << POSITION_BITS)
-            values = between_pixels(values, dim, lower, rest, 1 << POSITION_BITS)
-        return store((values + (1 << (2 * POSITION_BITS - 1))) >> 2 * POSITION_BITS, q)
+            place = torch.tensor(resizing.positions(fraction))
+            lower = place >> fraction
+            rest = place - (lower << fraction)
+            values = between_pixels(values, dim, lower, rest, 1 << fraction)
+        return store((values + (1 << (2 * fraction - 1))) >> 2 * fraction, q)
 
     @abstractmethod
     def clamp(self, x: Tensor, src: QParams, dst: QParams, low: float, high: float) -> Tensor:

@@ -8,10 +8,20 @@ from functools import cached_property
 
 from custom_quantizer.errors import SchemeError
 
-__all__ = ["POSITION_BITS", "Resizing"]
+__all__ = ["POSITION_BITS", "Resizing", "position_bits"]
 
 POSITION_BITS = 11
-"""Positions are stored in units of ``2**-11`` of a pixel, as XNNPACK's int8 kernels have them."""
+"""Positions in int8 images are stored in units of ``2**-11`` of a pixel, as XNNPACK has them."""
+
+
+def position_bits(bits: int) -> int:
+    """Bits of a fraction of a pixel, for images of ``bits``-bit integers.
+
+    Three more than the integers have, and no fewer than :data:`POSITION_BITS`: the rounding of a
+    position moves a result by at most 1/8 unit, half a unit of it in each of two dims times the
+    largest difference of two pixels.
+    """
+    return max(POSITION_BITS, bits + 3)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,6 @@ class Resizing:
             min(max((index + half) * scale - half, Fraction(0)), last) for index in range(self.out)
         )
 
-    @cached_property
-    def positions(self) -> tuple[int, ...]:
-        """:attr:`places` in units of ``2**-POSITION_BITS``, rounded half to even."""
-        return tuple(round(place * (1 << POSITION_BITS)) for place in self.places)
+    def positions(self, bits: int = POSITION_BITS) -> tuple[int, ...]:
+        """:attr:`places` in units of ``2**-bits``, rounded half to even."""
+        return tuple(round(place * (1 << bits)) for place in self.places)

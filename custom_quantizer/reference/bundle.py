@@ -45,6 +45,7 @@ from custom_quantizer.core.graph import (
     shape_of,
     tensor_meta,
 )
+from custom_quantizer.core.resizing import position_bits
 from custom_quantizer.errors import ConversionError, InputError, SchemeError
 from custom_quantizer.ops import QuantizedOp, functions
 from custom_quantizer.ops.backend import INTEGERS
@@ -741,10 +742,12 @@ def _max_pool(op: QuantizedOp) -> Entry:
 
 def _resize(op: QuantizedOp) -> Entry:
     rows, columns = resizings_of(op.node)
+    fraction = position_bits(op.output.bits)
     return {
         "op": "resize_bilinear",
-        "rows": list(rows.positions),
-        "columns": list(columns.positions),
+        "position_bits": fraction,
+        "rows": list(rows.positions(fraction)),
+        "columns": list(columns.positions(fraction)),
     }
 
 

@@ -55,14 +55,16 @@ __all__ = [
     "load_integers",
     "multiply_int32",
     "multiply_int64",
+    "position_bits",
     "quantize",
     "rounding_divide_by_pot",
     "wrap_int32",
 ]
 
 FORMAT = "custom_quantizer.integers"
-VERSION = 2
-"""Version that is written; version 1, which has no checksum, is read too."""
+VERSION = 3
+"""Version that is written. Read are version 2, in which all resizes have positions in 1/2048 of a
+pixel, and version 1, which has no checksum."""
 
 MOST_BYTES = 2**28
 """Size of the JSON file."""
@@ -479,22 +481,29 @@ def _max_pool2d(call: Call) -> Array:
 
 
 _POSITION_BITS = 11
+"""What all positions had up to version 2, and those in int8 images have."""
 
 
 def _resize_bilinear(call: Call) -> Array:
-    """Weighted sums of four neighbours; positions are in units of ``2**-11``, and half goes up."""
-    values = call.inputs[0].astype(np.int64)
+    """Weighted sums of four neighbours, with positions in fractions of a pixel; half goes up."""
+    values, fraction = call.inputs[0].astype(np.int64), position_bits(call.op)
     for axis, positions in ((-2, call.op["rows"]), (-1, call.op["columns"])):
         place = np.array(positions, dtype=np.int64)
-        lower = place >> _POSITION_BITS
+        lower = place >> fraction
         first = np.take(values, lower, axis)
         second = np.take(values, np.minimum(lower + 1, values.shape[axis] - 1), axis)
-        weight = place - (lower << _POSITION_BITS)
+        weight = place - (lower << fraction)
         weight = weight[:, None] if axis == -2 else weight
-        values = (first << _POSITION_BITS) + (second - first) * weight
-    half = 1 << (2 * _POSITION_BITS - 1)
-    resized: Array = ((values + half) >> 2 * _POSITION_BITS).astype(call.output.dtype)
+        values = (first << fraction) + (second - first) * weight
+    half = 1 << (2 * fraction - 1)
+    resized: Array = ((values + half) >> 2 * fraction).astype(call.output.dtype)
     return resized
+
+
+def position_bits(op: Op) -> int:
+    """Bits of the fractions of a pixel in which a resize has its positions."""
+    bits: int = op.get("position_bits", _POSITION_BITS)
+    return bits
 
 
 def _reshape(call: Call) -> Array:
@@ -752,7 +761,7 @@ def _resize_sizes(op: Op, inputs: Sequence[Sizes], _weight: Sequence[int]) -> Si
     _need(len(x) >= 2, f"it resizes images, not tensors of {len(x)} dimensions")
     for size, positions in zip(x[-2:], out, strict=True):
         _need(size is not None, "the size of its image is not known")
-        last = ((size or 0) - 1) << _POSITION_BITS
+        last = ((size or 0) - 1) << position_bits(op)
         inside = max(positions) <= last
         _need(inside, f"a position of {max(positions)} lies beyond the last pixel, at {last}")
     return (*x[:-2], *map(len, out))
@@ -1214,6 +1223,7 @@ _FACTOR = _Record({"rule": _RULE, "multiplier": _MULTIPLIER, "shift": _SHIFT})
 _FACTORS = _Record({"rule": _RULE, "multiplier": _List(_MULTIPLIER, 1), "shift": _List(_SHIFT, 1)})
 _COUNTED = _Record({"count": _List(_Integer(1, MOST_TAPS), 1), **_FACTORS.fields})
 _POSITIONS = _List(_Integer(0, _INT32_MAX), 1)
+_FRACTION = _Integer(_POSITION_BITS, 19)
 _CLAMP: dict[str, _Field] = {"clamp": _List(_INT32_FIELD, 2, 2)}
 _SCALED: dict[str, _Field] = {"requantization": _FACTOR, **_CLAMP}
 _WEIGHTED: dict[str, _Field] = {
@@ -1250,6 +1260,7 @@ class _Kind(NamedTuple):
         moves: Whether its result holds integers of its inputs, and padding, in their scale.
         factors: What its multipliers and shifts stand for, if it has any.
         extremes: Of its accumulator, if it has one.
+        optional: Fields that its entry may lack.
     """
 
     compute: Callable[[Call], Array]
@@ -1259,14 +1270,15 @@ class _Kind(NamedTuple):
     moves: bool = False
     factors: Callable[[_Operands], Factors] | None = None
     extremes: Callable[[_Operands], Extremes] | None = None
+    optional: frozenset[str] = frozenset()
 
     @property
     def record(self) -> _Record:
         """All fields of its entry."""
         sums = {} if self.extremes is None else _ACCUMULATOR
-        # A pool on one grid divides; products over a size that is not known have no bound.
-        optional = {"accumulator", *(["requantization"] if self.compute is _avg_pool2d else [])}
-        return _Record({**_OF_EVERY_OP, **self.fields, **sums}, frozenset(optional))
+        # Products over a size that is not known have no bound.
+        optional = self.optional | {"accumulator"}
+        return _Record({**_OF_EVERY_OP, **self.fields, **sums}, optional)
 
 
 _OPS: Mapping[str, _Kind] = {
@@ -1349,6 +1361,7 @@ _OPS: Mapping[str, _Kind] = {
         },
         factors=_window_factors,
         extremes=_window_extremes,
+        optional=frozenset({"requantization"}),  # a pool on one grid divides
     ),
     "max_pool2d": _Kind(
         _max_pool2d,
@@ -1359,8 +1372,9 @@ _OPS: Mapping[str, _Kind] = {
     "resize_bilinear": _Kind(
         _resize_bilinear,
         _resize_sizes,
-        {"rows": _POSITIONS, "columns": _POSITIONS},
+        {"position_bits": _FRACTION, "rows": _POSITIONS, "columns": _POSITIONS},
         moves=True,
+        optional=frozenset({"position_bits"}),  # which files of version 2 lack
     ),
     "pad": _Kind(
         lambda call: _pad(call.inputs[0], call.op, call.infos[0].zero_point),
@@ -1473,6 +1487,13 @@ def check_description(
         BundleError: It is not legal; with the place in the document and what would be.
     """
     _DOCUMENT.check(description, "")
+    for position, op in enumerate(description["ops"]):
+        if op["op"] == "resize_bilinear":
+            stated = "position_bits" in op
+            if stated != (description["version"] > 2):
+                raise BundleError(
+                    f"ops[{position}] has position_bits from version 3 on, and none before"
+                )
     if ("checksum" in description) != (description["version"] > 1):
         raise BundleError("a description has a checksum from version 2 on, and none before")
     tensors = {

@@ -475,7 +475,7 @@ def _nested(depth: int) -> list[Any]:
 # What a reader says of a network of conv2d, relu (its output), view and linear.
 EDITS: dict[str, tuple[Callable[[dict[str, Any], Path], object], str]] = {
     "format": (lambda d, _: d.update(format="onnx"), "no description of a network"),
-    "version": (lambda d, _: d.update(version=3), "version 3, this reader knows 1 to 2"),
+    "version": (lambda d, _: d.update(version=4), "version 4, this reader knows 1 to 3"),
     "old_version": (lambda d, _: d.update(version=1), "checksum from version 2 on"),
     "no_checksum": (lambda d, _: d.pop("checksum"), "was changed after it was written"),
     "section": (lambda d, _: d.pop("tensors"), "lacks tensors"),
@@ -869,6 +869,29 @@ def test_a_bundle_of_version_1_is_read(damaged: Path) -> None:
     damaged.with_suffix(".json").write_text(json.dumps(document))
     actual = load_integers(damaged)(np.ones((2, 3, 6, 6), np.float32))
     np.testing.assert_array_equal(actual, expected)
+
+
+def test_positions_of_resizes_are_as_fine_as_the_integers(tmp_path: Path) -> None:
+    """Since version 3; before, all had 11 bits of a pixel."""
+    function, shapes = GRAPHS["resized"]
+    x = np.random.default_rng(0).normal(size=shapes[0]).astype(np.float32)
+    for scheme, bits in (("a8w8", 11), ("a16w8", 19)):
+        path = tmp_path / scheme
+        save_integers(converted_network(lambda: Network(function), shapes, scheme), path)
+        document = json.loads(path.with_suffix(".json").read_text())
+        (resize,) = (op for op in document["ops"] if op["op"] == "resize_bilinear")
+        assert resize.pop("position_bits") == bits
+        expected = load_integers(path)(x)
+        write_signed(document, path)
+        with pytest.raises(cq.InputError, match="position_bits from version 3 on"):
+            load_integers(path)
+        document["version"] = 2
+        write_signed(document, path)
+        if bits == 11:
+            np.testing.assert_array_equal(load_integers(path)(x), expected)
+        else:  # places beyond the image, at 11 bits
+            with pytest.raises(cq.InputError, match="lies beyond the last pixel"):
+                load_integers(path)
 
 
 def test_a_failed_write_leaves_the_old_bundle(

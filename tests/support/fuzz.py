@@ -33,6 +33,7 @@ from custom_quantizer.core.graph import (
     is_run_time_quantization,
     is_static,
 )
+from custom_quantizer.core.resizing import position_bits
 from custom_quantizer.ops import REGISTRY, Case, QParamSharing, QuantizedOp, known_targets
 from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.ops.functions import is_tanh_gelu
@@ -505,9 +506,10 @@ class Compared(Interpreter):
         elif is_tanh_gelu(op.node):
             excess = 4.8e-4 / scale
         elif op.match.rule.family == "upsample_bilinear2d":
-            # Positions are rounded to 2**-11 of a pixel, in two dims; pixels are that far apart.
+            # Positions are rounded to fractions of a pixel, in two dims; pixels are that far apart.
             pixels = self.values[op.match.inputs[0]]
-            excess = 2 * 2.0**-12 * float(pixels.max() - pixels.min()) / scale
+            unit = 2.0 ** -position_bits(op.output.bits)
+            excess = 2 * 0.5 * unit * float(pixels.max() - pixels.min()) / scale
         elif op.match.weight is not None or op.match.rule.family == "matmul":
             # float32 sums in PyTorch: (K + 1) * 2**-24 * A, and 2 * 2**-24 of the result.
             arguments = [self._size(arg) for arg in op.node.args]

@@ -208,7 +208,7 @@ def xnnpack_positions(resizing: Resizing, *, fused: bool) -> tuple[int, ...]:
     """Positions with which the delegate resizes int8 images, in units of ``2**-11``.
 
     It computes them in float32 when it loads a program. Where they are those of
-    :attr:`Resizing.positions`, fused or not, they are so on every CPU.
+    :meth:`Resizing.positions`, fused or not, they are so on every CPU.
 
     Args:
         resizing: of one dimension.

@@ -397,7 +397,7 @@ def refuses_resize(node: Node) -> str:
     """Why a bilinear resize of static size has no integers that are the same on every CPU."""
     for resizing in resizings_of(node):
         made = {xnnpack_positions(resizing, fused=fused) for fused in (False, True)}
-        if made != {resizing.positions}:
+        if made != {resizing.positions()}:
             return (
                 f"from {resizing.size} to {resizing.out} pixels XNNPACK rounds a position between "
                 "pixels in float32, and CPUs differ in it"

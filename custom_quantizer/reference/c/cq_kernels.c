@@ -599,29 +599,31 @@ void cq_max_pool2d(const cq_pool_op *op, const void *x, void *out)
 
 /* Resizing ------------------------------------------------------------------------------------ */
 
-/* Between two neighbours of a line, in units of 1/2048. */
-static int64_t between(int64_t first, int64_t second, int32_t position)
+/* Between two neighbours of a line, times `unit`, of which a pixel has so many. */
+static int64_t between(int64_t first, int64_t second, int32_t position, int32_t unit)
 {
-    return first * 2048 + (second - first) * (position % 2048);
+    return first * unit + (second - first) * (position % unit);
 }
 
 void cq_resize_bilinear(const cq_resize_op *op, const void *x, void *out)
 {
+    const int32_t unit = (int32_t)1 << op->fraction, shift = 2 * op->fraction;
+    const int64_t half = (int64_t)1 << (shift - 1);
     int32_t to = 0;
     for (int32_t line = 0; line < op->images * op->out[0]; line++) {
-        const int32_t row = op->rows[line % op->out[0]], top = row / 2048;
+        const int32_t row = op->rows[line % op->out[0]], top = row / unit;
         const int32_t bottom = top + 1 < op->in[0] ? top + 1 : top;
         const int32_t image = line / op->out[0] * op->in[0];
         const int32_t upper = (image + top) * op->in[1], lower = (image + bottom) * op->in[1];
         for (int32_t i = 0; i < op->out[1]; i++) {
-            const int32_t column = op->columns[i], left = column / 2048;
+            const int32_t column = op->columns[i], left = column / unit;
             const int32_t right = left + 1 < op->in[1] ? left + 1 : left;
             const int64_t above = between(load(x, op->type, upper + left),
-                                          load(x, op->type, upper + right), column);
+                                          load(x, op->type, upper + right), column, unit);
             const int64_t below = between(load(x, op->type, lower + left),
-                                          load(x, op->type, lower + right), column);
-            const int64_t half = (int64_t)1 << 21;
-            save(out, op->type, to++, (int32_t)((between(above, below, row) + half) >> 22));
+                                          load(x, op->type, lower + right), column, unit);
+            const int64_t sum = between(above, below, row, unit) + half;
+            save(out, op->type, to++, (int32_t)(sum >> shift));
         }
     }
 }

@@ -175,12 +175,13 @@ typedef struct {
     cq_store store;
 } cq_pool_op;
 
-/* resize_bilinear. Positions are in units of 1/2048 of a pixel of the input. */
+/* resize_bilinear. Positions are in units of 2^-fraction of a pixel of the input. */
 typedef struct {
     int32_t images;
     int32_t in[2];
     int32_t out[2];
     int32_t type;
+    int32_t fraction;
     const int32_t *rows;
     const int32_t *columns;
 } cq_resize_op;

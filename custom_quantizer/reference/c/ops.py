@@ -11,7 +11,7 @@ import numpy as np
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.reference.c.network import Network
 from custom_quantizer.reference.c.text import Fields, Loop, identifier, packed_nibbles
-from custom_quantizer.reference.numpy_runner import NumpyReference
+from custom_quantizer.reference.numpy_runner import NumpyReference, position_bits
 
 __all__ = ["EMITTERS", "write_network"]
 
@@ -402,6 +402,7 @@ def _resize(network: Network, op: _Op) -> None:
         "in": shape[-2:],
         "out": op.shape[-2:],
         "type": op.type_of(op.output),
+        "fraction": position_bits(op.entry),
         "rows": Loop(op.entry["rows"]),
         "columns": Loop(op.entry["columns"]),
     }
