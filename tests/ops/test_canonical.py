@@ -574,6 +574,20 @@ def _copied_by_flatten(s: Any, x: Tensor) -> Any:
     return part * 1.0, h * 1.0
 
 
+def _copied_of_a_part(s: Any, x: Tensor) -> Any:
+    """What is written in place is contiguous as a function, and was a part of a tensor."""
+    h = s.conv(x)[:, 1:]
+    h.relu_()
+    flat, ordered = h.flatten(), h.contiguous()
+    last = h.contiguous(memory_format=torch.channels_last)
+    shown = h.transpose(0, 1)
+    flat.add_(1.5)
+    ordered.mul_(3.0)
+    last.sub_(1.0)
+    h[0].mul_(2.0)
+    return flat * 1.0, ordered * 1.0, last * 1.0, shown * 1.0, h * 2.0
+
+
 def _out(s: Any, x: Tensor) -> Any:
     h = s.conv(x)
     result = torch.mul(x, 2.0, out=h)
@@ -582,7 +596,15 @@ def _out(s: Any, x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize(
-    "function", [_unsqueezed, _transposed, _reshaped_in_all_ways, _copied_by_flatten, _out]
+    "function",
+    [
+        _unsqueezed,
+        _transposed,
+        _reshaped_in_all_ways,
+        _copied_by_flatten,
+        _copied_of_a_part,
+        _out,
+    ],
 )
 def test_names_of_one_memory_keep_their_shapes(function: Callable[..., Any]) -> None:
     _same(function, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))

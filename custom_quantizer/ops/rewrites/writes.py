@@ -19,9 +19,17 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import argument, describe, shape_of, tensor_meta
+from custom_quantizer.core.graph import (
+    argument,
+    describe,
+    is_same_shape,
+    shape_of,
+    tensor_meta,
+    view_sizes,
+)
 from custom_quantizer.core.memory import (
     OVERWRITTEN,
     aliases_of,
@@ -29,6 +37,7 @@ from custom_quantizer.core.memory import (
     overwritten_by,
     reached,
     shares_memory,
+    viewed_by,
     written_inputs,
 )
 from custom_quantizer.core.rewriting import Insertion, replace
@@ -104,6 +113,7 @@ _View = tuple[Node, Callable[[Insertion, Node], Node]]
 
 def functionalize(model: GraphModule) -> None:
     """Make in-place ops functional, and mark the tensors of those that stay."""
+    _copy_surely(model)
     writes = _Writes(model)
     for node in list(model.graph.nodes):
         writes.read_current(node)
@@ -112,6 +122,64 @@ def functionalize(model: GraphModule) -> None:
     writes.finish()
     writes.read_directly()
     _write_plainly(model)
+
+
+def _copy_surely(model: GraphModule) -> None:
+    """What strides made a copy at capture is one whatever strides its source will have.
+
+    The flatten of a part of a tensor is a copy. What a function gives in the place of a write into
+    that part may be contiguous, and its flatten a view.
+    """
+    names: set[Node] = set()
+    for start in [source for node in model.graph.nodes for source in written_inputs(node)]:
+        if start not in names:
+            names |= reached(start, names_beside)
+    for node in [node for node in model.graph.nodes if node in names]:
+        if node.op != "call_function" or node.target in _CERTAIN or not _is_stride_copy(node):
+            continue
+        order = torch.contiguous_format
+        if node.target is aten.contiguous.default:
+            order = argument(node, 1, "memory_format", order)
+        insert = Insertion(model, node)
+        copied = insert.call(aten.clone.default, node.args[0], memory_format=order)
+        sizes = view_sizes(shape_of(node))
+        if sizes.count(-1) > 1:
+            node.replace_input_with(cast(Node, node.args[0]), copied)
+            continue
+        if not is_same_shape(shape_of(node), shape_of(copied)):
+            copied = insert.call(aten.view.default, copied, sizes)
+        replace(model, node, copied)
+
+
+def _is_stride_copy(node: Node) -> bool:
+    """Whether a call copied at capture what it views where strides are others."""
+    if tuple(viewed_by(node)) != node.args[:1] or tensor_meta(node) is None:
+        return False
+    values = {source: _as_captured(source.meta.get("val")) for source in node.all_input_nodes}
+    if None in values.values():
+        return False
+    args, kwargs = torch.fx.node.map_arg((node.args[1:], node.kwargs), values.__getitem__)
+
+    def is_copy(value: Tensor) -> bool:
+        result = cast("Callable[..., Tensor]", node.target)(value, *args, **kwargs)
+        return bool(result.untyped_storage()._cdata != value.untyped_storage()._cdata)
+
+    given = cast(Tensor, values[cast(Node, node.args[0])])
+    if not is_copy(given):
+        return False
+    in_order = torch.empty_like(given, memory_format=torch.contiguous_format)
+    return node.target is aten.contiguous.default or not is_copy(in_order)
+
+
+def _as_captured(value: Any) -> Any | None:
+    """A tensor without values, laid out as the example's, or its size; ``None``: not known."""
+    if isinstance(value, Tensor):
+        layout: list[Any] = [_as_captured(size) for size in (*value.shape, *value.stride())]
+        if None in layout:
+            return None
+        sizes, strides = layout[: value.dim()], layout[value.dim() :]
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
+    return value if isinstance(value, int) else getattr(getattr(value, "node", None), "hint", None)
 
 
 class _Memory:
