@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -139,6 +140,39 @@ def test_layers_read_images_in_any_order(mixed: bool) -> None:
     program = cq.lower(convert(model, example, quantizer).graph, example)
     assert (program.report.delegates, program.report.outside) == (1, ())
     for want, got in zip(model(*example), program.run(*example), strict=True):
+        assert float((got - want).norm() / want.norm()) < 0.02
+
+
+class Crossing(nn.Module):
+    """An image that one delegate makes, and views and a convolution read beside what lies outside.
+
+    It is read as it is, or as what is computed of it.
+    """
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.read = read
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        image = self.first(x)
+        outside = torch.asinh(image)
+        read = self.read(image)
+        rows = read.flatten(2) * 2.0 + outside.flatten(2)
+        return rows, self.second(read) + outside, self.second(image + outside)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda image: image, torch.relu, lambda image: torch.sigmoid(image) * image]
+)
+def test_images_that_cross_between_delegates_keep_their_order(
+    read: Callable[[Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    model, x = Crossing(read).eval(), torch.randn(2, 4, 5, 6)
+    program = cq.lower(convert(model, (x,), "dyn8w8").graph, (x,))
+    assert (program.report.delegates, program.report.outside) == (2, ("aten::asinh.out",))
+    for want, got in zip(model(x), program.run(x), strict=True):
         assert float((got - want).norm() / want.norm()) < 0.02
 
 

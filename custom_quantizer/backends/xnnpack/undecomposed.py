@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.passes.infra.partitioner import Partition
 
+from custom_quantizer.backends.xnnpack.crossing import convolve_where_images_are_made
 from custom_quantizer.backends.xnnpack.grouping import merge_groups
 from custom_quantizer.backends.xnnpack.signature import remember_constants
 
@@ -71,7 +72,10 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
         """Merge the groups of nodes that belong to one op each."""
-        return merge_groups(ep.graph, self.get_matched_nodes_from_configs(ep))
+        groups = self.get_matched_nodes_from_configs(ep)
+        partitions = merge_groups(ep.graph, groups)
+        convolve_where_images_are_made(ep.graph, groups, partitions)
+        return partitions
 
     def _check_if_called_from_to_backend(self) -> bool:
         """Whether ops were decomposed that the delegate wants whole: whoever lowers has asked.

@@ -152,7 +152,7 @@ _ALWAYS_LAST = (
 )
 """Ops whose four-dim results have their channels last."""
 
-_KEEP_ORDER = (
+KEEP_ORDER = (
     RELU.targets | CLAMP.targets | ADD.targets | SUB.targets | MUL.targets | CAT.targets
 ) | {aten.hardswish.default, aten.sigmoid.default, aten.tanh.default, aten.gelu.default}
 """Ops inside the delegate whose results are in the order of their inputs, if these have one."""
@@ -171,7 +171,7 @@ def _is_channels_last(node: Node) -> bool:
         if source.target in _ALWAYS_LAST:
             continue
         if (
-            source.target not in _KEEP_ORDER
+            source.target not in KEEP_ORDER
             and not is_quantize(source)
             and not is_dequantize(source)
         ):
