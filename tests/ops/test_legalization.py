@@ -120,6 +120,16 @@ SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
     "mean of a signal": (function(lambda x: x.mean(1)), SIGNAL, aten.mean.dim),
     "sum": (function(lambda x: x.sum((2, 3))), IMAGE, aten.sum.dim_IntList),
     "sum over channels": (function(lambda x: x.sum(1)), IMAGE, aten.sum.dim_IntList),
+    "sum of a stack": (
+        function(lambda x: torch.stack([x, x.flip(1)], 2).sum(2)),
+        SIGNAL,
+        aten.sum.dim_IntList,
+    ),
+    "mean of three": (
+        function(lambda x: torch.stack([x, x.flip(1), x.flip(2)], -1).mean(-1, keepdim=True)),
+        IMAGE,
+        aten.mean.dim,
+    ),
     "adaptive": (
         module(lambda: nn.AdaptiveAvgPool2d((4, 5))),
         IMAGE,
@@ -360,6 +370,7 @@ LIKE_ANOTHER = {
     "max_pool3d, dilated",
     "max_pool3d, rounding up",
     "mean of a signal",
+    "mean of three",
     "mean of one image",
     "mean over far dims",
     "mean over rows",
@@ -518,6 +529,95 @@ def test_a_mean_stays_right_when_the_batch_grows(mean: Callable[[Tensor], Tensor
     for size in (3, 8, 1, 7, 2, 8):
         given = torch.randn(size, *IMAGE[1:])
         assert differences(program.run(given), reference(given)) == [], size
+
+
+# ---------------------------------------------------------------------------------------------
+# Sums over branches
+# ---------------------------------------------------------------------------------------------
+
+
+def selective(_self: Any, a: Tensor, b: Tensor) -> Tensor:
+    """Two branches of images, weighed by what both have at most (SKNet)."""
+    both = torch.stack([a, b], 1)
+    weights = both.sum(1).amax((2, 3))[:, :2].view(-1, 2, 1, 1, 1)
+    return (both * weights).sum(1)
+
+
+def split_attention(_self: Any, a: Tensor, b: Tensor) -> Tensor:
+    """Two halves of the channels of one layer (ResNeSt)."""
+    halves = torch.cat([a, b], 1).view(-1, 2, *a.shape[1:])
+    return (b.amax((2, 3), keepdim=True)[:, None] * halves).sum(1)
+
+
+def radix(_self: Any, a: Tensor, b: Tensor) -> Tensor:
+    """The halves are those of one tensor."""
+    halves = (a - b).view(-1, 2, a.shape[1] // 2, *a.shape[2:])
+    return (halves * b.amax((2, 3)).view(-1, 2, 2, 1, 1)).sum(1)
+
+
+def fused(_self: Any, a: Tensor, b: Tensor) -> Tensor:
+    """Levels of a pyramid with a weight each (BiFPN)."""
+    return (torch.stack([a, b], -1) * torch.tensor([0.25, 0.5])).sum(-1)
+
+
+def magnitude(_self: Any, a: Tensor, b: Tensor) -> Tensor:
+    """Both operands of the product are stacked."""
+    both = torch.stack([a, b])
+    return (both * both).sum(0, keepdim=True)
+
+
+BRANCHES = (selective, split_attention, radix, fused, magnitude)
+
+
+@pytest.mark.parametrize("branches", BRANCHES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_branches_are_weighed_and_added_one_by_one(
+    branches: Callable[..., Tensor], dynamic: bool
+) -> None:
+    """No tensor joins them, no layer sums them up, and each has a scale of its own."""
+    model = Function(branches)
+    inputs = (torch.randn(IMAGE), 9 * torch.randn(IMAGE))
+    dim = {0: torch.export.Dim("n", max=8)} if dynamic else {}
+    graph = canonicalize(capture(model, inputs, dynamic_shapes=((dim, dim),)))
+    for target in (aten.cat.default, aten.linear.default, aten.sum.dim_IntList):
+        assert not calls(graph, target)
+    assert len(calls(graph, aten.mul.Tensor)) == 2
+    others = tuple(torch.randn(3, *IMAGE[1:]) for _ in inputs)
+    for given in (inputs, others if dynamic else inputs):
+        assert torch.equal(graph(*given), model(*given))  # a sum of two has one order
+
+
+def test_weighed_branches_run_as_the_integer_reference_says() -> None:
+    model = Function(lambda s, a, b: [f(s, a + a, b + b) for f in BRANCHES])
+    inputs = (torch.randn(IMAGE), torch.randn(IMAGE))
+    graph = quantized(model, inputs)
+    program = cq.lower(graph, inputs)
+    assert (program.report.delegates, program.report.outside) == (1, ())
+    assert not program.report.not_integer()
+    reference = cq.integer_reference(graph)
+    for given in stress([IMAGE, IMAGE]):
+        for got, want in zip(program.run(*given), reference(*given), strict=True):
+            assert differences(got, want) == []
+
+
+def test_a_rule_for_products_holds_for_those_of_branches() -> None:
+    captured = capture(Function(selective), (torch.randn(IMAGE), torch.randn(IMAGE)))
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    plan = quantizer.set_operator_type(aten.mul.Tensor, None).plan(captured)
+    (product,) = [op for op in plan.ops if op.family == "mul"]
+    assert product.scheme is None
+    assert [op.family for op in product.parts].count("mul") == 2
+    assert all(op.scheme is None for op in product.parts)
+
+
+@pytest.mark.parametrize("also", [lambda x: x, lambda x: x.sum(2), lambda x: x.sum((1, 2))])
+def test_products_that_others_read_stay(also: Callable[[Tensor], Tensor]) -> None:
+    def read(_self: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.stack([a, b], 1) * a[:, None]
+        return both.sum(1), also(both)
+
+    graph = canonicalize(capture(Function(read), (torch.randn(IMAGE), torch.randn(IMAGE))))
+    assert len(calls(graph, aten.mul.Tensor)) == 1
 
 
 # ---------------------------------------------------------------------------------------------

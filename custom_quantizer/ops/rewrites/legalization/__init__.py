@@ -5,7 +5,7 @@ same numbers in another form is rewritten to these, so that it is planned,
 quantized, simulated and lowered like any other:
 
 - a mean, a sum or an adaptive pooling is a linear layer (or a 1x1 convolution over channels) whose
-  weights are constant;
+  weights are constant; sums over two or three branches are additions;
 - average pooling that counts its padding is a depthwise convolution;
 - pooling, norms and convolutions over one or three dims become those over two;
 - Euclidean norms are those of rows;
@@ -36,6 +36,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.core.graph import argument
 from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.legalization import (
+    branches,
     interpolations,
     layers,
     maxima,
@@ -82,6 +83,7 @@ _FORMS: dict[Any, Rewrite] = {
     aten.conv_transpose1d.default: batched(1),
     aten.conv_transpose2d.input: batched(2),
     aten.mean.dim: sums.mean,
+    aten.mul.Tensor: branches.product,
     aten.sum.dim_IntList: sums.total,
     aten.linalg_vector_norm.default: sums.norm,
     aten.adaptive_avg_pool1d.default: batched(1, sums.adaptive_avg_pool),

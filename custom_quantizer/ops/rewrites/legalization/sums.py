@@ -19,6 +19,7 @@ from custom_quantizer.ops.rewrites.legalization._common import (
     is_static,
     window_bounds,
 )
+from custom_quantizer.ops.rewrites.legalization.branches import added
 
 aten = torch.ops.aten
 
@@ -39,7 +40,7 @@ def mean(insert: Insertion) -> Node | None:
 
 
 def total(insert: Insertion) -> Node | None:
-    """A sum is a linear layer with weights 1."""
+    """A sum is a linear layer with weights 1, or additions of a few branches."""
     return _reduce(insert, average=False)
 
 
@@ -60,10 +61,14 @@ def _reduce(insert: Insertion, *, average: bool) -> Node | None:
         return None
     count = math.prod(shape[d] for d in dims)
     value = 1.0 / count if average else 1.0
+    total = added(insert, data, dims[0]) if len(dims) == 1 else None
+    if total is not None:
+        total = insert.call(aten.mul.Tensor, total, value) if average else total
+        return insert.call(aten.unsqueeze.default, total, dims[0]) if keepdim else total
     if len(shape) == 4 and dims == [1]:
         weight = insert.constant("weight", torch.full((1, count, 1, 1), value))
-        total = insert.call(aten.conv2d.default, data, weight)
-        return total if keepdim else insert.call(aten.squeeze.dim, total, 1)
+        image = insert.call(aten.conv2d.default, data, weight)
+        return image if keepdim else insert.call(aten.squeeze.dim, image, 1)
     if sum(not isinstance(shape[d], int) for d in outer) > 1:
         return None
     averaged = _weighted(insert, data, dims, torch.full((1, count), value))
