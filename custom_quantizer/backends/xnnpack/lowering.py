@@ -55,6 +55,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.threads import exclusive, interruption_point, tools
+from custom_quantizer.core.unwritten_code import code_on_demand
 from custom_quantizer.errors import InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend, Kernel
@@ -131,16 +132,17 @@ def lower_graph(
         _check_repeats(graph.model)
     _warn_of_state(graph.model)
     example = check_example(graph, example_inputs)
-    rewritten = rewrite(graph, example, dynamic_max, say)
-    say("partitioning for XNNPACK")
-    constants = border_constants(graph.borders, "forward")
-    validate = not check if validate is None else validate
-    edge = _to_edge(rewritten.exported, constants, validate=validate)
-    _collect(graph)
-    say("writing the program")
-    data = to_bytes(edge, graph)
-    program = describe_program(data, edge, {"forward": rewritten})
-    del edge, rewritten, data
+    with code_on_demand():
+        rewritten = rewrite(graph, example, dynamic_max, say)
+        say("partitioning for XNNPACK")
+        constants = border_constants(graph.borders, "forward")
+        validate = not check if validate is None else validate
+        edge = _to_edge(rewritten.exported, constants, validate=validate)
+        _collect(graph)
+        say("writing the program")
+        data = to_bytes(edge, graph)
+        program = describe_program(data, edge, {"forward": rewritten})
+        del edge, rewritten, data
     _collect(graph)
     if check:
         from custom_quantizer.backends.xnnpack.checks import check_program
