@@ -116,6 +116,26 @@ def test_models_may_return_their_input_or_one_tensor_twice(function: Callable[..
         assert differences(got, reference(x)) == []
 
 
+def test_layers_that_were_captured_as_one_call_are_found_in_the_program(tmp_path: Path) -> None:
+    """Strict export has one node for the whole of an attention, whose layers go back to it."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = Function(lambda s, x: s.a(x, x, x, need_weights=False)[0], a=attention).eval()
+    captured = torch.export.export(model, (x,), strict=True).module()
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+    prepared(x)
+    graph = convert_pt2e(prepared)
+    lowered = cq.lower(graph, (x,))
+    assert lowered.report.fully_delegated
+    handles = [set(op.handles) for op in lowered.report.ops if op.family == "linear"]
+    assert len(handles) == 2
+    assert not handles[0] & handles[1]
+    cq.save_graph(graph, (x,), tmp_path / "net.graph.safetensors")
+    loaded, _ = cq.load_graph(tmp_path / "net.graph.safetensors")
+    assert cq.lower(loaded, (x,)).buffer == lowered.buffer
+
+
 def test_runs_are_independent() -> None:
     """The runtime reuses its memory; what was returned must not change with the next call."""
     _, lowered, (x,) = net()

@@ -6,7 +6,8 @@ import gc
 import logging
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -18,8 +19,10 @@ from executorch.exir import (
     EdgeProgramManager,
     ExecutorchBackendConfig,
 )
+from executorch.exir.debug_handle_utils import get_greatest_ancestor_node_identifier
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch.fx import Graph, GraphModule, Node
+from torchao.quantization.pt2e import FROM_NODE_KEY
 
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.backends.xnnpack.border_constants import border_constants
@@ -243,6 +246,7 @@ def rewrite(
     _check_writable(graph.model)
     written = _versions(graph.model)
     model = detached_copy(graph.model, share_constants=True)
+    _tell_apart(model, (op.node.name for op in graph))
     applied = run_passes(model, graph, skip=skip)
     for node in model.graph.nodes:
         if node.op == "call_function":
@@ -262,6 +266,26 @@ def rewrite(
             # Without this ExecuTorch does not write what a buffer that changes holds at first.
             node.meta["et_init_buffer"] = True
     return Rewritten(graph, example, exported, applied)
+
+
+def _tell_apart(model: GraphModule, ops: Iterable[str]) -> None:
+    """Let ops that were captured as one call have debug handles of their own.
+
+    ExecuTorch gives all that goes back to one node of an earlier graph one handle, by which ops are
+    found in the program. ``torch.export.export(..., strict=True)`` has one node for the whole of an
+    attention, ``run_decompositions`` for an LSTM.
+
+    Args:
+        model: copy of a converted graph, in place.
+        ops: names of their nodes.
+    """
+    known = frozenset(ops)
+    nodes = [n for n in model.graph.nodes if n.op == "call_function" and n.meta.get(FROM_NODE_KEY)]
+    origins = {node: get_greatest_ancestor_node_identifier(node) for node in nodes}
+    count = Counter(origin for node, origin in origins.items() if node.name in known)
+    for node, origin in origins.items():
+        if count[origin] > 1:
+            del node.meta[FROM_NODE_KEY]
 
 
 def _versions(model: torch.nn.Module) -> dict[str, int]:
