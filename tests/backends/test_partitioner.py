@@ -103,6 +103,25 @@ def test_exporting_again_changes_no_name() -> None:
     assert differences(exported(*images()), graph(*images())) == []
 
 
+class Recurrent(nn.Module):
+    """Its parts have names that export numbers in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.head = nn.LSTM(24, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.steps(x.flatten(2).mT.unflatten(1, (8, 8)).flatten(2)[:, :2])[0])
+
+
+def test_a_graph_that_was_exported_again_is_checked_by_the_names_it_had() -> None:
+    again = torch.export.export(converted(build=Recurrent), images()).module()
+    cq.check(standard_call(again), again, images())
+    exported = cq.export_converted(again, images())
+    edge = to_edge_transform_and_lower(exported, partitioner=[UpstreamPartitioner()])
+    cq.check(edge, again, images())
+
+
 def ops(graph: GraphModule) -> list[Node]:
     """Calls that are no quantize or dequantize node."""
     return [

@@ -41,9 +41,11 @@ from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_CHANNEL,
     DEQUANTIZE_PER_TENSOR,
+    detached_copy,
     is_dequantize,
     tensor_meta,
 )
+from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import InputError
 from custom_quantizer.reference.converted import read_converted
@@ -142,10 +144,22 @@ def export_converted(
         InputError: the example does not fit the graph.
         LoweringError: it could not be rewritten or exported.
     """
-    graph = read_converted(converted, BACKEND)
+    graph = read_converted(_with_names(converted), BACKEND)
     example = check_example(graph, example_inputs)
     rewritten = rewrite(graph, example, dynamic_max, widest=True, skip=FOR_OUR_PARTITIONER)
     return rewritten.exported
+
+
+def _with_names(converted: Any) -> Any:
+    """A graph with the names of ``convert_pt2e``, which exporting it again, or loading it, changed.
+
+    ``XnnpackPartitioner`` restores them, too: by them ops are found in the program.
+    """
+    if not isinstance(converted, GraphModule):
+        return converted  # whoever reads it says what is wrong
+    named = detached_copy(converted, share_constants=True)
+    restore_names(named)
+    return named
 
 
 def io_constants(converted: GraphModule, *, method: str = "forward") -> dict[str, int | float]:
@@ -197,6 +211,7 @@ def check(
         ProgramError: the file is damaged.
         VerificationError: names the first op, or the output, that is not what the graph says.
     """
+    converted = _with_names(converted)
     graph = read_converted(converted, BACKEND)
     example = check_example(graph, example_inputs)
     given = [id(v) for v in pytree.tree_leaves(example_inputs) if isinstance(v, torch.Tensor)]
