@@ -3,7 +3,9 @@
 torchao's ``prepare`` (0.18) looks for the name of each observer from ``activation_post_process_0``
 on, which makes it quadratic in the number of observers: 10,000 ops take minutes. It hands the
 observers to the quantizer before it inserts them, in a dict that may be changed; so here they are
-inserted, as ``prepare`` does it, and taken out of the dict. The graph is the same, name for name.
+inserted, as ``prepare`` does it, and taken out of the dict. The graph is the same, name for name;
+only fake quantizers of biases stand directly before what reads them, behind those of input and
+weight.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import FROM_NODE_KEY
 from torchao.quantization.pt2e.quantizer import EdgeOrNode
+
+from custom_quantizer.training.fake_quantize import BiasFakeQuantize
 
 __all__ = ["insert_observers"]
 
@@ -68,7 +72,9 @@ class _Inserter:
         for user in arg.users:
             if self._calls.get(user) is observer:
                 return user
-        return self._insert(arg, observer)
+        # A bias is rounded with the scales that input and weight have by then.
+        is_bias = isinstance(observer, BiasFakeQuantize)
+        return self._insert(arg, observer, before=node if is_bias else None)
 
     def _observe_output(self, node: Node) -> None:
         call = self._insert(node, self._observers[node])
@@ -78,12 +84,13 @@ class _Inserter:
             if user is not call:
                 user.replace_input_with(node, call)
 
-    def _insert(self, node: Node, observer: torch.nn.Module) -> Node:
+    def _insert(self, node: Node, observer: torch.nn.Module, before: Node | None = None) -> Node:
         name = next(self._names)
         if self._device is not None:
             observer.to(self._device)
         setattr(self._model, name, observer)
-        with self._model.graph.inserting_after(node):
+        graph = self._model.graph
+        with graph.inserting_after(node) if before is None else graph.inserting_before(before):
             call = self._model.graph.call_module(name, (node,))
         self._calls[call] = observer
         return call

@@ -237,6 +237,45 @@ def test_the_bias_follows_the_scales_of_its_step() -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
+class BiasFirst(nn.Module):
+    """Biases that are computed before the weights and inputs that their scales come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.LSTM(3, 4, batch_first=True)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.second.bias * 2.0
+        y = torch.tanh(self.first(self.steps(x)[0]))
+        return torch.nn.functional.linear(y, self.second.weight * 0.5, bias)
+
+
+def test_a_bias_that_is_computed_early_follows_the_scales_of_its_step() -> None:
+    """The first step rounds it as any other does, and so does the first one behind a checkpoint."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 3)
+    graph = torch.export.export(BiasFirst(), (x,)).module()
+    prepared = prepare_qat_pt2e(graph, cq.IntegerQuantizer().set_global("a8w8"))
+    rounded: dict[str, float] = {}
+
+    def note(module: nn.Module, given: tuple[Tensor], out: Tensor) -> None:
+        name = cast(BiasFakeQuantize, module).name
+        rounded.setdefault(name, float((given[0] - out).detach().abs().max()))
+
+    for module in prepared.modules():
+        if isinstance(module, BiasFakeQuantize):
+            module.register_forward_hook(note)
+    prepared(x).sum().backward()
+    assert len(rounded) == 3
+    assert max(rounded.values()) < 1e-3
+    prepared(2.0 * x).sum().backward()
+    again = torch.export.export(BiasFirst(), (x,)).module()
+    resumed = prepare_qat_pt2e(again, cq.IntegerQuantizer().set_global("a8w8"))
+    resumed.load_state_dict(prepared.state_dict())
+    assert torch.equal(resumed(x), prepared(x))
+
+
 def test_gradients_pass_straight_through_the_bias() -> None:
     graph = torch.export.export(Biased(False), (torch.randn(2, 1, 2, 2),)).module()
     prepared = prepare_qat_pt2e(graph, cq.IntegerQuantizer().set_global("a8w8-bias4"))
