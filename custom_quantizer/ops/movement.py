@@ -32,7 +32,18 @@ from custom_quantizer.ops._rule import (
 )
 from custom_quantizer.ops.elementwise import _case, _match_single
 
-__all__ = ["CAT", "GETITEM", "PAD", "RESHAPE", "RULES", "SELECT", "SLICE", "SPLIT", "is_identity"]
+__all__ = [
+    "CAT",
+    "GETITEM",
+    "IDENTITY",
+    "PAD",
+    "RESHAPE",
+    "RULES",
+    "SELECT",
+    "SLICE",
+    "SPLIT",
+    "is_identity",
+]
 
 aten = torch.ops.aten
 

@@ -29,6 +29,7 @@ def children() -> dict[str, nn.Module]:
         lambda s, x: s.linear(x) * s.factors["last"],
         lambda s, x: F.linear(x, s.linear.weight) * s.factors["last"],
         lambda s, x: s.linear(x).permute(0, 3, 1, 2) * s.factors["last"].view(6, 1, 1),
+        lambda s, x: F.dropout(s.conv(x), 0.5, False).contiguous() * s.factors["image"],
     ],
 )
 def test_a_factor_of_each_channel_is_folded(function: Callable[..., Any]) -> None:
@@ -47,6 +48,7 @@ def test_a_factor_of_each_channel_is_folded(function: Callable[..., Any]) -> Non
         lambda s, x: s.conv(x) * 2.0,
         lambda s, x: (lambda y: y * s.factors["image"] + y)(s.conv(x)),
         lambda s, x: F.relu(s.conv(x)) * s.factors["image"],
+        lambda s, x: F.dropout(s.conv(x), 0.5, True) * s.factors["image"],
         lambda s, x: s.linear(x) * torch.arange(5.0).view(5, 1),
         lambda s, x: s.linear(x).view(2, 4, 30) * torch.arange(30.0),
         lambda s, x: F.linear(x, s.linear.weight, x[0, 0, 0]) * s.factors["last"],

@@ -35,6 +35,7 @@ from custom_quantizer.backends.xnnpack.flatbuffer import (
     write,
     xnnpack_schema,
 )
+from custom_quantizer.backends.xnnpack.layouts import simplify
 from custom_quantizer.backends.xnnpack.readback import XNN_HEADER, XNNPACK_BACKEND
 
 __all__ = ["ALIGNMENT", "LARGE", "inline_constants"]
@@ -98,7 +99,10 @@ def _with_constants(blob: bytes, own: Mapping[str, bytes]) -> tuple[bytes, set[s
         return blob, set()  # not as the version that is known here writes it
     schema = xnnpack_schema()
     read = Buffer(memoryview(blob)[start : start + size], schema, "an XNNPACK graph")
-    graph = _Graph(read.root().contents(), schema)
+    contents = read.root().contents()
+    if not simplify(contents, schema):
+        contents = read.root().contents()
+    graph = _Graph(contents, schema)
     moved = graph.movable(own)
     constants = graph.move({key: data for key, data in own.items() if key in moved})
     written = write(graph.contents, schema)

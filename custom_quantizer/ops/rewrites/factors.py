@@ -23,6 +23,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.ops.movement import IDENTITY, is_identity
 
 __all__ = ["fold_factors"]
 
@@ -59,7 +60,7 @@ def fold_factors(model: GraphModule) -> int:
 
 
 def _scaled_layer(model: GraphModule, factor: Node, data: Node) -> tuple[Node, Tensor] | None:
-    """The layer that made ``data``, if permutes at most stand between, and a factor a channel."""
+    """The layer that made ``data``, if moves at most stand between, and a factor a channel."""
     value = constant_of(model, factor)
     rank = len(shape_of(data))
     if not value.is_floating_point() or value.numel() < 2 or value.dim() > rank:
@@ -70,9 +71,12 @@ def _scaled_layer(model: GraphModule, factor: Node, data: Node) -> tuple[Node, T
     (channel,) = varying
     node = data
     while node.target not in _LAYERS:
-        if len(effective_users(node)) != 1 or node.target is not aten.permute.default:
+        if len(effective_users(node)) != 1:
             return None
-        channel = int(cast("list[int]", node.args[1])[channel]) % rank
+        if node.target is aten.permute.default:
+            channel = int(cast("list[int]", node.args[1])[channel]) % rank
+        elif not is_identity(node) or isinstance(IDENTITY.match(IDENTITY, node), str):
+            return None
         node = cast(Node, node.args[0])
     weight, bias = node.args[1], argument(node, 2, "bias")
     constant = is_constant(weight) and (bias is None or is_constant(bias))

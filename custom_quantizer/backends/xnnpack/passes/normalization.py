@@ -130,13 +130,22 @@ def group_norms_to_linears(model: GraphModule) -> int:
             groups = number_of_groups(node)
             size = math.prod(int(n) for n in shape[1:]) // groups
             build = Builder(model, node)
-            data = _flattened(build, cast(Node, node.args[0]), [shape[0], groups, size])
+            data = cast(Node, node.args[0])
+            # All values of an image in one row may stand in any order: in that of convolutions.
+            last = groups == 1 and len(shape) == 4
+            if last:
+                data = _moved(build, data, _CHANNELS_LAST)
+                shape = shape_of(data)
+            data = _flattened(build, data, [shape[0], groups, size])
             centered = build.call(aten.sub.Tensor, data, _mean(build, sums, data))
             epsilon = float(argument(node, eps_at, "eps", 1e-5))
             result = _over_deviation(build, sums, centered, epsilon)
             result = build.call(aten.view_copy.default, result, view_sizes(shape))
             affine = argument(node, affine_at, "weight"), argument(node, affine_at + 1, "bias")
-            result = _affine(build, node, result, affine, [-1, *[1] * (len(shape) - 2)])
+            dims = [-1] if last else [-1, *[1] * (len(shape) - 2)]
+            result = _affine(build, node, result, affine, dims)
+            if last:
+                result = build.call(aten.permute.default, result, list(_CHANNELS_FIRST))
             replace(node, result)
             count += 1
     return count
@@ -185,6 +194,15 @@ def _affine(
         constant = add_constant(build.model, f"{node.name}_{name}", value.reshape(shape), node)
         result = build.call(target, result, constant)
     return result
+
+
+_CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
+def _moved(build: Builder, data: Node, order: Sequence[int]) -> Node:
+    """``data`` with its dims in another order, in integers if it is."""
+    moved = build.call(aten.permute.default, data, list(order))
+    return build.requantized(moved, data) if is_dequantize(data) else moved
 
 
 def _flattened(build: Builder, data: Node, shape: Sequence[int]) -> Node:
