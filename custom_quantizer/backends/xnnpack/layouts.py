@@ -163,12 +163,12 @@ class _Moves:
         """Read ops, makers and readers anew."""
         self._ops = [self._op(node) for node in self.graph["xnodes"]]
         self._makers: dict[int, _Op] = {}
-        self._readers: defaultdict[int, list[_Op]] = defaultdict(list)
+        self._readers: defaultdict[int, dict[_Op, None]] = defaultdict(dict)
         for op in self._ops:
             for name in op.writes:
                 self._makers[op.table.number(name)] = op
-            for value in {value for _, value in op.inputs()}:
-                self._readers[value].append(op)
+            for _, value in op.inputs():
+                self._readers[value][op] = None
 
     def _op(self, node: Contents) -> _Op:
         member = node["xnode_union"]
@@ -370,9 +370,8 @@ class _Moves:
         old = op.table.number(name)
         op.table.fields[name] = value
         if old not in (given for _, given in op.inputs()):
-            self._readers[old] = [reader for reader in self._readers[old] if reader is not op]
-        if op not in self._readers[value]:
-            self._readers[value].append(op)
+            self._readers[old].pop(op, None)
+        self._readers[value][op] = None
 
     def _replace(self, old: int, new: int) -> None:
         """Let all that read a value read another one."""
@@ -395,7 +394,7 @@ class _Moves:
                 and not self._readers[op.output]
             ):
                 for _, value in op.inputs():
-                    self._readers[value] = [r for r in self._readers[value] if r is not op]
+                    self._readers[value].pop(op, None)
             else:
                 kept.append(node)
         kept += views[id(None)]
@@ -429,9 +428,11 @@ class _Moves:
         while length < _TOO_LONG:
             values.add(op.output)
             readers = self._readers[op.output]
-            if len(readers) != 1 or readers[0].kind not in _ELEMENTWISE:
+            if len(readers) != 1:
                 break
             (op,) = readers
+            if op.kind not in _ELEMENTWISE:
+                break
             others = {value for _, value in op.inputs()} - values
             if any(size != 1 for value in others for size in self._dims(value)):
                 break
