@@ -50,8 +50,7 @@ mobilevitv2_050 has what stock has on eight other images (14.3 and 14.4); tnt_s_
 with histograms (7.1).
 
 Programs that are larger than stock's hold depthwise convolutions of more than 25 taps that are
-joined for speed (`join_narrow_groups`: ConvNext, convmixer_768_32). poolformer_s12 is slower for no
-reason that is known yet; skresnet18, because its sums of two branches are layers of one output.
+joined for speed (`join_narrow_groups`: ConvNext, convmixer_768_32).
 The stock flow observes sums of indices, too, which become floats: 12 models of transformers fail in
 its calibration. With these random weights coat_lite_tiny magnifies last bits of float ops; `lower`
 finds that each of its tensors follows from those before.
