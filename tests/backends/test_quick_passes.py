@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack._passes import XNNPACKPassManager
 from support.models import convert
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import edge
+from custom_quantizer.backends.xnnpack import edge, lowering
 from custom_quantizer.backends.xnnpack.quick_passes import (
     CHANGES,
     IN_PLACE,
@@ -76,3 +78,69 @@ def test_upstream_is_as_it_was_afterwards() -> None:
 def _interrupted() -> None:
     with quick_passes():
         raise KeyError
+
+
+class Several(nn.Module):
+    """Two delegates: an output that is a view, and an input that requires gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.scale = nn.Conv2d(3, 4, 1), nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.image(x).permute(0, 2, 3, 1)
+        return y, torch.erf(y).relu(), self.head(torch.atan2(x[..., :4], self.scale))
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[ExportedProgram]:
+    """Programs of delegates that were computed, one entry for each time."""
+    programs: list[ExportedProgram] = []
+    module = ExportedProgram.module
+
+    def noted(self: ExportedProgram, *args: Any, **options: Any) -> Any:
+        if self.dialect == "EDGE":  # patterns that upstream looks for are not
+            programs.append(self)
+        return module(self, *args, **options)
+
+    monkeypatch.setattr(ExportedProgram, "module", noted)
+    return programs
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "delegates", "shape"),
+    [
+        (Everything, "a8w8", 1, (1, 3, 8, 8)),
+        (Several, "a8w8", 2, (1, 3, 4, 6)),
+        pytest.param(Several, "dyn8w8", 2, (1, 3, 4, 6), marks=pytest.mark.slow),
+        pytest.param(Everything, "dyn8w8", 2, (1, 3, 8, 8), marks=pytest.mark.slow),
+    ],
+)
+def test_outputs_of_delegates_are_not_computed(
+    model: type[nn.Module],
+    scheme: str,
+    delegates: int,
+    shape: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    computed: list[ExportedProgram],
+) -> None:
+    """They are known, and the program is the same."""
+    torch.manual_seed(0)
+    example = (torch.randn(shape),)
+    graph = convert(model(), example, scheme).graph
+    computed.clear()
+    program = cq.lower(graph, example)
+    assert not computed
+    monkeypatch.setattr(lowering, "outputs_known", nullcontext)
+    assert cq.lower(graph, example).buffer == program.buffer
+    assert len(computed) == program.report.delegates == delegates
+
+
+def test_outputs_of_dynamic_sizes_are_computed(computed: list[ExportedProgram]) -> None:
+    example = (torch.randn(2, 4),)
+    shapes = ({0: Dim.AUTO(min=1, max=8)},)
+    graph = convert(nn.Linear(4, 4).eval(), example, "a8w8", dynamic_shapes=shapes).graph
+    computed.clear()
+    cq.lower(graph, example)
+    assert computed

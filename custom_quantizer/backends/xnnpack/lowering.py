@@ -44,6 +44,7 @@ from custom_quantizer.backends.xnnpack.program import (
     no_kernel,
     quantizes_at_run_time,
 )
+from custom_quantizer.backends.xnnpack.quick_passes import outputs_known
 from custom_quantizer.backends.xnnpack.readback import MethodContents, read_program
 from custom_quantizer.core.graph import (
     STATE_KEY,
@@ -494,7 +495,7 @@ def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> b
             f"the bare runtime has no kernel for them; {advice}"
         )
     try:
-        with _no_size_guards():
+        with _no_size_guards(), outputs_known(edge):
             return bytes(edge.to_executorch(backend_config()).buffer)
     except Exception as error:
         missing = re.search(r"Missing out variants: \{(.*)\}", str(error))

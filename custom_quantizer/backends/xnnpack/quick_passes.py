@@ -6,6 +6,9 @@ A pass that meets none of the ops it is for is left out here; and of those that 
 place, and trace it to tell what new calls return, only the new calls are computed. There is no seam
 to say so, so the class that applies the passes is exchanged while a program is lowered: of the
 ExecuTorch whose passes were read (:func:`passes_known`), and of no other.
+
+To write the program it computes all of each delegate once more, for the shapes of its outputs,
+which are known (:func:`outputs_known`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, cast
 
+import torch
+import torch.utils._pytree as pytree
 from executorch.backends.xnnpack import _passes, xnnpack_preprocess
+from executorch.exir import EdgeProgramManager
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.pass_base import ExportPass
 from executorch.exir.program import _program
 from torch.export import ExportedProgram
@@ -27,7 +34,7 @@ from custom_quantizer.backends.xnnpack.signature import remember_constants
 from custom_quantizer.core.graph import tensor_meta
 from custom_quantizer.core.threads import exclusive
 
-__all__ = ["QuickPassManager", "passes_known", "quick_passes", "returned"]
+__all__ = ["QuickPassManager", "outputs_known", "passes_known", "quick_passes", "returned"]
 
 _READ = "1.5.1"
 
@@ -165,3 +172,55 @@ def quick_passes() -> Iterator[None]:
             yield
         finally:
             xnnpack_preprocess.XNNPACKPassManager = upstream
+
+
+@contextmanager
+def outputs_known(edge: EdgeProgramManager) -> Iterator[None]:
+    """Let delegates of a partitioned program return the fake values that their graphs have.
+
+    Of sizes that are dynamic, and of other layouts than the runtime's, all is computed: the values
+    of a delegate's graph do not say everything of them.
+    """
+    programs: dict[LoweredBackendModule, ExportedProgram] = {}
+    for module in (
+        m for name in edge.methods for m in edge.exported_program(name).graph_module.modules()
+    ):
+        if isinstance(module, LoweredBackendModule) and passes_known():
+            programs[module] = module.original_module
+            module._original_exported_program = _Known.of(module.original_module)
+    try:
+        yield
+    finally:
+        for module, program in programs.items():
+            module._original_exported_program = program
+
+
+class _Known:
+    """A program whose ``module()`` computes nothing; all else is that of the program."""
+
+    def __init__(self, program: ExportedProgram, outputs: list[torch.Tensor]) -> None:
+        self._program = program
+        self._outputs = outputs
+
+    @classmethod
+    def of(cls, program: ExportedProgram) -> _Known | ExportedProgram:
+        """A program of which all outputs are known; if they are not, ``program``."""
+        leaves = pytree.tree_leaves(program.graph.output_node().args)
+        metas = [tensor_meta(leaf) if isinstance(leaf, Node) else None for leaf in leaves]
+        # Delegates are called without autograd: their outputs require no gradients, which the
+        # file says of each tensor.
+        known = [meta.detach() for meta in metas if meta is not None and _is_plain(meta)]
+        return cls(program, known) if len(known) == len(leaves) else program
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._program, name)
+
+    def module(self) -> Callable[..., Any]:
+        """What returns the outputs, as fake values."""
+        structure = self._program.call_spec.out_spec
+        return lambda *_: pytree.tree_unflatten(self._outputs, structure)
+
+
+def _is_plain(meta: torch.Tensor) -> bool:
+    """Whether all sizes of a fake value are numbers, and it lies as they say."""
+    return all(isinstance(size, int) for size in meta.shape) and meta.is_contiguous()
