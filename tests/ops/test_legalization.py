@@ -38,6 +38,11 @@ def module(*layers: Callable[[], nn.Module]) -> Build:
 # Name: what it is, the shape of its input, and the aten op that must be gone, if it does not
 # stay in another shape.
 MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
+    "cat with nothing": (
+        function(lambda x: torch.cat([x[:, 4:], x.transpose(2, 3), x[:, :0]], 1)),
+        IMAGE,
+        aten.cat.default,
+    ),
     "cat of one": (function(lambda x: torch.cat([x], 1).flip(1)), IMAGE, aten.flip.default),
     "stack": (function(lambda x: torch.stack([x, x.flip(1)], 1)), IMAGE, aten.stack.default),
     "roll": (function(lambda x: torch.roll(x, (1, -2), (2, 3))), IMAGE, aten.roll.default),

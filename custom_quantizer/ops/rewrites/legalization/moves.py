@@ -96,13 +96,22 @@ def stack_along(insert: Insertion) -> Node | None:
 
 
 def cat(insert: Insertion) -> Node | None:
-    """``cat`` by any of its names; a concatenation of one tensor is that tensor."""
-    tensors = cast("Sequence[Node]", insert.node.args[0])
+    """``cat`` by any of its names; a concatenation of one tensor is that tensor.
+
+    Tensors without elements are left out, such as the rest of a vector that a rotary embedding
+    turns completely.
+    """
+    given = cast("Sequence[Node]", insert.node.args[0])
+    tensors = [tensor for tensor in given if not _has_no_elements(tensor)]
     if len(tensors) == 1:
         return tensors[0]
-    if insert.node.target is aten.cat.default:
+    if not tensors or (insert.node.target is aten.cat.default and len(tensors) == len(given)):
         return None
     return insert.call(aten.cat.default, tensors, argument(insert.node, 1, "dim", 0))
+
+
+def _has_no_elements(tensor: Node) -> bool:
+    return any(isinstance(size, int) and size == 0 for size in shape_of(tensor))
 
 
 def broadcast_result(insert: Insertion) -> Node | None:
