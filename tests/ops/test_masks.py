@@ -41,6 +41,11 @@ CASES: dict[str, tuple[Callable[..., Tensor], int]] = {
         lambda x, m: soft(x.masked_fill(CAUSAL, torch.finfo(torch.float32).min)),
         0,
     ),
+    "causal, as float32": (lambda x, m: soft(x.masked_fill(CAUSAL, -math.inf).float()), 0),
+    "causal, dropped out": (
+        lambda x, m: soft(F.dropout(x.masked_fill(CAUSAL, -math.inf), 0.1, training=False)),
+        0,
+    ),
     "given": (lambda x, m: soft(x.masked_fill(m, float("-inf"))), 1),
     "given, kept": (lambda x, m: soft(torch.where(m, x, -1e9)), 1),
     "given, added to scores": (lambda x, m: soft(x + zeros(x).masked_fill(m, -math.inf)), 1),

@@ -27,11 +27,12 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.memory import overwritten_by, reached
 from custom_quantizer.core.rewriting import Insertion, Rewrite
-from custom_quantizer.ops import rule_of
+from custom_quantizer.ops import match_of, rule_of
 from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
 from custom_quantizer.ops.elementwise import WHERE
 from custom_quantizer.ops.functions import DIV, EXP, LOG, RECIPROCAL, RSQRT, SQRT
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
+from custom_quantizer.ops.movement import IDENTITY
 
 __all__ = ["MASKED", "MASKS", "added_mask", "is_finite"]
 
@@ -254,7 +255,10 @@ def _hands_on(user: Node, source: Node) -> bool:
     """Whether a call moves a tensor, or adds another one to it."""
     if user.target is aten.baddbmm.default:
         return user.args[0] is source and source not in user.args[1:3] and not user.kwargs
-    return user.target in _MOVES or (user.target is aten.add.Tensor and not user.kwargs)
+    if user.target in _MOVES or (user.target is aten.add.Tensor and not user.kwargs):
+        return True
+    match = match_of(user)  # ``.float()`` of what is float32, a dropout in evaluation
+    return match is not None and match.rule is IDENTITY
 
 
 def _number(insert: Insertion, side: Any) -> Any:
