@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from custom_quantizer.core.graph import detached_copy, size_bounds
+from custom_quantizer.core.memory import reached, viewed_by, written_inputs
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CustomQuantizerError, LoweringError, first_line
 from custom_quantizer.reference.inputs import placeholder_metas, specs_of
@@ -84,8 +85,14 @@ def export_again(
         widest: trace at the upper bounds instead of at the sizes of the example.
 
     Raises:
-        LoweringError: ``torch.export`` refused it.
+        LoweringError: ``torch.export`` refused it, or a parameter is written.
     """
+    for written in _written_parameters(model):
+        raise LoweringError(
+            f"the model writes into its parameter {written} in every call, and a program keeps "
+            "buffers from call to call, no parameters; if it does so in its first call only, call "
+            "it once before it is captured, else register a buffer"
+        )
     auto = dynamic_shapes_of(model, dynamic_max)
     if not all(map(_is_plain, specs_of(model))):
         # No file names these types, so it takes and returns flat lists.
@@ -121,6 +128,14 @@ def export_again(
             f"torch.export refused the rewritten graph: {first_line(error)}; check that the "
             "example inputs fit the dynamic sizes the model was captured with"
         ) from error
+
+
+def _written_parameters(model: GraphModule) -> list[str]:
+    """Names of parameters that the graph writes in place; export returns them as results."""
+    written = [source for node in model.graph.nodes for source in written_inputs(node)]
+    reads = {read for source in written for read in reached(source, viewed_by)}
+    names = {str(read.target) for read in reads if read.op == "get_attr"}
+    return sorted(n for n, _ in model.named_parameters(remove_duplicate=False) if n in names)
 
 
 def _widened(

@@ -375,6 +375,20 @@ def test_what_executorch_cannot_lower_is_an_error_of_ours(monkeypatch: pytest.Mo
         raise KeyError("aten.unheard_of\nand a page of graph")
 
     monkeypatch.setattr(lowering, "to_edge", refuse)
+def test_parameters_that_are_written_are_refused() -> None:
+    """ExecuTorch would hand them back as further outputs."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        s.c.weight.div_(1.0)
+        result: Tensor = s.c(x) + s.d(x)
+        return result
+
+    x = torch.randn(IMAGE)
+    graph = quantized(Function(forward, c=conv().requires_grad_(False), d=conv()), (x,))
+    with pytest.raises(LoweringError, match=r"writes into its parameter c\.weight in every call"):
+        cq.lower(graph, (x,))
+
+
     x = torch.randn(4, 6, 6)
     graph = quantized(Function(lambda s, x: x + x), (x,))
     message = r"ExecuTorch could not partition the graph: KeyError: 'aten.unheard_of.*"
