@@ -38,6 +38,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], Sequence[Any], Sequence[Any], Any]
     "of a vector": (lambda w, x: x @ w, [MATRIX], [(8,)], LINEAR),
     "of a vector, several": (lambda w, x: x @ w, [(3, 8, 5)], [(8,)], LINEAR),
     "mv": (lambda w, x: torch.mv(x, w), [(8,)], [(4, 8)], LINEAR),
+    "layer of a vector": (lambda w, x: F.linear(x, w), [(8,)], [X], LINEAR),
+    "layer of a vector, bias": (lambda w, b, x: F.linear(x, w, b), [(8,), ()], [X], LINEAR),
     "addmm": (lambda w, b, x: torch.addmm(b, x, w), [MATRIX, (5,)], [(4, 8)], LINEAR),
     "baddbmm": (
         lambda w, b, x: torch.baddbmm(b, x, w.expand(2, 8, 5)),

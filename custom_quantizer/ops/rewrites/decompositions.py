@@ -31,6 +31,7 @@ from custom_quantizer.ops.rewrites.products import (
     product,
     sum_and_product,
     written_product,
+    vector_layer,
 )
 from custom_quantizer.ops.rewrites.recurrent import RECURRENT
 
@@ -264,6 +265,7 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.einsum.default: einsum,
     aten.matmul.default: written_product,
     aten.mm.default: written_product,
+    aten.linear.default: vector_layer,
     aten.bmm.default: written_product,
     aten.mv.default: written_product,
     aten.dot.default: written_product,

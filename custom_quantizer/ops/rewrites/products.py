@@ -21,10 +21,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import constant_of, is_constant, is_same_shape, shape_of
+from custom_quantizer.core.graph import (
+    argument,
+    constant_of,
+    is_constant,
+    is_same_shape,
+    shape_of,
+)
 from custom_quantizer.core.rewriting import Insertion
 
-__all__ = ["einsum", "product", "sum_and_product", "written_product"]
+__all__ = ["einsum", "product", "sum_and_product", "vector_layer", "written_product"]
 
 aten = torch.ops.aten
 
@@ -88,6 +94,16 @@ def sum_and_product(insert: Insertion) -> Node | None:
         multiplied.args = (*multiplied.args, added)
         return multiplied
     return insert.call(aten.add.Tensor, multiplied, added)
+
+
+def vector_layer(insert: Insertion) -> Node | None:
+    """A linear layer whose weight is a vector, so that its result has a dim less: a product."""
+    node = insert.node
+    data, weight = (cast(Node, arg) for arg in node.args[:2])
+    if len(shape_of(weight)) != 1:
+        return None
+    multiplied, bias = product(insert, data, weight), argument(node, 2, "bias")
+    return multiplied if bias is None else insert.call(aten.add.Tensor, multiplied, bias)
 
 
 def einsum(insert: Insertion) -> Node | None:
