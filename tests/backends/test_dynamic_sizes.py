@@ -13,7 +13,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
     XnnpackPartitioner as UpstreamPartitioner,
 )
 from executorch.exir import to_edge_transform_and_lower
-from support.graphs import Function, differences
+from support.graphs import Function, capture, differences
 from support.models import convert
 from torch import Tensor, nn
 from torch.export import Dim
@@ -443,3 +443,13 @@ def test_any_number_of_tokens(name: str, batch: str) -> None:
         for n, *lengths in counts
     ]
     check_outputs(graph, program, batches)
+
+
+def test_a_size_that_values_tell_is_compared_with_no_number() -> None:
+    """How many rows are chosen is known in no capture; asking whether it is 1 is an error."""
+    model = Function(
+        lambda s, x: s.fc(x)[torch.nonzero(x[:, 0] > 0)[:, 0]].unsqueeze(0) * 2.0,
+        fc=nn.Linear(4, 4),
+    )
+    plan = cq.IntegerQuantizer().set_global("a8w8").plan(capture(model, (torch.randn(6, 4),)))
+    assert plan.op("unsqueeze").family == "reshape"

@@ -28,6 +28,7 @@ from custom_quantizer.core.graph import (
     is_dequantize,
     is_empty,
     is_quantize,
+    is_same_shape,
     shape_of,
     tensor_meta,
 )
@@ -332,7 +333,7 @@ def matmul_batch(node: Node) -> tuple[int, ...] | None:
     """Batch dimensions that both operands of a product have; ``None``: broadcast, or a vector."""
     left, right = (shape_of(cast(Node, arg)) for arg in node.args[:2])
     batch = left[:-2]
-    if min(len(left), len(right)) < 2 or tuple(batch) != tuple(right[:-2]):
+    if min(len(left), len(right)) < 2 or not is_same_shape(batch, right[:-2]):
         return None
     return batch
 
@@ -453,7 +454,7 @@ def _joins_unlike(match: PatternMatch) -> str:
 
 
 def _reshape(match: PatternMatch, _formats: Formats) -> Delegation:
-    if shape_of(match.node) == shape_of(match.inputs[0]):
+    if is_same_shape(shape_of(match.node), shape_of(match.inputs[0])):
         return Delegation(FOLDED, "it does not change the tensor")
     return Delegation(INT8)
 

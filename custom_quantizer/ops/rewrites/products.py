@@ -72,7 +72,7 @@ def _contracted(insert: Insertion, left: Node, right: Node) -> Node | None:
     a, b = shape_of(left), shape_of(right)
     constant = is_computed_constant(left) or is_computed_constant(right)
     expanded = aten.expand.default in (left.target, right.target)
-    batched = min(len(a), len(b)) >= 2 and tuple(a[:-2]) == tuple(b[:-2])
+    batched = min(len(a), len(b)) >= 2 and is_same_shape(a[:-2], b[:-2])
     if batched and not (constant or expanded):
         return None
     batch = _LETTERS[: max(len(a), len(b), 2) - 2]
