@@ -25,13 +25,14 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.arithmetic import ARITHMETIC
+from custom_quantizer.ops.rewrites.curves import CURVES
 from custom_quantizer.ops.rewrites.masks import MASKED, MASKS, added_mask
 from custom_quantizer.ops.rewrites.products import (
     einsum,
     product,
     sum_and_product,
-    written_product,
     vector_layer,
+    written_product,
 )
 from custom_quantizer.ops.rewrites.recurrent import RECURRENT
 
@@ -259,13 +260,14 @@ def _result(insert: Insertion) -> Node | None:
 
 _REWRITES: dict[Any, Rewrite] = {
     **ARITHMETIC,
+    **CURVES,
     **MASKS,
     **RECURRENT,
     aten.scaled_dot_product_attention.default: _attention,
     aten.einsum.default: einsum,
+    aten.linear.default: vector_layer,
     aten.matmul.default: written_product,
     aten.mm.default: written_product,
-    aten.linear.default: vector_layer,
     aten.bmm.default: written_product,
     aten.mv.default: written_product,
     aten.dot.default: written_product,
