@@ -41,12 +41,14 @@ __all__ = [
     "HARDSIGMOID",
     "MAXIMUM",
     "MINIMUM",
+    "MISH",
     "PRELU",
     "RECIPROCAL",
     "RULES",
     "SIGMOID_FUNCTION",
     "SILU",
     "SILU_FUNCTION",
+    "SOFTPLUS",
     "Function",
     "elu_factors",
     "function_of",
@@ -55,6 +57,7 @@ __all__ = [
     "look_up",
     "real",
     "saturated",
+    "softplus_factors",
     "table",
     "table_of",
 ]
@@ -175,6 +178,16 @@ def _elu(node: Node) -> Function:
     return Function(lambda x: scale * torch.where(x < 0, alpha * torch.expm1(inner * x), x), 8)
 
 
+def softplus_factors(node: Node) -> tuple[float, float]:
+    """``(beta, threshold)`` of a softplus: ``log(1 + exp(beta * x)) / beta``, or ``x`` above."""
+    return _number(node, 1, "beta", 1.0), _number(node, 2, "threshold", 20.0)
+
+
+def _softplus(node: Node) -> Function:
+    beta, threshold = softplus_factors(node)
+    return Function(lambda x: F.softplus(x, beta, threshold), 8)
+
+
 def _div(node: Node) -> Function | None:
     divisor = node.args[1]
     if isinstance(divisor, Node):
@@ -212,12 +225,14 @@ FUNCTIONS: dict[Any, Callable[[Node], Function | None]] = {
     aten.hardswish.default: _always(Function(F.hardswish, 4)),
     aten.leaky_relu.default: _leaky_relu,
     aten.log.default: _always(Function(torch.log, 8)),
+    aten.mish.default: _always(Function(F.mish, 8)),
     aten.neg.default: _always(Function(torch.neg)),
     aten.reciprocal.default: _always(Function(_float32(lambda x: torch.ones_like(x) / x))),
     aten.rsqrt.default: _always(Function(torch.rsqrt, 4)),
     aten.selu.default: _elu,
     aten.sigmoid.default: _always(SIGMOID_FUNCTION),
     aten.silu.default: _always(SILU_FUNCTION),
+    aten.softplus.default: _softplus,
     aten.sqrt.default: _always(Function(torch.sqrt, 6)),
     aten.tanh.default: _always(Function(torch.tanh, 8)),
 }
@@ -283,12 +298,19 @@ LEAKY_RELU = _function_rule(
     _case("in_place", lambda x: F.leaky_relu_(x * 2, 0.2), _IMAGE),
 )
 LOG = _function_rule("log", aten.log.default, *_cases(lambda x: torch.log(F.relu(x) + 0.5)))
+MISH = _function_rule("mish", aten.mish.default, *_cases(F.mish))
 NEG = _function_rule("neg", aten.neg.default, *_cases(torch.neg))
 RECIPROCAL = _function_rule(
     "reciprocal", aten.reciprocal.default, *_cases(lambda x: torch.reciprocal(F.relu(x) + 0.5))
 )
 RSQRT = _function_rule("rsqrt", aten.rsqrt.default, *_cases(lambda x: (F.relu(x) + 0.5).rsqrt()))
 SIGMOID = _function_rule("sigmoid", aten.sigmoid.default, *_cases(torch.sigmoid), traits=_BOUNDED)
+SOFTPLUS = _function_rule(
+    "softplus",
+    aten.softplus.default,
+    *_cases(F.softplus),
+    _case("beta", lambda x: F.softplus(x, 2.5), _IMAGE),
+)
 SQRT = _function_rule("sqrt", aten.sqrt.default, *_cases(lambda x: torch.sqrt(F.relu(x))))
 TANH = _function_rule("tanh", aten.tanh.default, *_cases(torch.tanh), traits=_BOUNDED)
 
@@ -457,12 +479,14 @@ RULES: Sequence[OpRule] = (
     LOG,
     MAXIMUM,
     MINIMUM,
+    MISH,
     NEG,
     PRELU,
     RECIPROCAL,
     RSQRT,
     SIGMOID,
     SILU,
+    SOFTPLUS,
     SQRT,
     TANH,
 )

@@ -294,6 +294,7 @@ FLOAT_OPS = {
     "shield_composites",
     "softmaxes_of_rows",
     "softmaxes_over_last_dim",
+    "softplus_steps",
     "tanh_gelus",
 }
 
@@ -866,6 +867,7 @@ def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
         "plain_elus",
         "silu_products",
         "softmaxes_over_last_dim",
+        "softplus_steps",
         "tie_break_offsets",
         "tanh_gelus",
     }

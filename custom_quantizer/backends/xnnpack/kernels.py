@@ -83,6 +83,7 @@ __all__ = [
     "FOLDED",
     "INT8",
     "INT8_CONTAINER",
+    "LEAST_THRESHOLD",
     "PACKED_INT4",
     "PORTABLE",
     "SUPPORT",
@@ -518,12 +519,26 @@ def _of_two(what: str) -> Support:
     return Support(delegation)
 
 
+_STEPS = "XNNPACK has no {}; steps of float, which it has, compute it"
+
+LEAST_THRESHOLD = 15.0
+"""Above it a softplus is its input in float32: ``log(1 + exp(-15)) / 15`` is 2.0e-8."""
+
+
+def _softplus(match: PatternMatch, _formats: Formats) -> Delegation:
+    if functions.softplus_factors(match.node)[1] < LEAST_THRESHOLD:
+        return Delegation(PORTABLE, "its threshold is so low that it shows as a step")
+    return Delegation(FLOAT)
+
+
 def _functions() -> dict[str, Support]:
     special = {
         functions.GELU: Support(_table, integers=gelu_integers),
         functions.SILU: Support(
             _always(TABLE, f"{_FILLED}; its sigmoid in 8 bits"), integers=silu_integers
         ),
+        functions.MISH: Support(_always(FLOAT), float_reason=_STEPS.format("mish")),
+        functions.SOFTPLUS: Support(_softplus, float_reason=_STEPS.format("softplus")),
         functions.PRELU: Support(_always(FLOAT, "XNNPACK multiplies by the slopes in float")),
         functions.DIV: _of_two("divides"),
         functions.MAXIMUM: _of_two("compares"),

@@ -96,6 +96,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         functions.written_out,
         functions.plain_elus,
         functions.tanh_gelus,
+        functions.softplus_steps,
     ),
     "widths": (
         activations.split_activations,

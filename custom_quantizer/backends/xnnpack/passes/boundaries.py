@@ -33,6 +33,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.ops import QParamSharing, rule_of
 from custom_quantizer.ops.attention import MATMUL
 from custom_quantizer.ops.elementwise import ADD, CLAMP, RELU, SUB
+from custom_quantizer.ops.functions import SOFTPLUS
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
 from custom_quantizer.ops.movement import CAT, GETITEM, PAD, SPLIT
 from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR
@@ -322,8 +323,9 @@ def _is_composite(node: Node) -> bool:
         return False
     if any(result.alias_info is not None for result in target._schema.returns):
         return False
-    known = torch.Tag.core in target.tags or rule_of(node) is not None
-    return not known and origin_of(node) == node.name
+    # A softplus that was not written out is left to ExecuTorch.
+    ours = rule_of(node) is not None and target not in SOFTPLUS.targets
+    return not (ours or torch.Tag.core in target.tags) and origin_of(node) == node.name
 
 
 def _pads_unequally(node: Node) -> bool:

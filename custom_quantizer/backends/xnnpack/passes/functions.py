@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.backends.xnnpack.kernels import LEAST_THRESHOLD
 from custom_quantizer.backends.xnnpack.passes._pass import (
     FLOAT32_MAX,
     Builder,
@@ -38,11 +39,14 @@ from custom_quantizer.ops.functions import (
     FUNCTIONS,
     GELU,
     HARDSIGMOID,
+    MISH,
     PRELU,
     RECIPROCAL,
     SILU,
+    SOFTPLUS,
     elu_factors,
     is_tanh_gelu,
+    softplus_factors,
 )
 
 aten = torch.ops.aten
@@ -73,7 +77,7 @@ def tie_break_offsets(model: GraphModule) -> int:
     See ``tie_break_offset`` in ``arithmetic.py``; the integer reference adds the same.
     """
     count = 0
-    for node in calls(model, frozenset(FUNCTIONS) - SILU.targets):
+    for node in calls(model, frozenset(FUNCTIONS) - SILU.targets - _IN_STEPS):
         around, function = _int8_neighbours(node), delegated_function(node)
         if around is None or function is None:
             continue
@@ -196,6 +200,40 @@ def plain_elus(model: GraphModule) -> int:
         replace(node, value)
         count += 1
     return count
+
+
+_IN_STEPS = SOFTPLUS.targets | MISH.targets
+
+
+@graph_pass("softplus, mish", "steps of float, up to the last bits of float32", exact=False)
+def softplus_steps(model: GraphModule) -> int:
+    """``softplus(x) = relu(x) + log(1 + exp(-|x|))``, and ``mish(x) = x * tanh(softplus(x))``.
+
+    No step overflows. ``1 + exp(-|x|)`` rounds by ``2**-24``, and so does the sum.
+    """
+    count = 0
+    for node in calls(model, _IN_STEPS):
+        build, data = _Numbers(model, node), cast(Node, node.args[0])
+        if node.target in MISH.targets:
+            curve = build.call(aten.tanh.default, _softplus(build, data, 1.0))
+            new = build.call(aten.mul.Tensor, data, curve)
+        else:
+            beta, threshold = softplus_factors(node)
+            if threshold < LEAST_THRESHOLD:
+                continue
+            new = _softplus(build, data, beta)
+        replace(node, new)
+        count += 1
+    return count
+
+
+def _softplus(build: _Numbers, x: Node, beta: float) -> Node:
+    size = build.call(aten.mul.Tensor, build.call(aten.abs.default, x), build.number(-beta))
+    raised = build.call(aten.add.Tensor, build.call(aten.exp.default, size), build.number(1.0))
+    rest = build.call(aten.log.default, raised)
+    if beta != 1.0:
+        rest = build.call(aten.mul.Tensor, rest, build.number(1.0 / beta))
+    return build.call(aten.add.Tensor, build.call(aten.relu.default, x), rest)
 
 
 @graph_pass(
