@@ -41,7 +41,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], int]] = {
         lambda x, m: soft(x.masked_fill(CAUSAL, torch.finfo(torch.float32).min)),
         0,
     ),
-    "causal, as float32": (lambda x, m: soft(x.masked_fill(CAUSAL, -math.inf).float()), 0),
+    "causal, as float32": (
+        lambda x, m: soft(x.masked_fill(CAUSAL, -math.inf).float()),
+        1,
+    ),  # a check
     "causal, dropped out": (
         lambda x, m: soft(F.dropout(x.masked_fill(CAUSAL, -math.inf), 0.1, training=False)),
         0,

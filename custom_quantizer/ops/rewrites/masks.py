@@ -232,18 +232,18 @@ _MOVES = frozenset(
 
 def _only_softmax_reads(node: Node) -> bool:
     """Whether a tensor ends in scores that a softmax reads, or is moved and added on the way."""
-    if not node.users:
+    if not effective_users(node):
         return False
     waiting, seen = [node], {node}
     while waiting:
         source = waiting.pop()
-        for user in source.users:
+        for user in effective_users(source):
             if user.target in (aten.softmax.int, aten._softmax.default):
                 continue
             if user.target is aten.scaled_dot_product_attention.default:
                 if argument(user, 3, "attn_mask") is not source or source in user.args[:3]:
                     return False
-            elif not _hands_on(user, source) or not user.users:
+            elif not _hands_on(user, source) or not effective_users(user):
                 return False
             elif user not in seen:
                 seen.add(user)
