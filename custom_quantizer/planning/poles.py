@@ -85,7 +85,8 @@ def leave_powers(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Bac
                     waiting += parts[original_name(source.node)]
         chain = [op for name in found for op in parts[name]]
         kept = any(op.decision.explicit for op in chain)
-        if len(found) > 1 and not kept and all(_can_be_float(op, backend) for op in chain):
+        under = any(op.output in powers for op in chain)
+        if under and not kept and all(_can_be_float(op, backend) for op in chain):
             for op in chain:
                 if op.scheme is not None:
                     op.leave("a power and its root: integers of one scale lack the range between")
@@ -129,7 +130,11 @@ _SUMS = frozenset(
         torch.ops.aten.adaptive_avg_pool1d.default,
         torch.ops.aten.adaptive_avg_pool2d.default,
         torch.ops.aten.mean.dim,
+        torch.ops.aten.std.correction,
+        torch.ops.aten.std.dim,
         torch.ops.aten.sum.dim_IntList,
+        torch.ops.aten.var.correction,
+        torch.ops.aten.var.dim,
     }
 )
 

@@ -708,6 +708,15 @@ ODD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda x: torch.cat([torch.empty(0), x * 2], 1)[:, :2],
         (INFINITE,),
     ),
+    "variances": (
+        lambda x: (x.var(1), x.var(), x.var((0, 1), correction=0), torch.var(x, 0, False)),
+        (INFINITE,),
+    ),
+    "deviations": (
+        lambda x: (x.std(-1, keepdim=True), x.std((0, 1)), torch.std(x, 0, False, True)),
+        (INFINITE,),
+    ),
+    "variance of too few": (lambda x: (x.var(1, correction=3), x[:1].var(0)), (INFINITE,)),
     "mean of nothing": (lambda x: (x[:, :0].mean(1), x + 1), (INFINITE,)),
     "pool to nothing": (
         lambda x: F.adaptive_avg_pool2d(x.reshape(1, 1, 3, 3), (0, 2)),

@@ -179,6 +179,14 @@ ROOTS: dict[str, tuple[Callable[..., Tensor], set[str]]] = {
         lambda y: ((y - 1.0) ** 2).mean((2, 3), keepdim=True).sqrt() + y,
         {"pow_1", "mean", "sqrt"},
     ),
+    "standard deviation of one call": (
+        lambda y: y / (y.std((2, 3), keepdim=True) + 0.1),
+        {"std"},
+    ),
+    "variance of one call": (
+        lambda y: y * (y.var(1, keepdim=True) + 1e-6).rsqrt(),
+        {"var", "add", "rsqrt"},
+    ),
     "generalized mean": (
         lambda y: y + F.avg_pool2d(y.clamp(min=1e-6) ** 3, 6) ** 0.5,
         {"pow_1", "avg_pool2d", "pow_2"},

@@ -6,6 +6,7 @@ bits of float32 may differ where two roundings become three.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, cast
@@ -111,6 +112,33 @@ def _sums_so_far(insert: Insertion) -> Node | None:
     return insert.permute(sums, [*range(dim), last, *range(dim, last)])
 
 
+def _spread(insert: Insertion) -> Node | None:
+    """A variance is the mean of squares of what the mean leaves; a standard deviation its root."""
+    node = insert.node
+    data = cast(Node, node.args[0])
+    meta, shape = tensor_meta(data), shape_of(data)
+    if meta is None or meta.dtype != torch.float32:
+        return None
+    if node.target in (aten.var.dim, aten.std.dim):
+        correction, keepdim = int(argument(node, 2, "unbiased", True)), argument(node, 3, "keepdim")
+    else:
+        correction, keepdim = node.kwargs.get("correction"), node.kwargs.get("keepdim")
+        correction = 1 if correction is None else correction
+    dims = list(argument(node, 1, "dim") or range(len(shape)))
+    sizes = [shape[dim] for dim in dims]
+    count = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else 0
+    if count <= correction:
+        return None  # of a dynamic number of values, or no number
+    apart = insert.call(aten.sub.Tensor, data, insert.call(aten.mean.dim, data, dims, True))
+    squares = insert.call(aten.mul.Tensor, apart, apart)
+    spread = insert.call(aten.mean.dim, squares, dims, bool(keepdim))
+    if correction:
+        spread = insert.call(aten.mul.Tensor, spread, count / (count - correction))
+    if node.target in (aten.std.correction, aten.std.dim):
+        return insert.call(aten.sqrt.default, spread)
+    return spread
+
+
 ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
     {
         aten.absolute.default: _named(aten.abs.default),
@@ -133,6 +161,8 @@ ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
         aten.multiply.Scalar: _named(aten.mul.Tensor),
         aten.multiply.Tensor: _named(aten.mul.Tensor),
         aten.negative.default: _named(aten.neg.default),
+        aten.std.correction: _spread,
+        aten.std.dim: _spread,
         aten.sub.Scalar: _named(aten.sub.Tensor),
         aten.subtract.Scalar: _named(aten.sub.Tensor),
         aten.subtract.Tensor: _named(aten.sub.Tensor),
@@ -140,6 +170,8 @@ ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
         aten.triu.default: _triangle,
         aten.true_divide.Scalar: _named(aten.div.Tensor),
         aten.true_divide.Tensor: _named(aten.div.Tensor),
+        aten.var.correction: _spread,
+        aten.var.dim: _spread,
     }
 )
 """By overload."""
