@@ -49,6 +49,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], int]] = {
         lambda x, m: soft(F.dropout(x.masked_fill(CAUSAL, -math.inf), 0.1, training=False)),
         0,
     ),
+    "causal, exponential": (lambda x, m: x.masked_fill(CAUSAL, -math.inf).exp(), 0),
+    "given, exponential": (lambda x, m: x.masked_fill(m, -math.inf).exp(), 1),
     "given": (lambda x, m: soft(x.masked_fill(m, float("-inf"))), 1),
     "given, kept": (lambda x, m: soft(torch.where(m, x, -1e9)), 1),
     "given, added to scores": (lambda x, m: soft(x + zeros(x).masked_fill(m, -math.inf)), 1),
@@ -88,6 +90,8 @@ def test_a_mask_is_numbers(name: str) -> None:
     [
         lambda x: torch.where(KEPT, torch.log(x), 0.0),  # no number where it is not wanted
         lambda x: torch.where(KEPT, 1 / x, x),
+        lambda x: torch.exp((1 / x).masked_fill(~KEPT, -math.inf)),
+        lambda x: torch.exp(x.masked_fill(~KEPT, -50.0)),  # exp of it is no zero
         lambda x: x.masked_fill(~KEPT, -1e9),  # no softmax reads it
         lambda x: x.masked_fill(~KEPT, float("inf")),
         lambda x: (soft(y := x.masked_fill(~KEPT, -math.inf)), y)[1],  # others read it too

@@ -202,6 +202,27 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
     return total if is_same_shape(shape_of(total), shape_of(insert.node)) else None
 
 
+def _masked_exp(insert: Insertion) -> Node | None:
+    """What a mask leaves out before an exponential is 0 behind it, and 0 times anything before."""
+    filled = insert.node.args[0]
+    if not isinstance(filled, Node) or filled.target not in _FILLS or overwritten_by(filled):
+        return None
+    data, condition = cast("tuple[Node, Node]", filled.args[:2])
+    meta, number = tensor_meta(data), _number(insert, filled.args[2])
+    if meta is None or meta.dtype != torch.float32 or not isinstance(number, float):
+        return None
+    if not number <= _LEFT_OUT or not is_finite(insert, data) or _asks_what_is_finite(condition):
+        return None
+    if insert.training and not is_constant(condition):
+        return None
+    kept = cast(Node, _part(insert, condition, data, where=False))
+    result = insert.call(aten.exp.default, kept)
+    return _part(insert, condition, result, where=False)
+
+
+_FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
+
+
 def _without(insert: Insertion, data: Node, condition: Node, *, where: bool) -> Node | None:
     """Scores before a softmax, those left out that a condition names."""
     if not _only_softmax_reads(insert.node):
@@ -356,6 +377,7 @@ def _has_no_zeros(insert: Insertion, divisor: object) -> bool:
 MASKS: Mapping[Any, Rewrite] = MappingProxyType(
     {
         aten.add.Tensor: _masked_sum,
+        aten.exp.default: _masked_exp,
         aten.masked_fill.Scalar: _masked_fill,
         aten.masked_fill.Tensor: _masked_fill,
         aten.softmax.int: _softmax,
