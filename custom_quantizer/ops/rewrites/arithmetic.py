@@ -119,6 +119,7 @@ def _spread(insert: Insertion) -> Node | None:
     meta, shape = tensor_meta(data), shape_of(data)
     if meta is None or meta.dtype != torch.float32:
         return None
+    correction: Any
     if node.target in (aten.var.dim, aten.std.dim):
         correction, keepdim = int(argument(node, 2, "unbiased", True)), argument(node, 3, "keepdim")
     else:
