@@ -1,9 +1,11 @@
 """How CPU seconds and peak memory of the whole flow grow with a network, for networks of all kinds.
 
     python tests/benchmarks/long_graphs.py --output docs/results
+    python tests/benchmarks/long_graphs.py all "2000: movement; residual" --output docs/results
 
 All kinds (``tests/support/long_graphs.py``) are measured in one process with one thread; a short
-network of the kind is quantized before, so that libraries are loaded. ``quantize`` says which of
+network of the kind is quantized before, so that libraries are loaded. A case with a number in front
+measures kinds at that length, to stand next to those of 500 ops. ``quantize`` says which of
 its stages it is in; capturing the network before and saving the result behind it are stages, too.
 """
 
@@ -92,18 +94,21 @@ def flow(kind: str, ops: int) -> Record:
     }
 
 
-def measure(kinds: str) -> Record:
-    """The networks of some kinds, or of ``all``."""
+def measure(case: str) -> Record:
+    """The networks of some kinds, or of ``all``; at one length, if that stands before a colon."""
     import torch
+
+    length, _, kinds = case.rpartition(":")
+    lengths = (int(length),) if length else LENGTHS
 
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     found: dict[str, list[Record]] = {}
-    for kind in KINDS if kinds == "all" else kinds.split("; "):
+    for kind in KINDS if kinds == "all" else kinds.strip().split("; "):
         flow(kind, 12)
-        found[kind] = [flow(kind, ops) for ops in LENGTHS]
+        found[kind] = [flow(kind, ops) for ops in lengths]
         print(kind, found[kind], file=sys.stderr, flush=True)
-    return {"ops": LENGTHS, "kinds": found}
+    return {"ops": lengths, "kinds": found}
 
 
 def steepest(short: Record, long: Record) -> tuple[str, float]:
@@ -123,7 +128,8 @@ def render(record: Record) -> str:
     header = ["", "delegates", f"{short}, s", f"{long}, s", "ratio", "ms per op"]
     header += ["of it collecting garbage", f"{long}, MB", "ratio", "the stage that grows most"]
     rows = [header, ["---"] * len(header)]
-    kinds = {kind: flows for part in record["results"] for kind, flows in part["kinds"].items()}
+    pairs = [part for part in record["results"] if len(part["ops"]) == len(LENGTHS)]
+    kinds = {kind: flows for part in pairs for kind, flows in part["kinds"].items()}
     for kind, (a, b) in kinds.items():
         totals = [sum(part["seconds"].values()) for part in (a, b)]
         stage, growth = steepest(a, b)
@@ -132,8 +138,41 @@ def render(record: Record) -> str:
         cells += [f"{b['collecting'] / totals[1]:.0%}", f"{b['peak']:.0f}"]
         cells += [f"{b['peak'] / a['peak']:.1f}", f"{stage} ({growth:.1f})"]
         rows.append(cells)
-    lines = ["CPU seconds and peak memory of the whole flow, `a8w8`, one thread:", ""]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
+    lines = ["CPU seconds and peak memory of the whole flow, `a8w8`, one thread:", "", *table(rows)]
+    longer = [part for part in record["results"] if len(part["ops"]) == 1]
+    rows = [LONGER, ["---"] * len(LONGER)]
+    rows += [
+        longer_row(kind, part["ops"][0], found, kinds[kind][1])
+        for part in longer
+        for kind, (found,) in part["kinds"].items()
+    ]
+    if longer:
+        lines += ["", f"Longer ones, each next to that of {LENGTHS[1]} ops:", "", *table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+LONGER = [
+    *("", "ops", "delegates", "s", "ms per op", f"of that at {LENGTHS[1]}"),
+    *("MB", f"per op, of that at {LENGTHS[1]}", "the stage that grows most per op"),
+]
+
+
+def longer_row(kind: str, ops: int, long: Record, short: Record) -> list[str]:
+    """One network of the second table."""
+    times = ops / LENGTHS[1]
+    totals = [sum(part["seconds"].values()) for part in (long, short)]
+    stage, growth = steepest(short, long)
+    return [
+        *(kind, f"{ops:,}", f"{long['delegates']:,}", f"{totals[0]:.1f}"),
+        *(f"{1e3 * totals[0] / ops:.0f}", f"{totals[0] / totals[1] / times:.1f}"),
+        *(f"{long['peak']:.0f}", f"{long['peak'] / short['peak'] / times:.1f}"),
+        f"{stage} ({growth / times:.1f})",
+    ]
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Lines of a table."""
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def main() -> None:

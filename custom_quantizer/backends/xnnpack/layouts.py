@@ -255,13 +255,19 @@ class _Moves:
     def keep_layout(self) -> int:
         """Elementwise ops that work on what is before a transpose that one behind them undoes."""
         count = 0
+        failed: set[tuple[int, tuple[int, ...]]] = set()
         for op in self._ops:
             order = op.order
             # An earlier step may have taken it along.
             if order not in _LAYOUTS or not self._readers[op.output]:
                 continue
-            region = self._region(op.table.number("input_id"), order)
-            if region is None or not self._pays(region):
+            value = op.table.number("input_id")
+            if (value, order) in failed:
+                continue
+            region = _Region()
+            if not self._fill(region, value, order) or not self._pays(region):
+                # Each of these ops would have to take the others along.
+                failed.update((value, order) for value in region.values)
                 continue
             for value in region.values:
                 dims = self._dims(value)
@@ -274,21 +280,25 @@ class _Moves:
             count += 1
         return count
 
-    def _region(self, value: int, order: tuple[int, ...]) -> _Region | None:
-        """All that has to change if a value is to be written as a transpose would give it."""
-        region, waiting = _Region(), [value]
+    def _fill(self, region: _Region, value: int, order: tuple[int, ...]) -> bool:
+        """Find all that has to change if a value is to be written as a transpose would give it.
+
+        Returns:
+            Whether it can.
+        """
+        waiting = [value]
         while waiting:
             value = waiting.pop()
             if value in region.values:
                 continue
             maker = self._makers.get(value)
             if maker is None or maker.kind not in _ELEMENTWISE or value in self._outputs:
-                return None
+                return False
             if len(self._dims(value)) != len(order) or not self._is_plain(value):
-                return None
+                return False
             region.values.add(value)
             if len(region.values) > _MOST_OPS:
-                return None
+                return False
             for name, source in maker.inputs():
                 before, dims = self._before(source, order), self._viewed_dims(source, order)
                 if before is not None:
@@ -303,8 +313,8 @@ class _Moves:
                 elif reader.kind in _ELEMENTWISE:
                     waiting.append(reader.output)
                 else:
-                    return None
-        return region
+                    return False
+        return True
 
     def _before(self, value: int, order: tuple[int, ...] | None) -> int | None:
         """What was transposed to a value, if a transpose of this order would give it back."""
