@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
@@ -74,7 +75,8 @@ class Insertion:
         mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
         if mode is not None:
             mapped = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta.get("val"))
-            with mode:
+            # As export does: kernels in C++ (a pad's) fix dynamic sizes at those of the example.
+            with mode, enable_python_dispatcher():
                 new.meta["val"] = target(*mapped[0], **mapped[1])
         return new
 

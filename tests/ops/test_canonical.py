@@ -29,7 +29,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.core.graph import set_state
+from custom_quantizer.core.graph import set_state, size_bounds
 from custom_quantizer.core.memory import UNSAID, overwritten_by
 from custom_quantizer.ops.rewrites.writes import functionalize
 
@@ -922,3 +922,16 @@ def test_whole_numbers_that_divide_are_floats() -> None:
     (division,) = calls(graph, aten.div.Tensor)
     assert type(division.args[1]) is float
     assert torch.equal(graph(x), want)
+
+
+def test_rewriting_leaves_dynamic_sizes_as_wide_as_they_were() -> None:
+    """A pad's kernel in C++ would fix the batch at that of the example."""
+    model = Function(lambda s, x: F.pad(s.conv(x), (0, 0, 1, -1)), conv=nn.Conv2d(4, 4, 1)).eval()
+    batch = torch.export.Dim("batch", min=1, max=6)
+    captured = torch.export.export(
+        model, (torch.randn(IMAGE),), dynamic_shapes={"inputs": ({0: batch},)}
+    )
+    graph = canonicalize(captured.module())
+    (given,) = (node for node in graph.graph.nodes if node.op == "placeholder")
+    assert size_bounds(given.meta["val"].shape[0]) == (1, 6)
+    assert graph(torch.randn(5, 4, 6, 6)).shape == (5, 4, 6, 6)

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
@@ -102,7 +103,7 @@ def _keeps_dtype(node: Node, written: Node, functional: Any) -> bool:
     if meta is None or mode is None:
         return False
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    with mode:
+    with mode, enable_python_dispatcher():
         result = functional(*args, **kwargs)
     return isinstance(result, torch.Tensor) and result.dtype == meta.dtype
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.arithmetic import scale_along
@@ -140,7 +141,7 @@ def _fake(target: Any, args: Any, kwargs: Any) -> Any:
     mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
     if mode is None:
         return None
-    with mode:
+    with mode, enable_python_dispatcher():
         return target(*mapped, **kwargs)
 
 
