@@ -25,6 +25,7 @@ __all__ = [
     "DEFAULT_DYNAMIC_MAX",
     "dynamic_shapes_of",
     "export_again",
+    "is_plain",
 ]
 
 DEFAULT_DYNAMIC_MAX = 64
@@ -94,7 +95,7 @@ def export_again(
             "it once before it is captured, else register a buffer"
         )
     auto = dynamic_shapes_of(model, dynamic_max)
-    if not all(map(_is_plain, specs_of(model))):
+    if not all(map(is_plain, specs_of(model))):
         # No file names these types, so it takes and returns flat lists.
         model = detached_copy(model)
         model.graph.set_codegen(CodeGen())
@@ -152,8 +153,8 @@ def _widened(
     return cast(tuple[Any, ...], pytree.tree_unflatten(values, structure))
 
 
-def _is_plain(spec: Any) -> bool:
+def is_plain(spec: Any) -> bool:
     """Whether a structure is made of tuples, lists and dicts, which a file can name."""
     if spec is None or spec.is_leaf():
         return True
-    return spec.type in (tuple, list, dict) and all(map(_is_plain, spec.children()))
+    return spec.type in (tuple, list, dict) and all(map(is_plain, spec.children()))

@@ -67,6 +67,7 @@ from custom_quantizer.ops.rewrites.constants import draws_numbers, training_swit
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
 from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX, export_again
 from custom_quantizer.reference.inputs import check_example, placeholder_metas, specs_of
+from custom_quantizer.reference.untraced import export_untraced
 
 __all__ = ["lower"]
 
@@ -254,7 +255,9 @@ def rewrite(
             # Of a node without any meta export keeps no trace, and ExecuTorch asks for one.
             node.meta.setdefault("nn_module_stack", {})
     say("exporting")
-    exported = export_again(model, example, dynamic_max, widest=widest)
+    exported = export_untraced(model, example)
+    if exported is None:
+        exported = export_again(model, example, dynamic_max, widest=widest)
     for name, version in _versions(graph.model).items():
         if version != written[name]:
             # Else the program would be compared with a graph that was changed alike.
