@@ -226,6 +226,16 @@ _NO_TOKENS = {
     "cls_token_id": 1,
     "sep_token_id": 2,
 }
+_WAVES = {
+    **_BERT,
+    "conv_dim": [16, 16, 16],
+    "conv_stride": [5, 4, 4],
+    "conv_kernel": [10, 5, 3],
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+_SPARSE = {**_NO_TOKENS, "attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}
+_GEMMA3 = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
 
 TRANSFORMERS: dict[str, Hugging] = {
     "BERT": Hugging("BertModel", "BertConfig", tokens(16), ("input_ids",), _BERT),
@@ -363,6 +373,9 @@ TRANSFORMERS: dict[str, Hugging] = {
     **{
         name: Hugging(kind, config, tokens(16), ("input_ids",), {**_BERT, **settings})
         for name, kind, config, settings in (
+            ("BigBird", "BigBirdModel", "BigBirdConfig", _SPARSE),
+            ("ConvBERT", "ConvBertModel", "ConvBertConfig", {"embedding_size": 64}),
+            ("ESM", "EsmModel", "EsmConfig", {"mask_token_id": 3, **_NO_TOKENS}),
             ("ALBERT", "AlbertModel", "AlbertConfig", {"embedding_size": 32}),
             ("ELECTRA", "ElectraModel", "ElectraConfig", {"embedding_size": 32}),
             ("RoBERTa", "RobertaModel", "RobertaConfig", {}),
@@ -375,13 +388,22 @@ TRANSFORMERS: dict[str, Hugging] = {
     **{
         name: Hugging(
             f"{kind}ForCausalLM",
-            f"{kind}Config",
+            "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config",
             tokens(16),
             ("input_ids",),
             {**_DECODER, **settings},
             {"use_cache": False},
         )
         for name, kind, settings in (
+            ("Bloom", "Bloom", {"n_layer": 2, "n_head": 4}),
+            ("DiffLlama", "DiffLlama", {}),
+            ("Falcon", "Falcon", {"num_key_value_heads": 4}),
+            ("Gemma 3", "Gemma3", _GEMMA3),
+            ("GLM 4", "Glm4", {"head_dim": 16, **_NO_TOKENS}),
+            ("LFM2", "Lfm2", {"layer_types": ["conv", "full_attention"]}),
+            ("Mamba", "Mamba", {"state_size": 8}),
+            ("MPT", "Mpt", {"n_layers": 2, "n_heads": 4, "d_model": 64, "max_seq_len": 64}),
+            ("Phi 3", "Phi3", _NO_TOKENS),
             ("Qwen2", "Qwen2", {}),
             ("Qwen3", "Qwen3", {"head_dim": 16}),
             ("Mistral", "Mistral", {}),
@@ -479,13 +501,70 @@ TRANSFORMERS: dict[str, Hugging] = {
         "Wav2Vec2Config",
         features(2000),
         ("input_values",),
+        _WAVES,
+    ),
+    "SEW-D": Hugging(
+        "SEWDModel",
+        "SEWDConfig",
+        features(2000),
+        ("input_values",),
+        {**_WAVES, "squeeze_factor": 2, "position_buckets": 8},
+    ),
+    "Wav2Vec2 Conformer": Hugging(
+        "Wav2Vec2ConformerModel",
+        "Wav2Vec2ConformerConfig",
+        features(2000),
+        ("input_values",),
+        {**_WAVES, "conv_depthwise_kernel_size": 7},
+    ),
+    "HiFi-GAN": Hugging(
+        "SpeechT5HifiGan",
+        "SpeechT5HifiGanConfig",
+        features(24, 16),
+        ("spectrogram",),
         {
-            **_BERT,
-            "conv_dim": [16, 16, 16],
-            "conv_stride": [5, 4, 4],
-            "conv_kernel": [10, 5, 3],
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
+            "model_in_dim": 16,
+            "upsample_initial_channel": 32,
+            "upsample_rates": [4, 2],
+            "upsample_kernel_sizes": [8, 4],
+            "resblock_kernel_sizes": [3, 7],
+            "resblock_dilation_sizes": [[1, 3], [1, 3]],
+        },
+    ),
+    "SAM, images": Hugging(
+        "SamVisionModel",
+        "SamVisionConfig",
+        images(64),
+        ("pixel_values",),
+        {
+            **_VISION,
+            "output_channels": 16,
+            "window_size": 2,
+            "global_attn_indexes": [1],
+            "mlp_dim": 128,
+        },
+    ),
+    "VideoMAE": Hugging(
+        "VideoMAEModel",
+        "VideoMAEConfig",
+        features(4, 3, 64, 64),
+        ("pixel_values",),
+        {**_VISION, "num_frames": 4, "tubelet_size": 2},
+    ),
+    "PatchTST": Hugging(
+        "PatchTSTModel",
+        "PatchTSTConfig",
+        features(32, 3),
+        ("past_values",),
+        {
+            "num_input_channels": 3,
+            "context_length": 32,
+            "patch_length": 4,
+            "patch_stride": 4,
+            "d_model": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 64,
         },
     ),
     "Audio Spectrogram Transformer": Hugging(
@@ -527,24 +606,25 @@ _TIMM = {
         tf_mobilenetv3_small_minimal_100
     """,
     96: """
-        convnext_atto convnextv2_atto cs3darknet_focus_s dla34 eca_resnext26ts
+        convnext_atto convnext_zepto_rms convnextv2_atto cs3darknet_focus_s dla34 eca_resnext26ts
         edgenext_xx_small efficientvit_b0 ese_vovnet19b_slim_dw fastvit_t8 gcresnext26ts
-        ghostnet_100 hrnet_w18_small inception_next_atto legacy_xception mambaout_femto mixnet_s
-        mobilenetv4_conv_small mobilevit_xxs mobilevitv2_050 poolformer_s12 rdnet_tiny regnety_002
-        regnetz_005 repvgg_a0 repvit_m0_9 resnest14d resnetblur18 rexnet_100 selecsls42 skresnet18
+        ghostnet_100 ghostnetv2_100 hrnet_w18_small iformer_t inception_next_atto legacy_xception
+        lowformer_b0 mambaout_femto mixnet_s mobilenetv4_conv_small mobilevit_xxs mobilevitv2_050
+        poolformer_s12 rdnet_tiny regnety_002 regnetz_005 repvgg_a0 repvit_m0_9 resnest14d
+        resnetblur18 rexnet_100 selecsls42 skresnet18
     """,
     128: """
         focalnet_tiny_srf lambda_resnet26t mixer_s32_224 mobilenetv4_hybrid_medium
         sequencer2d_s shvit_s1 swiftformer_xs
     """,
     224: """
-        cait_xxs24_224 coat_lite_tiny convit_tiny davit_tiny
-        deit_tiny_distilled_patch16_224 efficientformer_l1 efficientformerv2_s0 efficientvim_m1
-        efficientvit_m0 eva02_tiny_patch14_224 gcvit_xxtiny gmlp_ti16_224 hiera_tiny_224
-        levit_128s mvitv2_tiny nest_tiny nextvit_small pit_ti_224 pvt_v2_b0 resmlp_12_224
+        cait_xxs24_224 coat_lite_tiny convit_tiny davit_tiny deit_tiny_distilled_patch16_224
+        efficientformer_l1 efficientformerv2_s0 efficientvim_m1 efficientvit_m0
+        eva02_tiny_patch14_224 gcvit_xxtiny gmlp_ti16_224 hiera_tiny_224 hieradet_small levit_128s
+        mvitv2_tiny nest_tiny nextvit_small pit_ti_224 pvt_v2_b0 resmlp_12_224
         swin_tiny_patch4_window7_224 tiny_vit_5m_224 tnt_s_patch16_224 twins_svt_small
-        visformer_tiny vit_relpos_small_patch16_224 vit_tiny_patch16_224 volo_d1_224
-        xcit_nano_12_p16_224
+        visformer_tiny vitamin_small_224 vit_relpos_small_patch16_224 vit_tiny_patch16_224
+        volo_d1_224 xcit_nano_12_p16_224
     """,
     240: "crossvit_tiny_240",
     256: """
