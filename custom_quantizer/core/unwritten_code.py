@@ -25,7 +25,7 @@ def code_on_demand() -> Iterator[None]:
     """Write the Python code of a graph when it is called, or asked for its code.
 
     ``GraphModule.recompile`` writes a ``forward`` whenever a graph is made, copied or changed:
-    some sixty times from a converted graph to a program, of which one is ever called. That is a
+    some sixty times from a converted graph to a program, for graphs that nobody calls. That is a
     fifth to a third of a lowering. PyTorch has a class that waits (``_LazyGraphModule``), but
     upstream's passes make plain ones, so the method is exchanged, for this thread.
 

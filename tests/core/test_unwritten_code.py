@@ -141,10 +141,10 @@ def test_what_upstream_sets() -> None:
     assert names() - before == {*WRITTEN, "_wrapped_call", "__call__"}
 
 
-def test_a_lowering_writes_code_for_the_graph_that_is_traced(written: list[Graph]) -> None:
+def test_a_lowering_writes_no_code(written: list[Graph]) -> None:
     x = torch.randn(1, 4)
     graph = convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), (x,), "a8w8").graph
     cq.lower(graph, (x,))  # upstream's modules write some when they are imported
     written.clear()
     cq.lower(graph, (x,))
-    assert len(written) == 1
+    assert not written
