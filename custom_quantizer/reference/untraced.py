@@ -219,7 +219,7 @@ def _is_default(value: Any, argument: Any) -> bool:
         default = list(default)
         value = [value] * len(default) if isinstance(value, int) else value
         return isinstance(value, (list, tuple)) and list(value) == default
-    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)
+    return type(value) is type(default) and bool(value == default)  # a number 1.0 is not 1
 
 
 def _value(node: Node, mode: Any) -> Any:

@@ -281,7 +281,8 @@ def graph_of(move: Move) -> GraphModule | None:
 
 @cache
 def walked() -> tuple[Move, ...]:
-    known = [op for op in overloads() if op in LEGALIZATIONS]
+    # A product with ones moves nothing.
+    known = [op for op in overloads() if op in LEGALIZATIONS and op is not aten.mul.Tensor]
     return tuple(move for op in known for move in found_moves(op, 2))
 
 

@@ -26,7 +26,7 @@ from support.bundles import write_signed
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
 from support.graphs import Function
 from support.models import convert
-from support.registry import Surrounded, cases_and_schemes
+from support.registry import LEFT_IN_FLOAT, Surrounded, cases_and_schemes
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
@@ -116,6 +116,18 @@ def test_every_registered_op_runs_with_numpy_bit_for_bit(
     # Beyond the range seen in calibration, so that something saturates.
     wide = tuple(2.5 * x for x in inputs)
     assert_bundle_equals_fixed_point(converted, tmp_path / "case", *wide)
+
+
+@pytest.mark.parametrize(
+    ("rule", "case"), [(rule, case) for rule in LEFT_IN_FLOAT for case in rule.cases]
+)
+def test_ops_that_xnnpack_leaves_in_float_run_where_no_backend_is_asked(
+    rule: OpRule, case: Case, tmp_path: Path
+) -> None:
+    quantizer = cq.IntegerQuantizer(backend=None).set_global("a8w8")
+    converted = converted_network(lambda: Surrounded(rule, case), case.shapes, quantizer)
+    inputs = tuple(2 * x for x in random_inputs(case.shapes, 2))
+    assert_bundle_equals_fixed_point(converted, tmp_path / "case", *inputs)
 
 
 def split_parts(x: Tensor) -> Tensor:

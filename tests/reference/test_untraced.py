@@ -36,7 +36,8 @@ class Images(nn.Module):
         y = self.grow(self.pool(nn.functional.hardswish(y.permute(0, 3, 1, 2))))
         y = nn.functional.interpolate(y, scale_factor=2.0, mode="bilinear") * scale
         first, second = y.permute(0, 2, 3, 1)[..., :2].split(1, -1)
-        return {"head": self.head(y), "best": first.topk(2, 1)[1], "part": second.exp()}
+        bounded = nn.functional.hardtanh(second, -2.0, 1.0)  # a default, but for its type
+        return {"head": self.head(y), "best": first.topk(2, 1)[1], "part": bounded.exp()}
 
 
 class Tokens(nn.Module):
