@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack._passes import XNNPACKPassManager
+from executorch.backends.xnnpack.partition.graphs import sdpa
+from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNGraph
+from executorch.exir._serialize import _dataclass
+from executorch.exir.dialects._ops import ops
 from support.models import convert
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -66,13 +70,30 @@ def test_the_same_program(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cq.lower(graph, example).buffer == quick
 
 
+def test_attentions_that_upstream_would_replace() -> None:
+    """All that its pass looks for is recognized, and a softmax without a scaled query is not."""
+    change = CHANGES["ConvertToSDPAPass"]
+    graphs = [pattern.graph for pattern in sdpa.get_graphs()]
+    assert graphs
+    for graph in graphs:
+        assert any(map(change, graph.nodes))
+        for node in graph.find_nodes(op="call_function", target=ops.edge.aten.mul.Scalar):
+            node.target = ops.edge.aten.mul.Tensor
+        assert not any(map(change, graph.nodes))
+    sdpa.get_graphs.cache_clear()
+
+
 def test_upstream_is_as_it_was_afterwards() -> None:
     with quick_passes():
         assert xnnpack_preprocess.XNNPACKPassManager is QuickPassManager
+        assert _dataclass.get_type_hints is not get_type_hints
+        assert _dataclass.get_type_hints(XNNGraph) == get_type_hints(XNNGraph)
     assert xnnpack_preprocess.XNNPACKPassManager is XNNPACKPassManager
+    assert _dataclass.get_type_hints is get_type_hints
     with pytest.raises(KeyError):
         _interrupted()
     assert xnnpack_preprocess.XNNPACKPassManager is XNNPACKPassManager
+    assert _dataclass.get_type_hints is get_type_hints
 
 
 def _interrupted() -> None:

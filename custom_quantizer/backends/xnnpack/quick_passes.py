@@ -8,11 +8,14 @@ to say so, so the class that applies the passes is exchanged while a program is 
 ExecuTorch whose passes were read (:func:`passes_known`), and of no other.
 
 To write the program it computes all of each delegate once more, for the shapes of its outputs,
-which are known (:func:`outputs_known`).
+which are known (:func:`outputs_known`); and to write a delegate it evaluates the type hints of a
+class for each field of each object, which are as many times the same (:func:`_hints_once`).
 """
 
 from __future__ import annotations
 
+import functools
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -22,6 +25,8 @@ import torch
 import torch.utils._pytree as pytree
 from executorch.backends.xnnpack import _passes, xnnpack_preprocess
 from executorch.exir import EdgeProgramManager
+from executorch.exir._serialize import _dataclass
+from executorch.exir.dialects._ops import ops
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.pass_base import ExportPass
 from executorch.exir.program import _program
@@ -63,6 +68,14 @@ def _joins_many(node: Node) -> bool:
     return "cat." in str(node.target) and len(cast("list[Node]", node.args[0])) > 5
 
 
+def _weighs_scaled(node: Node) -> bool:
+    """Whether a softmax can be that of an attention, which scales queries and keys by a number."""
+    scaled = ops.edge.aten.mul.Scalar
+    return "softmax" in str(node.target) and bool(
+        node.graph.find_nodes(op="call_function", target=scaled, sort=False)
+    )
+
+
 def _any_call(_node: Node) -> bool:
     return True
 
@@ -71,7 +84,7 @@ CHANGES: Mapping[str, Callable[[Node], bool]] = {
     "ConstPropPass": _reads_constants_only,
     "Conv1dUnsqueezePass": _convolves_signals,
     "ConvertToLinearPass": _calls("mm."),
-    "ConvertToSDPAPass": _calls("softmax"),
+    "ConvertToSDPAPass": _weighs_scaled,
     "ConvertToUpsampleBilinear2d": _calls("index", "upsample"),
     "DecomposeBatchNorm": _calls("batch_norm"),
     "DecomposeConcatenate": _joins_many,
@@ -165,13 +178,24 @@ def quick_passes() -> Iterator[None]:
     if not passes_known():
         yield
         return
-    with exclusive():
+    with exclusive(), _hints_once():
         upstream: Any = xnnpack_preprocess.XNNPACKPassManager
         xnnpack_preprocess.XNNPACKPassManager = QuickPassManager
         try:
             yield
         finally:
             xnnpack_preprocess.XNNPACKPassManager = upstream
+
+
+@contextmanager
+def _hints_once() -> Iterator[None]:
+    """Let ``_DataclassEncoder`` evaluate the type hints of each class once."""
+    upstream: Any = _dataclass.get_type_hints
+    _dataclass.get_type_hints = functools.cache(typing.get_type_hints)
+    try:
+        yield
+    finally:
+        _dataclass.get_type_hints = upstream
 
 
 @contextmanager
