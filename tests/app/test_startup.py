@@ -49,7 +49,7 @@ def make():
 """
 
 RUN = """
-import json, sys
+import gc, json, sys
 from custom_quantizer.app.cli import main
 
 libraries, commands = json.loads(sys.argv[1])
@@ -60,13 +60,16 @@ for command in commands:
         main()
     except SystemExit as stop:
         answers.append((stop.code, [name for name in libraries if name in sys.modules]))
-print(json.dumps(answers), file=sys.stderr)
+print(json.dumps([answers, gc.get_stats()[2]["collections"]]), file=sys.stderr)
 """
 
 
+Answers = tuple[list[tuple[int, list[str]]], int]
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, list[str]]]:
-    """Exit code of every command, and the libraries that were loaded by then."""
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """Exit code of every command and libraries loaded by then; full garbage collections in all."""
     folder = tmp_path_factory.mktemp("startup")
     (folder / "net.py").write_text(NET)
     done = subprocess.run(
@@ -76,16 +79,19 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, list[st
         text=True,
         check=True,
     )
-    found: list[tuple[int, list[str]]] = json.loads(done.stderr.splitlines()[-1])
+    found, collections = json.loads(done.stderr.splitlines()[-1])
     assert len(found) == len(COMMANDS)
-    return found
+    return found, collections
 
 
 @pytest.mark.parametrize("index", range(len(COMMANDS)), ids=[line[0] for line in COMMANDS])
-def test_a_command_imports_what_it_needs_and_no_more(
-    index: int, answers: list[tuple[int, list[str]]]
-) -> None:
-    code, loaded = answers[index]
+def test_a_command_imports_what_it_needs_and_no_more(index: int, answers: Answers) -> None:
+    code, loaded = answers[0][index]
     needed = {name for _, _, names in COMMANDS[: index + 1] for name in names}
     assert set(loaded) == needed
     assert code == COMMANDS[index][1]
+
+
+def test_imports_are_not_searched_for_garbage(answers: Answers) -> None:
+    """What libraries are made of stays: each full collection would walk over all of it."""
+    assert answers[1] == 0
