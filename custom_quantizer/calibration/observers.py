@@ -61,6 +61,7 @@ __all__ = [
     "WeightObserver",
     "choose_qparams",
     "forget_models",
+    "refuse_export",
 ]
 
 META_KEY = "custom_quantizer"
@@ -155,7 +156,13 @@ class ActivationObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc] 
             self.register_buffer(buffer, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Record ``x`` (any shape), unless frozen, and return it unchanged."""
+        """Record ``x`` (any shape), unless frozen, and return it unchanged.
+
+        Raises:
+            CalibrationError: ``x`` has values that are not finite.
+            ConversionError: ``torch.export`` captures the prepared graph.
+        """
+        refuse_export(self.name)
         if self.is_dynamic or self.frozen or x.numel() == 0:
             return x
         values = x
@@ -344,6 +351,19 @@ def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:
         ends = torch.aminmax(values)
         return ends.min, ends.max
     return values.amin(), values.amax()
+
+
+def refuse_export(name: str) -> None:
+    """Say in one line what capture of a prepared graph ends with, or what it would leave in float.
+
+    Raises:
+        ConversionError: ``torch.export`` runs this observer.
+    """
+    if torch.compiler.is_exporting():
+        raise ConversionError(
+            f"{name}: the graph was prepared and not converted, so it cannot be exported; call "
+            "convert_pt2e on it, and export what that returns"
+        )
 
 
 class _ConstantObserver(_SuppliedBuffers, ObserverBase):  # type: ignore[misc]  # torchao is untyped

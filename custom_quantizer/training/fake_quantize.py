@@ -20,7 +20,12 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
-from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver, WeightObserver
+from custom_quantizer.calibration.observers import (
+    ActivationObserver,
+    BiasObserver,
+    WeightObserver,
+    refuse_export,
+)
 from custom_quantizer.calibration.ranges import Statistics, solve
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import raise_scale
@@ -154,7 +159,13 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
             slot.module = self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Record and round ``x`` (any shape)."""
+        """Record and round ``x`` (any shape).
+
+        Raises:
+            CalibrationError: ``x`` has values that are not finite.
+            ConversionError: ``torch.export`` captures the prepared graph.
+        """
+        refuse_export(self.name)
         if self.is_dynamic:
             return self.round_at_run_time(x) if self.fake_quant_enabled[0] else x
         learning = self.learned and bool(self.initialized)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e import HistogramObserver
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
 
 from custom_quantizer.calibration.observers import ActivationObserver
@@ -30,7 +30,7 @@ from custom_quantizer.core.schemes import (
     observer_name,
     scheme,
 )
-from custom_quantizer.errors import CalibrationError, SchemeError
+from custom_quantizer.errors import CalibrationError, ConversionError, SchemeError
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 
 EXACT = ("minmax", "percentile99", "histogram", "entropy")
@@ -459,3 +459,14 @@ def test_a_new_batch_moves_an_average_by_a_hundredth() -> None:
     observer(torch.tensor([-100.0, 101.0]))
     assert float(observer.min_val) == pytest.approx(-1.0, rel=1e-6)
     assert float(observer.max_val) == pytest.approx(2.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["a8w8", "dyn8w8"])
+@pytest.mark.parametrize("prepare", [prepare_pt2e, prepare_qat_pt2e])
+def test_exporting_a_prepared_graph_says_to_convert_it(scheme: str, prepare: Any) -> None:
+    inputs = (torch.randn(2, 4),)
+    exported = torch.export.export(nn.Sequential(nn.Linear(4, 3)).eval(), inputs).module()
+    prepared = prepare(exported, IntegerQuantizer().set_global(scheme))
+    prepared(*inputs)
+    with pytest.raises(ConversionError, match=r"prepared and not converted.*call convert_pt2e"):
+        torch.export.export(prepared, inputs)
