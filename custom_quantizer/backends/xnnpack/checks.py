@@ -23,6 +23,7 @@ from custom_quantizer.backends.xnnpack.groups import joined
 from custom_quantizer.backends.xnnpack.lowering import lower, lower_graph
 from custom_quantizer.backends.xnnpack.program import (
     INTEGER_BACKENDS,
+    WAYS,
     LoweredProgram,
     OpBackend,
     find_weighted,
@@ -93,12 +94,25 @@ LAST_BITS = 1e-3
 """Largest relative error of an output behind one group of float ops, given the tensors before."""
 
 
-def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> None:
+def check_program(
+    program: LoweredProgram,
+    graph: ConvertedGraph,
+    example: tuple[Any, ...],
+    *,
+    lowered_here: bool = True,
+) -> None:
     """Compare all constants of the file with the graph's, then the outputs on the example.
 
     Where every op is integer the outputs are those of the integer reference, bit for bit.
     Otherwise float kernels of the backend and of PyTorch differ in their last bits, which quantize
     steps turn into whole units now and then; then the error must be small next to the output.
+
+    Args:
+        program: what was written.
+        graph: what it was made from.
+        example: one set of inputs.
+        lowered_here: whether this package lowered it; a program from another hand may have gone a
+            way on which the graph's integers get lost, and the message names those that keep them.
 
     Raises:
         LoweringError: the runtime does not take the program.
@@ -107,8 +121,9 @@ def check_program(program: LoweredProgram, graph: ConvertedGraph, example: tuple
     _check_kernels(program)
     found = next(differences(program, graph), None)
     if found is not None:
+        ways = "" if lowered_here else f"{WAYS}; if it was lowered so, "
         raise VerificationError(
-            f"{found}; the program is not the graph; leave the op in float with "
+            f"{found}; the program is not the graph; {ways}leave the op in float with "
             f"set_node_name({found.node!r}, None), and please report the model"
         )
     _check_borders(program, graph)

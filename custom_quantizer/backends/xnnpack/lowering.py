@@ -37,6 +37,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     run_passes,
 )
 from custom_quantizer.backends.xnnpack.program import (
+    WAYS,
     LoweredProgram,
     LoweringReport,
     OpBackend,
@@ -469,12 +470,15 @@ def _is_decomposed(graph: ConvertedGraph) -> bool:
     return any(node.target in _DECOMPOSED_LAYERS for node in graph.model.graph.nodes)
 
 
-def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> bytes:
+def to_bytes(
+    edge: EdgeProgramManager, graph: ConvertedGraph | None = None, *, lowered_here: bool = True
+) -> bytes:
     """Write a partitioned program.
 
     Args:
         edge: the program.
         graph: what it was made from, for the ops in messages.
+        lowered_here: whether this package lowered it, for the advice in messages.
 
     Raises:
         LoweringError: integers stayed outside the delegates, or ExecuTorch refused.
@@ -488,6 +492,8 @@ def to_bytes(edge: EdgeProgramManager, graph: ConvertedGraph | None = None) -> b
     if leftover:
         names = ", ".join(origin_of(node) or node.name for node in leftover[:5])
         advice = "leave the ops around them in float with set_node_name(name, None)"
+        if not lowered_here:
+            advice = f"{WAYS}; if it was lowered so, {advice}"
         if graph is not None and _is_decomposed(graph):
             advice = (
                 "the graph was decomposed after convert_pt2e, so that its layers are no longer "

@@ -225,14 +225,15 @@ def check(
             names = ", ".join(sorted(program.methods))
             raise InputError(f"the program has no method {method!r}; it has {names}")
         # Writing leaves marks in the graph that fix dynamic sizes when it is written again.
-        data = to_bytes(copy.deepcopy(program), graph)
+        data = to_bytes(copy.deepcopy(program), graph, lowered_here=False)
         made = {method: Rewritten(graph, example, program.exported_program(method), {})}
-        check_program(describe_program(data, program, made, method), graph, example)
+        described = describe_program(data, program, made, method)
+        check_program(described, graph, example, lowered_here=False)
         return
     if method != "forward":
         raise InputError(f"a finished program is checked by its method 'forward', not {method!r}")
     twin = lower(converted, example, check=False).with_bytes(_bytes(program))
-    check_program(twin, graph, example)
+    check_program(twin, graph, example, lowered_here=False)
 
 
 def _bytes(program: Program) -> bytes:

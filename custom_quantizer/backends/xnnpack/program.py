@@ -403,6 +403,13 @@ def missing_kernels(contents: ProgramContents) -> list[str]:
     return [kernel for kernel in dict.fromkeys(contents.kernels) if kernel not in known]
 
 
+WAYS = (
+    "lower what convert_pt2e returned with cq.lower or with cq.XnnpackPartitioner(), or hand "
+    "ExecuTorch's own partitioner what cq.export_converted returns (docs/flows.md)"
+)
+"""What to say of a program that another hand lowered: the ways on which no integer gets lost."""
+
+
 def no_kernel(ops: Sequence[str], kernels: Sequence[str]) -> str:
     """What to say of ops that need kernels which the runtime does not have."""
     return (
