@@ -115,8 +115,9 @@ def read_converted(
             them; otherwise the nodes are those of ``model``, which takes and returns float32.
 
     Raises:
-        ConversionError: the graph has observers, so it was prepared but not converted; or it
-            quantizes nothing; or an input or output that shall be integers is not quantized.
+        ConversionError: the graph has observers, so it was prepared but not converted; or it has
+            loggers of torchao's comparison of two graphs; or it quantizes
+            nothing; or an input or output that shall be integers is not quantized.
     """
     _check_converted(model)
     if integer_io:
@@ -161,12 +162,23 @@ def _check_converted(model: GraphModule) -> None:
             raise ConversionError(
                 "the graph still has observers: call convert_pt2e(prepared) after calibration"
             )
+        if node.op == "call_module" and _is_logger(model.get_submodule(str(node.target))):
+            raise ConversionError(
+                f"the graph has loggers ({node.name}), behind which integers are no longer seen: "
+                "hand in what convert_pt2e returned, not what prepare_for_propagation_comparison "
+                "made of it"
+            )
     if not any(is_dequantize(node) for node in model.graph.nodes):
         raise ConversionError(
             "the graph has no quantized tensor: convert a graph that was prepared with a quantizer "
             "by convert_pt2e(prepared), without use_reference_representation=True, which writes "
             "integers as float ops"
         )
+
+
+def _is_logger(module: torch.nn.Module) -> bool:
+    """Whether torchao's comparison of two graphs put it there; the class is in a private module."""
+    return type(module).__name__ == "OutputLogger"
 
 
 def _integer_op(

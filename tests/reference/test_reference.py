@@ -322,12 +322,15 @@ def test_wrong_graphs_and_modes() -> None:
     captured = torch.export.export(model.eval(), example).module()
     with pytest.raises(cq.ConversionError, match="no quantized tensor"):
         cq.integer_reference(captured)
+    from torchao.quantization.pt2e import prepare_for_propagation_comparison
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
     with pytest.raises(cq.ConversionError, match="still has observers"):
         cq.integer_reference(prepared)
     converted = convert(model, example)
+    with pytest.raises(cq.ConversionError, match=r"has loggers .* hand in what convert_pt2e"):
+        cq.integer_reference(prepare_for_propagation_comparison(converted.graph))
     with pytest.raises(cq.SchemeError, match="fixed_point"):
         cq.integer_reference(converted.graph, "fixed")
     with pytest.raises(cq.InputError, match="takes 1 input"):
