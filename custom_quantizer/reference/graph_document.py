@@ -243,9 +243,11 @@ def unpack(data: bytes) -> tuple[Document, dict[str, Tensor]]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing that pydantic found, on one line."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    """The first thing that pydantic found, on one line; with the text it is about."""
+    first = error.errors(include_url=False)[0]
+    given = first["input"]
+    quoted = f", not {given[:60]!r}" if isinstance(given, str) else ""
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}{quoted}"
 
 
 def _field(digest: bytes) -> bytes:

@@ -48,6 +48,20 @@ def test_a_reloaded_graph_lowers_to_the_same_bytes(files: Path) -> None:
     assert cq.lower(graph, example).buffer == (files / "net.pte").read_bytes()
 
 
+def test_a_name_that_no_file_can_hold_is_told() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, größe: Tensor) -> Tensor:
+            return self.linear(größe)
+
+    example = (torch.randn(1, 4),)
+    with pytest.raises(cq.ConversionError, match=r"arguments\.0: .* not 'größe'; the program"):
+        cq.save_graph(convert(Sized(), example).graph, example, "unwritten.graph.safetensors")
+
+
 def test_verify_from_files(files: Path) -> None:
     result = CliRunner().invoke(cli, ["verify", str(files / "net.pte"), "--samples", "2"])
     assert result.exit_code == 0, result.output
