@@ -1,18 +1,20 @@
-"""What integers of one scale cannot hold stays in float: guards of poles, powers under roots."""
+"""What integers of one scale cannot hold stays in float: guards of poles, powers under a root."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import constant_of, is_constant
+from custom_quantizer.core.graph import constant_of, effective_users, is_constant
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.ops import Formats, Trait, rule_of
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
-from custom_quantizer.ops.functions import DIV, RECIPROCAL, RSQRT, SQRT
+from custom_quantizer.ops.functions import DIV, EXP, NEG, RECIPROCAL, RSQRT, SQRT
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import AVG_POOL, MEAN
 from custom_quantizer.planning.drafts import DraftOp
@@ -61,36 +63,91 @@ def leave_poles(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Back
 
 
 def leave_powers(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Backend) -> None:
-    """Powers under a root, and what is between, stay in float where no integer kernel has the root.
+    """Powers under a root or an exponential stay in float where no integer kernel has the latter.
 
     A power has a wider range than the root of its mean, sum or multiple: integers of one scale
     round to zero what the root makes large again (norms that are written out, generalized means).
+    Of a square under an exponential (gaussians, radial basis functions, splines), all but the part
+    next to zero becomes zero, and takes most of the integers. The logarithm of a sum is to
+    exponentials what the root is to powers.
     """
+    _leave_chains(ops, producer, backend, _ROOTS)
+    _leave_chains(ops, producer, backend, _EXPONENTIALS)
+    _leave_chains(ops, producer, backend, _LOGS)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Ops whose result has a wide range, up to one that makes a narrow range of it.
+
+    Attributes:
+        starts: whether an op makes the wide range.
+        ends: whether an op makes it narrow again.
+        reason: why both stay in float, and what is between.
+        before: whether sums and products that nothing else reads are in float as well: those
+            before a power that is next to nothing for most of its arguments.
+    """
+
+    starts: Callable[[DraftOp], bool]
+    ends: Callable[[DraftOp], bool]
+    reason: str
+    before: bool = False
+
+
+def _leave_chains(
+    ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Backend, kind: _Chain
+) -> None:
     parts: dict[str, list[DraftOp]] = {}
-    powers: set[Node] = set()
+    wide: set[Node] = set()
     for op in ops:
         parts.setdefault(original_name(op.node), []).append(op)
         inputs = () if op.match is None else op.match.inputs
-        if _is_power(op) or (_adds_up(op) and not powers.isdisjoint(inputs)):
-            powers.add(op.output)
-    for root in ops:
-        if not _is_root(root) or _has_integer_kernel(root, backend):
+        if kind.starts(op) or (_adds_up(op) and not wide.isdisjoint(inputs)):
+            wide.add(op.output)
+    for end in ops:
+        if not kind.ends(end) or _has_integer_kernel(end, backend):
             continue
-        found, waiting = {original_name(root.node): root}, [root]
+        found, waiting = {original_name(end.node): end}, [end]
         while waiting:
             for tensor in waiting.pop().node.all_input_nodes:
-                source = producer.get(tensor) if tensor in powers else None
+                source = producer.get(tensor) if tensor in wide else None
                 if source is not None and original_name(source.node) not in found:
                     found[original_name(source.node)] = source
                     waiting += parts[original_name(source.node)]
         chain = [op for name in found for op in parts[name]]
         kept = any(op.decision.explicit for op in chain)
-        under = any(op.output in powers for op in chain)
+        under = any(op.output in wide and op is not end for op in chain)
         if under and not kept and all(_can_be_float(op, backend) for op in chain):
+            if kind.before:
+                chain += _read_by_these(chain, producer, parts, backend)
             for op in chain:
                 if op.scheme is not None:
-                    op.leave("a power and its root: integers of one scale lack the range between")
+                    op.leave(kind.reason)
                     op.abstains = True
+
+
+def _read_by_these(
+    chain: list[DraftOp],
+    producer: dict[Node, DraftOp],
+    parts: dict[str, list[DraftOp]],
+    backend: Backend,
+) -> list[DraftOp]:
+    """Sums, products and quotients by constants that only ops of a chain read."""
+    inside, found, waiting = {op.node for op in chain}, list[DraftOp](), list(chain)
+    while waiting:
+        for tensor in waiting.pop().node.all_input_nodes:
+            op = producer.get(tensor)
+            if op is None or op.node in inside or op.decision.explicit:
+                continue
+            scales = op.has(Trait.SUM) or (op.rule is DIV and not _is_activation(op.node.args[1]))
+            whole = len(parts[original_name(op.node)]) == 1
+            if not (whole and (scales or op.moves_values) and _can_be_float(op, backend)):
+                continue
+            if inside.issuperset(effective_users(op.output)):
+                inside.add(op.node)
+                found.append(op)
+                waiting.append(op)
+    return found
 
 
 def _is_power(op: DraftOp) -> bool:
@@ -103,7 +160,7 @@ def _is_power(op: DraftOp) -> bool:
 def _adds_up(op: DraftOp) -> bool:
     """Whether an op hands powers on: moved, summed up, or scaled."""
     target = op.node.meta.get("original_target", op.node.target)
-    if op.moves_values or target in _SUMS or op.rule in (MEAN, AVG_POOL, ADD, SUB, CLAMP, RELU):
+    if op.moves_values or target in _SUMS or op.rule in _LINEAR:
         return True
     return op.rule in (MUL, DIV) and any(not _is_activation(arg) for arg in op.node.args[:2])
 
@@ -119,11 +176,38 @@ def _is_root(op: DraftOp) -> bool:
     return is_pow and 0 < abs(cast(float, op.node.args[1])) < 1
 
 
+def _is_exponential(op: DraftOp) -> bool:
+    return op.rule is EXP
+
+
+def _is_logarithm(op: DraftOp) -> bool:
+    return op.node.target in _LOGARITHMS
+
+
 def _can_be_float(op: DraftOp, backend: Backend) -> bool:
     return op.moves_values or backend.in_float(op.node).placement is Placement.FLOAT
 
 
+_ROOTS = _Chain(
+    _is_power, _is_root, "a power and its root: integers of one scale lack the range between"
+)
+
+_EXPONENTIALS = _Chain(
+    _is_power,
+    _is_exponential,
+    "a power under an exponential: most integers of one scale would be of what becomes zero",
+    before=True,
+)
+
+_LOGS = _Chain(
+    _is_exponential,
+    _is_logarithm,
+    "exponentials and their logarithm: integers of one scale lack the range between",
+)
+
 _POWERS = frozenset({torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.square.default})
+
+_LINEAR = (MEAN, AVG_POOL, ADD, SUB, CLAMP, RELU, NEG)
 
 _SUMS = frozenset(
     {

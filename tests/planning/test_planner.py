@@ -228,6 +228,54 @@ def test_powers_that_no_root_is_taken_of_are_integers() -> None:
     assert {op.scheme for op in plan.ops} == {"a8w8"}
 
 
+EXPONENTIALS: dict[str, tuple[Callable[..., Tensor], set[str], str]] = {
+    "gaussian": (
+        lambda y: torch.exp(-(y**2) / 0.5),
+        {"pow_1", "neg", "div", "exp"},
+        "a power under an exponential",
+    ),
+    "spline": (
+        lambda y: torch.exp(-(((y.unsqueeze(-1) - torch.linspace(-2, 2, 4)) / 0.6) ** 2)).sum(-1),
+        {"sub", "div", "pow_1", "neg", "exp"},
+        "a power under an exponential",
+    ),
+    "gaussian of what others read": (
+        lambda y: (lambda z: torch.exp(-(z * z)) + z)(y - 0.3),
+        {"mul", "neg", "exp"},
+        "a power under an exponential",
+    ),
+    "logarithm of a sum": (
+        lambda y: torch.log(torch.exp(y).sum(1, keepdim=True) + 1.5) * y,
+        {"exp", "sum_1", "add", "log"},
+        "exponentials and their logarithm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPONENTIALS)
+def test_what_is_narrow_only_behind_an_exponential_or_logarithm_stays_in_float(name: str) -> None:
+    """Where XNNPACK has either in float only; hardware with tables of integers has them there."""
+    function, chain, reason = EXPONENTIALS[name]
+
+    def through(s: Any, x: Tensor) -> Tensor:
+        return cast(Tensor, s.conv(function(s.conv(x))))
+
+    plan = plan_of(through, conv=conv())
+    assert {op.node for op in plan.ops if reason in op.reason} == chain
+    assert {op.placement for op in plan.ops if op.node in chain} == {"float inside"}
+    assert {op.scheme for op in plan.ops if op.node not in chain} <= {"a8w8", "a8", None}
+    ordered = plan_of(through, Rule(Scope.NODE_NAME, "exp", A8W8), conv=conv())
+    assert not any(reason in op.reason for op in ordered.ops)
+    graph = canonicalize(capture(Function(through, conv=conv()), (torch.randn(IMAGE),)))
+    for_integers = make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8)]), INTEGERS)
+    assert {op.scheme for op in for_integers.ops if op.node in chain} == {"a8w8"}
+
+
+def test_exponentials_of_no_power_are_tables() -> None:
+    plan = plan_of(lambda s, x: s.conv(torch.exp(-s.conv(x)) * 2.0), conv=conv())
+    assert plan.op("exp").placement == "table"
+
+
 def test_a_table_is_stored_as_what_others_than_a_power_want() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
