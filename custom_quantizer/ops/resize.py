@@ -22,9 +22,21 @@ from custom_quantizer.ops._rule import (
 )
 from custom_quantizer.ops.elementwise import _case, _match_single
 
-__all__ = ["RULES", "UPSAMPLE_BILINEAR", "resizings_of", "steps_otherwise"]
+__all__ = ["LAYERED", "RULES", "UPSAMPLE_BILINEAR", "resizings_of", "steps_otherwise"]
 
 aten = torch.ops.aten
+
+LAYERED = frozenset(
+    {
+        aten.upsample_linear1d.vec,
+        aten.upsample_bilinear2d.vec,
+        aten.upsample_trilinear3d.vec,
+        aten.upsample_bicubic2d.vec,
+        aten._upsample_bilinear2d_aa.vec,
+        aten._upsample_bicubic2d_aa.vec,
+    }
+)
+"""Calls that may become layers with constant weights, one for each dim."""
 
 
 def resizings_of(node: Node) -> tuple[Resizing, Resizing]:

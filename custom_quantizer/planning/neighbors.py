@@ -19,6 +19,7 @@ from custom_quantizer.core.graph import (
     shape_of,
     tensor_meta,
 )
+from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
@@ -269,6 +270,31 @@ def _hands_on(op: DraftOp) -> bool:
 
 def _has_rule(op: DraftOp) -> bool:
     return op.decision.explicit and op.decision.scheme is not None
+
+
+def leave_layered(ops: list[DraftOp], returned: Set[Node]) -> None:
+    """Calls that became layers stay in float where only float outputs show what the last one makes.
+
+    Each layer would round once more: of an image that is interpolated along two dims, twice. Where
+    the backend computes one of them better on integers, or a rule names the call, all are integers.
+    """
+    parts: dict[str, list[DraftOp]] = {}
+    for op in ops:
+        parts.setdefault(original_name(op.node), []).append(op)
+    for op in ops:
+        call = parts[original_name(op.node)]
+        if op is not call[-1] or op.node not in returned:
+            continue
+        layers = [part for part in call if not part.moves_values]
+        reasons = [
+            ""
+            if part.match is None or part.support is None
+            else part.support.float_output(part.match)
+            for part in layers
+        ]
+        if layers and all(reasons) and not any(part.decision.explicit for part in call):
+            for part in layers:
+                part.leave(f"only float outputs of the model show it: {reasons[0]}")
 
 
 def follow_producers(

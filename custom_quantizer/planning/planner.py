@@ -17,6 +17,7 @@ from custom_quantizer.planning.neighbors import (
     follow_consumers,
     follow_producers,
     leave_joins,
+    leave_layered,
     leave_readers_of_integers,
     leave_sums,
     leave_unprofitable,
@@ -53,10 +54,12 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     leave_unprofitable(ops, io, backend)
     leave_poles(ops, producer, backend)
     leave_powers(ops, producer, backend)
+    returned = returned_in_float(ops, anchors, io)
+    leave_layered(ops, returned)
     leave_unprofitable(ops, io, backend)  # next to what stays in float now
     center(ops, producer)
     # What integers it is given comes first; what its consumers want only where it is given none.
-    follow_producers(ops, producer, io, returned_in_float(ops, anchors, io), backend)
+    follow_producers(ops, producer, io, returned, backend)
     follow_consumers(ops, anchors)
     return_integers(io, config, producer)
     return Annotator(ops, producer, io, backend).plan(tuple(warnings))

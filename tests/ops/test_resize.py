@@ -304,6 +304,31 @@ def test_what_others_read_stays_integers(name: str) -> None:
     assert (op.scheme, op.placement) == ("a8", "integer kernel")
 
 
+@pytest.mark.parametrize("options", [{"mode": "bicubic"}, {"mode": "bilinear", "antialias": True}])
+def test_what_became_layers_is_enlarged_in_float(options: dict[str, Any]) -> None:
+    """All of its layers, or none: where others read it, it is made smaller, or a rule names it."""
+
+    def schemes(function: Callable[..., Any], rule: bool = False, backend: Any = "xnnpack") -> Any:
+        quantizer = cq.IntegerQuantizer(backend=backend).set_global("a8w8")
+        model = Function(function, layer=nn.Conv2d(3, 4, 1), other=nn.Conv2d(4, 2, 1))
+        graph = torch.export.export(model.eval(), (torch.randn(1, 3, 6, 5),)).module()
+        (name,) = (node.name for node in graph.graph.nodes if "upsample" in node.name)
+        if rule:
+            quantizer.set_node_name(name, "a8w8")
+        op = quantizer.plan(graph).op(name)
+        return op.scheme, op.reason.startswith(f"{SHOWN}: each of the layers")
+
+    def resized(s: Any, x: Tensor, size: tuple[int, int] = (9, 10)) -> Tensor:
+        return F.interpolate(s.layer(x), size=size, **options)
+
+    assert schemes(resized) == (None, True)
+    assert schemes(resized, rule=True) == ("a8w8", False)
+    assert schemes(resized, backend=None) == ("a8w8", False)
+    assert schemes(resized, backend="tosa") == ("a8w8", False)
+    assert schemes(lambda s, x: s.other(resized(s, x))) == ("a8w8", False)
+    assert schemes(lambda s, x: resized(s, x, (9, 4))) == ("a8w8", False)
+
+
 def test_a_second_resize_moves_floats() -> None:
     first, second = planned(lambda s, x: twice(twice(s.layer(x))))
     assert first.reason.startswith(SHOWN)

@@ -262,6 +262,22 @@ def float_resize_error(rows: Resizing, columns: Resizing, largest: float) -> flo
     return (14 * (rows.size + columns.size) + 19) * _ULP * largest
 
 
+def float_sum_error(terms: int, largest: float) -> float:
+    """How far two sums of products in float32 may be from each other, in whatever order.
+
+    Each is off by at most ``terms u`` of the sum of the absolute products, to first order in
+    ``u = 2**-24``; one more unit of each is for what is of second order.
+
+    Args:
+        terms: products in the sum.
+        largest: of the sum of their absolute values.
+
+    References:
+        N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, section 3.1.
+    """
+    return 2 * (terms + 1) * _ULP * largest
+
+
 def _store_emulated(real: Tensor, q: QParams) -> Tensor:
     """Store float64 reals as the float32 emulation does: half up above 8 bits, even below."""
     scaled = real / scale_of(q)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,7 +16,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
-from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, XNNPACK_NEON, float_resize_error
+from custom_quantizer.backends.xnnpack.arithmetic import (
+    XNNPACK,
+    XNNPACK_NEON,
+    float_resize_error,
+    float_sum_error,
+)
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.columns import columns_of
 from custom_quantizer.backends.xnnpack.groups import joined
@@ -36,19 +41,21 @@ from custom_quantizer.backends.xnnpack.run_time import is_exact_here
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import (
     CHOOSE_QPARAMS,
+    constant_of,
     describe,
     effective_users,
+    is_constant,
     is_dequantize,
     module_path,
     qparams_of,
     tensor_meta,
 )
 from custom_quantizer.errors import LoweringError, ProgramError, VerificationError
-from custom_quantizer.ops import QParamSharing, QuantizedOp, match_of
+from custom_quantizer.ops import PatternMatch, QParamSharing, QuantizedOp, match_of
 from custom_quantizer.ops._rule import as_limits
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
-from custom_quantizer.ops.gemm import CONV, expand_channels
-from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR, resizings_of
+from custom_quantizer.ops.gemm import CONV, LINEAR, expand_channels
+from custom_quantizer.ops.resize import LAYERED, UPSAMPLE_BILINEAR, resizings_of
 from custom_quantizer.ops.run_time import RunTimeOp
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
@@ -646,8 +653,9 @@ def output_bounds(program: LoweredProgram, graph: ConvertedGraph) -> tuple[float
 
     That is 0 where integers come out. Where the only float ops of a graph are resizes, moves and
     joins behind its last integers, these integers are exact, and the bound is that of
-    :func:`~custom_quantizer.backends.xnnpack.arithmetic.float_resize_error`. ``None``: other float
-    ops take part, whose last bits may become units of integers.
+    :func:`~custom_quantizer.backends.xnnpack.arithmetic.float_resize_error`, or of
+    :func:`~custom_quantizer.backends.xnnpack.arithmetic.float_sum_error` for resizes that became
+    layers. ``None``: other float ops take part, whose last bits may become units of integers.
     """
     (output,) = (node for node in graph.model.graph.nodes if node.op == "output")
     if is_exact(program, graph):
@@ -679,10 +687,11 @@ def _float_end(
         if value in floating:
             node = cast(Node, value)
             match = match_of(node)
-            if match is None or match.rule.sharing is not QParamSharing.SAME:
+            interpolates = match is not None and _layer_of_resize(model, match) is not None
+            if match is None or not (interpolates or match.rule.sharing is QParamSharing.SAME):
                 return frozenset(), None
             nodes.add(node)
-            if match.rule is UPSAMPLE_BILINEAR:
+            if interpolates or match.rule is UPSAMPLE_BILINEAR:
                 resizes = (*resizes, node)
             waiting.extend((source, resizes) for source in match.inputs)
         elif resizes:
@@ -694,9 +703,30 @@ def _float_end(
                 qparams.quant_max - qparams.zero_point, qparams.zero_point - qparams.quant_min
             )
             largest = most * cast(float, qparams.scale)
-            bounds = (float_resize_error(*resizings_of(n), largest) for n in resizes)
-            error = max(error, sum(bounds))
+            error = max(error, _resizes_error(model, reversed(resizes), largest))
     return frozenset(nodes), error
+
+
+def _resizes_error(model: GraphModule, resizes: Iterable[Node], largest: float) -> float:
+    """How far off resizes one after another may be, of values up to ``largest``."""
+    error = 0.0
+    for node in resizes:
+        weight = _layer_of_resize(model, cast(PatternMatch, match_of(node)))
+        if weight is None:
+            error += float_resize_error(*resizings_of(node), largest)
+            continue
+        gain = float(weight.double().abs().sum(1).max())
+        error = gain * error + float_sum_error(weight.shape[1], gain * largest)
+        largest *= gain
+    return error
+
+
+def _layer_of_resize(model: GraphModule, match: PatternMatch) -> Tensor | None:
+    """Weight of a layer that interpolates along one dim; ``None``: it is something else."""
+    if match.rule is not LINEAR or match.node.meta.get("original_target") not in LAYERED:
+        return None
+    weight = match.weight
+    return constant_of(model, weight) if weight is not None and is_constant(weight) else None
 
 
 def here(graph: ConvertedGraph) -> ConvertedGraph:

@@ -73,7 +73,7 @@ from custom_quantizer.ops.pool import (
     is_global_pool,
     pool_window,
 )
-from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR, resizings_of
+from custom_quantizer.ops.resize import LAYERED, UPSAMPLE_BILINEAR, resizings_of
 
 __all__ = [
     "DYNAMIC_INT8",
@@ -423,6 +423,17 @@ def _enlarges(match: PatternMatch) -> str:
     )
 
 
+def _enlarges_by_layers(match: PatternMatch) -> str:
+    """Why a layer that interpolates along a dim is better computed in float there.
+
+    An image has one layer for its rows and one for its columns, and each would round its result.
+    """
+    if match.node.meta.get("original_target") not in LAYERED or match.weight is None:
+        return ""
+    after, before = shape_of(match.weight)
+    return "" if after < before else "each of the layers that enlarge it would round once more"
+
+
 # ---------------------------------------------------------------------------------------------
 # Data movement
 # ---------------------------------------------------------------------------------------------
@@ -572,7 +583,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
     {
         CONV.family: _GEMM,
         CONV_TRANSPOSE.family: _GEMM,
-        LINEAR.family: _GEMM,
+        LINEAR.family: replace(_GEMM, float_output=_enlarges_by_layers),
         MATMUL.family: Support(
             _int8,
             refuses=_refuses_matmul,
