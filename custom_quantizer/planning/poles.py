@@ -15,6 +15,7 @@ from custom_quantizer.ops import Formats, Trait, rule_of
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
 from custom_quantizer.ops.functions import DIV, EXP, NEG, RECIPROCAL, RSQRT, SQRT
+from custom_quantizer.ops.gemm import LINEAR
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import AVG_POOL, MEAN
 from custom_quantizer.planning.drafts import DraftOp
@@ -69,11 +70,13 @@ def leave_powers(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Bac
     round to zero what the root makes large again (norms that are written out, generalized means).
     Of a square under an exponential (gaussians, radial basis functions, splines), all but the part
     next to zero becomes zero, and takes most of the integers. The logarithm of a sum is to
-    exponentials what the root is to powers.
+    exponentials what the root is to powers. A sine or cosine makes little of wide phases, too:
+    those that a constant matrix makes (Fourier features) have many periods on one scale.
     """
     _leave_chains(ops, producer, backend, _ROOTS)
     _leave_chains(ops, producer, backend, _EXPONENTIALS)
     _leave_chains(ops, producer, backend, _LOGS)
+    _leave_chains(ops, producer, backend, _WAVES)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def _leave_chains(
     for end in ops:
         if not kind.ends(end) or _has_integer_kernel(end, backend):
             continue
+        if _is_wave(end) and end.node.target not in backend.float_targets:
+            continue  # planned for integers alone, which have no form of it
         found, waiting = {original_name(end.node): end}, [end]
         while waiting:
             for tensor in waiting.pop().node.all_input_nodes:
@@ -184,6 +189,15 @@ def _is_logarithm(op: DraftOp) -> bool:
     return op.node.target in _LOGARITHMS
 
 
+def _is_projection(op: DraftOp) -> bool:
+    """Whether an op is a product with a constant matrix, and not captured as a layer."""
+    return op.rule is LINEAR and op.node.meta.get("original_target") in _PRODUCTS
+
+
+def _is_wave(op: DraftOp) -> bool:
+    return op.node.target in (torch.ops.aten.sin.default, torch.ops.aten.cos.default)
+
+
 def _can_be_float(op: DraftOp, backend: Backend) -> bool:
     return op.moves_values or backend.in_float(op.node).placement is Placement.FLOAT
 
@@ -204,6 +218,15 @@ _LOGS = _Chain(
     _is_logarithm,
     "exponentials and their logarithm: integers of one scale lack the range between",
 )
+
+_WAVES = _Chain(
+    _is_projection,
+    _is_wave,
+    "phases of a sine or cosine: integers of one scale for many periods",
+    before=True,
+)
+
+_PRODUCTS = frozenset({torch.ops.aten.matmul.default, torch.ops.aten.mm.default})
 
 _POWERS = frozenset({torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.square.default})
 

@@ -26,6 +26,10 @@ def basis(values: Tensor) -> Tensor:
     return torch.exp(-(((values.unsqueeze(-1) - torch.linspace(-2, 2, 8)) / 0.57) ** 2)).flatten(1)
 
 
+def waves(phases: Tensor) -> Tensor:
+    return torch.cat([phases.sin(), phases.cos()], -1)
+
+
 FEATURES = (64, 4)
 MODELS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[int, ...]]] = {
     "spline": (
@@ -38,6 +42,11 @@ MODELS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[int, ...
             torch.exp(-((x.unsqueeze(1) - s.first.weight) ** 2).sum(-1)),
         ),
         {"first": nn.Linear(4, 16), "last": nn.Linear(16, 8)},
+        FEATURES,
+    ),
+    "Fourier features": (
+        lambda s, x: s.last(waves(2 * torch.pi * x @ s.first.weight)),
+        {"first": nn.Linear(32, 4), "last": nn.Linear(64, 8)},
         FEATURES,
     ),
     "logarithm of a sum of exponentials": (

@@ -271,6 +271,21 @@ def test_what_is_narrow_only_behind_an_exponential_or_logarithm_stays_in_float(n
     assert {op.scheme for op in for_integers.ops if op.node in chain} == {"a8w8"}
 
 
+def test_phases_that_a_constant_matrix_makes_stay_in_float() -> None:
+    def waves(s: Any, x: Tensor) -> Tensor:
+        return cast(Tensor, s.conv((3.0 * x @ torch.eye(x.shape[-1])).sin()))
+
+    plan = plan_of(waves, conv=conv())
+    found = {op.node for op in plan.ops if "phases of a sine" in op.reason}
+    assert found == {"mul", "matmul"}
+    assert plan.op("matmul").placement == "float inside"
+    plan = plan_of(waves, Rule(Scope.NODE_NAME, "matmul", A8W8), conv=conv())
+    assert plan.op("matmul").scheme == "a8w8"
+    graph = canonicalize(capture(Function(waves, conv=conv()), (torch.randn(IMAGE),)))
+    plan = make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8)]), INTEGERS)
+    assert plan.op("matmul").scheme == "a8w8"
+
+
 def test_exponentials_of_no_power_are_tables() -> None:
     plan = plan_of(lambda s, x: s.conv(torch.exp(-s.conv(x)) * 2.0), conv=conv())
     assert plan.op("exp").placement == "table"
