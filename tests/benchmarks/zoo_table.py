@@ -51,7 +51,7 @@ with histograms (7.1).
 
 Programs that are larger than stock's hold depthwise convolutions of more than 25 taps that are
 joined for speed (`join_narrow_groups`: ConvNext, convmixer_768_32).
-The stock flow observes sums of indices, too, which become floats: 12 models of transformers fail in
+The stock flow observes sums of indices, too, which become floats: 26 models of transformers fail in
 its calibration. With these random weights coat_lite_tiny magnifies last bits of float ops; `lower`
 finds that each of its tensors follows from those before.
 
