@@ -132,7 +132,17 @@ def clamped(s: Any, x: Tensor) -> Tensor:
     return s.second(F.relu(s.first(x).permute(LAST)).permute(FIRST))
 
 
-@pytest.mark.parametrize("forward", [functions, clamped], ids=lambda f: f.__name__)
+def limited(s: Any, x: Tensor) -> Tensor:
+    """A clamp whose scale is its own."""
+    return s.second(F.relu6(s.first(x).permute(LAST)).permute(FIRST))
+
+
+def pooled(s: Any, x: Tensor) -> Tensor:
+    """A pool would take the clamp for its own."""
+    return s.second(F.relu(F.max_pool2d(s.first(x), 3, 1, 1).permute(LAST)).permute(FIRST))
+
+
+@pytest.mark.parametrize("forward", [functions, clamped, limited, pooled], ids=lambda f: f.__name__)
 def test_what_moves_keep_apart_stays_apart(forward: Callable[..., Any]) -> None:
     x = torch.randn(IMAGE)
     quantizer = cq.IntegerQuantizer().set_global("a8w8")

@@ -66,6 +66,10 @@ _ELEMENTWISE = frozenset(
 )
 _VIEW, _TRANSPOSE = "XNNStaticReshape", "XNNStaticTranspose"
 _COPIES = frozenset({_VIEW, "XNNStaticSlice", _TRANSPOSE})
+_CLAMPS = frozenset({"XNNClamp", "XNNMaximum", "XNNMinimum"})
+"""Clamps, and what XNNPACK makes clamps of where an operand is one number."""
+_KEEP_CLAMPS = _COPIES | (_ELEMENTWISE - _CLAMPS)
+"""What takes no clamp behind it into itself."""
 _LAYOUTS = frozenset({(0, 2, 3, 1), (0, 3, 1, 2)})
 """Transposes that put the channels of images last, and first: each undoes the other."""
 
@@ -422,10 +426,13 @@ class _Moves:
 
     def _is_risk(self, op: _Op) -> bool:
         makers = {value: self._makers.get(value) for _, value in op.inputs()}
-        if op.kind == "XNNClamp":
-            ((value, maker),) = makers.items()
-            apart = maker is None or maker.kind in _COPIES or maker.kind in _ELEMENTWISE
-            return not apart and self._kind(value) != self._kind(op.output)
+        if op.kind in _CLAMPS:
+            return any(
+                maker is not None
+                and maker.kind not in _KEEP_CLAMPS
+                and self._kind(value) != self._kind(op.output)
+                for value, maker in makers.items()
+            )
         if op.kind == "XNNBatchMatrixMultiply":
             return any(maker is not None and maker.kind == _TRANSPOSE for maker in makers.values())
         return op.kind in _ELEMENTWISE and self._chain(op) >= _TOO_LONG
