@@ -44,6 +44,7 @@ BENCHMARKS = {
     "packed_layers": "packed_layers",
     "peers": "peers",
     "search": "search",
+    "second_scheme": "second_scheme",
     "shared_layers": "shared_layers",
     "tosa": "tosa_programs",
     "upstream_ops": "upstream_ops",
