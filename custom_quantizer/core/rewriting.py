@@ -27,6 +27,7 @@ __all__ = [
     "ORIGINAL_NAME",
     "Insertion",
     "Rewrite",
+    "fake_result",
     "is_inner",
     "original_name",
     "replace",
@@ -41,6 +42,15 @@ FULL_PRECISION = "custom_quantizer_full_precision"
 
 ORIGINAL_NAME = "original_name"
 """Key in ``node.meta``: name of the captured call that the node is a part of."""
+
+
+def fake_result(mode: Any, target: Any, args: Any, kwargs: Any) -> Any:
+    """What a call gives of fake values, as export computes it.
+
+    Without the dispatcher, kernels in C++ (a pad's) fix dynamic sizes at those of the example.
+    """
+    with mode, enable_python_dispatcher():
+        return target(*args, **kwargs)
 
 
 class Insertion:
@@ -75,9 +85,7 @@ class Insertion:
         mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
         if mode is not None:
             mapped = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta.get("val"))
-            # As export does: kernels in C++ (a pad's) fix dynamic sizes at those of the example.
-            with mode, enable_python_dispatcher():
-                new.meta["val"] = target(*mapped[0], **mapped[1])
+            new.meta["val"] = fake_result(mode, target, *mapped)
         return new
 
     def constant(self, name: str, value: Tensor) -> Node:

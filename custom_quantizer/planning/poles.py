@@ -73,10 +73,11 @@ def leave_powers(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Bac
     exponentials what the root is to powers. A sine or cosine makes little of wide phases, too:
     those that a constant matrix makes (Fourier features) have many periods on one scale.
     """
-    _leave_chains(ops, producer, backend, _ROOTS)
-    _leave_chains(ops, producer, backend, _EXPONENTIALS)
-    _leave_chains(ops, producer, backend, _LOGS)
-    _leave_chains(ops, producer, backend, _WAVES)
+    parts: dict[str, list[DraftOp]] = {}
+    for op in ops:
+        parts.setdefault(original_name(op.node), []).append(op)
+    for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _WAVES):
+        _leave_chains(ops, producer, parts, backend, kind)
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ class _Chain:
 
 
 def _leave_chains(
-    ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Backend, kind: _Chain
+    ops: list[DraftOp],
+    producer: dict[Node, DraftOp],
+    parts: dict[str, list[DraftOp]],
+    backend: Backend,
+    kind: _Chain,
 ) -> None:
-    parts: dict[str, list[DraftOp]] = {}
     wide: set[Node] = set()
     for op in ops:
-        parts.setdefault(original_name(op.node), []).append(op)
         inputs = () if op.match is None else op.match.inputs
         if kind.starts(op) or (_adds_up(op) and not wide.isdisjoint(inputs)):
             wide.add(op.output)

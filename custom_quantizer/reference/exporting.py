@@ -88,9 +88,9 @@ def export_again(
     Raises:
         LoweringError: ``torch.export`` refused it, or a parameter is written.
     """
-    for written in _written_parameters(model):
+    if written := _written_parameters(model):
         raise LoweringError(
-            f"the model writes into its parameter {written} in every call, and a program keeps "
+            f"the model writes into its parameter {written[0]} in every call, and a program keeps "
             "buffers from call to call, no parameters; if it does so in its first call only, call "
             "it once before it is captured, else register a buffer"
         )

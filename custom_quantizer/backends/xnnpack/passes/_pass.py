@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.arithmetic import scale_along
@@ -26,6 +25,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.core.rewriting import fake_result
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 
 aten = torch.ops.aten
@@ -139,10 +139,7 @@ def _fake(target: Any, args: Any, kwargs: Any) -> Any:
     mapped = torch.fx.node.map_arg(args, value)
     tensors = [a for a in torch.utils._pytree.tree_leaves(mapped) if isinstance(a, Tensor)]
     mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
-    if mode is None:
-        return None
-    with mode, enable_python_dispatcher():
-        return target(*mapped, **kwargs)
+    return None if mode is None else fake_result(mode, target, mapped, kwargs)
 
 
 def calls(model: GraphModule, targets: frozenset[Any]) -> list[Node]:

@@ -14,6 +14,9 @@ from custom_quantizer.core.rewriting import Insertion
 
 aten = torch.ops.aten
 
+CATS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
+"""All names of a concatenation."""
+
 MAX_PIECES = 64
 """Most slices that one op is cut into."""
 

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, is_same_shape, shape_of
 from custom_quantizer.core.rewriting import Insertion
-from custom_quantizer.ops.rewrites.legalization._common import float_input
+from custom_quantizer.ops.rewrites.legalization._common import CATS, float_input
 
 __all__ = ["added", "product"]
 
@@ -32,7 +32,6 @@ MAX_CUT = 2
 MIN_LINE = 4
 """Fewest values in a row that are worth cutting out: shorter ones cost as much as a layer."""
 
-_CATS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
 _VIEWS = (
     aten.reshape.default,
     aten.unflatten.int,
@@ -95,7 +94,7 @@ def _stacked(insert: Insertion, data: Node, dim: int) -> list[Node] | None:
     if not isinstance(count, int) or not 1 < count <= MAX_STACKED:
         return None
     without = [*shape[:dim], *shape[dim + 1 :]]
-    if data.target in _CATS and int(argument(data, 1, "dim", 0)) % len(shape) == dim:
+    if data.target in CATS and int(argument(data, 1, "dim", 0)) % len(shape) == dim:
         tensors = cast("Sequence[Node]", data.args[0])
         sources = [cast(Node, t.args[0]) for t in tensors if t.target in _VIEWS]
         if len(sources) == count and all(is_same_shape(shape_of(s), without) for s in sources):
@@ -107,7 +106,7 @@ def _stacked(insert: Insertion, data: Node, dim: int) -> list[Node] | None:
         return None
     if not is_same_shape(shape_of(source), [*shape[:dim], count * size, *shape[dim + 2 :]]):
         return None
-    if source.target in _CATS and int(argument(source, 1, "dim", 0)) % (len(shape) - 1) == dim:
+    if source.target in CATS and int(argument(source, 1, "dim", 0)) % (len(shape) - 1) == dim:
         tensors = cast("Sequence[Node]", source.args[0])
         if len(tensors) == count and all(is_same_shape(shape_of(t), without) for t in tensors):
             return list(tensors)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_same_shape, shape_of
+from custom_quantizer.core.graph import argument, is_empty, is_same_shape, shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.movement import slice_of
 from custom_quantizer.ops.rewrites.legalization._common import (
+    CATS,
     MAX_PIECES,
     float_input,
     is_static,
@@ -38,8 +39,7 @@ def piece(insert: Insertion) -> Node | None:
     scale.
     """
     node, joined = insert.node, insert.node.args[0]
-    cats = (aten.cat.default, aten.concat.default, aten.concatenate.default)
-    if not isinstance(joined, Node) or joined.target not in cats:
+    if not isinstance(joined, Node) or joined.target not in CATS:
         return None
     shape = shape_of(joined)
     dim = int(argument(joined, 1, "dim", 0)) % len(shape)
@@ -102,16 +102,12 @@ def cat(insert: Insertion) -> Node | None:
     turns completely.
     """
     given = cast("Sequence[Node]", insert.node.args[0])
-    tensors = [tensor for tensor in given if not _has_no_elements(tensor)]
+    tensors = [tensor for tensor in given if not is_empty(tensor)]
     if len(tensors) == 1:
         return tensors[0]
     if not tensors or (insert.node.target is aten.cat.default and len(tensors) == len(given)):
         return None
     return insert.call(aten.cat.default, tensors, argument(insert.node, 1, "dim", 0))
-
-
-def _has_no_elements(tensor: Node) -> bool:
-    return any(isinstance(size, int) and size == 0 for size in shape_of(tensor))
 
 
 def broadcast_result(insert: Insertion) -> Node | None:
