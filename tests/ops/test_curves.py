@@ -51,6 +51,7 @@ def test_a_function_that_is_written_out_is_one_op(name: str) -> None:
         for g in (graph, wanted)
     ]
     assert ops[0] == ops[1]
+    # Two formulas of one function, each of a few float32 steps.
     torch.testing.assert_close(graph(x), written(torch.relu(x) - 3.0), rtol=1e-6, atol=1e-6)
 
 
@@ -79,7 +80,7 @@ def test_what_others_read_of_a_function_stays() -> None:
     x = torch.randn(4, 8)
     graph = canonicalize(capture(Function(forward), (x,)))
     assert len(calls(graph, aten.gelu.default)) == len(calls(graph, aten.erf.default)) == 1
-    for got, want in zip(graph(x), forward(nn.Module(), x), strict=True):
+    for got, want in zip(graph(x), forward(nn.Module(), x), strict=True):  # as above
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
