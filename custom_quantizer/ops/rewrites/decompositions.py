@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +26,7 @@ from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.arithmetic import ARITHMETIC
 from custom_quantizer.ops.rewrites.curves import CURVES
 from custom_quantizer.ops.rewrites.masks import MASKED, MASKS, added_mask
+from custom_quantizer.ops.rewrites.paddings import PADDINGS
 from custom_quantizer.ops.rewrites.products import (
     einsum,
     product,
@@ -126,32 +126,6 @@ def _expand_as(insert: Insertion) -> Node | None:
     if not all(isinstance(size, int) for size in shape):
         return None
     return insert.call(aten.expand.default, insert.node.args[0], list(shape))
-
-
-def _pad(insert: Insertion) -> Node | None:
-    """A pad by nothing is its input; a constant pad by less than nothing is a slice."""
-    node = insert.node
-    data, pads = cast(Node, node.args[0]), list(cast("Sequence[int]", node.args[1]))
-    if not any(pads):
-        return data
-    mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
-    if mode != "constant" or all(p >= 0 for p in pads):
-        return None
-    rank = len(shape_of(data))
-    for position in range(0, len(pads), 2):
-        before, after = (min(p, 0) for p in pads[position : position + 2])
-        if before or after:
-            dim = rank - 1 - position // 2
-            stop = after if after else _TO_THE_END
-            data = insert.call(aten.slice.Tensor, data, dim, -before, stop)
-    kept = [max(p, 0) for p in pads]
-    if not any(kept):
-        return data
-    value = argument(node, 3 if node.target is aten.pad.default else 2, "value")
-    return insert.call(aten.constant_pad_nd.default, data, kept, 0.0 if value is None else value)
-
-
-_TO_THE_END = (1 << 63) - 1
 
 
 def _clamp(insert: Insertion) -> Node | None:
@@ -262,6 +236,7 @@ _REWRITES: dict[Any, Rewrite] = {
     **ARITHMETIC,
     **CURVES,
     **MASKS,
+    **PADDINGS,
     **RECURRENT,
     aten.scaled_dot_product_attention.default: _attention,
     aten.einsum.default: einsum,
@@ -281,8 +256,6 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.matrix_H.default: _matrix_transpose,
     aten.numpy_T.default: _reversed_dims,
     aten.expand_as.default: _expand_as,
-    aten.pad.default: _pad,
-    aten.constant_pad_nd.default: _pad,
     aten.clamp.default: _clamp,
     aten.rrelu.default: _rrelu,
     operator.getitem: _result,
