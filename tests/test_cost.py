@@ -25,7 +25,7 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack.passes import run_passes
-from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
+from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
 from custom_quantizer.core.graph import detached_copy
 from custom_quantizer.planning.insertion import ANNOTATION_KEY, insert_observers
 from custom_quantizer.reference.converted import read_converted

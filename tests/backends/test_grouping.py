@@ -21,7 +21,7 @@ from torch.fx.passes.infra.partitioner import Partition
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import grouping
 from custom_quantizer.backends.xnnpack.grouping import merge_groups
-from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
+from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
 
 
 def named(partitions: Iterable[Partition]) -> list[tuple[int | None, set[Node]]]:

@@ -41,8 +41,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
 from custom_quantizer.backends.xnnpack.quick_passes import passes_known, quick_passes, returned
-from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
 from custom_quantizer.core.graph import argument, tensor_meta
 
 __all__ = ["to_edge"]

@@ -57,10 +57,10 @@ from custom_quantizer.core.graph import (
     state_of,
     tensor_meta,
 )
+from custom_quantizer.core.lazy_code import lazy_code
 from custom_quantizer.core.names import restore_names
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.threads import exclusive, interruption_point, tools
-from custom_quantizer.core.unwritten_code import code_on_demand
 from custom_quantizer.errors import InputError, LoweringError, first_line
 from custom_quantizer.ops import QuantizedOp, match_of, rule_of
 from custom_quantizer.ops.backend import Backend, Kernel
@@ -138,7 +138,7 @@ def lower_graph(
         _check_repeats(graph.model)
     _warn_of_state(graph.model)
     example = check_example(graph, example_inputs)
-    with code_on_demand():
+    with lazy_code():
         rewritten = rewrite(graph, example, dynamic_max, say)
         say("partitioning for XNNPACK")
         constants = border_constants(graph.borders, "forward")

@@ -26,7 +26,7 @@ from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
 from custom_quantizer.backends.xnnpack import visitors as _visitors  # noqa: F401  # registers them
 from custom_quantizer.backends.xnnpack.kernels import refuses_resize, refuses_slice
 from custom_quantizer.backends.xnnpack.passes import Mark
-from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
+from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
 from custom_quantizer.core.graph import reads_sizes, shape_of
 from custom_quantizer.ops.movement import slice_of
 from custom_quantizer.ops.resize import steps_otherwise

@@ -36,8 +36,8 @@ from custom_quantizer.backends.xnnpack.lowering import (
 )
 from custom_quantizer.backends.xnnpack.partition import configurations
 from custom_quantizer.backends.xnnpack.passes import FOR_OUR_PARTITIONER
+from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
 from custom_quantizer.backends.xnnpack.readback import read_file
-from custom_quantizer.backends.xnnpack.undecomposed import QuickPartitioner
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_CHANNEL,
     DEQUANTIZE_PER_TENSOR,

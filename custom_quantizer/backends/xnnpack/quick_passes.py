@@ -9,7 +9,7 @@ ExecuTorch whose passes were read (:func:`passes_known`), and of no other.
 
 To write the program it computes all of each delegate once more, for the shapes of its outputs,
 which are known (:func:`outputs_known`); and to write a delegate it evaluates the type hints of a
-class for each field of each object, which are as many times the same (:func:`_hints_once`).
+class for each field of each object, which are as many times the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -36,8 +36,8 @@ from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 
 from custom_quantizer.backends.xnnpack.signature import remember_constants
+from custom_quantizer.core.exchange import exchanged
 from custom_quantizer.core.graph import tensor_meta
-from custom_quantizer.core.threads import exclusive
 
 __all__ = ["QuickPassManager", "outputs_known", "passes_known", "quick_passes", "returned"]
 
@@ -178,24 +178,13 @@ def quick_passes() -> Iterator[None]:
     if not passes_known():
         yield
         return
-    with exclusive(), _hints_once():
-        upstream: Any = xnnpack_preprocess.XNNPACKPassManager
-        xnnpack_preprocess.XNNPACKPassManager = QuickPassManager
-        try:
-            yield
-        finally:
-            xnnpack_preprocess.XNNPACKPassManager = upstream
-
-
-@contextmanager
-def _hints_once() -> Iterator[None]:
-    """Let ``_DataclassEncoder`` evaluate the type hints of each class once."""
-    upstream: Any = _dataclass.get_type_hints
-    _dataclass.get_type_hints = functools.cache(typing.get_type_hints)
-    try:
+    # ``_DataclassEncoder`` evaluates the type hints of each class once.
+    hints = functools.cache(typing.get_type_hints)
+    with (
+        exchanged(xnnpack_preprocess, "XNNPACKPassManager", QuickPassManager),
+        exchanged(_dataclass, "get_type_hints", hints),
+    ):
         yield
-    finally:
-        _dataclass.get_type_hints = upstream
 
 
 @contextmanager
@@ -205,18 +194,14 @@ def outputs_known(edge: EdgeProgramManager) -> Iterator[None]:
     Of sizes that are dynamic, and of other layouts than the runtime's, all is computed: the values
     of a delegate's graph do not say everything of them.
     """
-    programs: dict[LoweredBackendModule, ExportedProgram] = {}
-    for module in (
-        m for name in edge.methods for m in edge.exported_program(name).graph_module.modules()
-    ):
-        if isinstance(module, LoweredBackendModule) and passes_known():
-            programs[module] = module.original_module
-            module._original_exported_program = _Known.of(module.original_module)
-    try:
+    with ExitStack() as stack:
+        for module in (
+            m for name in edge.methods for m in edge.exported_program(name).graph_module.modules()
+        ):
+            if isinstance(module, LoweredBackendModule) and passes_known():
+                known = _Known.of(module.original_module)
+                stack.enter_context(exchanged(module, "_original_exported_program", known))
         yield
-    finally:
-        for module, program in programs.items():
-            module._original_exported_program = program
 
 
 class _Known:

@@ -1,4 +1,4 @@
-"""Graphs whose Python code nobody asks for get none."""
+"""Python code of graphs, written when somebody asks for it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch.fx import GraphModule
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import _PyTreeCodeGen
 
+from custom_quantizer.core.exchange import exchanged
 from custom_quantizer.core.threads import exclusive
 
-__all__ = ["code_on_demand"]
+__all__ = ["lazy_code"]
 
 WRITTEN = ("forward", "_code", "_lineno_map", "_prologue_start")
 """What ``GraphModule.recompile`` (PyTorch 2.15) sets."""
 
 
 @contextmanager
-def code_on_demand() -> Iterator[None]:
+def lazy_code() -> Iterator[None]:
     """Write the Python code of a graph when it is called, or asked for its code.
 
     ``GraphModule.recompile`` writes a ``forward`` whenever a graph is made, copied or changed:
@@ -32,16 +33,11 @@ def code_on_demand() -> Iterator[None]:
     A graph that outlives the block does what it does in it; only to be pickled it has to be
     recompiled before.
     """
-    with exclusive():
-        write = GraphModule.recompile
-        if isinstance(write, _Later):
-            yield
-            return
-        GraphModule.recompile = _Later(write, get_ident())  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            GraphModule.recompile = write  # type: ignore[method-assign]
+    with (
+        exclusive(),
+        exchanged(GraphModule, "recompile", _Later(GraphModule.recompile, get_ident())),
+    ):
+        yield
 
 
 class _Later:

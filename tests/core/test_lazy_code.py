@@ -1,4 +1,4 @@
-"""Code of graphs that is written when somebody asks for it (``GraphModule.recompile`` of 2.15)."""
+"""Code of graphs is written when somebody asks for it (``GraphModule.recompile`` of 2.15)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, symbolic_trace
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import custom_quantizer as cq
-from custom_quantizer.core.unwritten_code import WRITTEN, code_on_demand
+from custom_quantizer.core.lazy_code import WRITTEN, lazy_code
 
 
 class Inner(nn.Module):
@@ -40,7 +40,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 
 
 def made() -> GraphModule:
-    with code_on_demand():
+    with lazy_code():
         return symbolic_trace(Inner())
 
 
@@ -74,7 +74,7 @@ def test_code_is_that_of_the_graph_as_it_is(written: list[Graph]) -> None:
     """A graph that is changed after its code was written gets new code, inside the block, too."""
     module = made()
     assert torch.equal(module(ONE, TWO), torch.full((2,), -3.0))
-    with code_on_demand():
+    with lazy_code():
         for node in module.graph.find_nodes(op="call_function", target=torch.sub):
             node.target = torch.add
         (output,) = (n for n in module.graph.nodes if n.op == "output")
@@ -88,7 +88,7 @@ def test_code_is_that_of_the_graph_as_it_is(written: list[Graph]) -> None:
 
 
 def test_modules_do_not_share_code() -> None:
-    with code_on_demand():
+    with lazy_code():
         first, second = symbolic_trace(Inner()), symbolic_trace(nn.ReLU())
         third = copy.deepcopy(first)
     assert torch.equal(second(-ONE), torch.zeros(2))
@@ -97,14 +97,14 @@ def test_modules_do_not_share_code() -> None:
 
 def test_structures_of_inputs_are_known_without_code() -> None:
     exported = torch.export.export(Inner(), (ONE, TWO)).module()
-    with code_on_demand():
+    with lazy_code():
         twin = GraphModule(exported, exported.graph)
     assert (twin._in_spec, twin._out_spec) == (exported._in_spec, exported._out_spec)
 
 
 def test_other_threads_and_lazy_modules_are_left_alone(written: list[Graph]) -> None:
     found: list[GraphModule] = []
-    with code_on_demand():
+    with lazy_code():
         thread = Thread(target=lambda: found.append(symbolic_trace(Inner())))
         thread.start()
         thread.join()
@@ -117,7 +117,7 @@ def test_the_method_is_restored() -> None:
     before = GraphModule.recompile
 
     def fails() -> None:
-        with code_on_demand(), code_on_demand():
+        with lazy_code(), lazy_code():
             assert GraphModule.recompile is not before
             raise ZeroDivisionError
 
