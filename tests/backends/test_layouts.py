@@ -12,7 +12,7 @@ from support.graphs import Function, convert, differences, quantized
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import inline_constants, layouts
+from custom_quantizer.backends.xnnpack import inline_constants
 
 CHANNELS = 8
 IMAGE = (2, CHANNELS, 6, 5)
@@ -152,10 +152,3 @@ def test_what_moves_keep_apart_stays_apart(forward: Callable[..., Any]) -> None:
     assert kinds(program).count("static_transpose") > 2
     reference = cq.integer_reference(graph)
     assert differences(program.run(x), reference(x)) == []
-
-
-def test_long_chains_are_told_from_short_ones() -> None:
-    """The bound is that of the pass that cuts them."""
-    from custom_quantizer.backends.xnnpack.passes import activations
-
-    assert layouts._TOO_LONG == activations._TOO_LONG

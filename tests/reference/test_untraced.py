@@ -236,3 +236,13 @@ def test_what_passes_recorded_is_compared_with_what_is_computed() -> None:
     (view,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default)
     view.meta["val"] = view.meta["val"].reshape(2, 4)
     assert export_untraced(graph, (X,)) is None
+
+
+def test_a_layout_that_a_pass_recorded_is_not_believed_where_it_is_odd() -> None:
+    graph = rewritten(convert(Turned().eval(), (X,), "a8w8").graph)
+    (layer,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    layer.meta["val"] = layer.meta["val"].T.contiguous().T
+    assert not layer.meta["val"].is_contiguous()
+    told, traced = export_untraced(graph, (X,)), export_again(graph, (X,), 1)
+    assert told is not None
+    assert described(told) == described(traced)

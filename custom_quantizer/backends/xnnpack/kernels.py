@@ -76,6 +76,7 @@ from custom_quantizer.ops.pool import (
 from custom_quantizer.ops.resize import LAYERED, UPSAMPLE_BILINEAR, resizings_of
 
 __all__ = [
+    "CHAIN_LIMIT",
     "DYNAMIC_INT8",
     "EMULATED",
     "FLOAT",
@@ -531,6 +532,10 @@ def _of_two(what: str) -> Support:
 
 
 _STEPS = "XNNPACK has no {}; steps of float, which it has, compute it"
+
+CHAIN_LIMIT = 10
+"""Functions of one tensor in a row of which XNNPACK makes one table, and fails: see
+``passes.activations.break_chains``. Shorter chains fit, and longer ones are cut to it."""
 
 LEAST_THRESHOLD = 15.0
 """Above it a softplus is its input in float32: ``log(1 + exp(-15)) / 15`` is 2.0e-8."""

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from custom_quantizer.backends.xnnpack.flatbuffer import Contents, Member, Schema
+from custom_quantizer.backends.xnnpack.kernels import CHAIN_LIMIT
 
 __all__ = ["simplify"]
 
@@ -72,9 +73,6 @@ _KEEP_CLAMPS = _COPIES | (_ELEMENTWISE - _CLAMPS)
 """What takes no clamp behind it into itself."""
 _LAYOUTS = frozenset({(0, 2, 3, 1), (0, 3, 1, 2)})
 """Transposes that put the channels of images last, and first: each undoes the other."""
-
-_TOO_LONG = 10
-"""Ops of a chain on which XNNPACK fails (``activations.break_chains``)."""
 
 _NO_HANDLE = 65535
 """Debug handle of what no node of the exported graph asked for, as upstream gives it."""
@@ -435,14 +433,14 @@ class _Moves:
             )
         if op.kind == "XNNBatchMatrixMultiply":
             return any(maker is not None and maker.kind == _TRANSPOSE for maker in makers.values())
-        return op.kind in _ELEMENTWISE and self._chain(op) >= _TOO_LONG
+        return op.kind in _ELEMENTWISE and self._chain(op) >= CHAIN_LIMIT
 
     def _chain(self, op: _Op) -> int:
         """How many ops compute each number of a value of one that nothing else reads."""
         values, length = {v for _, v in op.inputs() if any(n != 1 for n in self._dims(v))}, 1
         if len(values) > 1:
             return 1
-        while length < _TOO_LONG:
+        while length < CHAIN_LIMIT:
             values.add(op.output)
             readers = self._readers[op.output]
             if len(readers) != 1:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.backends.xnnpack.kernels import CHAIN_LIMIT
 from custom_quantizer.backends.xnnpack.passes._pass import (
     FLOAT32_MAX,
     GEMMS,
@@ -181,21 +182,17 @@ def break_chains(model: GraphModule) -> int:
         if not is_dequantize(first) or is_wide(first):
             continue
         chain = _chain(first)
-        if not any(is_quantize(node) for node in chain[_TOO_LONG - 1 :]):
+        if not any(is_quantize(node) for node in chain[CHAIN_LIMIT - 1 :]):
             continue
-        before = chain[: _TOO_LONG - 1]
+        before = chain[: CHAIN_LIMIT - 1]
         quantize = next((node for node in reversed(before) if is_quantize(node)), None)
         last = before[-1] if quantize is None else cast(Node, quantize.args[0])
-        reader = chain[_TOO_LONG - 1] if quantize is None else quantize
+        reader = chain[CHAIN_LIMIT - 1] if quantize is None else quantize
         build = Builder(model, reader, origin_of(last))
         value = last if quantize is None else build.requantized(last, quantize)
         reader.replace_input_with(last, _moved(build, value, quantize))
         count += 1
     return count
-
-
-_TOO_LONG = 10
-"""Ops of a chain that XNNPACK must not see: shorter ones fit, and longer ones are cut to it."""
 
 
 def _chain(first: Node) -> list[Node]:
@@ -205,7 +202,7 @@ def _chain(first: Node) -> list[Node]:
     not known yet. Of three nodes at least one does, so that no more are needed than are listed.
     """
     chain, values = [first], {first.args[0], first}
-    while len(chain) < 3 * _TOO_LONG:
+    while len(chain) < 3 * CHAIN_LIMIT:
         last = chain[-1]
         readers = list(last.users)
         if is_quantize(last) and len({user for reader in readers for user in reader.users}) == 1:
