@@ -142,7 +142,22 @@ def pooled(s: Any, x: Tensor) -> Tensor:
     return s.second(F.relu(F.max_pool2d(s.first(x), 3, 1, 1).permute(LAST)).permute(FIRST))
 
 
-@pytest.mark.parametrize("forward", [functions, clamped, limited, pooled], ids=lambda f: f.__name__)
+def shared(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is computed between two changes of layout is read in a third order, too."""
+    y = s.first(x)
+    z = (F.avg_pool2d(y, 3, 1, 1) - y) * s.factors
+    return s.second(z + y), F.relu(z.permute(FIRST) + 0.5)
+
+
+def twice(s: Any, x: Tensor) -> Tensor:
+    """Two changes of layout that are the same, and none of them undoes the other."""
+    y = torch.relu(x.permute(LAST) * 0.5)
+    return s.second(torch.relu(y.permute(LAST) + 0.5).permute(0, 2, 1, 3))
+
+
+@pytest.mark.parametrize(
+    "forward", [functions, clamped, limited, pooled, shared, twice], ids=lambda f: f.__name__
+)
 def test_what_moves_keep_apart_stays_apart(forward: Callable[..., Any]) -> None:
     x = torch.randn(IMAGE)
     quantizer = cq.IntegerQuantizer().set_global("a8w8")
