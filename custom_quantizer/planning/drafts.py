@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -10,13 +12,14 @@ from torch.fx import Node
 
 from custom_quantizer.config.rules import Decision
 from custom_quantizer.core.graph import tensor_meta
+from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import OpRule, PatternMatch, QParamSharing, Trait
 from custom_quantizer.ops.backend import Support
 from custom_quantizer.planning.insertion import ANNOTATION_KEY
 
 
-@dataclass
+@dataclass(eq=False)
 class DraftOp:
     """Working state of one op while the plan is made."""
 
@@ -75,6 +78,45 @@ class DraftOp:
     def is_dynamic(self) -> bool:
         """Whether its activations are quantized at run time."""
         return self.scheme is not None and self.scheme.dynamic
+
+
+class Drafts:
+    """All ops of a graph, in its order, and where to find them.
+
+    Attributes:
+        producer: by tensor, the op that makes it.
+        anchors: by its first node, which the ops before it list among their users.
+    """
+
+    def __init__(self, ops: Iterable[DraftOp]) -> None:
+        self._ops = tuple(ops)
+        self.producer = {op.output: op for op in self._ops}
+        self.anchors = {op.node: op for op in self._ops}
+        self._calls: defaultdict[str, list[DraftOp]] = defaultdict(list)
+        for op in self._ops:
+            self._calls[original_name(op.node)].append(op)
+
+    def __iter__(self) -> Iterator[DraftOp]:
+        return iter(self._ops)
+
+    def __reversed__(self) -> Iterator[DraftOp]:
+        return reversed(self._ops)
+
+    def same_call(self, op: DraftOp) -> tuple[DraftOp, ...]:
+        """All ops that the captured call of ``op`` was rewritten to, in graph order."""
+        return tuple(self._calls[original_name(op.node)])
+
+    def unmoved(self, tensor: Node) -> Node:
+        """The tensor that ``tensor`` shows values of, in another order or shape."""
+        op = self.producer.get(tensor)
+        while op is not None and op.moves_values and op.match is not None:
+            tensor = op.match.inputs[0]
+            op = self.producer.get(tensor)
+        return tensor
+
+    def computed_by(self, tensor: Node) -> DraftOp | None:
+        """The op that computes the values of ``tensor``, before any data movement."""
+        return self.producer.get(self.unmoved(tensor))
 
 
 ANNOTATED_BEFORE = "another quantizer annotated it before"

@@ -25,7 +25,7 @@ from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
 from custom_quantizer.ops import OF_TARGET, Formats, PatternMatch
 from custom_quantizer.ops.backend import Backend, Delegation, Support
 from custom_quantizer.ops.placement import Placement, tally
-from custom_quantizer.planning.drafts import DraftOp, same_format
+from custom_quantizer.planning.drafts import DraftOp, Drafts, same_format
 from custom_quantizer.planning.model_io import ModelIO
 from custom_quantizer.planning.plan import (
     Derivation,
@@ -62,11 +62,8 @@ class _Groups:
 class Annotator:
     """Turns settled ops into groups, edges and the plan that is shown."""
 
-    def __init__(
-        self, ops: list[DraftOp], producer: dict[Node, DraftOp], io: ModelIO, backend: Backend
-    ) -> None:
+    def __init__(self, ops: Drafts, io: ModelIO, backend: Backend) -> None:
         self._ops = ops
-        self._producer = producer
         self._io = io
         self._backend = backend
         self._groups = _Groups()
@@ -107,7 +104,7 @@ class Annotator:
 
     def _key(self, tensor: Node, wanted: TensorScheme) -> _Key:
         """The producer's own output where the formats agree, else a requantized copy of it."""
-        source = self._producer.get(tensor)
+        source = self._ops.producer.get(tensor)
         given = self._io.inputs.get(tensor)
         if source is not None and not source.is_dynamic:
             given = source.made
@@ -186,7 +183,7 @@ class Annotator:
         """Rows of a table that others want as integers, in float: so that it can be stored so."""
         rows: dict[str, Edge] = {}
         for tensor in cast(PatternMatch, op.match).inputs:
-            source = self._producer.get(tensor)
+            source = self._ops.producer.get(tensor)
             if source is not None and source.support is not None and source.support.table:
                 wanted = set(self._wanted_by_readers(tensor).values())
                 if len(wanted) == 1:

@@ -12,7 +12,7 @@ from custom_quantizer.config.rules import Config, returned_nodes
 from custom_quantizer.core.graph import describe, effective_users, tensor_meta
 from custom_quantizer.core.schemes import TensorScheme, activation_scheme
 from custom_quantizer.errors import ConfigError
-from custom_quantizer.planning.drafts import DraftOp, is_float32
+from custom_quantizer.planning.drafts import Drafts, is_float32
 
 _Asked = tuple[str, str]
 """The name under which a config says something of an input or output, and what it says."""
@@ -44,7 +44,7 @@ class ModelIO:
         return [node for node, _ in (*self.outputs, *self.returned.values())]
 
 
-def model_io(model: GraphModule, config: Config, ops: list[DraftOp]) -> ModelIO:
+def model_io(model: GraphModule, config: Config, ops: Drafts) -> ModelIO:
     """Read off the config what it says of each input and output.
 
     Raises:
@@ -52,7 +52,6 @@ def model_io(model: GraphModule, config: Config, ops: list[DraftOp]) -> ModelIO:
     """
     (output,) = (node for node in model.graph.nodes if node.op == "output")
     io = ModelIO({}, [], output)
-    anchors = {op.node: op for op in ops}
     placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
     for i, node in enumerate(placeholders):
         asked = _border(config, "integer_inputs", config.of_input("integer_inputs", node, i), node)
@@ -61,7 +60,7 @@ def model_io(model: GraphModule, config: Config, ops: list[DraftOp]) -> ModelIO:
         found = config.of_input("inputs", node, i)
         fmt: TensorScheme | None = None if found is None else found[1]
         if asked is not None:
-            fmt = fmt or _wanted_by_readers(node, anchors)
+            fmt = fmt or _wanted_by_readers(node, ops)
             io.integer_inputs[i] = _border_dtype(config, "integer_inputs", asked, node, fmt)
         if fmt is not None:
             io.inputs[node] = fmt
@@ -124,14 +123,14 @@ def _border_dtype(
     return kind
 
 
-def _wanted_by_readers(node: Node, anchors: dict[Node, DraftOp]) -> TensorScheme:
+def _wanted_by_readers(node: Node, ops: Drafts) -> TensorScheme:
     """The widest format that the readers of an input want, through ops that move values."""
     wanted: list[TensorScheme] = []
     seen, waiting = {node}, [node]
     while waiting:
         tensor = waiting.pop()
         for user in effective_users(tensor):
-            op = anchors.get(user)
+            op = ops.anchors.get(user)
             if op is None or op.match is None or tensor not in op.match.inputs:
                 continue
             if op.moves_values and op.output not in seen:
@@ -147,11 +146,11 @@ def _wanted_by_readers(node: Node, anchors: dict[Node, DraftOp]) -> TensorScheme
     )
 
 
-def return_integers(io: ModelIO, config: Config, producer: dict[Node, DraftOp]) -> None:
+def return_integers(io: ModelIO, config: Config, ops: Drafts) -> None:
     """Settle the dtypes of integer outputs; those of a float op are quantized for it."""
     formats = dict(io.outputs)
     for position, (node, asked) in io.returned.items():
-        source = producer.get(node)
+        source = ops.producer.get(node)
         made = None if source is None or source.is_dynamic else source.made
         fmt = formats.get(node) or made or io.inputs.get(node)
         if fmt is None:

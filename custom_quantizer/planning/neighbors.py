@@ -19,18 +19,17 @@ from custom_quantizer.core.graph import (
     shape_of,
     tensor_meta,
 )
-from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.ops.elementwise import CLAMP
 from custom_quantizer.planning.decisions import to_float
-from custom_quantizer.planning.drafts import DraftOp, is_float32, same_format
+from custom_quantizer.planning.drafts import DraftOp, Drafts, is_float32, same_format
 from custom_quantizer.planning.model_io import ModelIO
 from custom_quantizer.planning.profitability import Kind, Step, unprofitable
 
 
-def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
+def leave_sums(ops: Drafts) -> set[Node]:
     """Sums and products that only float ops read are computed in float.
 
     On the way into a softmax these are scales, biases and masks: a mask (a large negative number)
@@ -47,11 +46,11 @@ def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
     sums: list[tuple[DraftOp, OpScheme]] = []
     for op in reversed(ops):
         users = effective_users(op.output)
-        into = [user in floats or _computes_in_float(anchors.get(user)) for user in users]
+        into = [user in floats or _computes_in_float(ops.anchors.get(user)) for user in users]
         if not users or not all(into):
             continue
         only_floats.add(op.node)
-        computes = op.has(Trait.SUM) or _clamps_input(op, anchors)
+        computes = op.has(Trait.SUM) or _clamps_input(op, ops)
         if not (computes or op.has(Trait.VIEW)):
             continue
         if computes and op.scheme is not None:
@@ -64,14 +63,12 @@ def leave_sums(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> set[Node]:
     return only_floats
 
 
-def _clamps_input(op: DraftOp, anchors: dict[Node, DraftOp]) -> bool:
+def _clamps_input(op: DraftOp, ops: Drafts) -> bool:
     """Whether an op clamps an input of the model, which may be moved before."""
     if op.match is None or op.match.rule is not CLAMP:
         return False
     (source,) = op.match.inputs
-    while (move := anchors.get(source)) is not None and move.moves_values and move.match:
-        source = move.match.inputs[0]
-    return source.op == "placeholder"
+    return ops.unmoved(source).op == "placeholder"
 
 
 _LARGE = 1024
@@ -143,7 +140,7 @@ def _store_operand(op: DraftOp, constant: Node, stored: TensorScheme) -> None:
     op.reason += f"; its constant is stored as {stored.format}"
 
 
-def leave_joins(ops: list[DraftOp], producer: dict[Node, DraftOp], only_floats: set[Node]) -> None:
+def leave_joins(ops: Drafts, only_floats: set[Node]) -> None:
     """Tensors that are joined for float ops alone keep scales of their own.
 
     As integers they would need one scale: a class token that is joined to the patches of an image
@@ -153,27 +150,16 @@ def leave_joins(ops: list[DraftOp], producer: dict[Node, DraftOp], only_floats: 
         joined = op.match.inputs if op.match is not None and op.moves_values else ()
         if len(joined) < 2 or op.node not in only_floats or op.decision.explicit:
             continue
-        if len({_source(tensor, producer) for tensor in joined}) > 1:
-            op.match, op.reason = (
-                None,
-                "it joins tensors of different scales, and float ops read it",
-            )
-
-
-def _source(tensor: Node, producer: dict[Node, DraftOp]) -> Node:
-    """The tensor that ``tensor`` shows values of, in another order or shape."""
-    op = producer.get(tensor)
-    while op is not None and op.moves_values and op.match is not None:
-        tensor = op.match.inputs[0]
-        op = producer.get(tensor)
-    return tensor
+        if len({ops.unmoved(tensor) for tensor in joined}) > 1:
+            op.match = None
+            op.reason = "it joins tensors of different scales, and float ops read it"
 
 
 def _computes_in_float(op: DraftOp | None) -> bool:
     return op is not None and op.support is not None and bool(op.support.float_reason)
 
 
-def leave_readers_of_integers(ops: list[DraftOp], io: ModelIO, backend: Backend) -> None:
+def leave_readers_of_integers(ops: Drafts, io: ModelIO, backend: Backend) -> None:
     """Not every kernel reads an input that the program takes as integers."""
     placeholders = [node for node in io.node.graph.nodes if node.op == "placeholder"]
     integers = {placeholders[position] for position in io.integer_inputs}
@@ -184,7 +170,7 @@ def leave_readers_of_integers(ops: list[DraftOp], io: ModelIO, backend: Backend)
             op.leave(why)
 
 
-def leave_unprofitable(ops: list[DraftOp], io: ModelIO, backend: Backend) -> None:
+def leave_unprofitable(ops: Drafts, io: ModelIO, backend: Backend) -> None:
     """Ops without an integer kernel stay in float where quantizing them would only cost."""
     kinds = {op.node: _kind(op, backend) for op in ops}
     steps = [
@@ -219,7 +205,7 @@ def _kind(op: DraftOp, backend: Backend) -> Kind:
     return Kind.OPTIONAL if kernel.needs_integers else Kind.INTEGER
 
 
-def center(ops: list[DraftOp], producer: dict[Node, DraftOp]) -> None:
+def center(ops: Drafts) -> None:
     """Where an op needs zero point 0, make the producer of that operand quantize symmetrically.
 
     Only if its range has both signs: of one sign, half of a symmetric range would be unused.
@@ -228,9 +214,7 @@ def center(ops: list[DraftOp], producer: dict[Node, DraftOp]) -> None:
         if op.support is None or op.scheme is None or op.match is None:
             continue
         for position in op.support.requires_symmetric:
-            source = producer.get(op.match.inputs[position])
-            while source is not None and source.moves_values and source.match is not None:
-                source = producer.get(source.match.inputs[0])
+            source = ops.computed_by(op.match.inputs[position])
             if source is None or source.scheme is None or source.is_dynamic or source.fused:
                 continue
             if source.match is not None and source.match.weight is None:
@@ -240,11 +224,9 @@ def center(ops: list[DraftOp], producer: dict[Node, DraftOp]) -> None:
             source.centered = signed
 
 
-def returned_in_float(
-    ops: list[DraftOp], anchors: dict[Node, DraftOp], io: ModelIO
-) -> frozenset[Node]:
+def returned_in_float(ops: Drafts, io: ModelIO) -> frozenset[Node]:
     """Ops whose results nobody sees but the caller of the model, who gets float32 of them."""
-    integers, found = set(io.wanted), set[Node]()
+    anchors, integers, found = ops.anchors, set(io.wanted), set[Node]()
     shown: set[Node] = {io.node}  # where what is read there is what the caller gets
     for op in reversed(ops):
         users = effective_users(op.output)
@@ -272,17 +254,14 @@ def _has_rule(op: DraftOp) -> bool:
     return op.decision.explicit and op.decision.scheme is not None
 
 
-def leave_layered(ops: list[DraftOp], returned: Set[Node]) -> None:
+def leave_layers_of_calls(ops: Drafts, returned: Set[Node]) -> None:
     """Calls that became layers stay in float where only float outputs show what the last one makes.
 
     Each layer would round once more: of an image that is interpolated along two dims, twice. Where
     the backend computes one of them better on integers, or a rule names the call, all are integers.
     """
-    parts: dict[str, list[DraftOp]] = {}
     for op in ops:
-        parts.setdefault(original_name(op.node), []).append(op)
-    for op in ops:
-        call = parts[original_name(op.node)]
+        call = ops.same_call(op)
         if op is not call[-1] or op.node not in returned:
             continue
         layers = [part for part in call if not part.moves_values]
@@ -297,18 +276,11 @@ def leave_layered(ops: list[DraftOp], returned: Set[Node]) -> None:
                 part.leave(f"only float outputs of the model show it: {reasons[0]}")
 
 
-def follow_producers(
-    ops: list[DraftOp],
-    producer: dict[Node, DraftOp],
-    io: ModelIO,
-    returned: Set[Node],
-    backend: Backend,
-) -> None:
+def follow_producers(ops: Drafts, io: ModelIO, returned: Set[Node], backend: Backend) -> None:
     """A data-movement op passes on the integers it is given, if that is worth it.
 
     Args:
-        ops: all, in graph order.
-        producer: by output.
+        ops: all of the graph.
         io: what the config asks of inputs and outputs.
         returned: those that only float outputs of the model show.
         backend: may compute these better in float, where no rule names them.
@@ -320,7 +292,7 @@ def follow_producers(
         sources = [
             source
             for tensor in match.inputs
-            if (source := producer.get(tensor)) is not None and not source.is_dynamic
+            if (source := ops.producer.get(tensor)) is not None and not source.is_dynamic
         ]
         op.centered = any(source.centered for source in sources)
         given = [source.made for source in sources]
@@ -357,14 +329,14 @@ def left_in_float(op: DraftOp, backend: Backend) -> bool:
     return False
 
 
-def follow_consumers(ops: list[DraftOp], anchors: dict[Node, DraftOp]) -> None:
+def follow_consumers(ops: Drafts) -> None:
     """Data movement of a float tensor moves integers if all users of the result want the same."""
     for op in reversed(ops):
         if not op.moves_values or op.follows is not None or op.match is None or op.reason:
             continue
         wanted: list[TensorScheme | None] = []
         for user in effective_users(op.node):
-            consumer = anchors.get(user)
+            consumer = ops.anchors.get(user)
             if consumer is not None and consumer.abstains:
                 continue
             takes = (

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from custom_quantizer.config.rules import Config
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.planning.decisions import collect, settle
+from custom_quantizer.planning.drafts import Drafts
 from custom_quantizer.planning.edges import Annotator
 from custom_quantizer.planning.model_io import model_io, return_integers
 from custom_quantizer.planning.neighbors import (
@@ -17,14 +18,18 @@ from custom_quantizer.planning.neighbors import (
     follow_consumers,
     follow_producers,
     leave_joins,
-    leave_layered,
+    leave_layers_of_calls,
     leave_readers_of_integers,
     leave_sums,
     leave_unprofitable,
     returned_in_float,
 )
 from custom_quantizer.planning.plan import Plan
-from custom_quantizer.planning.poles import leave_divisors, leave_poles, leave_powers
+from custom_quantizer.planning.wide_ranges import (
+    leave_divisor_guards,
+    leave_pole_guards,
+    leave_wide_ranges,
+)
 
 
 def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
@@ -39,27 +44,25 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
         ConfigError: a rule names a node or module that does not exist.
     """
     warnings = config.check(model)
-    ops = collect(model, config, backend)
-    producer = {op.output: op for op in ops}
-    anchors = {op.node: op for op in ops}
+    ops = Drafts(collect(model, config, backend))
     # Data movement has no format of its own: it follows once its neighbours are decided.
     for op in ops:
         if not op.moves_values:
             settle(op, backend)
-    floats = leave_sums(ops, anchors)
-    leave_joins(ops, producer, floats)
-    leave_divisors(ops, producer)
+    floats = leave_sums(ops)
+    leave_joins(ops, floats)
+    leave_divisor_guards(ops)
     io = model_io(model, config, ops)
     leave_readers_of_integers(ops, io, backend)
     leave_unprofitable(ops, io, backend)
-    leave_poles(ops, producer, backend)
-    leave_powers(ops, producer, backend)
-    returned = returned_in_float(ops, anchors, io)
-    leave_layered(ops, returned)
+    leave_pole_guards(ops, backend)
+    leave_wide_ranges(ops, backend)
+    returned = returned_in_float(ops, io)
+    leave_layers_of_calls(ops, returned)
     leave_unprofitable(ops, io, backend)  # next to what stays in float now
-    center(ops, producer)
+    center(ops)
     # What integers it is given comes first; what its consumers want only where it is given none.
-    follow_producers(ops, producer, io, returned, backend)
-    follow_consumers(ops, anchors)
-    return_integers(io, config, producer)
-    return Annotator(ops, producer, io, backend).plan(tuple(warnings))
+    follow_producers(ops, io, returned, backend)
+    follow_consumers(ops)
+    return_integers(io, config, ops)
+    return Annotator(ops, io, backend).plan(tuple(warnings))

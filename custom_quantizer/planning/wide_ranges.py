@@ -1,8 +1,8 @@
-"""What integers of one scale cannot hold stays in float: guards of poles, powers under a root."""
+"""What integers of one scale cannot hold stays in float: guards against zero, wide ranges."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,7 +10,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import constant_of, effective_users, is_constant
-from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.ops import Formats, Trait, rule_of
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
@@ -18,11 +17,11 @@ from custom_quantizer.ops.functions import DIV, EXP, NEG, RECIPROCAL, RSQRT, SQR
 from custom_quantizer.ops.gemm import LINEAR
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import AVG_POOL, MEAN
-from custom_quantizer.planning.drafts import DraftOp
+from custom_quantizer.planning.drafts import DraftOp, Drafts
 
 
-def leave_divisors(ops: list[DraftOp], producer: dict[Node, DraftOp]) -> None:
-    """What keeps a divisor away from zero is kept: rounded to a grid it would be zero.
+def leave_divisor_guards(ops: Drafts) -> None:
+    """What keeps a divisor away from zero stays in float: rounded to a grid it would be zero.
 
     ``F.normalize`` of a row of zeros is zero, and not 0 / 0. It is a bound, or a small number that
     is added (``x / (x.sum() + 1e-6)``).
@@ -30,15 +29,13 @@ def leave_divisors(ops: list[DraftOp], producer: dict[Node, DraftOp]) -> None:
     for op in ops:
         if not op.has(Trait.DIVISION) or op.match is None:
             continue
-        source = producer.get(op.match.inputs[-1])
-        while source is not None and source.moves_values and source.match is not None:
-            source = producer.get(source.match.inputs[0])
+        source = ops.computed_by(op.match.inputs[-1])
         if source is not None and _keeps_from_zero(source):
             _leave_guard(source, "a divisor")
 
 
-def leave_poles(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Backend) -> None:
-    """So is what keeps the argument of a float op away from zero, where that op is infinite.
+def leave_pole_guards(ops: Drafts, backend: Backend) -> None:
+    """So does what keeps the argument of a float op away from a zero at which it is infinite.
 
     A table of integers takes its own smallest or largest integer there. A float op makes an
     infinity, or what is no number, of it. A square root or a quotient between the two would be
@@ -50,20 +47,20 @@ def leave_poles(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Back
         if argument is None or not _runs_in_float(op, backend):
             continue
         between: list[DraftOp] = []
-        source = producer.get(argument)
+        source = ops.producer.get(argument)
         while source is not None and source.match is not None:
             if source.match.rule in (DIV, SQRT) and not source.decision.explicit:
                 between.append(source)
             elif not source.moves_values:
                 break
-            source = producer.get(source.match.inputs[0])
+            source = ops.producer.get(source.match.inputs[0])
         if source is None or not (_keeps_from_zero(source) or (between and _guards(source))):
             continue
         for each in (source, *between):
             _leave_guard(each, what)
 
 
-def leave_powers(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Backend) -> None:
+def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
     """Powers under a root or an exponential stay in float where no integer kernel has the latter.
 
     A power has a wider range than the root of its mean, sum or multiple: integers of one scale
@@ -73,11 +70,8 @@ def leave_powers(ops: list[DraftOp], producer: dict[Node, DraftOp], backend: Bac
     exponentials what the root is to powers. A sine or cosine makes little of wide phases, too:
     those that a constant matrix makes (Fourier features) have many periods on one scale.
     """
-    parts: dict[str, list[DraftOp]] = {}
-    for op in ops:
-        parts.setdefault(original_name(op.node), []).append(op)
     for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _WAVES):
-        _leave_chains(ops, producer, parts, backend, kind)
+        _leave_chains(ops, backend, kind)
 
 
 @dataclass(frozen=True)
@@ -98,13 +92,7 @@ class _Chain:
     before: bool = False
 
 
-def _leave_chains(
-    ops: list[DraftOp],
-    producer: dict[Node, DraftOp],
-    parts: dict[str, list[DraftOp]],
-    backend: Backend,
-    kind: _Chain,
-) -> None:
+def _leave_chains(ops: Drafts, backend: Backend, kind: _Chain) -> None:
     wide: set[Node] = set()
     for op in ops:
         inputs = () if op.match is None else op.match.inputs
@@ -115,40 +103,36 @@ def _leave_chains(
             continue
         if _is_wave(end) and end.node.target not in backend.float_targets:
             continue  # planned for integers alone, which have no form of it
-        found, waiting = {original_name(end.node): end}, [end]
+        chain, waiting = dict.fromkeys(ops.same_call(end)), [end]
         while waiting:
             for tensor in waiting.pop().node.all_input_nodes:
-                source = producer.get(tensor) if tensor in wide else None
-                if source is not None and original_name(source.node) not in found:
-                    found[original_name(source.node)] = source
-                    waiting += parts[original_name(source.node)]
-        chain = [op for name in found for op in parts[name]]
+                source = ops.producer.get(tensor) if tensor in wide else None
+                if source is not None and source not in chain:
+                    call = ops.same_call(source)
+                    chain |= dict.fromkeys(call)
+                    waiting += call
         kept = any(op.decision.explicit for op in chain)
         under = any(op.output in wide and op is not end for op in chain)
         if under and not kept and all(_can_be_float(op, backend) for op in chain):
             if kind.before:
-                chain += _read_by_these(chain, producer, parts, backend)
+                chain |= dict.fromkeys(_read_by_these(chain, ops, backend))
             for op in chain:
                 if op.scheme is not None:
                     op.leave(kind.reason)
                     op.abstains = True
 
 
-def _read_by_these(
-    chain: list[DraftOp],
-    producer: dict[Node, DraftOp],
-    parts: dict[str, list[DraftOp]],
-    backend: Backend,
-) -> list[DraftOp]:
+def _read_by_these(chain: Iterable[DraftOp], ops: Drafts, backend: Backend) -> list[DraftOp]:
     """Sums, products and quotients by constants that only ops of a chain read."""
-    inside, found, waiting = {op.node for op in chain}, list[DraftOp](), list(chain)
+    waiting = list(chain)
+    inside, found = {op.node for op in waiting}, list[DraftOp]()
     while waiting:
         for tensor in waiting.pop().node.all_input_nodes:
-            op = producer.get(tensor)
+            op = ops.producer.get(tensor)
             if op is None or op.node in inside or op.decision.explicit:
                 continue
             scales = op.has(Trait.SUM) or (op.rule is DIV and not _is_activation(op.node.args[1]))
-            whole = len(parts[original_name(op.node)]) == 1
+            whole = len(ops.same_call(op)) == 1
             if not (whole and (scales or op.moves_values) and _can_be_float(op, backend)):
                 continue
             if inside.issuperset(effective_users(op.output)):

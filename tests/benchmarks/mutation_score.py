@@ -52,7 +52,7 @@ MODULES = (
     "planning/edges.py",
     "planning/model_io.py",
     "planning/neighbors.py",
-    "planning/poles.py",
+    "planning/wide_ranges.py",
     "reference/accumulators.py",
     "reference/bundle.py",
     "reference/interpreter.py",
