@@ -48,6 +48,7 @@ from custom_quantizer.analysis.rerun import (
 )
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, SampleQueue
+from custom_quantizer.core.arithmetic import ROUNDOFF
 from custom_quantizer.core.graph import describe, state_buffers, state_of
 from custom_quantizer.core.noise import NOTHING_DB, Noise
 from custom_quantizer.core.rewriting import ORIGINAL_NAME
@@ -86,7 +87,6 @@ DB_PER_BIT = 1.5
 """An output with less SQNR than this for each bit of the narrowest tensor is worth a look: one bit
 is 6 dB, so three quarters of what the width could give are lost on the way."""
 
-_UNIT_ROUNDOFF = 2.0**-24
 
 _JUMPING = frozenset(
     {
@@ -580,7 +580,7 @@ class _Tolerance:
         if got.shape != plain.shape or got.dtype != plain.dtype or not plain.is_floating_point():
             return False
         distance = float((got.double() - plain.double()).norm())
-        floor = _UNIT_ROUNDOFF * math.sqrt(self._ops + 1) * float(plain.double().norm()) / 2
+        floor = ROUNDOFF * math.sqrt(self._ops + 1) * float(plain.double().norm()) / 2
         return math.isfinite(floor) and distance <= (NOISE_FACTOR - 1) * floor
 
     def difference(self, plain: Any, fine: Any, got: Any) -> str | None:
@@ -601,7 +601,7 @@ class _Tolerance:
         finite = torch.isfinite(exact)
         exact, own, other = (t[finite].double() for t in (exact, plain, got))
         size = float(exact.norm())
-        floor = _UNIT_ROUNDOFF * math.sqrt(self._ops + 1) * size
+        floor = ROUNDOFF * math.sqrt(self._ops + 1) * size
         allowed = NOISE_FACTOR * max(float((own - exact).norm()), floor)
         if self._jumps:
             allowed = max(allowed, JUMPING_TOLERANCE * size)

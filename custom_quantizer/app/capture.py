@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from custom_quantizer.core.formats import dtype_name
 from custom_quantizer.core.graph import distinct
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, InputError, first_line, where_raised
@@ -258,7 +259,7 @@ def _half_hint(eager: nn.Module) -> str:
     other = {p.dtype for p in eager.parameters() if p.is_floating_point()} - {torch.float32}
     if not other:
         return ""
-    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in other))
+    names = ", ".join(sorted(dtype_name(dtype) for dtype in other))
     return f"its parameters are {names}: convert it with model.float(); "
 
 

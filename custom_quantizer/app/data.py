@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeAlias, cast
+from typing import IO, Any, Protocol, cast
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -23,7 +23,13 @@ from torch import Tensor
 
 from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file
 from custom_quantizer.core.batch import Batch
-from custom_quantizer.core.files import check_regular, memory_limit, open_regular, printable
+from custom_quantizer.core.files import (
+    AnyPath,
+    check_regular,
+    memory_limit,
+    open_regular,
+    printable,
+)
 from custom_quantizer.errors import InputError, some
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Batch", "DataSource", "Preprocess", "load_data"]
@@ -31,7 +37,6 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Batch", "DataSource", "Preprocess",
 # torchvision is imported inside the functions that use it: it costs a second, and most commands
 # do without.
 
-StrPath: TypeAlias = "str | os.PathLike[str]"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -310,7 +315,7 @@ class InputBatches:
 
 
 def load_data(
-    path: StrPath,
+    path: AnyPath,
     *,
     preprocess: Preprocess | None = None,
     batch_size: int = 64,

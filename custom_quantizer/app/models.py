@@ -20,16 +20,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file
+from custom_quantizer.core.files import AnyPath
 from custom_quantizer.errors import InputError, first_line, some, where_raised
 
 __all__ = ["check_model_name", "load_model", "load_weights"]
 
-StrPath: TypeAlias = "str | os.PathLike[str]"
 
 _TORCHVISION = "torchvision"
 """Where a model comes from that has a name alone."""
@@ -40,7 +40,7 @@ _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 # do without.
 
 
-def load_model(spec: str, weights: StrPath | None = None, **kwargs: object) -> nn.Module:
+def load_model(spec: str, weights: AnyPath | None = None, **kwargs: object) -> nn.Module:
     """Build a model from its name, load its weights and set it to eval mode.
 
     Args:
@@ -107,7 +107,7 @@ def check_model_name(spec: str) -> None:
         _check_python_file(Path(left))
 
 
-def load_weights(model: nn.Module, path: StrPath) -> None:
+def load_weights(model: nn.Module, path: AnyPath) -> None:
     """Load a state dict from a file into ``model``, in place; every key must match.
 
     Args:
@@ -153,7 +153,7 @@ def load_weights(model: nn.Module, path: StrPath) -> None:
         )
 
 
-def _is_weight_file(weights: StrPath) -> bool:
+def _is_weight_file(weights: AnyPath) -> bool:
     return Path(weights).suffix.lower() in WEIGHT_SUFFIXES or Path(weights).is_file()
 
 

@@ -29,7 +29,7 @@ from custom_quantizer.calibration.ranges import (
     kind_of_observer,
     solve,
 )
-from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.arithmetic import SMALLEST_NORMAL, QParams
 from custom_quantizer.core.bias import (
     BiasLimits,
     bias_shift,
@@ -67,7 +67,6 @@ __all__ = [
 META_KEY = "custom_quantizer"
 """Where nodes of a graph carry what this package recorded about them."""
 
-_TINY = float(torch.finfo(torch.float32).tiny)
 
 _PART = 1 << 17
 """Weights that are rounded at a time: 1 MB in float64."""
@@ -486,10 +485,10 @@ class WeightObserver(_ConstantObserver):
                 f"{self.name}: a scale of its weight is float32 with {wanted} dimensions "
                 f"({self.scheme.granularity}), not {scale.dtype} with {scale.dim()}"
             )
-        if not bool((torch.isfinite(scale) & (scale >= _TINY)).all()):
+        if not bool((torch.isfinite(scale) & (scale >= SMALLEST_NORMAL)).all()):
             raise CalibrationError(
                 f"{self.name}: scales of a weight are positive, finite and normal in float32, from "
-                f"{_TINY:.3g} on; the smallest supplied is {float(scale.min()):g}"
+                f"{SMALLEST_NORMAL:.3g} on; the smallest supplied is {float(scale.min()):g}"
             )
         if wanted == 2 and not torch.equal(scale, scale.to(torch.bfloat16).to(torch.float32)):
             raise CalibrationError(
@@ -545,7 +544,7 @@ class WeightObserver(_ConstantObserver):
         scale = reach / self.scheme.format.quant_max
         largest = scale.max()
         floor = largest * 2.0**-16 if largest > 0 else torch.tensor(2.0**-10)
-        return torch.maximum(scale, floor).clamp_min(_TINY)
+        return torch.maximum(scale, floor).clamp_min(SMALLEST_NORMAL)
 
     def _group_scale(self, grouped: Tensor) -> Tensor:
         """``(out_channels, groups)``, representable in bfloat16, which the backend stores."""

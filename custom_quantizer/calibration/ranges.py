@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.arithmetic import LARGEST_FLOAT, SMALLEST_NORMAL, QParams
 from custom_quantizer.core.schemes import TensorScheme, parse_observer
 from custom_quantizer.errors import CalibrationError
 
@@ -53,8 +53,6 @@ BINS = 1 << 16
 """Number of bins: one for each upper half of a float32."""
 
 _NEGATIVE = 1 << 15  # first bin of the negative values, which is -0.0
-_TINY = float(torch.finfo(torch.float32).tiny)
-_MAX = float(torch.finfo(torch.float32).max)
 
 _OBSERVER_KIND: dict[str, Kind] = {
     "minmax": "range",
@@ -297,7 +295,7 @@ def choose_qparams(low: float, high: float, scheme: TensorScheme) -> QParams:
 
 
 def _float32(value: float) -> float:
-    return max(float(torch.tensor(min(value, _MAX), dtype=torch.float32)), _TINY)
+    return max(float(torch.tensor(min(value, LARGEST_FLOAT), dtype=torch.float32)), SMALLEST_NORMAL)
 
 
 def minmax_range(statistics: Statistics) -> tuple[float, float]:
@@ -504,7 +502,7 @@ def _octaves(scale: float, fraction: int) -> int:
 
 
 def _rounded(scales: Floats) -> Floats:
-    return np.clip(scales, _TINY, _MAX).astype(np.float32).astype(np.float64)
+    return np.clip(scales, SMALLEST_NORMAL, LARGEST_FLOAT).astype(np.float32).astype(np.float64)
 
 
 def _least_reach(count: int, steps: int) -> float:
@@ -626,7 +624,7 @@ def entropy_range(statistics: Statistics, scheme: TensorScheme) -> tuple[float, 
     cells = fmt.quant_max + 1 if scheme.symmetric else fmt.quant_max - fmt.quant_min + 1
     first = max(_FIRST_BINS, cells)
     width = farthest / _LINEAR_BINS
-    if first >= _LINEAR_BINS or width < _TINY:
+    if first >= _LINEAR_BINS or width < SMALLEST_NORMAL:
         return minmax_range(statistics)
     if scheme.symmetric:
         mass = _linear(negative, width, _LINEAR_BINS) + _linear(positive, width, _LINEAR_BINS)

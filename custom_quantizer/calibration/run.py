@@ -31,6 +31,7 @@ from custom_quantizer.calibration.convergence import (
 )
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.core.batch import Batch
+from custom_quantizer.core.formats import dtype_name
 from custom_quantizer.core.graph import STATE_KEY, set_state, size_bounds, state_kept, tensor_meta
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
@@ -384,7 +385,7 @@ class GraphInput:
         if self.dtype is None:
             return f"{self.name} (not a tensor)"
         sizes = ", ".join(_size_text(*bounds) for bounds in self.sizes)
-        return f"{self.name}: {_dtype_text(self.dtype)} [{sizes}]"
+        return f"{self.name}: {dtype_name(self.dtype)} [{sizes}]"
 
     def problem(self, value: object, first: int) -> str | None:
         """Why ``value`` does not fit, or ``None``.
@@ -397,7 +398,7 @@ class GraphInput:
             return None
         if not isinstance(value, Tensor):
             return f"is {type(value).__name__}, not a tensor"
-        given = f"is {_dtype_text(value.dtype)} of shape {list(value.shape)}"
+        given = f"is {dtype_name(value.dtype)} of shape {list(value.shape)}"
         if value.dtype != self.dtype:
             fix = f"convert it with .to({self.dtype})"
             if value.is_complex():
@@ -596,10 +597,6 @@ class SampleQueue:
             yield from self.push(values)
             if limit is not None and self.passed >= limit:
                 break
-
-
-def _dtype_text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _size_text(low: int, high: int | None) -> str:

@@ -39,6 +39,8 @@ __all__ = [
     "INT8",
     "INT16",
     "INT32",
+    "LARGEST_FLOAT",
+    "ROUNDOFF",
     "SMALLEST_NORMAL",
     "Arithmetic",
     "Bounds",
@@ -78,7 +80,8 @@ INT8: Bounds = (-(2**7), 2**7 - 1)
 INT16: Bounds = (-(2**15), 2**15 - 1)
 INT32: Bounds = (-(2**31), 2**31 - 1)
 _INTEGER_DTYPES = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64})
-SMALLEST_NORMAL = 2.0**-126
+# Of float32: the limits of normal numbers, and half a unit in the last place, relative.
+SMALLEST_NORMAL, LARGEST_FLOAT, ROUNDOFF = 2.0**-126, float(np.finfo(np.float32).max), 2.0**-24
 # Values past any stored integer, yet small enough to convert to int64 and to add a zero point to.
 _HUGE = 2.0**40
 

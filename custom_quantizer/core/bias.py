@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from custom_quantizer.core.arithmetic import SMALLEST_NORMAL
+
 __all__ = [
     "MAX_EXACT_BIAS",
     "WIDE_BIAS",
@@ -58,9 +60,6 @@ class BiasLimits:
     def of(self, bits: int) -> int:
         """The limit of an op whose widest integer, input or weight, has ``bits`` bits."""
         return self.wide if bits > 8 else self.narrow
-
-
-_SMALLEST_NORMAL = float(torch.finfo(torch.float32).tiny)
 
 
 def derived_scale(input_scale: float, weight_scale: Tensor) -> Tensor:
@@ -139,7 +138,7 @@ def raise_scale(
     for input_scale, bias in constraints:
         # Half a unit of slack keeps the rounded integer within the limit.
         least = bias.to(torch.float64).abs() / (input_scale * (limit - 0.5))
-        least = least.clamp_min(_SMALLEST_NORMAL / input_scale)
+        least = least.clamp_min(SMALLEST_NORMAL / input_scale)
         needed = torch.maximum(needed, least.max() if needed.dim() == 0 else least)
     raised = needed.to(torch.float32)
     short = raised.to(torch.float64) < needed

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.formats import dtype_name
 from custom_quantizer.core.graph import (
     QUANTIZE_PER_TENSOR,
     describe,
@@ -108,7 +109,7 @@ class Border:
     @property
     def meaning(self) -> str:
         """Dtype, scale and zero point, in words."""
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         return (
             f"{dtype} in [{self.quant_min}, {self.quant_max}], scale {self.scale:.9g}, zero point "
             f"{self.zero_point}"

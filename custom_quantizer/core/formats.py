@@ -8,7 +8,7 @@ import torch
 
 from custom_quantizer.errors import SchemeError
 
-__all__ = ["MAX_BITS", "MIN_BITS", "IntFormat", "range_bits", "signed_bits"]
+__all__ = ["MAX_BITS", "MIN_BITS", "IntFormat", "dtype_name", "range_bits", "signed_bits"]
 
 MIN_BITS, MAX_BITS = 2, 32
 
@@ -65,3 +65,8 @@ def signed_bits(low: int, high: int) -> int:
 def range_bits(low: int, high: int) -> int:
     """The same, without a sign bit for a range that has no negative integer, as uint8's."""
     return signed_bits(low, high) - (low >= 0)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``int8`` of ``torch.int8``."""
+    return str(dtype).removeprefix("torch.")

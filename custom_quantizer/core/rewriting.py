@@ -30,6 +30,7 @@ __all__ = [
     "fake_result",
     "is_inner",
     "original_name",
+    "renamed",
     "replace",
     "rewrite_calls",
 ]
@@ -139,6 +140,11 @@ class Insertion:
 
 Rewrite = Callable[[Insertion], "Node | None"]
 """Makes what a call is replaced by; ``None``: the call stays."""
+
+
+def renamed(target: Any) -> Rewrite:
+    """The same op by another name, with the same arguments."""
+    return lambda insert: insert.call(target, *insert.node.args, **insert.node.kwargs)
 
 
 def rewrite_calls(

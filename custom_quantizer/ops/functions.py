@@ -79,7 +79,7 @@ class Function:
     ulps: float = 0.0
 
 
-_LARGEST_TABLE = 2**16
+LARGEST_TABLE = 2**16
 """Above 16 bits the elements are fewer than the entries of a table."""
 
 
@@ -124,7 +124,7 @@ def function_of(node: Node) -> Function | None:
 def _table_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:
     function = cast(Function, function_of(op.node))
     src, dst = op.inputs[0], op.output
-    if src.levels > _LARGEST_TABLE:
+    if src.levels > LARGEST_TABLE:
         return saturated(real(function, inputs[0], src, arithmetic), dst, arithmetic)
     return look_up(op, inputs[0], table(function, src, dst, arithmetic))
 

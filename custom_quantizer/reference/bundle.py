@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.arithmetic import INT32, QParams
 from custom_quantizer.core.bias import derived_scale
 from custom_quantizer.core.borders import Border, is_border_call
 from custom_quantizer.core.files import write_files_atomic
 from custom_quantizer.core.fixed_point import FIXED_POINT, quantize_multiplier
-from custom_quantizer.core.formats import IntFormat
+from custom_quantizer.core.formats import IntFormat, dtype_name
 from custom_quantizer.core.graph import (
     argument,
     constant_of,
@@ -49,7 +49,7 @@ from custom_quantizer.core.resizing import position_bits
 from custom_quantizer.errors import ConversionError, InputError, SchemeError
 from custom_quantizer.ops import QuantizedOp, functions
 from custom_quantizer.ops.backend import INTEGERS
-from custom_quantizer.ops.functions import levels
+from custom_quantizer.ops.functions import LARGEST_TABLE, levels
 from custom_quantizer.ops.gemm import expand_channels, per_dim, symmetric_padding
 from custom_quantizer.ops.movement import padding_of
 from custom_quantizer.ops.pool import (
@@ -88,7 +88,6 @@ Entry: TypeAlias = dict[str, Any]
 
 _INT32_RULE, _INT64_RULE = "int32_two_roundings", "int64_one_rounding"
 _LARGEST_SHIFT = {_INT32_RULE: 30, _INT64_RULE: 7}
-_INT32 = (-(2**31), 2**31 - 1)
 _LISTED = 10
 
 
@@ -412,7 +411,7 @@ class _Writer:
             unit = derived_scale(cast(float, op.inputs[0].scale), _weight_scales(op))
             axis = None if unit.dim() == 0 else 0
             scale = float(unit) if axis is None else unit
-            bias = QParams(scale, 0, *_INT32, axis=axis)
+            bias = QParams(scale, 0, *INT32, axis=axis)
             name = f"{op.node.name}.bias"
             names["bias"] = self._stored(name, "bias", op.bias.numpy().astype(np.int32), bias)
         return names
@@ -437,7 +436,7 @@ def _border_fields(border: Border | None, rule: str) -> Entry:
     if border is None:
         return {"dtype": "float32", "rule": rule}
     return {
-        "dtype": str(border.dtype).removeprefix("torch."),
+        "dtype": dtype_name(border.dtype),
         "rule": f"stored_plus_{border.offset}" if border.offset else "stored",
     }
 
@@ -455,7 +454,7 @@ def _sizes(shape: Sequence[Any]) -> list[int | None]:
 
 def _storage(qparams: QParams) -> str:
     """Name of the smallest dtype that holds an activation."""
-    return str(IntFormat(qparams.bits).storage_dtype).removeprefix("torch.")
+    return dtype_name(IntFormat(qparams.bits).storage_dtype)
 
 
 def _hexadecimal(scale: npt.NDArray[np.float32]) -> Any:
@@ -622,10 +621,10 @@ def _table(op: QuantizedOp) -> Entry:
             f"{describe(op.node)}: the format has no {op.match.rule.family} of two tensors; "
             "leave it in float, and out of the model"
         )
-    if src.levels > _LARGEST_TABLE:
+    if src.levels > LARGEST_TABLE:
         raise ConversionError(
             f"{describe(op.node)}: its table would have {src.levels:,} entries, at most "
-            f"{_LARGEST_TABLE:,} are written; quantize its input to 16 bits or less"
+            f"{LARGEST_TABLE:,} are written; quantize its input to 16 bits or less"
         )
     stored = levels(src)
     channels = max((constant.numel() for constant in op.constants.values()), default=1)
@@ -634,9 +633,6 @@ def _table(op: QuantizedOp) -> Entry:
         return {"op": "table", "axis": None, "table": entries.tolist()}
     entries = INTEGERS.compute(op, [stored.expand(1, channels, -1)])
     return {"op": "table", "axis": 1, "table": entries[0].tolist()}
-
-
-_LARGEST_TABLE = 2**16
 
 
 def _extremum(op: QuantizedOp) -> Entry:

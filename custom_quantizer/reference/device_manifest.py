@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from custom_quantizer.core.files import read_bytes
+from custom_quantizer.core.formats import dtype_name
 from custom_quantizer.errors import InputError
 
 __all__ = [
@@ -42,7 +43,7 @@ MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 64 << 20
 
 DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
+    dtype_name(dtype): dtype
     for dtype in (
         *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
         *(torch.float16, torch.float32, torch.float64),
@@ -170,7 +171,7 @@ def tensor_bytes(value: Any) -> tuple[bytes, str, tuple[int, ...]]:
         )
     array = value.detach().cpu().contiguous().numpy()
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return little.tobytes(), str(value.dtype).removeprefix("torch."), tuple(value.shape)
+    return little.tobytes(), dtype_name(value.dtype), tuple(value.shape)
 
 
 def tensor_from_bytes(data: bytes, entry: TensorEntry, where: str) -> Tensor:
@@ -179,7 +180,7 @@ def tensor_from_bytes(data: bytes, entry: TensorEntry, where: str) -> Tensor:
     Raises:
         InputError: the file has not as many bytes as a tensor of that dtype and shape.
     """
-    dtype = np.dtype(str(DTYPES[entry.dtype]).removeprefix("torch.")).newbyteorder("<")
+    dtype = np.dtype(dtype_name(DTYPES[entry.dtype])).newbyteorder("<")
     wanted = dtype.itemsize * math.prod(entry.shape)
     if len(data) != wanted:
         raise InputError(

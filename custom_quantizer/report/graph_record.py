@@ -15,7 +15,7 @@ from custom_quantizer.calibration.observers import META_KEY
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, derived_scale
 from custom_quantizer.core.borders import Border, output_of
-from custom_quantizer.core.formats import range_bits
+from custom_quantizer.core.formats import dtype_name, range_bits
 from custom_quantizer.core.graph import (
     DEQUANTIZE_GROUPED,
     constant_of,
@@ -44,7 +44,6 @@ from custom_quantizer.report.record import BiasRecord, LoweringRecord, OpRow, Re
 from custom_quantizer.report.record_parts import (
     bias_integers,
     border_record,
-    dtype_name,
     with_group_scales,
     with_scales,
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from custom_quantizer.core.files import write_text_atomic
+from custom_quantizer.core.schemes import Granularity
 from custom_quantizer.errors import InputError, nearest, some
 from custom_quantizer.ops.placement import Placement, Tally
 from custom_quantizer.report import html as _html
@@ -37,7 +38,6 @@ SCHEMA_VERSION = 2
 """Of the JSON. Version 1 is read as well; a reader refuses every other."""
 
 Compute = Literal["integer", "dynamic", "float", "convert"]
-Granularity = Literal["per_tensor", "per_channel", "per_group"]
 
 _DocumentT = TypeVar("_DocumentT", bound="_Document")
 

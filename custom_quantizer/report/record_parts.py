@@ -6,14 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from custom_quantizer.core.borders import Border
-from custom_quantizer.core.formats import range_bits
+from custom_quantizer.core.formats import dtype_name, range_bits
 from custom_quantizer.report.record import BiasRecord, TensorRecord
 
-__all__ = ["bias_integers", "border_record", "dtype_name", "with_group_scales", "with_scales"]
+__all__ = ["bias_integers", "border_record", "with_group_scales", "with_scales"]
 
 
 def border_record(source: str, shape: tuple[int | str, ...], border: Border) -> TensorRecord:
@@ -94,8 +93,3 @@ def bias_integers(
         maximum=max(integers, default=0),
         bits_used=largest.bit_length() + 1,
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``int8`` of ``torch.int8``."""
-    return str(dtype).removeprefix("torch.")

@@ -27,14 +27,12 @@ from custom_quantizer.calibration.observers import (
     refuse_export,
 )
 from custom_quantizer.calibration.ranges import Statistics, solve
-from custom_quantizer.core.arithmetic import QParams
+from custom_quantizer.core.arithmetic import SMALLEST_NORMAL, QParams
 from custom_quantizer.core.bias import raise_scale
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.errors import CalibrationError, ConfigError
 
 __all__ = ["ActivationFakeQuantize", "BiasFakeQuantize", "Slot", "WeightFakeQuantize"]
-
-_TINY = float(torch.finfo(torch.float32).tiny)
 
 
 class Slot:
@@ -249,7 +247,7 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
 
     def _learned_values(self) -> tuple[Tensor, Tensor]:
         """The scale as it is used (positive) and the zero point as an integer in range."""
-        scale = self.scale.detach().abs().clamp_min(_TINY)
+        scale = self.scale.detach().abs().clamp_min(SMALLEST_NORMAL)
         zero_point = self.zero_point.detach().round().clamp(self.quant_min, self.quant_max)
         return scale, zero_point
 
@@ -262,7 +260,7 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
                 x, scale, zero_point.to(torch.int32), self.quant_min, self.quant_max
             )
         # Equal in value, and differentiable: the parameters pass through abs and round unharmed.
-        live_scale = self.scale.abs().clamp_min(_TINY)
+        live_scale = self.scale.abs().clamp_min(SMALLEST_NORMAL)
         live_zero = self.zero_point + (zero_point - self.zero_point).detach()
         strength = 1.0 / math.sqrt(max(x.numel(), 1) * self.quant_max)
         return cast(
@@ -340,7 +338,7 @@ class WeightFakeQuantize(WeightObserver, FakeQuantizeBase):  # type: ignore[misc
                 first = largest if given else self._least_error(weight.detach(), largest)
                 self.scale_parameter.copy_(first)
                 self.initialized.fill_(1)
-        return self.scale_parameter.detach().abs().clamp_min(_TINY)
+        return self.scale_parameter.detach().abs().clamp_min(SMALLEST_NORMAL)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Round ``weight``."""
@@ -361,7 +359,7 @@ class WeightFakeQuantize(WeightObserver, FakeQuantizeBase):  # type: ignore[misc
                 fmt = self.scheme.format
                 mask = (steps >= fmt.quant_min) & (steps <= fmt.quant_max)
             return cast(Tensor, _StraightThrough.apply(weight, value, mask))
-        live = self.scale_parameter.abs().clamp_min(_TINY)
+        live = self.scale_parameter.abs().clamp_min(SMALLEST_NORMAL)
         # A copy: the bias may change it before the gradients are computed.
         live = self._spread(torch.maximum(live, self.least_scale.clone()), weight)
         fmt = self.scheme.format

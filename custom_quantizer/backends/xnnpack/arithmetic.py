@@ -24,6 +24,7 @@ from torch import Tensor
 from custom_quantizer.core.arithmetic import (
     INT8,
     INT16,
+    ROUNDOFF,
     SMALLEST_NORMAL,
     Arithmetic,
     Bounds,
@@ -259,7 +260,7 @@ def float_resize_error(rows: Resizing, columns: Resizing, largest: float) -> flo
         ``xnn_indirection_init_resize_bilinear2d_hwc_f32``, ``src/f32-ibilinear``; PyTorch,
         ``aten/src/ATen/native/UpSample.h`` and ``cpu/UpSampleKernel.cpp``.
     """
-    return (14 * (rows.size + columns.size) + 19) * _ULP * largest
+    return (14 * (rows.size + columns.size) + 19) * ROUNDOFF * largest
 
 
 def float_sum_error(terms: int, largest: float) -> float:
@@ -275,7 +276,7 @@ def float_sum_error(terms: int, largest: float) -> float:
     References:
         N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, section 3.1.
     """
-    return 2 * (terms + 1) * _ULP * largest
+    return 2 * (terms + 1) * ROUNDOFF * largest
 
 
 def _store_emulated(real: Tensor, q: QParams) -> Tensor:
@@ -292,9 +293,6 @@ def _require_int8(q: QParams) -> None:
             "only for ranges within int8"
         )
 
-
-_ULP = 2.0**-24
-"""Half a unit in the last place, relative: one rounding to float32."""
 
 _MOST_OFFSETS = 64
 
@@ -330,7 +328,7 @@ def tie_break_offset(values: Tensor, ulps: float, q: QParams) -> float:
     steps = steps[steps.abs() < 2 * q.levels]
     if not steps.numel():
         return 0.0
-    window = (ulps + 4) * _ULP * float(steps.abs().max().clamp(min=1.0))
+    window = (ulps + 4) * ROUNDOFF * float(steps.abs().max().clamp(min=1.0))
     for multiple in range(_MOST_OFFSETS):
         for sign in (1, -1):
             offset = sign * multiple * 4 * window

@@ -36,7 +36,7 @@ from custom_quantizer.backends.xnnpack.flatbuffer import (
     xnnpack_schema,
 )
 from custom_quantizer.backends.xnnpack.layouts import simplify
-from custom_quantizer.backends.xnnpack.readback import XNN_HEADER, XNNPACK_BACKEND
+from custom_quantizer.backends.xnnpack.readback import INVALID_ID, XNN_HEADER, XNNPACK_BACKEND
 
 __all__ = ["ALIGNMENT", "LARGE", "inline_constants"]
 
@@ -49,7 +49,6 @@ constants (``CONSTANT_TENSOR_ALIGNMENT``), enough for every number in them. Upst
 segment at 128 bytes."""
 
 _HEADER = 4 + XNN_HEADER.size
-_INVALID_ID = 2**32 - 1
 
 
 def inline_constants(edge: EdgeProgramManager) -> None:
@@ -207,6 +206,6 @@ def _operands(nodes: Iterable[Contents], schema: Schema) -> tuple[list[tuple[int
         ids = {name: node.number(name) for name in schema.tables[node.table] if name[-3:] == "_id"}
         if "filter_id" in ids:
             weight, bias = ids.pop("filter_id"), ids.pop("bias_id")
-            layers.append((weight,) if bias == _INVALID_ID else (weight, bias))
+            layers.append((weight,) if bias == INVALID_ID else (weight, bias))
         others.update(ids.values())
     return layers, others

@@ -26,10 +26,10 @@ import numpy as np
 
 from custom_quantizer.backends.xnnpack.flatbuffer import Contents, Member, Schema
 from custom_quantizer.backends.xnnpack.kernels import CHAIN_LIMIT
+from custom_quantizer.backends.xnnpack.readback import INVALID_ID
 
 __all__ = ["simplify"]
 
-_INVALID_ID = 2**32 - 1
 _PLAIN_TYPES = frozenset({1, 3, 4})
 """float32 and integers of one scale: what an elementwise op reads and writes value by value."""
 
@@ -116,7 +116,7 @@ class _Op:
     def inputs(self) -> Iterator[tuple[str, int]]:
         """Fields, and the values they refer to."""
         for name in self.reads:
-            if (value := self.table.number(name)) != _INVALID_ID:
+            if (value := self.table.number(name)) != INVALID_ID:
                 yield name, value
 
     @property
@@ -360,7 +360,7 @@ class _Moves:
         self._tensor(made).fields |= {"dims": _array(dims), "num_dims": len(dims), "id_out": made}
         if self._is_constant(value):
             return made
-        self._tensor(made).fields |= {"external_id": _INVALID_ID, "flags": 0}
+        self._tensor(made).fields |= {"external_id": INVALID_ID, "flags": 0}
         view = Contents(
             _VIEW,
             {
@@ -460,10 +460,10 @@ class _Moves:
         used |= {op.table.number(name) for op in self._ops for name in op.writes}
         used |= {int(i) for name in ("input_ids", "output_ids") for i in self.graph[name]}
         values: list[Contents] = self.graph["xvalues"]
-        numbers = {old: new for new, old in enumerate(sorted(used - {_INVALID_ID}))}
+        numbers = {old: new for new, old in enumerate(sorted(used - {INVALID_ID}))}
         for op in self._ops:
             for name in (*op.reads, *op.writes):
-                if (value := op.table.number(name)) != _INVALID_ID:
+                if (value := op.table.number(name)) != INVALID_ID:
                     op.table.fields[name] = numbers[value]
         for name in ("input_ids", "output_ids"):
             self.graph.fields[name] = _array([numbers[int(i)] for i in self.graph[name]])

@@ -72,7 +72,8 @@ XNNPACK_BACKEND = "XnnpackBackend"
 
 _T = TypeVar("_T")
 
-_INVALID_ID = 2**32 - 1  # XNN_INVALID_VALUE_ID: an operand that is not there
+INVALID_ID = 2**32 - 1
+"""``XNN_INVALID_VALUE_ID``: an operand that is not there."""
 _NAMED = 2**64 - 1  # a constant with this offset is found by its name
 _EXTERNAL_INPUT, _EXTERNAL_OUTPUT = 1, 2  # XNN_VALUE_FLAG_*
 _TRANSPOSED = 1  # XNN_FLAG_TRANSPOSE_WEIGHTS of a fully connected node, XNN_FLAG_TRANSPOSE_B of bmm
@@ -847,7 +848,7 @@ def _read_tensor(position: int, entry: Table, constants: _Constants) -> Delegate
         is_constant=index != 0,
         is_input=bool(flags & _EXTERNAL_INPUT),
         is_output=bool(flags & _EXTERNAL_OUTPUT),
-        external_id=None if external_id == _INVALID_ID else external_id,
+        external_id=None if external_id == INVALID_ID else external_id,
         constant_key=constant.key,
         _data=constant.data,
     )
@@ -904,7 +905,7 @@ def _read_op(entry: Table, tensors: tuple[DelegateTensor, ...]) -> DelegateOp:
     raw: dict[str, ParamValue] = {}
     for name, value in node.plain_fields():
         if name.endswith("_id") and isinstance(value, int):
-            if value != _INVALID_ID:
+            if value != INVALID_ID:
                 ids[name.removesuffix("_id")] = value
         else:
             raw[name] = value

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.arithmetic import INT8, SMALLEST_NORMAL, along
+from custom_quantizer.core.arithmetic import INT8, ROUNDOFF, SMALLEST_NORMAL, along
 from custom_quantizer.core.graph import argument, describe, shape_of
 from custom_quantizer.core.rows import RowIntegers, quantize_rows, without_subnormal
 from custom_quantizer.errors import InputError
@@ -52,8 +52,6 @@ __all__ = [
     "shared_dims",
 ]
 
-_ULP = 2.0**-24
-"""Half a unit in the last place, relative: one rounding to float32."""
 
 _REACH = INT8[1] - INT8[0]
 """Largest absolute value of ``q - zp``."""
@@ -160,7 +158,7 @@ def error(op: RunTimeOp, x: Tensor) -> Tensor:
     product = y - _bias(op, y)
     largest = _REACH * op.weight.to(torch.float64).abs().flatten(1).sum(1)
     lost = SMALLEST_NORMAL * (1 + along(largest, channel_axis(op.match), y))
-    return _ULP * (3 * product.abs() + 2 * y.abs()) * _SECOND_ORDER + lost
+    return ROUNDOFF * (3 * product.abs() + 2 * y.abs()) * _SECOND_ORDER + lost
 
 
 def is_exact_here(op: RunTimeOp) -> bool:
@@ -198,7 +196,7 @@ def grouped_error(op: RunTimeOp, x: Tensor, y: Tensor) -> Tensor:
     roundings = 255 * features / 2 + 510 * (groups + 7)
     bias = _bias(op, y).abs()
     last = 3 * (y.abs() + bias)
-    most_off = _ULP * (rows.scale.to(torch.float64) * most * roundings + last) * _SECOND_ORDER
+    most_off = ROUNDOFF * (rows.scale.to(torch.float64) * most * roundings + last) * _SECOND_ORDER
     return most_off + SMALLEST_NORMAL
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, shape_of, tensor_meta
-from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.core.rewriting import Insertion, Rewrite, renamed
 from custom_quantizer.ops.rewrites.masks import is_finite
 
 __all__ = ["ARITHMETIC"]
@@ -24,11 +24,6 @@ aten = torch.ops.aten
 
 _MAX_SUMMED = 1 << 11
 """Longest dim that is summed up step by step: a layer with as many rows and columns."""
-
-
-def _named(target: Any) -> Rewrite:
-    """The same op by the name that families know."""
-    return lambda insert: insert.call(target, *insert.node.args, **insert.node.kwargs)
 
 
 def _added(insert: Insertion, start: Any, term: Node, factor: float) -> Node:
@@ -142,35 +137,35 @@ def _spread(insert: Insertion) -> Node | None:
 
 ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
     {
-        aten.absolute.default: _named(aten.abs.default),
-        aten.add.Scalar: _named(aten.add.Tensor),
+        aten.absolute.default: renamed(aten.abs.default),
+        aten.add.Scalar: renamed(aten.add.Tensor),
         aten.addcdiv.default: _addcdiv,
         aten.addcmul.default: _addcmul,
-        aten.clip.default: _named(aten.clamp.default),
+        aten.clip.default: renamed(aten.clamp.default),
         aten.cumsum.default: _sums_so_far,
         aten.diff.default: _differences,
-        aten.div.Scalar: _named(aten.div.Tensor),
+        aten.div.Scalar: renamed(aten.div.Tensor),
         aten.div.Scalar_mode: _plain_quotient,
         aten.div.Tensor_mode: _plain_quotient,
-        aten.divide.Scalar: _named(aten.div.Tensor),
+        aten.divide.Scalar: renamed(aten.div.Tensor),
         aten.divide.Scalar_mode: _plain_quotient,
-        aten.divide.Tensor: _named(aten.div.Tensor),
+        aten.divide.Tensor: renamed(aten.div.Tensor),
         aten.divide.Tensor_mode: _plain_quotient,
         aten.lerp.Scalar: _lerp,
         aten.lerp.Tensor: _lerp,
-        aten.mul.Scalar: _named(aten.mul.Tensor),
-        aten.multiply.Scalar: _named(aten.mul.Tensor),
-        aten.multiply.Tensor: _named(aten.mul.Tensor),
-        aten.negative.default: _named(aten.neg.default),
+        aten.mul.Scalar: renamed(aten.mul.Tensor),
+        aten.multiply.Scalar: renamed(aten.mul.Tensor),
+        aten.multiply.Tensor: renamed(aten.mul.Tensor),
+        aten.negative.default: renamed(aten.neg.default),
         aten.std.correction: _spread,
         aten.std.dim: _spread,
-        aten.sub.Scalar: _named(aten.sub.Tensor),
-        aten.subtract.Scalar: _named(aten.sub.Tensor),
-        aten.subtract.Tensor: _named(aten.sub.Tensor),
+        aten.sub.Scalar: renamed(aten.sub.Tensor),
+        aten.subtract.Scalar: renamed(aten.sub.Tensor),
+        aten.subtract.Tensor: renamed(aten.sub.Tensor),
         aten.tril.default: _triangle,
         aten.triu.default: _triangle,
-        aten.true_divide.Scalar: _named(aten.div.Tensor),
-        aten.true_divide.Tensor: _named(aten.div.Tensor),
+        aten.true_divide.Scalar: renamed(aten.div.Tensor),
+        aten.true_divide.Tensor: renamed(aten.div.Tensor),
         aten.var.correction: _spread,
         aten.var.dim: _spread,
     }

@@ -18,15 +18,15 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.core.graph import add_constant, argument, tensor_meta
 from custom_quantizer.core.memory import written_inputs
 
-__all__ = ["draws_numbers", "fold_constants", "training_switches"]
+__all__ = ["RESTATEMENTS", "draws_numbers", "fold_constants", "training_switches"]
 
 aten = torch.ops.aten
 
 MAX_GROWTH = 1 << 20
 """How many more values a folded constant may have than all it is computed from."""
 
-# They only say again what a constant is: folding them would make copies.
-_RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
+RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
+"""They only say again what a constant is: folding them would make copies."""
 # Their first argument gives a dtype, or a shape too, but no values.
 _DTYPE_ONLY = frozenset({aten.new_full.default, aten.new_ones.default, aten.new_zeros.default})
 _SHAPE_ONLY = frozenset(
@@ -233,7 +233,7 @@ def _replace_uses(model: GraphModule, run: _Run) -> int:
 
 def _restates(run: _Run, node: Node, value: Tensor) -> bool:
     """Whether a node only hands on a stored constant."""
-    if node.target not in _RESTATEMENTS:
+    if node.target not in RESTATEMENTS:
         return False
     (source,) = node.all_input_nodes
     return _is_attribute(source) and torch.equal(run.values[source], value)

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from custom_quantizer.core.graph import shape_of
-from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.core.rewriting import Insertion, Rewrite, renamed
 
 __all__ = ["CORE_ATEN", "CORE_OPS"]
 
@@ -116,17 +116,13 @@ def _argument_of(node: object, target: Any, *rest: object) -> object:
     return node.args[0] if node.args[1:] == rest else None
 
 
-def _renamed(target: Any) -> Rewrite:
-    return lambda insert: insert.call(target, *insert.node.args, **insert.node.kwargs)
-
-
 CORE_ATEN: Mapping[Any, Rewrite] = MappingProxyType(
     {
         aten.convolution.default: _convolution,
         aten._softmax.default: _softmax(aten.softmax.int),
         aten._log_softmax.default: _softmax(aten.log_softmax.int),
-        aten._adaptive_avg_pool2d.default: _renamed(aten.adaptive_avg_pool2d.default),
-        aten._adaptive_avg_pool3d.default: _renamed(aten.adaptive_avg_pool3d.default),
+        aten._adaptive_avg_pool2d.default: renamed(aten.adaptive_avg_pool2d.default),
+        aten._adaptive_avg_pool3d.default: renamed(aten.adaptive_avg_pool3d.default),
         aten.where.self: _safe_softmax,
         operator.getitem: _first_result,
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.arithmetic import scale_along
+from custom_quantizer.core.arithmetic import LARGEST_FLOAT, scale_along
 from custom_quantizer.core.formats import signed_bits
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
@@ -37,7 +37,7 @@ GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 """Calls with a weight and a bias."""
 
 
-FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+FLOAT32_MAX = LARGEST_FLOAT
 """A clamp between this and its negative changes nothing."""
 
 

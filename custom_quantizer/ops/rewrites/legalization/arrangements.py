@@ -28,6 +28,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.ops.rewrites.constants import RESTATEMENTS
 from custom_quantizer.ops.rewrites.legalization._common import (
     MAX_PIECES,
     float_input,
@@ -43,7 +44,6 @@ aten = torch.ops.aten
 MAX_VALUES = 1 << 24
 """Largest tensor that is numbered: 128 MB for a moment."""
 
-_RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
 _LIKE_ANOTHER = frozenset(
     {
         aten.expand_as.default,
@@ -205,7 +205,7 @@ def _applied(
         if source is data:
             continue
         origin = source
-        while origin.target in _RESTATEMENTS:
+        while origin.target in RESTATEMENTS:
             origin = cast(Node, origin.args[0])
         if is_constant(origin) and origin.op == "get_attr":
             values[source] = constant_of(insert.model, origin)
