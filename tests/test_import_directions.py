@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import custom_quantizer
@@ -81,3 +82,35 @@ def test_allocation_stands_above_the_rest_of_analysis() -> None:
 def test_only_backends_know_executorch() -> None:
     users = {room for room, name, _ in imports() if name.split(".")[0] == "executorch"}
     assert users == {"backends"}
+
+
+# A method for convenience: what writes a device test works with programs.
+CONVENIENCE = ("custom_quantizer.backends.xnnpack.program", "device_test")
+
+
+def local_and_global(node: ast.AST) -> Iterator[ast.ImportFrom]:
+    """The imports in a piece of code, in functions as well, but for those that are for typing."""
+    if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.ImportFrom):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        yield from local_and_global(child)
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Those hidden in functions count: what needs them stands in the wrong module."""
+    names = {
+        ".".join(("custom_quantizer", *path.relative_to(ROOT).with_suffix("").parts)): path
+        for path in ROOT.rglob("*.py")
+    }
+    needs: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found = needs.setdefault(name.removesuffix(".__init__"), set())
+        for node in local_and_global(ast.parse(path.read_text())):
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                found.add(module if module in names else str(node.module))
+    importer, imported = CONVENIENCE
+    needs[importer].remove(f"custom_quantizer.backends.xnnpack.{imported}")
+    TopologicalSorter(needs).prepare()  # raises CycleError, which names the modules

@@ -40,7 +40,7 @@ from custom_quantizer.app.configuration import Configuration, as_quantizer
 from custom_quantizer.app.recorded import Recorded, read_calibration, write_calibration
 from custom_quantizer.app.saved_graph import serialize_graph
 from custom_quantizer.backends.xnnpack import LoweredProgram
-from custom_quantizer.backends.xnnpack.lowering import lower_graph
+from custom_quantizer.backends.xnnpack.checked_lowering import lower_graph
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import CalibrationSummary, GraphInputs, calibrate
 from custom_quantizer.calibration.statistics import (

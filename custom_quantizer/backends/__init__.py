@@ -48,8 +48,8 @@ def lower(
 ) -> LoweredProgram | TosaProgram:
     """Lower a converted graph to a program of a backend, and check it.
 
-    See :func:`custom_quantizer.backends.xnnpack.lowering.lower` and
-    :func:`custom_quantizer.backends.tosa.lowering.lower`.
+    See :func:`custom_quantizer.backends.xnnpack.checked_lowering.lower` and
+    :func:`custom_quantizer.backends.tosa.checked_lowering.lower`.
 
     Args:
         converted: what ``convert_pt2e`` returns, planned for the same backend; it is not changed.

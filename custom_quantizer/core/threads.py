@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["exclusive", "interruption_point", "tools"]
+__all__ = ["begin", "exclusive", "interruption_point", "tools"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,13 @@ def interruption_point() -> None:
     held = signal.getsignal(signal.SIGINT)
     if isinstance(held, _Held) and threading.current_thread() is threading.main_thread():
         held.deliver()
+
+
+def begin(progress: Callable[[str], None] | None, stage: str) -> None:
+    """Say that a stage begins; a Ctrl-C that was held back takes effect before it."""
+    interruption_point()
+    if progress is not None:
+        progress(stage)
 
 
 def _renew() -> None:

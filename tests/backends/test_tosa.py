@@ -20,7 +20,7 @@ from support.tosa import NETWORKS, network, planned, run_cases, use_tools
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.backends.tosa import BACKEND, kernels, lowering, passes
+from custom_quantizer.backends.tosa import BACKEND, kernels, passes
 from custom_quantizer.backends.tosa.arithmetic import (
     TOSA,
     TosaArithmetic,
@@ -28,6 +28,7 @@ from custom_quantizer.backends.tosa.arithmetic import (
     rescale_multiplier,
     sum_rescales,
 )
+from custom_quantizer.backends.tosa.checked_lowering import lower_graph
 from custom_quantizer.core.arithmetic import PoolWindows, QParams, scale_of, store
 from custom_quantizer.core.graph import detached_copy
 from custom_quantizer.ops import REGISTRY, OpRule
@@ -398,11 +399,11 @@ def test_verification_catches_a_pool_between_two_scales() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1))
     graph = planned(model, example, "a8w8", tampered)
     with pytest.raises(cq.VerificationError, match=r"avg_pool2d \(1\): the TOSA program computes"):
-        lowering.lower_graph(graph, example)
-    checked = cq.verify(graph.model, lowering.lower_graph(graph, example, check=False), [example])
+        lower_graph(graph, example)
+    checked = cq.verify(graph.model, lower_graph(graph, example, check=False), [example])
     assert not checked.bit_exact
     assert str(checked.first).startswith("avg_pool2d (1): output: ")
-    assert lowering.lower_graph(planned(model, example, "a8w8"), example).report.programs == 1
+    assert lower_graph(planned(model, example, "a8w8"), example).report.programs == 1
 
 
 def _but(*names: str) -> list[Any]:
@@ -417,12 +418,12 @@ def test_verification_catches_a_relu_that_int16_saturation_does_not_do() -> None
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
     graph = planned(model, example, "a16w8")
     with pytest.raises(cq.VerificationError, match=r"conv2d \(0\): .* outputs differ on the"):
-        lowering.lower_graph(graph, example, passes=_but("explicit_activations"))
-    wrong = lowering.lower_graph(graph, example, check=False, passes=_but("explicit_activations"))
+        lower_graph(graph, example, passes=_but("explicit_activations"))
+    wrong = lower_graph(graph, example, check=False, passes=_but("explicit_activations"))
     checked = cq.verify(graph.model, wrong, [example])
     assert (checked.bit_exact, checked.exact_expected) == (False, True)
     assert cast(Any, checked.first).node in ("conv2d", "relu")
-    right = cq.verify(graph.model, lowering.lower_graph(graph, example), [example])
+    right = cq.verify(graph.model, lower_graph(graph, example), [example])
     assert (right.bit_exact, right.constants_equal, right.first) == (True, None, None)
 
 
@@ -433,8 +434,8 @@ def test_verification_catches_a_sum_of_what_did_not_saturate(scheme: str) -> Non
     graph, example = sums() if scheme == "a8w8" else block(scheme)
     example = tuple(value * 50 for value in example)  # let what comes before the sum saturate
     with pytest.raises(cq.VerificationError, match="outputs differ on the example"):
-        lowering.lower_graph(graph, example, passes=_but("saturation_before_sums"))
-    lowering.lower_graph(graph, example)
+        lower_graph(graph, example, passes=_but("saturation_before_sums"))
+    lower_graph(graph, example)
 
 
 @pytest.mark.slow
@@ -451,7 +452,7 @@ def test_what_executorch_leaves_out_is_an_error() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 4, 3, groups=2))
     graph = planned(model, example, "a8w8", tampered)
     with pytest.raises(cq.LoweringError, match="conv_transpose2d: planned on integers, but"):
-        lowering.lower_graph(graph, example)
+        lower_graph(graph, example)
 
 
 @pytest.mark.slow
@@ -461,7 +462,7 @@ def test_a_program_with_float_between(tmp_path: Any) -> None:
     example = (torch.randn(2, 8),)
     model = nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 4))
     graph = planned(model, example, "a8w8-bias16")
-    program = lowering.lower_graph(graph, example)
+    program = lower_graph(graph, example)
     assert program.report.programs == len(program.buffers) == 2
     assert "aten::_softmax" in program.report.outside
     assert program.differing([(torch.randn(2, 8),) for _ in range(3)]) == (0, 24)

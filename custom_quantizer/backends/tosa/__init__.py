@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from custom_quantizer.backends.tosa.backend import BACKEND
 
 if TYPE_CHECKING:
-    from custom_quantizer.backends.tosa.lowering import lower
+    from custom_quantizer.backends.tosa.checked_lowering import lower
     from custom_quantizer.backends.tosa.program import TosaProgram, TosaReport
 
 __all__ = ["BACKEND", "TosaProgram", "TosaReport", "lower"]
 
-_MODULE_OF = {"lower": "lowering", "TosaProgram": "program", "TosaReport": "program"}
+_MODULE_OF = {"lower": "checked_lowering", "TosaProgram": "program", "TosaReport": "program"}
 
 if not TYPE_CHECKING:
 

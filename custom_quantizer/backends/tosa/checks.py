@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from custom_quantizer.backends.tosa import kernels
-from custom_quantizer.backends.tosa.lowering import lower_graph
+from custom_quantizer.backends.tosa.lowering import make_program
 from custom_quantizer.backends.tosa.program import TosaProgram
 from custom_quantizer.core.graph import describe
 from custom_quantizer.errors import CustomQuantizerError, LoweringError, VerificationError
@@ -94,7 +94,7 @@ def lower_again(
 ) -> TosaProgram:
     """Lower another graph as this program was lowered, without checks."""
     graph = read_converted(converted, program.graph.backend)
-    return lower_graph(graph, example, check=False, passes=program.passes)
+    return make_program(graph, example, passes=program.passes)
 
 
 def _first_wrong(program: TosaProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> str:

@@ -1,8 +1,9 @@
-"""Converted graph in, checked TOSA program out."""
+"""From a converted graph to a TOSA program: rewritten, exported, partitioned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.tosa import kernels
-from custom_quantizer.backends.tosa.backend import BACKEND
 from custom_quantizer.backends.tosa.passes import ORIGIN, PASSES, Work, run_passes
 from custom_quantizer.backends.tosa.program import (
     TosaOp,
@@ -21,7 +21,6 @@ from custom_quantizer.backends.tosa.program import (
     TosaReport,
     delegates_of,
 )
-from custom_quantizer.backends.tosa.tools import require
 from custom_quantizer.core.graph import (
     describe,
     detached_copy,
@@ -29,79 +28,43 @@ from custom_quantizer.core.graph import (
     state_of,
 )
 from custom_quantizer.core.rewriting import original_name
-from custom_quantizer.core.threads import interruption_point, tools
+from custom_quantizer.core.threads import begin, tools
 from custom_quantizer.errors import (
     CustomQuantizerError,
     LoweringError,
     first_line,
 )
 from custom_quantizer.ops import QuantizedOp
-from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
+from custom_quantizer.reference.converted import ConvertedGraph, FloatOp
 from custom_quantizer.reference.inputs import check_example, placeholder_metas, specs_of
 
-__all__ = ["SPECIFICATION", "lower", "lower_graph"]
+__all__ = ["SPECIFICATION", "make_program"]
 
 SPECIFICATION = "TOSA-1.0+INT+int16+int4"
 """The integer profile with 16-bit activations and 4-bit weights, as ExecuTorch names it."""
 
 
 @tools()
-def lower(
-    converted: GraphModule,
-    example_inputs: tuple[Any, ...],
-    *,
-    check: bool = True,
-    progress: Callable[[str], None] | None = None,
-) -> TosaProgram:
-    """Lower a converted graph to TOSA through ExecuTorch's arm backend.
-
-    The program is for the sizes of the example: TOSA has no dynamic ones here. Then it is run on
-    Arm's reference model, and its outputs on the example must be those of the integer reference in
-    mode ``tosa``, bit for bit.
-
-    Args:
-        converted: what ``convert_pt2e`` returns, planned for TOSA; it is not changed.
-        example_inputs: one set of inputs, as for the model; those captured by keyword come last.
-        check: run and compare. Without it a wrong program would go unnoticed.
-        progress: called with the name of each stage.
-
-    Raises:
-        ConversionError: the graph is not a converted one.
-        InputError: the example does not fit the graph.
-        LoweringError: the TOSA tools are not installed; ExecuTorch refused the graph; or nothing of
-            it is integer.
-        VerificationError: the program computes other integers; names the first op that does.
-    """
-    require()
-    return lower_graph(
-        read_converted(converted, BACKEND), example_inputs, check=check, progress=progress
-    )
-
-
-@tools()
-def lower_graph(
+def make_program(
     graph: ConvertedGraph,
     example_inputs: tuple[Any, ...],
     *,
-    check: bool = True,
     progress: Callable[[str], None] | None = None,
     passes: Sequence[Callable[[Work], int]] = PASSES,
 ) -> TosaProgram:
-    """:func:`lower`, for whom the graph was read already.
+    """Lower a graph to a program that nobody has compared with it yet.
 
     Args:
-        graph: the graph.
-        example_inputs: as of :func:`lower`.
-        check: likewise.
-        progress: likewise.
+        graph: the converted graph.
+        example_inputs: one set of inputs, as for the model; those captured by keyword come last.
+        progress: called with the name of each stage.
         passes: of :data:`~custom_quantizer.backends.tosa.passes.PASSES`, those to run.
+
+    Raises:
+        InputError: the example does not fit the graph.
+        LoweringError: ExecuTorch refused the graph, or nothing of it is integer.
     """
-
-    def say(stage: str) -> None:
-        interruption_point()
-        if progress is not None:
-            progress(stage)
-
+    say = partial(begin, progress)
     example = check_example(graph, example_inputs)
     _check_writable(graph)
     say("rewriting the graph")
@@ -111,15 +74,9 @@ def lower_graph(
     edge = _to_edge(_export(model, example))
     module = edge.exported_program().module()
     report = _report(graph, edge, module, applied)
-    program = TosaProgram(
+    return TosaProgram(
         module, report, graph, specs_of(graph.model), tuple(_sizes(graph.model, example)), passes
     )
-    if check:
-        from custom_quantizer.backends.tosa.checks import check_program
-
-        say("checking the program")
-        check_program(program, graph, example)
-    return program
 
 
 def _sizes(model: GraphModule, example: tuple[Any, ...]) -> list[Tensor | None]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from custom_quantizer.backends.xnnpack.backend import BACKEND
 
 if TYPE_CHECKING:
-    from custom_quantizer.backends.xnnpack.lowering import lower
+    from custom_quantizer.backends.xnnpack.checked_lowering import lower
     from custom_quantizer.backends.xnnpack.program import (
         LoweredProgram,
         LoweringReport,
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "lower": "lowering",
+    "lower": "checked_lowering",
     "LoweredProgram": "program",
     "LoweringReport": "program",
     "OpBackend": "program",

@@ -25,7 +25,7 @@ from custom_quantizer.backends.xnnpack.arithmetic import (
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.columns import columns_of
 from custom_quantizer.backends.xnnpack.groups import joined
-from custom_quantizer.backends.xnnpack.lowering import lower, lower_graph
+from custom_quantizer.backends.xnnpack.lowering import make_program
 from custom_quantizer.backends.xnnpack.program import (
     INTEGER_BACKENDS,
     WAYS,
@@ -37,6 +37,7 @@ from custom_quantizer.backends.xnnpack.program import (
     quantizes_at_run_time,
 )
 from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp, ProgramContents
+from custom_quantizer.backends.xnnpack.refused import first_refused
 from custom_quantizer.backends.xnnpack.run_time import is_exact_here
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import (
@@ -184,8 +185,6 @@ def _run(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...
 
 def _refused(graph: ConvertedGraph, example: tuple[Any, ...]) -> str:
     """Names the op that the runtime refuses, and says what to do about it."""
-    from custom_quantizer.backends.xnnpack.refused import first_refused  # it lowers
-
     op = first_refused(graph, example)
     if op is None:
         return "leave some ops in float, or write them with other ops: "
@@ -545,7 +544,7 @@ def _check_each_tensor(
     tapped, taps = instrumented(graph.model, outputs=True)
     other = read_converted(tapped, here(graph).backend)
     asked = read_converted(tapped, graph.backend)
-    program = lower_graph(asked, example, check=False, validate=False)
+    program = make_program(asked, example, validate=False)
     results = pytree.tree_leaves(program.run(*example))
     found, following = first_departure(other, tapped_integers(tapped, results), example)
     if found is not None:
@@ -585,7 +584,7 @@ def run_time_layers(graph: ConvertedGraph, example: tuple[Any, ...]) -> tuple[La
     shown = dict.fromkeys(node for layer in layers for node in (layer.source, layer.node))
     model = showing(graph.model, list(shown))
     flat = tuple(pytree.tree_leaves(example))
-    program = lower_graph(read_converted(model, BACKEND), flat, check=False, validate=False)
+    program = make_program(read_converted(model, BACKEND), flat, validate=False)
     given = dict(zip(shown, pytree.tree_leaves(program.run(*flat)), strict=True))
     checks = []
     for layer in layers:
@@ -768,7 +767,7 @@ def lower_again(
     program: LoweredProgram, converted: GraphModule, example: tuple[Any, ...]
 ) -> LoweredProgram:
     """Lower another graph as this program was lowered, without checks."""
-    return lower(converted, example, check=False)
+    return make_program(read_converted(converted, BACKEND), example, validate=True)
 
 
 def relative_error(want: Tensor, got: Tensor) -> float:

@@ -26,8 +26,8 @@ from executorch.devtools.bundled_program.serialize import (
 from torch import Tensor
 
 from custom_quantizer.backends.xnnpack.backend import BACKEND
+from custom_quantizer.backends.xnnpack.checked_lowering import lower
 from custom_quantizer.backends.xnnpack.checks import here, inexact_ops, is_exact
-from custom_quantizer.backends.xnnpack.lowering import lower
 from custom_quantizer.backends.xnnpack.program import LoweredProgram
 from custom_quantizer.core.file_hashes import sha256_of
 from custom_quantizer.core.files import json_bytes, new_directory, write_files_atomic

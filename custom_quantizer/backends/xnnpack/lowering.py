@@ -1,16 +1,16 @@
-"""Converted graph in, checked ExecuTorch program out."""
+"""From a converted graph to an ExecuTorch program: rewritten, partitioned, written, read back."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -21,15 +21,16 @@ from executorch.exir import (
 )
 from executorch.exir.debug_handle_utils import get_greatest_ancestor_node_identifier
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import FROM_NODE_KEY
 
-from custom_quantizer.backends.xnnpack import BACKEND, kernels
+from custom_quantizer.backends.xnnpack import BACKEND
 from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checksum import seal
 from custom_quantizer.backends.xnnpack.edge import to_edge
 from custom_quantizer.backends.xnnpack.inline_constants import ALIGNMENT, inline_constants
 from custom_quantizer.backends.xnnpack.op_record import encode
+from custom_quantizer.backends.xnnpack.outcomes import called, outcomes
 from custom_quantizer.backends.xnnpack.partition import partitioner
 from custom_quantizer.backends.xnnpack.passes import (
     FOR_UPSTREAMS_PARTITIONER,
@@ -40,18 +41,14 @@ from custom_quantizer.backends.xnnpack.program import (
     WAYS,
     LoweredProgram,
     LoweringReport,
-    OpBackend,
-    computes_in_integers,
     no_kernel,
-    quantizes_at_run_time,
 )
 from custom_quantizer.backends.xnnpack.quick_passes import outputs_known
-from custom_quantizer.backends.xnnpack.readback import MethodContents, read_program
+from custom_quantizer.backends.xnnpack.readback import read_program
 from custom_quantizer.core.graph import (
     STATE_KEY,
     describe,
     detached_copy,
-    module_path,
     set_state,
     state_buffers,
     state_of,
@@ -59,90 +56,56 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.lazy_code import lazy_code
 from custom_quantizer.core.names import restore_names
-from custom_quantizer.core.rewriting import original_name
-from custom_quantizer.core.threads import exclusive, interruption_point, tools
+from custom_quantizer.core.threads import begin, exclusive, tools
 from custom_quantizer.errors import InputError, LoweringError, first_line
-from custom_quantizer.ops import QuantizedOp, match_of, rule_of
-from custom_quantizer.ops.backend import Backend, Kernel
-from custom_quantizer.ops.rewrites.constants import draws_numbers, training_switches
-from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
+from custom_quantizer.ops import rule_of
+from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX, export_again
 from custom_quantizer.reference.inputs import check_example, placeholder_metas, specs_of
 from custom_quantizer.reference.untraced import export_untraced
 
-__all__ = ["lower"]
+__all__ = [
+    "Rewritten",
+    "backend_config",
+    "describe_program",
+    "make_program",
+    "rewrite",
+    "rewrite_exported",
+    "to_bytes",
+]
 
 logger = logging.getLogger(__name__)
 
 
 @tools()
-def lower(
-    converted: GraphModule,
-    example_inputs: tuple[Any, ...],
-    *,
-    dynamic_max: int = DEFAULT_DYNAMIC_MAX,
-    check: bool = True,
-    progress: Callable[[str], None] | None = None,
-) -> LoweredProgram:
-    """Lower a converted graph to an ExecuTorch program that runs on XNNPACK.
-
-    The graph is rewritten so that the delegate keeps every op it can, partitioned and written.
-    Then the program is read back and run: weights and biases in the file must be the graph's,
-    integer for integer, and the outputs on the example must be those of the integer reference.
-
-    Args:
-        converted: what ``convert_pt2e`` returns; it is not changed.
-        example_inputs: one set of inputs, as for the model; those captured by keyword come last.
-        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
-        check: run the checks. Without them a wrong program would go unnoticed, so ExecuTorch then
-            validates the graph after each of its passes, which the checks make needless.
-        progress: called with the name of each stage.
-
-    Raises:
-        ConversionError: the graph is not a converted one.
-        InputError: the example does not fit the graph.
-        LoweringError: the backend refused the graph.
-        VerificationError: the program is not what the graph says.
-    """
-    return lower_graph(
-        read_converted(converted, BACKEND),
-        example_inputs,
-        dynamic_max=dynamic_max,
-        check=check,
-        progress=progress,
-    )
-
-
-@tools()
-def lower_graph(
+def make_program(
     graph: ConvertedGraph,
     example_inputs: tuple[Any, ...],
     *,
+    validate: bool,
     dynamic_max: int = DEFAULT_DYNAMIC_MAX,
-    check: bool = True,
-    validate: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoweredProgram:
-    """:func:`lower`, for whom the graph was read already.
+    """Lower a graph to a program that nobody has compared with it yet.
 
-    ``validate`` is for those who check a program themselves: see :func:`_to_edge`. By default a
-    program is validated that is not checked.
+    Args:
+        graph: the converted graph.
+        example_inputs: one set of inputs, as for the model; those captured by keyword come last.
+        validate: see :func:`_to_edge`.
+        dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        progress: called with the name of each stage.
+
+    Raises:
+        InputError: the example does not fit the graph.
+        LoweringError: the backend refused the graph.
     """
-
-    def say(stage: str) -> None:
-        interruption_point()
-        if progress is not None:
-            progress(stage)
-
-    if check:
-        _check_repeats(graph.model)
+    say = partial(begin, progress)
     _warn_of_state(graph.model)
     example = check_example(graph, example_inputs)
     with lazy_code():
         rewritten = rewrite(graph, example, dynamic_max, say)
         say("partitioning for XNNPACK")
         constants = border_constants(graph.borders, "forward")
-        validate = not check if validate is None else validate
         edge = _to_edge(rewritten.exported, constants, validate=validate)
         _collect(graph)
         say("writing the program")
@@ -150,28 +113,7 @@ def lower_graph(
         program = describe_program(data, edge, {"forward": rewritten})
         del edge, rewritten, data
     _collect(graph)
-    if check:
-        from custom_quantizer.backends.xnnpack.checks import check_program
-
-        say("checking the program")
-        check_program(program, graph, example)
     return program
-
-
-def _check_repeats(converted: GraphModule) -> None:
-    """Refuse a graph of which two runs differ: there is nothing to compare a program with."""
-    graphs = [module for module in converted.modules() if isinstance(module, GraphModule)]
-    for node in (node for graph in graphs for node in graph.graph.nodes):
-        if draws_numbers(node):
-            if training_switches(node):
-                raise LoweringError(
-                    f"{describe(node)} is in training mode ({node.target}), so that no two runs "
-                    "agree; capture model.eval(), and leave the graph in evaluation"
-                )
-            raise LoweringError(
-                f"{describe(node)} draws random numbers ({node.target}), so that no output can be "
-                "compared with the integer reference; make the numbers an input of the model"
-            )
 
 
 def _collect(graph: ConvertedGraph) -> None:
@@ -373,7 +315,8 @@ def describe_program(
     """
     bare = read_program(data)
     rows = {
-        name: _rows(rewritten.graph, edge, bare.method(name)) for name, rewritten in methods.items()
+        name: outcomes(rewritten.graph, edge, bare.method(name))
+        for name, rewritten in methods.items()
     }
     data = seal(data, encode(rows, len(data)))
     contents = read_program(data)
@@ -544,180 +487,3 @@ def _of_unknown_size(edge: EdgeProgramManager) -> str:
             if any(not isinstance(s, int) and s.node.hint is None for s in sizes):
                 return origin_of(node) or node.name
     return ""
-
-
-def called(node: Node) -> str:
-    """Name of the op a node calls, without its overload: ``aten::sort``."""
-    return str(getattr(getattr(node.target, "_schema", None), "name", node.target))
-
-
-# ---------------------------------------------------------------------------------------------
-# What became of each op
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Traced:
-    """Edge nodes that stand for one converted op."""
-
-    delegated: list[Node]
-    outside: list[Node]
-
-
-def _rows(
-    graph: ConvertedGraph, edge: EdgeProgramManager, contents: MethodContents
-) -> tuple[OpBackend, ...]:
-    """What became of each op of the graph that a method was made from."""
-    traced, empty = _trace(edge, contents.name)
-    if empty:
-        raise LoweringError("the partitioner made a delegate without ops; the program is not safe")
-    calls = _positions(traced, edge.exported_program(contents.name).graph, contents)
-    return tuple(_row(op, graph.backend, traced, contents, calls) for op in graph)
-
-
-def _positions(
-    traced: Mapping[str, _Traced], graph: Graph, contents: MethodContents
-) -> dict[Node, int]:
-    """Where the program calls the nodes outside delegates: in their order, kernel by kernel.
-
-    A kernel that the program does not call as often as the graph has it is left out: writing may
-    add calls, and drop those that do nothing.
-    """
-    outside = {node for found in traced.values() for node in found.outside}
-    nodes: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_function" and not _reads_delegate(node):
-            nodes.setdefault(called(node), []).append(node)
-    positions: dict[str, list[int]] = {}
-    for position, kernel in enumerate(contents.kernels):
-        positions.setdefault(kernel.partition(".")[0], []).append(position)
-    return {
-        node: position
-        for kernel, found in nodes.items()
-        if len(found) == len(positions.get(kernel, ()))
-        for node, position in zip(found, positions[kernel], strict=True)
-        if node in outside
-    }
-
-
-def _trace(edge: EdgeProgramManager, method: str) -> tuple[dict[str, _Traced], bool]:
-    traced: dict[str, _Traced] = {}
-    empty = False
-    module = edge.exported_program(method).graph_module
-
-    def entries(node: Node) -> list[_Traced]:
-        names = origin_of(node)
-        if names is None:
-            return []
-        return [traced.setdefault(name, _Traced([], [])) for name in names.split(",")]
-
-    for node in module.graph.nodes:
-        lowered = getattr(module, str(node.target), None) if node.op == "get_attr" else None
-        inner = getattr(lowered, "original_module", None)
-        if inner is not None:
-            calls = [n for n in inner.graph.nodes if n.op == "call_function"]
-            empty = empty or not calls
-            for call in calls:
-                for found in entries(call):
-                    found.delegated.append(call)
-        elif node.op == "call_function" and not _reads_delegate(node):
-            for found in entries(node):
-                found.outside.append(node)
-    return traced, empty
-
-
-def _reads_delegate(node: Node) -> bool:
-    """Whether a node only calls a delegate or takes one of its results."""
-    source = node.args[0] if node.target is operator.getitem else node
-    return isinstance(source, Node) and "executorch_call_delegate" in str(source.target)
-
-
-def _delegated_backend(
-    op: QuantizedOp | FloatOp, handles: set[int], contents: MethodContents
-) -> Kernel:
-    """How the delegate runs the nodes with these handles, as the program's tensors say."""
-    nodes = [
-        (delegate, node)
-        for delegate in contents.delegates
-        for node in delegate.ops
-        # Boundaries between float and int8 carry the handle of the op next to them.
-        if node.debug_handle in handles and node.kind != "convert"
-    ]
-    if not nodes:
-        return kernels.FOLDED  # an activation fused into the op before it
-    weighted = [(delegate, node) for delegate, node in nodes if node.weight is not None]
-    for delegate, node in weighted:
-        if quantizes_at_run_time(delegate, node):
-            packed = delegate.tensors[cast(int, node.weight)].dtype == "int4"
-            return kernels.PACKED_INT4 if packed else kernels.DYNAMIC_INT8
-    # One step in float makes the op float, whatever clamps its result in int8 afterwards.
-    if not all(computes_in_integers(delegate, node) for delegate, node in nodes):
-        return kernels.FLOAT
-    if isinstance(op, QuantizedOp) and op.weight is not None and weighted:
-        delegate, node = weighted[-1]  # what comes before it only takes pixels
-        if delegate.tensors[cast(int, node.weight)].dtype == "int4":
-            return kernels.PACKED_INT4
-        return kernels.INT8 if op.formats.weight_bits == 8 else kernels.INT8_CONTAINER
-    return kernels.INT8
-
-
-def _row(
-    op: QuantizedOp | FloatOp,
-    planned: Backend,
-    traced: dict[str, _Traced],
-    contents: MethodContents,
-    calls: Mapping[Node, int],
-) -> OpBackend:
-    names = [op.node.name]
-    if isinstance(op, QuantizedOp) and op.output_node is not op.node:
-        names.append(op.output_node.name)
-    found = [traced[name] for name in names if name in traced]
-    delegated = [node for trace in found for node in trace.delegated]
-    outside = [node for trace in found for node in trace.outside]
-    handles = {cast(int, node.meta.get("debug_handle", -1)) for node in delegated}
-    reason = op.reason if isinstance(op, FloatOp) else ""
-    if outside:
-        backend = kernels.PORTABLE
-        if isinstance(op, QuantizedOp):
-            predicted = planned.predict(op.match, op.formats)
-            reason = predicted.reason if predicted.kernel is backend else reason
-        reason = reason or "XNNPACK has no kernel for it as it stands here"
-    elif not delegated:
-        backend, reason = kernels.FOLDED, reason or "nothing is left of it after lowering"
-    elif isinstance(op, QuantizedOp) and op.is_wide:
-        backend = kernels.EMULATED
-    else:
-        backend = _delegated_backend(op, handles, contents)
-        if isinstance(op, FloatOp) and backend is kernels.FOLDED:
-            reason = "fused into the op before it"
-        elif isinstance(op, FloatOp) and backend is kernels.INT8:
-            reason += "; the backend quantizes what is float here when it writes the program"
-    if isinstance(op, QuantizedOp):
-        predicted = planned.predict(op.match, op.formats)
-        reason = reason or predicted.reason
-        if (backend, predicted.kernel) == (kernels.FLOAT, kernels.TABLE):
-            backend = kernels.TABLE  # its three steps become one when the program is loaded
-        if backend is kernels.FLOAT and not reason:
-            reason = "XNNPACK runs it in float between quantize steps"
-    return OpBackend(
-        node=op.node.name,
-        path=module_path(op.node),
-        family=op.match.rule.family if isinstance(op, QuantizedOp) else str(op.node.target),
-        backend=backend,
-        placement=backend.placement,
-        kernel=backend.label,
-        reason=reason,
-        written=original_name(op.node),
-        handles=tuple(sorted(handle for handle in handles if handle >= 0)),
-        outside=tuple(dict.fromkeys(map(called, outside))),
-        calls=tuple(calls[node] for node in outside if node in calls),
-        has_bias=_has_bias(op),
-    )
-
-
-def _has_bias(op: QuantizedOp | FloatOp) -> bool:
-    """Whether a layer adds a bias, integer or not."""
-    if isinstance(op, QuantizedOp):
-        return op.bias is not None
-    match = match_of(op.node)
-    return match is not None and match.weight is not None and match.bias is not None

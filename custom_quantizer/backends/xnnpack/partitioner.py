@@ -29,7 +29,7 @@ from custom_quantizer.backends.xnnpack.checks import check_program
 from custom_quantizer.backends.xnnpack.lowering import (
     Rewritten,
     describe_program,
-    lower,
+    make_program,
     rewrite,
     rewrite_exported,
     to_bytes,
@@ -232,7 +232,7 @@ def check(
         return
     if method != "forward":
         raise InputError(f"a finished program is checked by its method 'forward', not {method!r}")
-    twin = lower(converted, example, check=False).with_bytes(_bytes(program))
+    twin = make_program(graph, example, validate=True).with_bytes(_bytes(program))
     check_program(twin, graph, example, lowered_here=False)
 
 

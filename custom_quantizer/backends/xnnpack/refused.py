@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from custom_quantizer.backends.xnnpack.backend import BACKEND
+from custom_quantizer.backends.xnnpack.lowering import make_program
 from custom_quantizer.core.graph import (
     ASSERTIONS,
     DEQUANTIZE_PER_TENSOR,
@@ -52,11 +53,9 @@ def first_refused(graph: ConvertedGraph, example: tuple[Any, ...]) -> QuantizedO
 
 
 def _is_refused(model: GraphModule | None, example: tuple[Any, ...]) -> bool:
-    from custom_quantizer.backends.xnnpack.lowering import lower_graph
-
     if model is None:
         return False
-    program = lower_graph(read_converted(model, BACKEND), example, check=False)
+    program = make_program(read_converted(model, BACKEND), example, validate=True)
     try:
         program.run(*example)
     except ProgramError:
