@@ -63,7 +63,7 @@ from custom_quantizer.planning.drafts import is_annotated
 from custom_quantizer.planning.insertion import ANNOTATION_KEY, insert_observers
 from custom_quantizer.planning.plan import Derivation, Edge, Plan
 from custom_quantizer.planning.planner import make_plan
-from custom_quantizer.planning.torchao_folding import (
+from custom_quantizer.planning.torchao_patches import (
     compile_converted_once,
     fold_rightly,
     leave_state_alone,

@@ -60,9 +60,9 @@ from custom_quantizer.core.threads import begin, exclusive, tools
 from custom_quantizer.errors import InputError, LoweringError, first_line
 from custom_quantizer.ops import rule_of
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
+from custom_quantizer.reference.direct_export import export_directly
 from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX, export_again
 from custom_quantizer.reference.inputs import check_example, placeholder_metas, specs_of
-from custom_quantizer.reference.untraced import export_untraced
 
 __all__ = [
     "Rewritten",
@@ -198,7 +198,7 @@ def rewrite(
             # Of a node without any meta export keeps no trace, and ExecuTorch asks for one.
             node.meta.setdefault("nn_module_stack", {})
     say("exporting")
-    exported = export_untraced(model, example)
+    exported = export_directly(model, example)
     if exported is None:
         exported = export_again(model, example, dynamic_max, widest=widest)
     for name, version in _versions(graph.model).items():

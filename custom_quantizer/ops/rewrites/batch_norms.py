@@ -3,7 +3,7 @@
 ``prepare_pt2e`` folds a batch norm into the weight of the layer before it, where it stands. That is
 wrong if somebody else reads the weight (one convolution with a batch norm for each level of a
 pyramid, tied weights) or the layer's result (``bn(z) + z``), and
-:mod:`custom_quantizer.planning.torchao_folding` keeps it from doing so. Here the layer gets a
+:mod:`custom_quantizer.planning.torchao_patches` keeps it from doing so. Here the layer gets a
 weight and a bias of its own, and a batch norm whose layer has other users stays apart.
 
 What cannot be folded (DenseNet's come before their convolutions) would stay in float and tear the

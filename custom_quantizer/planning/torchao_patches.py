@@ -1,7 +1,7 @@
 """What torchao 0.18 has no seam for, each in one function.
 
 Facts about ``prepare_pt2e``, ``prepare_qat_pt2e`` and ``convert_pt2e`` that a quantizer cannot
-learn or change through the ``Quantizer`` interface. ``tests/planning/test_torchao_folding.py`` pins
+learn or change through the ``Quantizer`` interface. ``tests/planning/test_torchao_patches.py`` pins
 the version and the behaviour that each of them is for.
 """
 
@@ -104,13 +104,7 @@ def leave_state_alone() -> None:
     ``pt2e/constant_fold.py``, ``_find_mutable_buffers``). What a counter selects that ``add_``
     writes, and a quantize op reads, would stay what it is at conversion.
     """
-    deduce = ConstantFolder._deduce_value
-
-    @wraps(deduce)
-    def deduce_value(self: ConstantFolder, node: Node) -> Any:
-        return self.unknown_value if overwritten_by(node) is not None else deduce(self, node)
-
-    ConstantFolder._deduce_value = deduce_value
+    _leave_unknown(lambda node: overwritten_by(node) is not None)
 
 
 def leave_weights_packed() -> None:
@@ -123,13 +117,16 @@ def leave_weights_packed() -> None:
     leave them, are not dequantized any more; what other quantizers leave is a quantize op, and
     computed as ever.
     """
+    _leave_unknown(lambda node: is_dequantize(node) and is_constant(node.args[0]))
+
+
+def _leave_unknown(which: Callable[[Node], bool]) -> None:
+    """Let constant folding take some nodes for what is not constant."""
     deduce = ConstantFolder._deduce_value
 
     @wraps(deduce)
     def deduce_value(self: ConstantFolder, node: Node) -> Any:
-        if is_dequantize(node) and is_constant(node.args[0]):
-            return self.unknown_value
-        return deduce(self, node)
+        return self.unknown_value if which(node) else deduce(self, node)
 
     ConstantFolder._deduce_value = deduce_value
 

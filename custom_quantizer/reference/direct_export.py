@@ -2,8 +2,8 @@
 
 ``torch.export`` (2.15) runs a graph, op by op, to write down the same ops again: what a captured
 graph is made of, a trace leaves as it is. That is a third of a lowering. Of a graph whose ops are
-functional and whose sizes are numbers, the program can be told instead: constants become inputs,
-and the fake values that capture and the passes recorded are those of its calls.
+functional and whose sizes are numbers, the program is made directly instead: constants become
+inputs, and the fake values that capture and the passes recorded are those of its calls.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.reference.exporting import is_plain
 from custom_quantizer.reference.inputs import specs_of
 
-__all__ = ["export_untraced"]
+__all__ = ["export_directly"]
 
 
-def export_untraced(model: GraphModule, example: tuple[Any, ...]) -> ExportedProgram | None:
+def export_directly(model: GraphModule, example: tuple[Any, ...]) -> ExportedProgram | None:
     """What ``torch.export`` makes of a converted graph; ``None`` if it has to be asked.
 
     Shapes, dtypes, layouts, ops and arguments are the same. Nodes keep their names.
@@ -70,35 +70,17 @@ def export_untraced(model: GraphModule, example: tuple[Any, ...]) -> ExportedPro
     specs: list[InputSpec] = []
     read: dict[str, Node] = {}
     for name, value in constants.items():
-        parameter = isinstance(value, torch.nn.Parameter)
-        read[name] = node = graph.placeholder(f"{'p' if parameter else 'b'}_{name}")
-        node.target = node.name  # by which upstream looks for placeholders
-        node.meta["val"] = fake_constant(value, mode).requires_grad_(value.requires_grad)
-        kind = InputKind.PARAMETER if parameter else InputKind.BUFFER
-        specs.append(InputSpec(kind, TensorArgument(node.name), name, None if parameter else True))
+        read[name], spec = _constant(graph, name, value, mode)
+        specs.append(spec)
     copies: dict[Node, Node] = {}
-    parts: dict[Node, list[Node]] = {}
     for node in inputs:
         copies[node] = copy = graph.placeholder(node.name)
         copy.target = copy.name
         copy.meta["val"] = node.meta["val"]
         specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(copy.name), None))
-    for node in nodes:
-        if node.op == "get_attr":
-            copies[node] = read[str(node.target)]
-        elif node.op == "call_function":
-            source = node.args[0]
-            if node.target is operator.getitem and isinstance(source, Node):
-                copies[node] = parts[copies[source]][cast(int, node.args[1])]
-                continue
-            copies[node] = copy = graph.node_copy(node, copies.__getitem__)
-            _drop_defaults(copy)
-            copy.meta["from_node"] = [NodeSource(node, "export", NodeSourceAction.CREATE)]
-            copy.meta["val"] = value = _value(copy, mode)
-            if not _is_like(value, node.meta.get("val")):
-                return None
-            if isinstance(value, (tuple, list)):
-                parts[copy] = [_part(copy, i) for i in range(len(value))]
+    copies |= {node: read[str(node.target)] for node in nodes if node.op == "get_attr"}
+    if not _copy_calls(graph, nodes, copies, mode):
+        return None
     outputs = [copies[result] for result in results]
     graph.output(tuple(outputs))
     signature = ExportGraphSignature(
@@ -115,6 +97,37 @@ def export_untraced(model: GraphModule, example: tuple[Any, ...]) -> ExportedPro
         pytree.tree_unflatten(flat, in_spec),
         verifiers=[TrainingIRVerifier],
     )
+
+
+def _constant(graph: Graph, name: str, value: Tensor, mode: Any) -> tuple[Node, InputSpec]:
+    """A parameter or buffer as an input of the program."""
+    parameter = isinstance(value, torch.nn.Parameter)
+    node = graph.placeholder(f"{'p' if parameter else 'b'}_{name}")
+    node.target = node.name  # by which upstream looks for placeholders
+    node.meta["val"] = fake_constant(value, mode).requires_grad_(value.requires_grad)
+    kind = InputKind.PARAMETER if parameter else InputKind.BUFFER
+    return node, InputSpec(kind, TensorArgument(node.name), name, None if parameter else True)
+
+
+def _copy_calls(graph: Graph, nodes: Sequence[Node], copies: dict[Node, Node], mode: Any) -> bool:
+    """Add the calls to ``graph``, and to ``copies``; ``False`` if a recorded value is wrong."""
+    parts: dict[Node, list[Node]] = {}
+    for node in nodes:
+        if node.op != "call_function":
+            continue
+        source = node.args[0]
+        if node.target is operator.getitem and isinstance(source, Node):
+            copies[node] = parts[copies[source]][cast(int, node.args[1])]
+            continue
+        copies[node] = copy = graph.node_copy(node, copies.__getitem__)
+        _drop_defaults(copy)
+        copy.meta["from_node"] = [NodeSource(node, "export", NodeSourceAction.CREATE)]
+        copy.meta["val"] = value = _value(copy, mode)
+        if not _is_like(value, node.meta.get("val")):
+            return False
+        if isinstance(value, (tuple, list)):
+            parts[copy] = [_part(copy, i) for i in range(len(value))]
+    return True
 
 
 def _mode(nodes: Sequence[Node]) -> Any:

@@ -21,7 +21,7 @@ from torchao.quantization.pt2e.quantizer import ComposableQuantizer, Quantizer
 
 import custom_quantizer as cq
 from custom_quantizer.ops.rewrites.batch_norms import fold_in_place
-from custom_quantizer.planning.torchao_folding import prepares_for_training
+from custom_quantizer.planning.torchao_patches import prepares_for_training
 
 
 def test_the_version_that_it_is_for() -> None:

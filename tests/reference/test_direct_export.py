@@ -1,4 +1,4 @@
-"""Programs that are told of a graph are those that ``torch.export`` (2.15) makes of it."""
+"""Programs made directly of a graph are those that ``torch.export`` (2.15) makes of it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import lowering
 from custom_quantizer.backends.xnnpack.passes import run_passes
 from custom_quantizer.core.graph import detached_copy
+from custom_quantizer.reference.direct_export import export_directly
 from custom_quantizer.reference.exporting import export_again
-from custom_quantizer.reference.untraced import export_untraced
 
 
 class Images(nn.Module):
@@ -130,9 +130,9 @@ def described(program: ExportedProgram) -> list[Any]:
 def test_the_program_that_a_trace_makes(name: str) -> None:
     graph, example = converted(name)
     model = rewritten(graph)
-    told, traced = export_untraced(model, example), export_again(model, example, 1)
-    assert told is not None
-    for mine, other in zip(described(told), described(traced), strict=True):
+    direct, traced = export_directly(model, example), export_again(model, example, 1)
+    assert direct is not None
+    for mine, other in zip(described(direct), described(traced), strict=True):
         assert mine == other
 
 
@@ -142,7 +142,7 @@ def test_the_same_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(lowering, "export_again", None)
         program = cq.lower(graph, example)
-    monkeypatch.setattr(lowering, "export_untraced", lambda *_: None)
+    monkeypatch.setattr(lowering, "export_directly", lambda *_: None)
     assert cq.lower(graph, example).buffer == program.buffer
 
 
@@ -199,25 +199,25 @@ def test_other_graphs_are_traced(
     make: Callable[[], nn.Module], example: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     graph = rewritten(convert(make().eval(), example, "a8w8", **options).graph)
-    assert export_untraced(graph, example) is None
+    assert export_directly(graph, example) is None
 
 
 def test_constants_of_two_names_are_traced() -> None:
     """A trace makes one input of them."""
     graph = rewritten(convert(nn.Linear(4, 4).eval(), (X,), "a8w8").graph)
-    assert export_untraced(graph, (X,)) is not None
+    assert export_directly(graph, (X,)) is not None
     reader = next(n for n in graph.graph.nodes if n.op == "get_attr")
     for other in ("a_twin", "z_twin"):
         graph.register_buffer(other, graph.get_buffer(str(reader.target)))
     reader.target = "z_twin"
-    assert export_untraced(graph, (X,)) is None
+    assert export_directly(graph, (X,)) is None
 
 
 def test_examples_of_other_shapes_are_traced() -> None:
     graph = rewritten(convert(nn.Linear(4, 4).eval(), (X,), "a8w8").graph)
-    assert export_untraced(graph, (X[:1],)) is None
-    assert export_untraced(graph, (X.double(),)) is None
-    assert export_untraced(graph, (X.T.contiguous().T,)) is None
+    assert export_directly(graph, (X[:1],)) is None
+    assert export_directly(graph, (X.double(),)) is None
+    assert export_directly(graph, (X.T.contiguous().T,)) is None
 
 
 class Turned(nn.Module):
@@ -232,10 +232,10 @@ class Turned(nn.Module):
 def test_what_passes_recorded_is_compared_with_what_is_computed() -> None:
     """A view whose recorded shape is not what the op returns: a trace finds out."""
     graph = rewritten(convert(Turned().eval(), (X,), "a8w8").graph)
-    assert export_untraced(graph, (X,)) is not None
+    assert export_directly(graph, (X,)) is not None
     (view,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default)
     view.meta["val"] = view.meta["val"].reshape(2, 4)
-    assert export_untraced(graph, (X,)) is None
+    assert export_directly(graph, (X,)) is None
 
 
 def test_a_layout_that_a_pass_recorded_is_not_believed_where_it_is_odd() -> None:
@@ -243,6 +243,6 @@ def test_a_layout_that_a_pass_recorded_is_not_believed_where_it_is_odd() -> None
     (layer,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     layer.meta["val"] = layer.meta["val"].T.contiguous().T
     assert not layer.meta["val"].is_contiguous()
-    told, traced = export_untraced(graph, (X,)), export_again(graph, (X,), 1)
-    assert told is not None
-    assert described(told) == described(traced)
+    direct, traced = export_directly(graph, (X,)), export_again(graph, (X,), 1)
+    assert direct is not None
+    assert described(direct) == described(traced)
