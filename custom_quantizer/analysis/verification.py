@@ -34,6 +34,7 @@ from custom_quantizer.errors import (
 )
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
+from custom_quantizer.reference.following import TensorChecks
 from custom_quantizer.reference.verifying import (
     LayerCheck,
     Program,
@@ -114,6 +115,9 @@ class Verification:
         inexact_ops: ops that are float or emulated, so that equality is not expected, and why.
         layers: where equality is not expected, each layer that quantizes at run time, computed from
             the input that the runtime gave it, on the first inputs.
+        tensors: where outputs differ and equality is not expected, each quantized tensor, computed
+            from those before it that the runtime gave, on the first inputs; ``None``: not asked
+            for, or integers are chosen at run time.
     """
 
     outputs: tuple[OutputCheck, ...]
@@ -122,6 +126,7 @@ class Verification:
     first: FirstDifference | None
     inexact_ops: tuple[str, ...]
     layers: tuple[LayerCheck, ...] = ()
+    tensors: TensorChecks | None = None
 
     @property
     def bit_exact(self) -> bool:
@@ -172,6 +177,8 @@ class Verification:
             lines.append("  the file's constants were not read back; judged by the outputs alone")
         if self.layers:
             lines.append(f"  {_layer_line(self.layers)}")
+        if self.tensors is not None:
+            lines.append(f"  {self.tensors}")
         lines += [f"  not bit-exact by design: {op}" for op in self.inexact_ops]
         return "\n".join(lines)
 
@@ -238,20 +245,26 @@ def verify(
     exact = checks.is_exact(lowered, graph)
     reasons = checks.inexact_ops(lowered, graph)
     layers: tuple[LayerCheck, ...] = ()
+    tensors: TensorChecks | None = None
+    differs = any(output.mismatches and output.bound is None for output in outputs)
     try:
         layers = () if exact else checks.run_time_layers(graph, batches[0])
+        tensors = checks.each_tensor(graph, batches[0]) if differs and not layers else None
     except (LoweringError, ProgramError) as error:
-        reasons += (f"layers quantized at run time could not be checked one by one: {error}",)
+        reasons += (f"layers and tensors could not be checked one by one: {error}",)
     layer = next((layer for layer in layers if layer.beyond), None)
     first: FirstDifference | None = None
     if found is not None:
         first = FirstDifference(found.node, _path(graph, found.node), found.what, found.detail)
     elif layer is not None:
         first = FirstDifference(layer.node, layer.path, "output", str(layer))
+    elif tensors is not None and tensors.first is not None:
+        departure = tensors.first
+        first = FirstDifference(departure.node, departure.path, "output", str(departure))
     elif any(output.beyond for output in outputs):
         first = _first_wrong_tensor(graph, batches, partial(checks.lower_again, lowered))
     equal = None if stored is None else found is None
-    return Verification(outputs, equal, exact, first, reasons, layers)
+    return Verification(outputs, equal, exact, first, reasons, layers, tensors)
 
 
 def _reals(graph: ConvertedGraph, batch: tuple[Any, ...]) -> tuple[Any, ...]:

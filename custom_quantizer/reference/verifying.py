@@ -20,6 +20,7 @@ from custom_quantizer.core.graph import (
     qparams_of,
 )
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
+from custom_quantizer.reference.following import TensorChecks
 from custom_quantizer.reference.interpreter import IntegerReference
 
 __all__ = [
@@ -125,6 +126,9 @@ class Checks(Protocol):
         self, graph: ConvertedGraph, example: tuple[Any, ...]
     ) -> tuple[LayerCheck, ...]:
         """Each layer that quantizes at run time, compared with what follows from its input."""
+
+    def each_tensor(self, graph: ConvertedGraph, example: tuple[Any, ...]) -> TensorChecks | None:
+        """Each quantized tensor, compared with what follows from those before it."""
 
     def inexact_ops(self, program: Any, graph: ConvertedGraph) -> tuple[str, ...]:
         """Ops that are float or emulated, so that equality is not expected, and why."""

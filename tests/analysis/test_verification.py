@@ -179,6 +179,30 @@ def test_emulated_int16_is_within_one_unit(scheme: str) -> None:
     assert "emulated in float" in checked.inexact_ops[0]
 
 
+def _wider_second_layer(model: GraphModule) -> None:
+    layers = [n for n in model.graph.nodes if n.target is torch.ops.aten.linear.default]
+    name = str(layers[1].args[1].target)
+    setattr(model, name, model.get_buffer(name) * 1.001)
+
+
+def test_units_of_emulated_ops_that_add_up_are_told_from_a_wrong_op() -> None:
+    torch.manual_seed(0)
+    example = (torch.randn(16, 256),)
+    wide = convert(nn.Sequential(*(nn.Linear(256, 256) for _ in range(4))), example, "a16w8")
+    checked = cq.verify(wide.graph, cq.lower(wide.graph, example), [example])
+    assert not checked.bit_exact
+    assert checked.first is None
+    assert checked.tensors is not None
+    assert (checked.tensors.tensors, checked.tensors.units, checked.tensors.first) == (5, 1, None)
+    assert str(checked.tensors) in str(checked)
+    assert json.loads(checked.to_json())["tensors"]["units"] == 1
+    with sabotaged(_wider_second_layer):
+        broken = cq.lower(wide.graph, example, check=False)
+        checked = cq.verify(wide.graph, broken, [example])
+    assert checked.first is not None
+    assert (checked.first.node, checked.first.path) == ("linear_1", "1")
+
+
 def test_reference_records_integers(converted: Converted) -> None:
     reference = cq.integer_reference(converted.graph)
     outputs, integers = reference.with_integers(*converted.example)

@@ -508,11 +508,9 @@ def test_last_bits_that_a_network_magnifies_do_not_stop_it(monkeypatch: pytest.M
     """As if its last layers magnified them: any difference of the outputs is too large."""
     graph, x = mixed()
     asked: list[Any] = []
-    departure = checks.first_departure
+    follow = checks.follow
     monkeypatch.setattr(checks, "FLOAT_TOLERANCE", 0.0)
-    monkeypatch.setattr(
-        checks, "first_departure", lambda *args: asked.append(args) or departure(*args)
-    )
+    monkeypatch.setattr(checks, "follow", lambda *args: asked.append(args) or follow(*args))
     program = cq.lower(graph, (x,))
     assert len(asked) == 1
     assert not torch.equal(program.run(x), cq.integer_reference(graph)(x))
@@ -533,3 +531,24 @@ def test_what_is_wrong_by_one_unit_between_float_ops_is_named(
     monkeypatch.setattr(checks, "FLOAT_TOLERANCE", 0.0)
     with pytest.raises(VerificationError, match=rf"output 0: \d+ of 120 values differ.*{says}"):
         lower_sabotaged(graph, x, change, name)
+
+
+class Centered(nn.Module):
+    """A mean that is large next to what is left of it: last bits of float32 are fine units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return cast(Tensor, self.norm(torch.cat(pair, -1)))
+
+
+@pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
+def test_last_bits_are_a_part_of_the_range_and_no_number_of_units(scheme: str) -> None:
+    pair = tuple(torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)) + 300.0)
+    model = Function(lambda s, pair: s.inner(pair) * 0.5, inner=Centered())
+    graph = quantized(model, (pair,), scheme)  # type: ignore[arg-type]
+    found = checks.each_tensor(read_converted(graph), (pair,))
+    assert found is not None
+    assert found.first is None

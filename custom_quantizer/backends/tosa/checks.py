@@ -14,6 +14,7 @@ from custom_quantizer.backends.tosa.program import TosaProgram
 from custom_quantizer.core.graph import describe
 from custom_quantizer.errors import CustomQuantizerError, LoweringError, VerificationError
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
+from custom_quantizer.reference.following import TensorChecks
 from custom_quantizer.reference.verifying import (
     Difference,
     LayerCheck,
@@ -24,6 +25,7 @@ from custom_quantizer.reference.verifying import (
 __all__ = [
     "check_program",
     "differences",
+    "each_tensor",
     "here",
     "inexact_ops",
     "is_exact",
@@ -81,6 +83,11 @@ def output_bounds(program: TosaProgram, graph: ConvertedGraph) -> tuple[float | 
 def run_time_layers(graph: ConvertedGraph, example: tuple[Any, ...]) -> tuple[LayerCheck, ...]:
     """None: nothing is quantized at run time."""
     return ()
+
+
+def each_tensor(graph: ConvertedGraph, example: tuple[Any, ...]) -> TensorChecks | None:
+    """None: Arm's reference model computes integers alone."""
+    return None
 
 
 def inexact_ops(program: TosaProgram, graph: ConvertedGraph) -> tuple[str, ...]:

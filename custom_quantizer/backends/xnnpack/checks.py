@@ -60,7 +60,7 @@ from custom_quantizer.ops.resize import LAYERED, UPSAMPLE_BILINEAR, resizings_of
 from custom_quantizer.ops.run_time import RunTimeOp
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
-from custom_quantizer.reference.following import first_departure
+from custom_quantizer.reference.following import TensorChecks, follow
 from custom_quantizer.reference.verifying import (
     Difference,
     LayerCheck,
@@ -74,6 +74,7 @@ from custom_quantizer.reference.verifying import (
 __all__ = [
     "check_program",
     "differences",
+    "each_tensor",
     "here",
     "inexact_ops",
     "is_exact",
@@ -541,15 +542,10 @@ def _check_each_tensor(
     if layers or any(node.target is CHOOSE_QPARAMS for node in graph.model.graph.nodes):
         # Each follows, and integers chosen at run time are no taps: there is nothing to name.
         raise VerificationError(f"{difference}; custom_quantizer.verify shows how far they are off")
-    tapped, taps = instrumented(graph.model, outputs=True)
-    other = read_converted(tapped, here(graph).backend)
-    asked = read_converted(tapped, graph.backend)
-    program = make_program(asked, example, validate=False)
-    results = pytree.tree_leaves(program.run(*example))
-    found, following = first_departure(other, tapped_integers(tapped, results), example)
-    if found is not None:
-        raise VerificationError(f"{difference}; {found}")
-    rows = zip(outputs, following[len(taps) :], results[len(taps) :], strict=True)
+    found, following, results = _followed(graph, example)
+    if found.first is not None:
+        raise VerificationError(f"{difference}; {found.first}")
+    rows = zip(outputs, following, results, strict=True)
     for i, (mine, want, got) in enumerate(rows):
         if not isinstance(want, Tensor):
             continue
@@ -560,6 +556,45 @@ def _check_each_tensor(
                 f"{difference}; each tensor follows from those before it, but output {i} is "
                 "another in the program that returns them all"
             )
+
+
+def each_tensor(graph: ConvertedGraph, example: tuple[Any, ...]) -> TensorChecks | None:
+    """Compare each quantized tensor with what follows from those before it.
+
+    Args:
+        graph: a converted graph.
+        example: inputs of it.
+
+    Returns:
+        ``None``: it has none, or integers that are chosen at run time.
+
+    Raises:
+        LoweringError: the graph cannot be lowered with all of them as outputs.
+        ProgramError: the program does not run.
+    """
+    if any(node.target is CHOOSE_QPARAMS for node in graph.model.graph.nodes):
+        return None
+    found, _, _ = _followed(graph, example)
+    return found if found.tensors else None
+
+
+def _followed(
+    graph: ConvertedGraph, example: tuple[Any, ...]
+) -> tuple[TensorChecks, list[Any], list[Any]]:
+    """Lower the graph with all quantized tensors as outputs, and follow these.
+
+    Returns:
+        What was found, the outputs of the graph that follow from the tensors, and those of the
+        program.
+    """
+    tapped, taps = instrumented(graph.model, outputs=True)
+    other = read_converted(tapped, here(graph).backend)
+    asked = read_converted(tapped, graph.backend)
+    flat = tuple(pytree.tree_leaves(example))
+    program = make_program(asked, flat, validate=False)
+    results = pytree.tree_leaves(program.run(*flat))
+    found, following = follow(other, tapped_integers(tapped, results), flat)
+    return found, following[len(taps) :], results[len(taps) :]
 
 
 def run_time_layers(graph: ConvertedGraph, example: tuple[Any, ...]) -> tuple[LayerCheck, ...]:
