@@ -259,6 +259,26 @@ def test_a_tensor_of_more_dims_than_xnnpack_has_is_named() -> None:
         cq.lower(graph, (x,))
 
 
+def patches_of_a_video(s: Any, x: Tensor) -> Any:
+    """A view of 8 dims, their permute and a view, as einops writes them."""
+    frames = s.conv(x).unflatten(0, (2, 6)).transpose(1, 2)
+    patches = frames.reshape(2, 4, 3, 2, 3, 2, 3, 2).permute(0, 2, 4, 6, 3, 5, 7, 1)
+    return s.fc(patches.reshape(2, 27, 32)), patches.flatten(4)
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_a_permute_of_more_dims_than_xnnpack_has_is_several(floats: bool) -> None:
+    x = torch.randn(12, 4, 6, 6)
+    model = Function(patches_of_a_video, conv=conv(), fc=nn.Linear(32, 5))
+    rules = cq.IntegerQuantizer().set_global("a8w8")
+    graph = quantized(model, (x,), rules.set_module_name("conv", None) if floats else rules)
+    lowered = cq.lower(graph, (x,))
+    assert lowered.report.fully_delegated
+    reference = cq.integer_reference(graph)
+    for (given,) in stress([x.shape]):
+        assert differences(lowered.run(given), reference(given)) == []
+
+
 UNWRITABLE: dict[str, tuple[Callable[..., Any], str]] = {
     "complex numbers": (
         lambda s, x: torch.fft.rfft(x + x).abs(),

@@ -86,9 +86,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MOST_DIMS = 6
-"""Of a tensor of XNNPACK (``XNN_MAX_TENSOR_DIMS``)."""
-
 FLOAT_TOLERANCE = 0.1
 """Largest relative error of outputs when float ops take part; a broken program is near 1."""
 
@@ -173,10 +170,10 @@ def _run(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...
         outside = "; ".join(f"{_where(row)}: {', '.join(row.outside)}" for row in rows)
         for op in graph:
             meta = tensor_meta(op.node)
-            if meta is not None and meta.dim() > MOST_DIMS:
+            if meta is not None and meta.dim() > kernels.MOST_DIMS:
                 raise LoweringError(
                     f"{describe(op.node)} has {meta.dim()} dims, and XNNPACK's tensors at most "
-                    f"{MOST_DIMS}; reshape it to fewer ({error})"
+                    f"{kernels.MOST_DIMS}; reshape it to fewer ({error})"
                 ) from error
         raise LoweringError(
             f"{_refused(graph, example)}{error}"

@@ -85,6 +85,7 @@ __all__ = [
     "INT8",
     "INT8_CONTAINER",
     "LEAST_THRESHOLD",
+    "MOST_DIMS",
     "PACKED_INT4",
     "PORTABLE",
     "SUPPORT",
@@ -347,6 +348,9 @@ def can_be_batched(node: Node) -> bool:
     shapes = [shape_of(tensor) for tensor in (*cast("tuple[Node, Node]", node.args[:2]), node)]
     return all(sum(not isinstance(size, int) for size in shape) <= 1 for shape in shapes)
 
+
+MOST_DIMS = 6
+"""Of a tensor (``XNN_MAX_TENSOR_DIMS``)."""
 
 WIDEST_PRODUCT = 8
 """Columns of an int8 second factor that every CPU's kernel packs at once, as they lie in memory.

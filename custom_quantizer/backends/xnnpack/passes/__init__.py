@@ -90,6 +90,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         pool.means_keep_dims,
         movement.reshapes_to_views,
         merging.transpose_second_factors,
+        merging.permutes_of_few_dims,
         merging.merge_moves,
         functions.tie_break_offsets,
         functions.silu_products,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain, combinations, pairwise
 from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.backends.xnnpack.kernels import WIDEST_PRODUCT
+from custom_quantizer.backends.xnnpack.kernels import MOST_DIMS, WIDEST_PRODUCT
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
     Mark,
@@ -38,9 +40,50 @@ _MOVES = frozenset({_VIEW, _PERMUTE})
 
 
 @graph_pass(
+    "permutes of more dims than XNNPACK has", "several of fewer", requires={"reshapes_to_views"}
+)
+def permutes_of_few_dims(model: GraphModule) -> int:
+    """A permute of more dims than XNNPACK has becomes several of fewer.
+
+    Patches of a video are a view of 8 dims, a permute, and a view. Dims that stay side by side are
+    one, and what is left of views of that many dims is merged with views around it.
+    """
+    count = 0
+    for node in calls(model, PERMUTE.targets):
+        source, order = cast(Node, node.args[0]), permutation(node)
+        shape = shape_of(source)
+        dynamic = sum(not isinstance(size, int) for size in shape)
+        order = [d for d in order if not (isinstance(shape[d], int) and shape[d] == 1)]
+        if len(shape) <= MOST_DIMS or dynamic > 1 or order == sorted(order):
+            continue
+        build, value = Builder(model, node), source
+        for blocks, places in _of_few_blocks(order):
+            sizes = view_sizes([math.prod(shape[d] for d in block) for block in blocks])
+            if value is source:
+                value = build.call(_VIEW, value, sizes)
+            else:
+                value = then_move(build, source, value, _VIEW, sizes)
+            value = then_move(build, source, value, _PERMUTE, places)
+        sizes = view_sizes(shape_of(node))
+        for user in list(node.users):
+            if is_quantize(user) and user.all_input_nodes == [node]:
+                # Integers are made while the dims are few: only views of integers merge with such.
+                viewed = build.call(_VIEW, build.requantized(value, user), sizes)
+                user.replace_input_with(node, viewed)
+        replace(node, then_move(build, source, value, _VIEW, sizes))
+        count += 1
+    return count
+
+
+@graph_pass(
     "views of views, permutes of permutes, moves that change nothing",
     "one view or permute, or none",
-    requires={"strided_slices_to_views", "reshapes_to_views", "transpose_second_factors"},
+    requires={
+        "strided_slices_to_views",
+        "reshapes_to_views",
+        "transpose_second_factors",
+        "permutes_of_few_dims",
+    },
 )
 def merge_moves(model: GraphModule) -> int:
     """A view of a view is one view, a permute of a permute one permute; what undoes itself goes."""
@@ -84,6 +127,51 @@ def permutation(node: Node) -> list[int]:
     places = dict(zip(target, source, strict=True))
     rest = iter(d for d in order if d not in source)
     return [places[d] if d in places else next(rest) for d in order]
+
+
+def _of_few_blocks(order: Sequence[int]) -> Iterator[tuple[list[list[int]], list[int]]]:
+    """A permute as permutes of at most as many blocks of neighbouring dims as XNNPACK has dims.
+
+    Two neighbouring blocks change places, those after which most dims are where they belong, until
+    so few blocks are left that one permute does the rest.
+
+    Args:
+        order: which dim of the input each dim of the result is.
+
+    Yields:
+        Blocks of dims, side by side, and which of them each block of the result is.
+    """
+    place = {dim: position for position, dim in enumerate(order)}
+
+    def runs(line: Sequence[int]) -> list[list[int]]:
+        """Dims that stay side by side."""
+        found: list[list[int]] = []
+        for dim in line:
+            if found and place[dim] == place[found[-1][-1]] + 1:
+                found[-1].append(dim)
+            else:
+                found.append([dim])
+        return found
+
+    blocks = runs(sorted(order))
+    while len(blocks) > MOST_DIMS:
+        cuts = combinations(range(len(blocks) + 1), 3)
+        exchanged = [
+            [_joined(blocks[i:j]) for i, j in pairwise((0, *cut, len(blocks)))] for cut in cuts
+        ]
+        before, left, right, behind = min(
+            exchanged, key=lambda parts: len(runs(_joined([parts[i] for i in (0, 2, 1, 3)])))
+        )
+        parts = [part for part in (before, left, right, behind) if part]
+        moved = [part for part in (before, right, left, behind) if part]
+        yield parts, [parts.index(part) for part in moved]
+        blocks = runs(_joined(moved))
+    moved = sorted(blocks, key=lambda block: place[block[0]])
+    yield blocks, [blocks.index(block) for block in moved]
+
+
+def _joined(blocks: Sequence[Sequence[int]]) -> list[int]:
+    return list(chain.from_iterable(blocks))
 
 
 def _drop_single_sizes(model: GraphModule, node: Node) -> bool:
