@@ -462,7 +462,7 @@ def histogram_qparams(statistics: Statistics, scheme: TensorScheme) -> QParams:
         largest = (negative.reach + positive.reach) / max(steps - 1, 1)
     smallest = largest * _least_reach(negative.total + positive.total, steps)
     # Powers of fixed fractions of 2: a scale does not inherit the last bits of the largest value.
-    exponents = np.arange(_octaves(largest, 4), _octaves(smallest, 4) - 2, -1) / 4
+    exponents = np.arange(_quarters(largest), _quarters(smallest) - 2, -1) / 4
     scales = _rounded(2.0**exponents)
     error = _errors(negative.coarse(), positive.coarse(), scales, below, steps)
     best = exponents[error.min(axis=1).argmin()]
@@ -497,8 +497,9 @@ def expected_error(statistics: Statistics, qparams: QParams) -> float:
     return float(error[0, 0]) / statistics.count
 
 
-def _octaves(scale: float, fraction: int) -> int:
-    return math.ceil(math.log2(scale) * fraction)
+def _quarters(scale: float) -> int:
+    """The logarithm to base 2 of a scale, in quarters, rounded up."""
+    return math.ceil(math.log2(scale) * 4)
 
 
 def _rounded(scales: Floats) -> Floats:

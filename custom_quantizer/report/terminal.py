@@ -144,7 +144,7 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def op_table(report: Report, title: str = "") -> Table:
+def op_table(report: Report, title: str) -> Table:
     """Dtype of input, weight, bias and output, and where the op runs: one row per op.
 
     A weight with one scale per channel shows their number; the table fits 80 columns.
@@ -167,10 +167,10 @@ def op_table(report: Report, title: str = "") -> Table:
     return table
 
 
-def accuracy_table(evaluation: Evaluation, title: str = "") -> Table:
+def accuracy_table(evaluation: Evaluation) -> Table:
     """Accuracy, agreement with the first model and difference to it: one row per model."""
     columns, *rows = evaluation.rows()
-    table = make_table(title, columns, right=columns[1:])
+    table = make_table("", columns, right=columns[1:])
     for row in rows:
         table.add_row(*map(escape, row))
     return table

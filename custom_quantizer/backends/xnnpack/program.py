@@ -419,7 +419,7 @@ def no_kernel(ops: Sequence[str], kernels: Sequence[str]) -> str:
     )
 
 
-def _load_method(data: bytes, what: str, method: str = "forward", *, isolated: bool = False) -> Any:
+def _load_method(data: bytes, what: str, method: str = "forward", *, isolated: bool) -> Any:
     if isolated:
         return IsolatedMethod(data, what, method)
     try:

@@ -31,13 +31,9 @@ def max_pool2d(insert: Insertion) -> Node | None:
     node, data = insert.node, float_input(insert)
     if data is None or not argument(node, 5, "ceil_mode", False):
         return None
-    kernel = per_dim(node.args[1], 2)
-    stride = per_dim(argument(node, 2, "stride") or kernel, 2)
-    padding = per_dim(argument(node, 3, "padding", 0), 2)
-    dilation = per_dim(argument(node, 4, "dilation", 1), 2)
     if not is_static(shape_of(data)[-2:]) or len(shape_of(data)) != 4:
         return None
-    return _max_pool(insert, data, kernel, stride, padding, dilation, True)
+    return _max_pool(insert, data, *_window(node, 2), ceil_mode=True)
 
 
 def max_pool1d(insert: Insertion) -> Node | None:
@@ -46,7 +42,11 @@ def max_pool1d(insert: Insertion) -> Node | None:
     if data is None or len(shape_of(data)) != 3:
         return None
     image = insert.call(aten.unsqueeze.default, data, 2)
-    return insert.call(aten.squeeze.dim, _pool_rows(insert, image, insert.node, 0, 1), 2)
+    window = zip(_ONE_PIXEL, _window(insert.node, 1), strict=True)
+    sizes = ([one, *numbers] for one, numbers in window)
+    return insert.call(
+        aten.squeeze.dim, _max_pool(insert, image, *sizes, ceil_mode=_rounds_up(insert.node)), 2
+    )
 
 
 def max_pool3d(insert: Insertion) -> Node | None:
@@ -57,41 +57,27 @@ def max_pool3d(insert: Insertion) -> Node | None:
     batch, channels, depth, height, width = shape_of(data)
     if not is_static((channels, depth, height, width)):
         return None
-    node = insert.node
+    window, rounds_up = _window(insert.node, 3), _rounds_up(insert.node)
     images = insert.reshape(data, [batch, channels * depth, height, width])
-    images = _pool_images(insert, images, node)
+    sizes = (numbers[1:] for numbers in window)
+    images = _max_pool(insert, images, *sizes, ceil_mode=rounds_up)
     height, width = shape_of(images)[-2:]
     columns = insert.reshape(images, [batch, channels, depth, height * width])
-    columns = _pool_rows(insert, columns, node, 0, 3, along=0)
+    sizes = ([numbers[0], one] for numbers, one in zip(window, _ONE_PIXEL, strict=True))
+    columns = _max_pool(insert, columns, *sizes, ceil_mode=rounds_up)
     return insert.reshape(columns, [batch, channels, shape_of(columns)[2], height, width])
 
 
-def _pool_images(insert: Insertion, images: Node, node: Node) -> Node:
-    """The part of a three-dimensional max pool that works on height and width."""
-    kernel = per_dim(node.args[1], 3)
-    stride = per_dim(argument(node, 2, "stride") or kernel, 3)
-    padding = per_dim(argument(node, 3, "padding", 0), 3)
-    dilation = per_dim(argument(node, 4, "dilation", 1), 3)
-    return _max_pool(
-        insert, images, kernel[1:], stride[1:], padding[1:], dilation[1:], _rounds_up(node)
-    )
-
-
-def _pool_rows(
-    insert: Insertion, image: Node, node: Node, position: int, dims: int, along: int = 1
-) -> Node:
-    """The part of a max pool that works on one of its dims, along height (0) or width (1)."""
+def _window(node: Node, dims: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Kernel, stride, padding and dilation of a max pool, each a number a dim."""
     kernel = per_dim(node.args[1], dims)
     stride = per_dim(argument(node, 2, "stride") or kernel, dims)
-    numbers = [
-        kernel[position],
-        stride[position],
-        per_dim(argument(node, 3, "padding", 0), dims)[position],
-        per_dim(argument(node, 4, "dilation", 1), dims)[position],
-    ]
-    rest = [1, 1, 0, 1]
-    pairs = [[n, r] if along == 0 else [r, n] for n, r in zip(numbers, rest, strict=True)]
-    return _max_pool(insert, image, pairs[0], pairs[1], pairs[2], pairs[3], _rounds_up(node))
+    padding = per_dim(argument(node, 3, "padding", 0), dims)
+    return kernel, stride, padding, per_dim(argument(node, 4, "dilation", 1), dims)
+
+
+_ONE_PIXEL = (1, 1, 0, 1)
+"""Kernel, stride, padding and dilation that leave a dim as it is."""
 
 
 def _rounds_up(node: Node) -> bool:
