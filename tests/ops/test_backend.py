@@ -48,6 +48,11 @@ def test_an_unknown_backend() -> None:
         cq.IntegerQuantizer(backend="tflite")
 
 
+def test_overloads_that_a_backend_lists_are_of_no_family() -> None:
+    """Of a family it says more: whether it is float depends on the call."""
+    assert BACKEND.float_targets.isdisjoint(ops.known_targets())
+
+
 def test_a_family_without_an_entry_is_float_and_says_so() -> None:
     without = replace(BACKEND, kernels={k: v for k, v in BACKEND.kernels.items() if k != "linear"})
     model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(6, 5))

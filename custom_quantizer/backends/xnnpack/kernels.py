@@ -578,7 +578,6 @@ FLOAT_TARGETS = frozenset(
         aten.cos.default,
         aten.pow.Tensor_Scalar,
         aten.max.dim,
-        aten.upsample_bilinear2d.vec,
         aten.batch_norm.default,
     }
 )
