@@ -16,10 +16,10 @@ from custom_quantizer.analysis.allocation.costs import Latencies, check_budget, 
 from custom_quantizer.analysis.allocation.samples import Samples
 from custom_quantizer.analysis.allocation.searching import Quantized, Searcher, SearchResult
 from custom_quantizer.analysis.allocation.sensitivity import (
-    Metric,
     Sensitivity,
     measure_sensitivity,
 )
+from custom_quantizer.analysis.evaluation import Metric
 from custom_quantizer.app.capture import capture
 from custom_quantizer.app.latency import latencies_here, read_latencies
 from custom_quantizer.app.pipeline import QuantizationResult, quantize

@@ -54,12 +54,12 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     leave_divisor_guards(ops)
     io = model_io(model, config, ops)
     leave_readers_of_integers(ops, io, backend)
-    leave_unprofitable(ops, io, backend)
+    leave_unprofitable(ops, io, backend)  # of what is float then, guards and powers are, too
     leave_pole_guards(ops, backend)
     leave_wide_ranges(ops, backend)
     returned = returned_in_float(ops, io)
     leave_layers_of_calls(ops, returned)
-    leave_unprofitable(ops, io, backend)  # next to what stays in float now
+    leave_unprofitable(ops, io, backend)  # again: those next to what has become float
     center(ops)
     # What integers it is given comes first; what its consumers want only where it is given none.
     follow_producers(ops, io, returned, backend)

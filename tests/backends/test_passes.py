@@ -28,7 +28,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels, passes
-from custom_quantizer.backends.xnnpack.groups import join_factor, joined
+from custom_quantizer.backends.xnnpack.grouped_convs import join_factor, joined
 from custom_quantizer.backends.xnnpack.passes import (
     PASSES,
     STAGES,

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import tables
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, tie_break_offset
-from custom_quantizer.backends.xnnpack.partition import partitioner
+from custom_quantizer.backends.xnnpack.partition_configs import partitioner
 from custom_quantizer.config.rules import returned_nodes
 from custom_quantizer.core.arithmetic import QParams, round_to_float32
 from custom_quantizer.core.exact import EXACT

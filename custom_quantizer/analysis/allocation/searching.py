@@ -30,7 +30,6 @@ from custom_quantizer.analysis.allocation.costs import (
 )
 from custom_quantizer.analysis.allocation.samples import Samples
 from custom_quantizer.analysis.allocation.sensitivity import (
-    Metric,
     Sensitivity,
     float_outputs,
     metric_total,
@@ -39,6 +38,7 @@ from custom_quantizer.analysis.allocation.sensitivity import (
     to_db,
 )
 from custom_quantizer.analysis.allocation.solver import Problem, least_cost, solve_problem
+from custom_quantizer.analysis.evaluation import Metric
 from custom_quantizer.analysis.fidelity import finite
 from custom_quantizer.calibration.run import GraphInputs
 from custom_quantizer.config.file import load_config, save_config

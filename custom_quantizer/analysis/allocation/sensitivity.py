@@ -28,10 +28,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -41,6 +41,7 @@ from torch import Tensor
 from custom_quantizer.analysis.allocation.choices import Choices, TensorGroup, Unit
 from custom_quantizer.analysis.allocation.replay import Change, Replay
 from custom_quantizer.analysis.allocation.samples import Samples
+from custom_quantizer.analysis.evaluation import Metric
 from custom_quantizer.analysis.fidelity import finite
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.ranges import kind_of_observer, solve
@@ -52,12 +53,9 @@ from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.errors import InputError
 
-__all__ = ["Kind", "Loss", "Metric", "Sensitivity", "measure_sensitivity", "metric_total"]
+__all__ = ["Kind", "Loss", "Sensitivity", "measure_sensitivity", "metric_total"]
 
 Kind = Literal["weight", "activation"]
-
-Metric: TypeAlias = Callable[[Any, Any], Any]
-"""``metric(outputs, labels)``: one score per sample, or one for the batch; more is better."""
 
 SCHEMA_VERSION = 1
 

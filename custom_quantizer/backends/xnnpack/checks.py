@@ -24,7 +24,7 @@ from custom_quantizer.backends.xnnpack.arithmetic import (
 )
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.columns import columns_of
-from custom_quantizer.backends.xnnpack.groups import joined
+from custom_quantizer.backends.xnnpack.grouped_convs import joined
 from custom_quantizer.backends.xnnpack.lowering import make_program
 from custom_quantizer.backends.xnnpack.program import (
     INTEGER_BACKENDS,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.backends.xnnpack.groups import INPUTS, rounded_up
+from custom_quantizer.backends.xnnpack.grouped_convs import INPUTS, rounded_up
 from custom_quantizer.core.graph import argument, shape_of, tensor_meta
 from custom_quantizer.ops import PatternMatch
 from custom_quantizer.ops.gemm import CONV, per_dim, symmetric_padding

@@ -31,7 +31,7 @@ from custom_quantizer.backends.xnnpack.edge import to_edge
 from custom_quantizer.backends.xnnpack.inline_constants import ALIGNMENT, inline_constants
 from custom_quantizer.backends.xnnpack.op_record import encode
 from custom_quantizer.backends.xnnpack.outcomes import called, outcomes
-from custom_quantizer.backends.xnnpack.partition import partitioner
+from custom_quantizer.backends.xnnpack.partition_configs import partitioner
 from custom_quantizer.backends.xnnpack.passes import (
     FOR_UPSTREAMS_PARTITIONER,
     origin_of,

@@ -34,7 +34,7 @@ from custom_quantizer.backends.xnnpack.lowering import (
     rewrite_exported,
     to_bytes,
 )
-from custom_quantizer.backends.xnnpack.partition import configurations
+from custom_quantizer.backends.xnnpack.partition_configs import configurations
 from custom_quantizer.backends.xnnpack.passes import FOR_OUR_PARTITIONER
 from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
 from custom_quantizer.backends.xnnpack.readback import read_file

@@ -20,7 +20,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.passes.infra.partitioner import Partition
 
 from custom_quantizer.backends.xnnpack.crossing import convolve_where_images_are_made
-from custom_quantizer.backends.xnnpack.grouping import merge_groups
+from custom_quantizer.backends.xnnpack.partition_merging import merge_groups
 from custom_quantizer.backends.xnnpack.signature import remember_constants
 
 __all__ = ["QuickPartitioner"]

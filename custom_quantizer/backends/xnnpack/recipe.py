@@ -47,7 +47,7 @@ from custom_quantizer.backends.xnnpack.lowering import (
     rewrite_exported,
     to_bytes,
 )
-from custom_quantizer.backends.xnnpack.partition import partitioner
+from custom_quantizer.backends.xnnpack.partition_configs import partitioner
 from custom_quantizer.backends.xnnpack.program import LoweredProgram
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.core.threads import tools

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.columns import columns_of
-from custom_quantizer.backends.xnnpack.groups import join_factor, joined
+from custom_quantizer.backends.xnnpack.grouped_convs import join_factor, joined
 from custom_quantizer.backends.xnnpack.kernels import (
     is_pointwise,
     packable_features,

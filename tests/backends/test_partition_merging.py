@@ -19,8 +19,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.partitioner import Partition
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import grouping
-from custom_quantizer.backends.xnnpack.grouping import merge_groups
+from custom_quantizer.backends.xnnpack import partition_merging
+from custom_quantizer.backends.xnnpack.partition_merging import merge_groups
 from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
 
 
@@ -134,14 +134,14 @@ def test_work_grows_with_the_number_of_nodes(monkeypatch: pytest.MonkeyPatch) ->
     """A chain is one delegate: each group is looked at once, from its neighbor."""
     merges = readers = 0
 
-    class Counted(grouping._Group):
+    class Counted(partition_merging._Group):
         def merge(self, other: Any, numbers: Any) -> bool:
             nonlocal merges, readers
             merges += 1
             readers += len(self.readers) + len(other.readers)
             return super().merge(other, numbers)
 
-    monkeypatch.setattr(grouping, "_Group", Counted)
+    monkeypatch.setattr(partition_merging, "_Group", Counted)
     graph, length = Graph(), 300
     nodes = [graph.placeholder("x")]
     for _ in range(3 * length):
