@@ -1,4 +1,4 @@
-"""Calibration statistics, and the moment they become integers.
+"""Observers: they collect calibration statistics, and make scales and integers of them.
 
 Observers of activations watch values; observers of weights and biases read constants. The latter
 write their integers into the graph themselves, through the ``convert`` method that torchao's

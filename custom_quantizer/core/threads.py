@@ -1,4 +1,4 @@
-"""One thread at a time through what is made for one.
+"""A lock for what only one thread at a time can use: the tools of PyTorch and ExecuTorch.
 
 ``torch.export``, torchao's prepare and convert and ExecuTorch's passes change the state of the
 whole process while they work: they switch backends of PyTorch off and on, replace methods of

@@ -1,4 +1,4 @@
-"""What a backend tells of a program of its own, for whom compares it with its graph."""
+"""What a backend reports of its own programs, for code that compares one with its graph."""
 
 from __future__ import annotations
 

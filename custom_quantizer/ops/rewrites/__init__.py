@@ -1,1 +1,1 @@
-"""Spellings: ops that are written in other ops, with the same values."""
+"""Rewrites of captured graphs: ops as other ops with the same values."""

@@ -1,4 +1,4 @@
-"""Products of matrices in the two forms that have integers: layers, and batched products.
+"""Products of matrices in the two forms that have integer kernels: layers, batched products.
 
 A product with a constant operand is a layer: its weights have a scale for each output, as those of
 ``nn.Linear`` have. What the operands share, sum over and have alone is said by labels, as in

@@ -1,4 +1,4 @@
-"""Regions under ``torch.no_grad()`` or without autocast become part of the graph around them.
+"""Regions under ``torch.no_grad()`` or without autocast are inlined into the graph around them.
 
 ``torch.export`` makes a call of a graph of its own of each ``with torch.no_grad():`` and each
 ``with torch.autocast(..., enabled=False):`` of a model. Neither changes a value that a quantized

@@ -1,4 +1,4 @@
-"""The form a graph has while it is trained, and how it gets rid of it at conversion.
+"""The form a graph has while it is trained, and how conversion undoes it.
 
 ``prepare_qat_pt2e`` fuses some batch norms itself, after annotation: with ``eps=1e-5`` whatever the
 model says, with a zero bias where the folded one will be, and not after linear layers. Here the

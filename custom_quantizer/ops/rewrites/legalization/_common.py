@@ -1,4 +1,4 @@
-"""What the forms have in common."""
+"""What several of these rewrites need."""
 
 from __future__ import annotations
 

@@ -91,6 +91,7 @@ def _max_pool(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    *,
     ceil_mode: bool,
 ) -> Node:
     if kernel == stride == [1, 1] and padding == [0, 0]:
@@ -103,7 +104,7 @@ def _max_pool(
             # Kernels neither round up nor skip rows; one of them at once can be made up for.
             for i in (0, 1):
                 window = (_only(i, kernel, 1), _only(i, stride, 1), _only(i, padding, 0))
-                data = _max_pool(insert, data, *window, _only(i, dilation, 1), rounds[i])
+                data = _max_pool(insert, data, *window, _only(i, dilation, 1), ceil_mode=rounds[i])
             return data
         ceil_mode = any(rounds)
     options = (ceil_mode,) if ceil_mode else ()
@@ -159,7 +160,7 @@ def _largest(insert: Insertion, node: Node, given: Sequence[int]) -> Node | None
         row = math.prod(int(shape[d]) for d in dims)
         data = insert.reshape(data, [shape[first], channels, 1, row])
     window = [int(size) for size in shape_of(data)[2:]]
-    pooled = _max_pool(insert, data, window, window, [0, 0], [1, 1], False)
+    pooled = _max_pool(insert, data, window, window, [0, 0], [1, 1], ceil_mode=False)
     keepdim = bool(argument(node, 2, "keepdim", False))
     return insert.reshape(pooled, kept if keepdim else [shape[d] for d in outer])
 
@@ -210,13 +211,13 @@ def _adaptive_maxima(insert: Insertion, value: Node, wanted: Sequence[int]) -> N
         if size % steps == 0:
             window = [1, 1]
             window[along] = size // steps
-            value = _max_pool(insert, value, window, window, [0, 0], [1, 1], False)
+            value = _max_pool(insert, value, window, window, [0, 0], [1, 1], ceil_mode=False)
             continue
         pieces = []
         for start, stop in window_bounds(int(size), steps):
             window = [1, 1]
             window[along] = stop - start
             piece = insert.slice(value, 2 + along, start, stop)
-            pieces.append(_max_pool(insert, piece, window, window, [0, 0], [1, 1], False))
+            pieces.append(_max_pool(insert, piece, window, window, [0, 0], [1, 1], ceil_mode=False))
         value = insert.call(aten.cat.default, pieces, 2 + along)
     return value
