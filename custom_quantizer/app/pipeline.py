@@ -414,22 +414,15 @@ def _quantize(
         algorithms = algorithms_for(wanted, prepared) if named is None else named
         if wanted != "plain":
             choose_observers(prepared)
-        outputs: Sequence[list[Any] | None] = ()
-        if known is not None:
-            if algorithms and data is None:
-                raise InputError(
-                    f"{known.path}: statistics are all that calibration needs, but "
-                    f"{' and '.join(algorithms)} need{'s' * (len(algorithms) == 1)} samples: give "
-                    "calibration data as well, or ask for accuracy 'plain'"
-                )
-            known.load(prepared)
-            summary, calls = known.summary, list(known.calls)
-        else:
-            if algorithms and isinstance(data, Iterator):
-                data = Remembered(data)
-            with FirstCalls(prepared) as first:
-                summary = calibrate(prepared, data, progress=progress)
-            calls, outputs = first.calls, first.outputs
+        if known is not None and algorithms and data is None:
+            raise InputError(
+                f"{known.path}: statistics are all that calibration needs, but "
+                f"{' and '.join(algorithms)} need{'s' * (len(algorithms) == 1)} samples: give "
+                "calibration data as well, or ask for accuracy 'plain'"
+            )
+        if known is None and algorithms and isinstance(data, Iterator):
+            data = Remembered(data)
+        summary, calls, outputs = _calibrated(prepared, data, known, progress)
         stage("comparing with the float model")
         earlier = known.checked if isinstance(known, _Measured) else None
         checked = check_calls(prepared, exported, calls, outputs, earlier)
@@ -466,6 +459,18 @@ def _quantize(
         example_inputs,
         measured,
     )
+
+
+def _calibrated(
+    prepared: GraphModule, data: object, known: Recorded | _Measured | None, progress: bool | None
+) -> tuple[CalibrationSummary, Sequence[list[Any]], Sequence[list[Any] | None]]:
+    """What calibration saw, its first calls of the graph, and what these returned if it ran."""
+    if known is not None:
+        known.load(prepared)
+        return known.summary, list(known.calls), ()
+    with FirstCalls(prepared) as first:
+        summary = calibrate(prepared, data, progress=progress)
+    return summary, first.calls, first.outputs
 
 
 def record_calibration(

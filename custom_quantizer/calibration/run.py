@@ -254,17 +254,8 @@ def _calibrate(
             f"{checkpoint} has seen {done.samples} samples, but the data and limit= give only "
             f"{passed}: give the data again that it was begun with, or remove the file"
         )
-    if not seen:
-        raise CalibrationError(
-            "the calibration data holds no sample, so no range can be measured; pass at least one "
-            "batch; a generator that was used up before is empty"
-        )
-    if not calls:
-        raise CalibrationError(
-            f"the calibration data holds {seen} samples, but the graph takes batches of "
-            f"{queue.smallest}; pass more data, or capture the model with a smaller or dynamic "
-            "batch"
-        )
+    if not seen or not calls:
+        raise _nothing_measured(seen, queue)
     if file is not None and calls != done.batches:
         file.save(Position(samples, calls, rebatched, seen), convergence)
     summary = CalibrationSummary(
@@ -282,6 +273,19 @@ def _calibrate(
         logger.warning("%s", warning)
     _warn_of_wide_ranges(prepared)
     return summary
+
+
+def _nothing_measured(seen: int, queue: SampleQueue) -> CalibrationError:
+    """Why no batch went through the model."""
+    if not seen:
+        return CalibrationError(
+            "the calibration data holds no sample, so no range can be measured; pass at least one "
+            "batch; a generator that was used up before is empty"
+        )
+    return CalibrationError(
+        f"the calibration data holds {seen} samples, but the graph takes batches of "
+        f"{queue.smallest}; pass more data, or capture the model with a smaller or dynamic batch"
+    )
 
 
 def _warn_of_wide_ranges(prepared: GraphModule) -> None:
