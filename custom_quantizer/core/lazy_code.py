@@ -35,12 +35,12 @@ def lazy_code() -> Iterator[None]:
     """
     with (
         exclusive(),
-        exchanged(GraphModule, "recompile", _Later(GraphModule.recompile, get_ident())),
+        exchanged(GraphModule, "recompile", _LazyRecompile(GraphModule.recompile, get_ident())),
     ):
         yield
 
 
-class _Later:
+class _LazyRecompile:
     """In the place of ``GraphModule.recompile``: what it would set is set when it is read."""
 
     def __init__(self, write: Callable[[GraphModule], Any], thread: int) -> None:
@@ -62,11 +62,11 @@ class _Later:
         for name in WRITTEN:
             module.__dict__.pop(name, None)
             # Each graph module has a class of its own (``GraphModule.__new__``).
-            setattr(type(module), name, _OnDemand(module, name, self._write))
+            setattr(type(module), name, _LazyAttribute(module, name, self._write))
         return None
 
 
-class _OnDemand:
+class _LazyAttribute:
     """An attribute of a graph module that has no code yet."""
 
     def __init__(self, module: GraphModule, name: str, write: Callable[[GraphModule], Any]) -> None:
@@ -77,7 +77,7 @@ class _OnDemand:
     def __get__(self, module: GraphModule | None, owner: type) -> Any:
         """Write the code, which sets all these attributes."""
         for name in WRITTEN:
-            if isinstance(vars(owner).get(name), _OnDemand):
+            if isinstance(vars(owner).get(name), _LazyAttribute):
                 delattr(owner, name)
         self._write(cast(GraphModule, self._module()))
         return getattr(owner if module is None else module, self._name)
