@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.improvement import every_layer, prepared_every_layer, smooth_images
+from support.improvement import (
+    DATA,
+    FRESH,
+    every_layer,
+    fresh_error,
+    layer_states,
+    prepared_every_layer,
+    smooth_images,
+)
 from torch import Tensor
-from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
@@ -26,32 +33,14 @@ from custom_quantizer.core.bias import derived_scale
 from custom_quantizer.errors import CalibrationError, ConfigError
 from custom_quantizer.reference.converted import read_converted
 
-DATA = list(smooth_images(64).split(8))
-FRESH = smooth_images(64, seed=77)
-
-
-def _states(prepared: GraphModule) -> dict[str, Tensor]:
-    return {
-        f"{layer.name}.{key}": value
-        for layer in find_layers(prepared)[0]
-        for key, value in layer.state().items()
-    }
-
 
 def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def _error(prepared: GraphModule) -> float:
-    model = every_layer()
-    converted = convert_pt2e(copy.deepcopy(prepared))
-    with torch.no_grad():
-        return float((converted(FRESH) - model(FRESH)).square().mean())
-
-
 def test_every_layer_is_better_than_rounded_to_nearest() -> None:
     prepared = prepared_every_layer()
-    nearest = _error(prepared)
+    nearest = fresh_error(prepared)
     ranges = solved_qparams(prepared)
     result = cq.improve(prepared, DATA)
     assert [layer.module for layer in result.layers if layer.algorithms] == [
@@ -60,32 +49,32 @@ def test_every_layer_is_better_than_rounded_to_nearest() -> None:
     assert all(layer.gain > 3 for layer in result.layers if layer.algorithms), result.table()
     assert all(observed.observer.frozen for observed in activation_observers(prepared))
     assert solved_qparams(prepared) == ranges
-    assert _error(prepared) < nearest / 4
+    assert fresh_error(prepared) < nearest / 4
     assert (result.samples, result.held_back) == (56, 8)
 
 
 def test_a_graph_that_was_improved_before_is_still_compared_with_the_float_model() -> None:
     prepared = prepared_every_layer()
     first = cq.improve(prepared, DATA)
-    states = _states(prepared)
+    states = layer_states(prepared)
     again = copy.deepcopy(prepared)
     second = cq.improve(again, DATA)
     assert [layer.before for layer in second.layers] == [layer.after for layer in first.layers]
     assert [layer.after for layer in second.layers] == [layer.after for layer in first.layers]
-    assert _equal(_states(again), states)  # what is best for float weights is so once more
+    assert _equal(layer_states(again), states)  # what is best for float weights is so once more
     with pytest.raises(CalibrationError, match=r"improved before, and equalization would change"):
         cq.improve(prepared, DATA, ["gptq", "equalization"])
-    assert _equal(_states(prepared), states)
+    assert _equal(layer_states(prepared), states)
 
 
 @pytest.mark.parametrize("algorithm", [*BEST, "analytical_bias_correction"])
 def test_each_algorithm_alone_helps(algorithm: str) -> None:
     prepared = prepared_every_layer()
-    nearest = _error(prepared)
+    nearest = fresh_error(prepared)
     result = cq.improve(prepared, DATA, [algorithm])
     assert result.algorithms == (algorithm,)
     assert result.seconds.keys() == {"streams", algorithm}
-    assert _error(prepared) < nearest
+    assert fresh_error(prepared) < nearest
 
 
 def test_the_analytical_correction_is_what_the_mean_input_loses() -> None:
@@ -168,7 +157,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     expected = cq.improve(whole, DATA)
     path = tmp_path / "improvement.safetensors"
     prepared = prepared_every_layer()
-    before = _states(prepared)
+    before = layer_states(prepared)
     improve_layer = improving._Run._improve
 
     def interrupted(run: improving._Run, index: int, *rest: object) -> tuple[str, ...]:
@@ -180,12 +169,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         patched.setattr(improving._Run, "_improve", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cq.improve(prepared, DATA, checkpoint=path)
-    assert _equal(_states(prepared), before)
+    assert _equal(layer_states(prepared), before)
     assert not any(observed.observer.frozen for observed in activation_observers(prepared))
     result = cq.improve(prepared, DATA, checkpoint=path)
     assert result.resumed == 3
     assert result.layers == expected.layers
-    assert _equal(_states(prepared), _states(whole))
+    assert _equal(layer_states(prepared), layer_states(whole))
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from support.improvement import every_layer, prepared_every_layer, smooth_images
+from support.improvement import (
+    DATA,
+    fresh_error,
+    layer_states,
+    prepared_every_layer,
+)
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.accuracy import improving, learning
@@ -26,23 +30,6 @@ from custom_quantizer.accuracy.learning import (
 )
 from custom_quantizer.accuracy.streams import Stream, on_grid, walk
 from custom_quantizer.calibration.observers import ActivationObserver
-
-DATA = list(smooth_images(64).split(8))
-FRESH = smooth_images(64, seed=77)
-
-
-def _states(prepared: GraphModule) -> dict[str, Tensor]:
-    return {
-        f"{layer.name}.{key}": value
-        for layer in find_layers(prepared)[0]
-        for key, value in layer.state().items()
-    }
-
-
-def _error(prepared: GraphModule) -> float:
-    converted = convert_pt2e(copy.deepcopy(prepared))
-    with torch.no_grad():
-        return float((converted(FRESH) - every_layer()(FRESH)).square().mean())
 
 
 def test_blocks_are_cut_where_one_tensor_is_alive() -> None:
@@ -64,14 +51,14 @@ def test_blocks_are_cut_where_one_tensor_is_alive() -> None:
 @pytest.mark.parametrize("algorithm", ["adaround", "brecq"])
 def test_learned_rounding_is_better_than_nearest(algorithm: str) -> None:
     prepared = prepared_every_layer("a8w3")
-    before = _states(prepared)
+    before = layer_states(prepared)
     result = cq.improve(prepared, DATA, [algorithm], iterations=80)
     changed = [layer for layer in result.layers if layer.algorithms]
     assert len(changed) >= 4
     # The first layer: what follows also depends on what came before it.
     assert result.layers[0].algorithms == (algorithm,)
     assert result.layers[0].gain > 3
-    after = _states(prepared)
+    after = layer_states(prepared)
     for name, value in before.items():
         if not name.endswith(".weight"):
             continue
@@ -90,11 +77,11 @@ def test_learned_rounding_is_better_than_nearest(algorithm: str) -> None:
 def test_learning_starts_from_what_gptq_found_and_keeps_the_better() -> None:
     prepared = prepared_every_layer("a4w3-histogram")
     cq.improve(prepared, DATA, ["gptq", "bias_correction"])
-    one = _error(prepared)
+    one = fresh_error(prepared)
     prepared = prepared_every_layer("a4w3-histogram")
     result = cq.improve(prepared, DATA, ["gptq", "bias_correction", "brecq"], iterations=60)
     assert any("brecq" in layer.algorithms for layer in result.layers)
-    assert _error(prepared) < one * 1.1
+    assert fresh_error(prepared) < one * 1.1
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(
@@ -120,8 +107,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     result = cq.improve(prepared, DATA, algorithms, iterations=10, checkpoint=path)
     assert result.resumed == layers + 2
     assert result.layers == expected.layers
-    states = _states(whole)
-    assert all(torch.equal(value, states[name]) for name, value in _states(prepared).items())
+    states = layer_states(whole)
+    assert all(torch.equal(value, states[name]) for name, value in layer_states(prepared).items())
 
 
 def test_rounding_with_gradients_is_rounding() -> None:

@@ -9,9 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
+from custom_quantizer.accuracy.layers import find_layers
 
 
 class EveryLayer(nn.Module):
@@ -64,3 +65,23 @@ def prepared_every_layer(scheme: str = "a8w3") -> GraphModule:
     prepared = cast(GraphModule, prepare_pt2e(copy.deepcopy(_captured()), quantizer))
     prepared(smooth_images(64))
     return prepared
+
+
+DATA = list(smooth_images(64).split(8))
+FRESH = smooth_images(64, seed=77)
+
+
+def layer_states(prepared: GraphModule) -> dict[str, Tensor]:
+    """What improvements change in each layer."""
+    return {
+        f"{layer.name}.{key}": value
+        for layer in find_layers(prepared)[0]
+        for key, value in layer.state().items()
+    }
+
+
+def fresh_error(prepared: GraphModule) -> float:
+    """Mean squared error of the converted network on images that nothing has seen."""
+    converted = convert_pt2e(copy.deepcopy(prepared))
+    with torch.no_grad():
+        return float((converted(FRESH) - every_layer()(FRESH)).square().mean())
