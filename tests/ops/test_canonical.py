@@ -29,7 +29,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
-from custom_quantizer.core.graph import set_state, size_bounds
+from custom_quantizer.core.graph import constant_of, set_state, size_bounds
 from custom_quantizer.core.memory import UNSAID, overwritten_by
 from custom_quantizer.ops.rewrites.writes import functionalize
 
@@ -905,6 +905,56 @@ def test_numbers_are_quantized_like_tensors(function: Callable[..., Any]) -> Non
     lowered = lowered_exactly(quantized(Function(function, conv=conv()), (x,)), (x,))
     assert lowered.report.fully_delegated
     assert lowered.report.not_integer() == ()
+
+
+WHOLE = torch.tensor([1, 2, 3, 2**24 + 1])[:, None, None]
+
+OF_WHOLE: dict[str, Callable[..., Any]] = {
+    "factors": lambda s, x: torch.sigmoid(s.conv(x)) * WHOLE.clamp(max=9),
+    "on the left": lambda s, x: WHOLE.clamp(max=9) - s.conv(x),
+    "a mask": lambda s, x: s.conv(x) * (WHOLE > 1),
+    "in place": lambda s, x: torch.sigmoid(s.conv(x)).mul_(WHOLE.clamp(max=9)),
+    "made in the call": lambda s, x: s.conv(x) + torch.arange(6),
+    "divisors": lambda s, x: s.conv(x) / WHOLE,
+    "exponents": lambda s, x: torch.sigmoid(s.conv(x)) ** WHOLE.clamp(max=3),
+    "a bound": lambda s, x: torch.maximum(s.conv(x), -WHOLE),
+}
+
+
+@pytest.mark.parametrize("name", OF_WHOLE)
+def test_constants_of_whole_numbers_are_floats(name: str) -> None:
+    """A cast while the program runs would be a kernel outside the delegate."""
+    model, x = Function(OF_WHOLE[name], conv=conv()), torch.randn(IMAGE)
+    captured = capture(model, (x,))
+    canonical = canonicalize(copy.deepcopy(captured))
+    assert differences(canonical(x), captured(x)) == []
+    constants = [node for node in canonical.graph.nodes if node.op == "get_attr"]
+    assert {constant_of(canonical, node).dtype for node in constants} == {torch.float32}
+
+
+def test_factors_of_whole_numbers_are_quantized() -> None:
+    x = torch.randn(IMAGE)
+    model = Function(lambda s, x: F.relu(s.conv(x) + torch.arange(6)) * (WHOLE > 1), conv=conv())
+    lowered = lowered_exactly(quantized(model, (x,)), (x,))
+    assert lowered.report.fully_delegated
+    assert lowered.report.not_integer() == ()
+
+
+def test_a_buffer_of_whole_numbers_that_is_written_is_no_constant() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.ones(1, dtype=torch.int64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * self.count
+            self.count += 1
+            return y
+
+    x = torch.randn(2, 3)
+    canonical = canonicalize(capture(Counting(), (x,)))
+    assert torch.equal(canonical(x), x)
+    assert torch.equal(canonical(x), 2 * x)
 
 
 def test_canonicalizing_twice_changes_nothing() -> None:

@@ -9,6 +9,7 @@ Rewrites, applied in ``transform_for_annotation``:
 - in-place ops become functional: an observer cannot stand between an op and its own input.
   Where that cannot be (:mod:`custom_quantizer.ops.rewrites.writes`), the op stays and every tensor
   in that memory is marked;
+- constants of integers or booleans that meet floats become floats;
 - composite ops become the ops they stand for (:mod:`custom_quantizer.ops.rewrites.decompositions`);
 - ops that the backend computes in another form take that form (``Backend.legalize``);
 - batch norms and factors of each channel become part of the weights before them
@@ -24,11 +25,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
     add_constant,
     argument,
+    constant_of,
+    is_constant,
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
@@ -67,6 +71,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
     fold_constants(model, parameters=not training)
     keep_own_statistics(model)
     functionalize(model)
+    _integers_to_floats(model)
     decompose(model, training=training)
     if not training:
         fold_into_layers(model)
@@ -105,6 +110,35 @@ def _numbers_to_tensors(model: GraphModule) -> None:
             )
 
 
+_PROMOTING = frozenset(
+    {
+        aten.add.Tensor,
+        aten.div.Tensor,
+        aten.maximum.default,
+        aten.minimum.default,
+        aten.mul.Tensor,
+        aten.pow.Tensor_Tensor,
+        aten.rsub.Tensor,
+        aten.sub.Tensor,
+    }
+)
+"""They compute with two tensors in the type of both."""
+
+
+def _integers_to_floats(model: GraphModule) -> None:
+    """A constant of integers or booleans that meets float32 is the float32 that it would become."""
+    for node in list(model.graph.nodes):
+        if node.target not in _PROMOTING or not any(map(_float32, node.args[:2])):
+            continue
+        for position, arg in enumerate(node.args[:2]):
+            meta = tensor_meta(arg) if isinstance(arg, Node) else None
+            if meta is None or meta.dtype.is_floating_point or meta.dtype.is_complex:
+                continue
+            if is_constant(arg) and cast(Node, arg).op == "get_attr":
+                value = constant_of(model, cast(Node, arg)).to(torch.float32)
+                node.update_arg(position, _float_constant(model, node, value))
+
+
 def _views_to_reshapes(model: GraphModule) -> None:
     """Forms of ops may have other strides than the ops, which a view would not take.
 
@@ -125,6 +159,10 @@ def _float32(arg: Any) -> bool:
 
 def _constant(model: GraphModule, node: Node, number: float) -> Node:
     value = torch.tensor(float(number), dtype=torch.float32)
+    return _float_constant(model, node, value)
+
+
+def _float_constant(model: GraphModule, node: Node, value: Tensor) -> Node:
     constant = add_constant(model, f"{node.name}_constant", value, node)
     constant.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
     return constant
