@@ -114,6 +114,8 @@ MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
     "largest of a batch": (function(lambda x: x.amax((0, 2))), IMAGE, aten.amax.default),
     "largest of rows": (function(lambda x: x.max(-1).values), IMAGE, aten.max.dim),
     "largest of points": (function(lambda x: x.max(2, True)[0]), SIGNAL, aten.max.dim),
+    "smallest of channels": (function(lambda x: x.amin(1, True)), IMAGE, aten.amin.default),
+    "smallest of rows": (function(lambda x: x.min(-1).values), IMAGE, aten.min.dim),
     "max pool of one signal": (module(lambda: nn.MaxPool1d(3)), (4, 12), aten.max_pool1d.default),
     "max pool of one image": (module(lambda: nn.MaxPool2d(2)), (4, 6, 6), None),
 }

@@ -9,7 +9,7 @@ quantized, simulated and lowered like any other:
 - average pooling that counts its padding is a depthwise convolution;
 - pooling, norms and convolutions over one or three dims become those over two;
 - Euclidean norms are those of rows;
-- maxima over dims are max pools, and powers are products or roots;
+- maxima and minima over dims are max pools, and powers are products or roots;
 - layers and pools of one sample are those of a batch of one;
 - what is cut out of joined tensors is cut out of one of them, where it lies in one;
 - shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves, and so is whatever
@@ -96,6 +96,7 @@ _FORMS: dict[Any, Rewrite] = {
     aten.max_pool2d.default: batched(2, maxima.max_pool2d),
     aten.max_pool3d.default: batched(3, maxima.max_pool3d),
     aten.amax.default: maxima.largest,
+    aten.amin.default: maxima.largest,
     getitem: _result,
     aten.pow.Tensor_Scalar: powers.power,
     aten.square.default: powers.square,

@@ -1,4 +1,4 @@
-"""Maxima: max pools over height and width."""
+"""Maxima: max pools over height and width. Minima are maxima of what is negated."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _only(along: int, numbers: list[int], rest: int) -> list[int]:
 
 
 def without_indices(insert: Insertion) -> Node | None:
-    """Maxima of adaptive max pooling, or over a dim, if their indices are not used."""
+    """Maxima of adaptive max pooling, or extremes over a dim, if their indices are not used."""
     node = insert.node
     source, index = cast(Node, node.args[0]), node.args[1]
     if not isinstance(source, Node) or index != 0:
@@ -132,16 +132,21 @@ def without_indices(insert: Insertion) -> Node | None:
         return _adaptive_max_pool3d(insert, source)
     if source.target is aten.max.dim:
         return _largest(insert, source, [cast(int, source.args[1])])
+    if source.target is aten.min.dim:
+        return _largest(insert, source, [cast(int, source.args[1])], negated=True)
     return None
 
 
 def largest(insert: Insertion) -> Node | None:
-    """The maximum over some dims, but not over all."""
+    """The maximum or minimum over some dims, but not over all."""
     given = argument(insert.node, 1, "dim", ())
-    return _largest(insert, insert.node, [given] if isinstance(given, int) else list(given))
+    dims = [given] if isinstance(given, int) else list(given)
+    return _largest(insert, insert.node, dims, negated=insert.node.target is aten.amin.default)
 
 
-def _largest(insert: Insertion, node: Node, given: Sequence[int]) -> Node | None:
+def _largest(
+    insert: Insertion, node: Node, given: Sequence[int], *, negated: bool = False
+) -> Node | None:
     """The maximum over dims is a max pool with a window as large as they are."""
     data = cast(Node, node.args[0])
     meta, shape = tensor_meta(data), shape_of(data)
@@ -153,6 +158,8 @@ def _largest(insert: Insertion, node: Node, given: Sequence[int]) -> Node | None
     if not is_static([shape[d] for d in (*rest, *dims)]):
         return None
     kept = [1 if d in dims else shape[d] for d in range(len(shape))]
+    if negated:
+        data = insert.call(aten.neg.default, data)
     if len(shape) != 4 or dims != [2, 3]:
         # All that is kept but the first as channels, all that is not as one row.
         data = insert.permute(data, [*outer, *dims])
@@ -161,6 +168,8 @@ def _largest(insert: Insertion, node: Node, given: Sequence[int]) -> Node | None
         data = insert.reshape(data, [shape[first], channels, 1, row])
     window = [int(size) for size in shape_of(data)[2:]]
     pooled = _max_pool(insert, data, window, window, [0, 0], [1, 1], ceil_mode=False)
+    if negated:
+        pooled = insert.call(aten.neg.default, pooled)
     keepdim = bool(argument(node, 2, "keepdim", False))
     return insert.reshape(pooled, kept if keepdim else [shape[d] for d in outer])
 
