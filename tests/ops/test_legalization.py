@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from support.graphs import Function, calls, canonicalize, capture, differences, quantized, stress
+from support.graphs import (
+    Function,
+    calls,
+    canonicalize,
+    capture,
+    differences,
+    lowered_exactly,
+    quantized,
+    stress,
+)
 from support.models import randomize_batch_norms
 from support.selection import slow_but
 from torch import Tensor, nn
@@ -114,10 +123,13 @@ MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
     "largest of a batch": (function(lambda x: x.amax((0, 2))), IMAGE, aten.amax.default),
     "largest of rows": (function(lambda x: x.max(-1).values), IMAGE, aten.max.dim),
     "largest of points": (function(lambda x: x.max(2, True)[0]), SIGNAL, aten.max.dim),
-    "smallest of channels": (function(lambda x: x.amin(1, True)), IMAGE, aten.amin.default),
-    "smallest of rows": (function(lambda x: x.min(-1).values), IMAGE, aten.min.dim),
     "max pool of one signal": (module(lambda: nn.MaxPool1d(3)), (4, 12), aten.max_pool1d.default),
     "max pool of one image": (module(lambda: nn.MaxPool2d(2)), (4, 6, 6), None),
+}
+# No integer kernel negates.
+MINIMA: dict[str, tuple[Build, tuple[int, ...], Any]] = {
+    "smallest of channels": (function(lambda x: x.amin(1, True)), IMAGE, aten.amin.default),
+    "smallest of rows": (function(lambda x: x.min(-1).values), IMAGE, aten.min.dim),
 }
 SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
     "mean over the batch": (function(lambda x: x.mean(0)), IMAGE, aten.mean.dim),
@@ -294,22 +306,23 @@ SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
     ),
 }
 CASES = MOVES | SUMS
+EXACT = MOVES | MINIMA
 
 
 def built(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return randomize_batch_norms(CASES[name][0]()).eval()
+    return randomize_batch_norms((CASES | MINIMA)[name][0]()).eval()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | MINIMA)
 def test_a_form_computes_what_the_op_does(name: str) -> None:
-    _, shape, target = CASES[name]
+    _, shape, target = (CASES | MINIMA)[name]
     model, x = built(name), torch.randn(shape)
     graph = canonicalize(capture(model, (x,)))
     assert calls(graph, target) == []
     for given in (x, torch.full(shape, -3.0), torch.randn(shape) * 1e6):
         want, got = model(given), graph(given)
-        if name in MOVES:
+        if name in EXACT:
             assert differences(got, want) == []
         else:
             # Sums of up to 200 terms in another order.
@@ -425,6 +438,13 @@ def test_forms_are_integer_inside_one_delegate(group: int) -> None:
     beside = {(row.node, row.family) for row in program.report.not_integer()}
     # Padding the depth of a convolution and plain averages run in float, and are exact.
     assert {family for _, family in beside} <= {"pad", "avg_pool2d"}, beside
+
+
+@pytest.mark.parametrize("name", MINIMA)
+def test_minima_run_in_float_inside_one_delegate(name: str) -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 1), built(name)).eval(), torch.randn(IMAGE)
+    program = lowered_exactly(quantized(model, (x,)), (x,))
+    assert (program.report.delegates, program.report.outside) == (1, ())
 
 
 @GROUP
