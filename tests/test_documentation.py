@@ -19,6 +19,8 @@ import test_models
 from scipy.stats import binomtest
 from support.scripts import DOCS, documentation_script
 
+import custom_quantizer as cq
+
 ROOT = DOCS.parent
 PAGES = {page.name: page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
 
@@ -344,3 +346,48 @@ def test_nothing_looks_measured_that_is_not(page: str) -> None:
         if match.group() not in printed
     ]
     assert unexplained == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Docstrings
+# ---------------------------------------------------------------------------------------------
+
+REFERENCE = re.compile(r":(?:class|data|func|mod):`~?\.?([\w.]+)`")
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "custom_quantizer").rglob("*.py"))
+}
+
+
+def is_named(name: str, text: str) -> bool:
+    """Whether a module defines a name, or imports it."""
+    defined = rf"^\s*(?:def|class) {name}\b|^\s*{name}\b[^()\n]*?[:=]"
+    imported = rf"^(?:from|import) .*\b{name}\b|^ +{name},$"
+    return re.search(f"{defined}|{imported}", text, re.MULTILINE) is not None
+
+
+def leads_somewhere(name: str, module: str) -> bool:
+    parts = name.split(".")
+    if len(parts) == 1:
+        sibling = f"{module.rpartition('.')[0]}.{name}"
+        return is_named(name, SOURCES[module]) or sibling in SOURCES
+    if parts[0] != "custom_quantizer":
+        return True  # of another package, or an attribute of a class
+    if len(parts) == 2 and parts[1] in cq.__all__:
+        return True
+    for count in range(len(parts), 0, -1):
+        found = ".".join(parts[:count])
+        for source in (found, f"{found}.__init__"):
+            if source in SOURCES:
+                return count == len(parts) or is_named(parts[count], SOURCES[source])
+    return False
+
+
+def test_references_in_docstrings_lead_somewhere() -> None:
+    wrong = [
+        f"{module}: {name}"
+        for module, text in SOURCES.items()
+        for name in REFERENCE.findall(text)
+        if not leads_somewhere(name, module)
+    ]
+    assert not wrong

@@ -228,7 +228,7 @@ def evaluate(
             integers take the same float32 data, and what they return is dequantized. Converted
             graphs that quantize at run time are computed by their integer reference, since PyTorch
             would choose one scale for a whole batch; a note says so.
-        data: batches: a :class:`~custom_quantizer.app.sources.DataSource`, or an iterable of input
+        data: batches: a :class:`~custom_quantizer.app.data.DataSource`, or an iterable of input
             tensors, or of pairs of inputs (a tensor or a tuple of tensors) and integer labels of
             shape ``(batch,)``.
         metrics: functions of your own, one or several by name. Each gets all that a model returned

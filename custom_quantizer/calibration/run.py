@@ -149,7 +149,7 @@ def calibrate(
     Args:
         prepared: what ``prepare_pt2e`` returns.
         data: an iterable of batches, such as a list, a generator, a ``DataLoader`` or a
-            :class:`~custom_quantizer.app.sources.DataSource`; or one tensor, which is one batch. A
+            :class:`~custom_quantizer.app.data.DataSource`; or one tensor, which is one batch. A
             batch is a tensor; a tuple or list of what the graph takes; a dictionary by argument
             name; or a pair of any of these and labels.
         limit: use at most that many samples, the first ones.

@@ -10,7 +10,7 @@ that of a backend, under its name
     What its runtime computes, step by step.
 
 Op families are written once against :class:`Arithmetic`;
-:func:`custom_quantizer.ops.backend.get_arithmetic` picks the mode.
+:func:`custom_quantizer.ops.backend.get_mode` picks the mode.
 
 Conventions, everywhere: stored integers come in as any integer dtype (int8 to int64, uint8), are
 computed in int64 and go out as int32; real values are float32; a stored ``q`` stands for
@@ -511,7 +511,7 @@ class Arithmetic(ABC):
     A mode writes the methods that are abstract; the others say what is the same in all modes.
 
     Attributes:
-        name: the name :func:`get_arithmetic` knows the mode by.
+        name: by which :func:`~custom_quantizer.ops.backend.get_mode` finds it.
         continues_in_float32: whether accumulators may come as float32 that holds integers below
             2**24.
     """

@@ -379,7 +379,7 @@ def finetune(
     Args:
         prepared: what ``prepare_qat_pt2e`` returns.
         data: batches ``(inputs, labels)``: a ``DataLoader``, a list, a
-            :class:`~custom_quantizer.app.sources.DataSource`, or a function of the epoch that gives
+            :class:`~custom_quantizer.app.data.DataSource`, or a function of the epoch that gives
             them. Each epoch begins with a seed of its own, so a shuffling loader gives the same
             order when a training is resumed.
         epochs: walks through the data.

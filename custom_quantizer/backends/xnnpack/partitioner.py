@@ -60,7 +60,7 @@ Program: TypeAlias = (
 
 
 class XnnpackPartitioner(QuickPartitioner):
-    """ExecuTorch's ``XnnpackPartitioner`` for graphs that :class:`IntegerQuantizer` converted.
+    """ExecuTorch's ``XnnpackPartitioner`` for graphs that ``IntegerQuantizer`` converted.
 
     Takes the place of upstream's in ``to_edge_transform_and_lower``. A method without any quantized
     tensor is left as it is, with a warning, and partitioned as upstream does.

@@ -62,9 +62,9 @@ def functional_overload(target: Any) -> Any | None:
 def mark_overwritten(model: GraphModule) -> None:
     """Let :func:`overwritten_by` know what the writes of a graph reach.
 
-    What :func:`canonicalize` left in place it has marked; exporting a graph again loses that. A
-    tensor is marked with the last write that reaches it, so that the last one is looked at first,
-    and what it reaches no write before it has to visit.
+    What ``canonicalize`` left in place it has marked; exporting a graph again loses that. A tensor
+    is marked with the last write that reaches it, so that the last one is looked at first, and
+    what it reaches no write before it has to visit.
     """
     marks: dict[Node, str] = {}
     writes = [(node, found) for node in model.graph.nodes if (found := written_inputs(node))]

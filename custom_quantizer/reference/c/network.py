@@ -43,7 +43,7 @@ class Network:
         constants: arrays that the code reads.
         reference: what is written.
         arena_bytes: of the activations.
-        peak_bytes: see :class:`CCode`.
+        peak_bytes: see :class:`~custom_quantizer.reference.c_code.CCode`.
     """
 
     def __init__(self, reference: NumpyReference, name: str, batch: int | None) -> None:
