@@ -701,7 +701,6 @@ def lost_count(document: dict[str, Any]) -> None:
         del entry[key][position]
 
 
-PADDED = {"before": [0, 0], "after": [0, 0]}
 KINDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "crop": (
         fields("conv_transpose", crop={"before": [6, 6], "after": [6, 6]}),
