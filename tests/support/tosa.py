@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import custom_quantizer as cq
 from custom_quantizer.backends.tosa import BACKEND
-from custom_quantizer.backends.tosa.lowering import lower_graph
+from custom_quantizer.backends.tosa.checked_lowering import lower_graph
 from custom_quantizer.backends.tosa.tools import PACKAGES
 from custom_quantizer.ops import Case, OpRule, QParamSharing
 from custom_quantizer.ops.backend import Backend
