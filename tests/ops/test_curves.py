@@ -36,6 +36,13 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor
     "hardswish": (lambda x: x * F.relu6(x + 3.0) / 6.0, F.hardswish),
     "hardswish, by clamp": (lambda x: x * ((x + 3).clamp(0, 6) / 6), F.hardswish),
     "hardswish, of its gate": (lambda x: x * F.hardsigmoid(x), F.hardswish),
+    "silu": (lambda x: x * torch.sigmoid(x), F.silu),
+    "silu, as a quotient": (lambda x: x / (1 + torch.exp(-x)), F.silu),
+    "mish": (lambda x: x * torch.tanh(F.softplus(x)), F.mish),
+    "mish, of a logarithm": (lambda x: x * torch.tanh(torch.log(1 + torch.exp(x))), F.mish),
+    "sigmoid": (lambda x: 1 / (1 + torch.exp(-x)), torch.sigmoid),
+    "sigmoid, as a quotient": (lambda x: x.exp() / (x.exp() + 1), torch.sigmoid),
+    "tanh": (lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()), torch.tanh),
     "hardsigmoid": (lambda x: F.relu6(x + 3.0) * (1 / 6), F.hardsigmoid),
 }
 
@@ -62,13 +69,16 @@ def test_a_function_that_is_written_out_is_one_op(name: str) -> None:
         lambda x, y: 0.5 * x * (1.0 + torch.erf(y / math.sqrt(2.0))),
         lambda x, y: x * F.relu6(x + 3.0) / 6.01,
         lambda x, y: x * torch.tanh(x),
+        lambda x, y: x * torch.sigmoid(1.702 * x),
+        lambda x, y: x * torch.sigmoid(y),
         lambda x, y: x * F.relu6(y[:1] + 3.0) / 6.0,
     ],
 )
 def test_another_function_stays(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     inputs = torch.randn(4, 8), torch.randn(4, 8)
     graph = canonicalize(capture(Function(lambda s, x, x_1: function(x, x_1)), inputs))
-    assert not calls(graph, aten.gelu.default) + calls(graph, aten.hardswish.default)
+    ops = (aten.gelu.default, aten.hardswish.default, aten.silu.default)
+    assert not [call for op in ops for call in calls(graph, op)]
     assert torch.equal(graph(*inputs), function(*inputs))
 
 

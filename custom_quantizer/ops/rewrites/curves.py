@@ -44,13 +44,14 @@ _NEAR = 1e-7
 _BENDS = frozenset(
     {
         *(aten.clamp.default, aten.erf.default, aten.hardsigmoid.default, aten.hardtanh.default),
-        *(aten.relu6.default, aten.tanh.default),
+        *(aten.exp.default, aten.relu6.default, aten.sigmoid.default, aten.tanh.default),
     }
 )
 """Each spelling of a function has one of these."""
 
 _STEPS = _BENDS | {
     *(aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.neg.default),
+    *(aten.log.default, aten.log1p.default, aten.softplus.default, aten.reciprocal.default),
     *(aten.pow.Tensor_Scalar, aten.rsub.Scalar, aten.square.default),
 }
 """Ops that a function may consist of."""
@@ -60,6 +61,10 @@ _KNOWN: tuple[tuple[Callable[[Tensor], Tensor], Any, Mapping[str, Any]], ...] = 
     (lambda x: F.gelu(x, approximate="tanh"), aten.gelu.default, {"approximate": "tanh"}),
     (F.hardswish, aten.hardswish.default, {}),
     (F.hardsigmoid, aten.hardsigmoid.default, {}),
+    (F.silu, aten.silu.default, {}),
+    (F.mish, aten.mish.default, {}),
+    (torch.sigmoid, aten.sigmoid.default, {}),
+    (torch.tanh, aten.tanh.default, {}),
 )
 
 
@@ -144,5 +149,7 @@ def _values(insert: Insertion, node: Node, source: Node) -> Tensor | None:
     return value(node, 0)
 
 
-CURVES: Mapping[Any, Rewrite] = MappingProxyType({aten.div.Tensor: _curve, aten.mul.Tensor: _curve})
+CURVES: Mapping[Any, Rewrite] = MappingProxyType(
+    dict.fromkeys((aten.div.Tensor, aten.mul.Tensor, aten.reciprocal.default), _curve)
+)
 """By overload."""
