@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import constant_of, effective_users, is_constant
@@ -68,9 +69,10 @@ def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
     Of a square under an exponential (gaussians, radial basis functions, splines), all but the part
     next to zero becomes zero, and takes most of the integers. The logarithm of a sum is to
     exponentials what the root is to powers. A sine or cosine makes little of wide phases, too:
-    those that a constant matrix makes (Fourier features) have many periods on one scale.
+    those that a constant matrix makes (Fourier features) have many periods on one scale. Of an
+    exponential close to one, what it lacks of one is less than a step of its own scale.
     """
-    for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _WAVES):
+    for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _WAVES, _REMAINDERS):
         _leave_chains(ops, backend, kind)
 
 
@@ -84,22 +86,26 @@ class _Chain:
         reason: why both stay in float, and what is between.
         before: whether sums and products that nothing else reads are in float as well: those
             before a power that is next to nothing for most of its arguments.
+        integers: whether an op that makes it narrow may have an integer kernel.
     """
 
     starts: Callable[[DraftOp], bool]
     ends: Callable[[DraftOp], bool]
     reason: str
     before: bool = False
+    integers: bool = False
 
 
 def _leave_chains(ops: Drafts, backend: Backend, kind: _Chain) -> None:
+    if kind.integers and not backend.float_targets:
+        return  # planned for integers alone
     wide: set[Node] = set()
     for op in ops:
         inputs = () if op.match is None else op.match.inputs
         if kind.starts(op) or (_adds_up(op) and not wide.isdisjoint(inputs)):
             wide.add(op.output)
     for end in ops:
-        if not kind.ends(end) or _has_integer_kernel(end, backend):
+        if not kind.ends(end) or (_has_integer_kernel(end, backend) and not kind.integers):
             continue
         if _is_wave(end) and end.node.target not in backend.float_targets:
             continue  # planned for integers alone, which have no form of it
@@ -172,6 +178,11 @@ def _is_exponential(op: DraftOp) -> bool:
     return op.rule is EXP
 
 
+def _is_less_a_number(op: DraftOp) -> bool:
+    """Whether an op is a difference of a tensor and a number, however it is written."""
+    return op.rule in (ADD, SUB) and len(_numbers(op)) == 1
+
+
 def _is_logarithm(op: DraftOp) -> bool:
     return op.node.target in _LOGARITHMS
 
@@ -211,6 +222,13 @@ _WAVES = _Chain(
     _is_wave,
     "phases of a sine or cosine: integers of one scale for many periods",
     before=True,
+)
+
+_REMAINDERS = _Chain(
+    _is_exponential,
+    _is_less_a_number,
+    "what an exponential lacks of a number: integers of one scale lose it where both are close",
+    integers=True,
 )
 
 _PRODUCTS = frozenset({torch.ops.aten.matmul.default, torch.ops.aten.mm.default})
@@ -289,8 +307,14 @@ _LARGEST_EPSILON = 1e-3
 
 
 def _adds_epsilon(op: DraftOp) -> bool:
-    if op.node.target is not torch.ops.aten.add.Tensor or op.match is None:
+    if op.node.target is not torch.ops.aten.add.Tensor:
         return False
+    return any(bool((number > 0) & (number <= _LARGEST_EPSILON)) for number in _numbers(op))
+
+
+def _numbers(op: DraftOp) -> list[Tensor]:
+    """The constants of one element among what an op reads."""
     graph = cast(GraphModule, op.node.graph.owning_module)
-    constants = [constant_of(graph, n) for n in op.match.inputs if n.op == "get_attr"]
-    return any(c.numel() == 1 and bool((c > 0) & (c <= _LARGEST_EPSILON)) for c in constants)
+    inputs = () if op.match is None else op.match.inputs
+    constants = [constant_of(graph, node) for node in inputs if node.op == "get_attr"]
+    return [constant for constant in constants if constant.numel() == 1]

@@ -49,6 +49,11 @@ MODELS: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], tuple[int, ...
         {"first": nn.Linear(32, 4), "last": nn.Linear(64, 8)},
         FEATURES,
     ),
+    "opacities": (
+        lambda s, x: s.last(1 - torch.exp(-0.05 * torch.relu(s.first(x)))),
+        {"first": nn.Linear(4, 16), "last": nn.Linear(16, 8)},
+        FEATURES,
+    ),
     "logarithm of a sum of exponentials": (
         lambda s, x: torch.log(torch.exp(s.first(x)).sum(-1)),
         {"first": nn.Linear(4, 16)},

@@ -249,6 +249,16 @@ EXPONENTIALS: dict[str, tuple[Callable[..., Tensor], set[str], str]] = {
         {"exp", "sum_1", "add", "log"},
         "exponentials and their logarithm",
     ),
+    "opacity": (
+        lambda y: 1 - torch.exp(-F.relu(y) * 0.1),
+        {"exp", "rsub"},
+        "what an exponential lacks of a number",
+    ),
+    "growth": (
+        lambda y: (torch.exp(y) * 0.5 - 0.5) * y,
+        {"exp", "mul", "sub"},
+        "what an exponential lacks of a number",
+    ),
 }
 
 
