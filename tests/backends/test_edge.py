@@ -63,6 +63,19 @@ class Summed(nn.Module):
         return self.image(x).permute(0, 3, 1, 2).cumsum(1)
 
 
+class Scored(nn.Module):
+    """Functions in float that no kernel takes as they are written, and truth values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.hidden(x)
+        gate, scores = nn.functional.silu(torch.sin(y)), self.head(y)
+        return torch.where(scores > 0, scores, -scores), torch.log_softmax(scores, -1), gate
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +88,7 @@ class Recurrent(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mixed": (Mixed, (1, 3, 8, 8)),
     "recurrent": (Recurrent, (3, 1, 4)),
+    "scored": (Scored, (5, 8)),
     "summed": (Summed, (1, 3, 4, 6)),
     "turned": (Turned, (1, 3, 4, 6)),
 }
@@ -120,7 +134,13 @@ def programs(
 
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [("mixed", "a8w8"), ("mixed", "dyn8w8"), ("recurrent", "a8w8"), ("summed", "a8w8")],
+    [
+        ("mixed", "a8w8"),
+        ("mixed", "dyn8w8"),
+        ("recurrent", "a8w8"),
+        ("scored", "a8w8"),
+        ("summed", "a8w8"),
+    ],
 )
 def test_the_same_program(name: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``dyn8w8`` an output of the delegate is one that a pass puts another in the place of."""

@@ -49,7 +49,7 @@ __all__ = ["to_edge"]
 
 aten = torch.ops.aten
 
-Call = tuple[Any, tuple[Any, ...]]
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """Target and arguments."""
 
 
@@ -188,21 +188,37 @@ def _convolution(dims: int, *, transposed: bool = False) -> Callable[[Node], Cal
             grown, dilation = [0] * dims, sizes(5, "dilation", 1)
             groups = argument(node, 6, "groups", 1)
         args = (source, weight, bias, stride, padding, dilation, transposed, grown, groups)
-        return aten.convolution.default, args
+        return aten.convolution.default, args, {}
 
     return form
 
 
-def _softmax(node: Node) -> Call | None:
-    if argument(node, 2, "dtype") is not None:
+def _softmax(target: Any) -> Callable[[Node], Call | None]:
+    """A softmax, or its logarithm, of the dtype of its input."""
+
+    def form(node: Node) -> Call | None:
+        if argument(node, 2, "dtype") is not None:
+            return None
+        return target, (*node.args[:2], False), {}
+
+    return form
+
+
+def _conversion(node: Node) -> Call | None:
+    """A conversion of something else; tracing leaves no call for one that changes nothing."""
+    source, meta = cast(Node, node.args[0]), tensor_meta(node)
+    before = tensor_meta(source)
+    if meta is None or before is None or before.dtype == meta.dtype:
         return None
-    return aten._softmax.default, (*node.args[:2], False)
+    if len(node.args) > 2 or node.kwargs:
+        return None
+    return aten._to_copy.default, (source,), {"dtype": meta.dtype}
 
 
 def _pad(node: Node) -> Call | None:
     if argument(node, 2, "mode", "constant") != "constant":
         return None
-    return aten.constant_pad_nd.default, (*node.args[:2], argument(node, 3, "value") or 0.0)
+    return aten.constant_pad_nd.default, (*node.args[:2], argument(node, 3, "value") or 0.0), {}
 
 
 _CORE: Mapping[Any, Callable[[Node], Call | None]] = {
@@ -210,8 +226,10 @@ _CORE: Mapping[Any, Callable[[Node], Call | None]] = {
     aten.conv2d.default: _convolution(2),
     aten.conv3d.default: _convolution(3),
     aten.conv_transpose2d.input: _convolution(2, transposed=True),
+    aten.log_softmax.int: _softmax(aten._log_softmax.default),
     aten.pad.default: _pad,
-    aten.softmax.int: _softmax,
+    aten.softmax.int: _softmax(aten._softmax.default),
+    aten.to.dtype: _conversion,
 }
 """By op, its core form; ``None`` where that takes more than one call."""
 
@@ -230,8 +248,8 @@ def _edge_program(
     """Upstream's ``_generate_edge_program``; passes that would change nothing are left out."""
     program = remove_unused_parameters_pass(exported)
     module = program.graph_module
-    for node, (core, args) in forms.items():
-        node.target, node.args, node.kwargs = core, args, {}
+    for node, (core, args, named) in forms.items():
+        node.target, node.args, node.kwargs = core, args, named
     for node in _calls(module):
         target = cast(torch._ops.OpOverload, node.target)
         node.target = _VIEWS.get(target) or get_view_copy_of_view_op(target._schema) or target

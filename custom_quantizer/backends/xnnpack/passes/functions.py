@@ -92,24 +92,28 @@ def tie_break_offsets(model: GraphModule) -> int:
 
 
 @graph_pass(
-    "silu between int8 Q/DQ boundaries",
-    "products with an int8 sigmoid, as the integer reference computes them",
+    "silu",
+    "products with a sigmoid: between int8 Q/DQ boundaries an int8 one, as the integer reference",
     exact=False,
 )
 def silu_products(model: GraphModule) -> int:
     """``silu`` between int8 Q/DQ boundaries becomes its input times an int8 sigmoid: a table again.
 
     Left to itself, ExecuTorch multiplies in float by a sigmoid in float; the input is read twice,
-    and XNNPACK fuses no table of that.
+    and XNNPACK fuses no table of that. In float it is that product, for which ExecuTorch would
+    trace the whole graph again (``edge.py``).
     """
     count = 0
     for node in calls(model, SILU.targets):
-        around = _int8_neighbours(node)
+        build, around = Builder(model, node), _int8_neighbours(node)
         if around is None:
+            data = cast(Node, node.args[0])
+            sigmoid = build.call(aten.sigmoid.default, data)
+            replace(node, build.call(aten.mul.Tensor, data, sigmoid))
+            count += 1
             continue
         before, after = around
         q = sigmoid_qparams(qparams_of(model, before), qparams_of(model, after))
-        build = Builder(model, node)
         params = (q.scale, q.zero_point, q.quant_min, q.quant_max, torch.int8)
         sigmoid = build.call(aten.sigmoid.default, before)
         stored = build.call(QUANTIZE_PER_TENSOR, sigmoid, *params)
