@@ -33,7 +33,7 @@ def max_pool2d(insert: Insertion) -> Node | None:
         return None
     if not is_static(shape_of(data)[-2:]) or len(shape_of(data)) != 4:
         return None
-    return _max_pool(insert, data, *_window(node, 2), ceil_mode=True)
+    return _max_pool(insert, data, *_window(node, 2), True)
 
 
 def max_pool1d(insert: Insertion) -> Node | None:
@@ -42,11 +42,10 @@ def max_pool1d(insert: Insertion) -> Node | None:
     if data is None or len(shape_of(data)) != 3:
         return None
     image = insert.call(aten.unsqueeze.default, data, 2)
-    window = zip(_ONE_PIXEL, _window(insert.node, 1), strict=True)
-    sizes = ([one, *numbers] for one, numbers in window)
-    return insert.call(
-        aten.squeeze.dim, _max_pool(insert, image, *sizes, ceil_mode=_rounds_up(insert.node)), 2
-    )
+    kernel, stride, padding, dilation = _window(insert.node, 1)
+    window = [1, *kernel], [1, *stride], [0, *padding], [1, *dilation]
+    pooled = _max_pool(insert, image, *window, _rounds_up(insert.node))
+    return insert.call(aten.squeeze.dim, pooled, 2)
 
 
 def max_pool3d(insert: Insertion) -> Node | None:
@@ -57,14 +56,15 @@ def max_pool3d(insert: Insertion) -> Node | None:
     batch, channels, depth, height, width = shape_of(data)
     if not is_static((channels, depth, height, width)):
         return None
-    window, rounds_up = _window(insert.node, 3), _rounds_up(insert.node)
+    kernel, stride, padding, dilation = _window(insert.node, 3)
+    rounds_up = _rounds_up(insert.node)
     images = insert.reshape(data, [batch, channels * depth, height, width])
-    sizes = (numbers[1:] for numbers in window)
-    images = _max_pool(insert, images, *sizes, ceil_mode=rounds_up)
+    window = kernel[1:], stride[1:], padding[1:], dilation[1:]
+    images = _max_pool(insert, images, *window, rounds_up)
     height, width = shape_of(images)[-2:]
     columns = insert.reshape(images, [batch, channels, depth, height * width])
-    sizes = ([numbers[0], one] for numbers, one in zip(window, _ONE_PIXEL, strict=True))
-    columns = _max_pool(insert, columns, *sizes, ceil_mode=rounds_up)
+    window = [kernel[0], 1], [stride[0], 1], [padding[0], 0], [dilation[0], 1]
+    columns = _max_pool(insert, columns, *window, rounds_up)
     return insert.reshape(columns, [batch, channels, shape_of(columns)[2], height, width])
 
 
@@ -74,10 +74,6 @@ def _window(node: Node, dims: int) -> tuple[list[int], list[int], list[int], lis
     stride = per_dim(argument(node, 2, "stride") or kernel, dims)
     padding = per_dim(argument(node, 3, "padding", 0), dims)
     return kernel, stride, padding, per_dim(argument(node, 4, "dilation", 1), dims)
-
-
-_ONE_PIXEL = (1, 1, 0, 1)
-"""Kernel, stride, padding and dilation that leave a dim as it is."""
 
 
 def _rounds_up(node: Node) -> bool:
@@ -91,7 +87,6 @@ def _max_pool(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    *,
     ceil_mode: bool,
 ) -> Node:
     if kernel == stride == [1, 1] and padding == [0, 0]:
@@ -104,7 +99,7 @@ def _max_pool(
             # Kernels neither round up nor skip rows; one of them at once can be made up for.
             for i in (0, 1):
                 window = (_only(i, kernel, 1), _only(i, stride, 1), _only(i, padding, 0))
-                data = _max_pool(insert, data, *window, _only(i, dilation, 1), ceil_mode=rounds[i])
+                data = _max_pool(insert, data, *window, _only(i, dilation, 1), rounds[i])
             return data
         ceil_mode = any(rounds)
     options = (ceil_mode,) if ceil_mode else ()
@@ -167,7 +162,7 @@ def _largest(
         row = math.prod(int(shape[d]) for d in dims)
         data = insert.reshape(data, [shape[first], channels, 1, row])
     window = [int(size) for size in shape_of(data)[2:]]
-    pooled = _max_pool(insert, data, window, window, [0, 0], [1, 1], ceil_mode=False)
+    pooled = _max_pool(insert, data, window, window, [0, 0], [1, 1], False)
     if negated:
         pooled = insert.call(aten.neg.default, pooled)
     keepdim = bool(argument(node, 2, "keepdim", False))
@@ -220,13 +215,13 @@ def _adaptive_maxima(insert: Insertion, value: Node, wanted: Sequence[int]) -> N
         if size % steps == 0:
             window = [1, 1]
             window[along] = size // steps
-            value = _max_pool(insert, value, window, window, [0, 0], [1, 1], ceil_mode=False)
+            value = _max_pool(insert, value, window, window, [0, 0], [1, 1], False)
             continue
         pieces = []
         for start, stop in window_bounds(int(size), steps):
             window = [1, 1]
             window[along] = stop - start
             piece = insert.slice(value, 2 + along, start, stop)
-            pieces.append(_max_pool(insert, piece, window, window, [0, 0], [1, 1], ceil_mode=False))
+            pieces.append(_max_pool(insert, piece, window, window, [0, 0], [1, 1], False))
         value = insert.call(aten.cat.default, pieces, 2 + along)
     return value
