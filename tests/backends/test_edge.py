@@ -85,7 +85,21 @@ class Recurrent(nn.Module):
         return self.layer(x)[0]
 
 
+class Composite(nn.Module):
+    """Ops that are several core ops each: between floats, of two activations, as an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.norm(self.layer(x))
+        z = torch.einsum("bnc,bmc->bnm", y, nn.functional.silu(y).sin())
+        return nn.functional.silu(torch.sin(y)), self.layer(z), (x > 0).to(torch.float32) * y
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "composite": (Composite, (2, 6, 6)),
     "mixed": (Mixed, (1, 3, 8, 8)),
     "recurrent": (Recurrent, (3, 1, 4)),
     "scored": (Scored, (5, 8)),
@@ -135,6 +149,7 @@ def programs(
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [
+        ("composite", "a8w8"),
         ("mixed", "a8w8"),
         ("mixed", "dyn8w8"),
         ("recurrent", "a8w8"),

@@ -3,8 +3,9 @@
 ``to_edge_transform_and_lower`` (1.5.1) traces a graph ten times before it is partitioned: to make
 it functional, to decompose its ops, and once for each of eight passes, whether they change anything
 or not. That is most of the time of a lowering. What the passes of this package leave is functional
-and made of core ops already, but for a few calls with one core form each (:data:`_CORE`); so the
-calls get other targets where they stand, and upstream's passes run where they have something to do.
+and made of core ops already, but for a few calls with one core form each (:data:`_CORE`), or with
+several (:mod:`~custom_quantizer.backends.xnnpack.written_out`); so these are put where they stand,
+and upstream's passes run where they have something to do.
 A graph with anything else goes upstream's way, as all do with another ExecuTorch, and the program
 is the same, byte for byte.
 """
@@ -43,6 +44,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
 from custom_quantizer.backends.xnnpack.quick_passes import passes_known, quick_passes, returned
+from custom_quantizer.backends.xnnpack.written_out import write_out
 from custom_quantizer.core.graph import argument, tensor_meta
 
 __all__ = ["to_edge"]
@@ -115,7 +117,7 @@ def core_forms(exported: ExportedProgram, whole: list[Any]) -> dict[Node, Call] 
     """By call that is no core op, the one core op it becomes; ``None`` if upstream has to do it.
 
     Args:
-        exported: the graph.
+        exported: the graph; calls that become several core ops are written out in it.
         whole: ops that stay as they are.
     """
     mutates = any(
@@ -124,11 +126,16 @@ def core_forms(exported: ExportedProgram, whole: list[Any]) -> dict[Node, Call] 
     )
     if mutates or any(True for _ in exported.graph_module.children()):
         return None
-    table = _decomposed()
+    if not all(_is_static(node.meta.get("val")) for node in exported.graph.nodes):
+        return None
+    composite = [node for node in exported.graph.nodes if _is_composite(node, whole)]
+    if composite:
+        table = _program._default_decomposition_table()
+        left = {target: form for target, form in table.items() if target not in whole}
+        if write_out(exported, composite, left):
+            return None
     forms: dict[Node, Call] = {}
     for node in exported.graph.nodes:
-        if not _is_static(node.meta.get("val")):
-            return None
         if node.op != "call_function" or node.target is operator.getitem:
             continue
         target = node.target
@@ -140,7 +147,7 @@ def core_forms(exported: ExportedProgram, whole: list[Any]) -> dict[Node, Call] 
             if call is None:
                 return None
             forms[node] = call
-        elif target not in whole and (target in table or _is_composite(target)):
+        elif _is_composite(node, whole):
             return None
     return forms
 
@@ -151,10 +158,13 @@ def _decomposed() -> frozenset[Any]:
     return frozenset(_program._default_decomposition_table())
 
 
-def _is_composite(target: torch._ops.OpOverload) -> bool:
-    """Whether an op is made of others where it is called, which tracing would put in its place."""
+def _is_composite(node: Node, whole: Sequence[Any]) -> bool:
+    """Whether tracing would put other ops in the place of a call."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target in whole or target in _CORE:
+        return False
     key = torch._C.DispatchKey.CompositeImplicitAutograd
-    return bool(target.has_kernel_for_dispatch_key(key))
+    return target in _decomposed() or bool(target.has_kernel_for_dispatch_key(key))
 
 
 def _is_static(value: Any) -> bool:
