@@ -130,8 +130,7 @@ def core_forms(exported: ExportedProgram, whole: list[Any]) -> dict[Node, Call] 
         return None
     composite = [node for node in exported.graph.nodes if _is_composite(node, whole)]
     if composite:
-        table = _program._default_decomposition_table()
-        left = {target: form for target, form in table.items() if target not in whole}
+        left = {op: form for op, form in _decompositions().items() if op not in whole}
         if write_out(exported, composite, left):
             return None
     forms: dict[Node, Call] = {}
@@ -153,9 +152,9 @@ def core_forms(exported: ExportedProgram, whole: list[Any]) -> dict[Node, Call] 
 
 
 @functools.cache
-def _decomposed() -> frozenset[Any]:
-    """Ops that upstream decomposes; to make its table takes an eighth of a second."""
-    return frozenset(_program._default_decomposition_table())
+def _decompositions() -> Mapping[Any, Any]:
+    """By op, how upstream decomposes it; to make its table takes an eighth of a second."""
+    return cast("Mapping[Any, Any]", _program._default_decomposition_table())
 
 
 def _is_composite(node: Node, whole: Sequence[Any]) -> bool:
@@ -164,7 +163,7 @@ def _is_composite(node: Node, whole: Sequence[Any]) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or target in whole or target in _CORE:
         return False
     key = torch._C.DispatchKey.CompositeImplicitAutograd
-    return target in _decomposed() or bool(target.has_kernel_for_dispatch_key(key))
+    return target in _decompositions() or bool(target.has_kernel_for_dispatch_key(key))
 
 
 def _is_static(value: Any) -> bool:

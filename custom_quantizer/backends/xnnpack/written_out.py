@@ -74,7 +74,7 @@ def _traced(call: Node, table: Mapping[Any, Any]) -> GraphModule | None:
         )
         return cast(Any, call.target)(*args, **kwargs)
 
-    with torch.no_grad(), value.fake_mode:
+    with torch.no_grad(), cast(Any, value).fake_mode:
         traced = make_fx(apply, decomposition_table=dict(table))(*values)
     traced.graph.eliminate_dead_code()
     *calls, output = [node for node in traced.graph.nodes if node.op != "placeholder"]
