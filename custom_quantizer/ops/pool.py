@@ -21,6 +21,7 @@ from custom_quantizer.ops._rule import (
     QuantizedOp,
 )
 from custom_quantizer.ops.elementwise import _case, _match_single
+from custom_quantizer.ops.gemm import per_dim
 
 __all__ = ["ADAPTIVE_AVG_POOL", "AVG_POOL", "MAX_POOL", "MEAN", "RULES"]
 
@@ -40,6 +41,14 @@ def pool_window(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int
     return kernel, pair(stride) if stride else kernel, pair(argument(node, 3, "padding", 0))
 
 
+def max_pool_window(node: Node, dims: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Kernel, stride, padding and dilation of a max pool, each a number a dim."""
+    kernel = per_dim(node.args[1], dims)
+    stride = per_dim(argument(node, 2, "stride") or kernel, dims)
+    padding = per_dim(argument(node, 3, "padding", 0), dims)
+    return kernel, stride, padding, per_dim(argument(node, 4, "dilation", 1), dims)
+
+
 # ---------------------------------------------------------------------------------------------
 # max_pool2d
 # ---------------------------------------------------------------------------------------------
@@ -47,16 +56,9 @@ def pool_window(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int
 
 def _max_pool_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmetic) -> Tensor:
     node = op.node
-    kernel, stride, padding = pool_window(node)
+    ceil_mode = bool(argument(node, 5, "ceil_mode", False))
     # Integers up to 16 bits are exact in float32, and padding is minus infinity.
-    pooled = F.max_pool2d(
-        inputs[0].to(torch.float32),
-        kernel,
-        stride,
-        padding,
-        pair(argument(node, 4, "dilation", 1)),
-        bool(argument(node, 5, "ceil_mode", False)),
-    )
+    pooled = F.max_pool2d(inputs[0].to(torch.float32), *max_pool_window(node, 2), ceil_mode)
     return pooled.to(torch.int32)
 
 

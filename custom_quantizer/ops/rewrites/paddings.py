@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, is_same_shape, shape_of
 from custom_quantizer.core.rewriting import Insertion, Rewrite
-from custom_quantizer.ops.gemm import per_dim
+from custom_quantizer.ops.pool import max_pool_window
 
 __all__ = ["PADDINGS"]
 
@@ -78,10 +78,7 @@ def _max_pool(dims: int) -> Rewrite:
         amounts = (amounts + [0] * spatial)[:spatial]
         before, after = amounts[::2][::-1], amounts[1::2][::-1]
         data = cast(Node, pad.args[0])
-        kernel = per_dim(node.args[1], dims)
-        stride = per_dim(argument(node, 2, "stride") or kernel, dims)
-        padding = per_dim(argument(node, 3, "padding", 0), dims)
-        dilation = per_dim(argument(node, 4, "dilation", 1), dims)
+        kernel, stride, padding, dilation = max_pool_window(node, dims)
         own = [b + p for b, p in zip(before, padding, strict=True)]
         sizes = shape_of(data)[-dims:]
         if all(map(_can_pad, own, sizes, kernel, dilation)):

@@ -12,6 +12,7 @@ from torch.fx import Node
 from custom_quantizer.core.graph import argument, shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
+from custom_quantizer.ops.pool import max_pool_window
 from custom_quantizer.ops.rewrites.legalization._common import (
     MAX_PIECES,
     adds_window,
@@ -33,7 +34,7 @@ def max_pool2d(insert: Insertion) -> Node | None:
         return None
     if not is_static(shape_of(data)[-2:]) or len(shape_of(data)) != 4:
         return None
-    return _max_pool(insert, data, *_window(node, 2), True)
+    return _max_pool(insert, data, *max_pool_window(node, 2), True)
 
 
 def max_pool1d(insert: Insertion) -> Node | None:
@@ -42,7 +43,7 @@ def max_pool1d(insert: Insertion) -> Node | None:
     if data is None or len(shape_of(data)) != 3:
         return None
     image = insert.call(aten.unsqueeze.default, data, 2)
-    kernel, stride, padding, dilation = _window(insert.node, 1)
+    kernel, stride, padding, dilation = max_pool_window(insert.node, 1)
     window = [1, *kernel], [1, *stride], [0, *padding], [1, *dilation]
     pooled = _max_pool(insert, image, *window, _rounds_up(insert.node))
     return insert.call(aten.squeeze.dim, pooled, 2)
@@ -56,7 +57,7 @@ def max_pool3d(insert: Insertion) -> Node | None:
     batch, channels, depth, height, width = shape_of(data)
     if not is_static((channels, depth, height, width)):
         return None
-    kernel, stride, padding, dilation = _window(insert.node, 3)
+    kernel, stride, padding, dilation = max_pool_window(insert.node, 3)
     rounds_up = _rounds_up(insert.node)
     images = insert.reshape(data, [batch, channels * depth, height, width])
     window = kernel[1:], stride[1:], padding[1:], dilation[1:]
@@ -66,14 +67,6 @@ def max_pool3d(insert: Insertion) -> Node | None:
     window = [kernel[0], 1], [stride[0], 1], [padding[0], 0], [dilation[0], 1]
     columns = _max_pool(insert, columns, *window, rounds_up)
     return insert.reshape(columns, [batch, channels, shape_of(columns)[2], height, width])
-
-
-def _window(node: Node, dims: int) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Kernel, stride, padding and dilation of a max pool, each a number a dim."""
-    kernel = per_dim(node.args[1], dims)
-    stride = per_dim(argument(node, 2, "stride") or kernel, dims)
-    padding = per_dim(argument(node, 3, "padding", 0), dims)
-    return kernel, stride, padding, per_dim(argument(node, 4, "dilation", 1), dims)
 
 
 def _rounds_up(node: Node) -> bool:
