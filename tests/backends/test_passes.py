@@ -797,6 +797,28 @@ def test_what_is_moved_to_another_scale_is_moved_first(name: str) -> None:
     assert differences(program.run(x)[::2], graph(x)[::2]) == []
 
 
+def moved(s: Any, x: Tensor) -> Tensor:
+    y = F.interpolate(F.relu(x), scale_factor=2)
+    y = torch.cat([y.transpose(1, 2), y.transpose(1, 2)], 1)
+    return F.max_pool2d(F.pad(y, (1, 1)), 2).flatten(1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "target"), [("a16w8", aten.floor.default), ("a4w4", aten.hardtanh.default)]
+)
+def test_what_only_moves_is_not_rounded_again(scheme: str, target: Any, dynamic: bool) -> None:
+    """Of other widths than 8 bits, the input and what a function gives are put on a grid."""
+    x = torch.randn(2, 3, 4, 5)
+    sizes = (({0: torch.export.Dim("n", max=8)},),) if dynamic else None
+    quantizer = cq.IntegerQuantizer().set_global(scheme)
+    graph = convert(Function(moved), (x,), quantizer, dynamic_shapes=sizes).graph
+    rewritten = copy.deepcopy(graph)
+    run_passes(rewritten)
+    assert len(calls(rewritten, target)) == 2
+    assert differences(cq.lower(graph, (x,)).run(x), cq.integer_reference(graph)(x)) == []
+
+
 def test_joined_tensors_of_different_scales_stay_float() -> None:
     x = torch.randn(IMAGE)
     graph = capture(

@@ -217,7 +217,7 @@ def _chain(first: Node) -> list[Node]:
 def _is_function_of(node: Node, values: set[Any]) -> bool:
     """Whether a node computes each number of some of ``values`` and single constants."""
     rule = rule_of(node)
-    moves = rule is not None and rule.sharing is QParamSharing.SAME and rule not in (RELU, CLAMP)
+    moves = rule is not None and rule.sharing is QParamSharing.SAME
     return (
         node.op == "call_function"
         and not moves

@@ -15,6 +15,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     Mark,
     calls,
     graph_pass,
+    only_moves,
     origin_of,
 )
 from custom_quantizer.core.graph import (
@@ -30,13 +31,12 @@ from custom_quantizer.core.graph import (
     tensor_meta,
     view_sizes,
 )
-from custom_quantizer.ops import QParamSharing, rule_of
+from custom_quantizer.ops import rule_of
 from custom_quantizer.ops.attention import MATMUL
 from custom_quantizer.ops.elementwise import ADD, CLAMP, RELU, SUB
 from custom_quantizer.ops.functions import SOFTPLUS
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, symmetric_padding
-from custom_quantizer.ops.movement import CAT, GETITEM, PAD, SPLIT
-from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR
+from custom_quantizer.ops.movement import CAT, PAD
 
 aten = torch.ops.aten
 
@@ -136,7 +136,7 @@ def rescale_behind_moves(model: GraphModule) -> int:
     one: Node | None = None
     for node in list(model.graph.nodes):
         sources = node.all_input_nodes
-        if not _only_moves(node) or not sources or not all(map(is_dequantize, sources)):
+        if not only_moves(node) or not sources or not all(map(is_dequantize, sources)):
             continue
         grids = {source.args[1:3] for source in sources}
         for quantize in [user for user in node.users if is_quantize(user) and is_static(user)]:
@@ -152,16 +152,6 @@ def rescale_behind_moves(model: GraphModule) -> int:
             quantize.replace_input_with(node, value)
             count += 1
     return count
-
-
-def _only_moves(node: Node) -> bool:
-    """Whether the results of a call are among the numbers it reads, or zeros."""
-    rule = rule_of(node)
-    if node.target in (aten.view_copy.default, aten.permute_copy.default):
-        return True
-    if rule is None or rule.sharing is not QParamSharing.SAME or rule is UPSAMPLE_BILINEAR:
-        return False
-    return rule not in (RELU, CLAMP, SPLIT, GETITEM) and not isinstance(rule.match(rule, node), str)
 
 
 def _one(model: GraphModule) -> Node:

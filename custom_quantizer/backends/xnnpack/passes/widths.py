@@ -15,6 +15,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     dequantized_constant,
     graph_pass,
     is_wide,
+    only_moves,
     origin_of,
 )
 from custom_quantizer.core.graph import (
@@ -26,9 +27,8 @@ from custom_quantizer.core.graph import (
     is_quantize,
     tensor_meta,
 )
-from custom_quantizer.ops import QParamSharing, rule_of
+from custom_quantizer.ops import rule_of
 from custom_quantizer.ops.elementwise import CLAMP, RELU
-from custom_quantizer.ops.movement import GETITEM
 
 aten = torch.ops.aten
 
@@ -63,10 +63,7 @@ def narrow_activations(model: GraphModule) -> int:
 def _passes_on(quantize: Node) -> bool:
     """Whether a quantize node repeats what is quantized already, moved but not changed."""
     move = quantize.args[0]
-    if not isinstance(move, Node):
-        return False
-    rule = rule_of(move)
-    if rule is None or rule.sharing is not QParamSharing.SAME or move.target in GETITEM.targets:
+    if not isinstance(move, Node) or not only_moves(move):
         return False
     sources = move.all_input_nodes
     return bool(sources) and all(
@@ -110,6 +107,8 @@ def emulate_wide(model: GraphModule) -> int:
     """
     count = 0
     constants: dict[tuple[float, ...], Node] = {}
+    # Before the dequantize nodes that tell it are gone.
+    passing = {node for node in model.graph.nodes if is_quantize(node) and _passes_on(node)}
     for node in list(model.graph.nodes):
         if node.target is DEQUANTIZE_PER_TENSOR and is_wide(node):
             source = cast(Node, node.args[0])
@@ -123,7 +122,7 @@ def emulate_wide(model: GraphModule) -> int:
             continue
         value = cast(Node, node.args[0])
         returned = [user for user in node.users if user.op == "output"]
-        if returned or not _passes_on(node):
+        if returned or node not in passing:
             value, steps = _round_to_grid(model, node, value, constants)
             for user in returned:
                 user.replace_input_with(node, _as_dtype(model, node, steps, node.args[-1]))
