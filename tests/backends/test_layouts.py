@@ -114,6 +114,31 @@ def test_fewer_copies_give_the_same_values(
         assert all(torch.equal(got, want) for got, want in outputs)
 
 
+@pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
+@pytest.mark.parametrize("size", [(12, 10), (11, 15)], ids=["whole", "odd"])
+def test_enlarged_images_are_copied_by_pixels(scheme: str, size: tuple[int, int]) -> None:
+    """Between layers channels stand last, and stay there while pixels are repeated and rounded."""
+    x = torch.randn(IMAGE)
+    layers = {"first": conv(), "second": conv()}
+    model = Function(lambda s, x: s.second(F.interpolate(s.first(x), size)), **layers)
+    shapes = (({0: torch.export.Dim("n", max=4)},),)
+    quantizer = cq.IntegerQuantizer().set_global(scheme)
+    graph = convert(model.eval(), (x,), quantizer, dynamic_shapes=shapes).graph
+    program = cq.lower(graph, (x,))
+    (delegate,) = program.contents.delegates
+    assert kinds(program).count("static_transpose") == 2
+    copies = [op for op in delegate.ops if op.kind.startswith("concatenate")]
+    assert copies
+    for op in copies:
+        shape = delegate.tensors[op.outputs[0]].shape
+        assert shape[-1] % CHANNELS == 0
+        assert op.params["axis"] != len(shape) - 1
+    if scheme == "a8w8":  # above 8 bits layers sum in float
+        reference = cq.integer_reference(graph)
+        for given in (x, torch.randn(4, *IMAGE[1:])):
+            assert differences(program.run(given), reference(given)) == []
+
+
 def flat(outputs: Any) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 

@@ -79,6 +79,16 @@ MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         IMAGE,
         aten.upsample_nearest2d.vec,
     ),
+    "nearest to an odd size": (
+        function(lambda x: F.interpolate(x, size=(11, 23))),
+        IMAGE,
+        aten.upsample_nearest2d.vec,
+    ),
+    "nearest of a volume": (
+        function(lambda x: F.interpolate(x, size=(10, 6, 18))),
+        VOLUME,
+        aten.upsample_nearest3d.vec,
+    ),
     "nearest down": (
         function(lambda x: F.interpolate(x, size=(4, 5))),
         IMAGE,

@@ -302,6 +302,8 @@ class _Moves:
             if len(region.values) > _MOST_OPS:
                 return False
             for name, source in maker.inputs():
+                if all(size == 1 for size in self._dims(source)):
+                    continue  # one number is the same in all layouts
                 before, dims = self._before(source, order), self._viewed_dims(source, order)
                 if before is not None:
                     region.sources.append((maker, name, before, None))

@@ -318,9 +318,9 @@ def expands_to_cats(model: GraphModule) -> int:
             viewed = build.call(aten.view.default, value, view_sizes(old))
             value = _kept(build, viewed, source)
         result = value
-        for position, dim in enumerate(dims):
+        for dim in reversed(dims):  # small pieces are copied while there are few of them
             result = build.call(aten.cat.default, [value] * int(new[dim]), dim)
-            if position + 1 < len(dims):
+            if dim != dims[0]:
                 value = _kept(build, result, source)
         replace(node, result)
         count += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -199,7 +200,9 @@ def pixel_unshuffle(insert: Insertion) -> Node | None:
 def upsample_nearest(insert: Insertion) -> Node | None:
     """Nearest-neighbour upsampling repeats values: by a whole factor, or each as often as it is.
 
-    Whole factors repeat in a dim of their own; others concatenate slices.
+    Whole factors repeat in a dim of their own, the last dim first and with channels last, as next
+    to convolutions: pixels, then whole rows are copied, not number by number. What is left
+    concatenates slices.
     """
     node, data = insert.node, float_input(insert)
     if data is None:
@@ -207,18 +210,29 @@ def upsample_nearest(insert: Insertion) -> Node | None:
     shape, out = shape_of(data), shape_of(node)
     if not is_static(shape[1:]) or not is_static(out[1:]):
         return None
+    rank = len(shape)
+    entries = {dim: _nearest(node, dim) for dim in range(2, rank)}
+    # A given factor need not be the ratio of the sizes: 2.05 doubles ten entries otherwise.
+    factors = {dim: -(-int(out[dim]) // int(shape[dim])) for dim in entries}
+    whole = [d for d in entries if entries[d] == [i // factors[d] for i in range(out[d])]]
     value = data
-    for dim in range(2, len(shape)):
-        size, wanted = int(shape[dim]), int(out[dim])
-        entries = _nearest(node, dim)
-        # A given factor need not be the ratio of the sizes: 2.05 doubles ten entries otherwise.
-        if wanted % size == 0 and entries == [i * size // wanted for i in range(wanted)]:
-            value = spread(insert, value, dim, wanted // size)
-        elif wanted > MAX_PIECES:
+    if any(out[dim] != shape[dim] for dim in whole):
+        value = insert.permute(value, [0, *range(2, rank), 1])
+        for dim in reversed(whole):
+            value = spread(insert, value, dim - 1, factors[dim])
+            before, (repeated, *rest) = shape_of(value)[: dim - 1], shape_of(value)[dim - 1 :]
+            if repeated != out[dim]:
+                lines = insert.reshape(value, [*before, repeated * math.prod(rest)])
+                lines = insert.slice(lines, dim - 1, 0, out[dim] * math.prod(rest))
+                value = insert.reshape(lines, [*before, out[dim], *rest])
+        value = insert.permute(value, [0, rank - 1, *range(1, rank - 1)])
+    for dim, wanted in entries.items():
+        if dim in whole:
+            continue
+        if len(wanted) > MAX_PIECES:
             return None
-        else:
-            pieces = [insert.slice(value, dim, i, i + 1) for i in entries]
-            value = insert.call(aten.cat.default, pieces, dim)
+        pieces = [insert.slice(value, dim, i, i + 1) for i in wanted]
+        value = insert.call(aten.cat.default, pieces, dim)
     return value
 
 
