@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class Following(torch.fx.Interpreter):
         return theirs.to(result.dtype)
 
 
-def followed(graph: GraphModule, path: Path, level: str, batch: Inputs) -> Following:
+def followed(graph: GraphModule, path: Path, level: str, batch: Inputs, **config: str) -> Following:
     """Run with every rounded tensor as an output as well."""
     model = onnx.load(path)
     count, names = dict[str, int](), dict[str, str]()
@@ -160,7 +161,7 @@ def followed(graph: GraphModule, path: Path, level: str, batch: Inputs) -> Follo
     model.graph.output.extend(known[name] for name in names.values())
     wide = path.with_suffix(".all.onnx")
     onnx.save(model, wide)
-    file = session(wide, level)
+    file = session(wide, level, **config)
     values = file.run(
         list(names.values()),
         {v.name: t.numpy() for v, t in zip(file.get_inputs(), batch, strict=True)},
@@ -338,7 +339,8 @@ def check_cases(
             for batch in batches:
                 run = followed(graph, path, level, batch)
                 assert max(run.steps.values()) <= 1, (level, run.steps)
-                assert run.different <= run.compared / 50, (level, run.different)
+                if any(len(value.unique()) > 1 for value in batch):  # not one tie, many times
+                    assert run.different <= run.compared / 50, (level, run.different)
             continue
         found = difference(graph, session(path, level, qdqisint8allowed="1"), batches)
         assert found.steps <= 1, (level, found)
@@ -382,6 +384,32 @@ def test_every_case_at_run_time(family: str, scheme: str, tmp_path: Path) -> Non
 def test_every_case_in_float(family: str, tmp_path: Path) -> None:
     picked = [(RULES[family], case) for case in cases_of(RULES[family])]
     check_cases(picked, "a8w8", tmp_path / "family.onnx", "uint8", FloatFamily)
+
+
+def saturates() -> bool:
+    """Whether ONNX Runtime (1.32) adds products of unsigned and signed bytes in 16 bits here."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and "vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+@pytest.mark.parametrize(("scheme", "named"), [("a8w8", True), ("a8w4", False), ("a16w8", False)])
+def test_convolutions_that_saturate_are_named(
+    activations: Activations, scheme: str, named: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    example = (torch.randn(2, 32, 8, 8),)
+    model = nn.Sequential(nn.Conv2d(32, 16, 3), nn.Flatten(1), nn.Linear(16 * 36, 4))
+    graph = convert(model, example, scheme).graph
+    summary = cq.save_onnx(graph, tmp_path / "net.onnx", activations=activations)
+    notes = [note for note in str(summary).splitlines() if "saturate in ONNX Runtime" in note]
+    named = named and activations == "uint8"
+    assert len(notes) == named
+    assert all("1 convolutions" in note and note.endswith("conv2d") for note in notes)
+    for level in LEVELS:
+        run = followed(graph, summary.path, level, example, qdqisint8allowed="1")
+        wrong = named and level == LEVELS[1] and saturates()
+        assert (max(run.steps.values()) > 1) is wrong, (level, run.steps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -515,9 +543,9 @@ def test_every_tensor_of_a_network(name: str, scheme: str, tmp_path: Path) -> No
     dynamic = ({0: torch.export.Dim.AUTO},)
     graph = convert(torchvision_model(name), example, scheme, dynamic_shapes=dynamic).graph
     path = tmp_path / "net.onnx"
-    cq.save_onnx(graph, path)
+    cq.save_onnx(graph, path, activations="int8" if saturates() else "uint8")
     batch = (torch.randn(3, 3, size, size),)
     for level in LEVELS:
-        run = followed(graph, path, level, batch)
+        run = followed(graph, path, level, batch, qdqisint8allowed="1")
         assert max(run.steps.values()) <= 1, (level, run.steps)
         assert run.different <= run.compared / 1000, (level, run.different, run.compared)

@@ -43,6 +43,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.names import record_names, recorded_name
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import ConversionError, InputError, first_line
+from custom_quantizer.ops.gemm import CONV
 from custom_quantizer.reference.converted import read_converted
 from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX, export_again
 from custom_quantizer.reference.inputs import placeholder_metas
@@ -513,6 +514,12 @@ def _notes(model: GraphModule, narrow: Activations) -> Iterable[str]:
         yield f"{len(names)} constants of {bits} bits are stored as {kind}: {_listed(names)}"
     if narrow == "uint8" and any(is_static(n) and qparams_of(model, n).bits <= 8 for n in rounded):
         yield "activations of up to 8 bits are UINT8: integers and zero points 128 higher"
+        if saturating := [node for node in model.graph.nodes if _may_saturate(model, node)]:
+            yield (
+                f"{len(saturating)} convolutions of UINT8 and INT8 saturate in ONNX Runtime's own "
+                "kernels on x86 without VNNI; activations='int8' does not: "
+                f"{_listed(recorded_name(node) or node.name for node in saturating)}"
+            )
     for bits, names in sorted(activations.items()):
         kind = narrow.upper() if bits < 8 else "INT16"
         yield (
@@ -524,6 +531,20 @@ def _notes(model: GraphModule, narrow: Activations) -> Iterable[str]:
             f"{len(run_time)} tensors get their scale at run time, by ops in float: "
             f"{_listed(run_time)}"
         )
+
+
+def _may_saturate(model: GraphModule, node: Node) -> bool:
+    """Whether an op is a convolution that ONNX Runtime fuses, of 8-bit integers.
+
+    Without VNNI its kernel (1.32) adds two products of unsigned and signed bytes in 16 bits
+    (``vpmaddubsw``): up to ``2 * 255 * 127``. With weights of 7 bits they fit. Matrix products have
+    both operands made unsigned there.
+    """
+    if node.target not in CONV.targets:
+        return False
+    data, weight = cast("tuple[Node, Node]", node.args[:2])
+    static = is_dequantize(data) and is_static(data) and qparams_of(model, data).bits <= 8
+    return static and _bits_of_weight(weight) == 8
 
 
 def _is_size(node: Node) -> bool:
