@@ -124,8 +124,12 @@ def test_every_op_and_scheme_runs_where_the_plan_said(rule, case, name) -> None:
     converted = convert(model, example, name)
     lowered = cq.lower(converted.graph, example)
     # Of an op that runs as several the last one has its name; an einsum moves its operands first.
-    actual = {op.written: op.backend.label for op in lowered.report.ops}
-    assert {op.node: op.backend for op in converted.plan.quantized} == actual
+    actual = {op.written: op.backend for op in lowered.report.ops}
+    quantized = {op.node: op.backend for op in converted.plan.quantized}
+    assert quantized == {node: actual[node].label for node in quantized}
+    # Functions without a table, and what only they read, are planned in float.
+    planned = {op.node: op.placement for op in converted.plan.ops}
+    assert planned == {node: backend.placement.value for node, backend in actual.items()}
     assert lowered.report.fully_delegated, str(lowered.report)
 
 

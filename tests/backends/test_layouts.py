@@ -12,7 +12,7 @@ from support.graphs import Function, convert, differences, quantized
 from torch import Tensor, nn
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack import inline_constants
+from custom_quantizer.backends.xnnpack import inline_constants, layouts
 
 CHANNELS = 8
 IMAGE = (2, CHANNELS, 6, 5)
@@ -192,3 +192,42 @@ def test_what_moves_keep_apart_stays_apart(forward: Callable[..., Any]) -> None:
     assert kinds(program).count("static_transpose") > 2
     reference = cq.integer_reference(graph)
     assert differences(program.run(x), reference(x)) == []
+
+
+def read_twice(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the transposes behind an op, one would give back what was there before; another not."""
+    y = torch.relu(x.permute(FIRST) * 0.5)
+    return torch.relu(y.permute(LAST) + 0.5), s.squeeze(y.permute(FIRST))
+
+
+def rows(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """An op that is not one of values alone."""
+    y = x.permute(FIRST)
+    return torch.relu(torch.softmax(y, -1).permute(LAST) - 0.1), s.squeeze(y.permute(FIRST))
+
+
+@pytest.mark.parametrize("forward", [read_twice, rows], ids=lambda f: f.__name__)
+def test_ops_that_need_their_order_stay(forward: Callable[..., Any]) -> None:
+    x = torch.randn(IMAGE)
+    graph = convert(made(forward), (x,)).graph
+    program = cq.lower(graph, (x,))
+    found = zip(flat(program.run(x)), flat(cq.integer_reference(graph)(x)), strict=True)
+    for got, want in found:  # last bits of a softmax, and bits of all else
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6 if forward is rows else 0)
+
+
+def test_ops_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XNNPACK computes them as they are listed."""
+    seen: list[layouts.Contents] = []
+
+    def listed(graph: layouts.Contents, schema: layouts.Schema) -> bool:
+        before = list(graph["xnodes"])
+        layouts._Moves(graph, schema).drop_unread()
+        assert all(a is b for a, b in zip(graph["xnodes"], before, strict=True))
+        seen.append(graph)
+        return True
+
+    monkeypatch.setattr(inline_constants, "simplify", listed)
+    x = torch.randn(IMAGE)
+    cq.lower(convert(made(scaled), (x,)).graph, (x,))
+    assert len(seen) == 1

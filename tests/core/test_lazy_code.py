@@ -83,6 +83,7 @@ def test_code_is_that_of_the_graph_as_it_is(written: list[Graph]) -> None:
         module.recompile()
         assert len(written) == 1
         assert torch.equal(module(ONE, TWO), torch.full((2,), 3.0))
+        assert "neg(" in module.code
     twin = copy.deepcopy(module)
     assert torch.equal(twin(ONE, TWO), torch.full((2,), 3.0))
 

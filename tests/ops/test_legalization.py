@@ -657,6 +657,32 @@ def test_products_that_others_read_stay(also: Callable[[Tensor], Tensor]) -> Non
     assert len(calls(graph, aten.mul.Tensor)) == 1
 
 
+def unequal(_self: Any, a: Tensor, b: Tensor) -> Tensor:
+    """Thirds of what was joined of other parts."""
+    parts = torch.cat([a[:, :2], b[:, :1], b[:, :3]], 1)
+    return parts.view(-1, 3, 2, *a.shape[2:]).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("summed", "layers"),
+    [
+        (unequal, 0),
+        (lambda _s, a, b: torch.stack([a, b, a], 1).sum(1), 0),
+        (lambda _s, a, b: torch.stack([a, b, a, b], 1).sum(1), 1),  # too many roundings
+        (lambda _s, a, b: (a - b).view(-1, 2, a.shape[1] // 2, *a.shape[2:]).sum(2), 0),
+        (lambda _s, a, b: (a - b)[:, :2, 0].flatten(2).sum(1), 0),
+        (lambda _s, a, b: (a - b)[:, :2, 0, :3].sum(1), 1),  # rows of three values
+        (lambda _s, a, b: (a - b)[:, :2].sum(1), 1),  # channels of an image lie side by side
+    ],
+)
+def test_which_sums_are_additions(summed: Callable[..., Tensor], layers: int) -> None:
+    inputs = (torch.randn(IMAGE), torch.randn(IMAGE))
+    graph = canonicalize(capture(Function(summed), inputs))
+    found = [n for n in graph.graph.nodes if n.target in (aten.linear.default, aten.conv2d.default)]
+    assert len(found) == layers
+    torch.testing.assert_close(graph(*inputs), summed(None, *inputs))
+
+
 # ---------------------------------------------------------------------------------------------
 # Slices of what is joined
 # ---------------------------------------------------------------------------------------------

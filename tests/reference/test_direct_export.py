@@ -246,3 +246,22 @@ def test_a_layout_that_a_pass_recorded_is_not_believed_where_it_is_odd() -> None
     direct, traced = export_directly(graph, (X,)), export_again(graph, (X,), 1)
     assert direct is not None
     assert described(direct) == described(traced)
+
+
+class Best(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, places = self.layer(x).topk(2, 1)
+        return values, places
+
+
+def test_each_of_several_results_is_compared() -> None:
+    graph = rewritten(convert(Best().eval(), (X,), "a8w8").graph)
+    assert export_directly(graph, (X,)) is not None
+    (best,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default)
+    values, places = best.meta["val"]
+    best.meta["val"] = (values, places[:1])
+    assert export_directly(graph, (X,)) is None
