@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -320,6 +321,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "rescale_behind_moves",
         "break_chains",
         "dedicate_run_time",
+        "continue_cats",
         "dequantize_late",
         "flatten_rows",
         "order_images",
@@ -795,6 +797,44 @@ def test_what_is_moved_to_another_scale_is_moved_first(name: str) -> None:
     program = cq.lower(graph, (x,))
     assert program.report.delegates == 1
     assert differences(program.run(x)[::2], graph(x)[::2]) == []
+
+
+def dense(s: Any, x: Tensor) -> Tensor:
+    """As in a DenseNet: each layer reads all that was computed before."""
+    features = [x]
+    for layer in s.layers:
+        features.append(layer(torch.cat(features, 1)))
+    return torch.cat(features, 1)
+
+
+def pieces(s: Any, x: Tensor) -> Tensor:
+    return torch.cat([x[:, :, i % 4 : i % 4 + 1] for i in range(23)], 2) * 0.5
+
+
+def repeated(s: Any, x: Tensor) -> Tensor:
+    return (x + x)[:, :1].expand(-1, 60, -1, -1) * 0.5
+
+
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("function", "most"),
+    [(dense, 4.4), (pieces, 2), (repeated, 1.7)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_joined_tensors_are_copied_few_times(
+    function: Callable[..., Any], most: float, dynamic: bool
+) -> None:
+    """All copies of a program next to its result: by fives and fours they are many more."""
+    x = torch.randn(2, 2, 4, 5)
+    sizes = (({0: torch.export.Dim("n", max=8)},),) if dynamic else None
+    layers = nn.ModuleList(nn.Conv2d(2 * width, 2, 1) for width in range(1, 8))
+    graph = convert(Function(function, layers=layers), (x,), dynamic_shapes=sizes).graph
+    program = cq.lower(graph, (x,))
+    (delegate,) = program.contents.delegates
+    cats = [op for op in delegate.ops if op.kind.startswith("concatenate")]
+    made = [math.prod(delegate.tensors[op.outputs[0]].shape) for op in cats]
+    assert sum(made) <= most * max(made)
+    assert differences(program.run(x), cq.integer_reference(graph)(x)) == []
 
 
 def moved(s: Any, x: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         merging.transpose_second_factors,
         merging.permutes_of_few_dims,
         merging.merge_moves,
+        merging.continue_cats,
+        movement.cats_of_five,
         functions.tie_break_offsets,
         functions.silu_products,
         functions.written_out,

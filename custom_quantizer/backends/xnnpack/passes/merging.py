@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain, combinations, pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -24,6 +24,8 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     then_move,
 )
 from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    argument,
     effective_users,
     is_dequantize,
     is_quantize,
@@ -31,7 +33,7 @@ from custom_quantizer.core.graph import (
     shape_of,
     view_sizes,
 )
-from custom_quantizer.ops.movement import PERMUTE, SLICE, is_split_evenly, slice_of
+from custom_quantizer.ops.movement import CAT, PERMUTE, SLICE, is_split_evenly, slice_of
 
 aten = torch.ops.aten
 
@@ -107,6 +109,35 @@ def merge_moves(model: GraphModule) -> int:
             _drop(node)
             count += 1
     model.graph.eliminate_dead_code()
+    return count
+
+
+@graph_pass("concatenations that begin as another one", "the other one, and what follows")
+def continue_cats(model: GraphModule) -> int:
+    """A concatenation that begins as one before goes on from its result, as those of a DenseNet.
+
+    Of all that begin with the same tensor the last one is looked at.
+    """
+    count = 0
+    known: dict[Any, tuple[list[Any], Node]] = {}
+    joins: dict[Node, list[Any]] = {}  # what each joins, as it was written
+    for node in list(model.graph.nodes):
+        if is_quantize(node) and node.args[0] in joins:
+            integers = joins[cast(Node, node.args[0])]
+            known[integers[0], integers[1], node.args[1:]] = integers, node
+        if node.target not in CAT.targets:
+            continue
+        tensors = list(cast("Sequence[Node]", node.args[0]))
+        grid = tensors[0].args[1:]
+        if not all(is_dequantize(tensor) and tensor.args[1:] == grid for tensor in tensors):
+            continue
+        dim = int(cast(int, argument(node, 1, "dim", 0))) % len(shape_of(node))
+        joins[node] = integers = [dim, *(tensor.args[0] for tensor in tensors)]
+        first, joined = known.get((dim, integers[1], grid), ([], node))
+        if 2 < len(first) < len(integers) and integers[: len(first)] == first:
+            begun = Builder(model, node, origin_of(node)).call(DEQUANTIZE_PER_TENSOR, joined, *grid)
+            node.args = ([begun, *tensors[len(first) - 1 :]], *node.args[1:])
+            count += 1
     return count
 
 

@@ -35,7 +35,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
     view_sizes,
 )
-from custom_quantizer.ops.movement import EXPAND, RESHAPE, SELECT, SLICE, SPLIT, slice_of
+from custom_quantizer.ops.movement import CAT, EXPAND, RESHAPE, SELECT, SLICE, SPLIT, slice_of
 
 aten = torch.ops.aten
 
@@ -323,6 +323,42 @@ def expands_to_cats(model: GraphModule) -> int:
             if dim != dims[0]:
                 value = _kept(build, result, source)
         replace(node, result)
+        count += 1
+    return count
+
+
+_MOST_JOINED = 5
+"""Tensors that one concatenation of XNNPACK takes."""
+
+
+@graph_pass(
+    "concatenations of more than five",
+    "concatenations of concatenations",
+    requires={"expands_to_cats", "strided_slices_to_groups", "continue_cats"},
+)
+def cats_of_five(model: GraphModule) -> int:
+    """Joins by fives, then those by fives: each number is copied once for each level.
+
+    ExecuTorch (1.5.1) would join five, then four more to these and so on, which copies the first
+    ones each time. What is repeated is joined once.
+    """
+    count = 0
+    for node in calls(model, CAT.targets):
+        tensors = list(cast("Sequence[Node]", node.args[0]))
+        grids = {tensor.args[1:] if is_dequantize(tensor) else None for tensor in tensors}
+        if len(tensors) <= _MOST_JOINED or len(grids) != 1:
+            continue
+        build, source = Builder(model, node, origin_of(node)), tensors[0]
+        while len(tensors) > _MOST_JOINED:
+            joined: dict[tuple[Node, ...], Node] = {}
+            starts = range(0, len(tensors), _MOST_JOINED)
+            parts = [tuple(tensors[start : start + _MOST_JOINED]) for start in starts]
+            for part in parts:
+                if part not in joined and len(part) > 1:
+                    value = build.call(aten.cat.default, list(part), *node.args[1:])
+                    joined[part] = _kept(build, value, source)
+            tensors = [joined.get(part, part[0]) for part in parts]
+        node.args = (tensors, *node.args[1:])
         count += 1
     return count
 
