@@ -179,8 +179,9 @@ def _is_exponential(op: DraftOp) -> bool:
 
 
 def _is_less_a_number(op: DraftOp) -> bool:
-    """Whether an op is a difference of a tensor and a number, however it is written."""
-    return op.rule in (ADD, SUB) and len(_numbers(op)) == 1
+    """Whether an op is the difference of a tensor and a number."""
+    numbers = _numbers(op)
+    return len(numbers) == 1 and (op.rule is SUB or (op.rule is ADD and bool(numbers[0] < 0)))
 
 
 def _is_logarithm(op: DraftOp) -> bool:
