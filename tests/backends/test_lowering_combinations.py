@@ -253,8 +253,9 @@ def test_a_kernel_that_refuses_its_input_is_named() -> None:
 
 
 def test_a_tensor_of_more_dims_than_xnnpack_has_is_named() -> None:
-    x = torch.randn(1, 2, 1, 2, 1, 2, 6)
-    graph = quantized(Function(lambda s, x: s.part(x), part=nn.Linear(6, 4)), (x,))
+    x = torch.randn(2, 4, 6)
+    model = Function(lambda s, x: s.part(x.view(1, 2, 1, 2, 1, 2, 6)), part=nn.Linear(6, 4))
+    graph = quantized(model, (x,))
     with pytest.raises(LoweringError, match=r"linear .* has 7 dims, and XNNPACK's tensors at most"):
         cq.lower(graph, (x,))
 

@@ -317,6 +317,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "expands_to_biases",
         "keep_apart",
         "merge_activations",
+        "permutes_of_few_dims",
         "tell_copies_apart",
         "rescale_behind_moves",
         "break_chains",

@@ -56,6 +56,7 @@ from custom_quantizer.ops import PatternMatch, QParamSharing, QuantizedOp, match
 from custom_quantizer.ops._rule import as_limits
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
 from custom_quantizer.ops.gemm import CONV, LINEAR, expand_channels
+from custom_quantizer.ops.movement import PERMUTE, RESHAPE
 from custom_quantizer.ops.resize import LAYERED, UPSAMPLE_BILINEAR, resizings_of
 from custom_quantizer.ops.run_time import RunTimeOp
 from custom_quantizer.reference import IntegerReference
@@ -85,6 +86,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_MADE_SMALLER = RESHAPE.targets | PERMUTE.targets
 
 FLOAT_TOLERANCE = 0.1
 """Largest relative error of outputs when float ops take part; a broken program is near 1."""
@@ -168,13 +171,19 @@ def _run(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...
     except ProgramError as error:
         rows = [row for row in program.report.ops if row.outside]
         outside = "; ".join(f"{_where(row)}: {', '.join(row.outside)}" for row in rows)
-        for op in graph:
-            meta = tensor_meta(op.node)
-            if meta is not None and meta.dim() > kernels.MOST_DIMS:
-                raise LoweringError(
-                    f"{describe(op.node)} has {meta.dim()} dims, and XNNPACK's tensors at most "
-                    f"{kernels.MOST_DIMS}; reshape it to fewer ({error})"
-                ) from error
+        metas = [(op.node, tensor_meta(op.node)) for op in graph]
+        wide = [
+            (n, meta.dim())
+            for n, meta in metas
+            if meta is not None and meta.dim() > kernels.MOST_DIMS
+        ]
+        # Views and permutes of many dims may have become some of fewer.
+        if wide:
+            node, dims = min(wide, key=lambda op: op[0].target in _MADE_SMALLER)
+            raise LoweringError(
+                f"{describe(node)} has {dims} dims, and XNNPACK's tensors at most "
+                f"{kernels.MOST_DIMS}; reshape it to fewer ({error})"
+            ) from error
         raise LoweringError(
             f"{_refused(graph, example)}{error}"
             + (f" (outside the delegate run {outside})" if outside else "")
