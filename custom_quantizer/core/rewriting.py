@@ -171,6 +171,8 @@ def rewrite_calls(
         alive = rewrite is not None and bool(node.users)
         insert = Insertion(model, node, training=training)
         result = cast(Rewrite, rewrite)(insert) if alive else None
+        if result is not None and _sees_later_writes(result, node):
+            result = insert.call(torch.ops.aten.clone.default, result)
         if result is not None and _gives_the_same(result, node):
             replace(model, node, result)
             count += 1
@@ -183,12 +185,10 @@ def _gives_the_same(result: Node, node: Node) -> bool:
     """Whether a form has dtype and shape of the call, and cannot see writes that the call did not.
 
     Memory that is written in place (:mod:`custom_quantizer.core.memory`) has to be read when the
-    call reads it: the form may not be a view of it where the call copies, nor read more of it.
+    call reads it: the form may read no more of it.
     """
     wanted, given = (pytree.tree_leaves(n.meta.get("val")) for n in (node, result))
     if len(wanted) == len(given) and not all(map(_is_like, given, wanted)):
-        return False
-    if not shares_memory(node) and any(map(overwritten_by, reached(result, viewed_by))):
         return False
     seen, stack = {result}, [result]
     while stack:
@@ -201,6 +201,11 @@ def _gives_the_same(result: Node, node: Node) -> bool:
         seen.update(new)
         stack += new
     return True
+
+
+def _sees_later_writes(result: Node, node: Node) -> bool:
+    """Whether a form is a view of memory that is written in place, where the call copies."""
+    return not shares_memory(node) and any(map(overwritten_by, reached(result, viewed_by)))
 
 
 def _is_like(given: Any, wanted: Any) -> bool:

@@ -675,6 +675,20 @@ def test_copies_stay_copies_of_what_is_written_later(name: str) -> None:
     _same(forward, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
 
 
+def test_repeats_of_what_is_written_in_place_are_moves_and_a_copy() -> None:
+    """As of a cache of keys with fewer heads than queries."""
+
+    def forward(s: Any, x: Tensor) -> Any:
+        h = s.conv(x)
+        _in_place_still(h)
+        repeated = h.repeat_interleave(2, 1)
+        _in_place_still(h)
+        return h, repeated
+
+    graph = _same(forward, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
+    assert not calls(graph, aten.repeat_interleave.self_int)
+
+
 VIEWED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "conv3d": lambda s, x: F.relu(s.conv3d(x.unsqueeze(0)))[0],
     "gru": lambda s, x: s.gru(x[:, 0])[0].transpose(0, 1),
