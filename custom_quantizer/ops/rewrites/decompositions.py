@@ -35,6 +35,7 @@ from custom_quantizer.ops.rewrites.products import (
     written_product,
 )
 from custom_quantizer.ops.rewrites.recurrent import RECURRENT
+from custom_quantizer.ops.rewrites.straight_through import ESTIMATORS
 
 __all__ = ["REWRITTEN", "decompose"]
 
@@ -232,12 +233,19 @@ def _result(insert: Insertion) -> Node | None:
     return _embedding_bag(insert) if found is None else found
 
 
+def _sum(insert: Insertion) -> Node | None:
+    found = ESTIMATORS[aten.add.Tensor](insert)
+    return MASKS[aten.add.Tensor](insert) if found is None else found
+
+
 _REWRITES: dict[Any, Rewrite] = {
     **ARITHMETIC,
     **CURVES,
     **MASKS,
     **PADDINGS,
     **RECURRENT,
+    **ESTIMATORS,
+    aten.add.Tensor: _sum,
     aten.scaled_dot_product_attention.default: _attention,
     aten.einsum.default: einsum,
     aten.linear.default: vector_layer,
