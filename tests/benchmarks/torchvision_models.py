@@ -16,8 +16,9 @@ graph in PyTorch and (ours) to the integer reference. Then one more process runs
 flows and eager PyTorch in turn and stores their latency.
 
 Results are kept in ``--work``, one JSON file per model and flow; what is there is not measured
-again, so an interrupted run goes on where it was. A flow that fails is a result: its error is
-stored. Weights and images are random (seeded), batch-norm statistics randomized.
+again, so an interrupted run goes on where it was. What the results in ``--output`` say of other
+models and flows stays. A flow that fails is a result: its error is stored. Weights and images are
+random (seeded), batch-norm statistics randomized.
 
 Costs are CPU seconds. A busy machine stretches even those (caches are shared), so both flows of a
 model should run one after the other; ``--again`` measures what was stored under another load.
@@ -34,7 +35,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torchvision_table import render
+from torchvision_table import earlier, render
 
 from custom_quantizer.core.files import write_json_atomic, write_text_atomic
 from custom_quantizer.core.progress import track
@@ -258,11 +259,13 @@ def main() -> None:
                 measured = bench.measure_latency(name, size)
                 if measured is not None:
                     print(line(measured), flush=True)
-    results: Record = {"version": 1, "timed": list(TIMED), "models": {}}
+    models = earlier(options.output, "torchvision_models.json")
     for name in names:
         size = size_of(name, options.size)
         flows = {flow: bench.load(name, flow, size) for flow in (*FLOWS, "latency")}
-        results["models"][name] = {"size": size, **flows}
+        before = models.get(name, dict.fromkeys(flows))
+        models[name] = {"size": size} | {flow: new or before[flow] for flow, new in flows.items()}
+    results: Record = {"version": 1, "timed": list(TIMED), "models": models}
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         write_json_atomic(options.output / "torchvision_models.json", results)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 __all__ = [
     "before_lowering",
+    "earlier",
     "latency_ratio",
     "length",
     "lowering",
@@ -24,6 +27,15 @@ Record = dict[str, Any]
 
 BEFORE_LOWERING = ("prepare", "calibrate", "convert")
 LOWERING = ("read", "rewrite", "export", "partition", "write", "check")
+
+
+def earlier(folder: Path | None, file: str) -> Record:
+    """Models of the results that a folder holds already."""
+    path = None if folder is None else folder / file
+    if path is None or not path.is_file():
+        return {}
+    models: Record = json.loads(path.read_text())["models"]
+    return models
 
 
 def render(results: Record) -> str:

@@ -10,8 +10,9 @@ statistics of batch norms those of random images; of blocks that repeat in a sta
 kept (``zoo_models.py``). Flows and numbers are those of ``torchvision_models.py``.
 
 Each model and flow runs in a process of its own, forked from this one, where everything is imported
-already. Results are kept in ``--work``, one JSON file each; what is there is not measured again. A
-flow that fails is a result: its error is stored.
+already. Results are kept in ``--work``, one JSON file each; what is there is not measured again,
+and what the results in ``--output`` say of others stays. A flow that fails is a result: its error
+is stored.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from executorch.extension.pybindings import portable_lib
 from torchvision_flow import Clock, latency, run_flow
+from torchvision_table import earlier
 from zoo_models import LIBRARIES, MODELS
 from zoo_table import render
 
@@ -150,11 +152,14 @@ def main() -> None:
             for flow in (*options.flows, *timed):
                 if options.again or zoo.load(name, flow) is None:
                     print(line(zoo.measure(name, flow)), flush=True)
-    flows = (*FLOWS, "latency")
+    before, flows = earlier(options.output, "zoo.json"), (*FLOWS, "latency")
     results = {
         "version": 1,
         "libraries": {library: version(library) for library in LIBRARIES},
-        "models": {name: {flow: zoo.load(name, flow) for flow in flows} for name in MODELS},
+        "models": {
+            name: {flow: zoo.load(name, flow) or before.get(name, {}).get(flow) for flow in flows}
+            for name in MODELS
+        },
     }
     if options.output is None:
         print(render(results))
