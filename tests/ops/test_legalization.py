@@ -293,6 +293,43 @@ SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         VOLUME,
         aten.conv3d.default,
     ),
+    "transposed conv3d": (
+        module(lambda: nn.ConvTranspose3d(4, 6, 3, 2, 1, output_padding=1)),
+        VOLUME,
+        aten.conv_transpose3d.input,
+    ),
+    "transposed conv3d of blocks, with a norm and relu": (
+        module(
+            lambda: nn.ConvTranspose3d(4, 6, 2, 2, bias=False),
+            lambda: nn.BatchNorm3d(6),
+            nn.ReLU,
+        ),
+        VOLUME,
+        aten.conv_transpose3d.input,
+    ),
+    "transposed conv3d in groups": (
+        module(
+            lambda: nn.ConvTranspose3d(4, 6, (4, 3, 2), (3, 1, 2), (2, 1, 0), groups=2),
+            lambda: nn.BatchNorm3d(6),
+        ),
+        VOLUME,
+        aten.conv_transpose3d.input,
+    ),
+    "transposed conv3d, dilated": (
+        module(lambda: nn.ConvTranspose3d(4, 6, 3, (2, 1, 1), 1, (2, 0, 0), dilation=(3, 2, 1))),
+        VOLUME,
+        aten.conv_transpose3d.input,
+    ),
+    "transposed conv3d of wide steps": (
+        module(lambda: nn.ConvTranspose3d(4, 6, 2, 3, output_padding=(2, 0, 1))),
+        VOLUME,
+        aten.conv_transpose3d.input,
+    ),
+    "transposed conv3d of one volume": (
+        module(lambda: nn.ConvTranspose3d(4, 6, 2)),
+        (4, 3, 6, 6),
+        aten.conv_transpose3d.input,
+    ),
     "conv3d of one volume": (
         module(lambda: nn.Conv3d(4, 6, 2)),
         (4, 3, 6, 6),
@@ -418,6 +455,9 @@ LIKE_ANOTHER = {
     "roll by nothing",
     "stack",
     "sum over channels",
+    "transposed conv3d of one volume",
+    "transposed conv3d of wide steps",
+    "transposed conv3d, dilated",
 }
 GROUPS = [
     sorted(CASES.keys() - LIKE_ANOTHER),

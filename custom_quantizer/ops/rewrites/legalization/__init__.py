@@ -138,6 +138,7 @@ _OF_PARAMETERS: dict[Any, Rewrite] = {
     aten.batch_norm.default: layers.batch_norm,
     aten.conv3d.default: batched(3, layers.conv3d),
     aten.conv3d.padding: batched(3, layers.conv3d),
+    aten.conv_transpose3d.input: batched(3, layers.conv_transpose3d),
 }
 
 

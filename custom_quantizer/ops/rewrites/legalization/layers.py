@@ -76,13 +76,11 @@ def conv3d(insert: Insertion) -> Node | None:
     # (out, in / groups, depth, ...) -> (out, depth * in / groups, ...), tap by tap.
     flat = stored.transpose(1, 2).reshape(stored.shape[0], -1, *stored.shape[3:])
     offset = None if bias is None else constant_of(insert.model, cast(Node, bias))
-    last, users = node, effective_users(node)
-    norm = users[0] if len(users) == 1 and users[0].target is aten.batch_norm.default else None
-    if norm is not None and has_constants(norm) and overwritten_by(norm) is None:
+    norm = _norm_behind(node)
+    if norm is not None:
         factor, shift = norm_constants(insert.model, norm)
         flat = flat * factor.reshape(-1, 1, 1, 1)
         offset = shift if offset is None else offset * factor + shift
-        last, users = norm, effective_users(norm)
     even = before[1:] == after[1:]
     result = insert.call(
         aten.conv2d.default if even else aten.conv2d.padding,
@@ -94,16 +92,112 @@ def conv3d(insert: Insertion) -> Node | None:
         dilation[1:],
         groups,
     )
-    clamps = len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default)
-    if clamps and overwritten_by(users[0]) is None:
-        last = users[0]
-        result = insert.call(last.target, result, *last.args[1:], **last.kwargs)
+    result, last = _clamped(insert, result, norm or node)
     out = shape_of(result)
     result = insert.reshape(result, [batch, count, *out[1:]])
     result = insert.permute(result, [0, 2, 1, 3, 4])
     if last is not node:
         last.replace_all_uses_with(result)
     return result
+
+
+def conv_transpose3d(insert: Insertion) -> Node | None:
+    """A transposed convolution over depth, height and width as one over height and width.
+
+    Output frames ``q * stride + r`` add up the input frames ``q - j``, each times the tap
+    ``j * stride + r`` of the depth. So the frames of all ``j`` become channels, one behind the
+    other, and each output channel becomes ``stride`` ones, one for each ``r``. As for ``conv3d``,
+    all products of one output meet in one accumulator; where a kernel has no such tap, its weight
+    is 0.
+    """
+    node, data = insert.node, float_input(insert)
+    weight, bias = node.args[1], argument(node, 2, "bias")
+    if data is None or len(shape_of(data)) != 5 or not is_constant(weight):
+        return None
+    if bias is not None and not is_constant(bias):
+        return None
+    batch, channels, depth, height, width = shape_of(data)
+    if not is_static((channels, depth, height, width)):
+        return None
+    stored = constant_of(insert.model, cast(Node, weight))
+    stride, padding, spare = (
+        per_dim(argument(node, place, name, default), 3)
+        for place, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
+    )
+    groups = int(argument(node, 6, "groups", 1))
+    dilation = per_dim(argument(node, 7, "dilation", 1), 3)
+    step, skipped = stride[0], padding[0]
+    reach = dilation[0] * (stored.shape[2] - 1) + 1
+    taps = -(-reach // step)
+    count = (depth - 1) * step - 2 * skipped + reach + spare[0]
+    first, end = skipped // step, -(-(skipped + count) // step)
+    before, after = max(0, taps - 1 - first), max(0, end - depth)
+    frames = insert.permute(data, [0, 2, 1, 3, 4])
+    if before or after:
+        frames = insert.call(
+            aten.constant_pad_nd.default, frames, [0, 0, 0, 0, 0, 0, before, after]
+        )
+    starts = [before + first - j for j in range(taps)]
+    pieces = [_frames(insert, frames, start, end - first, 1) for start in starts]
+    stacked = pieces[0]
+    if taps > 1:
+        stacked = insert.call(aten.cat.default, _by_group(insert, pieces, groups), 2)
+    images = insert.reshape(stacked, [-1, taps * channels, height, width])
+    outputs = stored.shape[1]
+    # (in, out / groups, depth, ...) -> (group, in / groups, out / groups, tap j, r, ...)
+    spread = stored.new_zeros(*stored.shape[:2], taps * step, *stored.shape[3:])
+    spread[:, :, : reach : dilation[0]] = stored
+    spread = spread.reshape(groups, -1, outputs, taps, step, *stored.shape[3:])
+    offset = None if bias is None else constant_of(insert.model, cast(Node, bias))
+    norm = _norm_behind(node)
+    if norm is not None:
+        factor, shift = norm_constants(insert.model, norm)
+        spread = spread * factor.reshape(groups, 1, outputs, 1, 1, 1, 1)
+        offset = shift if offset is None else offset * factor + shift
+    flat = spread.permute(0, 3, 1, 2, 4, 5, 6).reshape(
+        taps * channels, outputs * step, *stored.shape[3:]
+    )
+    result = insert.call(
+        aten.conv_transpose2d.input,
+        images,
+        insert.constant("weight", flat.contiguous()),
+        None if offset is None else insert.constant("bias", offset.repeat_interleave(step)),
+        stride[1:],
+        padding[1:],
+        spare[1:],
+        groups,
+        dilation[1:],
+    )
+    result, last = _clamped(insert, result, norm or node)
+    pixels = [int(size) for size in shape_of(result)[2:]]
+    result = insert.reshape(result, [batch, end - first, groups * outputs, step, math.prod(pixels)])
+    result = insert.permute(result, [0, 2, 1, 3, 4])
+    result = insert.reshape(result, [batch, groups * outputs, (end - first) * step, *pixels])
+    begin = skipped - first * step
+    if (begin, count) != (0, (end - first) * step):
+        result = insert.slice(result, 2, begin, begin + count)
+    if last is not node:
+        last.replace_all_uses_with(result)
+    return result
+
+
+def _norm_behind(node: Node) -> Node | None:
+    """The batch norm that a layer's weights can take in."""
+    users = effective_users(node)
+    if len(users) != 1 or users[0].target is not aten.batch_norm.default:
+        return None
+    norm = users[0]
+    return norm if has_constants(norm) and overwritten_by(norm) is None else None
+
+
+def _clamped(insert: Insertion, result: Node, last: Node) -> tuple[Node, Node]:
+    """``result`` with the clamp behind ``last``, if there is one, and what it stands for."""
+    users = effective_users(last)
+    clamps = len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default)
+    if not clamps or overwritten_by(users[0]) is not None:
+        return result, last
+    clamp = users[0]
+    return insert.call(clamp.target, result, *clamp.args[1:], **clamp.kwargs), clamp
 
 
 def _frames(insert: Insertion, frames: Node, start: int, count: int, step: int) -> Node:
