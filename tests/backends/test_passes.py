@@ -705,6 +705,14 @@ def after(name: str, graph: GraphModule) -> tuple[GraphModule, int]:
         ("tell_copies_apart", lambda s, x: torch.cat([y := on(x), y]), (1, 1, 4), 0),
         # Without the expand the difference would read integers, and be taken for one of them.
         ("drop_broadcasts", lambda s, x: on(on(x[:1]).expand(3, 5) - on(x)), (3, 5), 0),
+        ("drop_broadcasts", lambda s, x: on(on(on(x[:1]).expand(3, 5)) - on(x)), (3, 5), 1),
+        ("drop_broadcasts", lambda s, x: on(on(on(x[0]).expand(3, 5)) - on(x)), (3, 5), 0),
+        (
+            "drop_broadcasts",
+            lambda s, x: (lambda y: (on(y - on(x)), y))(on(on(x[:1]).expand(3, 5))),
+            (3, 5),
+            0,
+        ),
         (
             "merge_moves",
             lambda s, x: (lambda y: (aten.view_copy.default(y, (6, 4)), torch.sin(y)))(

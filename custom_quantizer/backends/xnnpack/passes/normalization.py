@@ -31,7 +31,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.backends.xnnpack.passes._pass import Builder, calls, graph_pass, replace
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    Builder,
+    calls,
+    graph_pass,
+    quantized_neighbours,
+    replace,
+)
 from custom_quantizer.core.graph import (
     add_constant,
     argument,
@@ -236,18 +242,33 @@ def norms_to_linears(model: GraphModule) -> int:
 _BROADCASTING = frozenset({aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor})
 
 
-@graph_pass("expands in float before elementwise ops", "none")
+@graph_pass("expands before elementwise ops", "none")
 def drop_broadcasts(model: GraphModule) -> int:
-    """An expand in float that only ops read which broadcast by themselves."""
+    """An expand, in float or in integers, that only ops read which broadcast by themselves."""
     count = 0
     for node in calls(model, EXPAND.targets):
         source = cast(Node, node.args[0])
-        if is_dequantize(source) or not node.users:
+        expanded = _expanded_integers(node, source) if is_dequantize(source) else [node]
+        readers = [(user, value) for value in expanded for user in value.users]
+        if not readers or not all(_broadcasts(user, value, source) for user, value in readers):
             continue
-        if all(_broadcasts(user, node, source) for user in node.users):
-            replace(node, source)
-            count += 1
+        for value in expanded:
+            # Each reader keeps a dequantize of its own.
+            own = value is not node
+            build = Builder(model, value)
+            replace(value, build.call(source.target, *source.args) if own else source)
+        count += 1
     return count
+
+
+def _expanded_integers(node: Node, source: Node) -> list[Node]:
+    """What dequantizes the integers of ``source`` behind an expand; empty if others read them."""
+    around = quantized_neighbours(node)
+    if around is None or around[1].args[1:] != source.args[1:]:
+        return []
+    found = list(around[1].users)
+    same = all(is_dequantize(user) and user.args[1:] == source.args[1:] for user in found)
+    return found if same and len(shape_of(source)) == len(shape_of(node)) else []
 
 
 def _broadcasts(user: Node, node: Node, source: Node) -> bool:
