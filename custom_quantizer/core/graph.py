@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed.*
 from torch.fx import GraphModule, Node
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.memory import overwritten_by, written_inputs
@@ -320,6 +321,26 @@ def expression_bounds(size: torch.SymInt, expression: Any) -> tuple[int, int | N
     if high is not None and high > 1 << 24:  # sys.maxsize and its like
         high = None
     return (1 if low <= 2 else low), high
+
+
+def is_negative(number: torch.SymInt) -> bool | None:
+    """Whether a number is below 0 for all sizes; ``None``: for some, or that cannot be told."""
+    env = number.node.shape_env
+    if env is None:
+        return None
+    expression = number.node.expr
+    ranges = {symbol: env.var_to_range.get(symbol) for symbol in expression.free_symbols}
+    if any(known is None for known in ranges.values()):
+        return None
+    bounds = bound_sympy(expression, {s: _from_one(known) for s, known in ranges.items()})
+    if bounds.upper < 0:
+        return True
+    return False if bounds.lower >= 0 else None
+
+
+def _from_one(known: Any) -> Any:
+    """Sizes that are recorded: from 2 on means from 1 on, see :func:`size_bounds`."""
+    return ValueRanges(1, known.upper) if known.lower == 2 else known
 
 
 def reads_sizes(node: Node) -> bool:

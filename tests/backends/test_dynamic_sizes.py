@@ -141,6 +141,26 @@ def test_what_counts_from_the_end_of_a_dynamic_dim_stays_outside() -> None:
     check(graph, program, [(torch.randn(2, n, 8),) for n in (4, MOST, 7)])
 
 
+def test_what_is_cut_to_the_size_of_a_convolution_of_it() -> None:
+    """It begins at the same place for all sizes, as skip connections of causal convolutions do."""
+    layers = {"first": nn.Conv1d(4, 4, 3, dilation=2), "second": nn.Conv1d(4, 4, 2)}
+
+    def function(s: Any, x: Tensor) -> Tensor:
+        y = s.first(x)
+        z = s.second(y)
+        return x[:, :, -z.shape[2] :] + y[:, :, y.shape[2] - z.shape[2] :] + z
+
+    bounds = Dim("length", min=8, max=MOST)
+    model, example = Function(function, **layers), (torch.randn(1, 4, 9),)
+    captured = torch.export.export(model.eval(), example, dynamic_shapes=(({2: bounds},),)).module()
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+    prepared(*example)
+    graph = convert_pt2e(prepared)
+    program = cq.lower(graph, example)
+    assert is_whole(program)
+    check(graph, program, [(torch.randn(1, 4, n),) for n in (8, MOST, 10)])
+
+
 @pytest.mark.slow
 def test_upstream_s_partitioner_still_finds_convolutions_for_slices_of_channels() -> None:
     done = convert(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -999,3 +1000,43 @@ def test_rewriting_leaves_dynamic_sizes_as_wide_as_they_were() -> None:
     (given,) = (node for node in graph.graph.nodes if node.op == "placeholder")
     assert size_bounds(given.meta["val"].shape[0]) == (1, 6)
     assert graph(torch.randn(5, 4, 6, 6)).shape == (5, 4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("cut", "ends"),
+    [
+        (lambda x, n: x[:, -(n - 3) :], (3,)),
+        (lambda x, n: x[:, n - 3 :], (-3,)),
+        (lambda x, n: x[:, : n - 3], (None, -3)),
+        (lambda x, n: x[:, 1 - n : n - 2], (1, -2)),
+        (lambda x, n: x[:, 2 * n - 3 * n + 1 : n], (1, sys.maxsize)),
+    ],
+)
+def test_ends_that_are_the_same_for_all_sizes(
+    cut: Callable[[Tensor, Any], Tensor], ends: tuple[int | None, ...]
+) -> None:
+    model = Function(lambda _s, x: cut(x, x.shape[1]) * 2)
+    length = torch.export.Dim("length", min=5, max=16)
+    captured = torch.export.export(
+        model, (torch.randn(2, 9, 3),), dynamic_shapes={"inputs": ({1: length},)}
+    )
+    graph = canonicalize(captured.module())
+    (piece,) = calls(graph, aten.slice.Tensor)
+    assert piece.args[2:] == ends
+    for n in (5, 6, 9):
+        x = torch.randn(2, n, 3)
+        assert torch.equal(graph(x), cut(x, n) * 2)
+
+
+def test_ends_that_other_inputs_tell_stay() -> None:
+    model = Function(lambda _s, x, y: x[:, : y.shape[1]] + x[:, -y.shape[1] :])
+    long, short = torch.export.Dim("long", min=9, max=16), torch.export.Dim("short", min=1, max=8)
+    captured = torch.export.export(
+        model,
+        (torch.randn(2, 9, 3), torch.randn(2, 5)),
+        dynamic_shapes={"inputs": ({1: long}, {1: short})},
+    )
+    graph = canonicalize(captured.module())
+    x, y = torch.randn(2, 12, 3), torch.randn(2, 4)
+    assert all(piece.all_input_nodes[1:] for piece in calls(graph, aten.slice.Tensor))
+    assert torch.equal(graph(x, y), x[:, :4] + x[:, -4:])

@@ -2,6 +2,8 @@
 
 Rewrites, applied in ``transform_for_annotation``:
 
+- ends of slices that are the same for all sizes become numbers
+  (:mod:`custom_quantizer.ops.rewrites.cuts`);
 - ops of core ATen become those that ``torch.export`` captures
   (:mod:`custom_quantizer.ops.rewrites.core_aten`);
 - what does not depend on the inputs becomes a constant
@@ -44,6 +46,7 @@ from custom_quantizer.ops.rewrites.batch_norms import (
 )
 from custom_quantizer.ops.rewrites.constants import fold_constants
 from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN
+from custom_quantizer.ops.rewrites.cuts import ends_to_numbers
 from custom_quantizer.ops.rewrites.decompositions import decompose
 from custom_quantizer.ops.rewrites.factors import fold_factors
 from custom_quantizer.ops.rewrites.regions import inline_regions
@@ -67,6 +70,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
         training: parameters change, so nothing that is computed from them is a constant.
     """
     inline_regions(model, training=training)
+    ends_to_numbers(model)
     rewrite_calls(model, CORE_ATEN, training=training)
     fold_constants(model, parameters=not training)
     keep_own_statistics(model)
