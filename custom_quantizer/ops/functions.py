@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from custom_quantizer.core.arithmetic import Arithmetic, QParams, round_to_float32
-from custom_quantizer.core.graph import argument, is_constant
+from custom_quantizer.core.graph import argument, is_constant, reads_sizes
 from custom_quantizer.ops._rule import (
     Case,
     Integers,
@@ -116,9 +116,12 @@ def look_up(op: QuantizedOp, stored: Tensor, entries: Tensor) -> Tensor:
 
 
 def function_of(node: Node) -> Function | None:
-    """The function that a node applies to one tensor, if it is one of this module."""
+    """The function that a node applies to one tensor, if it is one of this module.
+
+    With an argument that only the inputs tell, it is none.
+    """
     make = FUNCTIONS.get(node.target)
-    return None if make is None else make(node)
+    return None if make is None or reads_sizes(node) else make(node)
 
 
 def _table_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic) -> Tensor:

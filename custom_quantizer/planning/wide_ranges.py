@@ -170,8 +170,13 @@ def _is_activation(arg: object) -> bool:
 def _is_root(op: DraftOp) -> bool:
     if op.rule in (SQRT, RSQRT):
         return True
-    is_pow = op.node.target is torch.ops.aten.pow.Tensor_Scalar
-    return is_pow and 0 < abs(cast(float, op.node.args[1])) < 1
+    return 0 < abs(_exponent(op.node)) < 1
+
+
+def _exponent(node: Node) -> float:
+    """Of a power, if it is the same for all inputs; else 1."""
+    exponent = node.args[1] if node.target is torch.ops.aten.pow.Tensor_Scalar else None
+    return exponent if isinstance(exponent, (int, float)) else 1
 
 
 def _is_exponential(op: DraftOp) -> bool:
@@ -263,7 +268,7 @@ def _pole(op: DraftOp) -> tuple[Node | None, str]:
         return cast(Node, node.args[0]), "the argument of a logarithm"
     if op.rule in (RECIPROCAL, RSQRT):
         return cast(Node, node.args[0]), "a divisor"
-    if node.target is torch.ops.aten.pow.Tensor_Scalar and cast(float, node.args[1]) < 0:
+    if _exponent(node) < 0:
         return cast(Node, node.args[0]), "a divisor"
     if op.rule is DIV and op.match is not None and len(op.match.inputs) == 2:
         return op.match.inputs[1], "a divisor"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from support.graphs import (
     Function,
     differences,
@@ -332,6 +333,9 @@ SIZED: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "expand": lambda y, n: y[0].expand(n, 2, 7),
     "reshape": lambda y, n: y.reshape(n, 14),
     "mul": lambda y, n: y * n,
+    "rsub": lambda y, n: n - y,
+    "leaky_relu": lambda y, n: F.leaky_relu(y, 1 / n),
+    "factor": lambda y, n: y * (torch.tensor([[0.5], [2.0]]) * n),
 }
 
 
@@ -356,6 +360,30 @@ def test_arguments_that_depend_on_a_dynamic_size() -> None:
     for size in (4, 8, 1):
         given = torch.randn(size, 3, 7)
         assert differences(result.lowered.run(given), reference(given)) == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, n: y.abs() ** n,
+        lambda y, n: (y.abs() + 1) ** -n,
+        lambda y, n: F.celu(y, n * 0.5),
+        lambda y, n: F.softplus(y, n * 0.5),
+    ],
+)
+def test_functions_with_a_factor_that_depends_on_a_dynamic_size(
+    function: Callable[[Tensor, Any], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 7)
+    layer = nn.Conv1d(3, 2, 1)
+    model = Single(Function(lambda s, x: function(s.layer(x), x.shape[0]), layer=layer))
+    result = cq.quantize(model, (x,), [(x,)], dynamic_batch=8, progress=False)
+    assert result.lowered is not None
+    given = torch.rand(3, 3, 7)
+    program, reference = result.lowered.run, cq.integer_reference(result.converted)
+    want, got = (pytree.tree_leaves(run(given)) for run in (reference, program))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 class Single(nn.Module):

@@ -35,6 +35,7 @@ from custom_quantizer.core.graph import (
     argument,
     constant_of,
     is_constant,
+    reads_sizes,
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
@@ -92,6 +93,8 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
 
 def _numbers_to_tensors(model: GraphModule) -> None:
     for node in list(model.graph.nodes):
+        if reads_sizes(node):
+            continue
         if node.target is aten.rsub.Scalar and argument(node, 2, "alpha", 1) == 1:
             data, number = node.args[:2]
             if _float32(data):

@@ -19,6 +19,7 @@ from custom_quantizer.core.graph import (
     constant_of,
     effective_users,
     is_constant,
+    reads_sizes,
     shape_of,
     tensor_meta,
 )
@@ -45,6 +46,8 @@ def fold_factors(model: GraphModule) -> int:
     count = 0
     for node in list(model.graph.nodes):
         if node.target is not aten.mul.Tensor or overwritten_by(node) is not None:
+            continue
+        if reads_sizes(node):
             continue
         for factor, data in (node.args[:2], node.args[1::-1]):
             if isinstance(factor, Node) and isinstance(data, Node) and is_constant(factor):

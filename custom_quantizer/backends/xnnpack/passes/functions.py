@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from custom_quantizer.core.graph import (
     constant_of,
     is_constant,
     qparams_of,
+    reads_sizes,
     shape_of,
 )
 from custom_quantizer.ops.functions import (
@@ -188,7 +189,7 @@ def plain_elus(model: GraphModule) -> int:
     ``elu(x, alpha, scale, inner) = scale / inner * elu(inner * x, alpha * inner)``.
     """
     count = 0
-    for node in calls(model, ELU.targets):
+    for node in _with_numbers(model, ELU.targets):
         if node.target is aten.elu.default and tuple(node.args[1:]) == (_ALMOST_ONE,):
             continue
         build, value = _Numbers(model, node), cast(Node, node.args[0])
@@ -206,6 +207,11 @@ def plain_elus(model: GraphModule) -> int:
     return count
 
 
+def _with_numbers(model: GraphModule, targets: frozenset[Any]) -> list[Node]:
+    """Calls whose factors the graph does not compute from sizes of the inputs."""
+    return [node for node in calls(model, targets) if not reads_sizes(node)]
+
+
 _IN_STEPS = SOFTPLUS.targets | MISH.targets
 
 
@@ -216,7 +222,7 @@ def softplus_steps(model: GraphModule) -> int:
     No step overflows. ``1 + exp(-|x|)`` rounds by ``2**-24``, and so does the sum.
     """
     count = 0
-    for node in calls(model, _IN_STEPS):
+    for node in _with_numbers(model, _IN_STEPS):
         build, data = _Numbers(model, node), cast(Node, node.args[0])
         if node.target in MISH.targets:
             curve = build.call(aten.tanh.default, _softplus(build, data, 1.0))
