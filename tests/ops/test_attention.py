@@ -87,6 +87,19 @@ def test_attention_is_two_products_and_a_softmax(
             assert torch.isfinite(graph.get_buffer(str(node.target))).all()
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 1, 5, 7), (5, 1)])
+def test_rows_that_attend_to_nothing_are_zero(kind: torch.dtype, shape: tuple[int, ...]) -> None:
+    keep = torch.rand(shape) > 0.3
+    keep[..., 0, :], keep[..., 3, :] = False, True
+    child = nn.Module()
+    child.register_buffer("mask", keep if kind is torch.bool else keep.float().log())
+    graph = written_out(lambda s, q, k, v: SDPA(q, k, v, s.child.mask), Q, K, K, child=child)
+    assert torch.equal(
+        graph(torch.randn(Q), torch.randn(K), torch.randn(K))[:, :, 0], torch.zeros(2, 3, 8)
+    )
+
+
 def test_a_mask_that_is_an_input_is_added() -> None:
     model = Function(lambda s, q, k, v, mask: SDPA(q, k, v, mask))
     mask = torch.arange(35).reshape(5, 7) % 3 > 0

@@ -25,7 +25,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.arithmetic import ARITHMETIC
 from custom_quantizer.ops.rewrites.curves import CURVES
-from custom_quantizer.ops.rewrites.masks import MASKED, MASKS, added_mask
+from custom_quantizer.ops.rewrites.masks import MASKED, MASKS, added_mask, attended
 from custom_quantizer.ops.rewrites.paddings import PADDINGS
 from custom_quantizer.ops.rewrites.products import (
     einsum,
@@ -81,12 +81,14 @@ def _attention(insert: Insertion) -> Node | None:
         if not isinstance(width, int):
             return None
         scale = 1.0 / math.sqrt(width)
+    shown: Node | None = None
     if causal:
         if not (isinstance(rows, int) and isinstance(columns, int)):
             return None
         bias = torch.full((rows, columns), MASKED).triu(1)
         mask = insert.constant("causal_mask", bias)
     elif mask is not None:
+        shown = attended(insert, cast(Node, mask))
         mask = added_mask(insert, cast(Node, mask))
     scores = product(insert, query, _swap_last(insert, key))
     if scale != 1.0:
@@ -94,6 +96,8 @@ def _attention(insert: Insertion) -> Node | None:
     if mask is not None:
         scores = insert.call(aten.add.Tensor, scores, mask)
     weights = insert.call(aten.softmax.int, scores, -1)
+    if shown is not None:
+        weights = insert.call(aten.mul.Tensor, weights, shown)
     return product(insert, weights, value)
 
 

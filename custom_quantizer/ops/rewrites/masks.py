@@ -34,7 +34,7 @@ from custom_quantizer.ops.functions import DIV, EXP, LOG, RECIPROCAL, RSQRT, SQR
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.movement import IDENTITY
 
-__all__ = ["MASKED", "MASKS", "added_mask", "is_finite"]
+__all__ = ["MASKED", "MASKS", "added_mask", "attended", "is_finite"]
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ MASKED = -1e9
 
 ``exp`` of it is 0 in float32, as that of minus infinity is, but ``-inf - (-inf)`` is no number: the
 softmax kernels subtract the largest score first. A row that is masked out completely
-becomes uniform instead of NaN.
+becomes uniform instead of NaN; see :func:`attended` for those that are known.
 """
 
 _LEFT_OUT = -1e4
@@ -67,6 +67,20 @@ def added_mask(insert: Insertion, mask: Node) -> Node:
     if _is_finite_mask(insert, mask):
         return mask
     return insert.call(aten.clamp_min.default, mask, MASKED)
+
+
+def attended(insert: Insertion, mask: Node) -> Node | None:
+    """1 for each row of a constant mask that attends to something, and 0 for the others.
+
+    ``scaled_dot_product_attention`` gives 0 where a row attends to nothing. ``None``: all rows
+    attend to something, or the mask is an input.
+    """
+    if not is_constant(mask):
+        return None
+    value = constant_of(insert.model, mask)
+    shown = value if value.dtype == torch.bool else value != -math.inf
+    rows = shown.any(-1, keepdim=True)
+    return None if bool(rows.all()) else insert.constant("attended", rows.float())
 
 
 def _is_finite_mask(insert: Insertion, mask: Node) -> bool:
