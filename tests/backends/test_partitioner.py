@@ -90,9 +90,23 @@ def test_the_standard_call_gives_the_program_that_lower_gives(scheme: str) -> No
         assert differences(run(data, images(seed)), lowered.run(*images(seed))) == []
 
 
-def test_exporting_again_changes_no_name() -> None:
+class Gated(nn.Module):
+    """Export gives what it records of an op of several results to each of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.conv(x).chunk(2, 1)
+        last, first = (value * torch.sigmoid(gate)).split(2, 1)
+        return self.head(torch.cat([first, last], 1).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("build", [Net, Gated])
+def test_exporting_again_changes_no_name(build: Any) -> None:
     """The mean over rows is a linear layer here; export numbers it before the head."""
-    graph = converted()
+    graph = converted(build=build)
     exported = torch.export.export(graph, images()).module()
     renumbered = {node.name for node in exported.graph.nodes if "linear" in node.name}
     restore_names(exported)
