@@ -38,6 +38,15 @@ def batch_norm(insert: Insertion) -> Node | None:
     return insert.reshape(normed, shape)
 
 
+def _volumes(insert: Insertion) -> Node | None:
+    """What a layer whose weight and bias are constants computes on, if that is float volumes."""
+    node, data = insert.node, float_input(insert)
+    if data is None or len(shape_of(data)) != 5 or not is_constant(node.args[1]):
+        return None
+    bias = argument(node, 2, "bias")
+    return data if bias is None or is_constant(bias) else None
+
+
 def conv3d(insert: Insertion) -> Node | None:
     """A convolution over depth, height and width as one over height and width.
 
@@ -46,12 +55,10 @@ def conv3d(insert: Insertion) -> Node | None:
     meet in one accumulator, so in integers it is the same convolution. A batch norm and a clamp
     behind it come along, so that they can be fused.
     """
-    node, data = insert.node, float_input(insert)
+    node, data = insert.node, _volumes(insert)
+    if data is None:
+        return None
     weight, bias = node.args[1], argument(node, 2, "bias")
-    if data is None or len(shape_of(data)) != 5 or not is_constant(weight):
-        return None
-    if bias is not None and not is_constant(bias):
-        return None
     batch, channels, depth, height, width = shape_of(data)
     stored = constant_of(insert.model, cast(Node, weight))
     stride = per_dim(argument(node, 3, "stride", 1), 3)
@@ -110,12 +117,10 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
     all products of one output meet in one accumulator; where a kernel has no such tap, its weight
     is 0.
     """
-    node, data = insert.node, float_input(insert)
+    node, data = insert.node, _volumes(insert)
+    if data is None:
+        return None
     weight, bias = node.args[1], argument(node, 2, "bias")
-    if data is None or len(shape_of(data)) != 5 or not is_constant(weight):
-        return None
-    if bias is not None and not is_constant(bias):
-        return None
     batch, channels, depth, height, width = shape_of(data)
     if not is_static((channels, depth, height, width)):
         return None
