@@ -50,9 +50,8 @@ mobilevitv2_050 has what stock has on eight other images (14.3 and 14.4); tnt_s_
 with histograms (7.1).
 
 Programs that are larger than stock's hold depthwise convolutions of more than 25 taps that are
-joined for speed (`join_narrow_groups`: ConvNext, convmixer_768_32). ghostnetv2_100 was timed while
-images that are enlarged by nearest neighbours were copied number by number, half of its time; now
-that pixels and rows are copied, the whole model (128 pixels) takes 0.46 of what it took.
+joined for speed (`join_narrow_groups`: ConvNext, convmixer_768_32).
+
 The stock flow observes sums of indices, too, which become floats: 26 models of transformers fail in
 its calibration. With these random weights coat_lite_tiny magnifies last bits of float ops; `lower`
 finds that each of its tensors follows from those before.
