@@ -360,7 +360,6 @@ SILU = _function_rule(
     aten.silu.default,
     *_cases(lambda x: F.silu(x * 3)),
     _case("in_place", lambda x: F.silu(x * 2, inplace=True), _IMAGE),
-    _case("written_out", lambda x: x * torch.sigmoid(x), _IMAGE),
 )
 
 # ---------------------------------------------------------------------------------------------

@@ -263,7 +263,6 @@ ONE_UNIT: dict[str, tuple[Callable[[DelegateContents], DelegateContents], str, s
         "clamp",
         r"the program to \(-8, 8\)",
     ),
-    "moved and clamped": (_params("flatten", "clamp", output_min=1), "flatten", "clamp", "-7, 7"),
     "a clamp more": (_clamped, "linear", "clamp", r"127\), the program to \(-128, 126\)"),
     "a clamp to nothing": (_nan_clamp, "conv2d", "clamp", "no node"),
     "a convolution lost": (_missing("conv2d_1"), "conv2d_1", "missing", "no node"),
