@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,25 +28,16 @@ __all__ = ["ADAPTIVE_AVG_POOL", "AVG_POOL", "MAX_POOL", "MEAN", "RULES"]
 aten = torch.ops.aten
 
 
-def pair(value: Any) -> tuple[int, int]:
-    """A pooling argument that may be one number, a list of one or a list of two."""
-    values = list(value) if isinstance(value, Sequence) else [value]
-    return (int(values[0]), int(values[-1]))
-
-
-def pool_window(node: Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """``(kernel, stride, padding)`` of a 2-d pooling call, each ``(height, width)``."""
-    kernel = pair(node.args[1])
-    stride = argument(node, 2, "stride", [])
-    return kernel, pair(stride) if stride else kernel, pair(argument(node, 3, "padding", 0))
-
-
-def max_pool_window(node: Node, dims: int) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Kernel, stride, padding and dilation of a max pool, each a number a dim."""
+def pool_window(node: Node, dims: int = 2) -> tuple[list[int], list[int], list[int]]:
+    """Kernel, stride and padding of a pooling call, each a number a dim."""
     kernel = per_dim(node.args[1], dims)
     stride = per_dim(argument(node, 2, "stride") or kernel, dims)
-    padding = per_dim(argument(node, 3, "padding", 0), dims)
-    return kernel, stride, padding, per_dim(argument(node, 4, "dilation", 1), dims)
+    return kernel, stride, per_dim(argument(node, 3, "padding", 0), dims)
+
+
+def max_pool_window(node: Node, dims: int = 2) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Kernel, stride, padding and dilation of a max pool, each a number a dim."""
+    return *pool_window(node, dims), per_dim(argument(node, 4, "dilation", 1), dims)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -58,7 +49,7 @@ def _max_pool_integers(op: QuantizedOp, inputs: Integers, _arithmetic: Arithmeti
     node = op.node
     ceil_mode = bool(argument(node, 5, "ceil_mode", False))
     # Integers up to 16 bits are exact in float32, and padding is minus infinity.
-    pooled = F.max_pool2d(inputs[0].to(torch.float32), *max_pool_window(node, 2), ceil_mode)
+    pooled = F.max_pool2d(inputs[0].to(torch.float32), *max_pool_window(node), ceil_mode)
     return pooled.to(torch.int32)
 
 
@@ -214,7 +205,7 @@ def _avg_pool_integers(op: QuantizedOp, inputs: Integers, arithmetic: Arithmetic
         # A pad by zero and a pool without padding.
         vertical, horizontal = padding
         pads = (horizontal, horizontal, vertical, vertical)
-        data, padding = F.pad(data, pads, value=op.inputs[0].zero_point), (0, 0)
+        data, padding = F.pad(data, pads, value=op.inputs[0].zero_point), [0, 0]
     return arithmetic.avg_pool2d(
         data,
         op.inputs[0],

@@ -56,7 +56,7 @@ from custom_quantizer.ops.pool import (
     adaptive_kernel,
     counts_padding,
     is_global_pool,
-    pair,
+    max_pool_window,
     pool_window,
     spatial_mean_dims,
 )
@@ -684,9 +684,9 @@ def _avg_pool(op: QuantizedOp) -> Entry:
 
 def _window_mean(
     op: QuantizedOp,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
     count_padding: bool,
 ) -> Entry:
     entry: Entry = {
@@ -709,8 +709,7 @@ def _window_mean(
 
 def _max_pool(op: QuantizedOp) -> Entry:
     node = op.node
-    kernel, stride, padding = pool_window(node)
-    dilation = pair(argument(node, 4, "dilation", 1))
+    kernel, stride, padding, dilation = max_pool_window(node)
     after = padding
     if argument(node, 5, "ceil_mode", False):
         sizes, outputs = (shape_of(n)[-2:] for n in (op.match.inputs[0], node))
@@ -726,13 +725,13 @@ def _max_pool(op: QuantizedOp) -> Entry:
                 outputs, sizes, kernel, stride, dilation, padding, strict=True
             )
         )
-        after = cast("tuple[int, int]", tuple(map(max, padding, needed)))
+        after = list(map(max, padding, needed))
     return {
         "op": "max_pool2d",
-        "kernel": list(kernel),
-        "stride": list(stride),
-        "padding": {"before": list(padding), "after": list(after)},
-        "dilation": list(dilation),
+        "kernel": kernel,
+        "stride": stride,
+        "padding": {"before": padding, "after": after},
+        "dilation": dilation,
     }
 
 

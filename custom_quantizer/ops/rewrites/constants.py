@@ -26,7 +26,7 @@ MAX_GROWTH = 1 << 20
 """How many more values a folded constant may have than all it is computed from."""
 
 RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
-"""They only say again what a constant is: folding them would make copies."""
+"""They hand on what they are given. To fold them would copy constants."""
 # Their first argument gives a dtype, or a shape too, but no values.
 _DTYPE_ONLY = frozenset({aten.new_full.default, aten.new_ones.default, aten.new_zeros.default})
 _SHAPE_ONLY = frozenset(

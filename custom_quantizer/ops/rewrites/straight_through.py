@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import argument
 from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.ops.rewrites.constants import RESTATEMENTS
 
 __all__ = ["ESTIMATORS"]
 
@@ -35,8 +36,8 @@ def _terms(node: Node) -> list[tuple[int, Node]]:
 
 def _attached(node: Node) -> Node:
     """What has the value of ``node``, and its gradient."""
-    while node.target is aten.detach.default and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while node.target in RESTATEMENTS:
+        (node,) = node.all_input_nodes
     return node
 
 

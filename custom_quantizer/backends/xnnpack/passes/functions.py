@@ -101,8 +101,8 @@ def silu_products(model: GraphModule) -> int:
     """``silu`` between int8 Q/DQ boundaries becomes its input times an int8 sigmoid: a table again.
 
     Left to itself, ExecuTorch multiplies in float by a sigmoid in float; the input is read twice,
-    and XNNPACK fuses no table of that. In float it is that product, for which ExecuTorch would
-    trace the whole graph again (``edge.py``).
+    and XNNPACK fuses no table of that. In float it is that product, which tracing would find too,
+    but not as fast for thousands of them (``written_out.py``).
     """
     count = 0
     for node in calls(model, SILU.targets):

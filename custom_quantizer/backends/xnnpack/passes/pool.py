@@ -22,6 +22,7 @@ from custom_quantizer.ops.pool import (
     adaptive_kernel,
     counts_padding,
     is_global_pool,
+    max_pool_window,
     pool_window,
     spatial_mean_dims,
 )
@@ -59,19 +60,19 @@ def simplify_pools(model: GraphModule) -> int:
     """
     count = 0
     for node in calls(model, ADAPTIVE_AVG_POOL.targets):
-        kernel = adaptive_kernel(node)
         if is_global_pool(node):
             mean = Builder(model, node).call(aten.mean.dim, node.args[0], [2, 3], True)
             replace(node, mean)
             count += 1
             continue
-        if kernel is None:
+        equal = adaptive_kernel(node)
+        if equal is None:
             continue
-        if kernel == (1, 1):
+        if equal == (1, 1):
             replace(node, cast(Node, node.args[0]))
         else:
             build = Builder(model, node)
-            pooled = build.call(aten.avg_pool2d.default, node.args[0], list(kernel), list(kernel))
+            pooled = build.call(aten.avg_pool2d.default, node.args[0], list(equal), list(equal))
             replace(node, pooled)
         count += 1
     for node in calls(model, AVG_POOL.targets):
@@ -82,7 +83,7 @@ def simplify_pools(model: GraphModule) -> int:
         build = Builder(model, node)
         pads = [horizontal, horizontal, vertical, vertical]
         padded = build.call(aten.constant_pad_nd.default, node.args[0], pads, 0.0)
-        pooled = build.call(aten.avg_pool2d.default, padded, list(kernel), list(stride))
+        pooled = build.call(aten.avg_pool2d.default, padded, kernel, stride)
         replace(node, pooled)
         count += 1
     return count
@@ -95,19 +96,16 @@ def split_sparse_max_pools(model: GraphModule) -> int:
     for node in calls(model, MAX_POOL.targets):
         if isinstance(MAX_POOL.match(MAX_POOL, node), str):
             continue
-        kernel, stride, padding = pool_window(node)
+        kernel, stride, padding, dilation = max_pool_window(node)
         around = quantized_neighbours(node)
         if around is None or not any(s > k for s, k in zip(stride, kernel, strict=True)):
             continue
         if argument(node, 5, "ceil_mode", False):
             continue
         build = Builder(model, node)
-        dilation = argument(node, 4, "dilation", 1)
         value = cast(Node, node.args[0])
-        if kernel != (1, 1):
-            value = build.call(
-                aten.max_pool2d.default, value, list(kernel), [1, 1], list(padding), dilation
-            )
+        if kernel != [1, 1]:
+            value = build.call(aten.max_pool2d.default, value, kernel, [1, 1], padding, dilation)
             value = build.requantized(value, around[0])
         for dim in (2, 3):
             step = stride[dim - 2]

@@ -34,7 +34,7 @@ def max_pool2d(insert: Insertion) -> Node | None:
         return None
     if not is_static(shape_of(data)[-2:]) or len(shape_of(data)) != 4:
         return None
-    return _max_pool(insert, data, *max_pool_window(node, 2), True)
+    return _max_pool(insert, data, *max_pool_window(node), True)
 
 
 def max_pool1d(insert: Insertion) -> Node | None:
