@@ -85,6 +85,10 @@ class TensorScheme:
     def __post_init__(self) -> None:
         object.__setattr__(self, "observer", observer_name(self.observer))
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> TensorScheme:
+        """Itself: nothing in it changes, and torchao copies it twice for each observer."""
+        return self
+
 
 @dataclass(frozen=True)
 class OpScheme:
