@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ __all__ = [
 
 Record = dict[str, Any]
 
-BEFORE_LOWERING = ("prepare", "calibrate", "convert")
 LOWERING = ("read", "rewrite", "export", "partition", "write", "check")
 
 
@@ -129,10 +129,23 @@ def _dates(pairs: Record) -> list[str]:
 
 def before_lowering(record: Record) -> float | None:
     """Seconds of planning, preparing, calibrating and converting; ``None`` if one failed."""
-    seconds = dict(record.get("seconds") or {})
-    seconds["calibrate"] = record.get("calibration_s")
-    parts = [seconds.get(stage) for stage in BEFORE_LOWERING]
+    rewriting, calibrating = _rewriting(record), record.get("calibration_s")
+    return None if rewriting is None or calibrating is None else rewriting + calibrating
+
+
+def _rewriting(record: Record) -> float | None:
+    """Seconds of planning, preparing and converting; ``None`` if one failed."""
+    seconds = record.get("seconds") or {}
+    parts = [seconds.get("prepare"), seconds.get("convert")]
     return None if None in parts else sum(parts)
+
+
+def _float_forwards(ours: Record, stock: Record) -> float | None:
+    """Seconds of calibration, were its forwards those of the float model, over all of stock's."""
+    calibrating, whole = ours.get("calibration_s"), before_lowering(stock)
+    return (
+        None if not calibrating or not whole else calibrating / ours["calibration_forwards"] / whole
+    )
 
 
 def lowering(record: Record) -> float | None:
@@ -145,29 +158,28 @@ def lowering(record: Record) -> float | None:
 
 def _summary(pairs: Record) -> list[str]:
     """Geometric means and counts over the models where both flows gave a number."""
-    lines = []
-    for what, of in (
-        ("prepare to convert", before_lowering),
-        ("lower and check", lowering),
-    ):
-        ratios = [
-            ours / stock
-            for model in pairs.values()
-            if (ours := of(model["ours"])) and (stock := of(model["stock"]))
-        ]
-        lines += mean_line(what, ratios)
-    latencies = [
-        value for model in pairs.values() if (value := latency_ratio(model, "stock")) is not None
+    both = [(model["ours"], model["stock"]) for model in pairs.values()]
+
+    def ratios(of: Callable[[Record], float | None]) -> list[float | None]:
+        seconds = [(of(ours), of(stock)) for ours, stock in both]
+        return [ours / stock if ours and stock else None for ours, stock in seconds]
+
+    one, stock_one = (
+        sum(flow.get("delegates") == 1 for flow in side) for side in zip(*both, strict=True)
+    )
+    return [
+        *mean_line("prepare to convert", ratios(before_lowering)),
+        *mean_line("the same without calibration", ratios(_rewriting)),
+        *mean_line("only the forwards of calibration, in float", starmap(_float_forwards, both)),
+        *mean_line("lower and check", ratios(lowering)),
+        *mean_line("latency", (latency_ratio(model, "stock") for model in pairs.values())),
+        f"- one delegate: {one} of {len(pairs)} models (stock: {stock_one})",
     ]
-    lines += mean_line("latency", latencies)
-    one = sum(model["ours"].get("delegates") == 1 for model in pairs.values())
-    stock_one = sum(model["stock"].get("delegates") == 1 for model in pairs.values())
-    lines.append(f"- one delegate: {one} of {len(pairs)} models (stock: {stock_one})")
-    return lines
 
 
-def mean_line(what: str, ratios: list[float]) -> list[str]:
-    """A line of the geometric mean and range of ratios to the stock flow."""
+def mean_line(what: str, found: Iterable[float | None]) -> list[str]:
+    """A line of the geometric mean and range of ratios to the stock flow, of those that are."""
+    ratios = [ratio for ratio in found if ratio is not None]
     if not ratios:
         return []
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))

@@ -102,14 +102,13 @@ def _row(item: tuple[str, Record]) -> tuple[str, ...]:
 
 
 def _summary(models: Record) -> list[str]:
-    latencies = [found for m in models.values() if (found := latency_ratio(m, "stock")) is not None]
     done = {flow: [m[flow] for m in models.values() if m.get(flow)] for flow in ("ours", "stock")}
     counts = {
         flow: (sum("error" not in r for r in found), sum(r.get("delegates") == 1 for r in found))
         for flow, found in done.items()
     }
     return [
-        *mean_line("latency", latencies),
+        *mean_line("latency", (latency_ratio(model, "stock") for model in models.values())),
         f"- programs: {counts['ours'][0]} of {len(done['ours'])} models "
         f"(stock: {counts['stock'][0]} of {len(done['stock'])})",
         f"- one delegate: {counts['ours'][1]} models (stock: {counts['stock'][1]})",
