@@ -115,9 +115,9 @@ class Verification:
         inexact_ops: ops that are float or emulated, so that equality is not expected, and why.
         layers: where equality is not expected, each layer that quantizes at run time, computed from
             the input that the runtime gave it, on the first inputs.
-        tensors: where outputs differ and equality is not expected, each quantized tensor, computed
-            from those before it that the runtime gave, on the first inputs; ``None``: not asked
-            for, or integers are chosen at run time.
+        tensors: where outputs without a bound differ, each quantized tensor, computed from those
+            before it that the runtime gave, on the first inputs; ``None``: not looked at, or
+            integers are chosen at run time.
     """
 
     outputs: tuple[OutputCheck, ...]
