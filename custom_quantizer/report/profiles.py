@@ -28,8 +28,8 @@ from custom_quantizer.report.record import ProgramOp, ProgramRow
 
 if TYPE_CHECKING:
     from custom_quantizer.backends.xnnpack import LoweredProgram
+    from custom_quantizer.backends.xnnpack.contents import MethodContents
     from custom_quantizer.backends.xnnpack.profiling import ProgramTime
-    from custom_quantizer.backends.xnnpack.readback import MethodContents
     from custom_quantizer.core.borders import Borders
     from custom_quantizer.reference.verifying import TensorDifference
 

@@ -35,14 +35,14 @@ from custom_quantizer.report.record_parts import (
 )
 
 if TYPE_CHECKING:
-    from custom_quantizer.backends.xnnpack.op_record import RecordedOp
-    from custom_quantizer.backends.xnnpack.readback import (
+    from custom_quantizer.backends.xnnpack.contents import (
         DelegateContents,
         DelegateOp,
         DelegateTensor,
         KernelCall,
         ValueInfo,
     )
+    from custom_quantizer.backends.xnnpack.op_record import RecordedOp
 
 __all__ = ["inspect_program"]
 
@@ -58,7 +58,8 @@ def inspect_program(source: str | os.PathLike[str] | bytes) -> ProgramReport:
     """
     # Reading a file needs the package that knows executorch; inspecting a graph does not.
     from custom_quantizer.backends.xnnpack.border_constants import borders_in
-    from custom_quantizer.backends.xnnpack.readback import DelegateCall, read_program
+    from custom_quantizer.backends.xnnpack.contents import DelegateCall
+    from custom_quantizer.backends.xnnpack.readback import read_program
 
     contents = read_program(source)
     inputs: list[TensorRecord] = []

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import checks
 from custom_quantizer.backends.xnnpack.checksum import seal, split_checksum
-from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp
+from custom_quantizer.backends.xnnpack.contents import DelegateContents, DelegateOp
 from custom_quantizer.core.graph import add_constant, is_quantize
 from custom_quantizer.errors import VerificationError
 from custom_quantizer.reference.converted import read_converted

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import visitors
 from custom_quantizer.backends.xnnpack.columns import JoinedColumns, join_columns
-from custom_quantizer.backends.xnnpack.readback import DelegateOp, ProgramContents
+from custom_quantizer.backends.xnnpack.contents import DelegateOp, ProgramContents
 
 
 def inputs(*shapes: tuple[int, ...], seed: int = 0) -> tuple[Tensor, ...]:

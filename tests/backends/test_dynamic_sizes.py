@@ -22,7 +22,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 import custom_quantizer as cq
-from custom_quantizer.backends.xnnpack.readback import DelegateOp
+from custom_quantizer.backends.xnnpack.contents import DelegateOp
 from custom_quantizer.ops.placement import Placement
 
 MOST = 12

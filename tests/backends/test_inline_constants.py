@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import flatbuffer, inline_constants
+from custom_quantizer.backends.xnnpack.contents import DelegateContents, DelegateOp
 from custom_quantizer.backends.xnnpack.inline_constants import ALIGNMENT, LARGE
-from custom_quantizer.backends.xnnpack.readback import DelegateContents, DelegateOp
 
 WIDE = LARGE // 64 + 1
 """Outputs of a layer of 64 inputs, whose weight is large."""

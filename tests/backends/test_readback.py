@@ -44,7 +44,7 @@ from torchao.quantization.granularity import PerGroup
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from custom_quantizer.backends.xnnpack import flatbuffer, readback
-from custom_quantizer.backends.xnnpack.readback import (
+from custom_quantizer.backends.xnnpack.contents import (
     DelegateCall,
     DelegateContents,
     DelegateOp,
@@ -52,8 +52,8 @@ from custom_quantizer.backends.xnnpack.readback import (
     KernelCall,
     ProgramContents,
     ValueInfo,
-    read_program,
 )
+from custom_quantizer.backends.xnnpack.readback import read_program
 from custom_quantizer.errors import ProgramError
 
 INVALID = 2**32 - 1

@@ -28,8 +28,8 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import visitors
+from custom_quantizer.backends.xnnpack.contents import DelegateOp, ProgramContents
 from custom_quantizer.backends.xnnpack.program import StoredProgram
-from custom_quantizer.backends.xnnpack.readback import DelegateOp, ProgramContents
 from custom_quantizer.backends.xnnpack.visitors import VISITORS
 
 LEFT, RIGHT = (2, 3, 5, 16), (2, 3, 16, 40)

@@ -60,7 +60,9 @@ MODULES = (
     "ops/*.py",
     "backends/xnnpack/arithmetic.py",
     "backends/xnnpack/checks.py",
+    "backends/xnnpack/exactness.py",
     "backends/xnnpack/kernels.py",
+    "backends/xnnpack/stored_integers.py",
     "backends/xnnpack/tables.py",
     "backends/xnnpack/passes/*.py",
 )

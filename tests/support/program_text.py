@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from custom_quantizer.backends.xnnpack.readback import (
+from custom_quantizer.backends.xnnpack.contents import (
     DelegateContents,
     DelegateOp,
     DelegateTensor,

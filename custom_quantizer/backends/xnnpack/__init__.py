@@ -13,6 +13,7 @@ from custom_quantizer.backends.xnnpack.backend import BACKEND
 
 if TYPE_CHECKING:
     from custom_quantizer.backends.xnnpack.checked_lowering import lower
+    from custom_quantizer.backends.xnnpack.contents import ProgramContents
     from custom_quantizer.backends.xnnpack.program import (
         LoweredProgram,
         LoweringReport,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         StoredProgram,
         load_program,
     )
-    from custom_quantizer.backends.xnnpack.readback import ProgramContents, read_program
+    from custom_quantizer.backends.xnnpack.readback import read_program
 
 __all__ = [
     "BACKEND",

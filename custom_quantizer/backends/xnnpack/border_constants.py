@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import torch
 
-from custom_quantizer.backends.xnnpack.readback import MethodContents, ValueInfo
+from custom_quantizer.backends.xnnpack.contents import MethodContents, ValueInfo
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.borders import DTYPES, Border, Borders, Role
 from custom_quantizer.errors import ProgramError, SchemeError

@@ -11,13 +11,13 @@ from executorch.exir import EdgeProgramManager
 from torch.fx import Graph, Node
 
 from custom_quantizer.backends.xnnpack import kernels
+from custom_quantizer.backends.xnnpack.contents import MethodContents
 from custom_quantizer.backends.xnnpack.passes import origin_of
 from custom_quantizer.backends.xnnpack.program import (
     OpBackend,
     computes_in_integers,
     quantizes_at_run_time,
 )
-from custom_quantizer.backends.xnnpack.readback import MethodContents
 from custom_quantizer.core.graph import module_path
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.errors import LoweringError

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from custom_quantizer.backends.xnnpack.contents import DelegateCall, MethodContents
 from custom_quantizer.backends.xnnpack.isolation import IsolatedMethod
-from custom_quantizer.backends.xnnpack.readback import DelegateCall, MethodContents
 from custom_quantizer.errors import ProgramError
 
 __all__ = ["CallTime", "NodeTime", "ProgramTime", "aligned", "measure"]

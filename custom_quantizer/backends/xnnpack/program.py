@@ -20,16 +20,15 @@ from torch import Tensor
 from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
-from custom_quantizer.backends.xnnpack.isolation import IsolatedMethod
-from custom_quantizer.backends.xnnpack.op_record import RecordedOp
-from custom_quantizer.backends.xnnpack.readback import (
+from custom_quantizer.backends.xnnpack.contents import (
     DelegateContents,
     DelegateOp,
     MethodContents,
     ProgramContents,
-    read_file,
-    read_program,
 )
+from custom_quantizer.backends.xnnpack.isolation import IsolatedMethod
+from custom_quantizer.backends.xnnpack.op_record import RecordedOp
+from custom_quantizer.backends.xnnpack.readback import read_file, read_program
 from custom_quantizer.core.borders import Borders
 from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.core.graph import check_input, flatten_inputs, shape_hint
