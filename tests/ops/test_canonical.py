@@ -651,6 +651,35 @@ def test_who_owns_memory_that_is_written_in_place_stays_as_it_is(name: str) -> N
     _same(forward, torch.randn(IMAGE), **layers)
 
 
+ROOM: dict[str, Callable[[Tensor], Tensor]] = {
+    "empty": lambda x: torch.empty(x.shape[0], 3, 4),
+    "empty_like": lambda x: torch.empty_like(torch.stack([x, x, x], 1)),
+    "new_empty": lambda x: x.new_empty((x.shape[0], 3, 4)),
+    "zeros": lambda x: torch.zeros(x.shape[0], 3, 4),
+}
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_room_that_is_made_and_written_piece_by_piece(name: str) -> None:
+    """What was in it before is no garbage to take ranges of, and no op of the program."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        room = ROOM[name](x)
+        for i, layer in enumerate(s.layers):
+            room[:, i, :] = layer(x)
+        return room * 2.0
+
+    model = Function(forward, layers=nn.ModuleList(nn.Linear(4, 4) for _ in range(3)))
+    x = torch.randn(3, 4)
+    graph = canonicalize(capture(model, (x,)))
+    assert torch.equal(graph(x), model(x))
+    made = {str(n.target) for n in graph.graph.nodes if n.op == "call_function"}
+    assert not {target for target in made if "empty" in target or "zeros" in target}
+    lowered = lowered_exactly(quantized(model, (x,)), (x,))
+    assert lowered.report.delegates == 1
+    assert lowered.report.outside == ()
+
+
 def test_memory_that_is_written_several_times_is_copied_once() -> None:
     def forward(s: Any, x: Tensor) -> Any:
         h = s.conv(x)

@@ -6,8 +6,8 @@ Rewrites, applied in ``transform_for_annotation``:
   (:mod:`custom_quantizer.ops.rewrites.cuts`);
 - ops of core ATen become those that ``torch.export`` captures
   (:mod:`custom_quantizer.ops.rewrites.core_aten`);
-- what does not depend on the inputs becomes a constant
-  (:mod:`custom_quantizer.ops.rewrites.constants`);
+- memory that is not written yet holds zeros, and what does not depend on the inputs becomes a
+  constant (:mod:`custom_quantizer.ops.rewrites.constants`);
 - in-place ops become functional: an observer cannot stand between an op and its own input.
   Where that cannot be (:mod:`custom_quantizer.ops.rewrites.writes`), the op stays and every tensor
   in that memory is marked;
@@ -45,7 +45,7 @@ from custom_quantizer.ops.rewrites.batch_norms import (
     fold_into_layers,
     keep_own_statistics,
 )
-from custom_quantizer.ops.rewrites.constants import fold_constants
+from custom_quantizer.ops.rewrites.constants import fold_constants, zero_new_memory
 from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN
 from custom_quantizer.ops.rewrites.cuts import ends_to_numbers
 from custom_quantizer.ops.rewrites.decompositions import decompose
@@ -73,9 +73,12 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
     inline_regions(model, training=training)
     ends_to_numbers(model)
     rewrite_calls(model, CORE_ATEN, training=training)
+    zero_new_memory(model)
     fold_constants(model, parameters=not training)
     keep_own_statistics(model)
-    functionalize(model)
+    if functionalize(model):
+        # What was written into, piece by piece, is written no more: zeros, masks.
+        fold_constants(model, parameters=not training)
     _integers_to_floats(model)
     decompose(model, training=training)
     if not training:

@@ -18,7 +18,13 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.core.graph import add_constant, argument, tensor_meta
 from custom_quantizer.core.memory import written_inputs
 
-__all__ = ["RESTATEMENTS", "draws_numbers", "fold_constants", "training_switches"]
+__all__ = [
+    "RESTATEMENTS",
+    "draws_numbers",
+    "fold_constants",
+    "training_switches",
+    "zero_new_memory",
+]
 
 aten = torch.ops.aten
 
@@ -34,8 +40,28 @@ _SHAPE_ONLY = frozenset(
 )
 # Random if one of these arguments is neither 0 nor False, as in training.
 _RANDOM_IF = frozenset({"dropout_p", "train", "training"})
-# Memory that nobody has written yet.
-_UNINITIALIZED = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
+# Memory that nobody has written yet, of given strides.
+_UNINITIALIZED = frozenset({"empty_permuted", "empty_strided", "new_empty_strided"})
+_ZEROED: dict[Any, Any] = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
+
+
+def zero_new_memory(model: GraphModule) -> None:
+    """Let memory that nobody has written yet hold zeros, in place.
+
+    Models make room with ``torch.empty`` and write into all of it, piece by piece. What is in the
+    pieces not written yet is any number, of which calibration would take ranges.
+    """
+    for node in model.graph.nodes:
+        zeroed = _ZEROED.get(node.target)
+        if zeroed is None:
+            continue
+        node.target = zeroed
+        if zeroed is not aten.zeros_like.default:
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
 
 
 def fold_constants(model: GraphModule, *, parameters: bool = True) -> int:

@@ -112,17 +112,24 @@ _View = tuple[Node, Callable[[Insertion, Node], Node]]
 """A view, and what makes the new value of its source of a new value of the view."""
 
 
-def functionalize(model: GraphModule) -> None:
-    """Make in-place ops functional, and mark the tensors of those that stay."""
+def functionalize(model: GraphModule) -> bool:
+    """Make in-place ops functional, and mark the tensors of those that stay.
+
+    Returns:
+        Whether there were any.
+    """
     _copy_surely(model)
     writes = _Writes(model)
+    found = False
     for node in list(model.graph.nodes):
         writes.read_current(node)
         for written in written_inputs(node):
             writes.make_functional(node, written)
+            found = True
     writes.finish()
     writes.read_directly()
     _write_plainly(model)
+    return found
 
 
 def _copy_surely(model: GraphModule) -> None:
