@@ -154,7 +154,11 @@ def tensor_meta(node: Node) -> torch.Tensor | None:
         value = last.meta.get("val")
     if value is None and last.op == "get_attr":
         value = _shape_of_constant(last, torch.float32 if is_dequantize(node) else None)
-    return value if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    if last is not node and is_dequantize(node) and not value.is_floating_point():
+        value = value.to(torch.float32)  # integers that no node quantized: a table's, an input's
+    return value
 
 
 def is_empty(node: Node) -> bool:

@@ -90,6 +90,31 @@ def test_a_text_model_is_a_table_of_integers_and_one_delegate() -> None:
         assert differences(program.run(*given), reference(*given)) == []
 
 
+class Scores(nn.Module):
+    """Candidates by a query: rows of the table are a factor of a product themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 8)
+        self.query = nn.Linear(8, 8)
+
+    def forward(self, history: Tensor, candidates: Tensor) -> Tensor:
+        query = self.query(self.table(history))[:, -1]
+        return cast(Tensor, (self.table(candidates) @ query.unsqueeze(-1)).squeeze(-1))
+
+
+def test_rows_of_a_table_are_factors_of_products() -> None:
+    torch.manual_seed(0)
+    ids = [(torch.randint(0, 50, (2, 6)), torch.randint(0, 50, (2, 9))) for _ in range(4)]
+    converted = convert(Scores().eval(), ids[0], calibration=ids)
+    program = cq.lower(converted.graph, ids[0])
+    assert program.report.delegates == 1
+    assert program.report.passes["quantize_tables"] == 2
+    reference = cq.integer_reference(converted.graph)
+    for given in ids:
+        assert differences(program.run(*given), reference(*given)) == []
+
+
 def test_a_plan_counts_the_bytes_of_tables() -> None:
     """As integers where what reads the rows wants them, else in float."""
     tokens = (torch.randint(0, 300, (1, 6)),)
