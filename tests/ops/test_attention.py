@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from support.contracts import FloatContract, IntegerContract
-from support.graphs import Function, calls, canonicalize, capture
+from support.graphs import Function, calls, canonicalize, capture, lowered_exactly, quantized
 from support.models import convert
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -145,11 +145,51 @@ def test_einsum_of_two_tensors_is_one_product(
 
 @pytest.mark.parametrize(
     ("equation", "shapes"),
-    [("ii,ij->j", ((5, 5), (5, 4))), ("ij,ik->j", ((5, 3), (5, 4))), ("ij->ji", ((5, 3),))],
+    [
+        ("ii,ij->j", ((5, 5), (5, 4))),
+        ("...i,ij->...j", ((2, 5), (5, 4))),
+        ("ij->ji", ((5, 3),)),
+    ],
 )
 def test_other_einsums_are_left_alone(equation: str, shapes: tuple[tuple[int, ...], ...]) -> None:
     graph = written_out(lambda s, *tensors: torch.einsum(equation, *tensors), *shapes)
     assert calls(graph, aten.einsum.default)
+
+
+CHUNKS = ((2, 3, 4, 2, 5), (2, 3, 4, 2, 5), (2, 2, 3, 4, 4), (2, 3, 4, 2, 6))
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "products"),
+    [
+        ("ij,ik->j", ((5, 3), (5, 4)), [aten.matmul.default]),
+        ("bi,bj->bij", ((2, 5), (2, 7)), [aten.mul.Tensor]),
+        ("bi,bi->ib", ((2, 5), (2, 5)), [aten.mul.Tensor]),
+        ("bi,bjk->kb", ((2, 5), (2, 4, 7)), [aten.mul.Tensor]),
+        ("bi,bi,bj->bj", ((2, 5), (2, 5), (2, 7)), [aten.matmul.default, aten.mul.Tensor]),
+        (
+            "bclhn,bcshn,bhcls,bcshp->bclhp",
+            CHUNKS,
+            [aten.matmul.default, aten.mul.Tensor, aten.matmul.default],
+        ),
+    ],
+)
+def test_other_einsums_are_contractions_and_products(
+    equation: str, shapes: tuple[tuple[int, ...], ...], products: list[Any]
+) -> None:
+    graph = written_out(lambda s, *tensors: torch.einsum(equation, *tensors), *shapes)
+    assert not calls(graph, aten.einsum.default)
+    kinds = (aten.matmul.default, aten.mul.Tensor)
+    assert [n.target for n in graph.graph.nodes if n.target in kinds] == products
+
+
+def test_an_einsum_of_chunks_is_one_delegate() -> None:
+    """ExecuTorch alone writes it with tensors of more dims than XNNPACK has."""
+    inputs = tuple(torch.randn(shape) for shape in CHUNKS)
+    model = Function(lambda s, *tensors: torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", *tensors))
+    lowered = lowered_exactly(quantized(model, inputs), inputs)
+    assert lowered.report.delegates == 1
+    assert lowered.report.outside == ()
 
 
 @pytest.mark.parametrize(

@@ -107,34 +107,69 @@ def vector_layer(insert: Insertion) -> Node | None:
 
 
 def einsum(insert: Insertion) -> Node | None:
-    """A contraction of two tensors.
+    """Contractions of two tensors each, from the left; where nothing is summed, plain products.
 
-    Operands with a repeated index, or with one that stands nowhere else, are left alone.
+    An operand with a repeated index is left alone.
     """
     equation, operands = insert.node.args[:2]
     tensors = cast("Sequence[Node]", operands)
     labels = _labels(str(equation), [len(shape_of(tensor)) for tensor in tensors])
     if labels is None:
         return None
-    left, right, output = labels
-    return _contract(insert, (tensors[0], left), (tensors[1], right), output)
+    *inputs, output = labels
+    result, own = tensors[0], inputs[0]
+    for i in range(1, len(tensors)):
+        later = set(output).union(*inputs[i + 1 :])
+        both = own + "".join(label for label in inputs[i] if label not in own)
+        kept = "".join(label for label in both if label in later)
+        wanted = output if i == len(tensors) - 1 else kept
+        pair = ((result, own), (tensors[i], inputs[i]))
+        factors = [_summed(insert, node, of, wanted, own, inputs[i]) for node, of in pair]
+        shared = set(own) & set(inputs[i])
+        contracted = _contract if shared - set(wanted) else _multiplied
+        product = contracted(insert, factors[0], factors[1], wanted)
+        if product is None:
+            return None
+        result, own = product, wanted
+    return result
 
 
-def _labels(equation: str, ranks: Sequence[int]) -> tuple[str, str, str] | None:
-    """Labels of the two operands of an equation and of its result."""
+def _labels(equation: str, ranks: Sequence[int]) -> list[str] | None:
+    """Labels of the operands of an equation, at least two, and of its result."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     parts = inputs.split(",")
-    if len(parts) != 2 or "..." in equation or list(map(len, parts)) != list(ranks):
+    if len(parts) < 2 or "..." in equation or list(map(len, parts)) != list(ranks):
         return None
-    left, right = parts
     if not arrow:
-        both = left + right
-        output = "".join(sorted(label for label in set(both) if both.count(label) == 1))
-    if any(len(set(part)) != len(part) for part in (left, right, output)):
-        return None
-    alone = (set(left) ^ set(right)) - set(output)
-    summed = (set(left) & set(right)) - set(output)
-    return None if alone or not summed else (left, right, output)
+        every = "".join(parts)
+        output = "".join(sorted(label for label in set(every) if every.count(label) == 1))
+    repeats = any(len(set(part)) != len(part) for part in (*parts, output))
+    return None if repeats else [*parts, output]
+
+
+def _summed(
+    insert: Insertion, node: Node, labels: str, output: str, *pair: str
+) -> tuple[Node, str]:
+    """An operand without the dims that the other one of a pair lacks, and the result too."""
+    alone = [d for d, x in enumerate(labels) if x not in output and sum(x in p for p in pair) == 1]
+    if not alone:
+        return node, labels
+    kept = "".join(x for d, x in enumerate(labels) if d not in alone)
+    return insert.call(aten.sum.dim_IntList, node, alone), kept
+
+
+def _multiplied(
+    insert: Insertion, left: tuple[Node, str], right: tuple[Node, str], output: str
+) -> Node | None:
+    """The product of two tensors, each a value for each label that it has."""
+    factors = []
+    for node, labels in (left, right):
+        moved = insert.permute(node, [labels.index(label) for label in output if label in labels])
+        for d, label in enumerate(output):
+            if label not in labels:
+                moved = insert.call(aten.unsqueeze.default, moved, d)
+        factors.append(moved)
+    return insert.call(aten.mul.Tensor, *factors)
 
 
 def is_computed_constant(node: Node) -> bool:
