@@ -322,6 +322,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "rescale_behind_moves",
         "break_chains",
         "dedicate_run_time",
+        "dedicate_signal_weights",
         "continue_cats",
         "dequantize_late",
         "flatten_rows",
@@ -569,6 +570,21 @@ def test_a_view_needs_no_contiguous_before_it(function: Callable[..., Any]) -> N
     graph, _ = applied_to(function)
     assert calls(graph, aten.contiguous.default) == []
     assert calls(graph, aten.view.default) == []
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_convolutions_of_signals_share_weights(kind: Any) -> None:
+    """A layer that is called twice, and a parameter that two layers have."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return cast(Tensor, s.layer(x) + s.layer(x * 0.5) + s.other(x))
+
+    layer, other = kind(4, 4, 3), kind(4, 4, 3)
+    other.weight = layer.weight
+    model, x = Function(forward, layer=layer, other=other), torch.randn(1, 4, 12)
+    report = lowered_exactly(quantized(model, (x,)), (x,)).report
+    assert report.delegates == 1
+    assert report.passes["dedicate_signal_weights"] == 2
 
 
 def test_two_uses_of_a_tensor_have_a_dequantize_node_each() -> None:

@@ -117,6 +117,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         boundaries.quantize_pads,
         boundaries.tell_copies_apart,
         boundaries.dedicate_dequantize,
+        boundaries.dedicate_signal_weights,
         boundaries.dedicate_run_time,
         boundaries.move_images_first,
         run_time.flatten_rows,

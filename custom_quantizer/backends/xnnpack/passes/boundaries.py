@@ -23,6 +23,7 @@ from custom_quantizer.core.graph import (
     DEQUANTIZE_GROUPED,
     DEQUANTIZE_PER_TENSOR,
     add_constant,
+    constant_of,
     is_constant,
     is_dequantize,
     is_quantize,
@@ -70,6 +71,35 @@ def dedicate_dequantize(model: GraphModule) -> int:
                 count += 1
         node.args = (inputs, *node.args[1:])
     return count
+
+
+@graph_pass(
+    "weights that convolutions of signals share",
+    "weights of each",
+    requires={"dedicate_dequantize"},
+)
+def dedicate_signal_weights(model: GraphModule) -> int:
+    """Each convolution of signals reads weights that nothing else reads.
+
+    ExecuTorch (1.5.1) makes it one of images and gives its weights a dim, in place: the next one
+    with these weights looks like one of images already. A file holds equal bytes once.
+    """
+    count = 0
+    for node in calls(model, _OF_SIGNALS):
+        weight = cast(Node, node.args[1])
+        stored = cast(Node, weight.args[0]) if is_dequantize(weight) else weight
+        if not is_constant(stored) or len(stored.users) == 1:
+            continue
+        reader = node if weight is stored else weight
+        own = add_constant(
+            model, f"{stored.target}_of_{node.name}", constant_of(model, stored), reader
+        )
+        reader.replace_input_with(stored, own)
+        count += 1
+    return count
+
+
+_OF_SIGNALS = frozenset({aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default})
 
 
 @graph_pass("cats of one float tensor with itself", "cats of the tensor and a view of it")
