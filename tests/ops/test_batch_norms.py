@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
-from support.graphs import Function, calls, capture, lowered_exactly, quantized
+from support.graphs import Function, calls, canonicalize, capture, lowered_exactly, quantized
 from support.selection import slow_but
 from support.shared_layers import SHARED, norm, shared_layer
 from torch import Tensor, nn
@@ -20,11 +20,17 @@ from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 import custom_quantizer as cq
 from custom_quantizer.core.graph import constant_of
 from custom_quantizer.core.noise import Noise
-from custom_quantizer.ops.rewrites.batch_norms import batch_norms_to_convs
+from custom_quantizer.ops.rewrites.batch_norms import fold_into_layers, give_layers
 from custom_quantizer.training import qat
 
 aten = torch.ops.aten
 BATCH_NORM = aten.batch_norm.default
+
+
+def batch_norms_to_convs(graph: GraphModule) -> int:
+    given = give_layers(graph)
+    assert fold_into_layers(graph) == given
+    return given
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -92,14 +98,6 @@ def test_parameters_that_are_computed_stay() -> None:
     model.register_buffer("var", torch.ones(3))
     graph = capture(model, (torch.randn(1, 3, 4, 4), torch.randn(3)))
     assert batch_norms_to_convs(graph) == 0
-
-
-def test_training_keeps_it() -> None:
-    model = nn.Sequential(norm(3, 4), nn.Conv2d(3, 4, 3)).train()
-    x = torch.randn(2, 3, 8, 8)
-    captured = torch.export.export(copy.deepcopy(model), (x,)).module()
-    prepared = prepare_qat_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
-    assert len(calls(prepared, BATCH_NORM)) == 1
 
 
 class Standardized(nn.Conv2d):
@@ -179,9 +177,9 @@ def test_an_instance_norm_with_statistics_is_a_batch_norm() -> None:
         norm.running_var *= torch.tensor([0.5, 4.0, 1.0])
         norm.weight *= torch.tensor([-1.0, 2.0, 0.3])
     model, x = nn.Sequential(nn.Tanh(), norm), torch.randn(2, 3, 4, 5)
-    graph = capture(model, (x,))
-    assert batch_norms_to_convs(graph) == 1
-    graph.recompile()
+    graph = canonicalize(capture(model, (x,)))
+    assert len(calls(graph, aten.conv2d.default)) == 1
+    assert not calls(graph, aten.instance_norm.default)
     torch.testing.assert_close(graph(x), model(x), rtol=1e-6, atol=1e-6)
 
 
@@ -223,11 +221,8 @@ IN_TRAINING = (
 )
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(IN_TRAINING, (name for name in SHARED if name != "a norm a level, 3d"))
-)
+@pytest.mark.parametrize("name", slow_but(IN_TRAINING, SHARED))
 def test_nor_in_training(name: str) -> None:
-    """Convolutions over volumes stay in float there."""
     captured, prepared, x = prepare(name, training=True)
     cq.check_prepared(prepared, captured, [x])
 

@@ -1,4 +1,4 @@
-"""Batch norms: part of the layer before them, or the depthwise 1x1 convolutions they are.
+"""Batch norms: part of the layer before them; where there is none, one that changes nothing.
 
 ``prepare_pt2e`` folds a batch norm into the weight of the layer before it, where it stands. That is
 wrong if somebody else reads the weight (one convolution with a batch norm for each level of a
@@ -8,8 +8,9 @@ weight and a bias of its own, and a batch norm whose layer has other users stays
 
 What cannot be folded (DenseNet's come before their convolutions) would stay in float and tear the
 model apart; ``convert_pt2e`` (torchao 0.18) searches such a graph for training patterns besides,
-for 20 seconds. In eval mode it computes ``x * factor + shift`` per channel, which is a convolution
-with one weight a channel.
+for 20 seconds. They get a layer of their own, the depthwise 1x1 convolution whose weights are 1;
+folded into that, ``x * factor + shift`` is a convolution with one weight a channel. In training
+(:mod:`custom_quantizer.ops.rewrites.training_graph`) they are folded into the same layers.
 """
 
 from __future__ import annotations
@@ -36,18 +37,17 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
-from custom_quantizer.core.rewriting import ORIGINAL_NAME, Insertion, replace, rewrite_calls
+from custom_quantizer.core.rewriting import ORIGINAL_NAME, Insertion, rewrite_calls
 from custom_quantizer.ops import PatternMatch, match_of
 from custom_quantizer.ops.gemm import CONV_TRANSPOSE, LINEAR
 
 __all__ = [
-    "batch_norms_to_convs",
     "fold_in_place",
     "fold_into_layers",
-    "has_constants",
+    "give_layers",
     "keep_own_statistics",
     "layer_before",
-    "norm_constants",
+    "reads_constants",
     "scale_channels",
     "uses_own_statistics",
 ]
@@ -136,7 +136,7 @@ def _is_in_place(
         match: the layer before it.
         readers: by the name of a constant, who reads it.
     """
-    if match.node.target not in _IN_PLACE or not has_constants(norm):
+    if match.node.target not in _IN_PLACE or not _has_constants(norm):
         return False
     if match.rule is CONV_TRANSPOSE and match.groups > 1:
         return False
@@ -187,7 +187,7 @@ def fold_into_layers(model: GraphModule) -> int:
     for norm in list(model.graph.nodes):
         if norm.op != "call_function" or norm.target is not aten.batch_norm.default:
             continue
-        match = layer_before(norm) if has_constants(norm) else None
+        match = layer_before(norm) if _has_constants(norm) else None
         if match is not None:
             _fold(model, match, norm)
             count += 1
@@ -231,24 +231,50 @@ def scale_channels(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Te
     return (grouped * factor).reshape(weight.shape)
 
 
-def batch_norms_to_convs(model: GraphModule) -> int:
-    """Rewrite eval-mode batch norms of ``(N, C, L)`` and ``(N, C, H, W)`` in place.
+def give_layers(model: GraphModule, wanted: Callable[[Node], bool] = lambda _norm: True) -> int:
+    """Put a layer that changes nothing before each batch norm that has none, in place.
 
-    The same real numbers; factor and shift are computed in float64 and rounded once, so last bits
-    of float32 differ from the batch norm's.
+    Of norms of ``(N, C, L)`` and ``(N, C, H, W)`` that are not folded into the layer before them.
+
+    Args:
+        model: the graph.
+        wanted: which norms.
 
     Returns:
-        How many were rewritten.
+        How many got one.
     """
-    count = 0
-    for node in list(model.graph.nodes):
-        if node.op == "call_function" and node.target in _NORMS:
-            count += _rewrite(model, node)
-    return count
+    norms = [n for n in model.graph.nodes if n.target is aten.batch_norm.default and wanted(n)]
+    return sum(_give_layer(model, norm) for norm in norms)
 
 
-_NORMS = frozenset({aten.batch_norm.default, aten.instance_norm.default})
-"""With stored statistics both compute the same; so they take them, their arguments are the same."""
+def _give_layer(model: GraphModule, norm: Node) -> bool:
+    data, meta = norm.args[0], tensor_meta(norm)
+    if meta is None or meta.dtype != torch.float32 or meta.dim() not in _CONVS:
+        return False
+    channels = meta.shape[1]
+    if not reads_constants(norm) or not isinstance(channels, int) or layer_before(norm) is not None:
+        return False
+    if overwritten_by(norm) is not None:
+        return False
+    spatial = meta.dim() - 2
+    ones = torch.ones(channels, 1, *[1] * spatial, device=meta.device)
+    args = (
+        data,
+        add_constant(model, f"{norm.name}_layer", ones, norm),
+        None,
+        *([1] * spatial, [0] * spatial, [1] * spatial),
+        channels,
+    )
+    # The layer is what stays, and answers to rules for the norm.
+    with model.graph.inserting_before(norm):
+        conv = model.graph.call_function(_CONVS[meta.dim()], args)
+    name = norm.name
+    norm.name, conv.name = conv.name, name
+    part_of = norm.meta.get(ORIGINAL_NAME, name)
+    conv.meta = {**norm.meta, "original_target": norm.target, ORIGINAL_NAME: part_of}
+    norm.update_arg(0, conv)
+    return True
+
 
 _OWN_STATISTICS = aten._native_batch_norm_legit.no_stats
 
@@ -285,41 +311,17 @@ def _with_own_statistics(insert: Insertion) -> Node | None:
     return insert.call(operator.getitem, normalized, 0)
 
 
-def _rewrite(model: GraphModule, node: Node) -> bool:
-    meta = tensor_meta(node)
-    if meta is None or meta.dtype != torch.float32 or meta.dim() not in _CONVS:
-        return False
-    if not has_constants(node):
-        return False
-    factor, shift = norm_constants(model, node)
-    spatial = meta.dim() - 2
-    weight = factor.reshape(-1, *[1] * (spatial + 1))
-    args = (
-        node.args[0],
-        add_constant(model, f"{node.name}_factor", weight, node),
-        add_constant(model, f"{node.name}_shift", shift, node),
-        *([1] * spatial, [0] * spatial, [1] * spatial),
-        factor.numel(),
-    )
-    with model.graph.inserting_before(node):
-        conv = model.graph.call_function(_CONVS[meta.dim()], args)
-    conv.meta = {**node.meta, "original_target": node.target, ORIGINAL_NAME: node.name}
-    replace(model, node, conv)
-    return True
-
-
-def has_constants(norm: Node) -> bool:
-    """Whether a ``batch_norm`` call uses stored statistics, and all it reads but its input is."""
+def reads_constants(norm: Node) -> bool:
+    """Whether all that a ``batch_norm`` call reads but its input is constant, or trained."""
     gamma, beta, mean, var = norm.args[1:5]
-    if argument(norm, 5, "training", False) or not (is_constant(mean) and is_constant(var)):
+    if not (is_constant(mean) and is_constant(var)):
         return False
     return all(arg is None or is_constant(arg) for arg in (gamma, beta))
 
 
-def norm_constants(model: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
-    """Factor and shift of each channel, float32, of a norm that :func:`has_constants`."""
-    factor, shift = _factor_and_shift(model, norm)
-    return factor.float(), shift.float()
+def _has_constants(norm: Node) -> bool:
+    """Likewise, and it does not use the statistics of the batch."""
+    return reads_constants(norm) and not argument(norm, 5, "training", False)
 
 
 def _factor_and_shift(model: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:

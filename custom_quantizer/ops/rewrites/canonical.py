@@ -15,8 +15,8 @@ Rewrites, applied in ``transform_for_annotation``:
 - composite ops become the ops they stand for (:mod:`custom_quantizer.ops.rewrites.decompositions`);
 - ops that the backend computes in another form take that form (``Backend.legalize``);
 - batch norms and factors of each channel become part of the weights before them
-  (:mod:`custom_quantizer.ops.rewrites.batch_norms`, :mod:`custom_quantizer.ops.rewrites.factors`),
-  and batch norms with no layer before them convolutions;
+  (:mod:`custom_quantizer.ops.rewrites.batch_norms`, :mod:`custom_quantizer.ops.rewrites.factors`);
+  in training batch norms are folded later, as functions of what is trained;
 - numbers in add, sub, mul and ``1 - x`` become constant tensors, so that they are quantized too;
 - views become reshapes.
 """
@@ -41,8 +41,8 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import rewrite_calls
 from custom_quantizer.ops.rewrites.batch_norms import (
-    batch_norms_to_convs,
     fold_into_layers,
+    give_layers,
     keep_own_statistics,
 )
 from custom_quantizer.ops.rewrites.constants import fold_constants, zero_new_memory
@@ -51,6 +51,7 @@ from custom_quantizer.ops.rewrites.cuts import ends_to_numbers
 from custom_quantizer.ops.rewrites.decompositions import decompose
 from custom_quantizer.ops.rewrites.factors import fold_factors
 from custom_quantizer.ops.rewrites.regions import inline_regions
+from custom_quantizer.ops.rewrites.training_graph import mark_computed_parameters
 from custom_quantizer.ops.rewrites.writes import functionalize
 
 __all__ = ["canonicalize"]
@@ -81,12 +82,13 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
         fold_constants(model, parameters=not training)
     _integers_to_floats(model)
     decompose(model, training=training)
-    if not training:
-        fold_into_layers(model)
+    if training:
+        mark_computed_parameters(model)
     legalize(model, training)
     if not training:
+        give_layers(model)
+        fold_into_layers(model)
         fold_factors(model)
-        batch_norms_to_convs(model)
     _numbers_to_tensors(model)
     _views_to_reshapes(model)
     model.graph.eliminate_dead_code()

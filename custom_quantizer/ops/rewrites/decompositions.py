@@ -231,6 +231,14 @@ def _bag_size(model: GraphModule, indices: Node, offsets: Node) -> int | None:
 _BAGS = frozenset({aten.embedding_bag.default, aten.embedding_bag.padding_idx})
 
 
+def _stored_statistics(insert: Insertion) -> Node | None:
+    """With stored statistics an instance norm is a batch norm; in training it is none."""
+    node = insert.node
+    if insert.training or argument(node, 5, "use_input_stats", True):
+        return None
+    return insert.call(aten.batch_norm.default, *node.args, **node.kwargs)
+
+
 def _result(insert: Insertion) -> Node | None:
     """One of several results of an op."""
     found = _sorted(insert)
@@ -270,6 +278,7 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.expand_as.default: _expand_as,
     aten.clamp.default: _clamp,
     aten.rrelu.default: _rrelu,
+    aten.instance_norm.default: _stored_statistics,
     operator.getitem: _result,
 }
 

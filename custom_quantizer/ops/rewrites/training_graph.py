@@ -44,7 +44,9 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.errors import CaptureError, ConversionError
 from custom_quantizer.ops import PatternMatch, rule_of
 from custom_quantizer.ops.rewrites.batch_norms import (
+    give_layers,
     layer_before,
+    reads_constants,
     scale_channels,
     uses_own_statistics,
 )
@@ -66,6 +68,7 @@ __all__ = [
     "insert_normalization",
     "is_foldable_parameter",
     "is_training_call",
+    "mark_computed_parameters",
     "norms_that_stand_still",
     "origin_of",
     "planned_tensor",
@@ -215,7 +218,8 @@ def fold_batch_norms(model: GraphModule, wanted: Callable[[Node], bool]) -> None
     The layer's weight and bias become functions of parameters (``FOLDED_KEY`` in their node's
     ``meta``), and its result that of the batch norm. :func:`insert_normalization` completes it.
     """
-    _mark_computed_parameters(model)
+    mark_computed_parameters(model)
+    give_layers(model, wanted)
     found = [(_foldable(node), node) for node in model.graph.nodes]
     folded = [(b, node) for b, node in found if b is not None and wanted(b.node)]
     training = any(is_training_call(node) for node in model.graph.nodes)
@@ -234,9 +238,8 @@ def _foldable(node: Node) -> PatternMatch | None:
     """The layer that a batch norm can be folded into, if ``node`` is such a batch norm."""
     if node.target is not aten.batch_norm.default:
         return None
-    # Statistics that are trained: the graph may say that the batch's are used.
-    statistics = (node.args[3], node.args[4])
-    return layer_before(node) if all(map(is_constant, statistics)) else None
+    # The graph may say that statistics of the batch are used.
+    return layer_before(node) if reads_constants(node) else None
 
 
 def _insert_mode(model: GraphModule, training: bool) -> Node:
@@ -278,7 +281,7 @@ def _fold(model: GraphModule, match: PatternMatch, norm: Node, mode: Node) -> No
     model.graph.erase_node(norm)
 
 
-def _mark_computed_parameters(model: GraphModule) -> None:
+def mark_computed_parameters(model: GraphModule) -> None:
     """Mark what is computed from parameters alone, which training changes and shipping does not.
 
     A scaled weight or an expanded class token is planned like a constant.

@@ -132,9 +132,6 @@ _FORMS: dict[Any, Rewrite] = {
     aten.repeat.default: _moved(moves.repeat),
     aten.im2col.default: batched(2, patches.unfold),
     aten.col2im.default: patches.fold,
-}
-
-_OF_PARAMETERS: dict[Any, Rewrite] = {
     aten.batch_norm.default: layers.batch_norm,
     aten.conv3d.default: batched(3, layers.conv3d),
     aten.conv3d.padding: batched(3, layers.conv3d),
@@ -142,7 +139,7 @@ _OF_PARAMETERS: dict[Any, Rewrite] = {
 }
 
 
-LEGALIZATIONS: Mapping[Any, Rewrite] = MappingProxyType(_FORMS | _OF_PARAMETERS)
+LEGALIZATIONS: Mapping[Any, Rewrite] = MappingProxyType(_FORMS)
 """By overload, what makes its form; what replaces a call answers to rules for it."""
 
 
@@ -152,11 +149,9 @@ def legalize_by(model: GraphModule, forms: Mapping[Any, Rewrite], *, training: b
     Args:
         model: a captured graph.
         forms: :data:`LEGALIZATIONS`, or some of them.
-        training: parameters change: no weight may be computed from them.
+        training: parameters change: what is computed from them is no constant.
 
     Returns:
         How many calls were rewritten.
     """
-    if training:
-        forms = {target: form for target, form in forms.items() if target not in _OF_PARAMETERS}
-    return rewrite_calls(model, forms)
+    return rewrite_calls(model, forms, training=training)

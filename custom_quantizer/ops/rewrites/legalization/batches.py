@@ -28,7 +28,11 @@ def batched(dims: int, form: Rewrite | None = None) -> Rewrite:
             return None if form is None else form(insert)
         samples = insert.call(aten.unsqueeze.default, data, 0)
         result = insert.call(node.target, samples, *node.args[1:], **node.kwargs)
-        other = None if form is None else form(Insertion(insert.model, result))
+        other = (
+            None
+            if form is None
+            else form(Insertion(insert.model, result, training=insert.training))
+        )
         if other is not None:
             replace(insert.model, result, other)
             result = other

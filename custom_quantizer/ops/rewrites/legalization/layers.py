@@ -10,7 +10,6 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import (
     argument,
-    constant_of,
     effective_users,
     is_constant,
     shape_of,
@@ -18,24 +17,30 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim, symmetric_padding
-from custom_quantizer.ops.rewrites.batch_norms import has_constants, norm_constants
+from custom_quantizer.ops.rewrites.batch_norms import layer_before, reads_constants
 from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static
 
 aten = torch.ops.aten
 
 
 def batch_norm(insert: Insertion) -> Node | None:
-    """Norms of rows and of volumes are norms of images (``ops/rewrites/batch_norms.py``)."""
+    """Norms of rows and of volumes are norms of images (``ops/rewrites/batch_norms.py``).
+
+    Not of rows that a layer makes: the norm becomes part of it as it is.
+    """
     node, data = insert.node, float_input(insert)
     if data is None:
         return None
     shape = shape_of(data)
-    if len(shape) not in (2, 5) or not is_static(shape[1:]) or not has_constants(node):
+    if len(shape) not in (2, 5) or not is_static(shape[1:]) or not reads_constants(node):
+        return None
+    if layer_before(node) is not None:
         return None
     image = [1, 1] if len(shape) == 2 else [math.prod(shape[2:-1]), shape[-1]]
     images = insert.reshape(data, [*shape[:2], *image])
     normed = insert.call(aten.batch_norm.default, images, *node.args[1:], **node.kwargs)
-    return insert.reshape(normed, shape)
+    normed, last = _clamped(insert, normed, node)
+    return _in_place_of(last, node, insert.reshape(normed, shape))
 
 
 def _volumes(insert: Insertion) -> Node | None:
@@ -58,16 +63,16 @@ def conv3d(insert: Insertion) -> Node | None:
     node, data = insert.node, _volumes(insert)
     if data is None:
         return None
-    weight, bias = node.args[1], argument(node, 2, "bias")
+    weight, bias = cast(Node, node.args[1]), argument(node, 2, "bias")
     batch, channels, depth, height, width = shape_of(data)
-    stored = constant_of(insert.model, cast(Node, weight))
+    outputs, _, *kernel = shape_of(weight)
     stride = per_dim(argument(node, 3, "stride", 1), 3)
     dilation = per_dim(argument(node, 5, "dilation", 1), 3)
     groups = int(argument(node, 6, "groups", 1))
     if not is_static((channels, depth)):
         return None
-    before, after = symmetric_padding(node, stored.shape[2:])
-    taps = stored.shape[2]
+    before, after = symmetric_padding(node)
+    taps = kernel[0]
     frames = insert.permute(data, [0, 2, 1, 3, 4])
     if before[0] or after[0]:
         frames = insert.call(
@@ -81,31 +86,24 @@ def conv3d(insert: Insertion) -> Node | None:
         stacked = insert.call(aten.cat.default, _by_group(insert, pieces, groups), 2)
     images = insert.reshape(stacked, [-1, taps * channels, height, width])
     # (out, in / groups, depth, ...) -> (out, depth * in / groups, ...), tap by tap.
-    flat = stored.transpose(1, 2).reshape(stored.shape[0], -1, *stored.shape[3:])
-    offset = None if bias is None else constant_of(insert.model, cast(Node, bias))
-    norm = _norm_behind(node)
-    if norm is not None:
-        factor, shift = norm_constants(insert.model, norm)
-        flat = flat * factor.reshape(-1, 1, 1, 1)
-        offset = shift if offset is None else offset * factor + shift
+    flat = insert.permute(weight, [0, 2, 1, 3, 4])
+    flat = insert.reshape(flat, [outputs, -1, *kernel[1:]])
     even = before[1:] == after[1:]
     result = insert.call(
         aten.conv2d.default if even else aten.conv2d.padding,
         images,
-        insert.constant("weight", flat.contiguous()),
-        None if offset is None else insert.constant("bias", offset),
+        insert.settled(flat, "weight"),
+        bias,
         stride[1:],
         before[1:] if even else "same",
         dilation[1:],
         groups,
     )
-    result, last = _clamped(insert, result, norm or node)
+    result, last = _normed(insert, result)
+    result, last = _clamped(insert, result, last)
     out = shape_of(result)
     result = insert.reshape(result, [batch, count, *out[1:]])
-    result = insert.permute(result, [0, 2, 1, 3, 4])
-    if last is not node:
-        last.replace_all_uses_with(result)
-    return result
+    return _in_place_of(last, node, insert.permute(result, [0, 2, 1, 3, 4]))
 
 
 def conv_transpose3d(insert: Insertion) -> Node | None:
@@ -120,11 +118,11 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
     node, data = insert.node, _volumes(insert)
     if data is None:
         return None
-    weight, bias = node.args[1], argument(node, 2, "bias")
+    weight, bias = cast(Node, node.args[1]), argument(node, 2, "bias")
     batch, channels, depth, height, width = shape_of(data)
     if not is_static((channels, depth, height, width)):
         return None
-    stored = constant_of(insert.model, cast(Node, weight))
+    inputs, outputs, length, *kernel = shape_of(weight)
     stride, padding, spare = (
         per_dim(argument(node, place, name, default), 3)
         for place, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
@@ -132,7 +130,7 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
     groups = int(argument(node, 6, "groups", 1))
     dilation = per_dim(argument(node, 7, "dilation", 1), 3)
     step, skipped = stride[0], padding[0]
-    reach = dilation[0] * (stored.shape[2] - 1) + 1
+    reach = dilation[0] * (length - 1) + 1
     taps = -(-reach // step)
     count = (depth - 1) * step - 2 * skipped + reach + spare[0]
     first, end = skipped // step, -(-(skipped + count) // step)
@@ -148,32 +146,30 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
     if taps > 1:
         stacked = insert.call(aten.cat.default, _by_group(insert, pieces, groups), 2)
     images = insert.reshape(stacked, [-1, taps * channels, height, width])
-    outputs = stored.shape[1]
+    # Zeros between the taps, and behind them up to a multiple of the stride.
+    spread = insert.reshape(weight, [inputs, outputs, length, 1, *kernel])
+    zeros = [*[0] * (2 * len(kernel)), 0, dilation[0] - 1]
+    spread = insert.call(aten.constant_pad_nd.default, spread, zeros)
+    spread = insert.reshape(spread, [inputs, outputs, length * dilation[0], *kernel])
+    zeros = [*[0] * (2 * len(kernel)), 0, taps * step - length * dilation[0]]
+    spread = insert.call(aten.constant_pad_nd.default, spread, zeros)
     # (in, out / groups, depth, ...) -> (group, in / groups, out / groups, tap j, r, ...)
-    spread = stored.new_zeros(*stored.shape[:2], taps * step, *stored.shape[3:])
-    spread[:, :, : reach : dilation[0]] = stored
-    spread = spread.reshape(groups, -1, outputs, taps, step, *stored.shape[3:])
-    offset = None if bias is None else constant_of(insert.model, cast(Node, bias))
-    norm = _norm_behind(node)
-    if norm is not None:
-        factor, shift = norm_constants(insert.model, norm)
-        spread = spread * factor.reshape(groups, 1, outputs, 1, 1, 1, 1)
-        offset = shift if offset is None else offset * factor + shift
-    flat = spread.permute(0, 3, 1, 2, 4, 5, 6).reshape(
-        taps * channels, outputs * step, *stored.shape[3:]
-    )
+    spread = insert.reshape(spread, [groups, inputs // groups, outputs, taps, step, *kernel])
+    flat = insert.permute(spread, [0, 3, 1, 2, 4, 5, 6])
+    flat = insert.reshape(flat, [taps * channels, outputs * step, *kernel])
     result = insert.call(
         aten.conv_transpose2d.input,
         images,
-        insert.constant("weight", flat.contiguous()),
-        None if offset is None else insert.constant("bias", offset.repeat_interleave(step)),
+        insert.settled(flat, "weight"),
+        bias if bias is None else _repeated(insert, bias, step, "bias"),
         stride[1:],
         padding[1:],
         spare[1:],
         groups,
         dilation[1:],
     )
-    result, last = _clamped(insert, result, norm or node)
+    result, last = _normed(insert, result, step)
+    result, last = _clamped(insert, result, last)
     pixels = [int(size) for size in shape_of(result)[2:]]
     result = insert.reshape(result, [batch, end - first, groups * outputs, step, math.prod(pixels)])
     result = insert.permute(result, [0, 2, 1, 3, 4])
@@ -181,18 +177,46 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
     begin = skipped - first * step
     if (begin, count) != (0, (end - first) * step):
         result = insert.slice(result, 2, begin, begin + count)
-    if last is not node:
-        last.replace_all_uses_with(result)
-    return result
+    return _in_place_of(last, node, result)
 
 
-def _norm_behind(node: Node) -> Node | None:
-    """The batch norm that a layer's weights can take in."""
+def _normed(insert: Insertion, result: Node, step: int = 1) -> tuple[Node, Node]:
+    """``result`` with the batch norm behind the layer, if there is one, and what it stands for.
+
+    Args:
+        insert: at the layer.
+        result: images whose channels are those of the layer.
+        step: each channel stands there so often. Statistics of a batch are those of all of them,
+            so that in training such a norm stays apart.
+    """
+    node = insert.node
     users = effective_users(node)
     if len(users) != 1 or users[0].target is not aten.batch_norm.default:
-        return None
+        return result, node
     norm = users[0]
-    return norm if has_constants(norm) and overwritten_by(norm) is None else None
+    if overwritten_by(norm) is not None or not reads_constants(norm):
+        return result, node
+    reads = cast("list[Node | None]", norm.args[1:5])
+    if any(read is not None and read.op != "get_attr" for read in reads):
+        return result, node
+    if insert.training and step > 1:
+        return result, node
+    with insert.model.graph.inserting_before(node):  # where they are read may be behind the layer
+        copies = [None if read is None else insert.model.graph.node_copy(read) for read in reads]
+    names = ("gamma", "beta", "mean", "var")
+    repeated = [
+        None if copy is None else _repeated(insert, copy, step, name)
+        for copy, name in zip(copies, names, strict=True)
+    ]
+    rest = norm.args[5:]
+    return insert.call(aten.batch_norm.default, result, *repeated, *rest, **norm.kwargs), norm
+
+
+def _repeated(insert: Insertion, values: Node, step: int, name: str) -> Node:
+    """Each of the values ``step`` times, one behind the other."""
+    if step == 1:
+        return values
+    return insert.settled(insert.call(aten.repeat_interleave.self_int, values, step), name)
 
 
 def _clamped(insert: Insertion, result: Node, last: Node) -> tuple[Node, Node]:
@@ -203,6 +227,13 @@ def _clamped(insert: Insertion, result: Node, last: Node) -> tuple[Node, Node]:
         return result, last
     clamp = users[0]
     return insert.call(clamp.target, result, *clamp.args[1:], **clamp.kwargs), clamp
+
+
+def _in_place_of(last: Node, node: Node, result: Node) -> Node:
+    """``result`` in the place of ``last``, which came along with the call ``node``."""
+    if last is not node:
+        last.replace_all_uses_with(result)
+    return result
 
 
 def _frames(insert: Insertion, frames: Node, start: int, count: int, step: int) -> Node:

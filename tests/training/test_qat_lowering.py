@@ -1,0 +1,155 @@
+"""What is lowered after PTQ is lowered after QAT: the same ops, in the same places, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.graphs import Function, lowered_exactly, quantized
+from support.selection import slow_but
+from support.shared_layers import norm
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+
+import custom_quantizer as cq
+from custom_quantizer.training import qat
+
+
+def joints(self: Function, x: Tensor) -> Tensor:
+    """A batch norm over signals, with no layer before it (ST-GCN)."""
+    n, c, t, v = x.shape
+    rows = x.permute(0, 3, 1, 2).reshape(n, v * c, t)
+    return self.conv(self.norm(rows).reshape(n, v, c, t).permute(0, 2, 3, 1))
+
+
+def dense(self: Function, x: Tensor) -> Tensor:
+    """DenseNet's order: norm, relu, convolution."""
+    new = self.conv(torch.relu(self.norm1(x)))
+    return self.last(torch.relu(self.norm2(torch.cat([x, new], 1))))
+
+
+def unet(self: Function, x: Tensor) -> Tensor:
+    low = torch.relu(self.norm(self.down(x)))
+    up = torch.relu(self.up_norm(self.up(low)))
+    return self.last(torch.cat([up, x], 1))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "signals": (
+        lambda: Function(joints, norm=norm(6, 3), conv=nn.Conv2d(2, 4, 1)),
+        (2, 2, 5, 3),
+    ),
+    "dense block": (
+        lambda: Function(
+            dense,
+            norm1=norm(3, 4),
+            conv=nn.Conv2d(3, 4, 3, padding=1, bias=False),
+            norm2=norm(7, 4, affine=False),
+            last=nn.Conv2d(7, 4, 1),
+        ),
+        (2, 3, 6, 6),
+    ),
+    "rows": (
+        lambda: nn.Sequential(norm(8, 2), nn.Linear(8, 6), norm(6, 2), nn.ReLU(), nn.Linear(6, 3)),
+        (4, 8),
+    ),
+    "volumes, norm first": (
+        lambda: nn.Sequential(norm(2, 5), nn.ReLU(), nn.Conv3d(2, 4, 1)),
+        (2, 2, 3, 4, 4),
+    ),
+    "volumes": (
+        lambda: nn.Sequential(
+            nn.Conv3d(4, 6, (3, 1, 3), (2, 1, 1), (1, 0, 1), groups=2, bias=False),
+            norm(6, 5),
+            nn.ReLU(),
+            nn.Conv3d(6, 3, (2, 3, 3)),
+        ),
+        (2, 4, 5, 6, 6),
+    ),
+    "unet over volumes": (
+        lambda: Function(
+            unet,
+            down=nn.Conv3d(2, 4, 3, 2, padding=1),
+            norm=norm(4, 5),
+            up=nn.ConvTranspose3d(4, 4, 2, 2, groups=2),
+            up_norm=norm(4, 5, seed=1),
+            last=nn.Conv3d(6, 3, 1),
+        ),
+        (2, 2, 4, 6, 6),
+    ),
+    "transposed over volumes": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose3d(3, 4, 3, (1, 2, 2), padding=1, bias=False), norm(4, 5), nn.ReLU6()
+        ),
+        (2, 3, 3, 4, 4),
+    ),
+    "a computed weight over volumes": (
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Conv3d(2, 4, 3)), norm(4, 5), nn.ReLU()
+        ),
+        (2, 2, 4, 5, 5),
+    ),
+}
+QUICK = ("signals", "volumes", "transposed over volumes")
+
+
+def trained(model: nn.Module, x: Tensor, scheme: str, *, steps: int = 2) -> GraphModule:
+    """A graph in evaluation, after a user's own loop."""
+    exported = torch.export.export(copy.deepcopy(model).train(), (x,))
+    prepared = prepare_qat_pt2e(exported.module(), cq.IntegerQuantizer().set_global(scheme))
+    move_exported_model_to_train(prepared)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        prepared(torch.randn_like(x)).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in prepared.parameters() if p.requires_grad)
+    move_exported_model_to_eval(prepared)
+    qat.freeze_observers(prepared)
+    return prepared
+
+
+@pytest.mark.parametrize("scheme", slow_but(["a8w8"], ["a8w8", "a8w4"]))
+@pytest.mark.parametrize("name", slow_but(QUICK, MODELS))
+def test_the_program_after_training_is_that_of_ptq(name: str, scheme: str) -> None:
+    torch.manual_seed(0)
+    build, shape = MODELS[name]
+    model, x = build(), torch.randn(shape)
+    prepared = trained(model, x, scheme)
+    want = prepared(x)
+    converted = convert_pt2e(prepared)
+    assert torch.equal(converted(x), want)
+    after = lowered_exactly(converted, (x,), []).report
+    before = cq.lower(quantized(model, (x,), scheme), (x,)).report
+    assert after.fully_delegated, str(after)
+    if name != "unet over volumes":  # a norm behind a transposed layer of stride 2 stays apart
+        assert _rows(after) == _rows(before)
+
+
+def _rows(report: cq.LoweringReport) -> list[tuple[str, str, str]]:
+    return [(op.node, op.family, op.backend.label) for op in report.ops]
+
+
+@pytest.mark.parametrize("name", slow_but(["signals", "unet over volumes"], MODELS))
+def test_without_rounding_training_is_that_of_the_model(name: str) -> None:
+    """Outputs, gradients by the model's own names, and running statistics."""
+    torch.manual_seed(0)
+    build, shape = MODELS[name]
+    model, x = build().train(), torch.randn(shape)
+    graph = torch.export.export(copy.deepcopy(model), (x,)).module()
+    prepared = prepare_qat_pt2e(graph, cq.IntegerQuantizer().set_global("a8w8"))
+    qat.rounding(prepared, False)
+    for module in (model, prepared):
+        module(x).square().mean().backward()
+    torch.testing.assert_close(prepared(x), model(x), rtol=1e-4, atol=1e-5)
+    got = dict(prepared.named_parameters())
+    for path, parameter in model.named_parameters():
+        torch.testing.assert_close(got[path].grad, parameter.grad, rtol=1e-3, atol=1e-5)
+    buffers = dict(prepared.named_buffers())
+    for path, buffer in model.named_buffers():
+        if not path.endswith("num_batches_tracked"):
+            torch.testing.assert_close(buffers[path], buffer, rtol=1e-4, atol=1e-5)
