@@ -53,7 +53,6 @@ from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.errors import CalibrationError, ConversionError
 from custom_quantizer.ops import PatternMatch, rule_of
 from custom_quantizer.ops.gemm import expand_channels
-from custom_quantizer.ops.rewrites.training_graph import fold_for_good
 
 __all__ = [
     "ActivationObserver",
@@ -607,7 +606,6 @@ class WeightObserver(_ConstantObserver):
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by integers and their dequantization (called by torchao)."""
         forget_models()
-        fold_for_good(model)
         weight = constant_of(model, cast(Node, node.args[0]))
         own = self.scale(weight)
         scale = self.raised(model, node, own)
@@ -667,7 +665,6 @@ class BiasObserver(_ConstantObserver):
 
     def convert(self, model: GraphModule, node: Node) -> None:
         """Replace the observer by int32 constants and their dequantization (called by torchao)."""
-        fold_for_good(model)
         bias = constant_of(model, cast(Node, node.args[0]))
         values, scale = self.derived(model, node, bias)
         qparams = QParams(

@@ -68,7 +68,9 @@ from custom_quantizer.planning.torchao_patches import (
     fold_rightly,
     leave_state_alone,
     leave_weights_packed,
+    prepares_for,
     prepares_for_training,
+    ship_what_was_trained,
 )
 from custom_quantizer.training.fake_quantize import (
     ActivationFakeQuantize,
@@ -339,6 +341,8 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
 
     def _is_ours(self, node: Node) -> bool:
         """Whether a layer is this quantizer's affair, rather than of another one beside it."""
+        if prepares_for(self):
+            return True
         rules = self._config.rules
         all_are = self._config.filter_function is None and any(
             rule.scope is Scope.GLOBAL and rule.scheme is not None for rule in rules
@@ -380,6 +384,7 @@ fold_rightly(IntegerQuantizer)
 leave_state_alone()
 leave_weights_packed()
 compile_converted_once()
+ship_what_was_trained()
 
 
 def _is_for_all(config: Config) -> bool:

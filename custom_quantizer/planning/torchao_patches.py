@@ -13,22 +13,26 @@ from functools import wraps
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import quantize_pt2e
 from torchao.quantization.pt2e.constant_fold import ConstantFolder
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
-from custom_quantizer.core.graph import STATE_KEY, is_constant, is_dequantize
+from custom_quantizer.core.graph import STATE_KEY, is_constant, is_dequantize, tensor_meta
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.ops.rewrites.batch_norms import fold_in_place
+from custom_quantizer.ops.rewrites.training_graph import fold_for_good
 
 __all__ = [
     "compile_converted_once",
     "fold_rightly",
     "leave_state_alone",
     "leave_weights_packed",
+    "prepares_for",
     "prepares_for_training",
+    "ship_what_was_trained",
 ]
 
 _FOLDS = ("_fuse_conv_bn_", "_fuse_linear_bn_")
@@ -49,6 +53,12 @@ def prepares_for_training() -> bool:
     """
     found = _preparation(inspect.currentframe())
     return found is not None and found.f_code is prepare_qat_pt2e.__code__
+
+
+def prepares_for(quantizer: object) -> bool:
+    """Whether the preparation that called is for this quantizer alone, with no other beside it."""
+    frame = _preparation(inspect.currentframe())
+    return frame is not None and frame.f_locals.get("quantizer") is quantizer
 
 
 def _preparation(frame: FrameType | None) -> FrameType | None:
@@ -159,3 +169,33 @@ def compile_converted_once() -> None:
 
     quantize_pt2e._convert_to_reference_decomposed_fx = without_compiling
     quantize_pt2e._disallow_eval_train = compiled
+
+
+def ship_what_was_trained() -> None:
+    """Let ``convert_pt2e`` give trained graphs the form in which they ship, before all else.
+
+    Observers and fake quantizers are asked to convert themselves one by one, activations not at
+    all; a graph may have nothing but these.
+
+    Also put right what ``move_exported_model_to_eval`` leaves in the batch norms that it exchanges
+    (pytorch/ao, ``pt2e/export_utils.py``, ``_replace_batchnorm``): the shape of its own example.
+    """
+    first = quantize_pt2e._convert_to_reference_decomposed_fx
+
+    @wraps(first)
+    def shipped(model: GraphModule, *args: Any, **options: Any) -> GraphModule:
+        for node in model.graph.nodes:
+            if node.target is torch.ops.aten.batch_norm.default:
+                node.meta["val"] = _recorded(node.args[0])
+        fold_for_good(model)
+        converted: GraphModule = first(model, *args, **options)
+        return converted
+
+    quantize_pt2e._convert_to_reference_decomposed_fx = shipped
+
+
+def _recorded(node: Node) -> torch.Tensor | None:
+    """What capture recorded for a tensor; observers hand it on."""
+    while node.op == "call_module":
+        node = node.all_input_nodes[0]
+    return tensor_meta(node)

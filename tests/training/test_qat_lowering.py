@@ -7,15 +7,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.graphs import Function, lowered_exactly, quantized
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
+from support.graphs import Function, calls, lowered_exactly, quantized
 from support.selection import slow_but
 from support.shared_layers import norm
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer import ComposableQuantizer, Quantizer
 
 import custom_quantizer as cq
+from custom_quantizer.errors import ConversionError
 from custom_quantizer.training import qat
 
 
@@ -97,13 +100,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 QUICK = ("signals", "volumes", "transposed over volumes")
 
 
-def trained(model: nn.Module, x: Tensor, scheme: str, *, steps: int = 2) -> GraphModule:
+def trained(model: nn.Module, x: Tensor, quantizer: Quantizer | str) -> GraphModule:
     """A graph in evaluation, after a user's own loop."""
     exported = torch.export.export(copy.deepcopy(model).train(), (x,))
-    prepared = prepare_qat_pt2e(exported.module(), cq.IntegerQuantizer().set_global(scheme))
+    if isinstance(quantizer, str):
+        quantizer = cq.IntegerQuantizer().set_global(quantizer)
+    prepared = prepare_qat_pt2e(exported.module(), quantizer)
     move_exported_model_to_train(prepared)
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
-    for _ in range(steps):
+    for _ in range(2):
         optimizer.zero_grad()
         prepared(torch.randn_like(x)).square().mean().backward()
         optimizer.step()
@@ -128,6 +133,55 @@ def test_the_program_after_training_is_that_of_ptq(name: str, scheme: str) -> No
     assert after.fully_delegated, str(after)
     if name != "unet over volumes":  # a norm behind a transposed layer of stride 2 stays apart
         assert _rows(after) == _rows(before)
+
+
+def test_what_stays_in_float_ships_as_after_ptq() -> None:
+    """A rule for one layer: the norm is folded like those of other layers."""
+    torch.manual_seed(0)
+    build, shape = MODELS["signals"]
+    model, x = build(), torch.randn(shape)
+
+    def quantizer() -> cq.IntegerQuantizer:
+        return cq.IntegerQuantizer().set_module_name("conv", "a8w8")
+
+    converted = convert_pt2e(trained(model, x, quantizer()))
+    after = cq.lower(converted, (x,)).report
+    assert _rows(after) == _rows(cq.lower(quantized(model, (x,), quantizer()), (x,)).report)
+
+
+def sum_of_branches(self: Function, x: Tensor) -> Tensor:
+    return self.drop(self.norm(self.conv(x))) + x
+
+
+def test_a_graph_without_a_quantized_layer_ships_too() -> None:
+    """Nothing but activations are rounded, which torchao converts by itself."""
+    torch.manual_seed(0)
+    model = Function(
+        sum_of_branches, conv=nn.Conv2d(4, 4, 1), norm=norm(4, 4), drop=nn.Dropout(0.3)
+    )
+    x = torch.randn(2, 4, 5, 6)
+    quantizer = cq.IntegerQuantizer().set_operator_type(torch.ops.aten.add.Tensor, "a8w8")
+    prepared = trained(model, x, quantizer)
+    training = move_exported_model_to_train(copy.deepcopy(prepared))
+    with pytest.raises(ConversionError, match="dropout.* is in training mode"):
+        convert_pt2e(training)
+    want = prepared(x)
+    converted = convert_pt2e(prepared)
+    assert torch.equal(converted(x), want)
+    assert cq.lower(converted, (x,)).report.fully_delegated
+
+
+@pytest.mark.slow
+def test_beside_another_quantizer_norms_keep_their_shapes() -> None:
+    """torchao leaves (1, 1, 3, 3) in the norms that it exchanges, and ours are not all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(4, 4), nn.ReLU(), nn.Flatten(2), nn.Linear(12, 6))
+    x = torch.randn(2, 4, 3, 4)
+    ours = cq.IntegerQuantizer().set_module_name("3", "a8w8")
+    converted = convert_pt2e(trained(model, x, ComposableQuantizer([ours, XNNPACKQuantizer()])))
+    (left,) = calls(converted, torch.ops.aten.batch_norm.default)
+    assert left.meta["val"].shape == x.shape
+    lowered_exactly(converted, (x,), [])
 
 
 def _rows(report: cq.LoweringReport) -> list[tuple[str, str, str]]:
