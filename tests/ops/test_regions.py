@@ -66,6 +66,15 @@ def test_no_gradients_in_training() -> None:
     }
 
 
+def test_a_region_that_writes_is_trained() -> None:
+    """The power iteration of a spectral norm writes its vectors with ``out=``."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Tanh())
+    graph = torch.export.export(model.train(), (X,)).module()
+    prepared = prepare_qat_pt2e(graph, cq.IntegerQuantizer().set_global("a8w8"))
+    prepared(X).sum().backward()
+    assert all(p.grad is not None for p in prepared.parameters() if p.requires_grad)
+
+
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize(("device", "inlined"), [("cpu", 0), ("cuda", 1)])
 def test_autocast_that_changes_dtypes_stays_a_call(device: str, inlined: int) -> None:

@@ -34,7 +34,8 @@ def inline_regions(model: GraphModule, *, training: bool = False) -> int:
 
     Args:
         model: a captured graph.
-        training: detach what a region without gradients returns, so that none go through it.
+        training: detach what a region without gradients reads, so that none go through it. Its ops
+            may write into memory (``out=``), which autograd refuses where it looks.
 
     Returns:
         The number of regions that are part of the graph now.
@@ -76,11 +77,11 @@ def _inline(
 ) -> None:
     inner = _graph_of(model, region)
     inline_regions(inner, training=detach)
-    values = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with model.graph.inserting_before(node):
-        results = cast("Sequence[Node]", model.graph.graph_copy(inner.graph, values))
         if detach:
-            results = [_detached(model, result) for result in results]
+            inputs = [_detached(model, value) for value in inputs]
+        values = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        results = cast("Sequence[Node]", model.graph.graph_copy(inner.graph, values))
     for user in list(node.users):  # each takes one result
         result, name = results[cast(int, user.args[1])], user.name
         user.replace_all_uses_with(result)
@@ -90,7 +91,17 @@ def _inline(
     model.graph.erase_node(node)
 
 
-def _detached(model: GraphModule, result: Node) -> Node:
-    detached = model.graph.call_function(torch.ops.aten.detach.default, (result,))
-    detached.meta = dict(result.meta)
+def _detached(model: GraphModule, value: Any) -> Any:
+    """``value`` without gradients; buffers have none."""
+    meta = tensor_meta(value) if isinstance(value, Node) else None
+    if meta is None or not meta.is_floating_point() or _is_buffer(model, value):
+        return value
+    detached = model.graph.call_function(torch.ops.aten.detach.default, (value,))
+    detached.meta = dict(value.meta)
     return detached
+
+
+def _is_buffer(model: GraphModule, value: Node) -> bool:
+    if value.op != "get_attr":
+        return False
+    return not isinstance(operator.attrgetter(str(value.target))(model), torch.nn.Parameter)
