@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from support.graphs import Function, calls, canonicalize, capture
 from torch import nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+
+import custom_quantizer as cq
+from custom_quantizer.training import qat
 
 aten = torch.ops.aten
 IMAGE = (2, 4, 5, 6)
@@ -48,7 +52,6 @@ def test_a_factor_of_each_channel_is_folded(function: Callable[..., Any]) -> Non
         lambda s, x: s.conv(x) * 2.0,
         lambda s, x: (lambda y: y * s.factors["image"] + y)(s.conv(x)),
         lambda s, x: F.relu(s.conv(x)) * s.factors["image"],
-        lambda s, x: F.dropout(s.conv(x), 0.5, True) * s.factors["image"],
         lambda s, x: s.linear(x) * torch.arange(5.0).view(5, 1),
         lambda s, x: s.linear(x).view(2, 4, 30) * torch.arange(30.0),
         lambda s, x: F.linear(x, s.linear.weight, x[0, 0, 0]) * s.factors["last"],
@@ -60,7 +63,28 @@ def test_other_factors_stay(function: Callable[..., Any]) -> None:
     assert len(calls(graph, aten.mul.Tensor)) == 1
 
 
-def test_factors_stay_in_training() -> None:
-    model = Function(lambda s, x: s.linear(x) * s.factors["last"], **children())
-    graph = canonicalize(capture(model, (torch.randn(IMAGE),)), training=True)
-    assert len(calls(graph, aten.mul.Tensor)) == 1
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: s.linear(x) * s.factors["last"],
+        lambda s, x: F.dropout(s.conv(x), 0.0, True) * s.factors["image"].reshape(1, 7, 1, 1),
+    ],
+)
+def test_factors_are_trained_where_they_ship(function: Callable[..., Any]) -> None:
+    """Weight and bias are functions of them, and dropouts scale what they leave."""
+    model, x = Function(function, **children()), torch.randn(IMAGE)
+    prepared = prepare_qat_pt2e(capture(model, (x,)), cq.IntegerQuantizer().set_global("a8w8"))
+    qat.rounding(prepared, False)
+    for module in (model, prepared):
+        module(x).square().mean().backward()
+    torch.testing.assert_close(prepared(x), model(x), rtol=1e-5, atol=1e-5)
+    trained = dict(prepared.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(trained[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+    qat.rounding(prepared, True)
+    qat.freeze_observers(qat.evaluation_mode(prepared))
+    want = prepared(x)
+    converted = convert_pt2e(prepared)
+    assert torch.equal(converted(x), want)
+    assert not calls(converted, aten.mul.Tensor)

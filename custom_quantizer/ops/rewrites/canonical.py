@@ -88,7 +88,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
     if not training:
         give_layers(model)
         fold_into_layers(model)
-        fold_factors(model)
+    fold_factors(model, training=training)
     _numbers_to_tensors(model)
     _views_to_reshapes(model)
     model.graph.eliminate_dead_code()

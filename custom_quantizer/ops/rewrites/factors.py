@@ -10,13 +10,10 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
-    add_constant,
     argument,
-    constant_of,
     effective_users,
     is_constant,
     reads_sizes,
@@ -24,7 +21,9 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.movement import IDENTITY, is_identity
+from custom_quantizer.ops.rewrites.training_graph import DROPOUTS
 
 __all__ = ["fold_factors"]
 
@@ -34,11 +33,15 @@ _LAYERS = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default:
 """Layers, and the dimension of their result that holds the channels."""
 
 
-def fold_factors(model: GraphModule) -> int:
+def fold_factors(model: GraphModule, *, training: bool = False) -> int:
     """Multiply weights and biases by the factors behind their layer, in place.
 
     The real numbers stay the same; each weight is rounded once more to float32, as when a batch
     norm is folded.
+
+    Args:
+        model: the graph.
+        training: parameters change: weights become functions of them and of the factors.
 
     Returns:
         The number of factors that became part of weights.
@@ -51,10 +54,9 @@ def fold_factors(model: GraphModule) -> int:
             continue
         for factor, data in (node.args[:2], node.args[1::-1]):
             if isinstance(factor, Node) and isinstance(data, Node) and is_constant(factor):
-                values = _scaled_layer(model, factor, data)
-                if values is not None:
-                    layer, per_channel = values
-                    _scale(model, layer, per_channel)
+                layer = _scaled_layer(factor, data)
+                if layer is not None:
+                    _scale(Insertion(model, layer, training=training), factor)
                     node.replace_all_uses_with(data)
                     model.graph.erase_node(node)
                     count += 1
@@ -62,11 +64,13 @@ def fold_factors(model: GraphModule) -> int:
     return count
 
 
-def _scaled_layer(model: GraphModule, factor: Node, data: Node) -> tuple[Node, Tensor] | None:
-    """The layer that made ``data``, if moves at most stand between, and a factor a channel."""
-    value = constant_of(model, factor)
-    rank = len(shape_of(data))
-    if not value.is_floating_point() or value.numel() < 2 or value.dim() > rank:
+def _scaled_layer(factor: Node, data: Node) -> Node | None:
+    """The layer that made ``data``, if moves at most stand between, and there is one a channel.
+
+    A dropout that drops may stand there, too: what it leaves is scaled all the same.
+    """
+    value, rank = tensor_meta(factor), len(shape_of(data))
+    if value is None or not value.is_floating_point() or value.numel() < 2 or value.dim() > rank:
         return None
     varying = [d + rank - value.dim() for d, size in enumerate(value.shape) if size > 1]
     if len(varying) != 1:
@@ -78,7 +82,9 @@ def _scaled_layer(model: GraphModule, factor: Node, data: Node) -> tuple[Node, T
             return None
         if node.target is aten.permute.default:
             channel = int(cast("list[int]", node.args[1])[channel]) % rank
-        elif not is_identity(node) or isinstance(IDENTITY.match(IDENTITY, node), str):
+        elif node.target not in DROPOUTS and (
+            not is_identity(node) or isinstance(IDENTITY.match(IDENTITY, node), str)
+        ):
             return None
         node = cast(Node, node.args[0])
     weight, bias = node.args[1], argument(node, 2, "bias")
@@ -87,16 +93,24 @@ def _scaled_layer(model: GraphModule, factor: Node, data: Node) -> tuple[Node, T
         return None
     meta = tensor_meta(node)
     same = meta is not None and meta.shape[channel] == value.numel()
-    return (node, value.reshape(-1)) if same else None
+    return node if same else None
 
 
-def _scale(model: GraphModule, layer: Node, factors: Tensor) -> None:
+def _scale(insert: Insertion, factor: Node) -> None:
+    """Multiply weight and bias of the layer that ``insert`` stands at."""
+    layer = insert.node
     weight, bias = cast(Node, layer.args[1]), cast("Node | None", argument(layer, 2, "bias"))
-    value = constant_of(model, weight)
-    scaled = value * factors.reshape(-1, *[1] * (value.dim() - 1))
-    layer.update_arg(1, add_constant(model, f"{weight.target}_scaled", scaled, layer))
+    factor = _before(insert, factor)
+    column = insert.reshape(factor, [-1, *[1] * (len(shape_of(weight)) - 1)])
+    scaled = insert.call(aten.mul.Tensor, weight, column)
+    layer.update_arg(1, insert.settled(scaled, "weight"))
     if bias is not None:
-        constant = add_constant(
-            model, f"{bias.target}_scaled", constant_of(model, bias) * factors, layer
-        )
-        layer.replace_input_with(bias, constant)
+        scaled = insert.call(aten.mul.Tensor, bias, insert.reshape(factor, [-1]))
+        layer.replace_input_with(bias, insert.settled(scaled, "bias"))
+
+
+def _before(insert: Insertion, value: Node) -> Node:
+    """A constant, or what is computed of constants, once more before the layer."""
+    sources = {source: _before(insert, source) for source in value.all_input_nodes}
+    with insert.model.graph.inserting_before(insert.node):
+        return insert.model.graph.node_copy(value, sources.__getitem__)

@@ -335,16 +335,16 @@ def as_evaluated(model: GraphModule) -> Iterator[None]:
     for node, source, users in transparent:
         for user in users:
             user.replace_input_with(node, origin_of(source))
-        if node.target is normalize:
-            node.update_arg(0, node.args[1])  # the layer has no user but those behind the norm
-            node.meta[FOLDED_KEY] = True
+    for node, _, _ in transparent:  # a tensor has no users but those behind
+        node.update_arg(0, None)
+        node.meta[FOLDED_KEY] = True
     try:
         yield
     finally:
+        for node, source, _ in transparent:
+            node.update_arg(0, source)
+            del node.meta[FOLDED_KEY]
         for node, source, users in transparent:
-            if node.target is normalize:
-                node.update_arg(0, source)
-                del node.meta[FOLDED_KEY]
             for user in users:
                 user.replace_input_with(origin_of(source), node)
         for node in trained:
