@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
-    constant_of,
     describe,
     effective_users,
     is_constant,
@@ -23,6 +22,7 @@ from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.ops.elementwise import CLAMP
+from custom_quantizer.ops.rewrites.training_graph import folded_value
 from custom_quantizer.planning.decisions import to_float
 from custom_quantizer.planning.drafts import DraftOp, Drafts, is_float32, same_format
 from custom_quantizer.planning.model_io import ModelIO
@@ -101,7 +101,7 @@ def _store_operands(sums: list[tuple[DraftOp, OpScheme]]) -> None:
             continue
         (constant,) = constants
         model = cast(GraphModule, op.node.graph.owning_module)
-        lost, spread, largest = _rounding(constant_of(model, constant).flatten(), stored)
+        lost, spread, largest = _rounding(folded_value(model, constant).flatten(), stored)
         if lost <= _NOTHING * largest:
             _store_operand(op, constant, stored)
         elif lost <= _LOST * spread and _widest(scheme) <= stored.format.bits:

@@ -93,5 +93,6 @@ def _check_repeats(converted: GraphModule) -> None:
                 )
             raise LoweringError(
                 f"{describe(node)} draws random numbers ({node.target}), so that no output can be "
-                "compared with the integer reference; make the numbers an input of the model"
+                "compared with the integer reference; make the numbers an input of the model, or "
+                "capture model.eval() if training alone draws them (stochastic depth)"
             )
