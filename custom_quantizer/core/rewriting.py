@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -94,6 +95,12 @@ class Insertion:
         constant = add_constant(self.model, f"{self.node.name}_{name}", value, self.node)
         constant.meta["nn_module_stack"] = self.node.meta.get("nn_module_stack", {})
         return constant
+
+    def is_trained(self, value: Node) -> bool:
+        """Whether ``value`` is a parameter that changes, or computed from some."""
+        if not self.training or value.op != "get_attr":
+            return self.training
+        return isinstance(attrgetter(str(value.target))(self.model), torch.nn.Parameter)
 
     def settled(self, value: Node, name: str) -> Node:
         """What is computed from parameters alone, as a constant; while they change, as it is.

@@ -70,7 +70,8 @@ def _attention(insert: Insertion) -> Node | None:
     query, key, value = (cast(Node, arg) for arg in node.args[:3])
     mask = argument(node, 3, "attn_mask")
     causal = bool(argument(node, 5, "is_causal", False))
-    if argument(node, 4, "dropout_p", 0.0) or argument(node, 7, "enable_gqa", False):
+    dropped = float(argument(node, 4, "dropout_p", 0.0))
+    if (dropped and not insert.training) or argument(node, 7, "enable_gqa", False):
         return None
     if len({len(shape_of(tensor)) for tensor in (query, key, value)}) != 1:
         return None
@@ -98,6 +99,8 @@ def _attention(insert: Insertion) -> Node | None:
     weights = insert.call(aten.softmax.int, scores, -1)
     if shown is not None:
         weights = insert.call(aten.mul.Tensor, weights, shown)
+    if dropped:
+        weights = insert.call(aten.dropout.default, weights, dropped, True)
     return product(insert, weights, value)
 
 

@@ -178,7 +178,8 @@ def _initial(insert: Insertion, state: Node, index: int | None) -> Node | None:
     """The state that a layer starts with, ``(batch, features)``; ``None``: zeros."""
     if state.target is aten.zeros.default and overwritten_by(state) is None:
         return None
-    if is_constant(state) and not bool(constant_of(insert.model, state).any()):
+    fixed = is_constant(state) and not insert.is_trained(state)
+    if fixed and not bool(constant_of(insert.model, state).any()):
         return None
     return state if index is None else insert.call(aten.select.int, state, 0, index)
 
@@ -197,7 +198,7 @@ def _layers(cell: _Cell) -> Rewrite:
         steps: Any = shape[1 if batch_first else 0] if len(shape) == 3 else None
         if not isinstance(steps, int) or not 0 < steps * layers * directions <= MAX_STEPS:
             return None
-        if (training and dropout and layers > 1) or not isinstance(shape[-1], int):
+        if (training and dropout and not insert.training) or not isinstance(shape[-1], int):
             return None
         each = len(parameters) // (layers * directions)
         if each < (4 if biased else 2):
@@ -215,6 +216,8 @@ def _layers(cell: _Cell) -> Rewrite:
                 results.append(shown)
                 last.append(state)
             data = results[0] if len(results) == 1 else insert.call(aten.cat.default, results, 2)
+            if dropout and insert.training and number < layers - 1:
+                data = insert.call(aten.dropout.default, data, dropout, training)
         _reroute(insert, 0, data)
         for position in range(cell.states):
             if _is_read(node, position + 1):
