@@ -197,8 +197,8 @@ def fold_into_layers(model: GraphModule) -> int:
 def _fold(model: GraphModule, match: PatternMatch, norm: Node) -> None:
     layer, weight = match.node, cast(Node, match.weight)
     factor, shift = _factor_and_shift(model, norm)
-    values = constant_of(model, weight).double()
-    folded = scale_channels(values, factor, match.weight_axis, match.groups)
+    # The factor is float64, and so is the product.
+    folded = scale_channels(constant_of(model, weight), factor, match.weight_axis, match.groups)
     if match.bias is not None:
         shift = shift + constant_of(model, match.bias).double() * factor
     stack = weight.meta.get("nn_module_stack", {})
