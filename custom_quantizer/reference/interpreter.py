@@ -205,7 +205,7 @@ class IntegerReference:
             users = [user for user in node.users if user not in self._ops]
             source = cast(Node, node.args[0])
             stored = values[source]
-            if source in self._inputs or is_border_call(source):
+            if source in self._inputs or is_border_call(source) or source.op == "get_attr":
                 stored = stored.to(torch.int32)  # as all integers in between
             # Integer ops read the integers; only float ops and outputs need real numbers.
             if not users:

@@ -294,6 +294,22 @@ def test_fixed_point_sees_only_integer_tensors(monkeypatch: pytest.MonkeyPatch) 
     assert len(seen) == 8
 
 
+def test_a_constant_that_a_layer_reads_has_all_its_integers() -> None:
+    """Bytes less a zero point are no bytes: a learned token that a recurrent layer reads."""
+    token = nn.ParameterList([nn.Parameter(torch.linspace(-1.0, 1.3, 16).view(2, 1, 8))])
+    model = Function(
+        lambda s, h: s.layer(s.token[0], h[None])[1],
+        layer=nn.GRU(8, 4, batch_first=True),
+        token=token,
+    )
+    inputs = (torch.randn(2, 4),)
+    graph = quantized(model, inputs)
+    given = torch.randn(2, 4)
+    reference = cq.integer_reference(graph)
+    assert torch.equal(cq.lower(graph, inputs).run(given), reference(given))
+    torch.testing.assert_close(reference(given), graph(given), rtol=0, atol=0.05)
+
+
 def test_float_ops_are_listed_and_run() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
