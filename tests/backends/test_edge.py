@@ -73,7 +73,8 @@ class Scored(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y = self.hidden(x)
         gate, scores = nn.functional.silu(torch.sin(y)), self.head(y)
-        return torch.where(scores > 0, scores, -scores), torch.log_softmax(scores, -1), gate
+        shares = torch.softmax(scores, -1, dtype=torch.float32)  # as it is in any case
+        return torch.where(scores > 0, scores, -scores), scores.log_softmax(-1), shares, gate
 
 
 class Recurrent(nn.Module):

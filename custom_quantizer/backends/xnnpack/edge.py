@@ -206,7 +206,8 @@ def _softmax(target: Any) -> Callable[[Node], Call | None]:
     """A softmax, or its logarithm, of the dtype of its input."""
 
     def form(node: Node) -> Call | None:
-        if argument(node, 2, "dtype") is not None:
+        source = tensor_meta(cast(Node, node.args[0]))
+        if source is None or argument(node, 2, "dtype") not in (None, source.dtype):
             return None
         return target, (*node.args[:2], False), {}
 
