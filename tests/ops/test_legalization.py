@@ -806,6 +806,17 @@ ODD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda x: torch.cat([torch.empty(0), x * 2], 1)[:, :2],
         (INFINITE,),
     ),
+    "products along a dim": (
+        lambda x: (x.prod(1), x.prod(0, keepdim=True), x.prod(-1, dtype=torch.float64)),
+        (INFINITE,),
+    ),
+    "a product of nothing": (lambda x: (x[:, :0].prod(1), x + 1), (INFINITE,)),
+    "logarithms of other bases": (lambda x: (torch.log2(x), torch.log10(x)), (INFINITE,)),
+    "logarithm of a sigmoid": (lambda x: F.logsigmoid(x * 30), (INFINITE,)),
+    "infinities to numbers": (
+        lambda x: (torch.nan_to_num(x.log()), torch.nan_to_num(x * 2, 1.0)),
+        (INFINITE,),
+    ),
     "variances": (
         lambda x: (x.var(1), x.var(), x.var((0, 1), correction=0), torch.var(x, 0, False)),
         (INFINITE,),
@@ -821,6 +832,27 @@ ODD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (INFINITE,),
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.unflatten(1, (2, 3)).prod(2),
+        lambda x: torch.log10(x.abs() + 0.1),
+        F.logsigmoid,
+        torch.nan_to_num,
+    ],
+)
+def test_other_words_for_what_the_delegate_computes(function: Callable[[Tensor], Tensor]) -> None:
+    model = Function(
+        lambda s, x: s.second(function(s.first(x))),
+        first=nn.Linear(4, 6),
+        second=nn.LazyLinear(3),
+    )
+    x = torch.randn(5, 4)
+    model(x)
+    program = cq.lower(quantized(model, (x,)), (x,))
+    assert (program.report.delegates, program.report.outside) == (1, ())
 
 
 @pytest.mark.parametrize("name", ODD)

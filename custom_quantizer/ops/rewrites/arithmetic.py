@@ -22,6 +22,9 @@ __all__ = ["ARITHMETIC"]
 
 aten = torch.ops.aten
 
+_MAX_FACTORS = 1 << 5
+"""Longest dim that is multiplied up: as many products, each of them rounded."""
+
 _MAX_SUMMED = 1 << 11
 """Longest dim that is summed up step by step: a layer with as many rows and columns."""
 
@@ -107,6 +110,46 @@ def _sums_so_far(insert: Insertion) -> Node | None:
     return insert.permute(sums, [*range(dim), last, *range(dim, last)])
 
 
+def _product_of_all(insert: Insertion) -> Node | None:
+    """A product along a dim is one of its slices, from the first to the last."""
+    node = insert.node
+    data = cast(Node, node.args[0])
+    meta, shape = tensor_meta(data), shape_of(data)
+    if meta is None or meta.dtype != torch.float32 or argument(node, 3, "dtype") is not None:
+        return None
+    dim = int(cast(int, node.args[1]))
+    count = shape[dim] if shape else 0
+    if not isinstance(count, int) or not 0 < count <= _MAX_FACTORS:
+        return None
+    product = insert.call(aten.select.int, data, dim, 0)
+    for i in range(1, count):
+        product = insert.call(aten.mul.Tensor, product, insert.call(aten.select.int, data, dim, i))
+    keepdim = bool(argument(node, 2, "keepdim", False))
+    return insert.call(aten.unsqueeze.default, product, dim) if keepdim else product
+
+
+def _logarithm(base: float) -> Rewrite:
+    """The natural logarithm, scaled."""
+
+    def form(insert: Insertion) -> Node:
+        log = insert.call(aten.log.default, insert.node.args[0])
+        return insert.call(aten.mul.Tensor, log, 1 / math.log(base))
+
+    return form
+
+
+def _log_sigmoid(insert: Insertion) -> Node:
+    """``log(1 / (1 + exp(-x))) = -softplus(-x)``."""
+    opposite = insert.call(aten.neg.default, insert.node.args[0])
+    return insert.call(aten.neg.default, insert.call(aten.softplus.default, opposite))
+
+
+def _finite_already(insert: Insertion) -> Node | None:
+    """What cannot be anything but a finite number need not be made one."""
+    data = cast(Node, insert.node.args[0])
+    return data if is_finite(insert, data) else None
+
+
 def _spread(insert: Insertion) -> Node | None:
     """A variance is the mean of squares of what the mean leaves; a standard deviation its root."""
     node = insert.node
@@ -153,10 +196,15 @@ ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
         aten.divide.Tensor_mode: _plain_quotient,
         aten.lerp.Scalar: _lerp,
         aten.lerp.Tensor: _lerp,
+        aten.log10.default: _logarithm(10),
+        aten.log2.default: _logarithm(2),
+        aten.log_sigmoid.default: _log_sigmoid,
         aten.mul.Scalar: renamed(aten.mul.Tensor),
         aten.multiply.Scalar: renamed(aten.mul.Tensor),
         aten.multiply.Tensor: renamed(aten.mul.Tensor),
+        aten.nan_to_num.default: _finite_already,
         aten.negative.default: renamed(aten.neg.default),
+        aten.prod.dim_int: _product_of_all,
         aten.std.correction: _spread,
         aten.std.dim: _spread,
         aten.sub.Scalar: renamed(aten.sub.Tensor),
