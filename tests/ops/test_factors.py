@@ -63,6 +63,14 @@ def test_other_factors_stay(function: Callable[..., Any]) -> None:
     assert len(calls(graph, aten.mul.Tensor)) == 1
 
 
+def test_what_is_dropped_to_another_value_than_0_is_not_scaled_before() -> None:
+    model = Function(
+        lambda s, x: F.alpha_dropout(s.linear(x), 0.3, True) * s.factors["last"], **children()
+    )
+    graph = canonicalize(capture(model, (torch.randn(IMAGE),)), training=True)
+    assert len(calls(graph, aten.mul.Tensor)) == 1
+
+
 @pytest.mark.parametrize(
     "function",
     [

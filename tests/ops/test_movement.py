@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.contracts import IntegerContract
-from support.graphs import Function, differences, quantized
+from support.graphs import Function, differences, lowered_exactly, quantized
+from torch import nn
 from torch.fx import GraphModule
 
 from custom_quantizer.backends.xnnpack.passes import run_passes
@@ -69,3 +70,12 @@ class TestContract(IntegerContract):
         "getitem",
         "pad",
     )
+
+
+@pytest.mark.parametrize("kind", [nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Dropout2d])
+def test_in_evaluation_a_dropout_of_any_kind_is_nothing(kind: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), kind(), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    x = torch.randn(2, 2, 5, 5)
+    lowered = lowered_exactly(quantized(model, (x,)), (x,), [])
+    assert not lowered.report.not_integer()
+    assert lowered.report.fully_delegated

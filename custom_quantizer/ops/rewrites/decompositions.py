@@ -234,6 +234,13 @@ def _bag_size(model: GraphModule, indices: Node, offsets: Node) -> int | None:
 _BAGS = frozenset({aten.embedding_bag.default, aten.embedding_bag.padding_idx})
 
 
+def _dropout(insert: Insertion) -> Node | None:
+    """In evaluation every dropout is the same op; in training they are not."""
+    if insert.training or argument(insert.node, 2, "train", False):
+        return None
+    return insert.call(aten.dropout.default, *insert.node.args, **insert.node.kwargs)
+
+
 def _stored_statistics(insert: Insertion) -> Node | None:
     """With stored statistics an instance norm is a batch norm; in training it is none."""
     node = insert.node
@@ -282,6 +289,8 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.clamp.default: _clamp,
     aten.rrelu.default: _rrelu,
     aten.instance_norm.default: _stored_statistics,
+    aten.alpha_dropout.default: _dropout,
+    aten.feature_alpha_dropout.default: _dropout,
     operator.getitem: _result,
 }
 

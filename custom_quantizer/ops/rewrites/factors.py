@@ -23,7 +23,6 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.movement import IDENTITY, is_identity
-from custom_quantizer.ops.rewrites.training_graph import DROPOUTS
 
 __all__ = ["fold_factors"]
 
@@ -31,6 +30,10 @@ aten = torch.ops.aten
 
 _LAYERS = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1}
 """Layers, and the dimension of their result that holds the channels."""
+
+
+_COMMUTING = frozenset({aten.dropout.default, aten.feature_dropout.default})
+"""Dropouts that set to 0 or scale, whatever the values are."""
 
 
 def fold_factors(model: GraphModule, *, training: bool = False) -> int:
@@ -82,7 +85,7 @@ def _scaled_layer(factor: Node, data: Node) -> Node | None:
             return None
         if node.target is aten.permute.default:
             channel = int(cast("list[int]", node.args[1])[channel]) % rank
-        elif node.target not in DROPOUTS and (
+        elif node.target not in _COMMUTING and (
             not is_identity(node) or isinstance(IDENTITY.match(IDENTITY, node), str)
         ):
             return None

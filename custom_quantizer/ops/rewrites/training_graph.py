@@ -81,7 +81,12 @@ aten = torch.ops.aten
 
 # Calls that are the identity in evaluation.
 DROPOUTS = frozenset(
-    {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+    {
+        aten.alpha_dropout.default,
+        aten.dropout.default,
+        aten.feature_alpha_dropout.default,
+        aten.feature_dropout.default,
+    }
 )
 
 _SWITCHED_BY_TORCHAO = frozenset({aten.batch_norm.default, aten.dropout.default})
