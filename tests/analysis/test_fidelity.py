@@ -133,7 +133,7 @@ def test_quantize_refuses_a_graph_that_is_not_the_model(monkeypatch: pytest.Monk
         cq.quantize(small_model(), (IMAGES,), IMAGES, lower=False, progress=False)
 
 
-def wrong_first_constant(model: GraphModule) -> int:
+def wrong_first_constant(model: GraphModule, *, training: bool) -> int:
     """A rewrite that errs."""
     with torch.no_grad():
         parameter(model, aten.conv2d.default, 1)[0] *= 1.01
