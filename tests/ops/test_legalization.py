@@ -811,7 +811,6 @@ ODD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (INFINITE,),
     ),
     "a product of nothing": (lambda x: (x[:, :0].prod(1), x + 1), (INFINITE,)),
-    "logarithms of other bases": (lambda x: (torch.log2(x), torch.log10(x)), (INFINITE,)),
     "logarithm of a sigmoid": (lambda x: F.logsigmoid(x * 30), (INFINITE,)),
     "infinities to numbers": (
         lambda x: (torch.nan_to_num(x.log()), torch.nan_to_num(x * 2, 1.0)),
@@ -838,7 +837,6 @@ ODD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "function",
     [
         lambda x: x.unflatten(1, (2, 3)).prod(2),
-        lambda x: torch.log10(x.abs() + 0.1),
         F.logsigmoid,
         torch.nan_to_num,
     ],

@@ -128,16 +128,6 @@ def _product_of_all(insert: Insertion) -> Node | None:
     return insert.call(aten.unsqueeze.default, product, dim) if keepdim else product
 
 
-def _logarithm(base: float) -> Rewrite:
-    """The natural logarithm, scaled."""
-
-    def form(insert: Insertion) -> Node:
-        log = insert.call(aten.log.default, insert.node.args[0])
-        return insert.call(aten.mul.Tensor, log, 1 / math.log(base))
-
-    return form
-
-
 def _log_sigmoid(insert: Insertion) -> Node:
     """``log(1 / (1 + exp(-x))) = -softplus(-x)``."""
     opposite = insert.call(aten.neg.default, insert.node.args[0])
@@ -196,8 +186,6 @@ ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
         aten.divide.Tensor_mode: _plain_quotient,
         aten.lerp.Scalar: _lerp,
         aten.lerp.Tensor: _lerp,
-        aten.log10.default: _logarithm(10),
-        aten.log2.default: _logarithm(2),
         aten.log_sigmoid.default: _log_sigmoid,
         aten.mul.Scalar: renamed(aten.mul.Tensor),
         aten.multiply.Scalar: renamed(aten.mul.Tensor),
