@@ -156,7 +156,16 @@ def work(kind: str, ops: int) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"nested", "conv, relu", "functions"}))
+QUICK = {"linear, relu", "residual", "movement", "writes of a buffer"}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow)
+        for kind in sorted(KINDS.keys() - {"nested", "conv, relu", "functions"})
+    ],
+)
 def test_work_per_op_does_not_grow(kind: str) -> None:
     """Where every op looks at all others, twice the ops are four times the work."""
     short, long = work(kind, 48), work(kind, 96)

@@ -191,7 +191,13 @@ def test_every_output_is_the_references(name: str) -> None:
     assert program.biases == cq.inspect(done.graph, lowered).biases
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "two heads, a8w4 and a16w8",
+        pytest.param("vision transformer", marks=pytest.mark.slow),
+    ],
+)
 def test_every_tensor_follows_from_those_before(name: str) -> None:
     """Where ops run in float: each tensor within the bound of ``docs/device_arithmetic.md``."""
     build, shape, quantizer = FLOATING[name]

@@ -117,6 +117,7 @@ def offsets(prepared: GraphModule) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_finetune_knows_what_was_adopted(tmp_path: Path) -> None:
     """Batch norms are frozen from the first step, and the learning rate is a smaller one."""
     batches = [(images(32, seed=1), torch.arange(32).remainder(4))]

@@ -325,6 +325,7 @@ def test_verify(work: Path, program: Path, tmp_path: Path) -> None:
     assert "error: " in result.stderr or "bit-exact: NO" in result.stdout
 
 
+@pytest.mark.slow
 def test_verify_takes_what_is_enlarged_in_float_at_the_end(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=4, mode="bilinear"))
@@ -694,6 +695,7 @@ def test_debug_shows_the_traceback(tmp_path: Path, before: bool) -> None:
     assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_random_weights_are_warned_of_in_a_real_process(work: Path) -> None:
     command = [sys.executable, "-m", "custom_quantizer", "quantize", "squeezenet1_1"]
     result = subprocess.run(

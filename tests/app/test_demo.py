@@ -56,6 +56,7 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
     return run_demo(tmp_path_factory.mktemp("again"), console=console, progress=False)
 
 
+@pytest.mark.slow
 def test_it_says_nothing_but_its_results(process: Run) -> None:
     # On a loaded machine it takes long enough for lines of progress.
     told = [line for line in process.stderr.splitlines() if not PROGRESS.fullmatch(line)]

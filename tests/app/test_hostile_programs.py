@@ -423,6 +423,7 @@ def test_a_program_without_a_checksum_runs_apart(program: bytes, tmp_path: Path)
         stored.run(*IMAGES)
 
 
+@pytest.mark.slow
 def test_any_program_runs_apart_if_asked(saved: Path) -> None:
     converted, lowered = load_lowered(
         saved / "net.pte", saved / "net.graph.safetensors", isolated=True

@@ -84,6 +84,7 @@ OF_IMAGES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_slices_of_a_dynamic_batch() -> None:
     """A size of 0 in XNNPACK's slices is all there is of a dim."""
     layer = nn.Conv2d(6, 6, 1)
@@ -105,6 +106,7 @@ def test_slices_of_a_dynamic_batch() -> None:
     )
 
 
+@pytest.mark.slow
 def test_slices_of_dims_that_are_dynamic_themselves() -> None:
     """They may begin anywhere, if counted from the beginning, and end with the dim."""
 
@@ -201,6 +203,7 @@ class Tokens(nn.Module):
         return [self.layer(joined), self.layer(before), queries, learned * 1.5, larger * 1.5]
 
 
+@pytest.mark.slow
 def test_expands_to_and_in_a_dynamic_batch() -> None:
     torch.manual_seed(0)
     example = (torch.randn(2, 5, 8), torch.randn(2, 3, 4, 4))
@@ -258,6 +261,7 @@ def test_packed_projections_of_a_dynamic_batch(way: str) -> None:
     check(graph, program, [(tokens(n),) for n in (1, 7, 3)])
 
 
+@pytest.mark.slow
 def test_attention_of_any_number_of_tokens() -> None:
     """Scores have two dynamic sizes, so no view joins heads and batch: products stay whole."""
     torch.manual_seed(0)

@@ -152,8 +152,8 @@ def programs(
     [
         ("composite", "a8w8"),
         ("mixed", "a8w8"),
-        ("mixed", "dyn8w8"),
-        ("recurrent", "a8w8"),
+        pytest.param("mixed", "dyn8w8", marks=pytest.mark.slow),
+        pytest.param("recurrent", "a8w8", marks=pytest.mark.slow),
         ("scored", "a8w8"),
         ("summed", "a8w8"),
     ],

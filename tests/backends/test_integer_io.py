@@ -137,14 +137,14 @@ def by_recipe(kind: str) -> bytes:
     return bytes(session.get_pte_buffer())
 
 
-QUICK = [(by_lower, "a8w8-uint8")]
+QUICK = [(by_lower, "a8w8"), (by_lower, "a8w8-uint8"), (by_recipe, "a8w8")]
 ROUTES = [by_lower, by_standard_call, by_upstreams_partitioner, by_recipe]
 CASES = [
     pytest.param(
         route,
         kind,
         id=f"{route.__name__}-{kind}",
-        marks=[] if kind == "a8w8" or (route, kind) in QUICK else [pytest.mark.slow],
+        marks=[] if (route, kind) in QUICK else [pytest.mark.slow],
     )
     for route in ROUTES
     for kind in KINDS

@@ -339,6 +339,7 @@ SIZED: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 def test_arguments_that_depend_on_a_dynamic_size() -> None:
     layers = {f"part{i}": nn.Conv1d(3, 2, 1) for i in range(len(SIZED))}
 

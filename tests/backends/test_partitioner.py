@@ -128,6 +128,7 @@ class Recurrent(nn.Module):
         return self.head(self.steps(x.flatten(2).mT.unflatten(1, (8, 8)).flatten(2)[:, :2])[0])
 
 
+@pytest.mark.slow
 def test_a_graph_that_was_exported_again_is_checked_by_the_names_it_had() -> None:
     again = torch.export.export(converted(build=Recurrent), images()).module()
     cq.check(standard_call(again), again, images())
@@ -145,6 +146,7 @@ def ops(graph: GraphModule) -> list[Node]:
     ]
 
 
+@pytest.mark.slow
 def test_a_dynamic_batch() -> None:
     dynamic = {"x": {0: Dim("batch", min=1, max=5)}}
     torch.manual_seed(0)
@@ -197,6 +199,7 @@ def test_every_route_gives_a_program_of_contiguous_inputs(route: str) -> None:
     assert torch.equal(run(data, images())[0], want[0])
 
 
+@pytest.mark.slow
 def test_several_methods_in_one_program() -> None:
     graphs = {"forward": converted("a8w8"), "small": converted("a8w4", seed=1)}
     edge = to_edge_transform_and_lower(
@@ -258,6 +261,7 @@ def done() -> tuple[GraphModule, EdgeProgramManager]:
     return graph, standard_call(graph)
 
 
+@pytest.mark.slow
 def test_check_takes_every_form_of_a_program(
     done: tuple[GraphModule, EdgeProgramManager], tmp_path: Path
 ) -> None:
@@ -279,6 +283,7 @@ def test_check_notices_one_unit_of_one_bias(
         cq.check(program, other, images())
 
 
+@pytest.mark.slow
 def test_check_of_something_else(done: tuple[GraphModule, EdgeProgramManager]) -> None:
     graph, _ = done
     with pytest.raises(

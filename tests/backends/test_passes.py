@@ -267,7 +267,7 @@ def written(model: GraphModule) -> tuple[str, list[Any]]:
     return model.code, [node.meta.get("custom") for node in model.graph.nodes]
 
 
-@pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
+@pytest.mark.parametrize("scheme", ["a8w8", pytest.param("a16w8", marks=pytest.mark.slow)])
 def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str) -> None:
     """The report names the passes that did something, by these counts."""
     for family in ("conv", "linear", "add", "select", "adaptive_avg_pool2d", "hardsigmoid"):
@@ -471,6 +471,7 @@ def test_a_pad_of_integers_that_stays_float_is_quantized_at_once() -> None:
     assert all(is_quantize(user) for user in pad.users)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [(), (0, 3)])
 def test_chains_of_all_lengths_can_be_loaded(dynamic: tuple[int, ...]) -> None:
     """XNNPACK aborts the process when it loads a chain of exactly 10 ops; a tanh takes 3."""

@@ -125,6 +125,7 @@ def finished() -> tuple[ExportRecipe, ExportSession]:
     return made, export(net(), made)
 
 
+@pytest.mark.slow
 def test_the_session_gives_graph_plan_and_program(finished, tmp_path: Path) -> None:
     made, session = finished
     graph = session.get_stage_artifacts()[StageType.QUANTIZE].data["forward"]
@@ -137,6 +138,7 @@ def test_the_session_gives_graph_plan_and_program(finished, tmp_path: Path) -> N
     assert torch.equal(stored.run(*EXAMPLE)[0], cq.integer_reference(graph)(*EXAMPLE))
 
 
+@pytest.mark.slow
 def test_example_inputs_calibrate_unless_told_otherwise(finished) -> None:
     _, plain = finished
     same = export(net(), recipe(calibration=lambda: iter([EXAMPLE])))
@@ -145,6 +147,7 @@ def test_example_inputs_calibrate_unless_told_otherwise(finished) -> None:
     assert bytes(other.get_pte_buffer()) != bytes(plain.get_pte_buffer())
 
 
+@pytest.mark.slow
 def test_a_quantizer_with_rules_of_its_own() -> None:
     quantizer = cq.IntegerQuantizer().set_global("a8w8").set_module_name("head", None)
     session = export(net(), recipe(CUSTOM, quantizer=quantizer))
@@ -170,6 +173,7 @@ def test_a_converted_graph_is_lowered_as_it_is() -> None:
     assert cq.session_program(session).buffer == cq.lower(graph, EXAMPLE).buffer
 
 
+@pytest.mark.slow
 def test_a_recipe_is_used_again(finished) -> None:
     made, first = finished
     second = export(net(), made)
@@ -193,6 +197,7 @@ def dynamic() -> ExportSession:
     return export(net(), made, dynamic_shapes=shapes)
 
 
+@pytest.mark.slow
 def test_training_instead_of_calibration() -> None:
     losses = []
 
@@ -215,6 +220,7 @@ def test_training_instead_of_calibration() -> None:
     assert torch.equal(program.run(EXAMPLE[0]), cq.integer_reference(graph)(EXAMPLE[0]))
 
 
+@pytest.mark.slow
 def test_several_methods() -> None:
     torch.manual_seed(0)
     models = {"encode": net(), "score": nn.Sequential(nn.Linear(6, 4), nn.ReLU()).eval()}

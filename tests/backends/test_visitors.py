@@ -128,6 +128,7 @@ def stock_call(graph: Any, *partitioners: Any) -> EdgeProgramManager:
     return to_edge_transform_and_lower(exported, partitioner=list(partitioners))
 
 
+@pytest.mark.slow
 def test_every_route_writes_products_transposed() -> None:
     done = attention()
     program = cq.lower(done.graph, done.example)
@@ -347,6 +348,7 @@ class Stock(nn.Module):
         return y @ y.permute(0, 2, 1)
 
 
+@pytest.mark.slow
 def test_other_graphs_are_written_as_upstream_writes_them() -> None:
     """What this module rests on is ExecuTorch 1.5.1's registry of visitors."""
     assert version("executorch").partition("+")[0] == "1.5.1"
@@ -382,6 +384,7 @@ def test_a_flag_that_xnnpack_takes_back_is_found(monkeypatch: pytest.MonkeyPatch
         cq.lower(done.graph, done.example)
 
 
+@pytest.mark.slow
 def test_a_program_without_the_flag_is_found() -> None:
     """This machine computes it rightly, and most ARM CPUs would not."""
     done = attention()

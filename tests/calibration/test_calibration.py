@@ -542,6 +542,7 @@ def seeded_conv() -> GraphModule:
     return dynamic_conv()
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_in_another(tmp_path: Path) -> None:
     path = tmp_path / "calibration.safetensors"
     code = KILLED.format(tests=str(Path(__file__).parent), path=str(path))

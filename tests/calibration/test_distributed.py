@@ -64,6 +64,7 @@ TWO = pytest.param("11,9", id="two ranks")
 THREE = pytest.param("13,0,7", id="three ranks, one without data", marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [TWO, THREE], indirect=True)
 def test_ranks_have_the_parameters_of_one_process(finished: Run) -> None:
     for scheme in SCHEMES:

@@ -144,6 +144,7 @@ def test_what_is_not_known_is_not_restored() -> None:
             restore_state(graph)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_recipe_of_executorch_starts_as_the_model_does() -> None:
     """Its stages calibrate in a loop of their own, and export the converted graph once more."""
     from executorch.export import ExportRecipe, export

@@ -178,6 +178,7 @@ class Registered(nn.Module):
         return [*registers, x + x]  # the last one can be quantized whatever the program does
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.lists(STEPS, min_size=1, max_size=8))
 def test_canonical_programs_compute_what_the_captured_ones_do(program: Program) -> None:
@@ -191,6 +192,7 @@ def test_canonical_programs_compute_what_the_captured_ones_do(program: Program) 
         assert differences(canonical(x.clone()), wanted) == []
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(STEPS, min_size=1, max_size=7))
 def test_quantized_programs_lose_no_write(program: Program) -> None:

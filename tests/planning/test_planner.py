@@ -452,6 +452,7 @@ RULES = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(STEP, min_size=2, max_size=9), st.integers(0, 99), st.booleans())
 def test_the_order_of_the_nodes_does_not_matter(

@@ -113,6 +113,7 @@ def test_integer_ops_differ_nowhere() -> None:
     assert differences["remainder"] is None
 
 
+@pytest.mark.slow
 def test_an_op_that_computes_something_else_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reference whose linear layer is off in one value stands for a kernel that is."""
     exact = verifying.IntegerReference
@@ -162,6 +163,7 @@ def test_what_cannot_be_profiled() -> None:
         cq.profile(program()[1], (X,), threads=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_program_runs_with_as_many_threads_as_asked_for(threads: int) -> None:
     found = cq.profile(program()[1].buffer, (X,), runs=1, threads=threads)
@@ -200,6 +202,7 @@ def test_a_program_that_does_not_run_becomes_an_error() -> None:
         measure(lowered.buffer[:-2000], "it", lowered.contents.main, [X], runs=1, warmup=0)
 
 
+@pytest.mark.slow
 def test_random_inputs_are_those_that_a_border_takes() -> None:
     model = convert(
         nn.Linear(4, 3),

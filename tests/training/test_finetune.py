@@ -202,6 +202,7 @@ def test_a_killed_training_resumes_to_the_same_result(
     assert torch.equal(whole_x, prepared_x)
 
 
+@pytest.mark.slow
 def test_another_process_resumes(tmp_path: Path) -> None:
     """What tells one training from another says nothing of the process it ran in."""
     script = (

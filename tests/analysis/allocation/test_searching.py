@@ -253,6 +253,7 @@ def test_latencies_of_a_table(tmp_path: Path) -> None:
         cq.search(Delicate(), (x[:8],), x, {"latency": 0.7}, latencies=table, **options)
 
 
+@pytest.mark.slow
 def test_latencies_are_measured_here_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     schemes = ["a16w8", "a8w8"]
