@@ -87,7 +87,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
     legalize(model, training)
     if not training:
         # Forms may have steps that read constants alone, such as the first of a recurrent layer;
-        # XNNPACK computes wrong values of a layer whose input is one.
+        # not every runtime computes a layer whose input is one.
         fold_constants(model)
         give_layers(model)
         fold_into_layers(model)

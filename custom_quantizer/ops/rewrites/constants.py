@@ -113,6 +113,7 @@ class _Run:
         self._parameters = parameters
         self._excluded = excluded
         self._owner: dict[int, Node] = {}  # storage -> the attribute or op whose memory it is
+        self._changing: set[int] = set()  # storage that changes from call to call
         self.values: dict[Node, Any] = {}
         self.seen: dict[Node, dict[Node, Tensor]] = {}
 
@@ -147,7 +148,10 @@ class _Run:
         stateful = any(_is_attribute(self._owner[storage]) for storage in memory)
         if memory and (stateful or arguments is None):
             # Memory that changes from call to call, or with the inputs: nothing in it is constant.
-            return self._in(memory)
+            # What is computed of it later on in this run is not, either, in the next one.
+            new = memory - self._changing
+            self._changing |= new
+            return self._in(new) if new else set()
         if arguments is None:
             return set()
         args, kwargs = arguments
@@ -163,7 +167,7 @@ class _Run:
         """Arguments of a call, all constant; ``None`` where the call is not constant."""
         if not _is_deterministic(node):
             return None
-        values = dict(self.values)
+        values = self.values
         if (
             node.target in _SHAPE_ONLY
             and (meta := tensor_meta(cast(Node, node.args[0]))) is not None
@@ -171,7 +175,8 @@ class _Run:
             given = () if node.target in _DTYPE_ONLY else meta.shape
             shape = [size for size in given if isinstance(size, int)]
             if len(shape) == len(given):
-                values[cast(Node, node.args[0])] = torch.empty(shape, dtype=meta.dtype)
+                example = torch.empty(shape, dtype=meta.dtype)
+                values = {**values, cast(Node, node.args[0]): example}
         if not all(source in values for source in node.all_input_nodes):
             return None
         mapped = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
