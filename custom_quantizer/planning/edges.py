@@ -22,7 +22,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_name
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
-from custom_quantizer.ops import OF_TARGET, Formats, PatternMatch
+from custom_quantizer.ops import OF_TARGET, Formats, PatternMatch, QParamSharing, rule_of
 from custom_quantizer.ops.backend import Backend, Delegation, Support
 from custom_quantizer.ops.placement import Placement, tally
 from custom_quantizer.planning.drafts import DraftOp, Drafts, same_format
@@ -344,8 +344,16 @@ def _joined(found: list[tuple[Node, OpPlan]]) -> OpPlan:
     schemes = [plan.scheme for plan in plans if plan.scheme is not None]
     with_weight = [p.scheme for p in plans if any(t.role == "weight" for t in p.tensors)]
     scheme = next(filter(None, (*with_weight, *schemes)), None)
-    # Of the ops that it becomes, one that keeps it furthest from integers says how it runs.
-    decisive = min(plans, key=lambda plan: (plan.placement != placement, plan.scheme != scheme))
+    # Of the ops that it becomes, one that keeps it furthest from integers says how it runs; one
+    # that moves values only follows others.
+    _, decisive = min(
+        found,
+        key=lambda part: (
+            part[1].placement != placement,
+            part[1].scheme != scheme,
+            _moves(part[0]),
+        ),
+    )
     names = ", ".join(dict.fromkeys(plan.family or plan.target for plan in plans))
     return OpPlan(
         node=first.written,
@@ -363,6 +371,11 @@ def _joined(found: list[tuple[Node, OpPlan]]) -> OpPlan:
         written=first.written,
         parts=plans,
     )
+
+
+def _moves(node: Node) -> bool:
+    rule = rule_of(node)
+    return rule is not None and rule.sharing is QParamSharing.SAME
 
 
 def _predict(op: DraftOp, backend: Backend) -> Delegation:

@@ -28,6 +28,7 @@ from custom_quantizer.planning.plan import Plan
 from custom_quantizer.planning.wide_ranges import (
     leave_divisor_guards,
     leave_pole_guards,
+    leave_shown_totals,
     leave_wide_ranges,
 )
 
@@ -54,6 +55,7 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     leave_divisor_guards(ops)
     io = model_io(model, config, ops)
     leave_readers_of_integers(ops, io, backend)
+    leave_shown_totals(ops, io, backend)
     leave_unprofitable(ops, io, backend)  # of what is float then, guards and powers are, too
     leave_pole_guards(ops, backend)
     leave_wide_ranges(ops, backend)

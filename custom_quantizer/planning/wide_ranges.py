@@ -19,6 +19,7 @@ from custom_quantizer.ops.gemm import LINEAR
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import AVG_POOL, MEAN
 from custom_quantizer.planning.drafts import DraftOp, Drafts
+from custom_quantizer.planning.model_io import ModelIO
 
 
 def leave_divisor_guards(ops: Drafts) -> None:
@@ -59,6 +60,51 @@ def leave_pole_guards(ops: Drafts, backend: Backend) -> None:
             continue
         for each in (source, *between):
             _leave_guard(each, what)
+
+
+def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
+    """A sum over a dim stays in float where only float outputs show what is made of it.
+
+    It adds up rounded numbers, and is cut off where calibration saw smaller ones: of a total there
+    are few examples (one a sample: an energy, a log-likelihood, a coordinate). What is behind it is
+    as small; so are the sums and products whose results are added up, if nothing else reads them.
+    """
+    if not backend.float_targets:
+        return  # planned for integers alone
+    shown: set[Node] = {io.node}
+    for op in reversed(ops):
+        users = effective_users(op.output)
+        by_these = bool(users) and op.output not in io.wanted and shown.issuperset(users)
+        if by_these and _is_free(op, backend):
+            shown |= {op.node, op.output}
+    left: set[Node] = set()
+    for op in ops:
+        total = _is_total(op)
+        behind = op.match is not None and not left.isdisjoint(op.match.inputs)
+        if op.node not in shown or not (total or behind):
+            continue
+        left.add(op.output)
+        summed = _read_by_these(ops.same_call(op), ops, backend) if total else ()
+        for each in (op, *summed):
+            if each.scheme is not None:
+                each.leave(_SHOWN)
+                each.abstains = True
+
+
+def _is_total(op: DraftOp) -> bool:
+    """Whether an op is a sum over a dim, and not additions of a few branches."""
+    layer = op.scheme is not None and op.match is not None and op.match.weight is not None
+    return layer and _target(op) is torch.ops.aten.sum.dim_IntList
+
+
+def _is_free(op: DraftOp, backend: Backend) -> bool:
+    """Whether an op is no layer, and float wherever that is better."""
+    if op.decision.explicit and op.decision.scheme is not None:
+        return False
+    if op.match is None or op.scheme is None:
+        return True
+    layer = op.match.weight is not None or op.has(Trait.PRODUCT)
+    return (not layer or _target(op) in _SUMS) and _can_be_float(op, backend)
 
 
 def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
@@ -148,17 +194,20 @@ def _read_by_these(chain: Iterable[DraftOp], ops: Drafts, backend: Backend) -> l
     return found
 
 
+def _target(op: DraftOp) -> object:
+    """Of the call that an op was written as."""
+    return op.node.meta.get("original_target", op.node.target)
+
+
 def _is_power(op: DraftOp) -> bool:
     """Whether an op multiplies a tensor by itself, or is a part of a power."""
-    target = op.node.meta.get("original_target", op.node.target)
     both = op.node.args[:2]
-    return op.rule is MUL and (target in _POWERS or both[0] is both[1])
+    return op.rule is MUL and (_target(op) in _POWERS or both[0] is both[1])
 
 
 def _adds_up(op: DraftOp) -> bool:
     """Whether an op hands powers on: moved, summed up, or scaled."""
-    target = op.node.meta.get("original_target", op.node.target)
-    if op.moves_values or target in _SUMS or op.rule in _LINEAR:
+    if op.moves_values or _target(op) in _SUMS or op.rule in _LINEAR:
         return True
     return op.rule in (MUL, DIV) and any(not _is_activation(arg) for arg in op.node.args[:2])
 
@@ -235,6 +284,11 @@ _REMAINDERS = _Chain(
     _is_less_a_number,
     "what an exponential lacks of a number: integers of one scale lose it where both are close",
     integers=True,
+)
+
+_SHOWN = (
+    "only float outputs of the model show the total: as an integer it would be rounded, and cut "
+    "off where calibration saw none as large"
 )
 
 _PRODUCTS = frozenset({torch.ops.aten.matmul.default, torch.ops.aten.mm.default})

@@ -281,6 +281,55 @@ def test_what_is_narrow_only_behind_an_exponential_or_logarithm_stays_in_float(n
     assert {op.scheme for op in for_integers.ops if op.node in chain} == {"a8w8"}
 
 
+TOTALS: dict[str, tuple[Callable[..., Tensor], set[str]]] = {
+    "energy": (lambda y: y.flatten(1).sum(1), {"sum_1"}),
+    "likelihood": (
+        lambda y: ((y - 0.1) * torch.tanh(y)).sum(1, keepdim=True) - 3.0,
+        {"sub", "mul", "sum_1", "sub_1"},
+    ),
+    "coordinate": (
+        lambda y: torch.cat([(y * torch.arange(6.0)).sum(d) / 6 - 0.5 for d in (2, 3)], 1),
+        {"mul", "sum_1", "div", "sub", "mul_1", "sum_2", "div_1", "sub_1"},
+    ),
+    "mean of sums": (lambda y: y.sum(1).mean(-1), {"sum_1", "mean"}),
+}
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_totals_that_only_float_outputs_show_stay_in_float(name: str) -> None:
+    """And what is behind them, and what is added up, if nothing else reads it."""
+    function, chain = TOTALS[name]
+
+    def through(s: Any, x: Tensor) -> Tensor:
+        return function(s.conv(x))
+
+    plan = plan_of(through, conv=conv())
+    assert {
+        op.node for op in plan.ops if "outputs of the model show the total" in op.reason
+    } == chain
+    assert {op.placement for op in plan.ops if op.node in chain} == {"float inside"}
+    assert plan.op("conv2d").scheme == "a8w8"
+    graph = canonicalize(capture(Function(through, conv=conv()), (torch.randn(IMAGE),)))
+    for_integers = make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8)]), INTEGERS)
+    assert {op.scheme for op in for_integers.ops if op.node in chain} == {"a8w8"}
+
+
+def test_totals_are_integers_where_a_layer_reads_them_or_a_rule_says_so() -> None:
+    def total(s: Any, x: Tensor) -> Tensor:
+        return s.conv(x).sum(1, keepdim=True) * 0.5
+
+    for plan in (
+        plan_of(lambda s, x: s.conv(x * total(s, x)), conv=conv()),
+        plan_of(total, Rule(Scope.NODE_NAME, "mul", A8W8), conv=conv()),
+    ):
+        assert {op.scheme for op in plan.ops} == {"a8w8"}
+    plan = plan_of(total, Rule(Scope.NODE_NAME, "sum_1", A8W8), conv=conv())
+    assert plan.op("sum_1").scheme == "a8w8"
+    exported = torch.export.export(Function(total, conv=conv()), (torch.randn(IMAGE),))
+    plan = cq.IntegerQuantizer().set_global("a8w8").set_io(outputs="a8").plan(exported)
+    assert {op.scheme for op in plan.ops} == {"a8w8"}
+
+
 def test_phases_that_a_constant_matrix_makes_stay_in_float() -> None:
     def waves(s: Any, x: Tensor) -> Tensor:
         return cast(Tensor, s.conv((3.0 * x @ torch.eye(x.shape[-1])).sin()))
