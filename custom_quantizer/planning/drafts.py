@@ -114,6 +114,18 @@ class Drafts:
             op = self.producer.get(tensor)
         return tensor
 
+    def sources(self, tensor: Node) -> set[Node]:
+        """All tensors whose values ``tensor`` shows: of what is joined, each."""
+        found, waiting = set[Node](), [tensor]
+        while waiting:
+            shown = waiting.pop()
+            op = self.producer.get(shown)
+            if op is not None and op.moves_values and op.match is not None:
+                waiting += op.match.inputs
+            else:
+                found.add(shown)
+        return found
+
     def computed_by(self, tensor: Node) -> DraftOp | None:
         """The op that computes the values of ``tensor``, before any data movement."""
         return self.producer.get(self.unmoved(tensor))

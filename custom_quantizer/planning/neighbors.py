@@ -21,7 +21,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
-from custom_quantizer.ops.elementwise import CLAMP
+from custom_quantizer.ops.elementwise import CLAMP, MUL
 from custom_quantizer.ops.rewrites.training_graph import folded_value
 from custom_quantizer.planning.decisions import to_float
 from custom_quantizer.planning.drafts import DraftOp, Drafts, is_float32, same_format
@@ -140,19 +140,44 @@ def _store_operand(op: DraftOp, constant: Node, stored: TensorScheme) -> None:
     op.reason += f"; its constant is stored as {stored.format}"
 
 
-def leave_joins(ops: Drafts, only_floats: set[Node]) -> None:
-    """Tensors that are joined for float ops alone keep scales of their own.
+def leave_joins(ops: Drafts, only_floats: set[Node], backend: Backend) -> None:
+    """Tensors of different scales that are joined keep those, where that is worth a conversion.
 
     As integers they would need one scale: a class token that is joined to the patches of an image
-    before a norm has a few levels of theirs. Pieces of one tensor have one scale anyway.
+    before a norm has a few levels of theirs. Float ops take each as it is. What is joined to a
+    product of it (the interactions of features, ``[u, v, u * v]``) would have the scale of its
+    squares, here and wherever else it is read. Pieces of one tensor have one scale anyway.
     """
     for op in ops:
         joined = op.match.inputs if op.match is not None and op.moves_values else ()
-        if len(joined) < 2 or op.node not in only_floats or op.decision.explicit:
+        if len(joined) < 2 or op.decision.explicit:
             continue
-        if len({ops.unmoved(tensor) for tensor in joined}) > 1:
+        if len({ops.unmoved(tensor) for tensor in joined}) == 1:
+            continue
+        if op.node in only_floats:
             op.match = None
             op.reason = "it joins tensors of different scales, and float ops read it"
+        elif backend.float_targets and _joins_product(joined, ops):
+            op.match = None
+            op.reason = "it joins a product to what it is a product of: one scale would be too wide"
+
+
+def _joins_product(joined: tuple[Node, ...], ops: Drafts) -> bool:
+    """Whether one of some tensors is a product of others among them."""
+    sources = {source for tensor in joined for source in ops.sources(tensor)}
+    for source in sources:
+        op = ops.producer.get(source)
+        if op is None or op.match is None or op.scheme is None:
+            continue
+        factors = [tensor for tensor in op.match.inputs if not is_constant(tensor)]
+        if len(factors) < 2 or not (op.rule is MUL or op.has(Trait.PRODUCT)):
+            continue
+        makers = [ops.computed_by(factor) for factor in factors]
+        if any(maker is not None and maker.has(Trait.BOUNDED) for maker in makers):
+            continue  # a gate, an average: no wider than what it is made of
+        if any(not sources.isdisjoint(ops.sources(factor)) for factor in factors):
+            return True
+    return False
 
 
 def _computes_in_float(op: DraftOp | None) -> bool:

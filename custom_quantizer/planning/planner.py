@@ -51,7 +51,7 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
         if not op.moves_values:
             settle(op, backend)
     floats = leave_sums(ops)
-    leave_joins(ops, floats)
+    leave_joins(ops, floats, backend)
     leave_divisor_guards(ops)
     io = model_io(model, config, ops)
     leave_readers_of_integers(ops, io, backend)

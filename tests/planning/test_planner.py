@@ -1166,6 +1166,46 @@ def test_pieces_of_one_tensor_are_joined_as_they_are() -> None:
     assert plan_of(merged, conv=conv(), head=nn.Linear(3, 3)).op("cat").scheme == "a8"
 
 
+def beside(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Features beside their interaction, as recommenders and matching networks have them."""
+
+    def function(s: Any, x: Tensor) -> Tensor:
+        u, v = s.a(x), s.b(x)
+        return cast(Tensor, s.head(torch.cat([u, v, product(u, v)], -1)))
+
+    return function
+
+
+INTERACTIONS: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "product": (beside(lambda u, v: u * v), True),
+    "moved product": (beside(lambda u, v: torch.cat([v, (u * v).flip(-1)], -1)[..., 8:]), True),
+    "matrix product": (beside(lambda u, v: u @ v.transpose(1, 2) @ v), True),
+    "average": (beside(lambda u, v: (u @ v.transpose(1, 2)).softmax(-1) @ v), False),
+    "gate": (beside(lambda u, v: u * v.sigmoid()), False),
+    "scaled": (beside(lambda u, v: u * 3.0), False),
+    "sum": (beside(lambda u, v: u + v), False),
+    "of others": (beside(lambda u, v: (u + 1.0) * (v + 1.0)), False),
+}
+
+
+@pytest.mark.parametrize("name", INTERACTIONS)
+def test_a_product_beside_its_factors_has_a_scale_of_its_own(name: str) -> None:
+    function, apart = INTERACTIONS[name]
+    layers = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "head": nn.Linear(24, 8)}
+    plan = plan_of(function, shapes=[(2, 5, 8)], **layers)
+    join = [op for op in plan.ops if op.family == "cat"][-1]
+    assert ("it joins a product to what it is a product of" in join.reason) is apart
+    assert (group(plan, "linear") != group(plan, "linear_1")) is apart
+    assert join.placement == ("float inside" if apart else "integer kernel")
+    plan = plan_of(
+        function, Rule(Scope.OPERATOR_TYPE, "aten.cat.default", A8W8), shapes=[(2, 5, 8)], **layers
+    )
+    assert plan.op(join.node).scheme == "a8"
+    graph = canonicalize(capture(Function(function, **layers), (torch.randn(2, 5, 8),)))
+    plan = make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8)]), INTEGERS)
+    assert plan.op(join.node).scheme == "a8"
+
+
 def detections(s: Any, x: Tensor) -> Tensor:
     """Boxes in pixels and probabilities, of two levels of a pyramid."""
 
