@@ -118,7 +118,7 @@ def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
     those that a constant matrix makes (Fourier features) have many periods on one scale. Of an
     exponential close to one, what it lacks of one is less than a step of its own scale.
     """
-    for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _WAVES, _REMAINDERS):
+    for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _WAVES, _REMAINDERS, _DIFFERENCES):
         _leave_chains(ops, backend, kind)
 
 
@@ -164,7 +164,9 @@ def _leave_chains(ops: Drafts, backend: Backend, kind: _Chain) -> None:
                     chain |= dict.fromkeys(call)
                     waiting += call
         kept = any(op.decision.explicit for op in chain)
-        under = any(op.output in wide and op is not end for op in chain)
+        under = all(
+            tensor in wide for tensor in end.node.all_input_nodes if not is_constant(tensor)
+        )
         if under and not kept and all(_can_be_float(op, backend) for op in chain):
             if kind.before:
                 chain |= dict.fromkeys(_read_by_these(chain, ops, backend))
@@ -195,7 +197,7 @@ def _read_by_these(chain: Iterable[DraftOp], ops: Drafts, backend: Backend) -> l
 
 
 def _target(op: DraftOp) -> object:
-    """Of the call that an op was written as."""
+    """What an op was captured as."""
     return op.node.meta.get("original_target", op.node.target)
 
 
@@ -238,13 +240,18 @@ def _is_less_a_number(op: DraftOp) -> bool:
     return len(numbers) == 1 and (op.rule is SUB or (op.rule is ADD and bool(numbers[0] < 0)))
 
 
+def _is_difference(op: DraftOp) -> bool:
+    """Whether an op is the difference of two activations."""
+    return op.rule is SUB and all(_is_activation(arg) for arg in op.node.args[:2])
+
+
 def _is_logarithm(op: DraftOp) -> bool:
     return op.node.target in _LOGARITHMS
 
 
 def _is_projection(op: DraftOp) -> bool:
     """Whether an op is a product with a constant matrix, and not captured as a layer."""
-    return op.rule is LINEAR and op.node.meta.get("original_target") in _PRODUCTS
+    return op.rule is LINEAR and _target(op) in _PRODUCTS
 
 
 def _is_wave(op: DraftOp) -> bool:
@@ -283,6 +290,13 @@ _REMAINDERS = _Chain(
     _is_exponential,
     _is_less_a_number,
     "what an exponential lacks of a number: integers of one scale lose it where both are close",
+    integers=True,
+)
+
+_DIFFERENCES = _Chain(
+    _is_power,
+    _is_difference,
+    "a difference of powers: it is small where both are large, and of the scale of these",
     integers=True,
 )
 

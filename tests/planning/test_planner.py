@@ -345,6 +345,30 @@ def test_phases_that_a_constant_matrix_makes_stay_in_float() -> None:
     assert plan.op("matmul").scheme == "a8w8"
 
 
+def second_order(s: Any, x: Tensor) -> Tensor:
+    """A factorization machine: what all pairs of some tensors have in common."""
+    y = s.conv(x)
+    pairs = y.sum(1, keepdim=True) ** 2 - (y * y).sum(1, keepdim=True)
+    return cast(Tensor, s.conv(pairs * y))
+
+
+def test_a_difference_of_powers_stays_in_float() -> None:
+    plan = plan_of(second_order, conv=conv())
+    found = {op.node for op in plan.ops if "a difference of powers" in op.reason}
+    assert found == {"pow_1", "mul", "sum_2", "sub"}
+    assert {plan.op(name).placement for name in found if name != "sum_2"} == {"float inside"}
+    plan = plan_of(second_order, Rule(Scope.NODE_NAME, "sub", A8W8), conv=conv())
+    assert {plan.op(name).scheme for name in ("pow_1", "mul", "sub")} == {"a8w8"}
+    graph = canonicalize(capture(Function(second_order, conv=conv()), (torch.randn(IMAGE),)))
+    plan = make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8)]), INTEGERS)
+    assert {plan.op(name).scheme for name in ("pow_1", "mul", "sub")} == {"a8w8"}
+
+
+def test_a_power_less_what_is_no_power_is_integers() -> None:
+    plan = plan_of(lambda s, x: (lambda y: s.conv(y**2 - y))(s.conv(x)), conv=conv())
+    assert {plan.op(name).scheme for name in ("pow_1", "sub")} == {"a8w8"}
+
+
 def test_exponentials_of_no_power_are_tables() -> None:
     for function in (lambda y: torch.exp(-y) * 2.0, lambda y: torch.exp(-y) + 1.0):
         plan = plan_of(lambda s, x, f=function: s.conv(f(s.conv(x))), conv=conv())
