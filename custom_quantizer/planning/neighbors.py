@@ -163,17 +163,22 @@ def leave_joins(ops: Drafts, only_floats: set[Node], backend: Backend) -> None:
 
 
 def _joins_product(joined: tuple[Node, ...], ops: Drafts) -> bool:
-    """Whether one of some tensors is a product of others among them."""
+    """Whether one of some tensors is a product of others among them.
+
+    Rows of a table are left out: for readers in float it would have to be stored as floats.
+    """
     sources = {source for tensor in joined for source in ops.sources(tensor)}
-    for source in sources:
-        op = ops.producer.get(source)
+    makers = [ops.producer.get(source) for source in sources]
+    if any(op is not None and op.support is not None and op.support.table for op in makers):
+        return False
+    for op in makers:
         if op is None or op.match is None or op.scheme is None:
             continue
         factors = [tensor for tensor in op.match.inputs if not is_constant(tensor)]
         if len(factors) < 2 or not (op.rule is MUL or op.has(Trait.PRODUCT)):
             continue
-        makers = [ops.computed_by(factor) for factor in factors]
-        if any(maker is not None and maker.has(Trait.BOUNDED) for maker in makers):
+        gates = [ops.computed_by(factor) for factor in factors]
+        if any(gate is not None and gate.has(Trait.BOUNDED) for gate in gates):
             continue  # a gate, an average: no wider than what it is made of
         if any(not sources.isdisjoint(ops.sources(factor)) for factor in factors):
             return True

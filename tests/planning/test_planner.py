@@ -1230,6 +1230,25 @@ def test_a_product_beside_its_factors_has_a_scale_of_its_own(name: str) -> None:
     assert plan.op(join.node).scheme == "a8"
 
 
+def test_rows_of_a_table_are_joined_to_their_product_as_integers() -> None:
+    """Otherwise the table would be stored as floats."""
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(50, 8), nn.Linear(24, 4)
+
+        def forward(self, i: Tensor, j: Tensor) -> Tensor:
+            u, v = self.table(i), self.table(j)
+            return cast(Tensor, self.layer(torch.cat([u, v, u * v], -1)))
+
+    tokens = torch.arange(6)
+    exported = torch.export.export(Pairs().eval(), (tokens, tokens.flip(0)))
+    plan = cq.IntegerQuantizer().set_global("a8w8").plan(exported)
+    assert plan.op("cat").scheme == "a8"
+    assert plan.op("embedding").size_bytes == 50 * 8
+
+
 def detections(s: Any, x: Tensor) -> Tensor:
     """Boxes in pixels and probabilities, of two levels of a pyramid."""
 
