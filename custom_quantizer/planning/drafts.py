@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from custom_quantizer.config.rules import Decision
 from custom_quantizer.core.graph import tensor_meta
+from custom_quantizer.core.memory import reached
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import OpRule, PatternMatch, QParamSharing, Trait
@@ -116,15 +117,13 @@ class Drafts:
 
     def sources(self, tensor: Node) -> set[Node]:
         """All tensors whose values ``tensor`` shows: of what is joined, each."""
-        found, waiting = set[Node](), [tensor]
-        while waiting:
-            shown = waiting.pop()
+
+        def joined(shown: Node) -> Sequence[Node]:
             op = self.producer.get(shown)
-            if op is not None and op.moves_values and op.match is not None:
-                waiting += op.match.inputs
-            else:
-                found.add(shown)
-        return found
+            match = None if op is None or not op.moves_values else op.match
+            return () if match is None else match.inputs
+
+        return {shown for shown in reached(tensor, joined) if not joined(shown)}
 
     def computed_by(self, tensor: Node) -> DraftOp | None:
         """The op that computes the values of ``tensor``, before any data movement."""
