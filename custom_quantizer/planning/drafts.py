@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -12,7 +12,6 @@ from torch.fx import Node
 
 from custom_quantizer.config.rules import Decision
 from custom_quantizer.core.graph import tensor_meta
-from custom_quantizer.core.memory import reached
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import OpRule, PatternMatch, QParamSharing, Trait
@@ -81,6 +80,10 @@ class DraftOp:
         return self.scheme is not None and self.scheme.dynamic
 
 
+_MOST_MOVES = 8
+"""Data movements behind one another that are looked through: bounds the time for a graph."""
+
+
 class Drafts:
     """All ops of a graph, in its order, and where to find them.
 
@@ -116,14 +119,22 @@ class Drafts:
         return tensor
 
     def sources(self, tensor: Node) -> set[Node]:
-        """All tensors whose values ``tensor`` shows: of what is joined, each."""
+        """The tensors whose values ``tensor`` shows: of what is joined, each.
 
-        def joined(shown: Node) -> Sequence[Node]:
-            op = self.producer.get(shown)
-            match = None if op is None or not op.moves_values else op.match
-            return () if match is None else match.inputs
-
-        return {shown for shown in reached(tensor, joined) if not joined(shown)}
+        Through no more than :data:`_MOST_MOVES` ops one behind the other.
+        """
+        found, shown = set[Node](), {tensor}
+        for _ in range(_MOST_MOVES):
+            before = set[Node]()
+            for each in shown:
+                op = self.producer.get(each)
+                match = op.match if op is not None and op.moves_values else None
+                if match is None:
+                    found.add(each)
+                else:
+                    before.update(match.inputs)
+            shown = before
+        return found | shown
 
     def computed_by(self, tensor: Node) -> DraftOp | None:
         """The op that computes the values of ``tensor``, before any data movement."""
