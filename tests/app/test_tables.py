@@ -106,6 +106,7 @@ TABLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES)
 def test_no_table_cuts_a_name(commands: dict[str, list[str]], name: str) -> None:
     args = commands[name]

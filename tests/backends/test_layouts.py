@@ -114,6 +114,7 @@ def test_fewer_copies_give_the_same_values(
         assert all(torch.equal(got, want) for got, want in outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
 @pytest.mark.parametrize("size", [(12, 10), (11, 15)], ids=["whole", "odd"])
 def test_enlarged_images_are_copied_by_pixels(scheme: str, size: tuple[int, int]) -> None:

@@ -346,6 +346,7 @@ def dynamic(model: nn.Module, **bounds: Any) -> tuple[GraphModule, Inputs]:
     return convert_pt2e(prepared), (x,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bounds", "options", "largest"),
     [

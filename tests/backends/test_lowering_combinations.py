@@ -302,6 +302,7 @@ def test_what_no_program_holds(name: str) -> None:
         cq.lower(quantized(Function(function), (x,)), (x,))
 
 
+@pytest.mark.slow
 def test_products_outside_the_delegate_read_what_it_returns() -> None:
     """Dynamic rows by dynamic rows, a computed weight: float, and right."""
 

@@ -176,6 +176,7 @@ def convert_captured(graph: GraphModule) -> GraphModule:
     return cast(GraphModule, convert_pt2e(prepared))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "route", slow_but(["standard call"], ["lower", "standard call", "exported"])
 )

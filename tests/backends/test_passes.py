@@ -178,6 +178,7 @@ def in_usual_order(family: str) -> tuple[Counter[str], set[str]]:
     return targets(usual), with_more_to_do(usual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", slow_but([0], range(3)))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_passes_require_is_all_that_their_order_matters_for(family: str, seed: int) -> None:
@@ -612,6 +613,7 @@ def test_clamps_become_what_xnnpack_fuses(activation: Any, target: Any) -> None:
     assert len(calls(graph, target)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_clamp_to_another_scale_is_not_fused(dynamic: bool) -> None:
     """XNNPACK would fuse it into what makes its input, and forget the scale between them."""

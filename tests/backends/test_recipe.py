@@ -181,6 +181,7 @@ def test_a_recipe_is_used_again(finished) -> None:
     assert cq.session_program(first).buffer == cq.session_program(second).buffer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3, 20])
 def test_dynamic_batches(batch: int, dynamic: ExportSession) -> None:
     graph = dynamic.get_stage_artifacts()[StageType.QUANTIZE].data["forward"]

@@ -118,6 +118,7 @@ def test_a_program_starts_as_the_model_does() -> None:
     program.reset()
 
 
+@pytest.mark.slow
 def test_after_a_loop_of_ones_own_lowering_says_so(caplog: pytest.LogCaptureFixture) -> None:
     graph = prepared()
     for x in DATA:

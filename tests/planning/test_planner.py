@@ -547,6 +547,7 @@ def test_the_order_of_the_nodes_does_not_matter(
     assert ops == {op.node: (op.fused, op.family, op.scheme, op.reason) for op in again.ops}
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(STEP, min_size=2, max_size=8), st.booleans())
 def test_observers_are_shared_exactly_as_planned(
