@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import module_stack
-from custom_quantizer.core.rewriting import ORIGINAL_NAME
+from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_target
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import ConfigError, nearest
 from custom_quantizer.ops import known_targets
@@ -99,8 +99,7 @@ def _names(node: Node, scope: Scope) -> Iterable[str]:
         original = node.meta.get(ORIGINAL_NAME)
         return (node.name,) if original is None else (node.name, original)
     if scope is Scope.OPERATOR_TYPE:
-        captured = node.meta.get("original_target", node.target)
-        return (str(captured), str(node.target))
+        return (str(original_target(node)), str(node.target))
     stack = module_stack(node)
     if scope is Scope.MODULE_TYPE:
         return [kind for _, kind in stack]

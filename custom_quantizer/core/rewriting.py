@@ -31,6 +31,7 @@ __all__ = [
     "fake_result",
     "is_inner",
     "original_name",
+    "original_target",
     "renamed",
     "replace",
     "rewrite_calls",
@@ -80,8 +81,8 @@ class Insertion:
         for key in ("nn_module_stack", "stack_trace", FULL_PRECISION):
             if key in self.node.meta:
                 new.meta[key] = self.node.meta[key]
-        new.meta["original_target"] = self.node.meta.get("original_target", self.node.target)
-        new.meta[ORIGINAL_NAME] = self.node.meta.get(ORIGINAL_NAME, self.node.name)
+        new.meta["original_target"] = original_target(self.node)
+        new.meta[ORIGINAL_NAME] = original_name(self.node)
         # An op of several results has a list of fake values.
         values = pytree.tree_leaves([source.meta.get("val") for source in new.all_input_nodes])
         mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
@@ -101,6 +102,15 @@ class Insertion:
         if not self.training or value.op != "get_attr":
             return self.training
         return isinstance(attrgetter(str(value.target))(self.model), torch.nn.Parameter)
+
+    def again(self, value: Node) -> Node:
+        """A constant, or what is computed of constants, once more before the node.
+
+        Where it is read may be behind.
+        """
+        sources = {source: self.again(source) for source in value.all_input_nodes}
+        with self.model.graph.inserting_before(self.node):
+            return self.model.graph.node_copy(value, sources.__getitem__)
 
     def settled(self, value: Node, name: str) -> Node:
         """What is computed from parameters alone, as a constant; while they change, as it is.
@@ -232,6 +242,11 @@ def _is_state(node: Node) -> bool:
 def original_name(node: Node) -> str:
     """Name of the captured call that the node is, or is a part of."""
     return str(node.meta.get(ORIGINAL_NAME, node.name))
+
+
+def original_target(node: Node) -> Any:
+    """Op of the captured call that the node is, or is a part of."""
+    return node.meta.get("original_target", node.target)
 
 
 def is_inner(node: Node) -> bool:

@@ -20,7 +20,7 @@ from custom_quantizer.core.graph import (
     module_path,
     tensor_meta,
 )
-from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_name
+from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_name, original_target
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
 from custom_quantizer.ops import OF_TARGET, Formats, PatternMatch, QParamSharing, rule_of
 from custom_quantizer.ops.backend import Backend, Delegation, Support
@@ -335,7 +335,7 @@ def _as_written(plans: list[tuple[Node, OpPlan]]) -> tuple[OpPlan, ...]:
 
 def _joined(found: list[tuple[Node, OpPlan]]) -> OpPlan:
     (node, first), plans = found[0], tuple(plan for _, plan in found)
-    target = node.meta.get("original_target", node.target)
+    target = original_target(node)
     if len(plans) == 1 and (ORIGINAL_NAME not in node.meta or target is node.target):
         return first
     rule = OF_TARGET.get(target)

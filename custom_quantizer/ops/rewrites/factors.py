@@ -103,17 +103,10 @@ def _scale(insert: Insertion, factor: Node) -> None:
     """Multiply weight and bias of the layer that ``insert`` stands at."""
     layer = insert.node
     weight, bias = cast(Node, layer.args[1]), cast("Node | None", argument(layer, 2, "bias"))
-    factor = _before(insert, factor)
+    factor = insert.again(factor)
     column = insert.reshape(factor, [-1, *[1] * (len(shape_of(weight)) - 1)])
     scaled = insert.call(aten.mul.Tensor, weight, column)
     layer.update_arg(1, insert.settled(scaled, "weight"))
     if bias is not None:
         scaled = insert.call(aten.mul.Tensor, bias, insert.reshape(factor, [-1]))
         layer.replace_input_with(bias, insert.settled(scaled, "bias"))
-
-
-def _before(insert: Insertion, value: Node) -> Node:
-    """A constant, or what is computed of constants, once more before the layer."""
-    sources = {source: _before(insert, source) for source in value.all_input_nodes}
-    with insert.model.graph.inserting_before(insert.node):
-        return insert.model.graph.node_copy(value, sources.__getitem__)

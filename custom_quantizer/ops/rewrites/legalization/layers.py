@@ -201,12 +201,10 @@ def _normed(insert: Insertion, result: Node, step: int = 1) -> tuple[Node, Node]
         return result, node
     if insert.training and step > 1:
         return result, node
-    with insert.model.graph.inserting_before(node):  # where they are read may be behind the layer
-        copies = [None if read is None else insert.model.graph.node_copy(read) for read in reads]
     names = ("gamma", "beta", "mean", "var")
     repeated = [
-        None if copy is None else _repeated(insert, copy, step, name)
-        for copy, name in zip(copies, names, strict=True)
+        None if read is None else _repeated(insert, insert.again(read), step, name)
+        for read, name in zip(reads, names, strict=True)
     ]
     rest = norm.args[5:]
     return insert.call(aten.batch_norm.default, result, *repeated, *rest, **norm.kwargs), norm
