@@ -183,6 +183,17 @@ def test_an_instance_norm_with_statistics_is_a_batch_norm() -> None:
     torch.testing.assert_close(graph(x), model(x), rtol=1e-6, atol=1e-6)
 
 
+def test_an_instance_norm_with_statistics_answers_to_rules_for_its_type() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.Tanh(), nn.InstanceNorm2d(3, track_running_stats=True)
+    )
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    quantizer.set_operator_type(aten.instance_norm.default, None)
+    prepare_pt2e(capture(model.eval(), (torch.randn(2, 3, 4, 5),)), quantizer)
+    (norm,) = (op for op in quantizer.last_plan.ops if op.node == "instance_norm")
+    assert norm.scheme is None
+
+
 # ---------------------------------------------------------------------------------------------
 # Layers whose weight or result somebody else reads
 # ---------------------------------------------------------------------------------------------

@@ -37,7 +37,13 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
-from custom_quantizer.core.rewriting import ORIGINAL_NAME, Insertion, rewrite_calls
+from custom_quantizer.core.rewriting import (
+    ORIGINAL_NAME,
+    Insertion,
+    original_name,
+    original_target,
+    rewrite_calls,
+)
 from custom_quantizer.ops import PatternMatch, match_of
 from custom_quantizer.ops.gemm import CONV_TRANSPOSE, LINEAR
 
@@ -268,10 +274,10 @@ def _give_layer(model: GraphModule, norm: Node) -> bool:
     # The layer is what stays, and answers to rules for the norm.
     with model.graph.inserting_before(norm):
         conv = model.graph.call_function(_CONVS[meta.dim()], args)
+    captured = {"original_target": original_target(norm), ORIGINAL_NAME: original_name(norm)}
+    conv.meta = {**norm.meta, **captured}
     name = norm.name
     norm.name, conv.name = conv.name, name
-    part_of = norm.meta.get(ORIGINAL_NAME, name)
-    conv.meta = {**norm.meta, "original_target": norm.target, ORIGINAL_NAME: part_of}
     norm.update_arg(0, conv)
     return True
 
