@@ -22,14 +22,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.bundles import write_signed
+from support.bundles import assert_bundle_equals_fixed_point, write_signed
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
 from support.graphs import Function
 from support.models import convert
-from support.registry import LEFT_IN_FLOAT, Surrounded, cases_and_schemes
+from support.registry import LEFT_IN_FLOAT, Surrounded
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
@@ -74,48 +73,6 @@ def converted_network(
 ) -> GraphModule:
     torch.manual_seed(0)
     return convert(build(), random_inputs(shapes, 1), quantizer).graph
-
-
-def assert_bundle_equals_fixed_point(
-    converted: GraphModule, path: Path, *inputs: Tensor
-) -> dict[str, Any]:
-    """Every output and every integer in between; returns the description."""
-    outputs, integers = cq.integer_reference(converted, "fixed_point").with_integers(*inputs)
-    save_integers(converted, path)
-    bundle = load_integers(path)
-    actual, actual_integers = bundle.with_integers(*(x.numpy() for x in inputs))
-    actual = actual if isinstance(actual, tuple) else (actual,)
-    for real, expected in zip(actual, tree_leaves(outputs), strict=True):
-        assert real.dtype == np.float32
-        np.testing.assert_array_equal(real, expected.numpy(), strict=True)
-    for name, stored in actual_integers.items():
-        assert stored.dtype == bundle.description["tensors"][name]["dtype"]
-        if name in integers:  # what is quantized a second time goes by another name there
-            np.testing.assert_array_equal(stored, integers[name].numpy(), err_msg=name)
-    again = bundle(*(x.numpy() for x in inputs))
-    np.testing.assert_array_equal(again[0] if isinstance(again, tuple) else again, actual[0])
-    return dict(bundle.description)
-
-
-# Every op ----------------------------------------------------------------------------------------
-
-NOT_EXPRESSED = {("div", "tensors"), ("div", "broadcast")}
-CASES = [
-    found
-    for found in cases_and_schemes("a8w8", "a16w8", of_weights="a8w8-per_tensor")
-    if (found.values[0].family, found.values[1].name) not in NOT_EXPRESSED
-]
-
-
-@pytest.mark.parametrize(("rule", "case", "scheme"), CASES)
-def test_every_registered_op_runs_with_numpy_bit_for_bit(
-    rule: OpRule, case: Case, scheme: str, tmp_path: Path
-) -> None:
-    converted = converted_network(lambda: Surrounded(rule, case), case.shapes, scheme)
-    inputs = random_inputs(case.shapes, 2)
-    # Beyond the range seen in calibration, so that something saturates.
-    wide = tuple(2.5 * x for x in inputs)
-    assert_bundle_equals_fixed_point(converted, tmp_path / "case", *wide)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def ends_in_float(family: str) -> bool:
     return any(BACKEND.support(op.rule).float_output(op) for op in _ops_of(family))
 
 
+@cache
 def _ops_of(family: str) -> list[PatternMatch]:
     """The first op of the family in each of its cases that have one."""
     (rule,) = (rule for rule in REGISTRY if rule.family == family)

@@ -6,6 +6,7 @@ Of torch 2.15 and torchao 0.18; the results are those of upstream's own function
 from __future__ import annotations
 
 import copy
+import sys
 from functools import cache
 from typing import Any
 
@@ -26,17 +27,17 @@ def composite_ops() -> None:
     """Spare every lowering a sixth of its time: to list the composite ops of each library.
 
     PyTorch lists them three times in every lowering, as a library may have registered more by then;
-    here they are listed again when one has.
+    here they are listed again when one may have: something was registered or imported since.
     """
     listed = OF_UPSTREAM[0]
 
     @cache
-    def remembered(namespace: Any, _registered: int) -> Any:
+    def remembered(namespace: Any, *_registered: int) -> Any:
         return listed(namespace)
 
     def composite_ops(namespace: Any) -> Any:
-        registrations = torch._C._dispatch_get_registrations_for_dispatch_key
-        return remembered(namespace, len(registrations("CompositeImplicitAutograd")))
+        library = torch.library
+        return remembered(namespace, len(library._impls), len(library._defs), len(sys.modules))
 
     torch._export.utils._collect_all_valid_cia_ops_for_namespace = composite_ops
 
