@@ -203,11 +203,11 @@ def test_no_pass_changes_a_value(family: str, scheme: str) -> None:
     batches = [inputs, tuple(x * 50.0 for x in inputs)]
     values = [graph(*batch) for batch in batches]
     for graph_pass in PASSES:
-        count, code = graph_pass.run(rewritten), rewritten.code
+        before = str(rewritten.graph)  # an eighth of the time that its code takes
+        if not graph_pass.run(rewritten) and str(rewritten.graph) == before:
+            continue
         rewritten.graph.lint()
         rewritten.recompile()
-        if not count and rewritten.code == code:
-            continue
         after = [rewritten(*batch) for batch in batches]
         if graph_pass.exact:
             assert differences(after, values) == [], graph_pass.name
@@ -256,16 +256,14 @@ def test_a_pass_has_nothing_left_to_do_after_itself(family: str, scheme: str) ->
         if graph_pass.run(graph) == 0 or graph_pass.name in REPEATS:
             continue
         graph.graph.lint()
-        graph.recompile()
-        code = graph.code
+        before = str(graph.graph)
         assert graph_pass.run(graph) == 0, graph_pass.name
-        graph.recompile()
-        assert graph.code == code, graph_pass.name
+        assert str(graph.graph) == before, graph_pass.name
 
 
 def written(model: GraphModule) -> tuple[str, list[Any]]:
-    """The code of a graph, and what its nodes are marked as."""
-    return model.code, [node.meta.get("custom") for node in model.graph.nodes]
+    """A graph, and what its nodes are marked as."""
+    return str(model.graph), [node.meta.get("custom") for node in model.graph.nodes]
 
 
 @pytest.mark.parametrize("scheme", ["a8w8", pytest.param("a16w8", marks=pytest.mark.slow)])
@@ -275,11 +273,9 @@ def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str
         rewritten = copy.deepcopy(converted(family, scheme)[0])
         for graph_pass in PASSES:
             rewritten.graph.eliminate_dead_code()  # what a pass leaves behind counts for nothing
-            rewritten.recompile()
             before = written(rewritten)
             count = graph_pass.run(rewritten)
             rewritten.graph.eliminate_dead_code()
-            rewritten.recompile()
             assert count >= 0
             assert (count > 0) == (written(rewritten) != before), (graph_pass.name, family)
 
