@@ -161,7 +161,6 @@ QUICK = (
     "softmax over the rows of an image behind a convolution",
     "cat of a wide tensor with itself",
     "average pool of an image without a batch",
-    "a quantized mean over all dims",
     "functions of narrow integers in a row",
 )
 

@@ -17,6 +17,7 @@ from custom_quantizer.training import qat
 DATA = list(smooth_images(24).split(8))
 
 
+@pytest.mark.slow
 def test_every_algorithm_works_on_one_device() -> None:
     prepared = prepared_every_layer()
     with TwoDevices([*prepared.state_dict().values(), *DATA]) as mode:

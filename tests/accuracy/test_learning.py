@@ -155,6 +155,7 @@ def between(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_weights_are_settled_in_the_end(between: list[Tensor]) -> None:
     """What was learned is what ships: hardly a weight stays between two integers."""
     cq.improve(prepared_every_layer("a8w3"), DATA, ["adaround"], iterations=600)

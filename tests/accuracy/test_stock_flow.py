@@ -13,6 +13,7 @@ from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
     get_symmetric_quantization_config,
 )
 from support.graphs import Function
+from support.selection import slow_but
 from torch import Tensor, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
@@ -93,7 +94,7 @@ def sqnr(name: str, quantizer: Quantizer) -> tuple[float, torch.fx.GraphModule, 
     return noise.ratio, converted, batches[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["radial basis functions", "bicubic"], MODELS))
 def test_no_more_is_lost_than_in_the_stock_flow(name: str) -> None:
     config = get_symmetric_quantization_config(is_per_channel=True)
     stock, _, _ = sqnr(name, XNNPACKQuantizer().set_global(config))

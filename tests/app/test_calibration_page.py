@@ -16,6 +16,7 @@ from custom_quantizer.app.cli import cli
 PAGE = DOCS / "calibration.md"
 
 
+@pytest.mark.slow
 def test_the_commands_print_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def test_the_network_has_every_kind_of_operator() -> None:
     assert sum(parameter.numel() for parameter in DigitsNet().parameters()) == 12_106
 
 
+@pytest.mark.slow
 def test_held_out_accuracy(trained: DigitsNet, data: DigitsData) -> None:
     assert not trained.training
     with torch.no_grad():

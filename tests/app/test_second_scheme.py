@@ -114,6 +114,7 @@ def test_a_scheme_that_needs_more_is_refused() -> None:
         small_result().with_config("a8w4", progress=False)
 
 
+@pytest.mark.slow
 def test_a_batch_that_varies_goes_on_varying() -> None:
     asked: dict[str, Any] = {"dynamic_batch": True, "progress": False}
     first = cq.quantize(Small().eval(), (small_images(1),), DATA, config="a8w8", **asked)

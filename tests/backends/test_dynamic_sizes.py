@@ -128,6 +128,7 @@ def test_slices_of_dims_that_are_dynamic_themselves() -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_counts_from_the_end_of_a_dynamic_dim_stays_outside() -> None:
     def function(_s: Any, x: Tensor) -> list[Tensor]:
         rows = x + x
@@ -276,6 +277,7 @@ def test_attention_of_any_number_of_tokens() -> None:
     check(graph, program, [(tokens(1, n),) for n in (4, MOST, 7)])
 
 
+@pytest.mark.slow
 def test_a_factor_that_the_delegate_keeps_channels_last_is_not_multiplied_whole() -> None:
     def function(s: Any, x: Tensor) -> Tensor:
         image = s.layer(x)

@@ -198,6 +198,7 @@ def test_what_is_not_functional_goes_upstreams_way(monkeypatch: pytest.MonkeyPat
     assert quick == traced
 
 
+@pytest.mark.slow
 def test_another_executorch_runs_all_of_its_own_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream = xnnpack_preprocess.XNNPACKPassManager
     with quick_passes.quick_passes():

@@ -137,7 +137,7 @@ def by_recipe(kind: str) -> bytes:
     return bytes(session.get_pte_buffer())
 
 
-QUICK = [(by_lower, "a8w8"), (by_lower, "a8w8-uint8"), (by_recipe, "a8w8")]
+QUICK = [(by_lower, "a8w8"), (by_lower, "a8w8-uint8")]
 ROUTES = [by_lower, by_standard_call, by_upstreams_partitioner, by_recipe]
 CASES = [
     pytest.param(
@@ -456,6 +456,7 @@ def test_a_dynamic_batch() -> None:
         assert torch.equal(program.run(given), reference(given))
 
 
+@pytest.mark.slow
 def test_several_methods_say_what_each_of_them_takes() -> None:
     torch.manual_seed(1)
     encode = convert(nn.Linear(4, 3), (torch.randn(2, 4),), ours().set_io(integer=True)).graph
@@ -710,6 +711,7 @@ def test_c_code_takes_what_the_network_computes_with(integer: Any, tmp_path: Pat
         cq.save_c(model, tmp_path / "none", inputs=[x.numpy()])
 
 
+@pytest.mark.slow
 def test_the_command_line_asks_for_integers(tmp_path: Path) -> None:
     from support.flow import small_images
 

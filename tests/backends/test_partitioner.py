@@ -72,7 +72,7 @@ def run(data: bytes, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return StoredProgram(data, "the program", isolated=False).run(*inputs)
 
 
-@pytest.mark.parametrize("scheme", slow_but(["a8w4", "dyn8w8"], SCHEMES))
+@pytest.mark.parametrize("scheme", slow_but(["a8w4"], SCHEMES))
 def test_the_standard_call_gives_the_program_that_lower_gives(scheme: str) -> None:
     graph = converted(scheme)
     lowered = cq.lower(graph, images())
@@ -215,6 +215,7 @@ def test_several_methods_in_one_program() -> None:
         cq.check(edge, graphs["small"], images(), method="forward")
 
 
+@pytest.mark.slow
 def test_upstream_s_partitioner_takes_what_was_exported_for_it() -> None:
     """Of a network without products of activations and elus, which it does not know."""
     torch.manual_seed(0)

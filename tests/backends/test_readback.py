@@ -155,7 +155,7 @@ def weight_of(delegate: DelegateContents, op: DelegateOp) -> DelegateTensor:
     return delegate.tensors[op.weight]
 
 
-@pytest.fixture(scope="session", params=["per_channel", "per_tensor"])
+@pytest.fixture(scope="session", params=slow_but(["per_channel"], ["per_channel", "per_tensor"]))
 def lowered(request: pytest.FixtureRequest) -> Lowered:
     per_channel = request.param == "per_channel"
     torch.manual_seed(0)

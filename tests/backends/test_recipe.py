@@ -74,7 +74,7 @@ def export(model: Any, made: ExportRecipe, **options: Any) -> ExportSession:
 
 
 def _case(kind: cq.IntegerRecipe, slow: bool = True, **options: Any) -> Any:
-    """In the default run: one without options, and one with all widths, also of weights alone."""
+    """In the default run: one with all widths, also of weights alone."""
     marks = [pytest.mark.slow] if slow else []
     return pytest.param(kind, options, id="-".join((kind.value, *options)), marks=marks)
 
@@ -86,7 +86,7 @@ def _case(kind: cq.IntegerRecipe, slow: bool = True, **options: Any) -> Any:
         _case(cq.IntegerRecipe.A8W8_PER_TENSOR),
         _case(cq.IntegerRecipe.A8W4),
         _case(cq.IntegerRecipe.A16W8),
-        _case(cq.IntegerRecipe.DYN8W8, slow=False),
+        _case(cq.IntegerRecipe.DYN8W8),
         _case(cq.IntegerRecipe.DYN8W4),
         _case(CUSTOM, scheme="a8w8-percentile99.9"),
         _case(CUSTOM, slow=False, config=MIXED),
@@ -167,6 +167,7 @@ def test_a_config_file(tmp_path: Path) -> None:
     assert made.quantization_recipe.quantizers[0].last_plan.op("linear").scheme == "a8w4"
 
 
+@pytest.mark.slow
 def test_a_converted_graph_is_lowered_as_it_is() -> None:
     graph = convert(net(), EXAMPLE, "a8w8", batches(), strict=True).graph
     session = export(graph, recipe())
@@ -270,6 +271,7 @@ def test_integers_left_outside_are_found() -> None:
         export(net(), made)
 
 
+@pytest.mark.slow
 def test_only_models_and_graphs_are_rewritten() -> None:
     converted = convert(net(), EXAMPLE, strict=True).graph
     exported = torch.export.export(converted, EXAMPLE)
@@ -335,6 +337,7 @@ def test_wrong_calibration(calibration: Any, message: str) -> None:
         export(net(), recipe(calibration=calibration))
 
 
+@pytest.mark.slow
 def test_sessions_that_are_not_ours() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

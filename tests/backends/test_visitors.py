@@ -147,6 +147,7 @@ def test_every_route_writes_products_transposed() -> None:
     assert are_transposed(cq.session_program(session).contents) == [True, True]
 
 
+@pytest.mark.slow
 def test_upstream_s_partitioner_has_products_in_float_which_are_right() -> None:
     done = attention()
     exported = cq.export_converted(done.graph, done.example)

@@ -357,6 +357,7 @@ def test_writes_through_views_become_values_of_the_whole(name: str) -> None:
         assert differences(lowered.run(x), cq.integer_reference(converted)(x)) == []
 
 
+@pytest.mark.slow
 def test_more_views_of_one_another_than_python_nests_calls() -> None:
     def turned(m: Function, x: Tensor) -> Tensor:
         y = m.conv(x)

@@ -9,6 +9,7 @@ from support.contracts import FloatContract
 from support.fuzz import check_each_tensor
 from support.graphs import Function, calls, capture
 from support.models import convert
+from support.selection import slow_but
 from torch import nn
 
 import custom_quantizer as cq
@@ -62,8 +63,7 @@ def test_a_group_norm_is_as_near_as_derived(
 
 @pytest.mark.parametrize(
     "name",
-    # An instance norm is written out as a group norm is.
-    ["group_norm", pytest.param("instance_norm", marks=pytest.mark.slow), "rms_norm"],
+    slow_but(["group_norm"], ["group_norm", "instance_norm", "rms_norm"]),
 )
 def test_norms_stay_in_the_delegate(name: str) -> None:
     """Between convolutions: float inside the delegate, each tensor within its bound."""

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
 from support.models import convert
 from support.registry import Surrounded, cases_and_schemes
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -130,7 +131,7 @@ def assert_equal(done: subprocess.CompletedProcess[str], code: CCode) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
+@pytest.mark.parametrize("scheme", slow_but(["a8w8"], ["a8w8", "a16w8"]))
 def test_a_network_of_every_op_equals_numpy(
     scheme: str, tmp_path: Path, checked_kernels: Path
 ) -> None:
@@ -201,6 +202,7 @@ def test_inputs_of_ones_own_and_another_batch(tmp_path: Path, checked_kernels: P
     assert f"#define NET_INPUT0_SCALE {np.float32(scale)!s}f" in header
 
 
+@pytest.mark.slow
 def test_networks_share_the_kernels(tmp_path: Path) -> None:
     """Two networks in one firmware: only names with their prefix, one copy of the kernels."""
     first = save_c(everything("a8w8"), tmp_path / "a", name="netA", vectors=1)

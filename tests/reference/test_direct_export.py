@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from support.models import convert
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
@@ -126,7 +127,7 @@ def described(program: ExportedProgram) -> list[Any]:
     return [nodes, about, specs, held, gradients, ends, specs_of_call, program.dialect]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["wide", "recurrent"], CASES))
 def test_the_program_that_a_trace_makes(name: str) -> None:
     graph, example = converted(name)
     model = rewritten(graph)

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from support.contracts import RULES, Family, FloatFamily, cases_of
 from support.graphs import Function, Inputs, stress
 from support.models import convert, randomize_batch_norms, torchvision_model
+from support.selection import slow_but
 from support.widths import SCHEMES, Widths, widths
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -188,7 +189,7 @@ def followed(graph: GraphModule, path: Path, level: str, batch: Inputs, **config
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["uint8", "int8"])
+@pytest.fixture(scope="module", params=slow_but(["uint8"], ["uint8", "int8"]))
 def written(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Activations, cq.OnnxSummary, Any]:
@@ -396,7 +397,7 @@ def test_every_case_in_float(family: str, tmp_path: Path) -> None:
     check_cases(picked, "a8w8", tmp_path / "family.onnx", "uint8", FloatFamily)
 
 
-@pytest.mark.parametrize("activations", ["uint8", "int8"])
+@pytest.mark.parametrize("activations", slow_but(["uint8"], ["uint8", "int8"]))
 @pytest.mark.parametrize(("scheme", "named"), [("a8w8", True), ("a8w4", False), ("a16w8", False)])
 def test_convolutions_that_saturate_are_named(
     activations: Activations, scheme: str, named: bool, tmp_path: Path
@@ -439,7 +440,7 @@ def test_missing_packages_are_named(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("activations", ["uint8", "int8"])
+@pytest.mark.parametrize("activations", slow_but(["uint8"], ["uint8", "int8"]))
 def test_ranges_narrower_than_the_type_saturate(activations: Activations, tmp_path: Path) -> None:
     graph, _ = layer(quantizer="a4w4")
     summary = cq.save_onnx(graph, tmp_path / "net.onnx", activations=activations)
@@ -447,6 +448,7 @@ def test_ranges_narrower_than_the_type_saturate(activations: Activations, tmp_pa
     assert difference(graph, session(summary.path, LEVELS[0]), far).different == 0
 
 
+@pytest.mark.slow
 def test_integer_borders_are_float_in_the_file(tmp_path: Path) -> None:
     graph, example = layer(quantizer=cq.IntegerQuantizer().set_global("a8w8").set_io(integer=True))
     summary = cq.save_onnx(graph, tmp_path / "net.onnx")

@@ -105,6 +105,7 @@ def test_all_views_count_the_biases_alike(story: Story) -> None:
     assert story.of_program.splitlines()[2] == story.of_report.splitlines()[2]
 
 
+@pytest.mark.slow
 def test_it_is_one_record_in_python_too(
     story: Story, report: ProgramReport, captured: GraphModule, again: Lowered
 ) -> None:

@@ -599,6 +599,7 @@ def test_what_was_measured_of_another_network_is_refused() -> None:
     assert stored("resnet20").including(found) == stored("resnet20")
 
 
+@pytest.mark.slow
 def test_a_page_of_a_thousand_ops() -> None:
     record = json.loads(json.dumps(document("two_heads")))
     rows, record["findings"] = record["rows"], None

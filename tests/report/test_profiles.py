@@ -147,6 +147,7 @@ def test_what_a_reader_sees(tmp_path: Path) -> None:
     assert b"conv2d (wide)" in (tmp_path / "times.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_file_alone_has_times(tmp_path: Path) -> None:
     path = program()[1].save(tmp_path / "net.pte")
     done = CliRunner().invoke(cli, ["profile", str(path), "--runs", "3", "--json"])

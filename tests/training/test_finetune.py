@@ -52,6 +52,7 @@ def loader(shuffle: bool = True) -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(*task()), batch_size=16, shuffle=shuffle)
 
 
+@pytest.mark.slow
 def test_finetune_learns() -> None:
     prepared = prepared_for("a8w8")
     seen: list[qat.EpochMetrics] = []
@@ -220,6 +221,7 @@ def test_another_process_resumes(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_starting_from_calibrated_statistics(tmp_path: Path) -> None:
     observed = prepare_pt2e(
         captured(made(train=False)), cq.IntegerQuantizer().set_global("a8w8-histogram")

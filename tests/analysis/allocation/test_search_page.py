@@ -23,6 +23,7 @@ def lines(text: str) -> list[str]:
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_the_code_prints_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
