@@ -22,6 +22,8 @@ def main_of(
 ) -> None:
     """Measure each case in a process of its own, print what it found, and store all of it.
 
+    What was stored of other cases stays.
+
     Args:
         script: path of the benchmark; ``STEM.json`` and ``STEM.md`` are written.
         description: of the benchmark.
@@ -40,16 +42,18 @@ def main_of(
     if options.one is not None:
         print(json.dumps(measure(options.one)))
         return
-    records = []
+    records = {}
+    if options.output is not None and (stored := options.output / f"{path.stem}.json").exists():
+        records = {record["case"]: record for record in json.loads(stored.read_text())["results"]}
     for case in options.cases:
-        records.append(measured(script, case))
-        print(records[-1], flush=True)
-    if options.output is not None:
-        from custom_quantizer.core.files import write_json_atomic, write_text_atomic
+        records[case] = {"case": case, **measured(script, case)}
+        print(records[case], flush=True)
+        if options.output is not None:
+            from custom_quantizer.core.files import write_json_atomic, write_text_atomic
 
-        record = {"version": 1, "results": records}
-        write_json_atomic(options.output / f"{path.stem}.json", record)
-        write_text_atomic(options.output / f"{path.stem}.md", render(record))
+            record = {"version": 1, "results": list(records.values())}
+            write_json_atomic(options.output / f"{path.stem}.json", record)
+            write_text_atomic(options.output / f"{path.stem}.md", render(record))
 
 
 def measured(script: str | Path, case: str) -> Record:
