@@ -23,6 +23,7 @@ def test_names_of_families_and_cases_are_unique() -> None:
         assert len(set(names)) == len(names), rule.family
 
 
+@pytest.mark.slow
 def test_every_claimed_overload_is_reached_by_a_case() -> None:
     reached: set[Any] = set()
     for rule in REGISTRY:

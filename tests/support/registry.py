@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -52,26 +52,25 @@ def cases_and_schemes(*schemes: str, of_weights: str) -> list[Any]:
     ]
 
 
-@cache
-def weighed(family: str) -> bool:
-    """Whether a case of the family has an op of it without an int8 kernel.
+class Traits(NamedTuple):
+    """What the cases of a family are, captured once and forgotten."""
 
-    Such an op is quantized between ops that give and take integers only.
-    """
-    return any(BACKEND.predict(op, Formats(8)).kernel.needs_integers for op in _ops_of(family))
-
-
-@cache
-def ends_in_float(family: str) -> bool:
-    """Whether a case of the family has an op of it that float outputs of a model read as float."""
-    return any(BACKEND.support(op.rule).float_output(op) for op in _ops_of(family))
+    weighed: bool
+    """Whether one has an op of the family without an int8 kernel, which is quantized between ops
+    that give and take integers only."""
+    ends_in_float: bool
+    """Whether one has an op of the family that float outputs of a model read as float."""
 
 
 @cache
-def _ops_of(family: str) -> list[PatternMatch]:
-    """The first op of the family in each of its cases that have one."""
+def traits(family: str) -> Traits:
+    """Of the first op of the family in each of its cases."""
     (rule,) = (rule for rule in REGISTRY if rule.family == family)
-    return [op for case in rule.cases if (op := _op_of(rule, case)) is not None]
+    ops = [op for case in rule.cases if (op := _op_of(rule, case)) is not None]
+    return Traits(
+        weighed=any(BACKEND.predict(op, Formats(8)).kernel.needs_integers for op in ops),
+        ends_in_float=any(BACKEND.support(op.rule).float_output(op) for op in ops),
+    )
 
 
 def _op_of(rule: OpRule, case: Case) -> PatternMatch | None:
@@ -94,9 +93,10 @@ class Surrounded(nn.Module):
 
     def __init__(self, rule: OpRule, case: Case) -> None:
         super().__init__()
-        moves, costs = rule.sharing is QParamSharing.SAME, weighed(rule.family)
+        found = traits(rule.family)
+        moves, costs = rule.sharing is QParamSharing.SAME, found.weighed
         self.before, self.behind = moves or costs, costs and not moves
-        self.joined = ends_in_float(rule.family)
+        self.joined = found.ends_in_float
         self.case = case.build()
 
     def forward(self, *inputs: Tensor) -> Any:
