@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import remembered
 from support.models import convert
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.export.exported_program import _override_composite_implicit_decomp
 from torch.fx import GraphModule, Node
@@ -108,6 +109,7 @@ def test_convert_hook_and_sharing(implicit: bool, observers: int) -> None:
     assert len(_Hooked.converted) == observers
 
 
+@pytest.mark.slow
 def test_custom_meta_reaches_the_delegate() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     example = (torch.randn(1, 3, 6, 6),)
@@ -343,6 +345,7 @@ def _left_outside(graph: GraphModule, example: tuple[Tensor, ...]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_an_explicit_int32_bias_is_refused() -> None:
     example = (torch.randn(1, 3, 6, 6),)
     model = nn.Conv2d(3, 4, 3)
@@ -373,7 +376,10 @@ def _transposed(groups: int, granularity: str) -> GraphModule:
 
 @pytest.mark.parametrize(
     ("groups", "granularity", "refused"),
-    [(1, "per_channel", False), (2, "per_tensor", False), (2, "per_channel", True)],
+    slow_but(
+        [(2, "per_channel", True)],
+        [(1, "per_channel", False), (2, "per_tensor", False), (2, "per_channel", True)],
+    ),
 )
 def test_per_channel_grouped_transposed_convolutions_are_refused_halfway(
     groups: int, granularity: str, refused: bool
@@ -437,6 +443,7 @@ def test_export_takes_a_tensor_that_is_given_twice_for_one_input() -> None:
     assert torch.equal(torch.export.export(Difference(), (x, x[:])).module()(x, y), x)
 
 
+@pytest.mark.slow
 def test_tracing_a_small_batch_bounds_it_by_fifteen() -> None:
     """Fake convolutions compare the batch with 16 to choose a kernel, and the guard stays.
 

@@ -154,8 +154,8 @@ def programs(
         ("mixed", "a8w8"),
         pytest.param("mixed", "dyn8w8", marks=pytest.mark.slow),
         pytest.param("recurrent", "a8w8", marks=pytest.mark.slow),
-        ("scored", "a8w8"),
-        ("summed", "a8w8"),
+        pytest.param("scored", "a8w8", marks=pytest.mark.slow),
+        pytest.param("summed", "a8w8", marks=pytest.mark.slow),
     ],
 )
 def test_the_same_program(name: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.data import DataLoader, TensorDataset
@@ -482,7 +483,9 @@ OBSERVERS = ["minmax", "percentile", "histogram", "entropy", "moving_average"]
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
-@pytest.mark.parametrize(("graph_batch", "size"), [(4, 3), (4, 4), ("dynamic", 20)])
+@pytest.mark.parametrize(
+    ("graph_batch", "size"), slow_but([(4, 3), ("dynamic", 20)], [(4, 3), (4, 4), ("dynamic", 20)])
+)
 def test_an_interrupted_calibration_goes_on(
     tmp_path: Path, observer: str, graph_batch: Any, size: int
 ) -> None:

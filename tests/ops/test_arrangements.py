@@ -227,6 +227,7 @@ def found_moves(op: Any, most: int) -> Iterator[Move]:
                 break
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_no_op_of_aten_that_only_moves_values_is_unknown() -> None:
     # Of the tensors that broadcast_tensors returns each is an expand.

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graphs import Function, calls, canonicalize, capture, lowered_exactly, quantized
+from support.selection import slow_but
 from torch import Tensor, nn
 
 import custom_quantizer as cq
@@ -165,7 +166,7 @@ class Padded(nn.Module):
         return cast(Tensor, attention(x, x, x, padding, need_weights=weights)[0])
 
 
-@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("kind", slow_but([torch.bool], [torch.bool, torch.float32]))
 @pytest.mark.parametrize("name", ["layer", "causal layer", "attention", "attention and weights"])
 def test_padding_is_a_mask_in_one_delegate(name: str, kind: torch.dtype) -> None:
     torch.manual_seed(0)
