@@ -236,6 +236,7 @@ def test_intervals_and_p_values(cells: tuple[int, int, int, int]) -> None:
     assert other.p_value == found.p_value
 
 
+@pytest.mark.slow
 def test_coverage_of_the_interval() -> None:
     """1,500 test sets of 40 samples each: 95 % is approximate, but here never below 92 %."""
     n = 40

@@ -200,6 +200,7 @@ def test_report_shows_what_is_stored(program: Path, tmp_path: Path) -> None:
     assert ok("report", tmp_path / "all.json") == text
 
 
+@pytest.mark.slow
 def test_report_measures_on_data(work: Path, program: Path, tmp_path: Path) -> None:
     for suffix in (".pte", ".graph.safetensors"):
         shutil.copy(program.with_suffix(suffix), tmp_path / f"bare{suffix}")

@@ -307,6 +307,7 @@ class Cross(nn.Module):
         return cast(Tensor, self.attention(x, y, y, need_weights=False)[0])
 
 
+@pytest.mark.slow
 def test_a_dynamic_batch_and_any_number_of_tokens() -> None:
     """Heads are split by views with two dynamic sizes, which stay outside, with the right memory.
 

@@ -248,6 +248,7 @@ def test_several_methods() -> None:
         cq.session_program(session)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", slow_but([True], [True, False]))
 def test_a_wrong_program_is_found(check: bool) -> None:
     def shift_first_bias(_method: str, exported: Any) -> Any:

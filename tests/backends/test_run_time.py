@@ -181,14 +181,8 @@ def test_images_that_cross_between_delegates_keep_their_order(
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    ["dyn8w8"]
-    + [
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("dyn8w4", "dyn8w8-per_tensor", "dyn8w3")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["dyn8w8", "dyn8w4", "dyn8w8-per_tensor", "dyn8w3"])
 def test_each_layer_is_computed_bit_for_bit(scheme: str) -> None:
     torch.manual_seed(0)
     model = Layers(grouped=False)

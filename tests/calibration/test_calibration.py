@@ -136,7 +136,7 @@ FORMS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("make", [static_conv, dynamic_conv])
+@pytest.mark.parametrize("make", slow_but([dynamic_conv], [static_conv, dynamic_conv]))
 def test_every_form_of_data_shows_the_same_samples(
     form: str, make: Callable[[], GraphModule]
 ) -> None:

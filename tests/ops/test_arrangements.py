@@ -287,6 +287,7 @@ def walked() -> tuple[Move, ...]:
     return tuple(move for op in known for move in found_moves(op, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_move_of_aten_becomes_ops_that_have_integers() -> None:
     assert len(walked()) > 300

@@ -59,6 +59,7 @@ def same(graph: GraphModule, lowered: cq.LoweredProgram, *runs: tuple[Any, ...])
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_branches_stay_in_float_and_run() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.first(x)

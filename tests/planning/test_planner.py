@@ -578,7 +578,7 @@ def test_observers_are_shared_exactly_as_planned(
     assert frozenset(frozenset(keys) for keys in observed.values()) == partition(plan)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.lists(STEP, min_size=1, max_size=8), st.booleans())
 def test_every_op_and_tensor_has_a_reason(steps: list[tuple[str, int, int]], mixed: bool) -> None:
     graph = random_graph(steps)

@@ -165,15 +165,16 @@ class Breaking:
             yield x + 0.1 * torch.randn(x.shape), labels  # an augmentation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "optimizer"),
     [
-        pytest.param("a8w8", "sgd", marks=pytest.mark.slow),
+        ("a8w8", "sgd"),
         ("a4w4-lsq", "adam"),
-        pytest.param("a8w8", "adam", marks=pytest.mark.slow),
-        pytest.param("a4w4-lsq", "sgd", marks=pytest.mark.slow),
-        pytest.param("a4w4-percentile", "sgd", marks=pytest.mark.slow),
-        pytest.param("a4w4-percentile", "adam", marks=pytest.mark.slow),
+        ("a8w8", "adam"),
+        ("a4w4-lsq", "sgd"),
+        ("a4w4-percentile", "sgd"),
+        ("a4w4-percentile", "adam"),
     ],
 )
 def test_a_killed_training_resumes_to_the_same_result(
