@@ -302,6 +302,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
     for family, scheme in CORPUS:
         found |= run_passes(copy.deepcopy(converted(family, scheme)[0])).keys()
     rare = {
+        "batch_norms_to_layers",
         "float_fallbacks",
         "split_sparse_max_pools",
         "thin_strided_convs",
@@ -969,6 +970,7 @@ def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
         assert graph_pass.before
         assert graph_pass.after
     inexact = {
+        "batch_norms_to_layers",
         "emulate_wide",
         "group_norms_to_linears",
         "layer_norms_to_linears",

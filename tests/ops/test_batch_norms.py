@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from custom_quantizer.ops.rewrites.batch_norms import fold_into_layers, give_lay
 from custom_quantizer.training import qat
 
 aten = torch.ops.aten
+_q = torch.ops.quantized_decomposed
 BATCH_NORM = aten.batch_norm.default
 
 
@@ -292,3 +294,21 @@ def test_in_a_composable_quantizer() -> None:
     )
     prepared(x)
     cq.check_prepared(prepared, captured, [x])
+
+
+def left_alone(self: Function, x: Tensor) -> Tensor:
+    """Signals and rows, in a graph as others convert it; each norm is there twice."""
+    grid: tuple[Any, ...] = (0.125, 3, -128, 127, torch.int8)
+    signals = torch.relu(self.signals(self.signals(x) * x))
+    rows = self.rows(self.rows(x.reshape(2, -1)) - 1.0)
+    result = torch.cat([signals.reshape(2, -1), rows], 1)
+    return _q.dequantize_per_tensor(_q.quantize_per_tensor(result, *grid), *grid)
+
+
+def test_what_another_quantizer_leaves_alone_is_written_out() -> None:
+    """ExecuTorch's layers of signals do not load before a quantize, nor do two of one name."""
+    model = Function(left_alone, signals=norm(3, 3), rows=norm(12, 2, affine=False))
+    x = torch.randn(2, 3, 4)
+    lowered = lowered_exactly(capture(model.eval(), (x,)), (x,), [])
+    assert lowered.report.fully_delegated
+    assert lowered.report.passes["batch_norms_to_layers"] == 4

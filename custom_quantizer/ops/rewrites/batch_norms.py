@@ -48,9 +48,11 @@ from custom_quantizer.ops import PatternMatch, match_of
 from custom_quantizer.ops.gemm import CONV_TRANSPOSE, LINEAR
 
 __all__ = [
+    "factor_and_shift",
     "fold_in_place",
     "fold_into_layers",
     "give_layers",
+    "has_constants",
     "keep_own_statistics",
     "layer_before",
     "reads_constants",
@@ -142,7 +144,7 @@ def _is_in_place(
         match: the layer before it.
         readers: by the name of a constant, who reads it.
     """
-    if match.node.target not in _IN_PLACE or not _has_constants(norm):
+    if match.node.target not in _IN_PLACE or not has_constants(norm):
         return False
     if match.rule is CONV_TRANSPOSE and match.groups > 1:
         return False
@@ -193,7 +195,7 @@ def fold_into_layers(model: GraphModule) -> int:
     for norm in list(model.graph.nodes):
         if norm.op != "call_function" or norm.target is not aten.batch_norm.default:
             continue
-        match = layer_before(norm) if _has_constants(norm) else None
+        match = layer_before(norm) if has_constants(norm) else None
         if match is not None:
             _fold(model, match, norm)
             count += 1
@@ -202,7 +204,7 @@ def fold_into_layers(model: GraphModule) -> int:
 
 def _fold(model: GraphModule, match: PatternMatch, norm: Node) -> None:
     layer, weight = match.node, cast(Node, match.weight)
-    factor, shift = _factor_and_shift(model, norm)
+    factor, shift = factor_and_shift(model, norm)
     # The factor is float64, and so is the product.
     folded = scale_channels(constant_of(model, weight), factor, match.weight_axis, match.groups)
     if match.bias is not None:
@@ -325,12 +327,13 @@ def reads_constants(norm: Node) -> bool:
     return all(arg is None or is_constant(arg) for arg in (gamma, beta))
 
 
-def _has_constants(norm: Node) -> bool:
-    """Likewise, and it does not use the statistics of the batch."""
+def has_constants(norm: Node) -> bool:
+    """Whether a ``batch_norm`` call reads constants, and not the statistics of the batch."""
     return reads_constants(norm) and not argument(norm, 5, "training", False)
 
 
-def _factor_and_shift(model: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
+def factor_and_shift(model: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies each channel by, and what it adds then, in float64."""
     gamma, beta, mean, var = (
         None if arg is None else constant_of(model, cast(Node, arg)).double()
         for arg in norm.args[1:5]

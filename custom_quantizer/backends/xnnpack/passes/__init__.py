@@ -59,6 +59,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
     "constants": (
         cleanup.drop_checks,
         float_fallback.refused_to_float,
+        normalization.batch_norms_to_layers,
         gemm.fold_bias,
         gemm.float_fallbacks,
         gemm.thin_strided_convs,

@@ -45,6 +45,7 @@ from custom_quantizer.core.graph import (
     is_dequantize,
     is_same_shape,
     shape_of,
+    tensor_meta,
     view_sizes,
 )
 from custom_quantizer.ops.movement import EXPAND
@@ -56,6 +57,12 @@ from custom_quantizer.ops.normalization import (
     VECTOR_NORM,
     normalized_size,
     number_of_groups,
+)
+from custom_quantizer.ops.rewrites.batch_norms import (
+    factor_and_shift,
+    fold_into_layers,
+    give_layers,
+    has_constants,
 )
 
 aten = torch.ops.aten
@@ -200,6 +207,37 @@ def _affine(
         constant = add_constant(build.model, f"{node.name}_{name}", value.reshape(shape), node)
         result = build.call(target, result, constant)
     return result
+
+
+@graph_pass(
+    "batch norms, which another quantizer left alone",
+    "convolutions with one weight a channel, or a product and a sum: other roundings in float",
+    exact=False,
+)
+def batch_norms_to_layers(model: GraphModule) -> int:
+    """What is done before annotation, for those that it did not reach.
+
+    ExecuTorch (1.5.1) makes layers of batch norms behind all passes. Where the next op is a
+    quantize, that of signals does not load (see ``keep_convs_float``), and two norms with one
+    weight, or without any, get the same name.
+    """
+    give_layers(model, has_constants)
+    count = fold_into_layers(model)
+    for node in calls(model, frozenset({aten.batch_norm.default})):
+        meta = tensor_meta(node)
+        if meta is None or meta.dtype != torch.float32 or not has_constants(node):
+            continue
+        build, result = Builder(model, node), node.args[0]
+        shape = [-1, *[1] * (meta.dim() - 2)]
+        steps = zip(factor_and_shift(model, node), (aten.mul.Tensor, aten.add.Tensor), strict=True)
+        for value, target in steps:
+            constant = value.float().reshape(shape)
+            result = build.call(
+                target, result, add_constant(model, f"{node.name}_constant", constant, node)
+            )
+        replace(node, result)
+        count += 1
+    return count
 
 
 _CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
