@@ -93,9 +93,9 @@ def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
 
 
 def _is_total(op: DraftOp) -> bool:
-    """Whether an op is a sum over a dim, and not additions of a few branches."""
+    """Whether an op is a sum over a dim, or a mean of all, and not additions of a few branches."""
     layer = op.scheme is not None and op.match is not None and op.match.weight is not None
-    return layer and original_target(op.node) is torch.ops.aten.sum.dim_IntList
+    return layer and original_target(op.node) in _TOTALS
 
 
 def _is_free(op: DraftOp, backend: Backend) -> bool:
@@ -242,7 +242,7 @@ def _is_difference(op: DraftOp) -> bool:
 
 
 def _is_logarithm(op: DraftOp) -> bool:
-    return op.node.target in _LOGARITHMS
+    return op.node.target in _LOGARITHMS or op.node.target is torch.ops.aten.log1p.default
 
 
 def _is_projection(op: DraftOp) -> bool:
@@ -311,12 +311,22 @@ _SUMS = frozenset(
     {
         torch.ops.aten.adaptive_avg_pool1d.default,
         torch.ops.aten.adaptive_avg_pool2d.default,
+        torch.ops.aten.mean.default,
         torch.ops.aten.mean.dim,
         torch.ops.aten.std.correction,
         torch.ops.aten.std.dim,
+        torch.ops.aten.sum.default,
         torch.ops.aten.sum.dim_IntList,
         torch.ops.aten.var.correction,
         torch.ops.aten.var.dim,
+    }
+)
+
+_TOTALS = frozenset(
+    {
+        torch.ops.aten.mean.default,
+        torch.ops.aten.sum.default,
+        torch.ops.aten.sum.dim_IntList,
     }
 )
 

@@ -126,10 +126,11 @@ def without_indices(insert: Insertion) -> Node | None:
 
 
 def largest(insert: Insertion) -> Node | None:
-    """The maximum or minimum over some dims, but not over all."""
+    """The maximum or minimum over some dims, or over all."""
     given = argument(insert.node, 1, "dim", ())
     dims = [given] if isinstance(given, int) else list(given)
-    return _largest(insert, insert.node, dims, negated=insert.node.target is aten.amin.default)
+    negated = insert.node.target in (aten.amin.default, aten.min.default)
+    return _largest(insert, insert.node, dims, negated=negated)
 
 
 def _largest(
@@ -138,28 +139,28 @@ def _largest(
     """The maximum over dims is a max pool with a window as large as they are."""
     data = cast(Node, node.args[0])
     meta, shape = tensor_meta(data), shape_of(data)
-    dims = sorted({d % len(shape) for d in given if shape})
+    dims = sorted({d % len(shape) for d in given or range(len(shape)) if shape})
     outer = [d for d in range(len(shape)) if d not in dims]
-    if meta is None or meta.dtype != torch.float32 or not dims or not outer:
+    if meta is None or meta.dtype != torch.float32 or not dims:
         return None
-    first, *rest = outer
-    if not is_static([shape[d] for d in (*rest, *dims)]):
+    # A delegate takes no tensors without dims, so of a whole tensor one row is made.
+    first, *rest = [shape[d] for d in outer] or [1]
+    if not is_static([*rest, *(shape[d] for d in dims)]):
         return None
-    kept = [1 if d in dims else shape[d] for d in range(len(shape))]
     if negated:
         data = insert.call(aten.neg.default, data)
     if len(shape) != 4 or dims != [2, 3]:
         # All that is kept but the first as channels, all that is not as one row.
         data = insert.permute(data, [*outer, *dims])
-        channels = math.prod(int(shape[d]) for d in rest)
         row = math.prod(int(shape[d]) for d in dims)
-        data = insert.reshape(data, [shape[first], channels, 1, row])
+        data = insert.reshape(data, [first, math.prod(rest), 1, row])
     window = [int(size) for size in shape_of(data)[2:]]
     pooled = _max_pool(insert, data, window, window, [0, 0], [1, 1], False)
     if negated:
         pooled = insert.call(aten.neg.default, pooled)
-    keepdim = bool(argument(node, 2, "keepdim", False))
-    return insert.reshape(pooled, kept if keepdim else [shape[d] for d in outer])
+    if argument(node, 2, "keepdim", False):
+        return insert.reshape(pooled, [1 if d in dims else shape[d] for d in range(len(shape))])
+    return insert.reshape(pooled, [shape[d] for d in outer])
 
 
 def _adaptive_max_pool(insert: Insertion, source: Node) -> Node | None:

@@ -55,7 +55,7 @@ def _reduce(insert: Insertion, *, average: bool) -> Node | None:
     keepdim = bool(argument(node, 2, "keepdim", False))
     outer = [d for d in range(len(shape)) if d not in dims]
     spatial = len(shape) == 4 and dims == [2, 3]
-    if not outer or not is_static([shape[d] for d in dims]) or 0 in [shape[d] for d in dims]:
+    if not shape or not is_static([shape[d] for d in dims]) or 0 in [shape[d] for d in dims]:
         return None
     if average and spatial and is_static([shape[d] for d in outer]):
         return None
@@ -85,7 +85,9 @@ def _weighted(insert: Insertion, data: Node, dims: list[int], matrix: Tensor) ->
     shape = shape_of(data)
     outer = [d for d in range(len(shape)) if d not in dims]
     data = insert.permute(data, [*outer, *dims])
-    data = insert.reshape(data, [*(shape[d] for d in outer), matrix.shape[1]])
+    # A delegate takes no tensors without dims, so of a whole tensor one row is made.
+    rows = [shape[d] for d in outer] or [1]
+    data = insert.reshape(data, [*rows, matrix.shape[1]])
     return insert.call(aten.linear.default, data, insert.constant("weight", matrix))
 
 
@@ -98,14 +100,13 @@ def norm(insert: Insertion) -> Node | None:
     given: Any = argument(node, 2, "dim")
     dims = sorted({int(d) % len(shape) for d in (range(len(shape)) if given is None else given)})
     outer = [d for d in range(len(shape)) if d not in dims]
-    # Of a whole tensor nothing is left that a delegate would take: it takes no scalars.
-    if dims == [len(shape) - 1] or not outer or not is_static([shape[d] for d in dims]):
+    if (outer and dims == [len(shape) - 1]) or not is_static([shape[d] for d in dims]):
         return None
     if sum(not isinstance(shape[d], int) for d in outer) > 1:
         return None
     rows = insert.permute(data, [*outer, *dims])
     count = math.prod(shape[d] for d in dims)
-    rows = insert.reshape(rows, [*(shape[d] for d in outer), count])
+    rows = insert.reshape(rows, [*([shape[d] for d in outer] or [1]), count])
     norms = insert.call(aten.linalg_vector_norm.default, rows, 2, [-1], True)
     return insert.reshape(norms, shape_of(node))
 
