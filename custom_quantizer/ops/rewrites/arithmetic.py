@@ -7,18 +7,20 @@ bits of float32 may differ where two roundings become three.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import argument, shape_of, tensor_meta
-from custom_quantizer.core.rewriting import Insertion, Rewrite, renamed
+from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.core.rewriting import Insertion, Rewrite, renamed, replace
 from custom_quantizer.ops.rewrites.masks import is_finite
 
-__all__ = ["ARITHMETIC"]
+__all__ = ["ARITHMETIC", "products_apart"]
 
 aten = torch.ops.aten
 
@@ -33,6 +35,48 @@ def _added(insert: Insertion, start: Any, term: Node, factor: float) -> Node:
     if factor != 1:
         term = insert.call(aten.mul.Tensor, term, float(factor))
     return insert.call(aten.add.Tensor, start, term)
+
+
+def products_apart(model: GraphModule) -> int:
+    """Write sums and differences with a factor (``alpha``) as those of a product, in place.
+
+    The factor may be a dynamic size, which the tables of rewrites leave alone.
+
+    Returns:
+        How many were rewritten.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        scaled = _SCALED.get(node.target) if node.op == "call_function" else None
+        meta = tensor_meta(node)
+        if scaled is None or meta is None or meta.dtype != torch.float32:
+            continue
+        alpha, operand = argument(node, 2, "alpha", 1), node.args[scaled]
+        kind = tensor_meta(operand) if isinstance(operand, Node) else None
+        wide = kind is not None and kind.dtype != torch.float32
+        if alpha == 1 or wide or overwritten_by(node) is not None:
+            continue
+        insert, operands = Insertion(model, node), list(node.args[:2])
+        if kind is not None:
+            operands[scaled] = insert.call(aten.mul.Tensor, operand, alpha)
+        elif isinstance(operand, Node) or isinstance(alpha, Node):
+            operands[scaled] = product = insert.call(operator.mul, operand, alpha)
+            sizes = [n.meta["val"] if isinstance(n, Node) else n for n in (operand, alpha)]
+            product.meta["val"] = math.prod(sizes)
+        else:
+            operands[scaled] = cast(float, operand) * alpha
+        replace(model, node, insert.call(node.target, *operands))
+        count += 1
+    return count
+
+
+_SCALED = {
+    aten.add.Tensor: 1,
+    aten.rsub.Scalar: 0,
+    aten.rsub.Tensor: 0,
+    aten.sub.Tensor: 1,
+}
+"""Which operand the factor is of."""
 
 
 def _addcmul(insert: Insertion) -> Node:

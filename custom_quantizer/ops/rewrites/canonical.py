@@ -40,6 +40,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import rewrite_calls
+from custom_quantizer.ops.rewrites.arithmetic import products_apart
 from custom_quantizer.ops.rewrites.batch_norms import (
     fold_into_layers,
     give_layers,
@@ -81,6 +82,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
         # What was written into, piece by piece, is written no more: zeros, masks.
         fold_constants(model, parameters=not training)
     _integers_to_floats(model)
+    products_apart(model)
     decompose(model, training=training)
     if training:
         mark_computed_parameters(model)
