@@ -144,6 +144,19 @@ def test_what_counts_from_the_end_of_a_dynamic_dim_stays_outside() -> None:
     check(graph, program, [(torch.randn(2, n, 8),) for n in (4, MOST, 7)])
 
 
+def test_factors_that_are_dynamic_sizes() -> None:
+    def function(s: Any, x: Tensor) -> Tensor:
+        n, y = x.shape[1], s.layer(x)
+        curve = torch.ops.aten.elu.default(y, n / 16, 1.5, n / 8)
+        total = torch.add(curve, torch.sin(y), alpha=n)
+        return torch.rsub(torch.sub(total, 3, alpha=n), y, alpha=n / 4)
+
+    model = Function(function, layer=nn.Linear(8, 8))
+    graph, program = program_of(model, (torch.randn(2, 6, 8),), ({1: "tokens"},))
+    assert program.report.delegates == 1  # outside are the numbers
+    check(graph, program, [(torch.randn(2, n, 8),) for n in (4, MOST, 7)])
+
+
 def test_what_is_cut_to_the_size_of_a_convolution_of_it() -> None:
     """It begins at the same place for all sizes, as skip connections of causal convolutions do."""
     layers = {"first": nn.Conv1d(4, 4, 3, dilation=2), "second": nn.Conv1d(4, 4, 2)}

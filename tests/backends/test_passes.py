@@ -284,9 +284,11 @@ def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str
 # and in test_lowering_combinations.py.
 FLOAT_OPS = {
     "drop_broadcasts",
+    "exponentials_and_logarithms",
     "gather_rows",
     "group_norms_to_linears",
     "layer_norms_to_linears",
+    "logsumexps_to_linears",
     "norms_to_linears",
     "quantize_tables",
     "shield_composites",
@@ -303,6 +305,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         found |= run_passes(copy.deepcopy(converted(family, scheme)[0])).keys()
     rare = {
         "batch_norms_to_layers",
+        "elus_of_sizes",
         "float_fallbacks",
         "split_sparse_max_pools",
         "thin_strided_convs",
@@ -971,9 +974,12 @@ def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
         assert graph_pass.after
     inexact = {
         "batch_norms_to_layers",
+        "elus_of_sizes",
         "emulate_wide",
+        "exponentials_and_logarithms",
         "group_norms_to_linears",
         "layer_norms_to_linears",
+        "logsumexps_to_linears",
         "norms_to_linears",
         "plain_elus",
         "silu_products",

@@ -405,3 +405,49 @@ class TestContract(IntegerContract):
 class TestFloatContract(FloatContract):
     together = True
     families = ("mish", "softplus")
+
+
+# Where results are next to zero or infinite, too.
+SMALL = torch.logspace(-30, 1.5, 300)
+AROUND = torch.cat([SMALL, -SMALL[SMALL < 1], torch.tensor([0.0, -1.0, -1 + 2**-24, 3e37])])
+LARGE = torch.linspace(-125.0, 126.0, 501)
+POSITIVE = torch.logspace(-37.0, 38.0, 400)
+_LOWEST = torch.finfo(torch.float32).min
+ROWS = torch.tensor(
+    [
+        [0.5, -2.0, 40.0, 40.0],
+        [-math.inf] * 4,
+        [-math.inf, 1.0, -math.inf, -90.0],
+        [_LOWEST] * 4,
+        [1.0, math.inf, 0.0, 2.0],
+    ]
+)
+
+
+def in_steps(around: Tensor, large: Tensor, positive: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    return (
+        *(torch.log1p(around), torch.expm1(around), torch.exp2(large)),
+        *(torch.log2(positive), torch.log10(positive)),
+        *(torch.logsumexp(rows, -1), torch.logsumexp(rows[:3], (0, 1), keepdim=True)),
+    )
+
+
+def beside_integers(_self: Function, *given: Tensor) -> tuple[Tensor, ...]:
+    """Without any tensor of integers, a graph is no converted one."""
+    grid: tuple[Any, ...] = (0.125, 3, -128, 127, torch.int8)
+    integers = torch.ops.quantized_decomposed.quantize_per_tensor(given[0], *grid)
+    values = torch.ops.quantized_decomposed.dequantize_per_tensor(integers, *grid)
+    return (*in_steps(*given), values)
+
+
+def test_functions_in_steps_are_as_near_as_the_kernels_of_the_steps() -> None:
+    examples = (AROUND, LARGE, POSITIVE, ROWS)
+    usual = tuple(map(torch.rand_like, examples))
+    lowered = cq.lower(capture(Function(beside_integers), usual), usual)
+    assert lowered.report.fully_delegated
+    got, want = lowered.run(*examples), in_steps(*(example.double() for example in examples))
+    # XNNPACK's exponential and logarithm: 32 units in the last place, and 2^-23.
+    bounds = ((4, 0), (32, 0), (80, 0), (4, 2**-22), (4, 2**-22), (4, 2**-22), (4, 2**-22))
+    for result, exact, (ulps, absolute) in zip(got, want, bounds, strict=False):
+        near = ((ulps + 1) * 2**-23 * exact.abs() + absolute).nan_to_num(0.0, 0.0, 0.0)
+        assert bool(((result == exact.float()) | ((result - exact).abs() <= near)).all())

@@ -579,9 +579,16 @@ FLOAT_TARGETS = frozenset(
         aten.pow.Tensor_Scalar,
         aten.max.dim,
         aten.batch_norm.default,
+        # What passes write out.
+        aten.exp2.default,
+        aten.expm1.default,
+        aten.log10.default,
+        aten.log1p.default,
+        aten.log2.default,
+        aten.logsumexp.default,
     }
 )
-"""Ops of no family that XNNPACK computes in float, by the partitioner's list."""
+"""Ops of no family that XNNPACK computes in float, by the partitioner's list or in steps."""
 
 
 _STORED = scheme("a8w8-per_tensor").weight

@@ -78,6 +78,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         normalization.layer_norms_to_linears,
         normalization.group_norms_to_linears,
         normalization.norms_to_linears,
+        normalization.logsumexps_to_linears,
         normalization.drop_broadcasts,
         movement.splits_to_slices,
         movement.selects_to_slices,
@@ -99,8 +100,10 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         functions.silu_products,
         functions.written_out,
         functions.plain_elus,
+        functions.elus_of_sizes,
         functions.tanh_gelus,
         functions.softplus_steps,
+        functions.exponentials_and_logarithms,
     ),
     "widths": (
         activations.split_activations,

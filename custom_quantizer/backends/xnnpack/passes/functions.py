@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -29,11 +30,13 @@ from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
     add_constant,
+    argument,
     constant_of,
     is_constant,
     qparams_of,
     reads_sizes,
     shape_of,
+    tensor_meta,
 )
 from custom_quantizer.ops.functions import (
     ELU,
@@ -65,6 +68,13 @@ class _Numbers(Builder):
     def number(self, value: float) -> Node:
         name = f"{self.origin}_constant"
         return add_constant(self.model, name, torch.tensor([value]), self.anchor)
+
+    def times(self, value: Node, factor: float | Node) -> Node:
+        """The product with a number, also one that the graph computes from sizes."""
+        if factor == 1.0:
+            return value
+        number = factor if isinstance(factor, Node) else self.number(factor)
+        return self.call(aten.mul.Tensor, value, number)
 
 
 @graph_pass(
@@ -207,6 +217,30 @@ def plain_elus(model: GraphModule) -> int:
     return count
 
 
+@graph_pass(
+    "elu with factors that the graph computes from sizes",
+    "a sum with an elu without",
+    requires={"plain_elus"},
+    exact=False,
+)
+def elus_of_sizes(model: GraphModule) -> int:
+    """``elu(x, n) = relu(x) + n * elu(min(x, 0), 1)``: there is no kernel for it otherwise."""
+    count = 0
+    for node in calls(model, frozenset({aten.elu.default})):
+        if not reads_sizes(node):
+            continue
+        build, data = _Numbers(model, node), cast(Node, node.args[0])
+        names = ("alpha", "scale", "input_scale")
+        alpha, scale, inner = (argument(node, i, name, 1.0) for i, name in enumerate(names, 1))
+        below = build.call(aten.hardtanh.default, data, -FLOAT32_MAX, 0.0)
+        below = build.call(aten.elu.default, build.times(below, inner), _ALMOST_ONE)
+        above = build.call(aten.relu.default, data)
+        total = build.call(aten.add.Tensor, above, build.times(below, alpha))
+        replace(node, build.times(total, scale))
+        count += 1
+    return count
+
+
 def _with_numbers(model: GraphModule, targets: frozenset[Any]) -> list[Node]:
     """Calls whose factors the graph does not compute from sizes of the inputs."""
     return [node for node in calls(model, targets) if not reads_sizes(node)]
@@ -247,6 +281,78 @@ def _softplus(build: _Numbers, x: Node, beta: float) -> Node:
 
 
 @graph_pass(
+    "exp2, expm1, log10, log1p, log2", "steps of float, up to the last bits of float32", exact=False
+)
+def exponentials_and_logarithms(model: GraphModule) -> int:
+    """Exponentials and logarithms that the delegate lacks, by those that it has.
+
+    ``exp2(x) = exp(x * ln 2)`` is off by ``2**-24`` for each unit of its exponent, ``log2`` and
+    ``log10`` by as much as XNNPACK's logarithm; ``expm1`` and ``log1p`` are as near where their
+    results are next to 0.
+    """
+    count = 0
+    for node in calls(model, frozenset(_BY_OTHERS)):
+        meta = tensor_meta(node)
+        if meta is None or meta.dtype != torch.float32:
+            continue
+        build = _Numbers(model, node)
+        replace(node, _BY_OTHERS[node.target](build, cast(Node, node.args[0])))
+        count += 1
+    return count
+
+
+def _exp2(build: _Numbers, x: Node) -> Node:
+    scaled = build.call(aten.mul.Tensor, x, build.number(math.log(2)))
+    return build.call(aten.exp.default, scaled)
+
+
+def _logarithm(base: int) -> Callable[[_Numbers, Node], Node]:
+    def steps(build: _Numbers, x: Node) -> Node:
+        log = build.call(aten.log.default, x)
+        return build.call(aten.mul.Tensor, log, build.number(1 / math.log(base)))
+
+    return steps
+
+
+def _log1p(build: _Numbers, x: Node) -> Node:
+    """``y = log(1 + x)``, less ``(expm1(y) - x) / (1 + x)``, a step of Newton's method.
+
+    XNNPACK's logarithm is up to ``2**-23`` away next to 1, which may be more than the result. The
+    step is bounded, as ``expm1(y)`` rounds by more than it is worth where ``x`` is next to -1.
+    """
+    raised = build.call(aten.add.Tensor, x, build.number(1.0))
+    log = build.call(aten.log.default, raised)
+    finite = build.call(aten.hardtanh.default, x, -1.0, FLOAT32_MAX)
+    excess = build.call(aten.sub.Tensor, _expm1(build, log), finite)
+    divisor = build.call(aten.hardtanh.default, raised, 2.0**-24, FLOAT32_MAX)
+    step = build.call(aten.div.Tensor, excess, divisor)
+    step = build.call(aten.hardtanh.default, step, -(2.0**-21), 2.0**-21)
+    return build.call(aten.sub.Tensor, log, step)
+
+
+def _expm1(build: _Numbers, x: Node) -> Node:
+    """``elu(x)`` up to 0, and ``-exp(x) * elu(-x)`` above; either is 0 where the other is not."""
+
+    def elu(value: Node) -> Node:
+        return build.call(aten.elu.default, value, _ALMOST_ONE)
+
+    below = elu(build.call(aten.hardtanh.default, x, -FLOAT32_MAX, 0.0))
+    above = build.call(aten.relu.default, x)
+    lack = elu(build.call(aten.neg.default, above))
+    growth = build.call(aten.mul.Tensor, build.call(aten.exp.default, above), lack)
+    return build.call(aten.sub.Tensor, below, growth)
+
+
+_BY_OTHERS: Mapping[Any, Callable[[_Numbers, Node], Node]] = {
+    aten.exp2.default: _exp2,
+    aten.expm1.default: _expm1,
+    aten.log10.default: _logarithm(10),
+    aten.log1p.default: _log1p,
+    aten.log2.default: _logarithm(2),
+}
+
+
+@graph_pass(
     "the tanh approximation of gelu in float",
     "its formula, up to the last bits of float32",
     exact=False,
@@ -268,13 +374,10 @@ def tanh_gelus(model: GraphModule) -> int:
 def _tanh_gelu(build: _Numbers, x: Node) -> Node:
     """``x * (0.5 * (1 + tanh(sqrt(2 / pi) * x * (1 + 0.044715 * x**2))))``."""
 
-    def times(value: Node, factor: float) -> Node:
-        return build.call(aten.mul.Tensor, value, build.number(factor))
-
     def plus_one(value: Node) -> Node:
         return build.call(aten.add.Tensor, value, build.number(1.0))
 
-    cubic = plus_one(times(build.call(aten.mul.Tensor, x, x), 0.044715))
-    inner = times(build.call(aten.mul.Tensor, x, cubic), math.sqrt(2 / math.pi))
-    half = times(plus_one(build.call(aten.tanh.default, inner)), 0.5)
+    cubic = plus_one(build.times(build.call(aten.mul.Tensor, x, x), 0.044715))
+    inner = build.times(build.call(aten.mul.Tensor, x, cubic), math.sqrt(2 / math.pi))
+    half = build.times(plus_one(build.call(aten.tanh.default, inner)), 0.5)
     return build.call(aten.mul.Tensor, x, half)

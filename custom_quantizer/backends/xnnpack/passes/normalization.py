@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import (
+    FLOAT32_MAX,
     Builder,
     calls,
     graph_pass,
@@ -273,6 +274,51 @@ def norms_to_linears(model: GraphModule) -> int:
         if not argument(node, 3, "keepdim", False):
             result = build.call(aten.view_copy.default, result, view_sizes(shape_of(node)))
         replace(node, result)
+        count += 1
+    return count
+
+
+_FINITE = (-FLOAT32_MAX, FLOAT32_MAX * (1 - 2.0**-24))
+"""Bounds of what is subtracted: a clamp at the largest float would be dropped as one of nothing."""
+
+
+@graph_pass(
+    "logarithms of sums of exponentials",
+    "a max pool, a linear layer of one output, and elementwise ops: other roundings in float",
+    exact=False,
+)
+def logsumexps_to_linears(model: GraphModule) -> int:
+    """``m + log(sum(exp(x - m)))``, where ``m`` is the maximum.
+
+    It is made finite before it is subtracted, so that rows of nothing but minus infinity give that,
+    as they do in PyTorch, and not a NaN.
+    """
+    sums = _Sums(model)
+    count = 0
+    for node in calls(model, frozenset({aten.logsumexp.default})):
+        data = cast(Node, node.args[0])
+        meta, shape = tensor_meta(data), shape_of(data)
+        dims = sorted({int(d) % len(shape) for d in cast("Sequence[int]", node.args[1]) if shape})
+        outer = [d for d in range(len(shape)) if d not in dims]
+        sizes = [shape[d] for d in dims]
+        if meta is None or meta.dtype != torch.float32 or not dims or 0 in shape:
+            continue
+        static = all(isinstance(size, int) for size in sizes)
+        if not static or sum(not isinstance(shape[d], int) for d in outer) > 1:
+            continue
+        build, size = Builder(model, node), math.prod(sizes)
+        if [*outer, *dims] != list(range(len(shape))):
+            data = _moved(build, data, [*outer, *dims])
+        rows = math.prod(shape[d] for d in outer)
+        data = _flattened(build, data, [rows, size])
+        images = build.call(aten.view_copy.default, data, view_sizes([rows, 1, 1, size]))
+        largest = build.call(aten.max_pool2d.default, images, [1, size])
+        largest = build.call(aten.view_copy.default, largest, view_sizes([rows, 1]))
+        finite = build.call(aten.hardtanh.default, largest, *_FINITE)
+        powers = build.call(aten.exp.default, build.call(aten.sub.Tensor, data, finite))
+        total = build.call(aten.linear.default, powers, sums.row(size, 1.0))
+        result = build.call(aten.add.Tensor, build.call(aten.log.default, total), largest)
+        replace(node, build.call(aten.view_copy.default, result, view_sizes(shape_of(node))))
         count += 1
     return count
 
