@@ -46,9 +46,48 @@ def test_weighted_bags_of_a_dynamic_batch() -> None:
         torch.testing.assert_close(graph(*given), want, rtol=0, atol=5 * 2.0**-20)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("mode", "padding"), [("sum", 0), ("mean", 3), ("mean", -1)])
+def test_what_pads_bags_does_not_count(mode: str, padding: int, training: bool) -> None:
+    model = nn.EmbeddingBag.from_pretrained(torch.randn(20, 8), False, mode=mode)
+    model.padding_idx = padding % 20
+    x = torch.randint(0, 20, (4, 5))
+    x[0, 1:3] = x[1, :] = x[2, 4] = padding % 20
+    graph = canonicalize(capture(model, (x,)), training=training)
+    assert not calls(graph, aten.embedding_bag.padding_idx)
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=5 * 2.0**-22)
+    if training:
+        (trained,) = graph.parameters()
+        for network in (graph, model):
+            network(x).square().sum().backward()
+        assert not trained.grad[padding].any()
+        torch.testing.assert_close(trained.grad, model.weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_bags_with_padding_and_weights_are_lowered() -> None:
+    model = Function(
+        lambda s, x, w: s.layer(s.sums(x, per_sample_weights=w) + s.means(x)),
+        sums=nn.EmbeddingBag(20, 8, mode="sum", padding_idx=2),
+        means=nn.EmbeddingBag(20, 8, mode="mean", padding_idx=2),
+        layer=nn.Linear(8, 4),
+    )
+    batches = [(torch.randint(0, 6, (3, 5)), torch.randn(3, 5)) for _ in range(3)]
+    converted = convert(model.eval(), batches[0], calibration=batches)
+    program = cq.lower(converted.graph, batches[0])
+    assert program.report.delegates == 1
+    assert set(program.report.outside) == {"aten::embedding.out"}
+    reference = cq.integer_reference(converted.graph)
+    for given in batches:
+        assert differences(program.run(*given), reference(*given)) == []
+
+
 @pytest.mark.parametrize(
     ("offsets", "options"),
-    [([0, 4], {}), ([0, 5], {"padding_idx": 1}), ([0, 5, 10], {"include_last_offset": True})],
+    [
+        ([0, 4], {}),
+        ([0, 5], {"padding_idx": 1, "mode": "max"}),
+        ([0, 5, 10], {"include_last_offset": True}),
+    ],
 )
 def test_other_bags_are_left_alone(offsets: list[int], options: dict[str, Any]) -> None:
     bags = nn.EmbeddingBag(20, 8, **options)

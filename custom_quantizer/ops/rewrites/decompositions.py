@@ -193,6 +193,7 @@ def _embedding_bag(insert: Insertion) -> Node | None:
     """Bags of one size are rows of a matrix: an embedding, and a sum, a mean or a maximum over it.
 
     ``nn.EmbeddingBag`` of a matrix of indices is that; offsets that are an input may be anything.
+    The row of an index that only pads becomes zero, and does not count in a mean.
     """
     node = insert.node
     source, index = cast(Node, node.args[0]), node.args[1]
@@ -200,21 +201,32 @@ def _embedding_bag(insert: Insertion) -> Node | None:
         return None
     table, indices, offsets = (cast(Node, arg) for arg in source.args[:3])
     mode, weights = int(argument(source, 4, "mode", 0)), argument(source, 6, "per_sample_weights")
-    padded = argument(source, 8, "padding_idx", -1)
+    padding = argument(source, 8, "padding_idx")
+    padding = None if source.target is aten.embedding_bag.default else padding
     size = _bag_size(insert.model, indices, offsets)
-    if size is None or padded not in (None, -1) or argument(source, 7, "include_last_offset"):
+    if size is None or argument(source, 7, "include_last_offset"):
         return None
-    if weights is not None and mode != 0:
+    if (weights is not None and mode != 0) or (padding is not None and mode == 2):
         return None
     rows = insert.call(aten.reshape.default, indices, [-1, size])
+    if padding is not None:
+        count = cast(int, shape_of(table)[0])
+        kept = torch.ones(count, 1)
+        kept[int(padding)] = 0.0
+        ones = insert.constant("kept", kept)
+        table = insert.settled(insert.call(aten.mul.Tensor, table, ones), "table")
     vectors = insert.call(aten.embedding.default, table, rows)
     if weights is not None:
         factors = insert.call(aten.reshape.default, weights, [-1, size, 1])
         vectors = insert.call(aten.mul.Tensor, vectors, factors)
     if mode == 2:
         return insert.call(aten.amax.default, vectors, [1])
-    reduce = aten.sum.dim_IntList if mode == 0 else aten.mean.dim
-    return insert.call(reduce, vectors, [1])
+    if mode == 0 or padding is None:
+        reduce = aten.sum.dim_IntList if mode == 0 else aten.mean.dim
+        return insert.call(reduce, vectors, [1])
+    total = insert.call(aten.sum.dim_IntList, vectors, [1])
+    counts = insert.call(aten.sum.dim_IntList, insert.call(aten.embedding.default, ones, rows), [1])
+    return insert.call(aten.div.Tensor, total, insert.call(aten.clamp.default, counts, 1.0))
 
 
 def _bag_size(model: GraphModule, indices: Node, offsets: Node) -> int | None:
