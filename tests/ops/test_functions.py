@@ -424,6 +424,19 @@ ROWS = torch.tensor(
 )
 
 
+FRACTIONS = torch.cat(
+    [
+        *(torch.linspace(-9.0, 9.0, 73), torch.randn(200) * 1e6),
+        torch.tensor([2**22 + 0.5, 2**22 + 1.5, -(2**22) - 0.5, 2**23 - 0.5, 2**23 - 1.5]),
+        torch.tensor([2**22 - 0.5, 2**24 + 2, 3e38, math.inf, -math.inf, 1e-30, 0.49999997]),
+    ]
+)
+
+
+def exactly(values: Tensor) -> tuple[Tensor, ...]:
+    return torch.round(values), torch.trunc(values), torch.frac(values), torch.sign(values)
+
+
 def in_steps(around: Tensor, large: Tensor, positive: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
     return (
         *(torch.log1p(around), torch.expm1(around), torch.exp2(large)),
@@ -437,17 +450,21 @@ def beside_integers(_self: Function, *given: Tensor) -> tuple[Tensor, ...]:
     grid: tuple[Any, ...] = (0.125, 3, -128, 127, torch.int8)
     integers = torch.ops.quantized_decomposed.quantize_per_tensor(given[0], *grid)
     values = torch.ops.quantized_decomposed.dequantize_per_tensor(integers, *grid)
-    return (*in_steps(*given), values)
+    return (*in_steps(*given[:-1]), values, *exactly(given[-1]), *map(given[3].cumsum, (0, 1)))
 
 
 def test_functions_in_steps_are_as_near_as_the_kernels_of_the_steps() -> None:
-    examples = (AROUND, LARGE, POSITIVE, ROWS)
+    examples = (AROUND, LARGE, POSITIVE, ROWS, FRACTIONS)
     usual = tuple(map(torch.rand_like, examples))
     lowered = cq.lower(capture(Function(beside_integers), usual), usual)
     assert lowered.report.fully_delegated
-    got, want = lowered.run(*examples), in_steps(*(example.double() for example in examples))
+    got, want = lowered.run(*examples), in_steps(*(example.double() for example in examples[:-1]))
     # XNNPACK's exponential and logarithm: 32 units in the last place, and 2^-23.
     bounds = ((4, 0), (32, 0), (80, 0), (4, 2**-22), (4, 2**-22), (4, 2**-22), (4, 2**-22))
     for result, exact, (ulps, absolute) in zip(got, want, bounds, strict=False):
         near = ((ulps + 1) * 2**-23 * exact.abs() + absolute).nan_to_num(0.0, 0.0, 0.0)
         assert bool(((result == exact.float()) | ((result - exact).abs() <= near)).all())
+    for result, wanted in zip(got[-6:-2], exactly(FRACTIONS), strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
+    for result, dim in zip(got[-2:], (0, 1), strict=True):
+        torch.testing.assert_close(result, ROWS.cumsum(dim), rtol=1e-6, atol=0, equal_nan=True)

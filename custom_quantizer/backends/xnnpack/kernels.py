@@ -580,6 +580,11 @@ FLOAT_TARGETS = frozenset(
         aten.max.dim,
         aten.batch_norm.default,
         # What passes write out.
+        aten.cumsum.default,
+        aten.frac.default,
+        aten.round.default,
+        aten.sign.default,
+        aten.trunc.default,
         aten.exp2.default,
         aten.expm1.default,
         aten.log10.default,

@@ -79,6 +79,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         normalization.group_norms_to_linears,
         normalization.norms_to_linears,
         normalization.logsumexps_to_linears,
+        normalization.running_sums_in_steps,
         normalization.drop_broadcasts,
         movement.splits_to_slices,
         movement.selects_to_slices,
@@ -104,6 +105,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         functions.tanh_gelus,
         functions.softplus_steps,
         functions.exponentials_and_logarithms,
+        functions.roundings_in_steps,
     ),
     "widths": (
         activations.split_activations,

@@ -352,6 +352,65 @@ _BY_OTHERS: Mapping[Any, Callable[[_Numbers, Node], Node]] = {
 }
 
 
+@graph_pass("round, trunc, frac, sign", "steps of float with the same values")
+def roundings_in_steps(model: GraphModule) -> int:
+    """Roundings that the delegate lacks, by floor, ceil and sums.
+
+    Only the sign of a zero is lost, and subnormal numbers, which kernels take for zeros.
+    """
+    count = 0
+    for node in calls(model, frozenset(_ROUNDINGS)):
+        meta = tensor_meta(node)
+        if meta is None or meta.dtype != torch.float32:
+            continue
+        build = _Numbers(model, node)
+        replace(node, _ROUNDINGS[node.target](build, cast(Node, node.args[0])))
+        count += 1
+    return count
+
+
+def _round(build: _Numbers, x: Node) -> Node:
+    """To the nearest even, as a sum with ``1.5 * 2**23`` rounds what is within ``2**22``.
+
+    What is left of a larger number is within ``2**22`` again, or whole.
+    """
+
+    def small(value: Node) -> tuple[Node, Node]:
+        part = build.call(aten.hardtanh.default, value, -(2.0**22), 2.0**22)
+        raised = build.call(aten.add.Tensor, part, build.number(1.5 * 2**23))
+        rounded = build.call(aten.sub.Tensor, raised, build.number(1.5 * 2**23))
+        return rounded, build.call(aten.sub.Tensor, value, part)
+
+    first, left = small(x)
+    second, left = small(left)
+    return build.call(aten.add.Tensor, build.call(aten.add.Tensor, first, second), left)
+
+
+def _trunc(build: _Numbers, x: Node) -> Node:
+    sides = (x, build.call(aten.neg.default, x))
+    parts = [build.call(aten.floor.default, build.call(aten.relu.default, side)) for side in sides]
+    return build.call(aten.sub.Tensor, *parts)
+
+
+def _frac(build: _Numbers, x: Node) -> Node:
+    return build.call(aten.sub.Tensor, x, _trunc(build, x))
+
+
+def _sign(build: _Numbers, x: Node) -> Node:
+    above = build.call(aten.hardtanh.default, x, 0.0, 1.0)
+    below = build.call(aten.hardtanh.default, x, -1.0, 0.0)
+    parts = build.call(aten.ceil.default, above), build.call(aten.floor.default, below)
+    return build.call(aten.add.Tensor, *parts)
+
+
+_ROUNDINGS: Mapping[Any, Callable[[_Numbers, Node], Node]] = {
+    aten.frac.default: _frac,
+    aten.round.default: _round,
+    aten.sign.default: _sign,
+    aten.trunc.default: _trunc,
+}
+
+
 @graph_pass(
     "the tanh approximation of gelu in float",
     "its formula, up to the last bits of float32",
