@@ -157,6 +157,25 @@ def test_factors_that_are_dynamic_sizes() -> None:
     check(graph, program, [(torch.randn(2, n, 8),) for n in (4, MOST, 7)])
 
 
+def test_ends_that_a_causal_convolution_cuts_off_are_not_padded() -> None:
+    def function(s: Any, x: Tensor) -> Tensor:
+        y = torch.relu(s.first(x)[:, :, :-4]) + x
+        image = s.second(y.unsqueeze(1))[:, :, :, 1:]
+        return torch.cat([image[:, 0], s.third(x)[..., :-1], s.fourth(x)[..., :-2]], 1)
+
+    layers = {
+        "first": nn.Conv1d(4, 4, 3, dilation=2, padding=4),
+        "second": nn.Conv2d(1, 1, 3, padding=1),
+        "third": nn.Conv1d(4, 4, 3, padding=1),
+        "fourth": nn.Conv1d(4, 4, 2, padding=1),  # more than its padding
+    }
+    model, example = Function(function, **layers), (torch.randn(1, 4, 9),)
+    graph, program = program_of(model, example, ({2: "tokens"},))
+    slices = [op for op in program.report.ops if op.placement is Placement.OUTSIDE]
+    assert len(slices) == 1
+    check(graph, program, [(torch.randn(1, 4, n),) for n in (4, MOST, 7)])
+
+
 def test_what_is_cut_to_the_size_of_a_convolution_of_it() -> None:
     """It begins at the same place for all sizes, as skip connections of causal convolutions do."""
     layers = {"first": nn.Conv1d(4, 4, 3, dilation=2), "second": nn.Conv1d(4, 4, 2)}

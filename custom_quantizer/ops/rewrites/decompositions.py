@@ -210,8 +210,7 @@ def _embedding_bag(insert: Insertion) -> Node | None:
         return None
     rows = insert.call(aten.reshape.default, indices, [-1, size])
     if padding is not None:
-        count = cast(int, shape_of(table)[0])
-        kept = torch.ones(count, 1)
+        kept = torch.ones(shape_of(table)[0], 1)
         kept[int(padding)] = 0.0
         ones = insert.constant("kept", kept)
         table = insert.settled(insert.call(aten.mul.Tensor, table, ones), "table")

@@ -228,7 +228,7 @@ def batch_norms_to_layers(model: GraphModule) -> int:
         meta = tensor_meta(node)
         if meta is None or meta.dtype != torch.float32 or not has_constants(node):
             continue
-        build, result = Builder(model, node), node.args[0]
+        build, result = Builder(model, node), cast(Node, node.args[0])
         shape = [-1, *[1] * (meta.dim() - 2)]
         steps = zip(factor_and_shift(model, node), (aten.mul.Tensor, aten.add.Tensor), strict=True)
         for value, target in steps:

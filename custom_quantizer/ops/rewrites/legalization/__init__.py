@@ -76,9 +76,9 @@ def _moved(rewrite: Rewrite) -> Rewrite:
 _FORMS: dict[Any, Rewrite] = {
     **ARRANGEMENTS,
     **interpolations.FORMS,
-    aten.conv1d.default: batched(1),
+    aten.conv1d.default: batched(1, layers.cut_short),
     aten.conv1d.padding: batched(1),
-    aten.conv2d.default: batched(2),
+    aten.conv2d.default: batched(2, layers.cut_short),
     aten.conv2d.padding: batched(2),
     aten.conv_transpose1d.default: batched(1),
     aten.conv_transpose2d.input: batched(2),

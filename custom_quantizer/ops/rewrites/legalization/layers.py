@@ -1,8 +1,9 @@
-"""Convolutions over three dims, and batch norms."""
+"""Convolutions over three dims, or with ends cut off, and batch norms."""
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import cast
 
 import torch
@@ -12,6 +13,7 @@ from custom_quantizer.core.graph import (
     argument,
     effective_users,
     is_constant,
+    reads_sizes,
     shape_of,
 )
 from custom_quantizer.core.memory import overwritten_by
@@ -41,6 +43,39 @@ def batch_norm(insert: Insertion) -> Node | None:
     normed = insert.call(aten.batch_norm.default, images, *node.args[1:], **node.kwargs)
     normed, last = _clamped(insert, normed, node)
     return _in_place_of(last, node, insert.reshape(normed, shape))
+
+
+def cut_short(insert: Insertion) -> Node | None:
+    """A convolution of which the ends of a dynamic dim are cut off pads less (causal networks).
+
+    ``conv(x, padding=p)[..., : -p]``. XNNPACK's slices count from the beginning of a static dim.
+    """
+    node, users = insert.node, effective_users(insert.node)
+    data, cut = float_input(insert), users[0] if len(users) == 1 else None
+    if data is None or cut is None or cut.target is not aten.slice.Tensor or reads_sizes(cut):
+        return None
+    if overwritten_by(cut) is not None or int(argument(cut, 4, "step", 1)) != 1:
+        return None
+    shape = shape_of(node)
+    dim = int(argument(cut, 1, "dim", 0)) % len(shape)
+    place, window = dim - 2, len(shape) - 2
+    if place < 0 or isinstance(shape[dim], int):
+        return None
+    start, end = argument(cut, 2, "start") or 0, argument(cut, 3, "end")
+    end = 0 if end is None or end == sys.maxsize else end
+    stride, padding, dilation = (
+        per_dim(argument(node, i, name, default), window)
+        for i, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    )
+    pad = padding[place]
+    if stride[place] != 1 or not (0 <= start <= pad and -pad <= end <= 0):
+        return None
+    padding[place] = 0
+    amounts = [*[0] * (2 * (window - 1 - place)), pad - start, pad + end]
+    padded = insert.call(aten.constant_pad_nd.default, data, amounts) if any(amounts) else data
+    bias, groups = argument(node, 2, "bias"), argument(node, 6, "groups", 1)
+    layer = node.args[1], bias, stride, padding, dilation, groups
+    return _in_place_of(cut, node, insert.call(node.target, padded, *layer))
 
 
 def _volumes(insert: Insertion) -> Node | None:
