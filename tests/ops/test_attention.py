@@ -394,6 +394,7 @@ def test_products_of_other_shapes_say_why_they_stay_in_float() -> None:
         (lambda s, x: torch.linalg.vector_norm(x, dim=-1), (2, 5, 6), "norms_to_linears", False),
         (lambda s, x: x.softmax(1), (2, 5, 6), "softmaxes_over_last_dim", False),
         (lambda s, x: torch.sin(x).softmax(-1), (2, 3, 4, 6), "softmaxes_of_rows", True),
+        (lambda s, x: x.softmax(-1), (2, 1, 2, 1, 3, 2, 4), "softmaxes_of_rows", True),
         (lambda s, x: x / x[:1].expand(2, 5, 6), (2, 5, 6), "drop_broadcasts", True),
     ],
 )
@@ -414,6 +415,15 @@ def test_float_ops_are_rewritten_once(
     else:
         torch.testing.assert_close(graph(x), want, rtol=2e-6, atol=2e-6)
     assert graph_pass.run(graph) == 0
+
+
+def test_a_softmax_over_more_dims_than_the_delegate_has() -> None:
+    def function(s: Function, x: Tensor) -> Tensor:
+        scores = s.first(x).reshape(1, 2, 1, 2, 1, 3, 4)
+        return cast(Tensor, s.last(scores.softmax(-1).reshape(12, 4)))
+
+    model, x = Function(function, first=nn.Linear(8, 4), last=nn.Linear(4, 2)), torch.randn(12, 8)
+    assert lowered_exactly(quantized(model, (x,)), (x,), []).report.fully_delegated
 
 
 @pytest.mark.parametrize(

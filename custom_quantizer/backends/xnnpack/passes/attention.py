@@ -162,11 +162,17 @@ def _reads_others(node: Node) -> bool:
     return other and not (is_quantize(node) or is_dequantize(node))
 
 
+_MOST_DIMS = 6
+"""Of XNNPACK's tensors."""
+
+
 @graph_pass(
-    "softmax of images", "softmax of rows, between views", requires={"softmaxes_over_last_dim"}
+    "softmax of images, or over more than six dims",
+    "softmax of rows, between views",
+    requires={"softmaxes_over_last_dim"},
 )
 def softmaxes_of_rows(model: GraphModule) -> int:
-    """A softmax of an image becomes one of rows.
+    """A softmax of an image, or of more dims than XNNPACK has, becomes one of rows.
 
     The delegate keeps images channels last, behind convolutions for instance, and XNNPACK's softmax
     runs over the last dimension in memory: there it would be the channels. ExecuTorch (1.5.1) knows
@@ -176,9 +182,10 @@ def softmaxes_of_rows(model: GraphModule) -> int:
     for node in calls(model, SOFTMAX.targets):
         shape = shape_of(node)
         dynamic = sum(not isinstance(size, int) for size in shape)
-        if len(shape) != 4 or dynamic > 1 or softmax_dim(node) != 3:
+        if dynamic > 1 or softmax_dim(node) != len(shape) - 1:
             continue
-        if _keeps_order(cast(Node, node.args[0])):
+        image = len(shape) == 4 and not _keeps_order(cast(Node, node.args[0]))
+        if not image and len(shape) <= _MOST_DIMS:
             continue
         build = Builder(model, node)
         last = shape[-1] if isinstance(shape[-1], int) else -1
