@@ -48,7 +48,7 @@ def batch_norm(insert: Insertion) -> Node | None:
 def cut_short(insert: Insertion) -> Node | None:
     """A convolution of which the ends of a dynamic dim are cut off pads less (causal networks).
 
-    ``conv(x, padding=p)[..., : -p]``. XNNPACK's slices count from the beginning of a static dim.
+    ``conv(x, padding=p)[..., : -p]``. Runtimes may have no slices that count from such an end.
     """
     node, users = insert.node, effective_users(insert.node)
     data, cut = float_input(insert), users[0] if len(users) == 1 else None
