@@ -204,6 +204,7 @@ def test_no_more_memory_than_the_stock_flow() -> None:
     assert ours["peaks"]["lower"] <= stock["peaks"]["lower"] + 17, (ours, stock)
 
 
+@pytest.mark.slow
 def test_what_was_converted_is_not_kept() -> None:
     """torchao remembers the device of every model; ours are forgotten."""
     x = torch.randn(1, 3, 4, 4)

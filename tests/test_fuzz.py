@@ -158,7 +158,6 @@ FOUND_CONVERTED = {
 # Tests of lowering hold the others, too: softmaxes of images, float convolutions between integers,
 # scales that no kernel takes.
 QUICK = (
-    "softmax over the rows of an image behind a convolution",
     "cat of a wide tensor with itself",
     "average pool of an image without a batch",
     "functions of narrow integers in a row",

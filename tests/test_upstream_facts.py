@@ -391,6 +391,7 @@ def test_per_channel_grouped_transposed_convolutions_are_refused_halfway(
     assert any("quantize" in name for name in outside) == refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "loads"), [(200.0, True), (300.0, False)])
 def test_a_requantization_multiplier_of_256_does_not_load(factor: float, loads: bool) -> None:
     example = (torch.randn(1, 3, 6, 6),)

@@ -123,6 +123,7 @@ def test_biases_and_weights_are_integers_of_the_derived_scales() -> None:
             assert torch.equal(op.bias.to(torch.float32) * unit, bias)
 
 
+@pytest.mark.slow
 def test_the_program_computes_what_the_reference_does() -> None:
     prepared = prepared_every_layer()
     cq.improve(prepared, DATA)

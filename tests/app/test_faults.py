@@ -99,7 +99,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+@pytest.mark.parametrize(
+    "old", [pytest.param(False, id="new", marks=pytest.mark.slow), pytest.param(True, id="old")]
+)
 def test_on_a_full_disk_nothing_changes(tmp_path: Path, writer: str, old: bool) -> None:
     write = WRITERS[writer]
     write(tmp_path)

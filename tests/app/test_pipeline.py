@@ -74,6 +74,7 @@ def test_equals_the_unmodified_torchao_flow() -> None:
     assert integers(convert_pt2e(prepared)) == integers(small_result().converted)
 
 
+@pytest.mark.slow
 def test_the_converted_graph_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -213,7 +214,12 @@ class Optional(Flexible):
 
 @pytest.mark.parametrize(
     ("build", "rest"),
-    [(Flexible, (torch.randn(8, 4),)), (Optional, ()), (Optional, (None,)), (Optional, (None, 3))],
+    [
+        (Flexible, (torch.randn(8, 4),)),
+        pytest.param(Optional, (), marks=pytest.mark.slow),
+        pytest.param(Optional, (None,), marks=pytest.mark.slow),
+        (Optional, (None, 3)),
+    ],
 )
 def test_a_dynamic_batch_of_inputs_of_any_kind(
     build: Callable[[], nn.Module], rest: tuple[Any, ...]

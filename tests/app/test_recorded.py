@@ -47,10 +47,10 @@ def quantized(data: object = None, model: nn.Module | None = None, **options: An
     ("config", "data", "accuracy"),
     [
         ("a8w8", None, None),
-        ("a16w8", None, None),
-        ("a8w8-entropy", None, None),
+        pytest.param("a16w8", None, None, marks=pytest.mark.slow),
+        pytest.param("a8w8-entropy", None, None, marks=pytest.mark.slow),
         ("a4w4-percentile99.9", None, "plain"),
-        ("a4w4", DATA, None),
+        pytest.param("a4w4", DATA, None, marks=pytest.mark.slow),
         ("a8w4", DATA, "best"),
     ],
 )

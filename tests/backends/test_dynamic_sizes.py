@@ -176,6 +176,7 @@ def test_ends_that_a_causal_convolution_cuts_off_are_not_padded() -> None:
     check(graph, program, [(torch.randn(1, 4, n),) for n in (4, MOST, 7)])
 
 
+@pytest.mark.slow
 def test_what_is_cut_to_the_size_of_a_convolution_of_it() -> None:
     """It begins at the same place for all sizes, as skip connections of causal convolutions do."""
     layers = {"first": nn.Conv1d(4, 4, 3, dilation=2), "second": nn.Conv1d(4, 4, 2)}
@@ -286,7 +287,8 @@ def tokens(batch: int, count: int = 6) -> Tensor:
     return torch.randn(batch, count, WIDTH)
 
 
-@pytest.mark.parametrize("way", ["unbind", pytest.param("split", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["unbind", "split"])
 def test_packed_projections_of_a_dynamic_batch(way: str) -> None:
     torch.manual_seed(0)
     graph, program = program_of(Block(way), (tokens(2),), ({0: "batch"},))

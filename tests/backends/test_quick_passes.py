@@ -60,7 +60,8 @@ class Everything(nn.Module):
         return self.head(torch.softmax(x @ x.transpose(1, 2), -1) @ x)
 
 
-@pytest.mark.parametrize("scheme", ["a8w8", pytest.param("dyn8w8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["a8w8", "dyn8w8"])
 def test_the_same_program(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     example = (torch.randn(1, 3, 8, 8),)

@@ -473,6 +473,7 @@ LAYOUTS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_float_weight_layouts() -> None:
     """Groups times kinds, on float weights: the layout does not depend on the dtype."""
     torch.manual_seed(4)
@@ -804,6 +805,7 @@ def test_constants_of_kernels_are_counted() -> None:
     assert contents.kernels == ("aten::add.out", "aten::cumsum.out")
 
 
+@pytest.mark.slow
 def test_inline_delegates_are_read() -> None:
     torch.manual_seed(1)
     example = (torch.randn(2, 7),)

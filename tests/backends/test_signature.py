@@ -125,6 +125,7 @@ def test_a_copy_has_tables_of_its_own(signature: ExportGraphSignature) -> None:
     assert tables(signature) == before
 
 
+@pytest.mark.slow
 def test_lowering_makes_no_table_for_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a table for every node that is looked at, the time of a chain grows with its square."""
     made: list[Any] = []

@@ -166,6 +166,7 @@ def test_upstream_s_partitioner_has_products_in_float_which_are_right() -> None:
         assert differences(program.run(*batch), reference(*batch)) == []
 
 
+@pytest.mark.slow
 def test_any_number_of_tokens() -> None:
     tokens = Dim("tokens", min=2, max=20)
     shape = {"x": {1: tokens}}

@@ -124,7 +124,11 @@ def first(outputs: Any) -> Tensor:
 
 
 CASES = [
-    pytest.param(rule, case, id=f"{rule.family}-{case.name}")
+    pytest.param(
+        *(rule, case),
+        id=f"{rule.family}-{case.name}",
+        marks=() if case is rule.cases[0] else pytest.mark.slow,
+    )
     for rule in REGISTRY
     for case in rule.cases
     if rule.integers is not None and rule.sharing is QParamSharing.OWN

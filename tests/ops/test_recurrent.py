@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.graphs import Function, calls, canonicalize, capture
 from support.models import convert
+from support.selection import slow_but
 from torch import Tensor, nn
 
 import custom_quantizer as cq
@@ -56,7 +57,10 @@ def same(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("lstm, batch first", "lstm, projected", "gru, two layers both ways", "rnn")
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 @torch.no_grad()
 def test_steps_compute_what_the_layer_does(name: str) -> None:
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
 from support.graphs import Function
 from support.models import convert
 from support.registry import LEFT_IN_FLOAT, Surrounded
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -129,7 +130,7 @@ GRAPHS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["a8w8", "a16w8"])
+@pytest.mark.parametrize("scheme", slow_but(["a8w8"], ["a8w8", "a16w8"]))
 @pytest.mark.parametrize("name", GRAPHS)
 def test_graphs_of_several_ops_run_with_numpy_bit_for_bit(
     name: str, scheme: str, tmp_path: Path

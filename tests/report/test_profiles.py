@@ -54,6 +54,7 @@ def profiled() -> cq.Profile:
     return cq.profile(program()[1], (X,), runs=20)
 
 
+@pytest.mark.slow
 def test_every_op_has_its_time_and_its_kernels() -> None:
     found = {row.op: row for row in profiled().rows}
     kernels = {

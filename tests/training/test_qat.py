@@ -419,6 +419,7 @@ DROPPED = {"feature_dropout.default": 2, "alpha_dropout.default": 2}
 """Position of what says so. Layers that drop inside are written out with dropouts of their own."""
 
 
+@pytest.mark.slow
 def test_modes_switch_what_torchao_leaves() -> None:
     prepared = prepared_for(build=Drops, train=True)
 

@@ -167,6 +167,7 @@ def test_activations_quantized_at_run_time_are_trained_too(scheme: str) -> None:
 # -- who prepares -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_caller_decides_between_observers_and_fake_quantizers() -> None:
     """torchao 0.18 does not tell a quantizer; also through ComposableQuantizer."""
     for wrap in (lambda q: q, lambda q: ComposableQuantizer([q])):
