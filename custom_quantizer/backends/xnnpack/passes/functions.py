@@ -290,13 +290,21 @@ def exponentials_and_logarithms(model: GraphModule) -> int:
     ``log10`` by as much as XNNPACK's logarithm; ``expm1`` and ``log1p`` are as near where their
     results are next to 0.
     """
+    return _in_steps(model, _BY_OTHERS)
+
+
+_Steps = Mapping[Any, Callable[[_Numbers, Node], Node]]
+"""By op, what adds its steps to a graph and returns the last of them."""
+
+
+def _in_steps(model: GraphModule, steps: _Steps) -> int:
+    """Write out calls of one argument, those of float32; returns how many."""
     count = 0
-    for node in calls(model, frozenset(_BY_OTHERS)):
+    for node in calls(model, frozenset(steps)):
         meta = tensor_meta(node)
         if meta is None or meta.dtype != torch.float32:
             continue
-        build = _Numbers(model, node)
-        replace(node, _BY_OTHERS[node.target](build, cast(Node, node.args[0])))
+        replace(node, steps[node.target](_Numbers(model, node), cast(Node, node.args[0])))
         count += 1
     return count
 
@@ -343,7 +351,7 @@ def _expm1(build: _Numbers, x: Node) -> Node:
     return build.call(aten.sub.Tensor, below, growth)
 
 
-_BY_OTHERS: Mapping[Any, Callable[[_Numbers, Node], Node]] = {
+_BY_OTHERS: _Steps = {
     aten.exp2.default: _exp2,
     aten.expm1.default: _expm1,
     aten.log10.default: _logarithm(10),
@@ -358,15 +366,7 @@ def roundings_in_steps(model: GraphModule) -> int:
 
     Only the sign of a zero is lost, and subnormal numbers, which kernels take for zeros.
     """
-    count = 0
-    for node in calls(model, frozenset(_ROUNDINGS)):
-        meta = tensor_meta(node)
-        if meta is None or meta.dtype != torch.float32:
-            continue
-        build = _Numbers(model, node)
-        replace(node, _ROUNDINGS[node.target](build, cast(Node, node.args[0])))
-        count += 1
-    return count
+    return _in_steps(model, _ROUNDINGS)
 
 
 def _round(build: _Numbers, x: Node) -> Node:
@@ -403,7 +403,7 @@ def _sign(build: _Numbers, x: Node) -> Node:
     return build.call(aten.add.Tensor, *parts)
 
 
-_ROUNDINGS: Mapping[Any, Callable[[_Numbers, Node], Node]] = {
+_ROUNDINGS: _Steps = {
     aten.frac.default: _frac,
     aten.round.default: _round,
     aten.sign.default: _sign,
