@@ -59,7 +59,7 @@ from custom_quantizer.ops.rewrites.training_graph import (
     norms_that_stand_still,
     origin_of,
 )
-from custom_quantizer.planning.drafts import is_annotated
+from custom_quantizer.planning.drafts import ANNOTATED_BEFORE, is_annotated
 from custom_quantizer.planning.insertion import ANNOTATION_KEY, insert_observers
 from custom_quantizer.planning.plan import Derivation, Edge, Plan
 from custom_quantizer.planning.planner import make_plan
@@ -401,7 +401,10 @@ def _nothing_to_quantize(plan: Plan, config: Config) -> str:
     wanted = [rule for rule in config.rules if rule.scheme is not None]
     all_are = any(rule.scope is Scope.GLOBAL for rule in wanted)
     scheme = wanted[0].scheme.name if wanted and wanted[0].scheme is not None else "a8w8"
-    hint = "" if all_are else f"; set_global('{scheme}') selects all ops"
+    if any(op.reason == ANNOTATED_BEFORE for op in plan.ops):
+        hint = "; the first quantizer of a ComposableQuantizer that wants an op gets it"
+    else:
+        hint = "" if all_are else f"; set_global('{scheme}') selects all ops"
     return f"there is nothing to quantize in the graph{hint} ({shown})"
 
 

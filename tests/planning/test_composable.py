@@ -196,6 +196,9 @@ def test_nothing_is_left_for_the_second() -> None:
     quantized(ours("a8w8"), second)
     with pytest.raises(cq.ConfigError, match=r"nothing to quantize.*another quantizer annotated"):
         second.check_plan()
+    stock = XNNPACKQuantizer().set_global(STOCK)
+    with pytest.raises(cq.ConfigError, match="the first quantizer of a Composable"):
+        quantized(stock, ours().set_module_name("head", "a8w8"))
 
 
 def test_outputs_have_one_format() -> None:
