@@ -53,6 +53,7 @@ def integers(converted: GraphModule) -> dict[str, tuple[object, ...]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "trained", "train"),
     [

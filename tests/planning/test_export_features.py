@@ -108,6 +108,7 @@ def test_a_while_loop_runs_in_the_reference_and_is_refused_by_executorch() -> No
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dynamic_batch_height_and_width() -> None:
     model = Function(lambda m, x: F.max_pool2d(m.a(x).relu(), 2), a=nn.Conv2d(3, 3, 3))
     dim = torch.export.Dim

@@ -91,6 +91,7 @@ def test_evaluate_from_files(files: Path, tmp_path: Path) -> None:
     assert found["integer reference"]["correct"] == found["net.pte"]["correct"]
 
 
+@pytest.mark.slow
 def test_another_network_of_the_same_shape_is_found_out(files: Path, tmp_path: Path) -> None:
     graph, _ = cq.load_graph(files / "net.graph.safetensors")
     graph.get_buffer("0_bias_integers")[3] += 1
