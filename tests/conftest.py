@@ -7,7 +7,6 @@ import logging
 import os
 
 import pytest
-import torch
 from hypothesis import Phase, settings
 
 # "explore" looks for new examples; CI must not fail on a Tuesday for what passed on Monday.
@@ -29,7 +28,9 @@ os.environ.pop("COLUMNS", None)
 logging.getLogger("torch.__trace").propagate = False
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # runs no test, so it need not wait for PyTorch
     from support import remembered  # not before its asserts are rewritten
 
     remembered.composite_ops()
@@ -52,4 +53,6 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)

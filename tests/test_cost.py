@@ -156,7 +156,7 @@ def work(kind: str, ops: int) -> dict[str, int]:
     return found
 
 
-QUICK = {"residual", "movement", "writes of a buffer"}
+QUICK = {"residual", "writes of a buffer"}
 
 
 @pytest.mark.parametrize(

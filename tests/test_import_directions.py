@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -31,8 +32,13 @@ ROOMS = (
 FLOOR_OF = {name: i for i, name in enumerate(ROOMS)}
 
 
-def imports() -> Iterator[tuple[str, str, Path]]:
+@cache
+def imports() -> tuple[tuple[str, str, Path], ...]:
     """``(importing room, imported module, file)`` within the package; typing-only ones too."""
+    return tuple(_imports())
+
+
+def _imports() -> Iterator[tuple[str, str, Path]]:
     for path in sorted(ROOT.rglob("*.py")):
         room = path.relative_to(ROOT).parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text())):

@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import remembered
 from support.models import convert
-from support.selection import slow_but
 from torch import Tensor, nn
 from torch.export.exported_program import _override_composite_implicit_decomp
 from torch.fx import GraphModule, Node
@@ -374,12 +373,10 @@ def _transposed(groups: int, granularity: str) -> GraphModule:
     return graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("groups", "granularity", "refused"),
-    slow_but(
-        [(2, "per_channel", True)],
-        [(1, "per_channel", False), (2, "per_tensor", False), (2, "per_channel", True)],
-    ),
+    [(1, "per_channel", False), (2, "per_tensor", False), (2, "per_channel", True)],
 )
 def test_per_channel_grouped_transposed_convolutions_are_refused_halfway(
     groups: int, granularity: str, refused: bool

@@ -448,6 +448,7 @@ def test_export_c(program: Path, tmp_path: Path) -> None:
     assert done.stdout == "0 of 9 values differ\n", done
 
 
+@pytest.mark.slow
 def test_export_onnx(program: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install '.[dev]'")
     path = tmp_path / "net.onnx"

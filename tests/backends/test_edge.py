@@ -150,7 +150,7 @@ def programs(
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [
-        ("composite", "a8w8"),
+        pytest.param("composite", "a8w8", marks=pytest.mark.slow),
         ("mixed", "a8w8"),
         pytest.param("mixed", "dyn8w8", marks=pytest.mark.slow),
         pytest.param("recurrent", "a8w8", marks=pytest.mark.slow),

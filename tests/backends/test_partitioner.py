@@ -231,6 +231,7 @@ def test_upstream_s_partitioner_takes_what_was_exported_for_it() -> None:
     assert differences(run(data, images(1)), cq.integer_reference(graph)(*images(1))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["dyn8w8", "a8w8"])
 def test_the_way_that_does_not_work_is_told_the_ways_that_do(scheme: str) -> None:
     rows = (torch.randn(2, 16),)

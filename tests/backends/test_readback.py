@@ -444,6 +444,7 @@ def test_grouped_int4_weights() -> None:
     assert weight.scale.tobytes() == expected.tobytes()
 
 
+@pytest.mark.slow
 def test_linear_with_transposed_weight_flag(small_pte: bytes) -> None:
     stored = np.arange(12, dtype=np.float32).reshape(3, 4)  # (I, O)
     node = xnn.XNode(

@@ -32,6 +32,7 @@ def pads(graph: GraphModule) -> list[str]:
     return [str(node.args[2]) if len(node.args) > 2 else "constant" for node in found]
 
 
+@pytest.mark.slow
 @given(
     image=st.booleans(),
     sizes=st.tuples(st.integers(5, 9), st.integers(5, 9)),

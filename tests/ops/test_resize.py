@@ -201,6 +201,7 @@ def test_a_factor_that_is_not_the_ratio_of_the_sizes_is_followed() -> None:
     assert float((program.run(x)[0] - want).abs().max()) < 4 * step
 
 
+@pytest.mark.slow
 def test_a_dynamic_batch_is_one_delegate() -> None:
     """Upstream's partitioner leaves such a resize out; its sizes are static, and that will do."""
     model = Function(

@@ -83,6 +83,7 @@ def test_only_branches() -> None:
         quantizer.check_plan()
 
 
+@pytest.mark.slow
 def test_a_map_runs() -> None:
     model = Function(lambda m, x: m.last(map_op(lambda r: r * 2, m.first(x))))
     model.first, model.last = linear(), linear()
@@ -193,6 +194,7 @@ def test_text_as_an_input() -> None:
         cq.lower(graph, (X, "mean"))
 
 
+@pytest.mark.slow
 def test_a_part_under_autocast_stays_in_float() -> None:
     class Half(nn.Module):
         def __init__(self) -> None:
