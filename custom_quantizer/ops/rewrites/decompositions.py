@@ -202,7 +202,6 @@ def _embedding_bag(insert: Insertion) -> Node | None:
     table, indices, offsets = (cast(Node, arg) for arg in source.args[:3])
     mode, weights = int(argument(source, 4, "mode", 0)), argument(source, 6, "per_sample_weights")
     padding = argument(source, 8, "padding_idx")
-    padding = None if source.target is aten.embedding_bag.default else padding
     size = _bag_size(insert.model, indices, offsets)
     if size is None or argument(source, 7, "include_last_offset"):
         return None

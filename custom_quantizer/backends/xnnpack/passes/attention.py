@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
-from custom_quantizer.backends.xnnpack.kernels import can_be_batched, matmul_batch
+from custom_quantizer.backends.xnnpack.kernels import MOST_DIMS, can_be_batched, matmul_batch
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
     Mark,
@@ -162,10 +162,6 @@ def _reads_others(node: Node) -> bool:
     return other and not (is_quantize(node) or is_dequantize(node))
 
 
-_MOST_DIMS = 6
-"""Of XNNPACK's tensors."""
-
-
 @graph_pass(
     "softmax of images, or over more than six dims",
     "softmax of rows, between views",
@@ -185,7 +181,7 @@ def softmaxes_of_rows(model: GraphModule) -> int:
         if dynamic > 1 or softmax_dim(node) != len(shape) - 1:
             continue
         image = len(shape) == 4 and not _keeps_order(cast(Node, node.args[0]))
-        if not image and len(shape) <= _MOST_DIMS:
+        if not image and len(shape) <= MOST_DIMS:
             continue
         build = Builder(model, node)
         last = shape[-1] if isinstance(shape[-1], int) else -1

@@ -206,13 +206,10 @@ def plain_elus(model: GraphModule) -> int:
         alpha, scale, inner = elu_factors(node)
         if node.target is aten.elu.default and (scale, inner) == (1.0, 1.0) and alpha != 1.0:
             continue
-        if inner != 1.0:
-            value = build.call(aten.mul.Tensor, value, build.number(inner))
+        value = build.times(value, inner)
         factor = round_to_float32(alpha * inner)
         value = build.call(aten.elu.default, value, _ALMOST_ONE if factor == 1.0 else factor)
-        if scale != inner:
-            value = build.call(aten.mul.Tensor, value, build.number(scale / inner))
-        replace(node, value)
+        replace(node, build.times(value, scale / inner))
         count += 1
     return count
 
@@ -272,11 +269,9 @@ def softplus_steps(model: GraphModule) -> int:
 
 
 def _softplus(build: _Numbers, x: Node, beta: float) -> Node:
-    size = build.call(aten.mul.Tensor, build.call(aten.abs.default, x), build.number(-beta))
+    size = build.times(build.call(aten.abs.default, x), -beta)
     raised = build.call(aten.add.Tensor, build.call(aten.exp.default, size), build.number(1.0))
-    rest = build.call(aten.log.default, raised)
-    if beta != 1.0:
-        rest = build.call(aten.mul.Tensor, rest, build.number(1.0 / beta))
+    rest = build.times(build.call(aten.log.default, raised), 1.0 / beta)
     return build.call(aten.add.Tensor, build.call(aten.relu.default, x), rest)
 
 
@@ -310,14 +305,12 @@ def _in_steps(model: GraphModule, steps: _Steps) -> int:
 
 
 def _exp2(build: _Numbers, x: Node) -> Node:
-    scaled = build.call(aten.mul.Tensor, x, build.number(math.log(2)))
-    return build.call(aten.exp.default, scaled)
+    return build.call(aten.exp.default, build.times(x, math.log(2)))
 
 
 def _logarithm(base: int) -> Callable[[_Numbers, Node], Node]:
     def steps(build: _Numbers, x: Node) -> Node:
-        log = build.call(aten.log.default, x)
-        return build.call(aten.mul.Tensor, log, build.number(1 / math.log(base)))
+        return build.times(build.call(aten.log.default, x), 1 / math.log(base))
 
     return steps
 
