@@ -467,4 +467,4 @@ def test_functions_in_steps_are_as_near_as_the_kernels_of_the_steps() -> None:
     for result, wanted in zip(got[-6:-2], exactly(FRACTIONS), strict=True):
         torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
     for result, dim in zip(got[-2:], (0, 1), strict=True):
-        torch.testing.assert_close(result, ROWS.cumsum(dim), rtol=1e-6, atol=0, equal_nan=True)
+        torch.testing.assert_close(result, ROWS.cumsum(dim), rtol=0, atol=0, equal_nan=True)

@@ -42,6 +42,8 @@ def main_of(
     if options.one is not None:
         print(json.dumps(measure(options.one)))
         return
+    from custom_quantizer.core.files import write_json_atomic, write_text_atomic
+
     records = {}
     if options.output is not None and (stored := options.output / f"{path.stem}.json").exists():
         records = {record["case"]: record for record in json.loads(stored.read_text())["results"]}
@@ -49,8 +51,6 @@ def main_of(
         records[case] = {"case": case, **measured(script, case)}
         print(records[case], flush=True)
         if options.output is not None:
-            from custom_quantizer.core.files import write_json_atomic, write_text_atomic
-
             record = {"version": 1, "results": list(records.values())}
             write_json_atomic(options.output / f"{path.stem}.json", record)
             write_text_atomic(options.output / f"{path.stem}.md", render(record))
