@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ def layer_norms_to_linears(model: GraphModule) -> int:
                 epsilon = argument(node, 3, "eps")
                 epsilon = torch.finfo(torch.float32).eps if epsilon is None else epsilon
             result = _over_deviation(build, sums, data, float(epsilon))
-            result = _affine(build, node, result, (weight, bias), [size])
+            result = _affine(build, node, result, _values(model, weight, bias), [size])
             if dims > 1:
                 result = build.call(aten.view_copy.default, result, view_sizes(shape))
             replace(node, result)
@@ -155,9 +155,12 @@ def group_norms_to_linears(model: GraphModule) -> int:
             epsilon = float(argument(node, eps_at, "eps", 1e-5))
             result = _over_deviation(build, sums, centered, epsilon)
             result = build.call(aten.view_copy.default, result, view_sizes(shape))
-            affine = argument(node, affine_at, "weight"), argument(node, affine_at + 1, "bias")
+            weight, bias = (
+                argument(node, affine_at, "weight"),
+                argument(node, affine_at + 1, "bias"),
+            )
             dims = [-1] if last else [-1, *[1] * (len(shape) - 2)]
-            result = _affine(build, node, result, affine, dims)
+            result = _affine(build, node, result, _values(model, weight, bias), dims)
             if last:
                 result = build.call(aten.permute.default, result, list(_CHANNELS_FIRST))
             replace(node, result)
@@ -194,16 +197,27 @@ def _over_deviation(build: Builder, sums: _Sums, centered: Node, epsilon: float)
     return build.call(aten.mul.Tensor, centered, inverse)
 
 
+def _values(
+    model: GraphModule, weight: Node | None, bias: Node | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the constants that a norm has."""
+    weight_value, bias_value = (
+        None if node is None else constant_of(model, node) for node in (weight, bias)
+    )
+    return weight_value, bias_value
+
+
 def _affine(
-    build: Builder, node: Node, result: Node, given: tuple[Any, Any], shape: Sequence[int]
+    build: Builder,
+    node: Node,
+    result: Node,
+    given: tuple[Tensor | None, Tensor | None],
+    shape: Sequence[int],
 ) -> Node:
     """``result * weight + bias``, without what would change nothing."""
     steps = (("weight", aten.mul.Tensor, 1), ("bias", aten.add.Tensor, 0))
-    for constant_node, (name, target, neutral) in zip(given, steps, strict=True):
-        if constant_node is None:
-            continue
-        value = constant_of(build.model, constant_node)
-        if bool((value == neutral).all()):
+    for value, (name, target, neutral) in zip(given, steps, strict=True):
+        if value is None or bool((value == neutral).all()):
             continue
         constant = add_constant(build.model, f"{node.name}_{name}", value.reshape(shape), node)
         result = build.call(target, result, constant)
@@ -228,15 +242,10 @@ def batch_norms_to_layers(model: GraphModule) -> int:
         meta = tensor_meta(node)
         if meta is None or meta.dtype != torch.float32 or not has_constants(node):
             continue
-        build, result = Builder(model, node), cast(Node, node.args[0])
-        shape = [-1, *[1] * (meta.dim() - 2)]
-        steps = zip(factor_and_shift(model, node), (aten.mul.Tensor, aten.add.Tensor), strict=True)
-        for value, target in steps:
-            constant = value.float().reshape(shape)
-            result = build.call(
-                target, result, add_constant(model, f"{node.name}_constant", constant, node)
-            )
-        replace(node, result)
+        build, data = Builder(model, node), cast(Node, node.args[0])
+        factor, shift = factor_and_shift(model, node)
+        dims = [-1, *[1] * (meta.dim() - 2)]
+        replace(node, _affine(build, node, data, (factor.float(), shift.float()), dims))
         count += 1
     return count
 
