@@ -969,6 +969,11 @@ def test_a_pass_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         run_passes(copy.deepcopy(graph))
 
 
+def test_what_is_written_out_in_steps_is_planned_as_float_of_the_delegate() -> None:
+    steps = passes.functions._BY_OTHERS.keys() | passes.functions._ROUNDINGS.keys()
+    assert steps <= kernels.FLOAT_TARGETS
+
+
 def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
     assert len(BY_NAME) == len(PASSES)
     for graph_pass in PASSES:
