@@ -56,7 +56,7 @@ from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive, tools
 from custom_quantizer.errors import ConversionError, InputError
-from custom_quantizer.ops import PatternMatch, QParamSharing, QuantizedOp, match_of, rule_of
+from custom_quantizer.ops import PatternMatch, QuantizedOp, match_of, rule_of
 from custom_quantizer.planning.quantizer import IntegerQuantizer
 from custom_quantizer.reference.accumulators import accumulator_of
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
@@ -611,7 +611,7 @@ def _dequantize(integers: Tensor, qparams: QParams) -> Tensor:
 
 def _computes(op: QuantizedOp | None) -> bool:
     """Whether the op makes new values, and does not only move them."""
-    return op is not None and op.match.rule.sharing is not QParamSharing.SAME
+    return op is not None and not op.match.rule.moves_values
 
 
 def _leaves(outputs: Any) -> list[tuple[int, Tensor]]:

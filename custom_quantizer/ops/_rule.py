@@ -251,3 +251,8 @@ class OpRule:
     def noun(self) -> str:
         """Its name in a sentence."""
         return self.title or self.family
+
+    @property
+    def moves_values(self) -> bool:
+        """Whether its results keep the scale of its inputs: moves, maxima and resizes."""
+        return self.sharing is QParamSharing.SAME

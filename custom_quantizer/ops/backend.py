@@ -31,7 +31,6 @@ from custom_quantizer.ops._rule import (
     Integers,
     OpRule,
     PatternMatch,
-    QParamSharing,
     QuantizedOp,
     Verdict,
     refused,
@@ -209,7 +208,7 @@ class Backend:
         found = delegation(match, formats)
         if found.kernel.placement is Placement.FOLDED:
             return found
-        if match.rule.sharing is QParamSharing.SAME:
+        if match.rule.moves_values:
             if found.kernel.placement is Placement.OUTSIDE:
                 return found
             return Delegation(self.wide, f"moves int{formats.bits} values as float")

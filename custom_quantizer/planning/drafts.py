@@ -14,7 +14,7 @@ from custom_quantizer.config.rules import Decision
 from custom_quantizer.core.graph import tensor_meta
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
-from custom_quantizer.ops import OpRule, PatternMatch, QParamSharing, Trait
+from custom_quantizer.ops import OpRule, PatternMatch, Trait
 from custom_quantizer.ops.backend import Support
 from custom_quantizer.planning.insertion import ANNOTATION_KEY
 
@@ -49,7 +49,7 @@ class DraftOp:
     @property
     def moves_values(self) -> bool:
         """Whether it is data movement, whose output has the scale of its input."""
-        return self.rule is not None and self.rule.sharing is QParamSharing.SAME
+        return self.rule is not None and self.rule.moves_values
 
     def has(self, trait: Trait) -> bool:
         """Whether the family has a trait."""

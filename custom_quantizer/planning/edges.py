@@ -22,7 +22,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_name, original_target
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
-from custom_quantizer.ops import OF_TARGET, Formats, PatternMatch, QParamSharing, rule_of
+from custom_quantizer.ops import OF_TARGET, Formats, PatternMatch, rule_of
 from custom_quantizer.ops.backend import Backend, Delegation, Support
 from custom_quantizer.ops.placement import Placement, tally
 from custom_quantizer.planning.drafts import DraftOp, Drafts, same_format
@@ -375,7 +375,7 @@ def _joined(found: list[tuple[Node, OpPlan]]) -> OpPlan:
 
 def _moves(node: Node) -> bool:
     rule = rule_of(node)
-    return rule is not None and rule.sharing is QParamSharing.SAME
+    return rule is not None and rule.moves_values
 
 
 def _predict(op: DraftOp, backend: Backend) -> Delegation:

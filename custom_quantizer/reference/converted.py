@@ -40,7 +40,6 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops import (
     PatternMatch,
-    QParamSharing,
     QuantizedOp,
     match_of,
     rule_of,
@@ -257,7 +256,7 @@ def _with_output(
         why = support.float_output(match)
         return f"its result is used in float: {why}" if why else "its result is used in float"
     output = qparams_of(model, users[0])
-    if rule.sharing is QParamSharing.SAME and any(not output.same_grid(q) for q in inputs):
+    if rule.moves_values and any(not output.same_grid(q) for q in inputs):
         return "it moves values between different scales"
     if match.weight is None:
         constants = {

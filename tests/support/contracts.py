@@ -25,7 +25,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
-from custom_quantizer.ops import REGISTRY, Case, OpRule, QParamSharing, rule_of
+from custom_quantizer.ops import REGISTRY, Case, OpRule, rule_of
 from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.planning.plan import Plan
@@ -355,7 +355,7 @@ class IntegerContract(Contract):
     def test_qparams_are_shared_as_declared(self, part: Part, name: str, case: str) -> None:
         done = lower(part)
         for op in done.ops_of(name, case):
-            if op.match.rule.sharing is QParamSharing.SAME:
+            if op.match.rule.moves_values:
                 assert all(op.output.same_grid(given) for given in op.inputs), op.node.name
             else:
                 planned = done.plan.op(op.node.name)
@@ -369,7 +369,7 @@ class IntegerContract(Contract):
         _, record = reference.with_integers(*done.inputs[0])
         assert done.graph.integer
         for op in done.graph.integer:
-            if op.match.rule.sharing is QParamSharing.SAME:
+            if op.match.rule.moves_values:
                 continue
             given = [_recorded(done.graph.model, record, node) for node in op.match.inputs]
             for mode in ("exact", "fixed_point"):

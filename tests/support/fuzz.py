@@ -34,7 +34,7 @@ from custom_quantizer.core.graph import (
     is_static,
 )
 from custom_quantizer.core.resizing import position_bits
-from custom_quantizer.ops import REGISTRY, Case, QParamSharing, QuantizedOp, known_targets
+from custom_quantizer.ops import REGISTRY, Case, QuantizedOp, known_targets
 from custom_quantizer.ops.backend import get_mode
 from custom_quantizer.ops.functions import is_tanh_gelu
 from custom_quantizer.ops.gemm import expand_channels
@@ -130,7 +130,7 @@ CASES: dict[tuple[str, str], Case] = {
     **{("unknown", case.name): case for case in UNKNOWN},
 }
 
-_MOVERS = {rule.family for rule in REGISTRY if rule.sharing is QParamSharing.SAME}
+_MOVERS = {rule.family for rule in REGISTRY if rule.moves_values}
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

@@ -16,7 +16,6 @@ from custom_quantizer.ops import (
     Formats,
     OpRule,
     PatternMatch,
-    QParamSharing,
     rule_of,
 )
 from support.graphs import canonicalize
@@ -94,7 +93,7 @@ class Surrounded(nn.Module):
     def __init__(self, rule: OpRule, case: Case) -> None:
         super().__init__()
         found = traits(rule.family)
-        moves, costs = rule.sharing is QParamSharing.SAME, found.weighed
+        moves, costs = rule.moves_values, found.weighed
         self.before, self.behind = moves or costs, costs and not moves
         self.joined = found.ends_in_float
         self.case = case.build()

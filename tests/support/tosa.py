@@ -19,7 +19,7 @@ import custom_quantizer as cq
 from custom_quantizer.backends.tosa import BACKEND
 from custom_quantizer.backends.tosa.checked_lowering import lower_graph
 from custom_quantizer.backends.tosa.tools import PACKAGES
-from custom_quantizer.ops import Case, OpRule, QParamSharing
+from custom_quantizer.ops import Case, OpRule
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
@@ -79,7 +79,7 @@ class _Case(nn.Module):
 
     def __init__(self, rule: OpRule, case: Case) -> None:
         super().__init__()
-        self.moves = rule.sharing is QParamSharing.SAME
+        self.moves = rule.moves_values
         self.case = case.build()
 
     def forward(self, *inputs: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from custom_quantizer.core.graph import detached_copy, state_buffers, tensor_met
 from custom_quantizer.core.schemes import OpScheme, TensorScheme, coerce_scheme
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import ConfigError, InputError
-from custom_quantizer.ops import PatternMatch, QParamSharing, match_of
+from custom_quantizer.ops import PatternMatch, match_of
 from custom_quantizer.ops.attention import MATMUL
 from custom_quantizer.ops.backend import BackendLike
 from custom_quantizer.ops.gemm import CONV_TRANSPOSE
@@ -423,7 +423,7 @@ class _Finder:
     @staticmethod
     def _is_moved(node: Node) -> bool:
         match = match_of(node)
-        return match is not None and match.rule.sharing is QParamSharing.SAME
+        return match is not None and match.rule.moves_values
 
     def _edges(self, op: OpPlan) -> Iterable[str | None]:
         annotation = self._plan.annotations.get(op.node)

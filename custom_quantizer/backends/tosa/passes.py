@@ -43,7 +43,7 @@ from custom_quantizer.core.graph import (
     is_quantize,
     shape_of,
 )
-from custom_quantizer.ops import QParamSharing, QuantizedOp
+from custom_quantizer.ops import QuantizedOp
 from custom_quantizer.ops._rule import as_limits
 from custom_quantizer.reference.converted import ConvertedGraph
 
@@ -211,7 +211,7 @@ def _readers(stored: Node, readers: Mapping[Node, _Placed]) -> Iterator[_Placed]
             if placed is None:
                 continue
             yield placed
-            moves = placed.op.match.rule.sharing is QParamSharing.SAME
+            moves = placed.op.match.rule.moves_values
             if moves and placed.stored is not None:
                 yield from _readers(placed.stored, readers)
 

@@ -26,7 +26,7 @@ from custom_quantizer.core.graph import (
     is_dequantize,
     qparams_of,
 )
-from custom_quantizer.ops import PatternMatch, QParamSharing, match_of
+from custom_quantizer.ops import PatternMatch, match_of
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
 from custom_quantizer.ops.gemm import LINEAR
 from custom_quantizer.ops.resize import LAYERED, UPSAMPLE_BILINEAR, resizings_of
@@ -69,7 +69,7 @@ def _has_one_result(op: FloatOp, everywhere: bool) -> bool:
     if match is None or op.float_fallback:
         return False
     rule = match.rule
-    moves = rule.sharing is QParamSharing.SAME and rule is not UPSAMPLE_BILINEAR
+    moves = rule.moves_values and rule is not UPSAMPLE_BILINEAR
     return moves or rule in _ONE_ROUNDING
 
 
@@ -113,7 +113,7 @@ def _float_end(
             node = cast(Node, value)
             match = match_of(node)
             interpolates = match is not None and _layer_of_resize(model, match) is not None
-            if match is None or not (interpolates or match.rule.sharing is QParamSharing.SAME):
+            if match is None or not (interpolates or match.rule.moves_values):
                 return frozenset(), None
             nodes.add(node)
             if interpolates or match.rule is UPSAMPLE_BILINEAR:

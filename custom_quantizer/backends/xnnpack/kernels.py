@@ -37,7 +37,6 @@ from custom_quantizer.errors import SchemeError
 from custom_quantizer.ops import (
     Formats,
     PatternMatch,
-    QParamSharing,
     QuantizedOp,
     Trait,
     Verdict,
@@ -461,7 +460,7 @@ def _joins_unlike(match: PatternMatch) -> str:
         made = match_of(tensor)
         if is_quantize(tensor) or is_dequantize(tensor):
             waiting.append(cast(Node, tensor.args[0]))
-        elif made is not None and made.rule.sharing is QParamSharing.SAME:
+        elif made is not None and made.rule.moves_values:
             waiting.extend(made.inputs)
         else:
             kinds.add(made is not None and Trait.BOUNDED in made.rule.traits)

@@ -25,7 +25,7 @@ from custom_quantizer.backends.xnnpack.program import (
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import describe
 from custom_quantizer.errors import VerificationError
-from custom_quantizer.ops import QParamSharing, QuantizedOp
+from custom_quantizer.ops import QuantizedOp
 from custom_quantizer.ops._rule import as_limits
 from custom_quantizer.ops.gemm import CONV, expand_channels
 from custom_quantizer.ops.run_time import RunTimeOp
@@ -235,7 +235,7 @@ def _clamps(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
             if _grid(delegate, output) == _key(op.output):
                 least, most = _stored_bounds(node, op.output)
                 low, high = max(low, least), min(high, most)
-    moved = op.match.rule.sharing is QParamSharing.SAME and real is None
+    moved = op.match.rule.moves_values and real is None
     if (low, high) != wanted and not (moved and (low, high) == _INT8):
         yield _difference(
             op, "clamp", f"the graph clamps to the integers {wanted}, the program to {low, high}"

@@ -26,7 +26,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import fake_result
-from custom_quantizer.ops import QParamSharing, rule_of
+from custom_quantizer.ops import rule_of
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.movement import GETITEM, SPLIT
 from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR
@@ -90,7 +90,7 @@ def only_moves(node: Node) -> bool:
     rule = rule_of(node)
     if node.target in (aten.view_copy.default, aten.permute_copy.default):
         return True
-    if rule is None or rule.sharing is not QParamSharing.SAME or rule is UPSAMPLE_BILINEAR:
+    if rule is None or not rule.moves_values or rule is UPSAMPLE_BILINEAR:
         return False
     return rule not in (SPLIT, GETITEM) and not isinstance(rule.match(rule, node), str)
 

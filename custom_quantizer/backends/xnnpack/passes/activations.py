@@ -29,7 +29,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
     view_sizes,
 )
-from custom_quantizer.ops import QParamSharing, rule_of
+from custom_quantizer.ops import rule_of
 from custom_quantizer.ops.elementwise import CLAMP, RELU
 from custom_quantizer.ops.pool import MAX_POOL
 
@@ -217,7 +217,7 @@ def _chain(first: Node) -> list[Node]:
 def _is_function_of(node: Node, values: set[Any]) -> bool:
     """Whether a node computes each number of some of ``values`` and single constants."""
     rule = rule_of(node)
-    moves = rule is not None and rule.sharing is QParamSharing.SAME
+    moves = rule is not None and rule.moves_values
     return (
         node.op == "call_function"
         and not moves
