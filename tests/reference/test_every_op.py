@@ -49,7 +49,7 @@ def integers_of(converted: Converted, mode: str, inputs: tuple[Tensor, ...]) -> 
 @pytest.mark.parametrize(("rule", "case", "scheme"), OF_SCHEMES)
 def test_fixed_point_is_within_one_unit_of_exact(rule: OpRule, case: Case, scheme: str) -> None:
     converted = converted_case(rule, case, scheme)
-    for amplitude in (0.3, 1.0, 20.0):
+    for amplitude in (1.0, 20.0):
         inputs = random_inputs(case, 3, amplitude)
         fixed = integers_of(converted, "fixed_point", inputs)
         exact = integers_of(converted, "exact", inputs)
