@@ -75,7 +75,8 @@ TESTS = [
         *("conv", "conv_transpose", "linear", "elementwise", "pool", "movement", "attention"),
         *("normalization", "embedding", "lowering_checks", "lowering_combinations"),
         *("qat_setups", "finetune"),
-        *("reference", "bundle", "passes", "lowering", "observers_activation", "statistics"),
+        *("reference", "every_op", "bundle", "passes", "lowering"),
+        *("observers_activation", "statistics"),
         *(
             "bit_widths",
             "legalization",
