@@ -191,10 +191,13 @@ def operator_names(operator_type: Any) -> list[str]:
         names = [str(operator_type)]
     names = [name for name in names if _functional_name(name) in known]
     if not names:
-        raise ConfigError(
-            f"{operator_type} is not an operator this quantizer knows"
-            f"{nearest(str(operator_type), known)}"
-        )
+        word = str(operator_type)
+        if not word.startswith("aten.") and hasattr(operator_type, "__name__"):
+            word = operator_type.__name__  # a function or a class
+        near = nearest(word if "." in word else f"aten.{word}.default", known)
+        if isinstance(operator_type, type):
+            near = "; for layers of a type there is set_module_type"
+        raise ConfigError(f"{word} is not an operator this quantizer knows{near}")
     return names
 
 
