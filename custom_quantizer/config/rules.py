@@ -18,6 +18,7 @@ from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import ConfigError, nearest
 from custom_quantizer.ops import known_targets
 from custom_quantizer.ops.rewrites import decompositions
+from custom_quantizer.ops.rewrites.complex_numbers import COMPLEX_OPS
 from custom_quantizer.ops.rewrites.core_aten import CORE_OPS
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 
@@ -182,7 +183,7 @@ def operator_names(operator_type: Any) -> list[str]:
         ConfigError: no op family knows it; the nearest names are given.
     """
     # Families also claim Python functions (getitem), which have no name to write in a file.
-    targets = {*known_targets(), *CORE_OPS, *decompositions.REWRITTEN, *LEGALIZATIONS}
+    targets = {*known_targets(), *COMPLEX_OPS, *CORE_OPS, *decompositions.REWRITTEN, *LEGALIZATIONS}
     known = {str(t) for t in targets if isinstance(t, torch._ops.OpOverload)}
     overloads = getattr(operator_type, "overloads", None)
     if overloads is not None:  # an OpOverloadPacket: all its overloads that are known

@@ -37,6 +37,7 @@ __all__ = [
     "fake_constant",
     "flatten_inputs",
     "input_tuples",
+    "is_complex",
     "is_constant",
     "is_dequantize",
     "is_empty",
@@ -159,6 +160,12 @@ def tensor_meta(node: Node) -> torch.Tensor | None:
     if last is not node and is_dequantize(node) and not value.is_floating_point():
         value = value.to(torch.float32)  # integers that no node quantized: a table's, an input's
     return value
+
+
+def is_complex(node: Node) -> bool:
+    """Whether a node gives complex numbers: a tensor, or a list that has some."""
+    values = pytree.tree_leaves(node.meta.get("val", tensor_meta(node)))
+    return any(isinstance(value, torch.Tensor) and value.is_complex() for value in values)
 
 
 def is_empty(node: Node) -> bool:

@@ -284,7 +284,11 @@ def test_a_permute_of_more_dims_than_xnnpack_has_is_several(floats: bool) -> Non
 UNWRITABLE: dict[str, tuple[Callable[..., Any], str]] = {
     "complex numbers": (
         lambda s, x: torch.fft.rfft(x + x).abs(),
-        "fft_rfft is torch.complex64",
+        "fft_rfft gives complex numbers to abs_1",
+    ),
+    "complex results": (
+        lambda s, x: torch.view_as_complex((x + x).unflatten(1, (3, 2))) * 1j,
+        "mul gives complex numbers to the caller",
     ),
     "text": (lambda s, x: (x + x, "text"), "output 1 is 'text'; a program returns tensors"),
     "a size that values tell": (

@@ -49,6 +49,7 @@ from custom_quantizer.core.graph import (
     STATE_KEY,
     describe,
     detached_copy,
+    is_complex,
     set_state,
     state_buffers,
     state_of,
@@ -281,11 +282,15 @@ def _check_writable(model: GraphModule) -> None:
         LoweringError: complex numbers, or an output that is neither tensor nor number.
     """
     for node in model.graph.nodes:
-        meta = tensor_meta(node)
-        if node.op == "call_function" and meta is not None and meta.is_complex() and node.users:
+        if node.op != "call_function" or not is_complex(node):
+            continue
+        # What was written for others and gives nothing real is not to be blamed.
+        reader = next((user for user in node.users if not is_complex(user)), None)
+        if reader is not None:
+            to = "the caller" if reader.op == "output" else describe(reader)
             raise LoweringError(
-                f"{describe(node)} is {meta.dtype}, and ExecuTorch's programs hold no complex "
-                "numbers; compute with real and imaginary parts as two tensors"
+                f"{describe(node)} gives complex numbers to {to}, and ExecuTorch's programs hold "
+                "none; compute with real and imaginary parts as two tensors"
             )
     (output,) = (node for node in model.graph.nodes if node.op == "output")
     for i, value in enumerate(pytree.tree_leaves(output.args[0])):

@@ -11,6 +11,7 @@ Rewrites, applied in ``transform_for_annotation``:
 - in-place ops become functional: an observer cannot stand between an op and its own input.
   Where that cannot be (:mod:`custom_quantizer.ops.rewrites.writes`), the op stays and every tensor
   in that memory is marked;
+- complex numbers become two real ones (:mod:`custom_quantizer.ops.rewrites.complex_numbers`);
 - constants of integers or booleans that meet floats become floats;
 - composite ops become the ops they stand for (:mod:`custom_quantizer.ops.rewrites.decompositions`);
 - ops that the backend computes in another form take that form (``Backend.legalize``);
@@ -46,6 +47,7 @@ from custom_quantizer.ops.rewrites.batch_norms import (
     give_layers,
     keep_own_statistics,
 )
+from custom_quantizer.ops.rewrites.complex_numbers import complex_to_real
 from custom_quantizer.ops.rewrites.constants import fold_constants, zero_new_memory
 from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN
 from custom_quantizer.ops.rewrites.cuts import ends_to_numbers
@@ -81,6 +83,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
     if functionalize(model):
         # What was written into, piece by piece, is written no more: zeros, masks.
         fold_constants(model, parameters=not training)
+    complex_to_real(model, training=training)
     _integers_to_floats(model)
     products_apart(model)
     decompose(model, training=training)

@@ -1,0 +1,367 @@
+"""Complex numbers as two real tensors, before annotation.
+
+Rotary embeddings turn pairs of values as complex numbers (``torch.view_as_complex(x) * freqs``).
+No program holds these. Real and imaginary part are two tensors of the same shape, each computed by
+real ops, as PyTorch computes it: a product by four products, a move by two moves. What has no such
+form stays, and what it reads stays complex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import (
+    argument,
+    constant_of,
+    is_complex,
+    is_same_shape,
+    shape_of,
+    tensor_meta,
+)
+from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.core.rewriting import Insertion, replace
+from custom_quantizer.ops.movement import PAD
+from custom_quantizer.ops.movement import RULES as MOVES
+from custom_quantizer.ops.rewrites.legalization.arrangements import ARRANGEMENTS
+
+__all__ = ["COMPLEX_OPS", "complex_to_real"]
+
+aten = torch.ops.aten
+
+Part = Any
+"""A real tensor, a list of some, or a number; ``None`` is zero."""
+
+Pair = tuple[Part, Part]
+"""Real and imaginary part."""
+
+
+def complex_to_real(model: GraphModule, *, training: bool = False) -> int:
+    """Write complex numbers as pairs of real ones, in place.
+
+    Args:
+        model: a captured graph.
+        training: parameters change: a complex one stays.
+
+    Returns:
+        How many real tensors are computed without complex numbers now.
+    """
+    pairs: dict[Node, Pair] = {}
+    count = 0
+    for node in list(model.graph.nodes):
+        near = (node, *node.all_input_nodes)
+        if not any(map(is_complex, near)) or any(map(overwritten_by, near)):
+            continue
+        insert = Insertion(model, node, training=training)
+        if node.op == "get_attr":
+            pair = _constant_parts(insert)
+            if pair is not None:
+                pairs[node] = pair
+            continue
+        forms: Mapping[Any, Any] = _PAIRS if is_complex(node) else _REALS
+        form, known = forms.get(node.target), _Parts(insert, pairs)
+        if form is None or not known.has_all:
+            continue
+        found = form(known)
+        if found is None:
+            continue
+        if is_complex(node):
+            found = tuple(map(known.expanded, found))
+            if all(map(known.fits, found)):
+                pairs[node] = found
+        elif known.fits(found):
+            replace(model, node, found)
+            count += 1
+    for node in pairs:
+        # What asks for a dtype would keep it alive.
+        for user in list(node.users):
+            if user.target is aten._assert_tensor_metadata.default:
+                model.graph.erase_node(user)
+    if pairs:
+        model.graph.eliminate_dead_code()
+    return count
+
+
+def _constant_parts(insert: Insertion) -> Pair | None:
+    value = constant_of(insert.model, insert.node)
+    if insert.training and isinstance(value, nn.Parameter):
+        return None
+    both = torch.view_as_real(value.detach().resolve_conj()).unbind(-1)
+    real, imaginary = map(insert.constant, ("real", "imaginary"), (p.clone() for p in both))
+    return real, imaginary
+
+
+class _Parts:
+    """Real ops before a call, with the parts of what it reads.
+
+    Args:
+        insert: at the call.
+        pairs: of what stands before.
+    """
+
+    def __init__(self, insert: Insertion, pairs: Mapping[Node, Pair]) -> None:
+        self.insert = insert
+        self.node = insert.node
+        self._pairs = pairs
+
+    @property
+    def has_all(self) -> bool:
+        """Whether every complex operand has parts."""
+        return all(n in self._pairs or not is_complex(n) for n in self.node.all_input_nodes)
+
+    def of(self, operand: Any) -> Pair:
+        """Both parts of an operand."""
+        if isinstance(operand, Node):
+            return self._pairs.get(operand, (operand, None))
+        if isinstance(operand, complex):
+            return operand.real or None, operand.imag or None
+        return operand, None
+
+    def part(self, operand: Any, index: int) -> Node:
+        """One part as a tensor."""
+        pair = self.of(operand)
+        if pair[index] is not None:
+            return cast(Node, pair[index])
+        return self.insert.call(aten.zeros_like.default, pair[1 - index])
+
+    def expanded(self, part: Part) -> Part:
+        """A part in the shape of the result: one of ``x + 1j * y[:, :1]`` has fewer values."""
+        if not isinstance(part, Node) or tensor_meta(part) is None:
+            return part
+        shape = shape_of(self.node)
+        if is_same_shape(shape_of(part), shape):
+            return part
+        static = all(isinstance(size, int) for size in shape)
+        return self.insert.call(aten.expand.default, part, list(shape)) if static else part
+
+    def fits(self, part: Part) -> bool:
+        """Whether dtype and shape are those of the result, or of its parts."""
+        if not isinstance(part, Node):
+            return part is None
+        given, wanted = (pytree.tree_leaves(n.meta["val"]) for n in (part, self.node))
+        return len(given) == len(wanted) and all(
+            a.dtype == (b.dtype.to_real() if b.is_complex() else b.dtype)
+            and is_same_shape(a.shape, b.shape)
+            for a, b in zip(given, wanted, strict=True)
+        )
+
+    # Arithmetic of parts
+
+    def negative(self, a: Part) -> Part:
+        if isinstance(a, Node):
+            return self.insert.call(aten.neg.default, a)
+        return None if a is None else -a
+
+    def plus(self, a: Part, b: Part) -> Part:
+        if a is None or b is None:
+            return b if a is None else a
+        if not isinstance(a, Node):
+            a, b = b, a
+        return self.insert.call(aten.add.Tensor, a, b) if isinstance(a, Node) else a + b
+
+    def minus(self, a: Part, b: Part) -> Part:
+        if a is None or b is None:
+            return self.negative(b) if a is None else a
+        if isinstance(a, Node):
+            return self.insert.call(aten.sub.Tensor, a, b)
+        return self.insert.call(aten.rsub.Scalar, b, a) if isinstance(b, Node) else a - b
+
+    def times(self, a: Part, b: Part) -> Part:
+        if a is None or b is None:
+            return None
+        if not isinstance(a, Node):
+            a, b = b, a
+        if not isinstance(a, Node):
+            return a * b
+        return a if b == 1 else self.insert.call(aten.mul.Tensor, a, b)
+
+    def over(self, a: Part, b: Part) -> Part:
+        return a if a is None else self.insert.call(aten.div.Tensor, a, b)
+
+    def product(self, left: Pair, right: Pair, times: Callable[[Part, Part], Part]) -> Pair:
+        """``(a + bi) (c + di) = (ac - bd) + (ad + bc) i``."""
+        (a, b), (c, d) = left, right
+        real = self.minus(times(a, c), times(b, d))
+        return real, self.plus(times(a, d), times(b, c))
+
+
+# ---------------------------------------------------------------------------------------------
+# Complex results
+# ---------------------------------------------------------------------------------------------
+
+
+def _by_parts(parts: _Parts) -> Pair | None:
+    """Moves, and what is linear in the tensors that it is given first."""
+    node = parts.node
+    given = [leaf for leaf in pytree.tree_leaves(node.args[0]) if isinstance(leaf, Node)]
+    if not all(map(is_complex, given)):
+        return None
+    # Parts have other strides than the whole.
+    target: Any = aten.reshape.default if node.target is aten.view.default else node.target
+
+    def apply(index: int) -> Node | None:
+        pieces = [n for n in node.all_input_nodes if is_complex(n)]
+        if all(parts.of(n)[index] is None for n in pieces):
+            return None
+        own = {n: parts.part(n, index) for n in pieces}
+        mapped = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: own.get(n, n))
+        args, kwargs = cast("tuple[tuple[Any, ...], dict[str, Any]]", mapped)
+        return parts.insert.call(target, *args, **kwargs)
+
+    return apply(0), apply(1)
+
+
+def _sum(parts: _Parts) -> Pair | None:
+    node = parts.node
+    left, right = (parts.of(arg) for arg in node.args[:2])
+    if argument(node, 2, "alpha", 1) != 1:
+        return None
+    if node.target in (aten.rsub.Tensor, aten.rsub.Scalar):
+        left, right = right, left
+    is_sum = node.target in (aten.add.Tensor, aten.add.Scalar)
+    real, imaginary = map(parts.plus if is_sum else parts.minus, left, right)
+    return real, imaginary
+
+
+def _product(parts: _Parts) -> Pair:
+    return parts.product(*map(parts.of, parts.node.args[:2]), parts.times)
+
+
+def _matrix_product(parts: _Parts) -> Pair:
+    def times(a: Part, b: Part) -> Part:
+        return None if a is None or b is None else parts.insert.call(parts.node.target, a, b)
+
+    return parts.product(*map(parts.of, parts.node.args[:2]), times)
+
+
+def _quotient(parts: _Parts) -> Pair:
+    """By something real; else ``z conj(w) / |w|**2``, whose square may overflow or be 0."""
+    left, (real, imaginary) = map(parts.of, parts.node.args[:2])
+    if imaginary is not None:
+        left = parts.product(left, (real, parts.negative(imaginary)), parts.times)
+        real = parts.plus(*(parts.times(part, part) for part in (real, imaginary)))
+    return cast(Pair, tuple(parts.over(part, real) for part in left))
+
+
+def _conjugate(parts: _Parts) -> Pair:
+    real, imaginary = parts.of(parts.node.args[0])
+    return real, parts.negative(imaginary)
+
+
+def _joined(parts: _Parts) -> Pair:
+    real, imaginary = parts.node.args[:2]
+    return real, imaginary
+
+
+def _polar(parts: _Parts) -> Pair:
+    length, angle = parts.node.args[:2]
+    turns = (parts.insert.call(f, angle) for f in (aten.cos.default, aten.sin.default))
+    real, imaginary = (parts.times(length, turn) for turn in turns)
+    return real, imaginary
+
+
+def _taken_apart(parts: _Parts) -> Pair:
+    """The two values in the last dim of a real tensor."""
+    data = parts.node.args[0]
+    real, imaginary = (parts.insert.call(aten.select.int, data, -1, i) for i in range(2))
+    return real, imaginary
+
+
+def _same(parts: _Parts) -> Pair:
+    """A conversion to complex numbers; of another size they do not fit."""
+    return parts.of(parts.node.args[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Real results
+# ---------------------------------------------------------------------------------------------
+
+
+def _length(parts: _Parts) -> Node:
+    """``|z|``, whose squares may overflow where PyTorch's do not."""
+    pair = parts.of(parts.node.args[0])
+    if None in pair:
+        (part,) = (part for part in pair if part is not None)
+        return parts.insert.call(aten.abs.default, part)
+    squares = parts.plus(*(parts.times(part, part) for part in pair))
+    return parts.insert.call(aten.sqrt.default, squares)
+
+
+def _angle(parts: _Parts) -> Node:
+    operand = parts.node.args[0]
+    return parts.insert.call(aten.atan2.default, parts.part(operand, 1), parts.part(operand, 0))
+
+
+def _one_part(index: int) -> Callable[[_Parts], Node]:
+    return lambda parts: parts.part(parts.node.args[0], index)
+
+
+def _stacked(parts: _Parts) -> Node:
+    """Both parts as the last dim of a real tensor."""
+    both = [parts.part(parts.node.args[0], index) for index in range(2)]
+    return parts.insert.call(aten.stack.default, both, -1)
+
+
+_OF_DTYPES = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default}
+
+_OF_MEMORY = {aten.as_strided.default, aten.as_strided_copy.default}
+
+_CONJUGATES = (aten._conj.default, aten.conj.default, aten.conj_physical.default)
+
+_LINEAR = (
+    *(aten.cumsum.default, aten.expand_as.default, aten.flip.default, aten.mT.default),
+    *(aten.mean.default, aten.mean.dim, aten.neg.default, aten.negative.default),
+    *(aten.repeat.default, aten.roll.default, aten.stack.default, aten.sum.default),
+    *(aten.sum.dim_IntList, aten.swapaxes.default, aten.swapdims.default),
+)
+
+_PARTED = {
+    *ARRANGEMENTS,
+    *_LINEAR,
+    *(target for rule in MOVES if rule is not PAD for target in rule.targets),
+}
+
+_PAIRS: Mapping[Any, Callable[[_Parts], Pair | None]] = MappingProxyType(
+    {
+        **dict.fromkeys(_PARTED - _OF_DTYPES - _OF_MEMORY - {aten.matrix_H.default}, _by_parts),
+        **dict.fromkeys(_CONJUGATES, _conjugate),
+        aten.add.Scalar: _sum,
+        aten.add.Tensor: _sum,
+        aten.bmm.default: _matrix_product,
+        aten.complex.default: _joined,
+        aten.div.Scalar: _quotient,
+        aten.div.Tensor: _quotient,
+        aten.matmul.default: _matrix_product,
+        aten.mm.default: _matrix_product,
+        aten.mul.Scalar: _product,
+        aten.mul.Tensor: _product,
+        aten.polar.default: _polar,
+        aten.rsub.Scalar: _sum,
+        aten.rsub.Tensor: _sum,
+        aten.sub.Scalar: _sum,
+        aten.sub.Tensor: _sum,
+        aten.to.dtype: _same,
+        aten.view_as_complex.default: _taken_apart,
+    }
+)
+"""By overload."""
+
+_REALS: Mapping[Any, Callable[[_Parts], Node]] = MappingProxyType(
+    {
+        aten.abs.default: _length,
+        aten.angle.default: _angle,
+        aten.imag.default: _one_part(1),
+        aten.real.default: _one_part(0),
+        aten.view_as_real.default: _stacked,
+    }
+)
+"""By overload."""
+
+COMPLEX_OPS = frozenset({*_PAIRS, *_REALS})
+"""Ops that may be replaced; what replaces them answers to rules for them."""
