@@ -230,14 +230,16 @@ def _sum(parts: _Parts) -> Pair | None:
 
 
 def _product(parts: _Parts) -> Pair:
-    return parts.product(*map(parts.of, parts.node.args[:2]), parts.times)
+    left, right = map(parts.of, parts.node.args[:2])
+    return parts.product(left, right, parts.times)
 
 
 def _matrix_product(parts: _Parts) -> Pair:
     def times(a: Part, b: Part) -> Part:
         return None if a is None or b is None else parts.insert.call(parts.node.target, a, b)
 
-    return parts.product(*map(parts.of, parts.node.args[:2]), times)
+    left, right = map(parts.of, parts.node.args[:2])
+    return parts.product(left, right, times)
 
 
 def _quotient(parts: _Parts) -> Pair:
