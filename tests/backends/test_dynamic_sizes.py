@@ -148,7 +148,7 @@ def test_factors_that_are_dynamic_sizes() -> None:
     def function(s: Any, x: Tensor) -> Tensor:
         n, y = x.shape[1], s.layer(x)
         curve = torch.ops.aten.elu.default(y, n / 16, 1.5, n / 8)
-        total = torch.add(curve, torch.sin(y), alpha=n)
+        total = torch.add(curve.clamp(-n / 8, n / 4), torch.sin(y), alpha=n)
         return torch.rsub(torch.sub(total, 3, alpha=n), y, alpha=n / 4)
 
     model = Function(function, layer=nn.Linear(8, 8))

@@ -307,8 +307,8 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         found |= run_passes(copy.deepcopy(converted(family, scheme)[0])).keys()
     rare = {
         "batch_norms_to_layers",
-        "elus_of_sizes",
         "float_fallbacks",
+        "functions_of_sizes",
         "split_sparse_max_pools",
         "thin_strided_convs",
         "emulate_wide",
@@ -974,6 +974,34 @@ def test_what_is_written_out_in_steps_is_planned_as_float_of_the_delegate() -> N
     assert steps <= kernels.FLOAT_TARGETS
 
 
+OF_SIZES: tuple[Callable[[Tensor, Any], Tensor], ...] = (
+    lambda x, n: aten.elu.default(x, n / 16, 1.5, n / 8),
+    lambda x, n: F.celu(x, n / 8),
+    lambda x, n: F.leaky_relu(x, n / 40),
+    lambda x, n: F.softplus(x, n - 6.5),
+    lambda x, n: F.hardtanh(x, -n / 4, n / 8),
+    lambda x, n: x.clamp(1 - n / 4, n / 8),
+    lambda x, n: x.clamp(max=n / 10),
+    lambda x, n: torch.clamp_min(x, n / 30),
+    lambda x, n: torch.clamp_max(x, n / 30),
+)
+
+
+def test_numbers_that_are_dynamic_sizes_are_read_as_tensors() -> None:
+    def function(s: Any, x: Tensor) -> list[Tensor]:
+        return [f(x, x.shape[0]) for f in OF_SIZES]
+
+    x = torch.linspace(-3, 3, 48).reshape(6, 8)
+    shapes = (({0: torch.export.Dim("batch", min=2, max=9)},),)
+    graph = capture(Function(function), (x,), dynamic_shapes=shapes)
+    written = copy.deepcopy(graph)
+    assert BY_NAME["functions_of_sizes"].run(written) == len(OF_SIZES)
+    written.recompile()
+    for batch in (x, x[1:3], torch.cat([x, x[:3] * 100])):
+        for got, want in zip(written(batch), graph(batch), strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-7, atol=2e-7)
+
+
 def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
     assert len(BY_NAME) == len(PASSES)
     for graph_pass in PASSES:
@@ -981,9 +1009,9 @@ def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
         assert graph_pass.after
     inexact = {
         "batch_norms_to_layers",
-        "elus_of_sizes",
         "emulate_wide",
         "exponentials_and_logarithms",
+        "functions_of_sizes",
         "group_norms_to_linears",
         "layer_norms_to_linears",
         "logsumexps_to_linears",

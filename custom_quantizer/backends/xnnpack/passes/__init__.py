@@ -101,7 +101,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         functions.silu_products,
         functions.written_out,
         functions.plain_elus,
-        functions.elus_of_sizes,
+        functions.functions_of_sizes,
         functions.tanh_gelus,
         functions.softplus_steps,
         functions.exponentials_and_logarithms,

@@ -215,27 +215,82 @@ def plain_elus(model: GraphModule) -> int:
 
 
 @graph_pass(
-    "elu with factors that the graph computes from sizes",
-    "a sum with an elu without",
-    requires={"plain_elus"},
+    "functions with numbers that the graph computes from sizes",
+    "the steps that compute them, with the numbers as tensors",
     exact=False,
 )
-def elus_of_sizes(model: GraphModule) -> int:
-    """``elu(x, n) = relu(x) + n * elu(min(x, 0), 1)``: there is no kernel for it otherwise."""
+def functions_of_sizes(model: GraphModule) -> int:
+    """Kernels have numbers of their own only; products, sums and extremes read them as tensors."""
     count = 0
-    for node in calls(model, frozenset({aten.elu.default})):
-        if not reads_sizes(node):
+    for node in calls(model, frozenset(_OF_SIZES)):
+        meta = tensor_meta(node)
+        if not reads_sizes(node) or meta is None or meta.dtype != torch.float32:
             continue
-        build, data = _Numbers(model, node), cast(Node, node.args[0])
-        names = ("alpha", "scale", "input_scale")
-        alpha, scale, inner = (argument(node, i, name, 1.0) for i, name in enumerate(names, 1))
-        below = build.call(aten.hardtanh.default, data, -FLOAT32_MAX, 0.0)
-        below = build.call(aten.elu.default, build.times(below, inner), _ALMOST_ONE)
-        above = build.call(aten.relu.default, data)
-        total = build.call(aten.add.Tensor, above, build.times(below, alpha))
-        replace(node, build.times(total, scale))
-        count += 1
+        new = _OF_SIZES[node.target](_Numbers(model, node), node)
+        if new is not None:
+            replace(node, new)
+            count += 1
     return count
+
+
+def _below(build: _Numbers, node: Node) -> Node:
+    return build.call(aten.hardtanh.default, node.args[0], -FLOAT32_MAX, 0.0)
+
+
+def _elu_of_sizes(build: _Numbers, node: Node) -> Node:
+    """``elu(x, n) = relu(x) + n * elu(min(x, 0), 1)``."""
+    names = ("alpha", "scale", "input_scale")
+    alpha, scale, inner = (argument(node, i, name, 1.0) for i, name in enumerate(names, 1))
+    below = build.times(_below(build, node), inner)
+    if node.target is aten.celu.default:
+        below = build.call(aten.div.Tensor, _below(build, node), alpha)
+    below = build.call(aten.elu.default, below, _ALMOST_ONE)
+    above = build.call(aten.relu.default, node.args[0])
+    return build.times(build.call(aten.add.Tensor, above, build.times(below, alpha)), scale)
+
+
+def _leaky_relu_of_sizes(build: _Numbers, node: Node) -> Node:
+    above = build.call(aten.relu.default, node.args[0])
+    below = build.times(_below(build, node), cast(Node, node.args[1]))
+    return build.call(aten.add.Tensor, above, below)
+
+
+def _clamp_of_sizes(build: _Numbers, node: Node) -> Node:
+    bounds: tuple[Any, Any] = _BOUNDS[node.target](node)
+    value = cast(Node, node.args[0])
+    for target, bound in zip((aten.maximum.default, aten.minimum.default), bounds, strict=True):
+        if bound is not None:
+            limit = build.times(build.number(1.0), bound)
+            value = build.call(target, value, limit)
+    return value
+
+
+_BOUNDS: Mapping[Any, Callable[[Node], tuple[Any, Any]]] = {
+    aten.clamp.default: lambda node: (argument(node, 1, "min"), argument(node, 2, "max")),
+    aten.clamp_max.default: lambda node: (None, node.args[1]),
+    aten.clamp_min.default: lambda node: (node.args[1], None),
+    aten.hardtanh.default: lambda node: (
+        argument(node, 1, "min_val", -1.0),
+        argument(node, 2, "max_val", 1.0),
+    ),
+}
+
+
+def _softplus_of_sizes(build: _Numbers, node: Node) -> Node | None:
+    """``softplus(b * x) / b``: with a threshold that is a size it may be something else."""
+    beta, threshold = argument(node, 1, "beta", 1.0), argument(node, 2, "threshold", 20.0)
+    if isinstance(threshold, Node) or threshold < LEAST_THRESHOLD:
+        return None
+    raised = build.times(cast(Node, node.args[0]), beta)
+    return build.call(aten.div.Tensor, _softplus(build, raised, 1.0), beta)
+
+
+_OF_SIZES: Mapping[Any, Callable[[_Numbers, Node], Node | None]] = {
+    **dict.fromkeys(_BOUNDS, _clamp_of_sizes),
+    **dict.fromkeys((aten.celu.default, aten.elu.default), _elu_of_sizes),
+    aten.leaky_relu.default: _leaky_relu_of_sizes,
+    aten.softplus.default: _softplus_of_sizes,
+}
 
 
 def _with_numbers(model: GraphModule, targets: frozenset[Any]) -> list[Node]:
