@@ -315,6 +315,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "quantize_pads",
         "keep_convs_float",
         "quantize_scalars_as_rows",
+        "quotients_in_steps",
         "refused_to_float",
         "channel_slices_to_convs",
         "expands_to_biases",
@@ -971,6 +972,7 @@ def test_a_pass_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_written_out_in_steps_is_planned_as_float_of_the_delegate() -> None:
     steps = passes.functions._BY_OTHERS.keys() | passes.functions._ROUNDINGS.keys()
+    steps |= passes.quotients._STEPS.keys()
     assert steps <= kernels.FLOAT_TARGETS
 
 
@@ -1000,6 +1002,30 @@ def test_numbers_that_are_dynamic_sizes_are_read_as_tensors() -> None:
     for batch in (x, x[1:3], torch.cat([x, x[:3] * 100])):
         for got, want in zip(written(batch), graph(batch), strict=True):
             torch.testing.assert_close(got, want, rtol=2e-7, atol=2e-7)
+
+
+@pytest.mark.parametrize("number", [0.3, -6.2831855])
+def test_remainders_and_rounded_quotients_are_exact(number: float) -> None:
+    """Of what lies between multiples, on them and next to them."""
+
+    def function(_self: Any, a: Tensor, c: Tensor, b: Tensor) -> list[Tensor]:
+        modes = (aten.fmod, aten.remainder, aten.floor_divide)
+        return [mode(value, by) for mode in modes for value, by in ((a, number), (c, b))]
+
+    def near_multiples(unit: Tensor) -> Tensor:
+        between = counts * unit
+        values = torch.cat([between, torch.round(counts) * unit, counts / 2**22 * unit])
+        values = torch.cat([values, torch.nextafter(values, torch.zeros(()))])
+        return torch.cat([values, -values])
+
+    counts = torch.exp2(torch.rand(3000) * 21.9)
+    units = torch.exp2(torch.rand(3000) * 40 - 20) * number
+    inputs = (near_multiples(torch.tensor(number)), near_multiples(units), units.repeat(12))
+    graph = capture(Function(function), inputs)
+    want = graph(*inputs)
+    assert BY_NAME["quotients_in_steps"].run(graph) == 6
+    graph.recompile()
+    assert differences(graph(*inputs), want) == []
 
 
 def test_passes_say_what_they_look_for_and_what_they_leave() -> None:

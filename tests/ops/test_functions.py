@@ -434,7 +434,12 @@ FRACTIONS = torch.cat(
 
 
 def exactly(values: Tensor) -> tuple[Tensor, ...]:
-    return torch.round(values), torch.trunc(values), torch.frac(values), torch.sign(values)
+    near, some = values.clamp(-1e6, 1e6), values.clamp(0.7, 5.3)
+    return (
+        *(torch.round(values), torch.trunc(values), torch.frac(values), torch.sign(values)),
+        *(torch.fmod(near, 0.3), near % -some, near // some),
+        torch.div(near, some, rounding_mode="trunc"),
+    )
 
 
 def in_steps(around: Tensor, large: Tensor, positive: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
@@ -464,7 +469,7 @@ def test_functions_in_steps_are_as_near_as_the_kernels_of_the_steps() -> None:
     for result, exact, (ulps, absolute) in zip(got, want, bounds, strict=False):
         near = ((ulps + 1) * 2**-23 * exact.abs() + absolute).nan_to_num(0.0, 0.0, 0.0)
         assert bool(((result == exact.float()) | ((result - exact).abs() <= near)).all())
-    for result, wanted in zip(got[-6:-2], exactly(FRACTIONS), strict=True):
+    for result, wanted in zip(got[-10:-2], exactly(FRACTIONS), strict=True):
         torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
     for result, dim in zip(got[-2:], (0, 1), strict=True):
         torch.testing.assert_close(result, ROWS.cumsum(dim), rtol=0, atol=0, equal_nan=True)

@@ -25,6 +25,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     movement,
     normalization,
     pool,
+    quotients,
     run_time,
     widths,
 )
@@ -106,6 +107,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         functions.softplus_steps,
         functions.exponentials_and_logarithms,
         functions.roundings_in_steps,
+        quotients.quotients_in_steps,
     ),
     "widths": (
         activations.split_activations,

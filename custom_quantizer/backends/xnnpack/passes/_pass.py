@@ -144,6 +144,46 @@ class Builder:
         return self.call(DEQUANTIZE_PER_TENSOR, quantized, *params)
 
 
+class Numbers(Builder):
+    """A builder that gives ops their numbers as one-element tensors, as XNNPACK fuses them."""
+
+    def number(self, value: float) -> Node:
+        name = f"{self.origin}_constant"
+        return add_constant(self.model, name, torch.tensor([value]), self.anchor)
+
+    def times(self, value: Node, factor: float | Node) -> Node:
+        """The product with a number, also one that the graph computes from sizes."""
+        if factor == 1.0:
+            return value
+        number = factor if isinstance(factor, Node) else self.number(factor)
+        return self.call(aten.mul.Tensor, value, number)
+
+    def tensor(self, value: Any) -> Node:
+        """A number as a tensor, also one that the graph computes from sizes."""
+        if not isinstance(value, Node):
+            return self.number(float(value))
+        is_number = not isinstance(value.meta.get("val", tensor_meta(value)), Tensor)
+        return self.call(aten.mul.Tensor, self.number(1.0), value) if is_number else value
+
+    def trunc(self, x: Node) -> Node:
+        """``x`` without what is behind the point; zeros are positive."""
+        sides = (x, self.call(aten.neg.default, x))
+        parts = [
+            self.call(aten.floor.default, self.call(aten.relu.default, side)) for side in sides
+        ]
+        return self.call(aten.sub.Tensor, *parts)
+
+    def sign(self, x: Node) -> Node:
+        """1, 0 or -1, which is also that of subnormal numbers: kernels take them for zeros."""
+        above = self.call(aten.hardtanh.default, x, 0.0, 1.0)
+        parts = self.call(aten.ceil.default, above), self.below_zero(x)
+        return self.call(aten.add.Tensor, *parts)
+
+    def below_zero(self, x: Node) -> Node:
+        """-1 where ``x`` is negative, else 0."""
+        return self.call(aten.floor.default, self.call(aten.hardtanh.default, x, -1.0, 0.0))
+
+
 def _fake(target: Any, args: Any, kwargs: Any) -> Any:
     def value(node: Node) -> Any:
         meta = tensor_meta(node)

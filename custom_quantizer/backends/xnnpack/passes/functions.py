@@ -14,6 +14,7 @@ from custom_quantizer.backends.xnnpack.kernels import LEAST_THRESHOLD
 from custom_quantizer.backends.xnnpack.passes._pass import (
     FLOAT32_MAX,
     Builder,
+    Numbers,
     calls,
     graph_pass,
     is_wide,
@@ -62,21 +63,6 @@ def _int8_neighbours(node: Node) -> tuple[Node, Node] | None:
     return None if around is None or any(is_wide(side) for side in around) else around
 
 
-class _Numbers(Builder):
-    """A builder that gives ops their numbers as one-element tensors, as XNNPACK fuses them."""
-
-    def number(self, value: float) -> Node:
-        name = f"{self.origin}_constant"
-        return add_constant(self.model, name, torch.tensor([value]), self.anchor)
-
-    def times(self, value: Node, factor: float | Node) -> Node:
-        """The product with a number, also one that the graph computes from sizes."""
-        if factor == 1.0:
-            return value
-        number = factor if isinstance(factor, Node) else self.number(factor)
-        return self.call(aten.mul.Tensor, value, number)
-
-
 @graph_pass(
     "functions with a result next to the middle between two integers",
     "the same plus some ten-thousandths of a step, as the integer reference adds them",
@@ -96,7 +82,7 @@ def tie_break_offsets(model: GraphModule) -> int:
         offset = function_offset(function, qparams_of(model, before), qparams_of(model, after))
         if offset == 0.0:
             continue
-        build = _Numbers(model, after, Builder(model, node).origin)
+        build = Numbers(model, after, Builder(model, node).origin)
         after.args = (build.call(aten.add.Tensor, node, build.number(offset)), *after.args[1:])
         count += 1
     return count
@@ -147,7 +133,7 @@ def written_out(model: GraphModule) -> int:
     """
     count = 0
     for node in calls(model, _WRITTEN_OUT):
-        build, data = _Numbers(model, node), cast(Node, node.args[0])
+        build, data = Numbers(model, node), cast(Node, node.args[0])
         new: Node | None = None
         if node.target in HARDSIGMOID.targets:
             raised = build.call(aten.add.Tensor, data, build.number(3.0))
@@ -170,7 +156,7 @@ _ALMOST_ONE = 1.0 + 2.0**-40
 ExecuTorch 1.5.1 then misses."""
 
 
-def _prelu(model: GraphModule, build: _Numbers, node: Node) -> Node | None:
+def _prelu(model: GraphModule, build: Numbers, node: Node) -> Node | None:
     data, slope = cast(Node, node.args[0]), cast(Node, node.args[1])
     if not is_constant(slope):
         return None
@@ -202,7 +188,7 @@ def plain_elus(model: GraphModule) -> int:
     for node in _with_numbers(model, ELU.targets):
         if node.target is aten.elu.default and tuple(node.args[1:]) == (_ALMOST_ONE,):
             continue
-        build, value = _Numbers(model, node), cast(Node, node.args[0])
+        build, value = Numbers(model, node), cast(Node, node.args[0])
         alpha, scale, inner = elu_factors(node)
         if node.target is aten.elu.default and (scale, inner) == (1.0, 1.0) and alpha != 1.0:
             continue
@@ -226,18 +212,18 @@ def functions_of_sizes(model: GraphModule) -> int:
         meta = tensor_meta(node)
         if not reads_sizes(node) or meta is None or meta.dtype != torch.float32:
             continue
-        new = _OF_SIZES[node.target](_Numbers(model, node), node)
+        new = _OF_SIZES[node.target](Numbers(model, node), node)
         if new is not None:
             replace(node, new)
             count += 1
     return count
 
 
-def _below(build: _Numbers, node: Node) -> Node:
+def _below(build: Numbers, node: Node) -> Node:
     return build.call(aten.hardtanh.default, node.args[0], -FLOAT32_MAX, 0.0)
 
 
-def _elu_of_sizes(build: _Numbers, node: Node) -> Node:
+def _elu_of_sizes(build: Numbers, node: Node) -> Node:
     """``elu(x, n) = relu(x) + n * elu(min(x, 0), 1)``."""
     names = ("alpha", "scale", "input_scale")
     alpha, scale, inner = (argument(node, i, name, 1.0) for i, name in enumerate(names, 1))
@@ -249,19 +235,18 @@ def _elu_of_sizes(build: _Numbers, node: Node) -> Node:
     return build.times(build.call(aten.add.Tensor, above, build.times(below, alpha)), scale)
 
 
-def _leaky_relu_of_sizes(build: _Numbers, node: Node) -> Node:
+def _leaky_relu_of_sizes(build: Numbers, node: Node) -> Node:
     above = build.call(aten.relu.default, node.args[0])
     below = build.times(_below(build, node), cast(Node, node.args[1]))
     return build.call(aten.add.Tensor, above, below)
 
 
-def _clamp_of_sizes(build: _Numbers, node: Node) -> Node:
+def _clamp_of_sizes(build: Numbers, node: Node) -> Node:
     bounds: tuple[Any, Any] = _BOUNDS[node.target](node)
     value = cast(Node, node.args[0])
     for target, bound in zip((aten.maximum.default, aten.minimum.default), bounds, strict=True):
         if bound is not None:
-            limit = build.times(build.number(1.0), bound)
-            value = build.call(target, value, limit)
+            value = build.call(target, value, build.tensor(bound))
     return value
 
 
@@ -276,7 +261,7 @@ _BOUNDS: Mapping[Any, Callable[[Node], tuple[Any, Any]]] = {
 }
 
 
-def _softplus_of_sizes(build: _Numbers, node: Node) -> Node | None:
+def _softplus_of_sizes(build: Numbers, node: Node) -> Node | None:
     """``softplus(b * x) / b``: with a threshold that is a size it may be something else."""
     beta, threshold = argument(node, 1, "beta", 1.0), argument(node, 2, "threshold", 20.0)
     if isinstance(threshold, Node) or threshold < LEAST_THRESHOLD:
@@ -285,7 +270,7 @@ def _softplus_of_sizes(build: _Numbers, node: Node) -> Node | None:
     return build.call(aten.div.Tensor, _softplus(build, raised, 1.0), beta)
 
 
-_OF_SIZES: Mapping[Any, Callable[[_Numbers, Node], Node | None]] = {
+_OF_SIZES: Mapping[Any, Callable[[Numbers, Node], Node | None]] = {
     **dict.fromkeys(_BOUNDS, _clamp_of_sizes),
     **dict.fromkeys((aten.celu.default, aten.elu.default), _elu_of_sizes),
     aten.leaky_relu.default: _leaky_relu_of_sizes,
@@ -309,7 +294,7 @@ def softplus_steps(model: GraphModule) -> int:
     """
     count = 0
     for node in _with_numbers(model, _IN_STEPS):
-        build, data = _Numbers(model, node), cast(Node, node.args[0])
+        build, data = Numbers(model, node), cast(Node, node.args[0])
         if node.target in MISH.targets:
             curve = build.call(aten.tanh.default, _softplus(build, data, 1.0))
             new = build.call(aten.mul.Tensor, data, curve)
@@ -323,7 +308,7 @@ def softplus_steps(model: GraphModule) -> int:
     return count
 
 
-def _softplus(build: _Numbers, x: Node, beta: float) -> Node:
+def _softplus(build: Numbers, x: Node, beta: float) -> Node:
     size = build.times(build.call(aten.abs.default, x), -beta)
     raised = build.call(aten.add.Tensor, build.call(aten.exp.default, size), build.number(1.0))
     rest = build.times(build.call(aten.log.default, raised), 1.0 / beta)
@@ -343,7 +328,7 @@ def exponentials_and_logarithms(model: GraphModule) -> int:
     return _in_steps(model, _BY_OTHERS)
 
 
-_Steps = Mapping[Any, Callable[[_Numbers, Node], Node]]
+_Steps = Mapping[Any, Callable[[Numbers, Node], Node]]
 """By op, what adds its steps to a graph and returns the last of them."""
 
 
@@ -354,23 +339,23 @@ def _in_steps(model: GraphModule, steps: _Steps) -> int:
         meta = tensor_meta(node)
         if meta is None or meta.dtype != torch.float32:
             continue
-        replace(node, steps[node.target](_Numbers(model, node), cast(Node, node.args[0])))
+        replace(node, steps[node.target](Numbers(model, node), cast(Node, node.args[0])))
         count += 1
     return count
 
 
-def _exp2(build: _Numbers, x: Node) -> Node:
+def _exp2(build: Numbers, x: Node) -> Node:
     return build.call(aten.exp.default, build.times(x, math.log(2)))
 
 
-def _logarithm(base: int) -> Callable[[_Numbers, Node], Node]:
-    def steps(build: _Numbers, x: Node) -> Node:
+def _logarithm(base: int) -> Callable[[Numbers, Node], Node]:
+    def steps(build: Numbers, x: Node) -> Node:
         return build.times(build.call(aten.log.default, x), 1 / math.log(base))
 
     return steps
 
 
-def _log1p(build: _Numbers, x: Node) -> Node:
+def _log1p(build: Numbers, x: Node) -> Node:
     """``y = log(1 + x)``, less ``(expm1(y) - x) / (1 + x)``, a step of Newton's method.
 
     XNNPACK's logarithm is up to ``2**-23`` away next to 1, which may be more than the result. The
@@ -386,7 +371,7 @@ def _log1p(build: _Numbers, x: Node) -> Node:
     return build.call(aten.sub.Tensor, log, step)
 
 
-def _expm1(build: _Numbers, x: Node) -> Node:
+def _expm1(build: Numbers, x: Node) -> Node:
     """``elu(x)`` up to 0, and ``-exp(x) * elu(-x)`` above; either is 0 where the other is not."""
 
     def elu(value: Node) -> Node:
@@ -417,7 +402,7 @@ def roundings_in_steps(model: GraphModule) -> int:
     return _in_steps(model, _ROUNDINGS)
 
 
-def _round(build: _Numbers, x: Node) -> Node:
+def _round(build: Numbers, x: Node) -> Node:
     """To the nearest even, as a sum with ``1.5 * 2**23`` rounds what is within ``2**22``.
 
     What is left of a larger number is within ``2**22`` again, or whole.
@@ -434,28 +419,15 @@ def _round(build: _Numbers, x: Node) -> Node:
     return build.call(aten.add.Tensor, build.call(aten.add.Tensor, first, second), left)
 
 
-def _trunc(build: _Numbers, x: Node) -> Node:
-    sides = (x, build.call(aten.neg.default, x))
-    parts = [build.call(aten.floor.default, build.call(aten.relu.default, side)) for side in sides]
-    return build.call(aten.sub.Tensor, *parts)
-
-
-def _frac(build: _Numbers, x: Node) -> Node:
-    return build.call(aten.sub.Tensor, x, _trunc(build, x))
-
-
-def _sign(build: _Numbers, x: Node) -> Node:
-    above = build.call(aten.hardtanh.default, x, 0.0, 1.0)
-    below = build.call(aten.hardtanh.default, x, -1.0, 0.0)
-    parts = build.call(aten.ceil.default, above), build.call(aten.floor.default, below)
-    return build.call(aten.add.Tensor, *parts)
+def _frac(build: Numbers, x: Node) -> Node:
+    return build.call(aten.sub.Tensor, x, build.trunc(x))
 
 
 _ROUNDINGS: _Steps = {
     aten.frac.default: _frac,
     aten.round.default: _round,
-    aten.sign.default: _sign,
-    aten.trunc.default: _trunc,
+    aten.sign.default: Numbers.sign,
+    aten.trunc.default: Numbers.trunc,
 }
 
 
@@ -473,12 +445,12 @@ def tanh_gelus(model: GraphModule) -> int:
     count = 0
     for node in calls(model, GELU.targets):
         if is_tanh_gelu(node) and _int8_neighbours(node) is None:
-            replace(node, _tanh_gelu(_Numbers(model, node), cast(Node, node.args[0])))
+            replace(node, _tanh_gelu(Numbers(model, node), cast(Node, node.args[0])))
             count += 1
     return count
 
 
-def _tanh_gelu(build: _Numbers, x: Node) -> Node:
+def _tanh_gelu(build: Numbers, x: Node) -> Node:
     """``x * (0.5 * (1 + tanh(sqrt(2 / pi) * x * (1 + 0.044715 * x**2))))``."""
 
     def plus_one(value: Node) -> Node:
