@@ -254,11 +254,37 @@ def test_a_kernel_that_refuses_its_input_is_named() -> None:
 
 
 def test_a_tensor_of_more_dims_than_xnnpack_has_is_named() -> None:
-    x = torch.randn(2, 4, 6)
-    model = Function(lambda s, x: s.part(x.view(1, 2, 1, 2, 1, 2, 6)), part=nn.Linear(6, 4))
+    x = torch.randn(128, 2)
+    # Of dims that are broadcast and of others in turn none are alike.
+    model = Function(lambda s, x: (y := x.view(2, 2, 2, 2, 2, 2, 2, 2)) + y[:, :1, :, :1, :, :1])
     graph = quantized(model, (x,))
-    with pytest.raises(LoweringError, match=r"linear .* has 7 dims, and XNNPACK's tensors at most"):
+    with pytest.raises(LoweringError, match=r"add has 8 dims, and XNNPACK's tensors at most"):
         cq.lower(graph, (x,))
+
+
+def windows_of_a_video(s: Any, x: Tensor) -> Any:
+    """Ops of all kinds over eight dims, from an input of as many to outputs of as many."""
+    y = torch.relu(s.first(x))
+    y = torch.cat([y, s.second(x[:, :1]) + y[..., :3, :] * s.factor], -2)
+    scores = s.norm(y.transpose(1, 3)).unflatten(-1, (2, 4)).softmax(-1)
+    tokens = F.pad(scores.flatten(-2)[:, 0], (0, 0, 1, 2))
+    return tokens.mean((1, 3)), s.third(F.silu(y)), y.select(4, 1).expand(2, 2, 1, 2, 3, 6, 8)
+
+
+@pytest.mark.parametrize("scheme", ["a8w8", pytest.param("dyn8w8", marks=pytest.mark.slow)])
+def test_ops_over_more_dims_than_xnnpack_has_are_ops_over_fewer(scheme: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 1, 2, 2, 1, 3, 6)
+    layers = {"first": nn.Linear(6, 8), "second": nn.Linear(6, 8), "third": nn.Linear(8, 4)}
+    model = Function(windows_of_a_video, **layers, norm=nn.LayerNorm(8))
+    model.factor = nn.Parameter(torch.randn(3, 1))
+    graph = quantized(model, (x,), scheme)
+    lowered = cq.lower(graph, (x,))
+    assert lowered.report.delegates == 1
+    assert set(lowered.report.outside) <= {"aten::view_copy.out"}  # of inputs and outputs
+    reference = cq.integer_reference(graph)
+    for given in ((x,), (x * 3,)):
+        assert differences(lowered.run(*given), reference(*given)) == []
 
 
 def patches_of_a_video(s: Any, x: Tensor) -> Any:

@@ -321,6 +321,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "expands_to_biases",
         "keep_apart",
         "merge_activations",
+        "ops_of_few_dims",
         "permutes_of_few_dims",
         "tell_copies_apart",
         "rescale_behind_moves",
@@ -971,8 +972,7 @@ def test_a_pass_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_written_out_in_steps_is_planned_as_float_of_the_delegate() -> None:
-    steps = passes.functions._BY_OTHERS.keys() | passes.functions._ROUNDINGS.keys()
-    steps |= passes.quotients._STEPS.keys()
+    steps = passes.functions.BY_STEPS | passes.quotients.STEPS.keys()
     assert steps <= kernels.FLOAT_TARGETS
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack import BACKEND, kernels
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.exactness import here, inexact_ops, is_exact, output_bounds
 from custom_quantizer.backends.xnnpack.lowering import make_program
+from custom_quantizer.backends.xnnpack.passes.dims import blocks_of
 from custom_quantizer.backends.xnnpack.program import (
     WAYS,
     LoweredProgram,
@@ -56,8 +57,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_MADE_SMALLER = RESHAPE.targets | PERMUTE.targets
 
 FLOAT_TOLERANCE = 0.1
 """Largest relative error of outputs when float ops take part; a broken program is near 1."""
@@ -134,6 +133,12 @@ def _where(op: OpBackend) -> str:
     return f"{op.node} ({op.path})" if op.path else op.node
 
 
+def _is_of_few_dims(node: Node) -> bool:
+    """Whether a pass makes one or several ops over few dims of an op over many."""
+    moves = RESHAPE.targets | PERMUTE.targets
+    return node.target in moves or 0 < len(blocks_of(node)) <= kernels.MOST_DIMS
+
+
 def _run(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...]) -> list[Any]:
     """Outputs of the program, which may be one that the runtime refuses."""
     try:
@@ -147,9 +152,8 @@ def _run(program: LoweredProgram, graph: ConvertedGraph, example: tuple[Any, ...
             for n, meta in metas
             if meta is not None and meta.dim() > kernels.MOST_DIMS
         ]
-        # Views and permutes of many dims may have become some of fewer.
         if wide:
-            node, dims = min(wide, key=lambda op: op[0].target in _MADE_SMALLER)
+            node, dims = min(wide, key=lambda op: _is_of_few_dims(op[0]))
             raise LoweringError(
                 f"{describe(node)} has {dims} dims, and XNNPACK's tensors at most "
                 f"{kernels.MOST_DIMS}; reshape it to fewer ({error})"

@@ -18,13 +18,14 @@ from executorch.backends.xnnpack.partition.config.generic_node_configs import (
     EluConfig,
     SliceCopyConfig,
     UpsampleBilinear2dConfig,
+    ViewCopyConfig,
 )
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
 
 from custom_quantizer.backends.xnnpack import visitors as _visitors  # noqa: F401  # registers them
-from custom_quantizer.backends.xnnpack.kernels import refuses_resize, refuses_slice
+from custom_quantizer.backends.xnnpack.kernels import MOST_DIMS, refuses_resize, refuses_slice
 from custom_quantizer.backends.xnnpack.passes import Mark
 from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
 from custom_quantizer.core.graph import reads_sizes, shape_of
@@ -117,6 +118,15 @@ class AnySlice(SliceCopyConfig):  # type: ignore[misc]  # ExecuTorch is untyped
         return common and not left_out and not refuses_slice(node)
 
 
+class ViewOfFewDims(ViewCopyConfig):  # type: ignore[misc]  # ExecuTorch is untyped
+    """Views between tensors that XNNPACK has; those of the model's own many dims are left out."""
+
+    def check_constraints(self, node: torch.fx.Node, ep: Any) -> bool:
+        """Leave out tensors of too many dims."""
+        ranks = (len(shape_of(tensor)) for tensor in (node, *node.all_input_nodes))
+        return max(ranks) <= MOST_DIMS and super().check_constraints(node, ep) is True
+
+
 def _integers_around(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
     """The dequantize node that an op reads, and the quantize node that alone reads its result."""
     before: Any = node.args[0]
@@ -149,6 +159,7 @@ def configurations() -> list[Any]:
         BMMConfig: IntegerBatchMatmul,
         SliceCopyConfig: AnySlice,
         UpsampleBilinear2dConfig: IntegerResize,
+        ViewCopyConfig: ViewOfFewDims,
     }
     upstream = (ours.get(config, config) for config in ALL_PARTITIONER_CONFIGS)
     return [*upstream, FloatElu, WholeProduct]

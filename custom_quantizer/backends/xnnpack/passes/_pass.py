@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, cast
@@ -23,6 +23,7 @@ from custom_quantizer.core.graph import (
     is_quantize,
     qparams_of,
     tensor_meta,
+    view_sizes,
 )
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import fake_result
@@ -218,6 +219,23 @@ def quantized_neighbours(node: Node) -> tuple[Node, Node] | None:
         if is_quantize(after):
             return source, after
     return None
+
+
+def maker_of(source: object) -> Node | None:
+    """What makes a tensor, seen through a q/dq pair that changes nothing."""
+    if not isinstance(source, Node):
+        return None
+    if not is_dequantize(source):
+        return source
+    stored = cast(Node, source.args[0])
+    same = is_quantize(stored) and stored.args[1:] == source.args[1:]
+    return cast(Node, stored.args[0]) if same else None
+
+
+def viewed(build: Builder, tensor: Node, shape: Sequence[Any]) -> Node:
+    """``tensor`` in another shape, in integers if it is."""
+    view = build.call(aten.view_copy.default, tensor, view_sizes(shape))
+    return build.requantized(view, tensor) if is_dequantize(tensor) else view
 
 
 def then_move(build: Builder, source: Node, value: Node, target: Any, *args: Any) -> Node:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
-from custom_quantizer.backends.xnnpack.kernels import MOST_DIMS, can_be_batched, matmul_batch
+from custom_quantizer.backends.xnnpack.kernels import can_be_batched, matmul_batch
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
     Mark,
@@ -19,6 +19,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     graph_pass,
     is_wide,
     replace,
+    viewed,
 )
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_CHANNEL,
@@ -77,18 +78,13 @@ def matmuls_to_bmms(model: GraphModule) -> int:
         dynamic = any(not isinstance(size, int) for size in batch)
         size = -1 if dynamic else math.prod(batch)
         shapes = [view_sizes([size, *shape_of(arg)[-2:]]) for arg in (left, right)]
-        operands = [_viewed(build, *pair) for pair in zip((left, right), shapes, strict=True)]
+        operands = [viewed(build, *pair) for pair in zip((left, right), shapes, strict=True)]
         product = build.call(aten.bmm.default, *operands)
         users = effective_users(node)
         if len(users) == 1 and is_quantize(users[0]):
             product = build.requantized(product, users[0])
         replace(node, build.call(aten.view_copy.default, product, view_sizes(shape_of(node))))
     return count
-
-
-def _viewed(build: Builder, tensor: Node, shape: list[Any]) -> Node:
-    viewed = build.call(aten.view_copy.default, tensor, shape)
-    return build.requantized(viewed, tensor) if is_dequantize(tensor) else viewed
 
 
 @graph_pass(
@@ -163,12 +159,12 @@ def _reads_others(node: Node) -> bool:
 
 
 @graph_pass(
-    "softmax of images, or over more than six dims",
+    "softmax of images",
     "softmax of rows, between views",
     requires={"softmaxes_over_last_dim"},
 )
 def softmaxes_of_rows(model: GraphModule) -> int:
-    """A softmax of an image, or of more dims than XNNPACK has, becomes one of rows.
+    """A softmax of an image becomes one of rows.
 
     The delegate keeps images channels last, behind convolutions for instance, and XNNPACK's softmax
     runs over the last dimension in memory: there it would be the channels. ExecuTorch (1.5.1) knows
@@ -180,13 +176,12 @@ def softmaxes_of_rows(model: GraphModule) -> int:
         dynamic = sum(not isinstance(size, int) for size in shape)
         if dynamic > 1 or softmax_dim(node) != len(shape) - 1:
             continue
-        image = len(shape) == 4 and not _keeps_order(cast(Node, node.args[0]))
-        if not image and len(shape) <= MOST_DIMS:
+        if len(shape) != 4 or _keeps_order(cast(Node, node.args[0])):
             continue
         build = Builder(model, node)
         last = shape[-1] if isinstance(shape[-1], int) else -1
         rows = -1 if dynamic and last != -1 else math.prod(shape[:-1])
-        source = _viewed(build, cast(Node, node.args[0]), [rows, last])
+        source = viewed(build, cast(Node, node.args[0]), [rows, last])
         result = build.call(aten.softmax.int, source, -1)
         users = effective_users(node)
         if len(users) == 1 and is_quantize(users[0]):

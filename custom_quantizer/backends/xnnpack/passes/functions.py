@@ -431,6 +431,10 @@ _ROUNDINGS: _Steps = {
 }
 
 
+BY_STEPS = frozenset({*_BY_OTHERS, *_ROUNDINGS})
+"""Ops of one tensor that have no family."""
+
+
 @graph_pass(
     "the tanh approximation of gelu in float",
     "its formula, up to the last bits of float32",

@@ -17,6 +17,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     calls,
     graph_pass,
     is_wide,
+    maker_of,
     origin_of,
     quantized_neighbours,
     replace,
@@ -84,6 +85,7 @@ def permutes_of_few_dims(model: GraphModule) -> int:
         "strided_slices_to_views",
         "reshapes_to_views",
         "transpose_second_factors",
+        "ops_of_few_dims",
         "permutes_of_few_dims",
     },
 )
@@ -240,17 +242,6 @@ def _is_viewed(node: Node) -> bool:
 def _across_boundary(node: Node) -> Node | None:
     """What makes the input of a move, seen through a q/dq pair that changes nothing."""
     return maker_of(node.args[0])
-
-
-def maker_of(source: object) -> Node | None:
-    """What makes a tensor, seen through a q/dq pair that changes nothing."""
-    if not isinstance(source, Node):
-        return None
-    if not is_dequantize(source):
-        return source
-    stored = cast(Node, source.args[0])
-    same = is_quantize(stored) and stored.args[1:] == source.args[1:]
-    return cast(Node, stored.args[0]) if same else None
 
 
 def _move_before(node: Node) -> Node | None:

@@ -38,6 +38,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     graph_pass,
     quantized_neighbours,
     replace,
+    viewed,
 )
 from custom_quantizer.core.graph import (
     add_constant,
@@ -110,7 +111,7 @@ def layer_norms_to_linears(model: GraphModule) -> int:
             build = Builder(model, node)
             data = cast(Node, node.args[0])
             if dims > 1:
-                data = _flattened(build, data, [*shape[:-dims], size])
+                data = viewed(build, data, [*shape[:-dims], size])
             weight, bias = argument(node, 2, "weight"), None
             if rule is LAYER_NORM:
                 data = build.call(aten.sub.Tensor, data, _mean(build, sums, data))
@@ -150,7 +151,7 @@ def group_norms_to_linears(model: GraphModule) -> int:
             if last:
                 data = _moved(build, data, _CHANNELS_LAST)
                 shape = shape_of(data)
-            data = _flattened(build, data, [shape[0], groups, size])
+            data = viewed(build, data, [shape[0], groups, size])
             centered = build.call(aten.sub.Tensor, data, _mean(build, sums, data))
             epsilon = float(argument(node, eps_at, "eps", 1e-5))
             result = _over_deviation(build, sums, centered, epsilon)
@@ -259,12 +260,6 @@ def _moved(build: Builder, data: Node, order: Sequence[int]) -> Node:
     return build.requantized(moved, data) if is_dequantize(data) else moved
 
 
-def _flattened(build: Builder, data: Node, shape: Sequence[int]) -> Node:
-    """``data`` in another shape, in integers if it is."""
-    viewed = build.call(aten.view_copy.default, data, view_sizes(shape))
-    return build.requantized(viewed, data) if is_dequantize(data) else viewed
-
-
 @graph_pass(
     "Euclidean norms", "sums as linear layers of one output: other roundings in float", exact=False
 )
@@ -319,7 +314,7 @@ def logsumexps_to_linears(model: GraphModule) -> int:
         if [*outer, *dims] != list(range(len(shape))):
             data = _moved(build, data, [*outer, *dims])
         rows = math.prod(shape[d] for d in outer)
-        data = _flattened(build, data, [rows, size])
+        data = viewed(build, data, [rows, size])
         images = build.call(aten.view_copy.default, data, view_sizes([rows, 1, 1, size]))
         largest = build.call(aten.max_pool2d.default, images, [1, size])
         largest = build.call(aten.view_copy.default, largest, view_sizes([rows, 1]))

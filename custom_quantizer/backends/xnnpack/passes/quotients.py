@@ -42,7 +42,7 @@ _DIVISORS = (2.0**-100, 2.0**100)
 def quotients_in_steps(model: GraphModule) -> int:
     """Those of float32, with quotients of up to ``2**22``."""
     count = 0
-    for node in calls(model, frozenset(_STEPS)):
+    for node in calls(model, frozenset(STEPS)):
         operands = [node, *(arg for arg in node.args[:2] if _is_tensor(arg))]
         metas = [tensor_meta(operand) for operand in cast("list[Node]", operands)]
         if any(meta is None or meta.dtype != torch.float32 for meta in metas):
@@ -55,7 +55,7 @@ def quotients_in_steps(model: GraphModule) -> int:
         elif not _is_tensor(divisor):
             divisor = Numbers(model, node).tensor(divisor)
         build = Numbers(model, node)
-        new = _STEPS[node.target](build, node, build.tensor(dividend), divisor)
+        new = STEPS[node.target](build, node, build.tensor(dividend), divisor)
         if new is not None:
             replace(node, new)
             count += 1
@@ -131,7 +131,7 @@ def _rounded(build: Numbers, node: Node, a: Node, b: _Divisor) -> Node | None:
     return build.trunc(build.call(aten.div.Tensor, a, build.tensor(b))) if mode == "trunc" else None
 
 
-_STEPS: Mapping[Any, Callable[[Numbers, Node, Node, Any], Node | None]] = {
+STEPS: Mapping[Any, Callable[[Numbers, Node, Node, Any], Node | None]] = {
     aten.div.Scalar_mode: _rounded,
     aten.div.Tensor_mode: _rounded,
     aten.floor_divide.Scalar: _floor,

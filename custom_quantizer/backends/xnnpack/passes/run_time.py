@@ -51,14 +51,14 @@ def flatten_rows(model: GraphModule) -> int:
         data = cast(Node, node.args[0])
         if data.target is not DEQUANTIZE_DYNAMIC:
             continue
-        source = _source(data)
+        source = source_of_rows(data)
         shape = shape_of(source)
         back = view_sizes(shape_of(node))
         if len(shape) != 4 or not isinstance(shape[3], int) or back.count(-1) > 1:
             continue
         build = Builder(model, node)
         rows = build.call(aten.view_copy.default, source, [-1, shape[3]])
-        layer = build.call(node.target, _again(build, data, rows), *node.args[1:])
+        layer = build.call(node.target, quantized_again(build, data, rows), *node.args[1:])
         result = build.call(aten.view_copy.default, layer, back)
         node.replace_all_uses_with(result)
         model.graph.erase_node(node)
@@ -85,13 +85,13 @@ def pad_images(model: GraphModule) -> int:
         before, after = symmetric_padding(node)
         if before == after:
             continue
-        source = _source(data)
+        source = source_of_rows(data)
         # Of the last dim first.
         sides = [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
         build = Builder(model, node)
         image = build.call(aten.constant_pad_nd.default, source, sides)
         node.target = aten.conv2d.default
-        node.replace_input_with(data, _again(build, data, image))
+        node.replace_input_with(data, quantized_again(build, data, image))
         node.update_arg(4, [0] * len(before))
         count += 1
     return count
@@ -109,7 +109,7 @@ def order_images(model: GraphModule) -> int:
         data = cast(Node, node.args[0])
         if data.target is not DEQUANTIZE_DYNAMIC or len(shape_of(data)) != 4:
             continue
-        source = _source(data)
+        source = source_of_rows(data)
         own = set(_quantization(data))
         given = source.op == "placeholder" and own.issuperset(source.users)
         channels = shape_of(source)[1]
@@ -118,12 +118,12 @@ def order_images(model: GraphModule) -> int:
         build = Builder(model, node)
         slopes = add_constant(model, f"{node.name}_slopes", torch.ones(channels), _first(model))
         image = build.call(aten.prelu.default, source, slopes)
-        node.replace_input_with(data, _again(build, data, image))
+        node.replace_input_with(data, quantized_again(build, data, image))
         count += 1
     return count
 
 
-def _source(data: Node) -> Node:
+def source_of_rows(data: Node) -> Node:
     """The floats that a dequantize node stands for."""
     return cast(Node, cast(Node, data.args[0]).args[0])
 
@@ -134,7 +134,7 @@ def _quantization(data: Node) -> tuple[Node, Node]:
     return cast(Node, cast(Node, quantize.args[1]).args[0]), quantize
 
 
-def _again(build: Builder, data: Node, source: Node) -> Node:
+def quantized_again(build: Builder, data: Node, source: Node) -> Node:
     """Quantize ``source`` as it was done for ``data``, and dequantize it."""
     choose, quantize = _quantization(data)
     chosen = build.call(choose.target, source, *choose.args[1:])
