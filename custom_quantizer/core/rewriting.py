@@ -165,7 +165,11 @@ def renamed(target: Any) -> Rewrite:
 
 
 def rewrite_calls(
-    model: GraphModule, rewrites: Mapping[Any, Rewrite], *, training: bool = False
+    model: GraphModule,
+    rewrites: Mapping[Any, Rewrite],
+    *,
+    training: bool = False,
+    of_sizes: bool = False,
 ) -> int:
     """Replace calls by what the rewrite of their target makes, in place.
 
@@ -173,6 +177,8 @@ def rewrite_calls(
         model: the graph.
         rewrites: by overload.
         training: parameters change.
+        of_sizes: calls with numbers that the graph computes from sizes of the inputs, too. Forms
+            that have windows or shifts cannot take these.
 
     Returns:
         The number of calls that were replaced.
@@ -180,8 +186,8 @@ def rewrite_calls(
     count = 0
     for node in list(model.graph.nodes):
         rewrite = rewrites.get(node.target) if node.op == "call_function" else None
-        if rewrite is not None and reads_sizes(node):
-            continue  # no form has a window or a shift that only the inputs tell
+        if rewrite is not None and reads_sizes(node) and not of_sizes:
+            continue
         if overwritten_by(node) is not None:
             continue  # a view has to stay one, and what is viewed has to keep its strides
         # What an earlier rewrite took along has no users any more.

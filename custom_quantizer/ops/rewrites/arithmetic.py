@@ -13,14 +13,13 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, shape_of, tensor_meta
-from custom_quantizer.core.memory import overwritten_by
-from custom_quantizer.core.rewriting import Insertion, Rewrite, renamed, replace
+from custom_quantizer.core.rewriting import Insertion, Rewrite, renamed
 from custom_quantizer.ops.rewrites.masks import is_finite
 
-__all__ = ["ARITHMETIC", "products_apart"]
+__all__ = ["ARITHMETIC", "PRODUCTS_APART"]
 
 aten = torch.ops.aten
 
@@ -37,37 +36,25 @@ def _added(insert: Insertion, start: Any, term: Node, factor: float) -> Node:
     return insert.call(aten.add.Tensor, start, term)
 
 
-def products_apart(model: GraphModule) -> int:
-    """Write sums and differences with a factor (``alpha``) as those of a product, in place.
-
-    The factor may be a dynamic size, which the tables of rewrites leave alone.
-
-    Returns:
-        How many were rewritten.
-    """
-    count = 0
-    for node in list(model.graph.nodes):
-        scaled = _SCALED.get(node.target) if node.op == "call_function" else None
-        meta = tensor_meta(node)
-        if scaled is None or meta is None or meta.dtype != torch.float32:
-            continue
-        alpha, operand = argument(node, 2, "alpha", 1), node.args[scaled]
-        kind = tensor_meta(operand) if isinstance(operand, Node) else None
-        wide = kind is not None and kind.dtype != torch.float32
-        if alpha == 1 or wide or overwritten_by(node) is not None:
-            continue
-        insert, operands = Insertion(model, node), list(node.args[:2])
-        if kind is not None:
-            operands[scaled] = insert.call(aten.mul.Tensor, operand, alpha)
-        elif isinstance(operand, Node) or isinstance(alpha, Node):
-            operands[scaled] = product = insert.call(operator.mul, operand, alpha)
-            sizes = [n.meta["val"] if isinstance(n, Node) else n for n in (operand, alpha)]
-            product.meta["val"] = math.prod(sizes)
-        else:
-            operands[scaled] = cast(float, operand) * alpha
-        replace(model, node, insert.call(node.target, *operands))
-        count += 1
-    return count
+def _product_apart(insert: Insertion) -> Node | None:
+    """A sum or difference with a factor (``alpha``) is one of a product."""
+    node = insert.node
+    scaled, meta = _SCALED[node.target], tensor_meta(node)
+    alpha, operand = argument(node, 2, "alpha", 1), node.args[scaled]
+    kind = tensor_meta(operand) if isinstance(operand, Node) else None
+    wide = kind is not None and kind.dtype != torch.float32
+    if meta is None or meta.dtype != torch.float32 or alpha == 1 or wide:
+        return None
+    operands = list(node.args[:2])
+    if kind is not None:
+        operands[scaled] = insert.call(aten.mul.Tensor, operand, alpha)
+    elif isinstance(operand, Node) or isinstance(alpha, Node):
+        operands[scaled] = product = insert.call(operator.mul, operand, alpha)
+        sizes = [n.meta["val"] if isinstance(n, Node) else n for n in (operand, alpha)]
+        product.meta["val"] = math.prod(sizes)
+    else:
+        operands[scaled] = cast(float, operand) * alpha
+    return insert.call(node.target, *operands)
 
 
 _SCALED = {
@@ -77,6 +64,9 @@ _SCALED = {
     aten.sub.Tensor: 1,
 }
 """Which operand the factor is of."""
+
+PRODUCTS_APART: Mapping[Any, Rewrite] = MappingProxyType(dict.fromkeys(_SCALED, _product_apart))
+"""By overload; the factor may be a dynamic size."""
 
 
 def _addcmul(insert: Insertion) -> Node:

@@ -41,7 +41,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import rewrite_calls
-from custom_quantizer.ops.rewrites.arithmetic import products_apart
+from custom_quantizer.ops.rewrites.arithmetic import PRODUCTS_APART
 from custom_quantizer.ops.rewrites.batch_norms import (
     fold_into_layers,
     give_layers,
@@ -85,7 +85,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
         fold_constants(model, parameters=not training)
     complex_to_real(model, training=training)
     _integers_to_floats(model)
-    products_apart(model)
+    rewrite_calls(model, PRODUCTS_APART, training=training, of_sizes=True)
     decompose(model, training=training)
     if training:
         mark_computed_parameters(model)
