@@ -28,6 +28,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     pool,
     quotients,
     run_time,
+    running,
     widths,
 )
 from custom_quantizer.backends.xnnpack.passes._pass import (
@@ -81,7 +82,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         normalization.group_norms_to_linears,
         normalization.norms_to_linears,
         normalization.logsumexps_to_linears,
-        normalization.running_sums_in_steps,
+        running.running_sums_in_steps,
         normalization.drop_broadcasts,
         movement.splits_to_slices,
         movement.selects_to_slices,
