@@ -598,6 +598,7 @@ FLOAT_TARGETS = frozenset(
         aten.log10.default,
         aten.log1p.default,
         aten.log2.default,
+        aten.logcumsumexp.default,
         aten.logsumexp.default,
     }
 )

@@ -44,6 +44,9 @@ GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 FLOAT32_MAX = LARGEST_FLOAT
 """A clamp between this and its negative changes nothing."""
 
+FINITE = (-FLOAT32_MAX, FLOAT32_MAX * (1 - 2.0**-24))
+"""Bounds of what is subtracted: a clamp at the largest float would be dropped as one of nothing."""
+
 
 @dataclass(frozen=True)
 class GraphPass:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import (
-    FLOAT32_MAX,
+    FINITE,
     Builder,
     calls,
     graph_pass,
@@ -282,10 +282,6 @@ def norms_to_linears(model: GraphModule) -> int:
     return count
 
 
-_FINITE = (-FLOAT32_MAX, FLOAT32_MAX * (1 - 2.0**-24))
-"""Bounds of what is subtracted: a clamp at the largest float would be dropped as one of nothing."""
-
-
 @graph_pass(
     "logarithms of sums of exponentials",
     "a max pool, a linear layer of one output, and elementwise ops: other roundings in float",
@@ -318,7 +314,7 @@ def logsumexps_to_linears(model: GraphModule) -> int:
         images = build.call(aten.view_copy.default, data, view_sizes([rows, 1, 1, size]))
         largest = build.call(aten.max_pool2d.default, images, [1, size])
         largest = build.call(aten.view_copy.default, largest, view_sizes([rows, 1]))
-        finite = build.call(aten.hardtanh.default, largest, *_FINITE)
+        finite = build.call(aten.hardtanh.default, largest, *FINITE)
         powers = build.call(aten.exp.default, build.call(aten.sub.Tensor, data, finite))
         total = build.call(aten.linear.default, powers, sums.row(size, 1.0))
         result = build.call(aten.add.Tensor, build.call(aten.log.default, total), largest)

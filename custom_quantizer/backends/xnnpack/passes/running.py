@@ -1,13 +1,25 @@
-"""Sums of what stands before, in float ops that the delegate has."""
+"""Sums of what stands before, in float ops that the delegate has.
+
+Each value and the one before it are joined, these and those two before, four before, and so on.
+Nothing is multiplied by zero, so what is infinite stays where it is.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.backends.xnnpack.passes._pass import Builder, calls, graph_pass, replace
+from custom_quantizer.backends.xnnpack.passes._pass import (
+    FINITE,
+    Numbers,
+    calls,
+    graph_pass,
+    replace,
+)
 from custom_quantizer.core.graph import argument, shape_of, tensor_meta
 
 aten = torch.ops.aten
@@ -17,17 +29,14 @@ _MOST_SUMMED = 1 << 11
 
 
 @graph_pass(
-    "sums of what stands before",
+    "sums, and logarithms of sums, of what stands before",
     "a few sums of shifted tensors: added in another order",
     exact=False,
 )
 def running_sums_in_steps(model: GraphModule) -> int:
-    """Each value and the one before it, these and those two before, four before, and so on.
-
-    Nothing is multiplied by zero, so what is infinite stays where it is.
-    """
+    """Those of float32, along dims of static size."""
     count = 0
-    for node in calls(model, frozenset({aten.cumsum.default})):
+    for node in calls(model, frozenset(SUMS)):
         data, meta, shape = cast(Node, node.args[0]), tensor_meta(node), shape_of(node)
         dtype = argument(node, 2, "dtype")
         if meta is None or meta.dtype != torch.float32 or dtype is not None or not shape:
@@ -35,12 +44,37 @@ def running_sums_in_steps(model: GraphModule) -> int:
         dim = int(cast(int, node.args[1])) % len(shape)
         if not isinstance(shape[dim], int) or not 0 < shape[dim] <= _MOST_SUMMED:
             continue
-        build, size, shift = Builder(model, node), int(shape[dim]), 1
+        build, size, shift = Numbers(model, node), int(shape[dim]), 1
+        join, neutral = SUMS[node.target]
         while shift < size:
             early = build.call(aten.slice.Tensor, data, dim, 0, size - shift)
             amounts = [*[0] * (2 * (len(shape) - 1 - dim)), shift, 0]
-            late = build.call(aten.constant_pad_nd.default, early, amounts)
-            data, shift = build.call(aten.add.Tensor, data, late), 2 * shift
+            late = build.call(aten.constant_pad_nd.default, early, amounts, neutral)
+            data, shift = join(build, data, late), 2 * shift
         replace(node, data)
         count += 1
     return count
+
+
+def _sum(build: Numbers, a: Node, b: Node) -> Node:
+    return build.call(aten.add.Tensor, a, b)
+
+
+def _sum_of_exponentials(build: Numbers, a: Node, b: Node) -> Node:
+    """``log(exp(a) + exp(b)) = max(a, b) + log(1 + exp(-|a - b|))``.
+
+    The difference is one of finite numbers, as that of two infinities is none.
+    """
+    near = [build.call(aten.hardtanh.default, value, *FINITE) for value in (a, b)]
+    apart = build.call(aten.abs.default, build.call(aten.sub.Tensor, *near))
+    power = build.call(aten.exp.default, build.times(apart, -1.0))
+    raised = build.call(aten.add.Tensor, power, build.number(1.0))
+    largest = build.call(aten.maximum.default, a, b)
+    return build.call(aten.add.Tensor, largest, build.call(aten.log.default, raised))
+
+
+SUMS: Mapping[Any, tuple[Callable[[Numbers, Node, Node], Node], float]] = {
+    aten.cumsum.default: (_sum, 0.0),
+    aten.logcumsumexp.default: (_sum_of_exponentials, -math.inf),
+}
+"""By overload, what joins two tensors, and what changes nothing of the other."""
