@@ -87,9 +87,50 @@ def test_bags_with_padding_and_weights_are_lowered() -> None:
 @pytest.mark.parametrize(
     ("offsets", "options"),
     [
-        ([0, 4], {}),
+        ([0, 8], {}),
+        ([0, 4, 4, 9], {"mode": "sum"}),  # the second is empty
+        ([0, 4, 4, 8], {"mode": "mean"}),
+        ([0, 2, 9], {"mode": "max"}),
+        ([0, 2, 6], {"padding_idx": 1, "mode": "mean"}),
+        ([0, 5, 10], {"include_last_offset": True, "mode": "sum"}),
+        ([0, 3, 3, 8], {"include_last_offset": True, "mode": "sum"}),
+    ],
+)
+def test_bags_of_constant_offsets(offsets: list[int], options: dict[str, Any]) -> None:
+    bags = nn.EmbeddingBag(20, 8, **options)
+    bags.weight.data.round_()  # whole numbers: every sum and mean is exact
+    model = Function(lambda s, x: s.bags(x, torch.tensor(offsets)), bags=bags)
+    x = torch.randint(0, 20, (10,))
+    x[3] = 1
+    graph = canonicalize(capture(model, (x,)))
+    assert not calls(graph, aten.embedding_bag.padding_idx)
+    assert torch.equal(graph(x), model(x))
+
+
+def test_bags_of_constant_offsets_are_lowered() -> None:
+    def function(s: Function, x: Tensor, w: Tensor) -> Tensor:
+        offsets = torch.tensor([0, 4, 4, 9])
+        bags = [s.sums(x, offsets, per_sample_weights=w), s.means(x, offsets)]
+        return cast(Tensor, s.layer(torch.cat([*bags, s.maxima(x, offsets[::2])])))
+
+    tables = {f"{mode}s": nn.EmbeddingBag(20, 8, mode=mode) for mode in ("sum", "mean")}
+    model = Function(
+        function, **tables, maxima=nn.EmbeddingBag(20, 8, mode="max"), layer=nn.Linear(8, 4)
+    )
+    batches = [(torch.randint(0, 20, (10,)), torch.randn(10)) for _ in range(3)]
+    converted = convert(model.eval(), batches[0], calibration=batches)
+    program = cq.lower(converted.graph, batches[0])
+    assert set(program.report.outside) == {"aten::embedding.out"}
+    reference = cq.integer_reference(converted.graph)
+    for given in batches:
+        assert differences(program.run(*given), reference(*given)) == []
+
+
+@pytest.mark.parametrize(
+    ("offsets", "options"),
+    [
         ([0, 5], {"padding_idx": 1, "mode": "max"}),
-        ([0, 5, 10], {"include_last_offset": True}),
+        ([0, 4, 4, 9], {"mode": "max"}),
     ],
 )
 def test_other_bags_are_left_alone(offsets: list[int], options: dict[str, Any]) -> None:

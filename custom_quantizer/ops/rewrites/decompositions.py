@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -190,10 +193,10 @@ _SORTS = frozenset({aten.sort.default, aten.sort.stable})
 
 
 def _embedding_bag(insert: Insertion) -> Node | None:
-    """Bags of one size are rows of a matrix: an embedding, and a sum, a mean or a maximum over it.
+    """Bags are rows of a table, and sums, means or maxima of those of each bag.
 
-    ``nn.EmbeddingBag`` of a matrix of indices is that; offsets that are an input may be anything.
-    The row of an index that only pads becomes zero, and does not count in a mean.
+    ``nn.EmbeddingBag`` of a matrix of indices has bags of one size; offsets of others have to be
+    constant. The row of an index that only pads becomes zero, and does not count in a mean.
     """
     node = insert.node
     source, index = cast(Node, node.args[0]), node.args[1]
@@ -202,12 +205,11 @@ def _embedding_bag(insert: Insertion) -> Node | None:
     table, indices, offsets = (cast(Node, arg) for arg in source.args[:3])
     mode, weights = int(argument(source, 4, "mode", 0)), argument(source, 6, "per_sample_weights")
     padding = argument(source, 8, "padding_idx")
-    size = _bag_size(insert.model, indices, offsets)
-    if size is None or argument(source, 7, "include_last_offset"):
+    ends_last = bool(argument(source, 7, "include_last_offset", False))
+    bags = _Bags.of(insert, indices, offsets, ends_last)
+    if bags is None or (weights is not None and mode != 0) or (padding is not None and mode == 2):
         return None
-    if (weights is not None and mode != 0) or (padding is not None and mode == 2):
-        return None
-    rows = insert.call(aten.reshape.default, indices, [-1, size])
+    rows = bags.lines(indices)
     if padding is not None:
         kept = torch.ones(shape_of(table)[0], 1)
         kept[int(padding)] = 0.0
@@ -215,30 +217,78 @@ def _embedding_bag(insert: Insertion) -> Node | None:
         table = insert.settled(insert.call(aten.mul.Tensor, table, ones), "table")
     vectors = insert.call(aten.embedding.default, table, rows)
     if weights is not None:
-        factors = insert.call(aten.reshape.default, weights, [-1, size, 1])
+        factors = insert.call(aten.unsqueeze.default, bags.lines(weights), -1)
         vectors = insert.call(aten.mul.Tensor, vectors, factors)
     if mode == 2:
-        return insert.call(aten.amax.default, vectors, [1])
+        return bags.maxima(vectors)
     if mode == 0 or padding is None:
-        reduce = aten.sum.dim_IntList if mode == 0 else aten.mean.dim
-        return insert.call(reduce, vectors, [1])
-    total = insert.call(aten.sum.dim_IntList, vectors, [1])
-    counts = insert.call(aten.sum.dim_IntList, insert.call(aten.embedding.default, ones, rows), [1])
-    return insert.call(aten.div.Tensor, total, insert.call(aten.clamp.default, counts, 1.0))
+        return bags.sums(vectors, mean=mode == 1)
+    counts = bags.sums(insert.call(aten.embedding.default, ones, rows))
+    counts = insert.call(aten.clamp.default, counts, 1.0)
+    return insert.call(aten.div.Tensor, bags.sums(vectors), counts)
 
 
-def _bag_size(model: GraphModule, indices: Node, offsets: Node) -> int | None:
-    """How many indices each bag has, if that is the same for all: bags begin at multiples of it."""
-    if offsets.target is aten.arange.start_step:
-        start, step = offsets.args[0], offsets.args[2]
-        return step if start == 0 and isinstance(step, int) and step > 0 else None
-    (count,) = cast("tuple[Any]", shape_of(indices))
-    if not is_constant(offsets) or not isinstance(count, int):
-        return None
-    begin = constant_of(model, offsets)
-    size = count // max(len(begin), 1)
-    even = torch.equal(begin, torch.arange(len(begin), dtype=begin.dtype) * size)
-    return size if size > 0 and size * len(begin) == count and even else None
+@dataclass(frozen=True)
+class _Bags:
+    """Where bags begin and end among the indices.
+
+    Attributes:
+        insert: at the result.
+        size: of all bags, if they have one and are all there is.
+        bounds: of each bag, else.
+    """
+
+    insert: Insertion
+    size: int | None
+    bounds: Sequence[tuple[int, int]] = ()
+
+    @classmethod
+    def of(cls, insert: Insertion, indices: Node, offsets: Node, ends_last: bool) -> _Bags | None:
+        """What offsets say; ``None``: only the inputs tell."""
+        if offsets.target is aten.arange.start_step:
+            start, step = offsets.args[0], offsets.args[2]
+            known = start == 0 and isinstance(step, int) and step > 0 and not ends_last
+            return cls(insert, cast(int, step)) if known else None
+        (count,) = cast("tuple[Any]", shape_of(indices))
+        if not is_constant(offsets) or not isinstance(count, int):
+            return None
+        begin: list[int] = constant_of(insert.model, offsets).tolist()
+        bounds = list(pairwise(begin if ends_last else [*begin, count]))
+        sizes = {stop - start for start, stop in bounds}
+        if len(sizes) == 1 and bounds[-1][1] == count and 0 not in sizes:
+            return cls(insert, *sizes)
+        return cls(insert, None, bounds) if bounds and max(begin) <= count else None
+
+    def lines(self, values: Node) -> Node:
+        """Values of the indices, with a line for each bag if all have one size."""
+        if self.size is None:
+            return values
+        return self.insert.call(aten.reshape.default, values, [-1, self.size])
+
+    def sums(self, vectors: Node, *, mean: bool = False) -> Node:
+        """Sums or means of each bag; zeros of an empty one."""
+        insert = self.insert
+        if self.size is not None:
+            target = aten.mean.dim if mean else aten.sum.dim_IntList
+            return insert.call(target, vectors, [1])
+        matrix = torch.zeros(len(self.bounds), shape_of(vectors)[0])
+        for row, (start, stop) in zip(matrix, self.bounds, strict=True):
+            row[start:stop] = 1.0 / (stop - start) if mean and stop > start else 1.0
+        columns = insert.call(aten.t.default, vectors)
+        columns = insert.call(aten.linear.default, columns, insert.constant("bags", matrix))
+        return insert.call(aten.t.default, columns)
+
+    def maxima(self, vectors: Node) -> Node | None:
+        """Of each bag, none of which may be empty."""
+        insert = self.insert
+        if self.size is not None:
+            return insert.call(aten.amax.default, vectors, [1])
+        if any(start == stop for start, stop in self.bounds):
+            return None
+        pieces = [insert.slice(vectors, 0, start, stop) for start, stop in self.bounds]
+        return insert.call(
+            aten.cat.default, [insert.call(aten.amax.default, p, [0], True) for p in pieces]
+        )
 
 
 _BAGS = frozenset({aten.embedding_bag.default, aten.embedding_bag.padding_idx})
