@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed.*
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from custom_quantizer.core.arithmetic import QParams
@@ -41,9 +42,11 @@ __all__ = [
     "is_constant",
     "is_dequantize",
     "is_empty",
+    "is_number",
     "is_quantize",
     "is_run_time_quantization",
     "is_same_shape",
+    "is_sized_by_data",
     "is_static",
     "module_path",
     "module_stack",
@@ -172,6 +175,17 @@ def is_empty(node: Node) -> bool:
     """Whether the tensor of ``node`` has no elements."""
     meta = tensor_meta(node)
     return meta is not None and any(isinstance(size, int) and size == 0 for size in meta.shape)
+
+
+def is_sized_by_data(node: Node) -> bool:
+    """Whether a size of a tensor is known only once it is computed, as of ``nonzero``.
+
+    Such a tensor may turn out to have no elements.
+    """
+    meta = tensor_meta(node)
+    return meta is not None and any(
+        isinstance(size, torch.SymInt) and has_free_unbacked_symbols(size) for size in meta.shape
+    )
 
 
 def _shape_of_constant(node: Node, dtype: torch.dtype | None) -> torch.Tensor | None:
@@ -354,10 +368,15 @@ def _from_one(known: Any) -> Any:
     return ValueRanges(1, known.upper) if known.lower == 2 else known
 
 
-def reads_sizes(node: Node) -> bool:
-    """Whether an argument is a number that the graph computes: a dynamic size, or made of one."""
+def is_number(node: Node) -> bool:
+    """Whether a node is a number that the graph computes: a dynamic size, or made of one."""
     numbers = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-    return any(isinstance(source.meta.get("val"), numbers) for source in node.all_input_nodes)
+    return isinstance(node.meta.get("val"), numbers)
+
+
+def reads_sizes(node: Node) -> bool:
+    """Whether an argument is a number that the graph computes."""
+    return any(map(is_number, node.all_input_nodes))
 
 
 def effective_users(node: Node) -> list[Node]:

@@ -21,7 +21,7 @@ from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.bias import WIDE_BIAS, BiasLimits
 from custom_quantizer.core.exact import EXACT
 from custom_quantizer.core.fixed_point import FIXED_POINT
-from custom_quantizer.core.graph import describe
+from custom_quantizer.core.graph import describe, is_sized_by_data
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import ConfigError, ConversionError, SchemeError
 from custom_quantizer.ops import REGISTRY, match_of, rule_of
@@ -183,6 +183,9 @@ class Backend:
 
         Of an op of a family that is as sure as :meth:`predict`; of another it is a guess by name.
         """
+        tensors = (node, *node.all_input_nodes)
+        if self.outside and any(is_sized_by_data(t) and self.refuses_tensor(t) for t in tensors):
+            return self.outside
         match = match_of(node)
         if match is not None:
             kernel = self.support(match.rule).delegation(match, Formats(8)).kernel

@@ -32,6 +32,7 @@ from custom_quantizer.core.graph import (
     effective_users,
     is_constant,
     is_dequantize,
+    is_number,
     is_quantize,
     is_run_time_quantization,
     is_static,
@@ -132,8 +133,8 @@ def read_converted(
             continue
         if is_border_call(node):
             continue
-        if isinstance(node.meta.get("val"), (torch.SymInt, int)):
-            continue  # arithmetic on sizes
+        if is_number(node):
+            continue  # sizes, and what is asserted of them
         found = _integer_op(model, node, integer, backend)
         if isinstance(found, str):
             floating.append(FloatOp(node, found, run_time=_run_time_op(model, node, backend)))

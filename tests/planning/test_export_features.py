@@ -347,3 +347,23 @@ def test_scalars_and_tensors_without_elements() -> None:
     lowered = cq.lower(graph, inputs)
     assert len(lowered.integer_biases()) == 2
     same(graph, lowered, inputs, (X * 2, torch.tensor(-3.0), torch.zeros(0, 6)))
+
+
+def test_rows_that_the_data_choose_are_in_float_outside() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        chosen = y[:, 0] > 0
+        filled = torch.zeros(len(X), 6)
+        filled[chosen] = F.softmax(m.b(y[chosen]).relu(), -1)
+        return filled * 2
+
+    graph, quantizer = converted(Function(forward, a=linear(), b=linear()), X)
+    planned = {op.node: op for op in quantizer.last_plan.ops}
+    assert planned["linear_1"].reason.startswith("index has no size before its values are known")
+    lowered = cq.lower(graph, (X,))
+    placed = {op.node: op.placement.value for op in lowered.report.ops}
+    outside = {"gt", "index", "linear_1", "softmax", "index_put_"}
+    assert {node for node, op in planned.items() if op.placement == "outside"} == outside
+    assert {node for node, where in placed.items() if where == "outside"} == outside | {"relu"}
+    assert placed["linear"] == placed["mul"] == "integer kernel"
+    same(graph, lowered, (X,), (-X,), (X * 4,), (X * 0,))

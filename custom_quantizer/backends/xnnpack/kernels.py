@@ -29,6 +29,7 @@ from custom_quantizer.core.graph import (
     is_empty,
     is_quantize,
     is_same_shape,
+    is_sized_by_data,
     shape_of,
     tensor_meta,
 )
@@ -141,6 +142,8 @@ def refuses_tensor(node: Node) -> str:
         what = "elements"
     elif meta is not None and meta.dim() == 0 and not is_constant(node):
         what = "dimensions"
+    elif is_sized_by_data(node):
+        what = "size before its values are known"
     return f"has no {what}, and XNNPACK takes no such tensor" if what else ""
 
 
