@@ -338,3 +338,15 @@ def test_the_old_call_says_that_it_comes_too_late() -> None:
 def test_a_wrong_upper_bound(wrong: Any) -> None:
     with pytest.raises(cq.InputError, match="dynamic_max is a size of at least 1"):
         cq.XnnpackPartitioner(dynamic_max=wrong)
+
+
+def test_a_product_that_upstream_refuses_leaves_its_inputs_written() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = m.a(x)
+        return torch.linalg.multi_dot([rows, rows.T])
+
+    x = torch.randn(4, 8)
+    graph = convert(Function(forward, a=nn.Linear(8, 8)), (x,), "a8w8").graph
+    lowered = cq.lower(graph, (x,))
+    assert lowered.report.outside == ("aten::mm.out",)
+    assert torch.allclose(lowered.run(x), graph(x), atol=1e-5)

@@ -8,11 +8,16 @@ gives the same program in about four fifths of the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.utils.quant_utils import (
+    IS_IMPLICIT_Q_DQ_TAG,
+    is_dequant,
+    is_tagged_as_implicit_q_dq,
+)
 from executorch.exir.backend.partitioner import PartitionResult
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -73,6 +78,7 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
         """Merge the groups of nodes that belong to one op each."""
         groups = self.get_matched_nodes_from_configs(ep)
+        _untag_refused(groups)
         partitions = merge_groups(ep.graph, groups)
         convolve_where_images_are_made(ep.graph, groups, partitions)
         return partitions
@@ -83,3 +89,16 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
         Upstream looks on the stack for the name of the function that does so.
         """
         return False
+
+
+def _untag_refused(groups: Iterable[Iterable[Node]]) -> None:
+    """Let quantize and dequantize nodes be computed whose product is in no delegate.
+
+    Upstream marks them as part of the product, which the delegate's serializer then leaves out,
+    before it decides against the product: values that others read would not be written.
+    """
+    for group in map(set, groups):
+        for node in group:
+            partners = node.users if is_dequant(node) else node.all_input_nodes
+            if is_tagged_as_implicit_q_dq(node) and group.isdisjoint(partners):
+                del node.meta[IS_IMPLICIT_Q_DQ_TAG]
