@@ -1072,3 +1072,25 @@ def test_ends_that_other_inputs_tell_stay() -> None:
     x, y = torch.randn(2, 12, 3), torch.randn(2, 4)
     assert all(piece.all_input_nodes[1:] for piece in calls(graph, aten.slice.Tensor))
     assert torch.equal(graph(x, y), x[:, :4] + x[:, -4:])
+
+
+@pytest.mark.parametrize(
+    ("function", "target"),
+    [
+        (lambda x: torch.max(x, x.flip(1)), aten.maximum.default),
+        (lambda x: torch.min(x, x.flip(1)), aten.minimum.default),
+        (torch.arctan, aten.atan.default),
+        (torch.fix, aten.trunc.default),
+        (torch.special.exp2, aten.exp2.default),
+        (torch.special.expit, aten.sigmoid.default),
+        (torch.special.expm1, aten.expm1.default),
+        (lambda x: torch.special.log1p(x.abs()), aten.log1p.default),
+        (lambda x: torch.special.log_softmax(x, 1), aten.log_softmax.int),
+        (lambda x: torch.special.softmax(x, 1), aten.softmax.int),
+    ],
+)
+def test_other_names_of_an_op(function: Callable[[Tensor], Tensor], target: Any) -> None:
+    x = torch.randn(2, 5)
+    graph = canonicalize(capture(Function(lambda m, x: function(x)), (x,)))
+    assert calls(graph, target)
+    assert torch.equal(graph(x), function(x))
