@@ -20,6 +20,7 @@ aten = torch.ops.aten
 
 SCORES = (2, 3, 4, 4)
 CAUSAL = torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)
+ENDS = torch.tensor([-1e-6, 0.0, 2.0, 3.0])
 KEPT = torch.tensor([True, False, True, True])
 
 
@@ -50,6 +51,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], int]] = {
         lambda x, m: soft(F.dropout(x.masked_fill(CAUSAL, -math.inf), 0.1, training=False)),
         0,
     ),
+    "causal, whose dtype is asked for": (
+        lambda x, m: soft(y := x.masked_fill(CAUSAL, -math.inf)).type_as(y).view_as(y),
+        0,
+    ),
     "causal, exponential": (lambda x, m: x.masked_fill(CAUSAL, -math.inf).exp(), 0),
     "given, exponential": (lambda x, m: x.masked_fill(m, -math.inf).exp(), 1),
     "given": (lambda x, m: soft(x.masked_fill(m, float("-inf"))), 1),
@@ -67,6 +72,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], int]] = {
     "a number": (lambda x, m: x.masked_fill(~KEPT, 1.5), 0),
     "a number first": (lambda x, m: torch.where(KEPT, 0.25, x), 0),
     "of two": (lambda x, m: torch.where(KEPT, x, x * 2), 0),
+    "of two, one of them a bounded exponential": (
+        lambda x, m: torch.where(KEPT, x, x.clamp(max=0).exp() + torch.min(x, ENDS).exp()),
+        0,
+    ),
     "of two, given": (lambda x, m: torch.where(m, x, x * 2), 1),
     "tril": (lambda x, m: x.tril(), 0),
     "triu": (lambda x, m: x.triu(1), 0),
@@ -91,6 +100,8 @@ def test_a_mask_is_numbers(name: str) -> None:
     [
         lambda x: torch.where(KEPT, torch.log(x), 0.0),  # no number where it is not wanted
         lambda x: torch.where(KEPT, 1 / x, x),
+        lambda x: torch.where(KEPT, x, torch.exp(x.clamp(max=100) * 10)),
+        lambda x: torch.where(KEPT, x, torch.exp(torch.min(x, 1e3 * ENDS))),
         lambda x: torch.exp((1 / x).masked_fill(~KEPT, -math.inf)),
         lambda x: torch.exp(x.masked_fill(~KEPT, -50.0)),  # exp of it is no zero
         lambda x: x.masked_fill(~KEPT, -1e9),  # no softmax reads it

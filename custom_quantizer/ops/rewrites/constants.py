@@ -19,9 +19,11 @@ from custom_quantizer.core.graph import add_constant, argument, tensor_meta
 from custom_quantizer.core.memory import written_inputs
 
 __all__ = [
+    "LIKE_ANOTHER",
     "RESTATEMENTS",
     "draws_numbers",
     "fold_constants",
+    "reads_values",
     "training_switches",
     "zero_new_memory",
 ]
@@ -38,6 +40,16 @@ _DTYPE_ONLY = frozenset({aten.new_full.default, aten.new_ones.default, aten.new_
 _SHAPE_ONLY = frozenset(
     {aten.full_like.default, aten.ones_like.default, aten.zeros_like.default, *_DTYPE_ONLY}
 )
+LIKE_ANOTHER = frozenset(
+    {
+        aten.expand_as.default,
+        aten.reshape_as.default,
+        aten.to.other,
+        aten.type_as.default,
+        aten.view_as.default,
+    }
+)
+"""Their second argument gives a shape or a dtype, and no values."""
 # Random if one of these arguments is neither 0 nor False, as in training.
 _RANDOM_IF = frozenset({"dropout_p", "train", "training"})
 # Memory that nobody has written yet, of given strides.
@@ -47,6 +59,13 @@ _ZEROED: dict[Any, Any] = {
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,
 }
+
+
+def reads_values(user: Node, source: Node) -> bool:
+    """Whether a call reads what is in a tensor, and not its shape and dtype alone."""
+    if user.target in _SHAPE_ONLY:
+        return source in user.args[1:]
+    return user.target not in LIKE_ANOTHER or user.args[0] is source
 
 
 def zero_new_memory(model: GraphModule) -> None:

@@ -30,9 +30,10 @@ from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops import match_of, rule_of
 from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
 from custom_quantizer.ops.elementwise import WHERE
-from custom_quantizer.ops.functions import DIV, EXP, LOG, RECIPROCAL, RSQRT, SQRT
+from custom_quantizer.ops.functions import DIV, EXP, LOG, MINIMUM, RECIPROCAL, RSQRT, SQRT
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.movement import IDENTITY
+from custom_quantizer.ops.rewrites.constants import reads_values
 
 __all__ = ["MASKED", "MASKS", "added_mask", "attended", "is_finite"]
 
@@ -273,6 +274,8 @@ def _only_softmax_reads(node: Node) -> bool:
     while waiting:
         source = waiting.pop()
         for user in effective_users(source):
+            if not reads_values(user, source):
+                continue
             if user.target in (aten.softmax.int, aten._softmax.default):
                 continue
             if user.target is aten.scaled_dot_product_attention.default:
@@ -366,9 +369,11 @@ def is_finite(insert: Insertion, side: Node) -> bool:
         rule = rule_of(node)
         if node.op == "placeholder" or rule in _SUMS:
             continue
-        if rule is DIV and _has_no_zeros(insert, node.args[1]):
-            pass
-        elif rule is None or rule in _UNBOUNDED:
+        if not (
+            (rule is not None and rule not in _UNBOUNDED)
+            or (rule is DIV and _has_no_zeros(insert, node.args[1]))
+            or (node.target in _EXPONENTIALS and _is_bounded_above(insert, node.args[0]))
+        ):
             return False
         waiting += [source for source in node.all_input_nodes if source not in seen]
         seen.update(node.all_input_nodes)
@@ -379,6 +384,25 @@ def is_finite(insert: Insertion, side: Node) -> bool:
 
 _FINITE = "custom_quantizer_finite"
 """Marks, in ``meta``, what :func:`is_finite` found to be, so that chains are not walked again."""
+
+
+_EXPONENTIALS = frozenset({aten.exp.default, aten.exp2.default, aten.expm1.default})
+
+
+def _is_bounded_above(insert: Insertion, power: object) -> bool:
+    """Whether a tensor is kept below a number, of which exponentials are finite."""
+    match = match_of(power) if isinstance(power, Node) else None
+    if match is None or overwritten_by(match.node) is not None:
+        return False
+    bounds = [math.inf if match.bounds is None else match.bounds[1]]
+    if match.rule is MINIMUM:
+        constants = filter(is_constant, match.inputs)
+        bounds += [float(constant_of(insert.model, node).max()) for node in constants]
+    return min(bounds) < _LARGEST_POWER
+
+
+_LARGEST_POWER = 80.0
+"""``exp`` of it is a float32 number."""
 
 
 def _has_no_zeros(insert: Insertion, divisor: object) -> bool:

@@ -28,7 +28,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.rewriting import Insertion, Rewrite
-from custom_quantizer.ops.rewrites.constants import RESTATEMENTS
+from custom_quantizer.ops.rewrites.constants import LIKE_ANOTHER, RESTATEMENTS
 from custom_quantizer.ops.rewrites.legalization._common import (
     MAX_PIECES,
     float_input,
@@ -43,17 +43,6 @@ aten = torch.ops.aten
 
 MAX_VALUES = 1 << 24
 """Largest tensor that is numbered: 128 MB for a moment."""
-
-_LIKE_ANOTHER = frozenset(
-    {
-        aten.expand_as.default,
-        aten.reshape_as.default,
-        aten.to.other,
-        aten.type_as.default,
-        aten.view_as.default,
-    }
-)
-"""Their second argument gives a shape or a dtype, and no values."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -209,7 +198,7 @@ def _applied(
             origin = cast(Node, origin.args[0])
         if is_constant(origin) and origin.op == "get_attr":
             values[source] = constant_of(insert.model, origin)
-        elif node.target in _LIKE_ANOTHER and (sizes := _sizes(source, symbols)) is not None:
+        elif node.target in LIKE_ANOTHER and (sizes := _sizes(source, symbols)) is not None:
             values[source] = torch.empty(sizes, dtype=cast(Tensor, tensor_meta(source)).dtype)
         else:
             return None
