@@ -13,7 +13,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
     XnnpackPartitioner as UpstreamPartitioner,
 )
 from executorch.exir import to_edge_transform_and_lower
-from support.graphs import Function, capture, differences
+from support.graphs import Function, canonicalize, capture, differences
 from support.models import convert
 from torch import Tensor, nn
 from torch.export import Dim
@@ -23,7 +23,11 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack.contents import DelegateOp
+from custom_quantizer.backends.xnnpack.passes.movement import splits_to_slices
+from custom_quantizer.core.graph import reads_sizes
 from custom_quantizer.ops.placement import Placement
+
+aten = torch.ops.aten
 
 MOST = 12
 """Largest size of all dims that change."""
@@ -155,6 +159,60 @@ def test_factors_that_are_dynamic_sizes() -> None:
     graph, program = program_of(model, (torch.randn(2, 6, 8),), ({1: "tokens"},))
     assert program.report.delegates == 1  # outside are the numbers
     check(graph, program, [(torch.randn(2, n, 8),) for n in (4, MOST, 7)])
+
+
+def halves(s: Any, x: Tensor) -> list[Tensor]:
+    n, y = x.shape[1], s.layer(x)
+    first, second = y.chunk(2, 1)
+    third = y.split(n // 2, 1)[1] * y[:, : n // 2]
+    return [first * second, third, y[:, n // 2 :], y[:, -(n // 2) :], y.narrow(0, 0, 1)]
+
+
+def captured_of_even_sizes(function: Callable[..., Any]) -> Any:
+    model = Function(function, layer=nn.Linear(8, 8)).eval()
+    sizes = (({1: 2 * Dim("half", min=2, max=8)},),)
+    return torch.export.export(model, (torch.randn(2, 6, 8),), dynamic_shapes=sizes).module()
+
+
+def test_halves_of_a_dynamic_dim_are_pieces_of_a_dim_of_two() -> None:
+    graph = captured_of_even_sizes(halves)
+    x = torch.randn(2, 10, 8)
+    want = graph(x)
+    canonicalize(graph)
+    assert not any(reads_sizes(n) for n in graph.graph.nodes if n.target is aten.slice.Tensor)
+    assert differences(graph(x), want) == []
+
+
+def test_splits_of_a_dynamic_dim_are_slices_where_its_ends_are_numbers() -> None:
+    def function(_self: Any, x: Tensor) -> list[Tensor]:
+        n = x.shape[1]
+        return [*x.split([3, n - 3], 1), *x.split([n - 3, 3], 1)]
+
+    graph = captured_of_even_sizes(function)
+    x = torch.randn(2, 10, 8)
+    want = graph(x)
+    assert splits_to_slices.run(graph) == 1
+    graph.recompile()
+    assert differences(graph(x), want) == []
+
+
+@pytest.mark.slow
+def test_parts_of_dynamic_dims_run() -> None:
+    def function(s: Any, x: Tensor) -> list[Tensor]:
+        later, last = x.split([x.shape[1] - 3, 3], 1)
+        return [*halves(s, x), torch.relu(later), last * 2]
+
+    prepared = prepare_pt2e(
+        captured_of_even_sizes(function), cq.IntegerQuantizer().set_global("a8w8")
+    )
+    example = (torch.randn(2, 6, 8),)
+    prepared(*example)
+    graph = convert_pt2e(prepared)
+    program = cq.lower(graph, example)
+    assert set(program.report.outside) <= {
+        *("aten::sym_size.int", "executorch_prim::sub.Scalar", "aten::split_with_sizes_copy.out")
+    }
+    check(graph, program, [(torch.randn(2, n, 8),) for n in (4, 16, 10)])
 
 
 def test_ends_that_a_causal_convolution_cuts_off_are_not_padded() -> None:

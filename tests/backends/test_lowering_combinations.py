@@ -284,7 +284,10 @@ def test_ops_over_more_dims_than_xnnpack_has_are_ops_over_fewer(scheme: str) -> 
     assert set(lowered.report.outside) <= {"aten::view_copy.out"}  # of inputs and outputs
     reference = cq.integer_reference(graph)
     for given in ((x,), (x * 3,)):
-        assert differences(lowered.run(*given), reference(*given)) == []
+        got, want = lowered.run(*given), reference(*given)
+        if scheme == "a8w8":
+            assert differences(got, want) == []
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)  # norms in float
 
 
 def patches_of_a_video(s: Any, x: Tensor) -> Any:

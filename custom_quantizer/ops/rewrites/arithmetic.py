@@ -39,7 +39,7 @@ def _added(insert: Insertion, start: Any, term: Node, factor: float) -> Node:
 def _product_apart(insert: Insertion) -> Node | None:
     """A sum or difference with a factor (``alpha``) is one of a product."""
     node = insert.node
-    scaled, meta = _SCALED[node.target], tensor_meta(node)
+    scaled, meta = _SCALED[cast(Any, node.target)], tensor_meta(node)
     alpha, operand = argument(node, 2, "alpha", 1), node.args[scaled]
     kind = tensor_meta(operand) if isinstance(operand, Node) else None
     wide = kind is not None and kind.dtype != torch.float32

@@ -2,7 +2,7 @@
 
 Rewrites, applied in ``transform_for_annotation``:
 
-- ends of slices that are the same for all sizes become numbers
+- ends of slices that are the same for all sizes become numbers, also those of halves
   (:mod:`custom_quantizer.ops.rewrites.cuts`);
 - ops of core ATen become those that ``torch.export`` captures
   (:mod:`custom_quantizer.ops.rewrites.core_aten`);
@@ -50,7 +50,7 @@ from custom_quantizer.ops.rewrites.batch_norms import (
 from custom_quantizer.ops.rewrites.complex_numbers import complex_to_real
 from custom_quantizer.ops.rewrites.constants import fold_constants, zero_new_memory
 from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN
-from custom_quantizer.ops.rewrites.cuts import ends_to_numbers
+from custom_quantizer.ops.rewrites.cuts import PARTS, ends_to_numbers
 from custom_quantizer.ops.rewrites.decompositions import decompose
 from custom_quantizer.ops.rewrites.factors import fold_factors
 from custom_quantizer.ops.rewrites.regions import inline_regions
@@ -86,6 +86,7 @@ def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = Fal
     complex_to_real(model, training=training)
     _integers_to_floats(model)
     rewrite_calls(model, PRODUCTS_APART, training=training, of_sizes=True)
+    rewrite_calls(model, PARTS, training=training, of_sizes=True)
     decompose(model, training=training)
     if training:
         mark_computed_parameters(model)

@@ -1,20 +1,27 @@
-"""Ends of slices that are numbers, though the graph computes them from dynamic sizes.
+"""Slices of dynamic dims whose ends are the same for all sizes, if they are written otherwise.
 
 ``x[:, :, -y.shape[2]:]`` cuts a signal to the length of another. Where that one is a convolution of
-it, the same values are left out however long the signal is.
+it, the same values are left out however long the signal is. Halves of a dynamic dim, as
+``x.chunk(2)`` gives, are pieces of a dim of two.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import argument, is_negative, shape_of
+from custom_quantizer.core.graph import argument, is_negative, shape_of, tensor_meta
+from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.ops.movement import SPLIT
 
-__all__ = ["ends_to_numbers"]
+__all__ = ["PARTS", "ends_to_numbers"]
 
 aten = torch.ops.aten
 
@@ -62,3 +69,53 @@ def _number(end: Any, size: Any) -> int | None:
     if not behind.is_Integer:
         return None
     return int(behind) if behind < 0 else sys.maxsize
+
+
+def _expression(number: Any) -> Any:
+    return number.node.expr if isinstance(number, torch.SymInt) else number
+
+
+def _part(insert: Insertion, data: Node, dim: int, start: Any) -> Node | None:
+    """What begins at a fraction of a dynamic dim, and is one: of as many pieces as both have."""
+    shape, wanted = list(shape_of(data)), list(shape_of(insert.node))
+    size = _expression(shape[dim])
+    if isinstance(shape[dim], int) or tensor_meta(insert.node) is None:
+        return None
+    if sum(not isinstance(n, int) for n in shape) > 1 or isinstance(wanted[dim], int):
+        return None
+    first, length = ((_expression(n) / size).simplify() for n in (start, wanted[dim]))
+    if not (first.is_Rational and length.is_Rational) or length == 1:
+        return None
+    pieces = math.lcm(int(first.q), int(length.q))
+    begin, end = (int(fraction * pieces) for fraction in (first, first + length))
+    # Sizes are whole, so the dim has that many pieces of one size whatever it is.
+    parted = insert.call(aten.reshape.default, data, [*shape[:dim], pieces, -1, *shape[dim + 1 :]])
+    taken = insert.call(aten.slice.Tensor, parted, dim, begin, end)
+    return insert.call(aten.reshape.default, taken, [*wanted[:dim], -1, *wanted[dim + 1 :]])
+
+
+def _part_of_slice(insert: Insertion) -> Node | None:
+    node, data = insert.node, cast(Node, insert.node.args[0])
+    dim = int(argument(node, 1, "dim", 0)) % len(shape_of(data))
+    start = argument(node, 2, "start")
+    start = start.meta.get("val") if isinstance(start, Node) else start or 0
+    negative = start < 0 if isinstance(start, int) else is_negative(start)
+    if int(argument(node, 4, "step", 1)) != 1 or negative is None:
+        return None
+    return _part(insert, data, dim, start + shape_of(data)[dim] if negative else start)
+
+
+def _part_of_split(insert: Insertion) -> Node | None:
+    split, index = insert.node.args
+    if not isinstance(split, Node) or split.target not in SPLIT.targets - {aten.unbind.int}:
+        return None
+    data = cast(Node, split.args[0])
+    dim = int(argument(split, 2, "dim", 0)) % len(shape_of(data))
+    before = cast("Sequence[Any]", split.meta["val"])[: cast(int, index)]
+    return _part(insert, data, dim, sum(piece.shape[dim] for piece in before))
+
+
+PARTS: Mapping[Any, Rewrite] = MappingProxyType(
+    {aten.slice.Tensor: _part_of_slice, operator.getitem: _part_of_split}
+)
+"""By overload; ends may be dynamic sizes."""

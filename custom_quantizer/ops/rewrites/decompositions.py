@@ -256,7 +256,7 @@ class _Bags:
         bounds = list(pairwise(begin if ends_last else [*begin, count]))
         sizes = {stop - start for start, stop in bounds}
         if len(sizes) == 1 and bounds[-1][1] == count and 0 not in sizes:
-            return cls(insert, *sizes)
+            return cls(insert, sizes.pop())
         return cls(insert, None, bounds) if bounds and max(begin) <= count else None
 
     def lines(self, values: Node) -> Node:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -54,16 +55,16 @@ def splits_to_slices(model: GraphModule) -> int:
         rank = len(shape_of(source))
         unbind = node.target is aten.unbind.int
         dim = int(argument(node, 1 if unbind else 2, "dim", 0)) % rank
-        starts, offset = [], 0
-        for piece in pieces:
-            starts.append(offset)
-            offset = offset + (1 if unbind else piece.shape[dim])
+        sizes = [1 if unbind else piece.shape[dim] for piece in pieces]
+        ends = list(accumulate(sizes, initial=0))
+        if not isinstance(ends[-1], int):
+            ends[-1] = sys.maxsize  # the last piece goes to the end of a dynamic dim
+        if not all(isinstance(end, int) for end in ends):
+            continue
         for user in list(node.users):
             index = cast(int, user.args[1])
-            size = 1 if unbind else pieces[index].shape[dim]
             build = Builder(model, user, origin_of(user))
-            start = starts[index]
-            taken = build.call(aten.slice.Tensor, source, dim, start, start + size)
+            taken = build.call(aten.slice.Tensor, source, dim, ends[index], ends[index + 1])
             if unbind:
                 taken = then_move(build, source, taken, aten.squeeze.dim, dim)
             replace(user, taken)
