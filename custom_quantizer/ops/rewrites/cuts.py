@@ -97,8 +97,8 @@ def _part(insert: Insertion, data: Node, dim: int, start: Any) -> Node | None:
 def _part_of_slice(insert: Insertion) -> Node | None:
     node, data = insert.node, cast(Node, insert.node.args[0])
     dim = int(argument(node, 1, "dim", 0)) % len(shape_of(data))
-    start = argument(node, 2, "start")
-    start = start.meta.get("val") if isinstance(start, Node) else start or 0
+    given = argument(node, 2, "start")
+    start: Any = given.meta.get("val") if isinstance(given, Node) else given or 0
     negative = start < 0 if isinstance(start, int) else is_negative(start)
     if int(argument(node, 4, "step", 1)) != 1 or negative is None:
         return None
