@@ -312,8 +312,8 @@ def test_a_permute_of_more_dims_than_xnnpack_has_is_several(floats: bool) -> Non
 
 UNWRITABLE: dict[str, tuple[Callable[..., Any], str]] = {
     "complex numbers": (
-        lambda s, x: torch.fft.rfft(x + x).abs(),
-        "fft_rfft gives complex numbers to abs_1",
+        lambda s, x: torch.fft.rfft(x + x).tan().abs(),
+        "tan gives complex numbers to abs_1",
     ),
     "complex results": (
         lambda s, x: torch.view_as_complex((x + x).unflatten(1, (3, 2))) * 1j,

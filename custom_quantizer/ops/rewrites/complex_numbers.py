@@ -1,20 +1,22 @@
 """Complex numbers as two real tensors, before annotation.
 
-Rotary embeddings turn pairs of values as complex numbers (``torch.view_as_complex(x) * freqs``).
-No program holds these. Real and imaginary part are two tensors of the same shape, each computed by
-real ops, as PyTorch computes it: a product by four products, a move by two moves. What has no such
-form stays, and what it reads stays complex.
+Rotary embeddings turn pairs of values as complex numbers (``torch.view_as_complex(x) * freqs``),
+and Fourier transforms mix tokens or filter images. No program holds such numbers. Real and
+imaginary part are two tensors of the same shape, each computed by real ops, as PyTorch computes it:
+a product by four products, a move by two moves. What has no such form stays, and what it reads
+stays complex.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
@@ -310,6 +312,84 @@ def _stacked(parts: _Parts) -> Node:
     return parts.insert.call(aten.stack.default, both, -1)
 
 
+# ---------------------------------------------------------------------------------------------
+# Fourier transforms
+# ---------------------------------------------------------------------------------------------
+
+
+def _transformed(parts: _Parts) -> Pair | None:
+    """A transform along static dims is a layer with constant weights along each.
+
+    Its weights are what the transform makes of ones; sums are added in another order.
+    """
+    node = parts.node
+    data, sizes, dims = node.args[0], argument(node, 1, "n"), argument(node, 2, "dim", -1)
+    name = cast(Any, node.target)._schema.name.removeprefix("aten::fft_")
+    rank = len(shape_of(cast(Node, data)))
+    if name.endswith(("2", "n")):
+        sizes = argument(node, 1, "s")
+        last = 2 if name.endswith("2") else rank if sizes is None else len(sizes)
+        dims = argument(node, 2, "dim") or list(range(-last, 0))
+    else:
+        sizes, dims = None if sizes is None else [sizes], [dims]
+    kind, norm = name.rstrip("2n"), argument(node, 3, "norm")
+    steps = [
+        [dim % rank, size, kind] for dim, size in zip(dims, sizes or [-1] * rank, strict=False)
+    ]
+    for step in steps[:-1]:  # only along the last dim are the numbers real before or behind
+        step[2] = kind.replace("r", "")
+    pair: Pair | None = parts.of(data)
+    for dim, size, function in steps if kind == "irfft" else steps[::-1]:
+        given = None if size == -1 else size
+        transform = partial(getattr(torch.fft, function), n=given, norm=norm)
+        pair = None if pair is None else _along(parts, pair, dim, transform)
+    return pair
+
+
+def _along(parts: _Parts, pair: Pair, dim: int, transform: Callable[..., Tensor]) -> Pair | None:
+    """A function of rows that is linear in real and imaginary part, along a dim."""
+    (size,) = {shape_of(part)[dim] for part in pair if part is not None}
+    if not isinstance(size, int) or size > _LONGEST_ROW:
+        return None
+    ones = torch.eye(size, dtype=torch.float64)
+    total: Pair = (None, None)
+    for part, unit in zip(pair, (1, 1j), strict=True):
+        if part is not None:
+            made = transform(ones * unit)
+            matrices = (made.real, made.imag) if made.is_complex() else (made, None)
+            layers = [_layer(parts, part, dim, matrix) for matrix in matrices]
+            total = parts.plus(total[0], layers[0]), parts.plus(total[1], layers[1])
+    return total
+
+
+_LONGEST_ROW = 1 << 11
+"""Longest dim that is transformed: a layer with as many rows and columns."""
+
+
+def _layer(parts: _Parts, part: Node, dim: int, matrix: Tensor | None) -> Node | None:
+    meta, rank = tensor_meta(part), len(shape_of(part))
+    if matrix is None or meta is None:
+        return None
+    weight = parts.insert.constant("weight", matrix.T.to(meta.dtype).contiguous())
+    rows = parts.insert.permute(part, [*(d for d in range(rank) if d != dim), dim])
+    made = parts.insert.call(aten.linear.default, rows, weight)
+    return parts.insert.permute(made, [*range(dim), rank - 1, *range(dim, rank - 1)])
+
+
+def _real_transformed(parts: _Parts) -> Node | None:
+    pair = _transformed(parts)
+    return None if pair is None else cast(Node, pair[0])
+
+
+_TRANSFORMS = (
+    *(aten.fft_fft.default, aten.fft_fft2.default, aten.fft_fftn.default),
+    *(aten.fft_ifft.default, aten.fft_ifft2.default, aten.fft_ifftn.default),
+    *(aten.fft_rfft.default, aten.fft_rfft2.default, aten.fft_rfftn.default),
+)
+
+_REAL_TRANSFORMS = (aten.fft_irfft.default, aten.fft_irfft2.default, aten.fft_irfftn.default)
+
+
 _OF_DTYPES = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default}
 
 _OF_MEMORY = {aten.as_strided.default, aten.as_strided_copy.default}
@@ -333,6 +413,7 @@ _PAIRS: Mapping[Any, Callable[[_Parts], Pair | None]] = MappingProxyType(
     {
         **dict.fromkeys(_PARTED - _OF_DTYPES - _OF_MEMORY - {aten.matrix_H.default}, _by_parts),
         **dict.fromkeys(_CONJUGATES, _conjugate),
+        **dict.fromkeys(_TRANSFORMS, _transformed),
         aten.add.Scalar: _sum,
         aten.add.Tensor: _sum,
         aten.bmm.default: _matrix_product,
@@ -354,8 +435,9 @@ _PAIRS: Mapping[Any, Callable[[_Parts], Pair | None]] = MappingProxyType(
 )
 """By overload."""
 
-_REALS: Mapping[Any, Callable[[_Parts], Node]] = MappingProxyType(
+_REALS: Mapping[Any, Callable[[_Parts], Node | None]] = MappingProxyType(
     {
+        **dict.fromkeys(_REAL_TRANSFORMS, _real_transformed),
         aten.abs.default: _length,
         aten.angle.default: _angle,
         aten.imag.default: _one_part(1),
