@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,24 @@ def test_fourier_transforms_are_layers() -> None:
     assert not any(map(is_complex, graph.graph.nodes))
     for got, want in zip(graph(x), model(x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+
+
+def spectrograms(_self: Function, x: Tensor) -> list[Tensor]:
+    window = torch.hann_window(12)
+    options: dict[str, Any] = {"return_complex": True, "pad_mode": "constant"}
+    return [
+        torch.stft(x, 16, 4, window=torch.hann_window(16), **options).abs(),
+        torch.stft(x[0], 16, None, 12, window, center=False, normalized=True, **options).real,
+        torch.stft(x, 8, 3, onesided=False, **options).imag,
+    ]
+
+
+def test_spectrograms_are_convolutions() -> None:
+    x = torch.randn(2, 64)
+    graph = canonicalize(capture(Function(spectrograms), (x,)))
+    assert not any(map(is_complex, graph.graph.nodes))
+    for got, want in zip(graph(x), spectrograms(Function(spectrograms), x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_what_has_no_form_stays() -> None:

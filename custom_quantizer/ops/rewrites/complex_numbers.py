@@ -23,6 +23,7 @@ from custom_quantizer.core.graph import (
     argument,
     constant_of,
     is_complex,
+    is_constant,
     is_same_shape,
     shape_of,
     tensor_meta,
@@ -376,6 +377,32 @@ def _layer(parts: _Parts, part: Node, dim: int, matrix: Tensor | None) -> Node |
     return parts.insert.permute(made, [*range(dim), rank - 1, *range(dim, rank - 1)])
 
 
+def _spectrogram(parts: _Parts) -> Pair | None:
+    """Transforms of windows that move along a signal: convolutions with constant weights."""
+    node = parts.node
+    data, length = cast(Node, node.args[0]), cast(int, node.args[1])
+    names = ("hop_length", "win_length", "window", "normalized", "onesided")
+    hop, width, window, normalized, onesided = (
+        argument(node, i, name) for i, name in enumerate(names, 2)
+    )
+    if is_complex(data) or length > _LONGEST_ROW or not (window is None or is_constant(window)):
+        return None
+    width = length if width is None else width
+    values = torch.ones(width) if window is None else constant_of(parts.insert.model, window)
+    before = (length - width) // 2
+    values = nn.functional.pad(values.detach().double(), (before, length - width - before))
+    function = torch.fft.fft if onesided is False else torch.fft.rfft
+    matrix = function(torch.diag(values), norm="ortho" if normalized else None)
+    stride = length // 4 if hop is None else hop
+    signal = parts.insert.call(aten.unsqueeze.default, data, -2)
+
+    def windows(weights: Tensor) -> Node:
+        weight = parts.insert.constant("weight", weights.T[:, None].float().contiguous())
+        return parts.insert.call(aten.conv1d.default, signal, weight, None, [stride])
+
+    return windows(matrix.real), windows(matrix.imag)
+
+
 def _real_transformed(parts: _Parts) -> Node | None:
     pair = _transformed(parts)
     return None if pair is None else cast(Node, pair[0])
@@ -427,6 +454,7 @@ _PAIRS: Mapping[Any, Callable[[_Parts], Pair | None]] = MappingProxyType(
         aten.polar.default: _polar,
         aten.rsub.Scalar: _sum,
         aten.rsub.Tensor: _sum,
+        aten.stft.default: _spectrogram,
         aten.sub.Scalar: _sum,
         aten.sub.Tensor: _sum,
         aten.to.dtype: _same,
