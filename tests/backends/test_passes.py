@@ -291,6 +291,7 @@ FLOAT_OPS = {
     "logsumexps_to_linears",
     "norms_to_linears",
     "quantize_tables",
+    "comparisons_in_steps",
     "roundings_in_steps",
     "running_sums_in_steps",
     "shield_composites",

@@ -212,3 +212,22 @@ def test_constant_masks_run_as_integers_in_one_delegate() -> None:
     assert program.report.not_integer() == ()
     for got, want in zip(program.run(x), model(x), strict=True):
         assert float((got - want).abs().max()) < 0.03 * float(want.abs().max())
+
+
+def test_comparisons_of_floats_become_numbers_in_one_delegate() -> None:
+    def compared(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        z = m.linear(x)
+        conditions = [z > 0.25, z >= x, z < 0.25, z <= x, x == y, x != 1.0, y > x]
+        conditions += [~(x > y) & (z < 1.0), torch.logical_or(z > y, x == 0.0)]
+        spikes = torch.where(z > 0.25, 1.0, 0.0)
+        return *(c.float() for c in conditions), m.linear(spikes + (y >= 0.5)), z * (z > x)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 2, 8)
+    y[0] = x[0]
+    x[1, :6] = torch.tensor([1.0, 0.0, math.inf, -math.inf, math.inf, 1.0])
+    y[1, :6] = torch.tensor([1.0, -0.0, math.inf, math.inf, 3.0, 1.0 - 2**-24])
+    finite = x.clamp(-3, 3)
+    graph = quantized(Function(compared, linear=nn.Linear(8, 8)), (finite, y.clamp(-3, 3)))
+    lowered = lowered_exactly(graph, (finite, y), [(x, y), (y, x)])
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ())

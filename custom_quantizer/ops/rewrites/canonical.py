@@ -147,7 +147,7 @@ _PROMOTING = frozenset(
 
 
 def _integers_to_floats(model: GraphModule) -> None:
-    """A constant of integers or booleans that meets float32 is the float32 that it would become."""
+    """What has integers or booleans and meets float32 is the float32 that it would become."""
     for node in list(model.graph.nodes):
         if node.target not in _PROMOTING or not any(map(_float32, node.args[:2])):
             continue
@@ -155,9 +155,22 @@ def _integers_to_floats(model: GraphModule) -> None:
             meta = tensor_meta(arg) if isinstance(arg, Node) else None
             if meta is None or meta.dtype.is_floating_point or meta.dtype.is_complex:
                 continue
-            if is_constant(arg) and cast(Node, arg).op == "get_attr":
-                value = constant_of(model, cast(Node, arg)).to(torch.float32)
+            source = cast(Node, arg)
+            if is_constant(source) and source.op == "get_attr":
+                value = constant_of(model, source).to(torch.float32)
                 node.update_arg(position, _float_constant(model, node, value))
+            elif overwritten_by(node) is None and overwritten_by(source) is None:
+                node.update_arg(position, _as_float(source, node))
+
+
+def _as_float(source: Node, before: Node) -> Node:
+    with before.graph.inserting_before(before):
+        cast_node = before.graph.call_function(aten.to.dtype, (source, torch.float32))
+    cast_node.meta = {
+        **before.meta,
+        "val": cast(Tensor, source.meta["val"]).to(torch.float32),
+    }
+    return cast_node
 
 
 def _views_to_reshapes(model: GraphModule) -> None:

@@ -18,6 +18,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     attention,
     boundaries,
     cleanup,
+    comparisons,
     dims,
     float_fallback,
     functions,
@@ -111,6 +112,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         functions.exponentials_and_logarithms,
         functions.roundings_in_steps,
         quotients.quotients_in_steps,
+        comparisons.comparisons_in_steps,
     ),
     "widths": (
         activations.split_activations,
