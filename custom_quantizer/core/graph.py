@@ -183,9 +183,8 @@ def is_sized_by_data(node: Node) -> bool:
     Such a tensor may turn out to have no elements.
     """
     meta = tensor_meta(node)
-    return meta is not None and any(
-        isinstance(size, torch.SymInt) and has_free_unbacked_symbols(size) for size in meta.shape
-    )
+    sizes = () if meta is None else tuple(meta.shape)
+    return not all(type(size) is int for size in sizes) and has_free_unbacked_symbols(sizes)
 
 
 def _shape_of_constant(node: Node, dtype: torch.dtype | None) -> torch.Tensor | None:

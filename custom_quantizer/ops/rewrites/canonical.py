@@ -160,17 +160,14 @@ def _integers_to_floats(model: GraphModule) -> None:
                 value = constant_of(model, source).to(torch.float32)
                 node.update_arg(position, _float_constant(model, node, value))
             elif overwritten_by(node) is None and overwritten_by(source) is None:
-                node.update_arg(position, _as_float(source, node))
+                node.update_arg(position, _as_float(source, meta, node))
 
 
-def _as_float(source: Node, before: Node) -> Node:
+def _as_float(source: Node, meta: Tensor, before: Node) -> Node:
     with before.graph.inserting_before(before):
-        cast_node = before.graph.call_function(aten.to.dtype, (source, torch.float32))
-    cast_node.meta = {
-        **before.meta,
-        "val": cast(Tensor, source.meta["val"]).to(torch.float32),
-    }
-    return cast_node
+        converted = before.graph.call_function(aten.to.dtype, (source, torch.float32))
+    converted.meta = {**before.meta, "val": meta.to(torch.float32)}
+    return converted
 
 
 def _views_to_reshapes(model: GraphModule) -> None:

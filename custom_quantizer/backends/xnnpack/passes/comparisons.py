@@ -50,7 +50,8 @@ class _Conditions(Builder):
     def numbers(self, condition: Node) -> Node:
         """1 where a condition holds, else 0."""
         if condition.target in _JOINED:
-            return _JOINED[condition.target](self, *map(self.numbers, condition.args))
+            joined = [self.numbers(cast(Node, argument)) for argument in condition.args]
+            return _JOINED[condition.target](self, *joined)
         name = _name(condition)
         left, right = map(self.operand, condition.args[:2])
         if name in ("lt", "ge"):
@@ -106,7 +107,7 @@ _COMPARED = frozenset(
 
 
 def _name(comparison: Node) -> str:
-    return cast(Any, comparison.target)._schema.name.removeprefix("aten::")
+    return cast(str, cast(Any, comparison.target)._schema.name).removeprefix("aten::")
 
 
 def _can_be_numbers(condition: Any) -> bool:
