@@ -147,7 +147,10 @@ _PROMOTING = frozenset(
 
 
 def _integers_to_floats(model: GraphModule) -> None:
-    """What has integers or booleans and meets float32 is the float32 that it would become."""
+    """Constants of integers, and all booleans, that meet float32 become what they would become.
+
+    Integers that are computed may be too many for 8 bits: what reads them stays in float.
+    """
     for node in list(model.graph.nodes):
         if node.target not in _PROMOTING or not any(map(_float32, node.args[:2])):
             continue
@@ -159,7 +162,7 @@ def _integers_to_floats(model: GraphModule) -> None:
             if is_constant(source) and source.op == "get_attr":
                 value = constant_of(model, source).to(torch.float32)
                 node.update_arg(position, _float_constant(model, node, value))
-            elif overwritten_by(node) is None and overwritten_by(source) is None:
+            elif meta.dtype == torch.bool and not (overwritten_by(node) or overwritten_by(source)):
                 node.update_arg(position, _as_float(source, meta, node))
 
 
