@@ -459,6 +459,8 @@ def test_channels_must_fit(mode: Arithmetic) -> None:
             mode.quantize(torch.zeros(shape), q)
     with pytest.raises(SchemeError, match="one scale per tensor"):
         mode.add(ints(1), ints(1), q, qparams(1.0), qparams(1.0))
+    with pytest.raises(SchemeError, match="one scale per tensor"):
+        mode.clamp_bounds(0.0, 6.0, q)
 
 
 @given(

@@ -179,9 +179,11 @@ class Numbers(Builder):
 
     def sign(self, x: Node) -> Node:
         """1, 0 or -1, which is also that of subnormal numbers: kernels take them for zeros."""
-        above = self.call(aten.hardtanh.default, x, 0.0, 1.0)
-        parts = self.call(aten.ceil.default, above), self.below_zero(x)
-        return self.call(aten.add.Tensor, *parts)
+        return self.call(aten.add.Tensor, self.above_zero(x), self.below_zero(x))
+
+    def above_zero(self, x: Node) -> Node:
+        """1 where ``x`` is positive, else 0."""
+        return self.call(aten.ceil.default, self.call(aten.hardtanh.default, x, 0.0, 1.0))
 
     def below_zero(self, x: Node) -> Node:
         """-1 where ``x`` is negative, else 0."""

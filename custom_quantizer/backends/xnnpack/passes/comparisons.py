@@ -15,14 +15,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import (
-    FLOAT32_MAX,
-    Builder,
+    FINITE,
+    Numbers,
     calls,
     graph_pass,
     replace,
 )
 from custom_quantizer.core.graph import (
-    add_constant,
     is_constant,
     is_dequantize,
     is_sized_by_data,
@@ -36,22 +35,39 @@ aten = torch.ops.aten
 def comparisons_in_steps(model: GraphModule) -> int:
     """1 where a comparison of float32 holds, else 0; also where several are joined."""
     count = 0
-    for node in calls(model, frozenset({aten.to.dtype})):
-        if node.args[1] is not torch.float32 or not _can_be_numbers(node.args[0]):
-            continue
-        replace(node, _Conditions(model, node).numbers(cast(Node, node.args[0])))
-        count += 1
+    conditions = calls(model, _COMPARED | _JOINED.keys())
+    able: set[Any] = set()
+    for condition in conditions:
+        if _compares(condition) or (
+            condition.target in _JOINED and able.issuperset(condition.args)
+        ):
+            able.add(condition)
+    readers = [n for n in calls(model, _TO_DTYPE) if n.args[1] is torch.float32]
+    wanted = able.intersection(reader.args[0] for reader in readers)
+    for condition in reversed(conditions):
+        if condition in wanted and condition.target in _JOINED:
+            wanted.update(condition.args)
+    numbers: dict[Any, Node] = {}
+    for condition in conditions:
+        if condition in wanted:
+            build = _Conditions(model, condition)
+            if condition.target in _JOINED:
+                parts = (numbers[part] for part in condition.args)
+                numbers[condition] = _JOINED[condition.target](build, *parts)
+            else:
+                numbers[condition] = build.compared(condition)
+    for reader in readers:
+        if reader.args[0] in numbers:
+            replace(reader, numbers[reader.args[0]])
+            count += 1
     return count
 
 
-class _Conditions(Builder):
+class _Conditions(Numbers):
     """A builder of conditions as numbers."""
 
-    def numbers(self, condition: Node) -> Node:
-        """1 where a condition holds, else 0."""
-        if condition.target in _JOINED:
-            joined = [self.numbers(cast(Node, argument)) for argument in condition.args]
-            return _JOINED[condition.target](self, *joined)
+    def compared(self, condition: Node) -> Node:
+        """1 where a comparison holds, else 0."""
         name = _name(condition)
         left, right = map(self.operand, condition.args[:2])
         if name in ("lt", "ge"):
@@ -59,13 +75,12 @@ class _Conditions(Builder):
         difference = self.call(aten.sub.Tensor, left, right)
         if name in ("eq", "ne"):
             difference = self.call(aten.abs.default, difference)
-        held = self.call(aten.hardtanh.default, difference, 0.0, 1.0)
-        held = self.call(aten.ceil.default, held)
+        held = self.above_zero(difference)
         return self.negated(held) if name in ("ge", "le", "eq") else held
 
     def negated(self, numbers: Node) -> Node:
         """1 for 0, and 0 for 1."""
-        return self.call(aten.sub.Tensor, self.operand(1.0), numbers)
+        return self.call(aten.sub.Tensor, self.number(1.0), numbers)
 
     def both(self, first: Node, second: Node) -> Node:
         """1 where both are."""
@@ -77,16 +92,11 @@ class _Conditions(Builder):
 
     def operand(self, value: Any) -> Node:
         """A number as a tensor; a tensor without infinities, whose difference is no number."""
-        if not isinstance(value, Node):
-            number = torch.tensor([float(value)])
-            return add_constant(self.model, f"{self.origin}_constant", number, self.anchor)
-        if is_constant(value) or is_dequantize(value):
-            return value
-        return self.call(aten.hardtanh.default, value, *_FINITE)
+        tensor = self.tensor(value)
+        if tensor is not value or is_constant(value) or is_dequantize(value):
+            return tensor
+        return self.call(aten.hardtanh.default, value, *FINITE)
 
-
-_FINITE = (-FLOAT32_MAX, FLOAT32_MAX * (1 - 2.0**-24))
-"""A clamp between the largest numbers would be left out as one that changes nothing."""
 
 _JOINED: Mapping[Any, Callable[..., Node]] = {
     aten.__and__.Tensor: _Conditions.both,
@@ -99,6 +109,8 @@ _JOINED: Mapping[Any, Callable[..., Node]] = {
     aten.logical_or.default: _Conditions.either,
 }
 
+_TO_DTYPE = frozenset({aten.to.dtype})
+
 _COMPARED = frozenset(
     getattr(getattr(aten, name), overload)
     for name in ("eq", "ge", "gt", "le", "lt", "ne")
@@ -110,13 +122,8 @@ def _name(comparison: Node) -> str:
     return cast(str, cast(Any, comparison.target)._schema.name).removeprefix("aten::")
 
 
-def _can_be_numbers(condition: Any) -> bool:
-    """Whether a condition compares float32 tensors of the delegate, or joins such comparisons."""
-    meta = tensor_meta(condition) if isinstance(condition, Node) else None
-    if meta is None or meta.dtype != torch.bool or is_constant(condition):
-        return False
-    if condition.target in _JOINED:
-        return all(map(_can_be_numbers, condition.args))
+def _compares(condition: Node) -> bool:
+    """Whether a call compares float32 tensors of the delegate."""
     left, right = condition.args[:2] if condition.target in _COMPARED else (None, None)
     # A tensor is compared with itself to find what is no number.
     return left is not right and _is_comparable(left) and _is_comparable(right)
@@ -124,7 +131,7 @@ def _can_be_numbers(condition: Any) -> bool:
 
 def _is_comparable(value: Any) -> bool:
     if isinstance(value, (int, float)):
-        return math.isfinite(value) and abs(value) <= _FINITE[1]
+        return math.isfinite(value) and abs(value) <= FINITE[1]
     meta = tensor_meta(value) if isinstance(value, Node) else None
     is_float = meta is not None and meta.dtype == torch.float32 and meta.dim() > 0
     return is_float and not is_sized_by_data(value)
