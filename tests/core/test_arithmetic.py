@@ -1345,7 +1345,7 @@ def test_fixed_point_add(
 
 
 def test_fixed_point_add_limits() -> None:
-    wide = QParams(1.0, 0, -(2**17), 2**17)
+    wide = QParams(1.0, 0, -(2**15), 2**15)
     with pytest.raises(SchemeError, match="at most 16 bits"):
         FIXED_POINT.add(ints(1), ints(1), wide, wide, wide)
 

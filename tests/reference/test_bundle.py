@@ -1163,6 +1163,19 @@ def test_a_multiplier_is_written_for_each_number_of_values_in_a_window(
     assert pool["requantization"]["count"] == counts
 
 
+def test_a_size_that_is_rounded_up_has_to_be_known(tmp_path: Path) -> None:
+    sizes = ({2: 2 * torch.export.Dim("half", min=2, max=8)},)
+    (x,) = random_inputs(((1, 3, 6, 7),), 1)
+    model = Network(lambda x: F.max_pool2d(x * 2, 3, 2, ceil_mode=True))
+    prepared = prepare_pt2e(
+        torch.export.export(model, (x,), dynamic_shapes=(sizes,)).module(),
+        cq.IntegerQuantizer().set_global("a8w8"),
+    )
+    prepared(x)
+    with pytest.raises(cq.ConversionError, match="max_pool2d rounds its output size up"):
+        save_integers(convert_pt2e(prepared), tmp_path / "net")
+
+
 def test_two_sizes_that_are_not_known_cannot_be_written(tmp_path: Path) -> None:
     sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", max=16)}
     (x,) = random_inputs(((2, 3, 4, 4),), 1)
