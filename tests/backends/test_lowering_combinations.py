@@ -437,7 +437,11 @@ def steep_softplus(x: Tensor) -> Tensor:
     return F.softplus(x, 1.0, 3.0)
 
 
-COMPOSITES = (F.hardshrink, steep_softplus, F.softshrink, F.tanhshrink)
+def heaviside(x: Tensor) -> Tensor:
+    return torch.heaviside(x, x)
+
+
+COMPOSITES = (heaviside, steep_softplus, torch.sinc, F.tanhshrink)
 
 
 def test_composite_float_ops_of_images_are_right() -> None:
@@ -457,6 +461,18 @@ def test_composite_float_ops_of_images_are_right() -> None:
     for got, want in zip(lowered.run(given), reference, strict=True):
         # Each is a few float32 operations on values below 10.
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_masks_of_what_is_large_are_in_the_delegate() -> None:
+    def function(s: Any, x: Tensor) -> list[Tensor]:
+        y = s.conv(x)
+        kept = torch.where((y > -0.3) & (y < 0.4), y, 1.5 * y)
+        return [F.softshrink(kept), F.hardshrink(y), F.threshold(y, 0.1, 20.0)]
+
+    x = torch.randn(IMAGE)
+    assert lowered_exactly(
+        quantized(Function(function, conv=conv()), (x,)), (x,)
+    ).report.fully_delegated
 
 
 def test_parameters_that_are_written_are_refused() -> None:

@@ -19,7 +19,15 @@ import torch.utils._pytree as pytree
 from hypothesis import given
 from hypothesis import strategies as st
 from support.exact import with_dyadic_scales
-from support.graphs import Function, calls, capture, differences, lowered_exactly, quantized
+from support.graphs import (
+    Function,
+    calls,
+    canonicalize,
+    capture,
+    differences,
+    lowered_exactly,
+    quantized,
+)
 from support.models import convert
 from support.registry import Surrounded
 from support.selection import slow_but
@@ -1027,6 +1035,49 @@ def test_remainders_and_rounded_quotients_are_exact(number: float) -> None:
     assert BY_NAME["quotients_in_steps"].run(graph) == 6
     graph.recompile()
     assert differences(graph(*inputs), want) == []
+
+
+MASKS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda x, y: x * (x > 0.2),
+    lambda x, y: x * (x < -0.2) + (x >= 0.2),
+    lambda x, y: (x <= 0.2).float(),
+    lambda x, y: (x == 0.2).float() - (x != 0).float(),
+    lambda x, y: x * ((x > -1) & (x < 1)) * ((x > y) | ~(x >= 3)),
+    lambda x, y: y * torch.logical_xor(x <= y, x < 0.0)[:, None].flatten(1),
+    lambda x, y: (x == y).float() * (x != y),
+    lambda x, y: F.softshrink(x),
+    lambda x, y: F.softshrink(x, 0.2),
+    lambda x, y: F.hardshrink(x),
+    lambda x, y: F.hardshrink(x, 0.2),
+    lambda x, y: F.threshold(x, 0.2, 0.0),
+    lambda x, y: F.threshold(x, 0.2, -20.3),
+)
+
+
+def test_comparisons_that_are_read_as_numbers_are_steps_of_float() -> None:
+    """Next to numbers that are compared with, too."""
+
+    def function(_self: Any, x: Tensor, y: Tensor) -> list[Tensor]:
+        return [mask(x, y) for mask in MASKS]
+
+    x = torch.tensor([0.0, 0.2, -0.2, 0.5, -0.5, 1.0, 2.0**-26, 3e38]).repeat(6, 1)
+    x[1:3] = torch.nextafter(x[1:3], torch.tensor([[-3e38], [3e38]]))
+    x[3:] = torch.randn(3, 8)
+    y = torch.where(torch.rand(6, 8) < 0.5, x, -x)
+    graph = canonicalize(capture(Function(function), (x, y)))
+    rewritten, count = after("comparisons_in_steps", graph)
+    assert count == 17
+    rewritten.graph.eliminate_dead_code()
+    kept = {node.target for node in rewritten.graph.nodes if node.op == "call_function"}
+    assert not {aten.to.dtype, aten.gt.Scalar, aten.__and__.Tensor} & kept
+    for got, want in zip(rewritten(x, y), graph(x, y), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_what_asks_whether_values_are_numbers_is_compared() -> None:
+    function = Function(lambda _self, x: x * (x == x) + (x > 1e-37) + (x < math.inf))
+    graph = canonicalize(capture(function, (torch.randn(3),)))
+    assert after("comparisons_in_steps", graph)[1] == 0
 
 
 def test_passes_say_what_they_look_for_and_what_they_leave() -> None:

@@ -74,6 +74,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
     "ops": (
         pool.simplify_pools,
         cleanup.drop_identities,
+        comparisons.comparisons_in_steps,
         attention.quantize_tables,
         attention.gather_rows,
         attention.matmuls_to_bmms,
@@ -112,7 +113,6 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         functions.exponentials_and_logarithms,
         functions.roundings_in_steps,
         quotients.quotients_in_steps,
-        comparisons.comparisons_in_steps,
     ),
     "widths": (
         activations.split_activations,

@@ -1,19 +1,20 @@
-"""Comparisons of float32 tensors, where numbers are made of them.
+"""Comparisons whose results are read as numbers, in float ops that the delegate has.
 
-XNNPACK has no booleans: what is compared outside cuts the delegate in two. A difference has the
-sign of a comparison, as float32 rounds no difference of two numbers to 0; but kernels take
-subnormal numbers for zeros, so that what is nearer than ``2**-126`` is taken to be equal.
+``a > b`` is 1 where ``a - b``, cut at 0 and 1, is not 0: a difference of float32 numbers is 0 only
+if they are equal, or if it is smaller than normal numbers are. ``and``, ``or`` and ``not`` are
+products, maxima and what 1 has more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.backends.xnnpack.kernels import refuses_tensor
 from custom_quantizer.backends.xnnpack.passes._pass import (
     FINITE,
     Numbers,
@@ -21,117 +22,221 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     graph_pass,
     replace,
 )
+from custom_quantizer.core.arithmetic import round_to_float32
 from custom_quantizer.core.graph import (
+    argument,
     is_constant,
     is_dequantize,
-    is_sized_by_data,
+    is_number,
     tensor_meta,
 )
+from custom_quantizer.ops.movement import EXPAND, PERMUTE, RESHAPE, SELECT, SLICE
 
 aten = torch.ops.aten
 
+_LEAST = 2.0**-100
+"""Next to larger numbers, differences are 0 or normal numbers."""
 
-@graph_pass("comparisons that become numbers", "steps of float with the same values")
+
+@graph_pass(
+    "comparisons that are read as numbers; softshrink, hardshrink, threshold",
+    "steps of float with the same values",
+)
 def comparisons_in_steps(model: GraphModule) -> int:
-    """1 where a comparison of float32 holds, else 0; also where several are joined."""
-    count = 0
-    conditions = calls(model, _COMPARED | _JOINED.keys())
-    able: set[Any] = set()
-    for condition in conditions:
-        if _compares(condition) or (
-            condition.target in _JOINED and able.issuperset(condition.args)
-        ):
-            able.add(condition)
-    readers = [n for n in calls(model, _TO_DTYPE) if n.args[1] is torch.float32]
-    wanted = able.intersection(reader.args[0] for reader in readers)
-    for condition in reversed(conditions):
-        if condition in wanted and condition.target in _JOINED:
-            wanted.update(condition.args)
-    numbers: dict[Any, Node] = {}
-    for condition in conditions:
-        if condition in wanted:
-            build = _Conditions(model, condition)
-            if condition.target in _JOINED:
-                parts = (numbers[part] for part in condition.args)
-                numbers[condition] = _JOINED[condition.target](build, *parts)
-            else:
-                numbers[condition] = build.compared(condition)
-    for reader in readers:
-        if reader.args[0] in numbers:
-            replace(reader, numbers[reader.args[0]])
+    """Those of float32 with each other and with finite numbers, and masks made of them.
+
+    Who reads them as what is true or false still does.
+    """
+    count = _masks_to_numbers(model)
+    for node in calls(model, frozenset(SHRINKS)):
+        new = SHRINKS[node.target](Numbers(model, node), node) if _is_float(node) else None
+        if new is not None:
+            replace(node, new)
             count += 1
     return count
 
 
-class _Conditions(Numbers):
-    """A builder of conditions as numbers."""
-
-    def compared(self, condition: Node) -> Node:
-        """1 where a comparison holds, else 0."""
-        name = _name(condition)
-        left, right = map(self.operand, condition.args[:2])
-        if name in ("lt", "ge"):
-            left, right = right, left
-        difference = self.call(aten.sub.Tensor, left, right)
-        if name in ("eq", "ne"):
-            difference = self.call(aten.abs.default, difference)
-        held = self.above_zero(difference)
-        return self.negated(held) if name in ("ge", "le", "eq") else held
-
-    def negated(self, numbers: Node) -> Node:
-        """1 for 0, and 0 for 1."""
-        return self.call(aten.sub.Tensor, self.number(1.0), numbers)
-
-    def both(self, first: Node, second: Node) -> Node:
-        """1 where both are."""
-        return self.call(aten.mul.Tensor, first, second)
-
-    def either(self, first: Node, second: Node) -> Node:
-        """1 where one of them is."""
-        return self.call(aten.maximum.default, first, second)
-
-    def operand(self, value: Any) -> Node:
-        """A number as a tensor; a tensor without infinities, whose difference is no number."""
-        tensor = self.tensor(value)
-        if tensor is not value or is_constant(value) or is_dequantize(value):
-            return tensor
-        return self.call(aten.hardtanh.default, value, *FINITE)
+def _is_float(node: Node) -> bool:
+    meta = tensor_meta(node)
+    return meta is not None and meta.dtype == torch.float32
 
 
-_JOINED: Mapping[Any, Callable[..., Node]] = {
-    aten.__and__.Tensor: _Conditions.both,
-    aten.__or__.Tensor: _Conditions.either,
-    aten.bitwise_and.Tensor: _Conditions.both,
-    aten.bitwise_not.default: _Conditions.negated,
-    aten.bitwise_or.Tensor: _Conditions.either,
-    aten.logical_and.default: _Conditions.both,
-    aten.logical_not.default: _Conditions.negated,
-    aten.logical_or.default: _Conditions.either,
+def _masks_to_numbers(model: GraphModule) -> int:
+    """Each mask is computed once, where it stands."""
+    masks = calls(model, _COMPARISONS.keys() | _LOGIC.keys() | _MOVES)
+    able: set[Any] = set()
+    for mask in masks:
+        joins = mask.target not in _COMPARISONS and able.issuperset(_sources(mask))
+        if joins or _is_comparison(mask):
+            able.add(mask)
+    readers = [n for n in calls(model, _READERS) if _is_float(n)]
+    wanted = able.intersection(reader.args[0] for reader in readers)
+    for mask in reversed(masks):
+        if mask in wanted and mask.target not in _COMPARISONS:
+            wanted.update(_sources(mask))
+    numbers: dict[Any, Node] = {}
+    for mask in masks:
+        if mask in wanted:
+            build, parts = Numbers(model, mask), [numbers.get(part) for part in _sources(mask)]
+            if mask.target in _COMPARISONS:
+                numbers[mask] = _COMPARISONS[mask.target](build, _difference(build, *mask.args[:2]))
+            elif mask.target in _LOGIC:
+                numbers[mask] = _LOGIC[mask.target](build, *parts)
+            else:
+                numbers[mask] = build.call(mask.target, *parts, *mask.args[1:], **mask.kwargs)
+    readers = [reader for reader in readers if reader.args[0] in numbers]
+    for reader in readers:
+        replace(reader, numbers[reader.args[0]])
+    return len(readers)
+
+
+def _sources(mask: Node) -> Sequence[Any]:
+    """What a mask is made of."""
+    return mask.args[:1] if mask.target in _MOVES else mask.args[:2]
+
+
+def _is_comparison(node: Node) -> bool:
+    """Of two tensors of the delegate, or of one and a number."""
+    left, right = node.args[:2] if node.target in _COMPARISONS else (None, None)
+    if left is right or not _is_in_delegate(left):
+        return False  # compared with itself, it is asked whether it is a number
+    if isinstance(right, Node):
+        return is_number(right) or _is_in_delegate(right)
+    return _comparable(right) is not None
+
+
+def _is_in_delegate(value: Any) -> bool:
+    """Whether it is a float32 tensor that XNNPACK takes."""
+    if not isinstance(value, Node) or not _is_float(value):
+        return False
+    return not refuses_tensor(value)
+
+
+def _difference(build: Numbers, left: Node, right: Any) -> Node:
+    """``left - right`` of two tensors, or of one and a number."""
+    if not isinstance(right, Node):
+        number = cast(float, _comparable(right))
+        return build.call(aten.sub.Tensor, left, build.number(number)) if number else left
+    if is_number(right):
+        return build.call(aten.sub.Tensor, left, build.tensor(right))
+    return build.call(aten.sub.Tensor, _finite(build, left), _finite(build, right))
+
+
+def _comparable(number: Any) -> float | None:
+    """A number in float32 from which others differ by normal numbers, if at all."""
+    if isinstance(number, Node):
+        return None
+    rounded = round_to_float32(float(number))
+    return rounded if rounded == 0.0 or _LEAST < abs(rounded) < math.inf else None
+
+
+def _finite(build: Numbers, tensor: Node) -> Node:
+    """Infinities are equal to themselves."""
+    if is_constant(tensor) or is_dequantize(tensor):
+        return tensor
+    return build.call(aten.hardtanh.default, tensor, *FINITE)
+
+
+def _below(build: Numbers, difference: Node) -> Node:
+    return build.call(aten.neg.default, build.below_zero(difference))
+
+
+def _unequal(build: Numbers, difference: Node) -> Node:
+    return build.above_zero(build.call(aten.abs.default, difference))
+
+
+def _not(build: Numbers, numbers: Node) -> Node:
+    return build.call(aten.sub.Tensor, build.number(1.0), numbers)
+
+
+def _xor(build: Numbers, left: Node, right: Node) -> Node:
+    return build.call(aten.abs.default, build.call(aten.sub.Tensor, left, right))
+
+
+def _of(target: Any) -> Callable[..., Node]:
+    return lambda build, left, right: build.call(target, left, right)
+
+
+_Steps = Callable[[Numbers, Node], Node]
+
+
+def _lacks(steps: _Steps) -> _Steps:
+    return lambda build, difference: _not(build, steps(build, difference))
+
+
+_COMPARISONS: Mapping[Any, _Steps] = {
+    overload: steps
+    for packet, steps in (
+        (aten.gt, Numbers.above_zero),
+        (aten.lt, _below),
+        (aten.ne, _unequal),
+        (aten.le, _lacks(Numbers.above_zero)),
+        (aten.ge, _lacks(_below)),
+        (aten.eq, _lacks(_unequal)),
+    )
+    for overload in (packet.Scalar, packet.Tensor)
 }
 
-_TO_DTYPE = frozenset({aten.to.dtype})
+_LOGIC: Mapping[Any, Callable[..., Node]] = {
+    **dict.fromkeys(
+        (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor),
+        _of(aten.mul.Tensor),
+    ),
+    **dict.fromkeys(
+        (aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor),
+        _of(aten.maximum.default),
+    ),
+    **dict.fromkeys((aten.logical_xor.default, aten.bitwise_xor.Tensor, aten.__xor__.Tensor), _xor),
+    **dict.fromkeys((aten.logical_not.default, aten.bitwise_not.default), _not),
+}
 
-_COMPARED = frozenset(
-    getattr(getattr(aten, name), overload)
-    for name in ("eq", "ge", "gt", "le", "lt", "ne")
-    for overload in ("Scalar", "Tensor")
-)
+_MOVES = RESHAPE.targets | PERMUTE.targets | SLICE.targets | SELECT.targets | EXPAND.targets
+
+_READERS = frozenset({aten.to.dtype})
+"""Ops to which what is true is 1: conversions, also those of masks that meet floats."""
 
 
-def _name(comparison: Node) -> str:
-    return cast(str, cast(Any, comparison.target)._schema.name).removeprefix("aten::")
+def _bound(node: Node) -> float | None:
+    bound = _comparable(argument(node, 1, "lambd", 0.5))
+    return bound if bound is not None and bound > 0.0 else None
 
 
-def _compares(condition: Node) -> bool:
-    """Whether a call compares float32 tensors of the delegate."""
-    left, right = condition.args[:2] if condition.target in _COMPARED else (None, None)
-    # A tensor is compared with itself to find what is no number.
-    return left is not right and _is_comparable(left) and _is_comparable(right)
+def _softshrink(build: Numbers, node: Node) -> Node | None:
+    """``x`` without what lies between the bounds."""
+    bound, x = _bound(node), cast(Node, node.args[0])
+    if bound is None:
+        return None
+    return build.call(aten.sub.Tensor, x, build.call(aten.hardtanh.default, x, -bound, bound))
 
 
-def _is_comparable(value: Any) -> bool:
-    if isinstance(value, (int, float)):
-        return math.isfinite(value) and abs(value) <= FINITE[1]
-    meta = tensor_meta(value) if isinstance(value, Node) else None
-    is_float = meta is not None and meta.dtype == torch.float32 and meta.dim() > 0
-    return is_float and not is_sized_by_data(value)
+def _hardshrink(build: Numbers, node: Node) -> Node | None:
+    bound, x = _bound(node), cast(Node, node.args[0])
+    if bound is None:
+        return None
+    size = build.call(aten.abs.default, x)
+    beyond = build.call(aten.sub.Tensor, size, build.number(bound))
+    return build.call(aten.mul.Tensor, x, build.above_zero(beyond))
+
+
+def _threshold(build: Numbers, node: Node) -> Node | None:
+    x, bound, value = cast(Node, node.args[0]), _comparable(node.args[1]), node.args[2]
+    if bound is None or isinstance(value, Node):
+        return None
+    value = round_to_float32(float(cast(float, value)))
+    if not math.isfinite(value):
+        return None
+    above = build.above_zero(build.call(aten.sub.Tensor, x, build.number(bound)))
+    # Zero times minus infinity is none.
+    kept = build.call(aten.maximum.default, x, build.number(bound))
+    kept = build.call(aten.mul.Tensor, kept, above)
+    if value == 0.0:
+        return kept
+    return build.call(aten.add.Tensor, kept, build.times(_not(build, above), value))
+
+
+SHRINKS: Mapping[Any, Callable[[Numbers, Node], Node | None]] = {
+    aten.hardshrink.default: _hardshrink,
+    aten.softshrink.default: _softshrink,
+    aten.threshold.default: _threshold,
+}
+"""Ops that keep what is large."""
