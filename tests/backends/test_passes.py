@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import operator
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -318,6 +319,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         "batch_norms_to_layers",
         "float_fallbacks",
         "functions_of_sizes",
+        "powers_of_sizes",
         "split_sparse_max_pools",
         "thin_strided_convs",
         "emulate_wide",
@@ -1011,6 +1013,47 @@ def test_numbers_that_are_dynamic_sizes_are_read_as_tensors() -> None:
     for batch in (x, x[1:3], torch.cat([x, x[:3] * 100])):
         for got, want in zip(written(batch), graph(batch), strict=True):
             torch.testing.assert_close(got, want, rtol=2e-7, atol=2e-7)
+
+
+POWERS: tuple[Callable[[Tensor, Any], Tensor], ...] = (
+    lambda x, n: x * n**0.5,
+    lambda x, n: x / torch.sym_sqrt(n),
+    lambda x, n: x * n**3 + 2**n,
+    lambda x, n: (1 / n**0.5 + 2) - x,
+    lambda x, n: x.mean() * (n * 3) ** -1.5,
+    lambda x, n: x.clamp(max=n**0.5 / 5),
+    lambda x, n: x[: (n - 1) ** 2],
+    lambda x, n: (x.abs() + 0.1) ** (n**0.5 / 5),
+)
+
+
+def test_powers_of_dynamic_sizes_are_exact() -> None:
+    """Those that a program has no numbers for are tensors, as exact as numbers in Python."""
+
+    def function(s: Any, x: Tensor) -> list[Tensor]:
+        return [f(x, x.shape[0]) for f in POWERS]
+
+    x = torch.randn(6, 8)
+    shapes = (({0: torch.export.Dim("batch", min=3, max=9)},),)
+    graph = capture(Function(function), (x,), dynamic_shapes=shapes)
+    written, _ = after("functions_of_sizes", graph)
+    assert BY_NAME["powers_of_sizes"].run(written) == 9
+    assert not {operator.pow, torch.sym_sqrt} & {node.target for node in written.graph.nodes}
+    written.recompile()
+    for batch in (x, x[1:4], torch.cat([x, x[:3] * 100])):
+        *got, raised = written(batch)
+        *want, expected = graph(batch)
+        assert all(map(torch.equal, got, want))
+        # PyTorch's power of a tensor with a number is another function than that of two tensors.
+        torch.testing.assert_close(raised, expected, rtol=2e-7, atol=0)
+
+
+def test_powers_of_dynamic_sizes_that_no_tensor_stands_for_are_named() -> None:
+    shapes = (({0: torch.export.Dim("batch", max=9)},),)
+    model = Function(lambda _self, x: x * torch.full((8,), x.shape[0] ** 0.5))
+    graph = capture(model, (torch.randn(6, 8),), dynamic_shapes=shapes)
+    with pytest.raises(LoweringError, match=r"pow_1 is a number made .* lacks where full reads it"):
+        after("powers_of_sizes", graph)
 
 
 @pytest.mark.parametrize("number", [0.3, -6.2831855])

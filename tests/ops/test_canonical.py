@@ -1034,6 +1034,16 @@ def test_rewriting_leaves_dynamic_sizes_as_wide_as_they_were() -> None:
     assert graph(torch.randn(5, 4, 6, 6)).shape == (5, 4, 6, 6)
 
 
+def test_tensors_that_are_made_of_dynamic_sizes_are_detached_without_a_write() -> None:
+    """Capture writes ``torch.tensor(n)`` as a conversion to a device and ``detach_``."""
+    model = Function(lambda _s, x: x * torch.tensor(x.shape[0]))
+    x, batch = torch.randn(3, 2), torch.export.Dim("batch", min=2, max=6)
+    captured = torch.export.export(model, (x,), dynamic_shapes={"inputs": ({0: batch},)})
+    graph = canonicalize(captured.module())
+    assert not calls(graph, aten.detach_.default)
+    assert torch.equal(graph(x[:2]), x[:2] * 2)
+
+
 @pytest.mark.parametrize(
     ("cut", "ends"),
     [

@@ -167,6 +167,8 @@ def _is_stride_copy(node: Node) -> bool:
     if None in values.values():
         return False
     args, kwargs = torch.fx.node.map_arg((node.args[1:], node.kwargs), values.__getitem__)
+    # Tensors without values stay where they are.
+    args = tuple(torch.device("meta") if isinstance(arg, torch.device) else arg for arg in args)
 
     def is_copy(value: Tensor) -> bool:
         result = cast("Callable[..., Tensor]", node.target)(value, *args, **kwargs)

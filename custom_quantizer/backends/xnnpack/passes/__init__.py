@@ -30,6 +30,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     quotients,
     run_time,
     running,
+    sizes,
     widths,
 )
 from custom_quantizer.backends.xnnpack.passes._pass import (
@@ -108,6 +109,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         functions.written_out,
         functions.plain_elus,
         functions.functions_of_sizes,
+        sizes.powers_of_sizes,
         functions.tanh_gelus,
         functions.softplus_steps,
         functions.exponentials_and_logarithms,
