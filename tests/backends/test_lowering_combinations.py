@@ -262,6 +262,14 @@ def test_a_tensor_of_more_dims_than_xnnpack_has_is_named() -> None:
         cq.lower(graph, (x,))
 
 
+def test_constants_of_more_dims_than_xnnpack_has_are_expanded() -> None:
+    """Stored as integers, and in float as the operand of what is in float."""
+    x, constant = torch.randn(2, 2, 2, 2, 2, 2, 2, 3), torch.randn(2, 1, 2, 1, 2, 1, 2, 1)
+    model = Function(lambda _s, x: ((x * 2 + constant).relu(), torch.round(x) / (constant**2 + 1)))
+    graph = quantized(model, (x,))
+    assert lowered_exactly(graph, (x,)).report.delegates == 1
+
+
 def windows_of_a_video(s: Any, x: Tensor) -> Any:
     """Ops of all kinds over eight dims, from an input of as many to outputs of as many."""
     y = torch.relu(s.first(x))

@@ -28,6 +28,7 @@ from custom_quantizer.backends.xnnpack.passes.quotients import STEPS
 from custom_quantizer.backends.xnnpack.passes.run_time import quantized_again, source_of_rows
 from custom_quantizer.core.graph import (
     DEQUANTIZE_DYNAMIC,
+    DEQUANTIZE_PER_TENSOR,
     add_constant,
     argument,
     constant_of,
@@ -75,6 +76,9 @@ def ops_of_few_dims(model: GraphModule) -> int:
         operands = _operands(node)
         shapes = [shape_of(tensor) for tensor in (*operands, node)]
         blocks = blocks_of(node) if max(map(len, shapes)) > MOST_DIMS else []
+        if len(blocks) > MOST_DIMS and _expand_constants(model, node, operands):
+            operands, blocks = _operands(node), blocks_of(node)
+            shapes = [shape_of(tensor) for tensor in (*operands, node)]
         small = [_joined(shape, blocks) for shape in shapes]
         if not 0 < len(blocks) <= MOST_DIMS or any(sizes.count(-1) > 1 for sizes in small):
             continue
@@ -131,6 +135,31 @@ def blocks_of(node: Node) -> list[list[int]]:
         else:
             blocks.append([dim])
     return blocks
+
+
+def _expand_constants(model: GraphModule, node: Node, operands: Sequence[Node]) -> bool:
+    """Constants that are broadcast along some dims get all of them, of which blocks are few."""
+    sizes = shape_of(node)
+    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > _MOST_VALUES:
+        return False
+    found = False
+    for tensor in operands:
+        stored = cast(Node, tensor.args[0]) if tensor.target is DEQUANTIZE_PER_TENSOR else tensor
+        if stored.op != "get_attr" or is_same_shape(shape_of(tensor), sizes):
+            continue
+        build = Builder(model, node)
+        value = constant_of(model, stored).expand(sizes).contiguous()
+        new = add_constant(model, f"{stored.target}_expanded", value, node)
+        if stored is not tensor:
+            new = build.call(tensor.target, new, *tensor.args[1:])
+            new.meta["val"] = node.meta["val"]
+        node.replace_input_with(tensor, new)
+        found = True
+    return found
+
+
+_MOST_VALUES = 2**20
+"""Of a constant that is expanded."""
 
 
 def _joined(shape: Sequence[Any], blocks: Sequence[list[int]]) -> list[int]:
