@@ -1118,7 +1118,8 @@ def test_comparisons_that_are_read_as_numbers_are_steps_of_float() -> None:
 
 
 def test_what_asks_whether_values_are_numbers_is_compared() -> None:
-    function = Function(lambda _self, x: x * (x == x) + (x > 1e-37) + (x < math.inf))
+    ends = torch.tensor([1.0, math.inf, 2.0])
+    function = Function(lambda _s, x: x * (x == x) + (x > 1e-37) + (x < math.inf) + (x == ends))
     graph = canonicalize(capture(function, (torch.randn(3),)))
     assert after("comparisons_in_steps", graph)[1] == 0
 

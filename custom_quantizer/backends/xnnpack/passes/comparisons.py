@@ -25,6 +25,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
 from custom_quantizer.core.arithmetic import round_to_float32
 from custom_quantizer.core.graph import (
     argument,
+    constant_of,
     is_constant,
     is_dequantize,
     is_number,
@@ -63,7 +64,7 @@ def _is_float(node: Node) -> bool:
 
 def _masks_to_numbers(model: GraphModule) -> int:
     """Each mask is computed once, where it stands."""
-    masks = calls(model, _COMPARISONS.keys() | _LOGIC.keys() | _MOVES)
+    masks = calls(model, frozenset({*_COMPARISONS, *_LOGIC, *_MOVES}))
     able: set[Any] = set()
     for mask in masks:
         joins = mask.target not in _COMPARISONS and able.issuperset(_sources(mask))
@@ -79,7 +80,7 @@ def _masks_to_numbers(model: GraphModule) -> int:
         if mask in wanted:
             build, parts = Numbers(model, mask), [numbers.get(part) for part in _sources(mask)]
             if mask.target in _COMPARISONS:
-                numbers[mask] = _COMPARISONS[mask.target](build, _difference(build, *mask.args[:2]))
+                numbers[mask] = _COMPARISONS[mask.target](build, _difference(build, mask))
             elif mask.target in _LOGIC:
                 numbers[mask] = _LOGIC[mask.target](build, *parts)
             else:
@@ -106,14 +107,18 @@ def _is_comparison(node: Node) -> bool:
 
 
 def _is_in_delegate(value: Any) -> bool:
-    """Whether it is a float32 tensor that XNNPACK takes."""
-    if not isinstance(value, Node) or not _is_float(value):
+    """Whether it is a float32 tensor that XNNPACK takes; a constant has to be finite."""
+    if not isinstance(value, Node) or not _is_float(value) or refuses_tensor(value):
         return False
-    return not refuses_tensor(value)
+    if not is_constant(value) or value.op != "get_attr":
+        return True
+    model = cast(GraphModule, value.graph.owning_module)
+    return bool(constant_of(model, value).isfinite().all())
 
 
-def _difference(build: Numbers, left: Node, right: Any) -> Node:
+def _difference(build: Numbers, comparison: Node) -> Node:
     """``left - right`` of two tensors, or of one and a number."""
+    left, right = cast(Node, comparison.args[0]), comparison.args[1]
     if not isinstance(right, Node):
         number = cast(float, _comparable(right))
         return build.call(aten.sub.Tensor, left, build.number(number)) if number else left
