@@ -9,7 +9,7 @@ sizes, and products over several batch dims.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
@@ -123,7 +123,7 @@ class ViewOfFewDims(ViewCopyConfig):  # type: ignore[misc]  # ExecuTorch is unty
 
     def check_constraints(self, node: torch.fx.Node, ep: Any) -> bool:
         """Leave out tensors of too many dims."""
-        ranks = (len(shape_of(tensor)) for tensor in (node, *node.all_input_nodes))
+        ranks = (len(shape_of(tensor)) for tensor in (node, cast(torch.fx.Node, node.args[0])))
         return max(ranks) <= MOST_DIMS and super().check_constraints(node, ep) is True
 
 
