@@ -41,6 +41,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Sequence[Any], Sequence[Any], Any]
     "layer of a vector": (lambda w, x: F.linear(x, w), [(8,)], [X], LINEAR),
     "layer of a vector, bias": (lambda w, b, x: F.linear(x, w, b), [(8,), ()], [X], LINEAR),
     "addmm": (lambda w, b, x: torch.addmm(b, x, w), [MATRIX, (5,)], [(4, 8)], LINEAR),
+    "addmv": (lambda w, b, x: torch.addmv(b, w, x), [(5, 8), (5,)], [(8,)], LINEAR),
     "baddbmm": (
         lambda w, b, x: torch.baddbmm(b, x, w.expand(2, 8, 5)),
         [(1, 8, 5), (1, 1, 5)],

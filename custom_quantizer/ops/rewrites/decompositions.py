@@ -31,6 +31,7 @@ from custom_quantizer.ops.rewrites.curves import CURVES
 from custom_quantizer.ops.rewrites.masks import MASKED, MASKS, added_mask, attended
 from custom_quantizer.ops.rewrites.paddings import PADDINGS
 from custom_quantizer.ops.rewrites.products import (
+    bilinear,
     einsum,
     product,
     sum_and_product,
@@ -132,6 +133,24 @@ def _reversed_dims(insert: Insertion) -> Node | None:
     return insert.permute(data, list(range(len(shape_of(data))))[::-1])
 
 
+def _vector_norm(insert: Insertion) -> Node | None:
+    """Euclidean norms by one name; sums of absolute values, and the largest of them."""
+    node, data = insert.node, cast(Node, insert.node.args[0])
+    power: Any = argument(node, 1, "p", argument(node, 1, "ord", 2))
+    power = 2 if power is None else power
+    given: Any = argument(node, 2, "dim")
+    dims = given if given or given == 0 else list(range(len(shape_of(data))))
+    keep = bool(argument(node, 3, "keepdim", False))
+    if argument(node, 4, "dtype") is not None:
+        return None
+    if power in (1, math.inf):
+        target = aten.sum.dim_IntList if power == 1 else aten.amax.default
+        return insert.call(target, insert.call(aten.abs.default, data), dims, keep)
+    if node.target is aten.linalg_vector_norm.default:
+        return None
+    return insert.call(aten.linalg_vector_norm.default, data, power, dims, keep)
+
+
 def _expand_as(insert: Insertion) -> Node | None:
     shape = shape_of(insert.node)
     if not all(isinstance(size, int) for size in shape):
@@ -145,6 +164,30 @@ def _clamp(insert: Insertion) -> Node | None:
     if low is None or high is None or not low > high:
         return None
     return insert.call(aten.clamp.default, insert.node.args[0], high, high)
+
+
+def _bounded(targets: tuple[Any, ...]) -> Rewrite:
+    """Bounds that are tensors: numbers, where they are constant, else maxima and minima."""
+
+    def form(insert: Insertion) -> Node | None:
+        result: Any = insert.node.args[0]
+        for position, target in enumerate(targets, 1):
+            bound: Any = argument(insert.node, position, "max" if target in _UPPER else "min")
+            if bound is None:
+                continue
+            known = bound.op == "get_attr" and is_constant(bound) and not insert.is_trained(bound)
+            if known and constant_of(insert.model, bound).dim() == 0:
+                number = float(constant_of(insert.model, bound))
+                limits = (None, number) if target in _UPPER else (number,)
+                result = insert.call(aten.clamp.default, result, *limits)
+            else:
+                result = insert.call(target, result, bound)
+        return cast(Node, result)
+
+    return form
+
+
+_UPPER = (aten.minimum.default,)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -338,6 +381,11 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.dot.default: written_product,
     aten.addmm.default: sum_and_product,
     aten.baddbmm.default: sum_and_product,
+    aten.addmv.default: sum_and_product,
+    aten.bilinear.default: bilinear,
+    aten.linalg_vector_norm.default: _vector_norm,
+    aten.norm.Scalar: _vector_norm,
+    aten.norm.ScalarOpt_dim: _vector_norm,
     aten.swapaxes.default: _swap,
     aten.swapdims.default: _swap,
     aten.mT.default: _matrix_transpose,
@@ -347,6 +395,9 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.numpy_T.default: _reversed_dims,
     aten.expand_as.default: _expand_as,
     aten.clamp.default: _clamp,
+    aten.clamp.Tensor: _bounded((aten.maximum.default, aten.minimum.default)),
+    aten.clamp_max.Tensor: _bounded((aten.minimum.default,)),
+    aten.clamp_min.Tensor: _bounded((aten.maximum.default,)),
     aten.rrelu.default: _rrelu,
     aten.instance_norm.default: _stored_statistics,
     aten.alpha_dropout.default: _dropout,

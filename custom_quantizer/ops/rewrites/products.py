@@ -83,17 +83,33 @@ def _contracted(insert: Insertion, left: Node, right: Node) -> Node | None:
 
 
 def sum_and_product(insert: Insertion) -> Node | None:
-    """``addmm`` and ``baddbmm``: a product, and a sum."""
+    """``addmm``, ``baddbmm`` and ``addmv``: a product, and a sum."""
     node = insert.node
     added, left, right = (cast(Node, arg) for arg in node.args[:3])
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
         return None
     multiplied = product(insert, left, right)
     layer = multiplied.target is aten.linear.default
-    if layer and is_constant(added) and len(shape_of(added)) == 1:
+    if layer and is_constant(added) and shape_of(added) == shape_of(multiplied)[-1:]:
         multiplied.args = (*multiplied.args, added)
         return multiplied
     return insert.call(aten.add.Tensor, multiplied, added)
+
+
+def bilinear(insert: Insertion) -> Node | None:
+    """``x W y`` for each output: a linear layer of ``x``, whose rows are multiplied by ``y``."""
+    left, right, weight = (cast(Node, arg) for arg in insert.node.args[:3])
+    outputs, inner, _ = sizes = tuple(shape_of(weight)[i] for i in (0, 2, 1))
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    rows = insert.reshape(insert.permute(weight, [0, 2, 1]), [outputs * inner, sizes[2]])
+    rows = insert.call(aten.linear.default, left, insert.settled(rows, "weight"))
+    batch = shape_of(insert.node)[:-1]
+    rows = insert.reshape(rows, [*batch, outputs, inner])
+    columns = insert.call(aten.unsqueeze.default, right, -1)
+    result = insert.reshape(product(insert, rows, columns), [*batch, outputs])
+    bias = argument(insert.node, 3, "bias")
+    return result if bias is None else insert.call(aten.add.Tensor, result, bias)
 
 
 def vector_layer(insert: Insertion) -> Node | None:
