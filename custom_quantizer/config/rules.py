@@ -16,11 +16,8 @@ from custom_quantizer.core.graph import module_stack
 from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_target
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import ConfigError, nearest
-from custom_quantizer.ops import known_targets
-from custom_quantizer.ops.rewrites import decompositions
-from custom_quantizer.ops.rewrites.complex_numbers import COMPLEX_OPS
-from custom_quantizer.ops.rewrites.core_aten import CORE_OPS
-from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
+from custom_quantizer.ops.rewrites.canonical import KNOWN
+from custom_quantizer.ops.rewrites.composites import is_composite
 
 __all__ = [
     "BORDER_KINDS",
@@ -183,14 +180,13 @@ def operator_names(operator_type: Any) -> list[str]:
         ConfigError: no op family knows it; the nearest names are given.
     """
     # Families also claim Python functions (getitem), which have no name to write in a file.
-    targets = {*known_targets(), *COMPLEX_OPS, *CORE_OPS, *decompositions.REWRITTEN, *LEGALIZATIONS}
-    known = {str(t) for t in targets if isinstance(t, torch._ops.OpOverload)}
+    known = {str(t) for t in KNOWN if isinstance(t, torch._ops.OpOverload)}
     overloads = getattr(operator_type, "overloads", None)
     if overloads is not None:  # an OpOverloadPacket: all its overloads that are known
         names = [str(getattr(operator_type, o)) for o in overloads()]
     else:
         names = [str(operator_type)]
-    names = [name for name in names if _functional_name(name) in known]
+    names = [n for n in names if _functional_name(n) in known or _is_composite(n)]
     if not names:
         word = str(operator_type)
         if not word.startswith("aten.") and hasattr(operator_type, "__name__"):
@@ -200,6 +196,13 @@ def operator_names(operator_type: Any) -> list[str]:
             near = "; for layers of a type there is set_module_type"
         raise ConfigError(f"{word} is not an operator this quantizer knows{near}")
     return names
+
+
+def _is_composite(name: str) -> bool:
+    """Whether an overload of this name is an op of which a graph may get the steps."""
+    _, _, rest = name.partition("aten.")
+    packet, _, overload = rest.partition(".")
+    return is_composite(getattr(getattr(torch.ops.aten, packet, None), overload, None))
 
 
 def _functional_name(name: str) -> str:

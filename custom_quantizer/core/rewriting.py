@@ -26,6 +26,7 @@ from custom_quantizer.core.memory import overwritten_by, reached, shares_memory,
 __all__ = [
     "FULL_PRECISION",
     "ORIGINAL_NAME",
+    "STEP",
     "Insertion",
     "Rewrite",
     "fake_result",
@@ -35,6 +36,7 @@ __all__ = [
     "renamed",
     "replace",
     "rewrite_calls",
+    "step_target",
 ]
 
 aten = torch.ops.aten
@@ -45,6 +47,9 @@ FULL_PRECISION = "custom_quantizer_full_precision"
 
 ORIGINAL_NAME = "original_name"
 """Key in ``node.meta``: name of the captured call that the node is a part of."""
+
+STEP = "custom_quantizer_step"
+"""Key in ``node.meta``: op of the step of a composite call that the node is, or is a part of."""
 
 
 def fake_result(mode: Any, target: Any, args: Any, kwargs: Any) -> Any:
@@ -78,13 +83,14 @@ class Insertion:
         name = f"{self.node.name}_{getattr(target, 'overloadpacket', target).__name__}"
         with self.model.graph.inserting_before(self.node):
             new = self.model.graph.create_node("call_function", target, args, kwargs, name)
-        for key in ("nn_module_stack", "stack_trace", FULL_PRECISION):
+        for key in ("nn_module_stack", "stack_trace", FULL_PRECISION, STEP):
             if key in self.node.meta:
                 new.meta[key] = self.node.meta[key]
         new.meta["original_target"] = original_target(self.node)
         new.meta[ORIGINAL_NAME] = original_name(self.node)
         # An op of several results has a list of fake values.
-        values = pytree.tree_leaves([source.meta.get("val") for source in new.all_input_nodes])
+        sources = (*new.all_input_nodes, self.node)
+        values = pytree.tree_leaves([source.meta.get("val") for source in sources])
         mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
         if mode is not None:
             mapped = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta.get("val"))
@@ -253,6 +259,11 @@ def original_name(node: Node) -> str:
 def original_target(node: Node) -> Any:
     """Op of the captured call that the node is, or is a part of."""
     return node.meta.get("original_target", node.target)
+
+
+def step_target(node: Node) -> Any:
+    """Op that PyTorch calls there: of a composite call one of its steps, else the captured op."""
+    return node.meta.get(STEP, original_target(node))
 
 
 def is_inner(node: Node) -> bool:

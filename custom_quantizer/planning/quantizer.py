@@ -326,7 +326,10 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         if not training:  # what training leaves in buffers is trained
             held = {name: value.detach().clone() for name, value in state_buffers(model).items()}
             model.meta[STATE_KEY] = held
-        model = canonicalize(model, self._backend.legalize, training=training)
+        backend = self._backend
+        model = canonicalize(
+            model, backend.legalize, whole=backend.float_targets, training=training
+        )
         if training:
             if still := norms_that_stand_still(model):
                 logger.warning(

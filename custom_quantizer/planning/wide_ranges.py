@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import constant_of, effective_users, is_constant
-from custom_quantizer.core.rewriting import original_target
+from custom_quantizer.core.rewriting import step_target
 from custom_quantizer.ops import Formats, Trait, rule_of
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
@@ -95,7 +95,7 @@ def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
 def _is_total(op: DraftOp) -> bool:
     """Whether an op is a sum over a dim, or a mean of all, and not additions of a few branches."""
     layer = op.scheme is not None and op.match is not None and op.match.weight is not None
-    return layer and original_target(op.node) in _TOTALS
+    return layer and step_target(op.node) in _TOTALS
 
 
 def _is_free(op: DraftOp, backend: Backend) -> bool:
@@ -105,7 +105,7 @@ def _is_free(op: DraftOp, backend: Backend) -> bool:
     if op.match is None or op.scheme is None:
         return True
     layer = op.match.weight is not None or op.has(Trait.PRODUCT)
-    return (not layer or original_target(op.node) in _SUMS) and _can_be_float(op, backend)
+    return (not layer or step_target(op.node) in _SUMS) and _can_be_float(op, backend)
 
 
 def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
@@ -200,12 +200,12 @@ def _read_by_these(chain: Iterable[DraftOp], ops: Drafts, backend: Backend) -> l
 def _is_power(op: DraftOp) -> bool:
     """Whether an op multiplies a tensor by itself, or is a part of a power."""
     both = op.node.args[:2]
-    return op.rule is MUL and (original_target(op.node) in _POWERS or both[0] is both[1])
+    return op.rule is MUL and (step_target(op.node) in _POWERS or both[0] is both[1])
 
 
 def _adds_up(op: DraftOp) -> bool:
     """Whether an op hands powers on: moved, summed up, or scaled."""
-    if op.moves_values or original_target(op.node) in _SUMS or op.rule in _LINEAR:
+    if op.moves_values or step_target(op.node) in _SUMS or op.rule in _LINEAR:
         return True
     return op.rule in (MUL, DIV) and any(not _is_activation(arg) for arg in op.node.args[:2])
 
@@ -247,7 +247,7 @@ def _is_logarithm(op: DraftOp) -> bool:
 
 def _is_projection(op: DraftOp) -> bool:
     """Whether an op is a product with a constant matrix, and not captured as a layer."""
-    return op.rule is LINEAR and original_target(op.node) in _PRODUCTS
+    return op.rule is LINEAR and step_target(op.node) in _PRODUCTS
 
 
 def _is_wave(op: DraftOp) -> bool:

@@ -8,14 +8,12 @@ cast. Each is traced alone, with upstream's own table, and what comes out is put
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
+from torch.fx import Node
+
+from custom_quantizer.core.tracing import parts_of
 
 __all__ = ["write_out"]
 
@@ -36,13 +34,14 @@ def write_out(
     Returns:
         The calls that are still there, since what they are made of is not a few plain calls.
     """
+    table = dict(table)
     left = [call for call in calls if not _write_out(call, table)]
     exported.graph_module.recompile()
     return left
 
 
 def _write_out(call: Node, table: Mapping[Any, Any]) -> bool:
-    traced = _traced(call, table)
+    traced = parts_of(call, table)
     if traced is None:
         return False
     nodes, sources = list(traced.graph.nodes), call.all_input_nodes
@@ -58,36 +57,3 @@ def _write_out(call: Node, table: Mapping[Any, Any]) -> bool:
     call.graph.erase_node(call)
     copies[result].name = name  # by which a signature knows outputs
     return True
-
-
-def _traced(call: Node, table: Mapping[Any, Any]) -> GraphModule | None:
-    """What a call of one result is made of; ``None`` if that is more than calls, or nothing."""
-    sources, value = call.all_input_nodes, call.meta.get("val")
-    values = [source.meta.get("val") for source in sources]
-    if not sources or not all(isinstance(given, Tensor) for given in (value, *values)):
-        return None
-
-    def apply(*given: Tensor) -> Any:
-        args, kwargs = cast(
-            Any,
-            map_arg((call.args, call.kwargs), dict(zip(sources, given, strict=True)).__getitem__),
-        )
-        return cast(Any, call.target)(*args, **kwargs)
-
-    with torch.no_grad(), cast(Any, value).fake_mode:
-        traced = make_fx(apply, decomposition_table=dict(table))(*values)
-    traced.graph.eliminate_dead_code()
-    *calls, output = [node for node in traced.graph.nodes if node.op != "placeholder"]
-    plain = all(map(_is_plain, calls))
-    return traced if plain and output.all_input_nodes[0] in calls else None
-
-
-def _is_plain(node: Node) -> bool:
-    """Whether a node is a call of an op that only returns one tensor."""
-    target = node.target
-    return (
-        node.op == "call_function"
-        and isinstance(target, torch._ops.OpOverload)
-        and not target._schema.is_mutable
-        and isinstance(node.meta.get("val"), Tensor)
-    )

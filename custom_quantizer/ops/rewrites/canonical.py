@@ -4,6 +4,8 @@ Rewrites, applied in ``transform_for_annotation``:
 
 - ends of slices that are the same for all sizes become numbers, also those of halves
   (:mod:`custom_quantizer.ops.rewrites.cuts`);
+- composite ops of which nothing here knows become their steps
+  (:mod:`custom_quantizer.ops.rewrites.composites`);
 - ops of core ATen become those that ``torch.export`` captures
   (:mod:`custom_quantizer.ops.rewrites.core_aten`);
 - memory that is not written yet holds zeros, and what does not depend on the inputs becomes a
@@ -24,7 +26,7 @@ Rewrites, applied in ``transform_for_annotation``:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -41,41 +43,64 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import rewrite_calls
+from custom_quantizer.ops import known_targets
 from custom_quantizer.ops.rewrites.arithmetic import PRODUCTS_APART
 from custom_quantizer.ops.rewrites.batch_norms import (
     fold_into_layers,
     give_layers,
     keep_own_statistics,
 )
-from custom_quantizer.ops.rewrites.complex_numbers import complex_to_real
+from custom_quantizer.ops.rewrites.complex_numbers import COMPLEX_OPS, complex_to_real
+from custom_quantizer.ops.rewrites.composites import inline_composites
 from custom_quantizer.ops.rewrites.constants import fold_constants, zero_new_memory
-from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN
+from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN, CORE_OPS
 from custom_quantizer.ops.rewrites.cuts import PARTS, ends_to_numbers
-from custom_quantizer.ops.rewrites.decompositions import decompose
+from custom_quantizer.ops.rewrites.decompositions import REWRITTEN, decompose
 from custom_quantizer.ops.rewrites.factors import fold_factors
+from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 from custom_quantizer.ops.rewrites.regions import inline_regions
 from custom_quantizer.ops.rewrites.training_graph import mark_computed_parameters
 from custom_quantizer.ops.rewrites.writes import functionalize
 
-__all__ = ["canonicalize"]
+__all__ = ["KNOWN", "canonicalize"]
 
 aten = torch.ops.aten
 
+KNOWN = frozenset(
+    {
+        *known_targets(),
+        *COMPLEX_OPS,
+        *CORE_OPS,
+        *LEGALIZATIONS,
+        *PARTS,
+        *PRODUCTS_APART,
+        *REWRITTEN,
+    }
+)
+"""Overloads that a family claims or that a rewrite replaces."""
 
 Legalize = Callable[[GraphModule, bool], object]
 """Rewrites of one backend, in place; told whether parameters are trained."""
 
 
-def canonicalize(model: GraphModule, legalize: Legalize, *, training: bool = False) -> GraphModule:
+def canonicalize(
+    model: GraphModule,
+    legalize: Legalize,
+    *,
+    whole: Collection[Any] = (),
+    training: bool = False,
+) -> GraphModule:
     """Apply all rewrites to ``model`` in place and return it.
 
     Args:
         model: a captured graph.
         legalize: what the backend rewrites.
+        whole: ops of no family that the backend computes as they are.
         training: parameters change, so nothing that is computed from them is a constant.
     """
     inline_regions(model, training=training)
     ends_to_numbers(model)
+    inline_composites(model, KNOWN.union(whole).__contains__, training=training)
     rewrite_calls(model, CORE_ATEN, training=training)
     zero_new_memory(model)
     fold_constants(model, parameters=not training)

@@ -1,0 +1,104 @@
+"""Composite ops that nothing here knows, as what PyTorch makes of them, before annotation.
+
+``torch.inner`` is a product, ``F.cosine_similarity`` three sums and a quotient: PyTorch's
+dispatcher has no kernels of theirs but functions that call other ops. A program gets these while it
+is lowered, which is too late for integers. So they are traced here, call by call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import tensor_meta
+from custom_quantizer.core.rewriting import STEP, Insertion, rewrite_calls
+from custom_quantizer.core.tracing import parts_of
+from custom_quantizer.ops.rewrites.writes import functional_overload
+
+__all__ = ["inline_composites", "is_composite"]
+
+aten = torch.ops.aten
+
+IsKnown = Callable[[Any], bool]
+"""Whether a family, a rewrite or the backend has something of its own for an op."""
+
+
+def inline_composites(model: GraphModule, is_known: IsKnown, *, training: bool = False) -> int:
+    """Put the steps of composite ops in the place of their calls, in place.
+
+    An op is left alone unless all its steps are known, and all tensors of the call are float32.
+
+    Args:
+        model: a captured graph.
+        is_known: ops that stay, and that steps may be.
+        training: parameters change.
+
+    Returns:
+        The number of calls that were replaced.
+    """
+    found = {node.target for node in model.graph.nodes if is_composite(node.target)}
+    unknown = {target for target in found if not is_known(target)}
+    if not unknown:
+        return 0
+    table = _decompositions(unknown)
+    rewrites = dict.fromkeys(unknown, lambda insert: _inlined(insert, table, is_known))
+    return rewrite_calls(model, rewrites, training=training)
+
+
+@cache
+def is_composite(target: Any) -> bool:
+    """Whether PyTorch computes an op by calling others, in evaluation as in training."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return target.namespace == "aten" and bool(target.has_kernel_for_dispatch_key(key))
+
+
+def _inlined(insert: Insertion, table: dict[Any, Any], is_known: IsKnown) -> Node | None:
+    call = insert.node
+    if not all(map(_is_float32, (call, *call.all_input_nodes))):
+        return None
+    traced = _steps(call, table, is_known)
+    if traced is None:
+        return None
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    copies = dict(zip(placeholders, call.all_input_nodes, strict=True))
+    for step in traced.graph.nodes:
+        if step.op == "call_function":
+            given = cast(Any, torch.fx.node.map_arg((step.args, step.kwargs), copies.__getitem__))
+            copies[step] = insert.call(step.target, *given[0], **given[1])
+            copies[step].meta[STEP] = step.target
+    return copies[traced.graph.output_node().all_input_nodes[0]]
+
+
+def _steps(call: Node, table: dict[Any, Any], is_known: IsKnown) -> GraphModule | None:
+    """A graph of known steps; ``None``: there is none. The table learns what steps are made of."""
+    while True:
+        traced = parts_of(call, table, pre_dispatch=True)
+        if traced is None:
+            return None
+        called = {
+            functional_overload(node.target) or node.target
+            for node in traced.graph.nodes
+            if node.op == "call_function" and node.all_input_nodes
+        }
+        unknown = {target for target in called if not is_known(target)}
+        if not unknown:
+            return traced
+        if not all(map(is_composite, unknown)) or unknown <= table.keys():
+            return None
+        table.update(_decompositions(unknown))
+
+
+def _decompositions(targets: Iterable[Any]) -> dict[Any, Any]:
+    return {target: target.decompose for target in targets}
+
+
+def _is_float32(node: Node) -> bool:
+    meta = tensor_meta(node)
+    return isinstance(meta, Tensor) and meta.dtype == torch.float32
