@@ -30,6 +30,8 @@ CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "norm": lambda a, b: a * torch.linalg.norm(b, dim=-1, keepdim=True),
     "trapezoid": lambda a, b: torch.trapezoid(a * b, dim=-1),
     "margin": lambda a, b: F.triplet_margin_loss(a, b, a + b),
+    "moments": lambda a, b: torch.var_mean(a, -1)[1] + torch.std_mean(b, -1)[0],
+    "cross": lambda a, b: torch.cross(a[:, :3], b[:, :3], dim=1),
     "bounds": lambda a, b: torch.clamp(a, torch.tensor(-0.5), b),
 }
 
@@ -53,14 +55,17 @@ _UNKNOWN = {
     aten.clamp.Tensor,
     aten.cosine_similarity.default,
     aten.inner.default,
+    aten.linalg_cross.default,
     aten.linalg_matrix_power.default,
     aten.linalg_multi_dot.default,
     aten.linalg_norm.default,
     aten.norm.ScalarOpt_dim,
     aten.pairwise_distance.default,
+    aten.std_mean.dim,
     aten.tensordot.default,
     aten.trapezoid.dx,
     aten.triplet_margin_loss.default,
+    aten.var_mean.dim,
 }
 
 

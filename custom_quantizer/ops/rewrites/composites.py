@@ -67,13 +67,14 @@ def _inlined(insert: Insertion, table: dict[Any, Any], is_known: IsKnown) -> Nod
     if traced is None:
         return None
     placeholders = traced.graph.find_nodes(op="placeholder")
-    copies = dict(zip(placeholders, call.all_input_nodes, strict=True))
+    copies: dict[Node, Node] = dict(zip(placeholders, call.all_input_nodes, strict=True))
     for step in traced.graph.nodes:
         if step.op == "call_function":
             given = cast(Any, torch.fx.node.map_arg((step.args, step.kwargs), copies.__getitem__))
             copies[step] = insert.call(step.target, *given[0], **given[1])
             copies[step].meta[STEP] = step.target
-    return copies[traced.graph.output_node().all_input_nodes[0]]
+    (result,) = traced.graph.output_node().all_input_nodes
+    return copies[result]
 
 
 def _steps(call: Node, table: dict[Any, Any], is_known: IsKnown) -> GraphModule | None:

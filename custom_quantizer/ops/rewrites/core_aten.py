@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import shape_of
+from custom_quantizer.core.graph import argument, shape_of
 from custom_quantizer.core.rewriting import Insertion, Rewrite, renamed
 
 __all__ = ["CORE_ATEN", "CORE_OPS"]
@@ -89,6 +89,36 @@ def _first_result(insert: Insertion) -> Node | None:
     return result
 
 
+_MOMENTS: dict[Any, Any] = {
+    aten.std_mean.correction: aten.std.correction,
+    aten.std_mean.dim: aten.std.dim,
+    aten.var_mean.correction: aten.var.correction,
+    aten.var_mean.dim: aten.var.dim,
+}
+"""Ops of two results, by the op that gives the first; the second is a mean."""
+
+
+def _moment(insert: Insertion) -> Node | None:
+    source, index = insert.node.args
+    if not isinstance(source, Node) or source.target not in _MOMENTS:
+        return None
+    if index == 0:
+        result = insert.call(_MOMENTS[source.target], *source.args, **source.kwargs)
+    else:
+        position = 3 if source.target in (aten.std_mean.dim, aten.var_mean.dim) else 4
+        keep = bool(argument(source, position, "keepdim", False))
+        dims = argument(source, 1, "dim")
+        result = insert.call(aten.mean.dim, source.args[0], dims, keep)
+    result.meta["original_target"] = source.target
+    return result
+
+
+def _result(insert: Insertion) -> Node | None:
+    """One of several results of an op."""
+    found = _first_result(insert)
+    return _moment(insert) if found is None else found
+
+
 def _safe_softmax(insert: Insertion) -> Node | None:
     """``where(all(scores == -inf), 0, softmax(scores))``: attention, whose rows are not all masked.
 
@@ -124,10 +154,10 @@ CORE_ATEN: Mapping[Any, Rewrite] = MappingProxyType(
         aten._adaptive_avg_pool2d.default: renamed(aten.adaptive_avg_pool2d.default),
         aten._adaptive_avg_pool3d.default: renamed(aten.adaptive_avg_pool3d.default),
         aten.where.self: _safe_softmax,
-        operator.getitem: _first_result,
+        operator.getitem: _result,
     }
 )
 """By overload."""
 
-CORE_OPS = frozenset({*CORE_ATEN, *_FIRST_RESULTS})
+CORE_OPS = frozenset({*CORE_ATEN, *_FIRST_RESULTS, *_MOMENTS})
 """Ops that may be replaced; what replaces them answers to rules for them."""

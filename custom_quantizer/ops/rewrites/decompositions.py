@@ -352,6 +352,21 @@ def _stored_statistics(insert: Insertion) -> Node | None:
     return insert.call(aten.batch_norm.default, *node.args, **node.kwargs)
 
 
+def _cross(insert: Insertion) -> Node | None:
+    """Vectors of three, of which each number is a difference of products of the other two."""
+    left, right = (cast(Node, arg) for arg in insert.node.args[:2])
+    dim = argument(insert.node, 2, "dim", -1)
+
+    def product(shift: int, other: int) -> Node:
+        factors = (
+            insert.call(aten.roll.default, vectors, [by], [dim])
+            for vectors, by in ((left, shift), (right, other))
+        )
+        return insert.call(aten.mul.Tensor, *factors)
+
+    return insert.call(aten.sub.Tensor, product(-1, -2), product(-2, -1))
+
+
 def _result(insert: Insertion) -> Node | None:
     """One of several results of an op."""
     found = _sorted(insert)
@@ -383,6 +398,7 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.baddbmm.default: sum_and_product,
     aten.addmv.default: sum_and_product,
     aten.bilinear.default: bilinear,
+    aten.linalg_cross.default: _cross,
     aten.linalg_vector_norm.default: _vector_norm,
     aten.norm.Scalar: _vector_norm,
     aten.norm.ScalarOpt_dim: _vector_norm,
