@@ -12,6 +12,8 @@ from support.graphs import Function, canonicalize, capture, quantized
 from torch import Tensor, nn
 
 import custom_quantizer as cq
+from custom_quantizer.core import tracing
+from custom_quantizer.ops.rewrites import composites
 from custom_quantizer.ops.rewrites.composites import is_composite
 
 aten = torch.ops.aten
@@ -112,6 +114,25 @@ def test_gradients_go_through_the_steps() -> None:
         each(x).sum().backward()
         grads.append(dict(each.named_parameters())["a.weight"].grad)
     torch.testing.assert_close(*grads)
+
+
+def test_calls_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[Any] = []
+
+    def parts_of(call: Any, *args: Any, **options: Any) -> Any:
+        traced.append(call.target)
+        return tracing.parts_of(call, *args, **options)
+
+    monkeypatch.setattr(composites, "parts_of", parts_of)
+
+    def forward(_self: Any, x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = torch.inner(x, x)
+        return torch.inner(x, x[:2])  # of other sizes
+
+    graph = canonicalize(capture(Function(forward), (torch.randn(4, 4),)))
+    assert not {node.target for node in graph.graph.nodes} & _UNKNOWN
+    assert len(traced) == 3  # the first one twice: what its steps are made of
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ is lowered, which is too late for integers. So they are traced here, call by cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -45,8 +45,8 @@ def inline_composites(model: GraphModule, is_known: IsKnown, *, training: bool =
     unknown = {target for target in found if not is_known(target)}
     if not unknown:
         return 0
-    table = _decompositions(unknown)
-    rewrites = dict.fromkeys(unknown, lambda insert: _inlined(insert, table, is_known))
+    steps = _Steps(is_known)
+    rewrites = dict.fromkeys(unknown, lambda insert: _inlined(insert, steps))
     return rewrite_calls(model, rewrites, training=training)
 
 
@@ -59,11 +59,11 @@ def is_composite(target: Any) -> bool:
     return target.namespace == "aten" and bool(target.has_kernel_for_dispatch_key(key))
 
 
-def _inlined(insert: Insertion, table: dict[Any, Any], is_known: IsKnown) -> Node | None:
+def _inlined(insert: Insertion, steps: _Steps) -> Node | None:
     call = insert.node
     if not all(map(_is_float32, (call, *call.all_input_nodes))):
         return None
-    traced = _steps(call, table, is_known)
+    traced = steps.of(call)
     if traced is None:
         return None
     placeholders = traced.graph.find_nodes(op="placeholder")
@@ -77,27 +77,47 @@ def _inlined(insert: Insertion, table: dict[Any, Any], is_known: IsKnown) -> Nod
     return copies[result]
 
 
-def _steps(call: Node, table: dict[Any, Any], is_known: IsKnown) -> GraphModule | None:
-    """A graph of known steps; ``None``: there is none. The table learns what steps are made of."""
-    while True:
-        traced = parts_of(call, table, pre_dispatch=True)
-        if traced is None:
-            return None
-        called = {
-            functional_overload(node.target) or node.target
-            for node in traced.graph.nodes
-            if node.op == "call_function" and node.all_input_nodes
-        }
-        unknown = {target for target in called if not is_known(target)}
-        if not unknown:
-            return traced
-        if not all(map(is_composite, unknown)) or unknown <= table.keys():
-            return None
-        table.update(_decompositions(unknown))
+class _Steps:
+    """What calls are made of. Calls alike are traced once."""
+
+    def __init__(self, is_known: IsKnown) -> None:
+        self._is_known = is_known
+        self._table: dict[Any, Any] = {}
+        self._traced: dict[str, GraphModule | None] = {}
+
+    def of(self, call: Node) -> GraphModule | None:
+        """A graph of known steps; ``None``: there is none."""
+        alike = _signature(call)
+        if alike not in self._traced:
+            self._traced[alike] = self._trace(call)
+        return self._traced[alike]
+
+    def _trace(self, call: Node) -> GraphModule | None:
+        self._table[call.target] = cast(Any, call.target).decompose
+        while True:
+            traced = parts_of(call, self._table, pre_dispatch=True)
+            if traced is None:
+                return None
+            called = {
+                functional_overload(node.target) or node.target
+                for node in traced.graph.nodes
+                if node.op == "call_function" and node.all_input_nodes
+            }
+            unknown = {target for target in called if not self._is_known(target)}
+            if not unknown:
+                return traced
+            if not all(map(is_composite, unknown)) or unknown <= self._table.keys():
+                return None
+            self._table |= {target: target.decompose for target in unknown}
 
 
-def _decompositions(targets: Iterable[Any]) -> dict[Any, Any]:
-    return {target: target.decompose for target in targets}
+def _signature(call: Node) -> str:
+    """All that what a call is made of depends on."""
+    sources = call.all_input_nodes
+    places = {source: f"input {i}" for i, source in enumerate(sources)}
+    args = torch.fx.node.map_arg((call.args, call.kwargs), places.__getitem__)
+    layouts = [(t.shape, t.stride()) for t in map(tensor_meta, sources) if t is not None]
+    return str((call.target, args, layouts))
 
 
 def _is_float32(node: Node) -> bool:
