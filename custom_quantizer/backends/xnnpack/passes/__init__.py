@@ -113,6 +113,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         functions.tanh_gelus,
         functions.softplus_steps,
         functions.exponentials_and_logarithms,
+        functions.powers_by_squares,
         functions.roundings_in_steps,
         quotients.quotients_in_steps,
     ),

@@ -328,8 +328,8 @@ def exponentials_and_logarithms(model: GraphModule) -> int:
     return _in_steps(model, _BY_OTHERS)
 
 
-_Steps = Mapping[Any, Callable[[Numbers, Node], Node]]
-"""By op, what adds its steps to a graph and returns the last of them."""
+_Steps = Mapping[Any, Callable[[Numbers, Node], Node | None]]
+"""By op, what adds its steps to a graph and returns the last of them; ``None``: it stays."""
 
 
 def _in_steps(model: GraphModule, steps: _Steps) -> int:
@@ -339,9 +339,30 @@ def _in_steps(model: GraphModule, steps: _Steps) -> int:
         meta = tensor_meta(node)
         if meta is None or meta.dtype != torch.float32:
             continue
-        replace(node, steps[node.target](Numbers(model, node), cast(Node, node.args[0])))
-        count += 1
+        new = steps[node.target](Numbers(model, node), cast(Node, node.args[0]))
+        if new is not None:
+            replace(node, new)
+            count += 1
     return count
+
+
+_LARGEST_POWER = 16
+"""Each squaring doubles the error of what it squares: ``x**16`` may be 16 roundings off."""
+
+
+def _power(build: Numbers, x: Node) -> Node | None:
+    """A whole power as products: squares, and what is missing to the exponent."""
+    exponent: Any = build.anchor.args[1]
+    if not isinstance(exponent, (int, float)) or not 4 <= exponent <= _LARGEST_POWER:
+        return None
+    if exponent != int(exponent):
+        return None
+    result = x
+    for digit in f"{int(exponent):b}"[1:]:
+        result = build.call(aten.mul.Tensor, result, result)
+        if digit == "1":
+            result = build.call(aten.mul.Tensor, result, x)
+    return result
 
 
 def _exp2(build: Numbers, x: Node) -> Node:
@@ -431,7 +452,15 @@ _ROUNDINGS: _Steps = {
 }
 
 
-BY_STEPS = frozenset({*_BY_OTHERS, *_ROUNDINGS})
+@graph_pass("powers from 4 to 16", "products of float, up to the last bits of float32", exact=False)
+def powers_by_squares(model: GraphModule) -> int:
+    """Whole powers, which have no integers and of which the delegate has squares only."""
+    return _in_steps(model, _POWERS)
+
+
+_POWERS: _Steps = {aten.pow.Tensor_Scalar: _power}
+
+BY_STEPS = frozenset({*_BY_OTHERS, *_POWERS, *_ROUNDINGS})
 """Ops of one tensor that have no family."""
 
 
