@@ -341,12 +341,19 @@ def test_a_wrong_upper_bound(wrong: Any) -> None:
 
 
 def test_a_product_that_upstream_refuses_leaves_its_inputs_written() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        rows = m.a(x)
-        return torch.linalg.multi_dot([rows, rows.T])
-
+    """One that no quantizer saw as it becomes."""
     x = torch.randn(4, 8)
-    graph = convert(Function(forward, a=nn.Linear(8, 8)), (x,), "a8w8").graph
+    model = Function(lambda m, x: ((rows := m.a(x)), rows.T), a=nn.Linear(8, 8))
+    graph = convert(model, (x,), "a8w8").graph
+    output = graph.graph.output_node()
+    rows, columns = output.all_input_nodes
+    with graph.graph.inserting_before(output):
+        product = graph.graph.call_function(
+            torch.ops.aten.linalg_multi_dot.default, ([rows, columns],)
+        )
+    output.args = ((product, columns),)
+    graph.recompile()
     lowered = cq.lower(graph, (x,))
     assert lowered.report.outside == ("aten::mm.out",)
-    assert torch.allclose(lowered.run(x), graph(x), atol=1e-5)
+    for got, want in zip(lowered.run(x), graph(x), strict=True):
+        assert torch.allclose(got, want, atol=1e-5)
