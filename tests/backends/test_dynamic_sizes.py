@@ -369,7 +369,6 @@ def test_attention_of_any_number_of_tokens() -> None:
     check(graph, program, [(tokens(1, n),) for n in (4, MOST, 7)])
 
 
-@pytest.mark.slow
 def test_a_factor_that_the_delegate_keeps_channels_last_is_not_multiplied_whole() -> None:
     def function(s: Any, x: Tensor) -> Tensor:
         image = s.layer(x)
