@@ -985,6 +985,7 @@ def test_a_pass_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_written_out_in_steps_is_planned_as_float_of_the_delegate() -> None:
     steps = passes.functions.BY_STEPS | passes.quotients.STEPS.keys() | passes.running.SUMS.keys()
+    steps |= passes.comparisons.SHRINKS.keys()
     assert steps <= kernels.FLOAT_TARGETS
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, cast
@@ -44,8 +44,8 @@ GEMMS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 FLOAT32_MAX = LARGEST_FLOAT
 """A clamp between this and its negative changes nothing."""
 
-FINITE = (-FLOAT32_MAX, FLOAT32_MAX * (1 - 2.0**-24))
-"""Bounds of what is subtracted: a clamp at the largest float would be dropped as one of nothing."""
+_FINITE = (-FLOAT32_MAX, FLOAT32_MAX * (1 - 2.0**-24))
+"""Bounds of :meth:`Builder.finite`: a clamp at the largest float would be dropped as of nothing."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,10 @@ class Builder:
             set_origin(node, self.origin)
         return node
 
+    def finite(self, value: Node) -> Node:
+        """``value`` with the largest numbers for infinities, whose differences are numbers."""
+        return self.call(aten.hardtanh.default, value, *_FINITE)
+
     def requantized(self, value: Node, like: Node) -> Node:
         """Quantize ``value`` with the parameters of the q/dq node ``like``, and dequantize it."""
         params = like.args[1:]
@@ -213,6 +217,27 @@ def calls(model: GraphModule, targets: frozenset[Any]) -> list[Node]:
 def replace(old: Node, new: Node) -> None:
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
+
+
+Steps = Mapping[Any, Callable[..., Node | None]]
+"""By op, what adds its steps to a graph, of its arguments, and returns the last of them.
+
+``None``: the op stays.
+"""
+
+
+def in_steps(model: GraphModule, steps: Steps) -> int:
+    """Put steps in the place of ops of float32, and count these."""
+    count = 0
+    for node in calls(model, frozenset(steps)):
+        meta = tensor_meta(node)
+        if meta is None or meta.dtype != torch.float32:
+            continue
+        new = steps[node.target](Numbers(model, node), *node.args, **node.kwargs)
+        if new is not None:
+            replace(node, new)
+            count += 1
+    return count
 
 
 def quantized_neighbours(node: Node) -> tuple[Node, Node] | None:

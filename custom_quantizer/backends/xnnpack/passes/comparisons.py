@@ -16,15 +16,15 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.kernels import refuses_tensor
 from custom_quantizer.backends.xnnpack.passes._pass import (
-    FINITE,
     Numbers,
+    Steps,
     calls,
     graph_pass,
+    in_steps,
     replace,
 )
 from custom_quantizer.core.arithmetic import round_to_float32
 from custom_quantizer.core.graph import (
-    argument,
     constant_of,
     is_constant,
     is_dequantize,
@@ -48,13 +48,7 @@ def comparisons_in_steps(model: GraphModule) -> int:
 
     Who reads them as what is true or false still does.
     """
-    count = _masks_to_numbers(model)
-    for node in calls(model, frozenset(SHRINKS)):
-        new = SHRINKS[node.target](Numbers(model, node), node) if _is_float(node) else None
-        if new is not None:
-            replace(node, new)
-            count += 1
-    return count
+    return _masks_to_numbers(model) + in_steps(model, SHRINKS)
 
 
 def _is_float(node: Node) -> bool:
@@ -139,7 +133,7 @@ def _finite(build: Numbers, tensor: Node) -> Node:
     """Infinities are equal to themselves."""
     if is_constant(tensor) or is_dequantize(tensor):
         return tensor
-    return build.call(aten.hardtanh.default, tensor, *FINITE)
+    return build.finite(tensor)
 
 
 def _below(build: Numbers, difference: Node) -> Node:
@@ -162,14 +156,14 @@ def _of(target: Any) -> Callable[..., Node]:
     return lambda build, left, right: build.call(target, left, right)
 
 
-_Steps = Callable[[Numbers, Node], Node]
+_Comparison = Callable[[Numbers, Node], Node]
 
 
-def _lacks(steps: _Steps) -> _Steps:
+def _lacks(steps: _Comparison) -> _Comparison:
     return lambda build, difference: _not(build, steps(build, difference))
 
 
-_COMPARISONS: Mapping[Any, _Steps] = {
+_COMPARISONS: Mapping[Any, _Comparison] = {
     overload: steps
     for packet, steps in (
         (aten.gt, Numbers.above_zero),
@@ -201,21 +195,21 @@ _READERS = frozenset({aten.to.dtype})
 """Ops to which what is true is 1: conversions, also those of masks that meet floats."""
 
 
-def _bound(node: Node) -> float | None:
-    bound = _comparable(argument(node, 1, "lambd", 0.5))
+def _bound(lambd: Any) -> float | None:
+    bound = _comparable(lambd)
     return bound if bound is not None and bound > 0.0 else None
 
 
-def _softshrink(build: Numbers, node: Node) -> Node | None:
+def _softshrink(build: Numbers, x: Node, lambd: Any = 0.5) -> Node | None:
     """``x`` without what lies between the bounds."""
-    bound, x = _bound(node), cast(Node, node.args[0])
+    bound = _bound(lambd)
     if bound is None:
         return None
     return build.call(aten.sub.Tensor, x, build.call(aten.hardtanh.default, x, -bound, bound))
 
 
-def _hardshrink(build: Numbers, node: Node) -> Node | None:
-    bound, x = _bound(node), cast(Node, node.args[0])
+def _hardshrink(build: Numbers, x: Node, lambd: Any = 0.5) -> Node | None:
+    bound = _bound(lambd)
     if bound is None:
         return None
     size = build.call(aten.abs.default, x)
@@ -223,11 +217,11 @@ def _hardshrink(build: Numbers, node: Node) -> Node | None:
     return build.call(aten.mul.Tensor, x, build.above_zero(beyond))
 
 
-def _threshold(build: Numbers, node: Node) -> Node | None:
-    x, bound, value = cast(Node, node.args[0]), _comparable(node.args[1]), node.args[2]
+def _threshold(build: Numbers, x: Node, threshold: Any, value: Any) -> Node | None:
+    bound = _comparable(threshold)
     if bound is None or isinstance(value, Node):
         return None
-    value = round_to_float32(float(cast(float, value)))
+    value = round_to_float32(float(value))
     if not math.isfinite(value):
         return None
     above = build.above_zero(build.call(aten.sub.Tensor, x, build.number(bound)))
@@ -239,7 +233,7 @@ def _threshold(build: Numbers, node: Node) -> Node | None:
     return build.call(aten.add.Tensor, kept, build.times(_not(build, above), value))
 
 
-SHRINKS: Mapping[Any, Callable[[Numbers, Node], Node | None]] = {
+SHRINKS: Steps = {
     aten.hardshrink.default: _hardshrink,
     aten.softshrink.default: _softshrink,
     aten.threshold.default: _threshold,

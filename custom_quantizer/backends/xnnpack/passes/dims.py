@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.kernels import MOST_DIMS
@@ -73,13 +74,12 @@ def ops_of_few_dims(model: GraphModule) -> int:
     """Dims that an op treats alike become one, if few enough are left."""
     count = 0
     for node in calls(model, frozenset(_APART)):
-        operands = _operands(node)
-        shapes = [shape_of(tensor) for tensor in (*operands, node)]
-        blocks = blocks_of(node) if max(map(len, shapes)) > MOST_DIMS else []
-        if len(blocks) > MOST_DIMS and _expand_constants(model, node, operands):
-            operands, blocks = _operands(node), blocks_of(node)
-            shapes = [shape_of(tensor) for tensor in (*operands, node)]
-        small = [_joined(shape, blocks) for shape in shapes]
+        if all(len(shape_of(tensor)) <= MOST_DIMS for tensor in (*_operands(node), node)):
+            continue
+        if len(blocks_of(node)) > MOST_DIMS:
+            _expand_constants(model, node)
+        operands, blocks = _operands(node), blocks_of(node)
+        small = [_joined(shape_of(tensor), blocks) for tensor in (*operands, node)]
         if not 0 < len(blocks) <= MOST_DIMS or any(sizes.count(-1) > 1 for sizes in small):
             continue
         build = Builder(model, node)
@@ -137,25 +137,19 @@ def blocks_of(node: Node) -> list[list[int]]:
     return blocks
 
 
-def _expand_constants(model: GraphModule, node: Node, operands: Sequence[Node]) -> bool:
+def _expand_constants(model: GraphModule, node: Node) -> None:
     """Constants that are broadcast along some dims get all of them, of which blocks are few."""
     sizes = shape_of(node)
     if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > _MOST_VALUES:
-        return False
-    found = False
-    for tensor in operands:
+        return
+    for tensor in _operands(node):
         stored = cast(Node, tensor.args[0]) if tensor.target is DEQUANTIZE_PER_TENSOR else tensor
         if stored.op != "get_attr" or is_same_shape(shape_of(tensor), sizes):
             continue
-        build = Builder(model, node)
         value = constant_of(model, stored).expand(sizes).contiguous()
-        new = add_constant(model, f"{stored.target}_expanded", value, node)
-        if stored is not tensor:
-            new = build.call(tensor.target, new, *tensor.args[1:])
-            new.meta["val"] = node.meta["val"]
+        new = _with_values(Builder(model, node), tensor, f"{stored.target}_expanded", value)
+        new.meta.setdefault("val", node.meta["val"])
         node.replace_input_with(tensor, new)
-        found = True
-    return found
 
 
 _MOST_VALUES = 2**20
@@ -177,10 +171,15 @@ def _small(build: Builder, tensor: Node, sizes: list[int]) -> Node:
     if stored.op != "get_attr":
         return viewed(build, tensor, sizes)
     value = constant_of(build.model, stored).reshape(sizes)
-    constant = add_constant(build.model, f"{stored.target}_few_dims", value, build.anchor)
-    return (
-        build.call(tensor.target, constant, *tensor.args[1:]) if stored is not tensor else constant
-    )
+    return _with_values(build, tensor, f"{stored.target}_few_dims", value)
+
+
+def _with_values(build: Builder, tensor: Node, name: str, value: Tensor) -> Node:
+    """A constant of other values, dequantized as the one that it stands for."""
+    constant = add_constant(build.model, name, value, build.anchor)
+    if not is_dequantize(tensor):
+        return constant
+    return build.call(tensor.target, constant, *tensor.args[1:])
 
 
 def _replace(node: Node, small: Node, build: Builder) -> None:

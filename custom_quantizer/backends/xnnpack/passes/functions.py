@@ -15,8 +15,10 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     FLOAT32_MAX,
     Builder,
     Numbers,
+    Steps,
     calls,
     graph_pass,
+    in_steps,
     is_wide,
     quantized_neighbours,
     replace,
@@ -325,34 +327,15 @@ def exponentials_and_logarithms(model: GraphModule) -> int:
     ``log10`` by as much as XNNPACK's logarithm; ``expm1`` and ``log1p`` are as near where their
     results are next to 0.
     """
-    return _in_steps(model, _BY_OTHERS)
-
-
-_Steps = Mapping[Any, Callable[[Numbers, Node], Node | None]]
-"""By op, what adds its steps to a graph and returns the last of them; ``None``: it stays."""
-
-
-def _in_steps(model: GraphModule, steps: _Steps) -> int:
-    """Write out calls of one argument, those of float32; returns how many."""
-    count = 0
-    for node in calls(model, frozenset(steps)):
-        meta = tensor_meta(node)
-        if meta is None or meta.dtype != torch.float32:
-            continue
-        new = steps[node.target](Numbers(model, node), cast(Node, node.args[0]))
-        if new is not None:
-            replace(node, new)
-            count += 1
-    return count
+    return in_steps(model, _BY_OTHERS)
 
 
 _LARGEST_POWER = 16
 """Each squaring doubles the error of what it squares: ``x**16`` may be 16 roundings off."""
 
 
-def _power(build: Numbers, x: Node) -> Node | None:
+def _power(build: Numbers, x: Node, exponent: Any) -> Node | None:
     """A whole power as products: squares, and what is missing to the exponent."""
-    exponent: Any = build.anchor.args[1]
     if not isinstance(exponent, (int, float)) or not 4 <= exponent <= _LARGEST_POWER:
         return None
     if exponent != int(exponent):
@@ -405,7 +388,7 @@ def _expm1(build: Numbers, x: Node) -> Node:
     return build.call(aten.sub.Tensor, below, growth)
 
 
-_BY_OTHERS: _Steps = {
+_BY_OTHERS: Steps = {
     aten.exp2.default: _exp2,
     aten.expm1.default: _expm1,
     aten.log10.default: _logarithm(10),
@@ -420,7 +403,7 @@ def roundings_in_steps(model: GraphModule) -> int:
 
     Only the sign of a zero is lost, and subnormal numbers, which kernels take for zeros.
     """
-    return _in_steps(model, _ROUNDINGS)
+    return in_steps(model, _ROUNDINGS)
 
 
 def _round(build: Numbers, x: Node) -> Node:
@@ -444,7 +427,7 @@ def _frac(build: Numbers, x: Node) -> Node:
     return build.call(aten.sub.Tensor, x, build.trunc(x))
 
 
-_ROUNDINGS: _Steps = {
+_ROUNDINGS: Steps = {
     aten.frac.default: _frac,
     aten.round.default: _round,
     aten.sign.default: Numbers.sign,
@@ -455,10 +438,10 @@ _ROUNDINGS: _Steps = {
 @graph_pass("powers from 4 to 16", "products of float, up to the last bits of float32", exact=False)
 def powers_by_squares(model: GraphModule) -> int:
     """Whole powers, which have no integers and of which the delegate has squares only."""
-    return _in_steps(model, _POWERS)
+    return in_steps(model, _POWERS)
 
 
-_POWERS: _Steps = {aten.pow.Tensor_Scalar: _power}
+_POWERS: Steps = {aten.pow.Tensor_Scalar: _power}
 
 BY_STEPS = frozenset({*_BY_OTHERS, *_POWERS, *_ROUNDINGS})
 """Ops of one tensor that have no family."""

@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import (
-    FINITE,
     Builder,
     calls,
     graph_pass,
@@ -314,7 +313,7 @@ def logsumexps_to_linears(model: GraphModule) -> int:
         images = build.call(aten.view_copy.default, data, view_sizes([rows, 1, 1, size]))
         largest = build.call(aten.max_pool2d.default, images, [1, size])
         largest = build.call(aten.view_copy.default, largest, view_sizes([rows, 1]))
-        finite = build.call(aten.hardtanh.default, largest, *FINITE)
+        finite = build.finite(largest)
         powers = build.call(aten.exp.default, build.call(aten.sub.Tensor, data, finite))
         total = build.call(aten.linear.default, powers, sums.row(size, 1.0))
         result = build.call(aten.add.Tensor, build.call(aten.log.default, total), largest)

@@ -14,7 +14,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import (
-    FINITE,
     Numbers,
     calls,
     graph_pass,
@@ -65,7 +64,7 @@ def _sum_of_exponentials(build: Numbers, a: Node, b: Node) -> Node:
 
     The difference is one of finite numbers, as that of two infinities is none.
     """
-    near = [build.call(aten.hardtanh.default, value, *FINITE) for value in (a, b)]
+    near = map(build.finite, (a, b))
     apart = build.call(aten.abs.default, build.call(aten.sub.Tensor, *near))
     power = build.call(aten.exp.default, build.times(apart, -1.0))
     raised = build.call(aten.add.Tensor, power, build.number(1.0))
