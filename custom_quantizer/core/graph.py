@@ -42,6 +42,7 @@ __all__ = [
     "is_constant",
     "is_dequantize",
     "is_empty",
+    "is_float32",
     "is_number",
     "is_quantize",
     "is_run_time_quantization",
@@ -163,6 +164,12 @@ def tensor_meta(node: Node) -> torch.Tensor | None:
     if last is not node and is_dequantize(node) and not value.is_floating_point():
         value = value.to(torch.float32)  # integers that no node quantized: a table's, an input's
     return value
+
+
+def is_float32(node: object) -> bool:
+    """Whether a node gives one float32 tensor."""
+    meta = tensor_meta(node) if isinstance(node, Node) else None
+    return meta is not None and meta.dtype == torch.float32
 
 
 def is_complex(node: Node) -> bool:

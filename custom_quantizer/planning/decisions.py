@@ -13,6 +13,7 @@ from custom_quantizer.core.graph import (
     describe,
     effective_users,
     is_constant,
+    is_float32,
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
@@ -20,7 +21,7 @@ from custom_quantizer.core.rewriting import FULL_PRECISION
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.ops import OpRule, PatternMatch, Trait, rule_of, unknown_op
 from custom_quantizer.ops.backend import Backend, Support
-from custom_quantizer.planning.drafts import ANNOTATED_BEFORE, DraftOp, is_annotated, is_float32
+from custom_quantizer.planning.drafts import ANNOTATED_BEFORE, DraftOp, is_annotated
 
 
 def collect(model: GraphModule, config: Config, backend: Backend) -> list[DraftOp]:

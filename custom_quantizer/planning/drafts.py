@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
-import torch
 from torch.fx import Node
 
 from custom_quantizer.config.rules import Decision
-from custom_quantizer.core.graph import tensor_meta
 from custom_quantizer.core.rewriting import original_name
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import OpRule, PatternMatch, Trait
@@ -147,12 +145,6 @@ ANNOTATED_BEFORE = "another quantizer annotated it before"
 def is_annotated(node: Node) -> bool:
     """Whether a quantizer has annotated ``node``: in a ``ComposableQuantizer``, an earlier one."""
     return bool(getattr(node.meta.get(ANNOTATION_KEY), "_annotated", False))
-
-
-def is_float32(node: Node) -> bool:
-    """Whether a node gives one float32 tensor."""
-    meta = tensor_meta(node)
-    return meta is not None and meta.dtype == torch.float32
 
 
 def same_format(a: TensorScheme | None, b: TensorScheme | None) -> bool:

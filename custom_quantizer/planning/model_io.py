@@ -9,10 +9,10 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.config.rules import Config, returned_nodes
-from custom_quantizer.core.graph import describe, effective_users, tensor_meta
+from custom_quantizer.core.graph import describe, effective_users, is_float32, tensor_meta
 from custom_quantizer.core.schemes import TensorScheme, activation_scheme
 from custom_quantizer.errors import ConfigError
-from custom_quantizer.planning.drafts import Drafts, is_float32
+from custom_quantizer.planning.drafts import Drafts
 
 _Asked = tuple[str, str]
 """The name under which a config says something of an input or output, and what it says."""

@@ -15,6 +15,7 @@ from custom_quantizer.core.graph import (
     effective_users,
     is_constant,
     is_empty,
+    is_float32,
     shape_of,
     tensor_meta,
 )
@@ -24,7 +25,7 @@ from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.ops.elementwise import CLAMP, MUL
 from custom_quantizer.ops.rewrites.training_graph import folded_value
 from custom_quantizer.planning.decisions import to_float
-from custom_quantizer.planning.drafts import DraftOp, Drafts, is_float32, same_format
+from custom_quantizer.planning.drafts import DraftOp, Drafts, same_format
 from custom_quantizer.planning.model_io import ModelIO
 from custom_quantizer.planning.profitability import Kind, Step, unprofitable
 

@@ -38,6 +38,7 @@ from custom_quantizer.core.graph import (
     argument,
     constant_of,
     is_constant,
+    is_float32,
     reads_sizes,
     tensor_meta,
 )
@@ -136,17 +137,17 @@ def _numbers_to_tensors(model: GraphModule) -> None:
             continue
         if node.target is aten.rsub.Scalar and argument(node, 2, "alpha", 1) == 1:
             data, number = node.args[:2]
-            if _float32(data):
+            if is_float32(data):
                 node.meta.setdefault("original_target", node.target)
                 node.target = aten.sub.Tensor
                 node.args = (_constant(model, node, cast(float, number)), data)
                 node.kwargs = {}
         elif node.target is aten.div.Tensor and type(node.args[1]) is int:
             # An int would become an int64 tensor on the way, by which no delegate divides.
-            if _float32(node.args[0]):
+            if is_float32(node.args[0]):
                 node.update_arg(1, float(node.args[1]))
         elif node.target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
-            if not any(_float32(arg) for arg in node.args[:2]):
+            if not any(is_float32(arg) for arg in node.args[:2]):
                 continue
             node.args = tuple(
                 _constant(model, node, arg)
@@ -177,7 +178,7 @@ def _integers_to_floats(model: GraphModule) -> None:
     Integers that are computed may be too many for 8 bits: what reads them stays in float.
     """
     for node in list(model.graph.nodes):
-        if node.target not in _PROMOTING or not any(map(_float32, node.args[:2])):
+        if node.target not in _PROMOTING or not any(map(is_float32, node.args[:2])):
             continue
         for position, arg in enumerate(node.args[:2]):
             meta = tensor_meta(arg) if isinstance(arg, Node) else None
@@ -209,11 +210,6 @@ def _views_to_reshapes(model: GraphModule) -> None:
         if cast(Node, node.args[0]).op != "placeholder":
             node.meta.setdefault("original_target", node.target)
             node.target = aten.reshape.default
-
-
-def _float32(arg: Any) -> bool:
-    meta = tensor_meta(arg) if isinstance(arg, Node) else None
-    return meta is not None and meta.dtype == torch.float32
 
 
 def _constant(model: GraphModule, node: Node, number: float) -> Node:

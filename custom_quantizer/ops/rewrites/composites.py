@@ -12,10 +12,9 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import tensor_meta
+from custom_quantizer.core.graph import is_float32, tensor_meta
 from custom_quantizer.core.rewriting import STEP, Insertion, rewrite_calls
 from custom_quantizer.core.tracing import parts_of
 from custom_quantizer.ops.rewrites.writes import functional_overload
@@ -61,7 +60,7 @@ def is_composite(target: Any) -> bool:
 
 def _inlined(insert: Insertion, steps: _Steps) -> Node | None:
     call = insert.node
-    if not all(map(_is_float32, (call, *call.all_input_nodes))):
+    if not all(map(is_float32, (call, *call.all_input_nodes))):
         return None
     traced = steps.of(call)
     if traced is None:
@@ -118,8 +117,3 @@ def _signature(call: Node) -> str:
     args = torch.fx.node.map_arg((call.args, call.kwargs), places.__getitem__)
     layouts = [(t.shape, t.stride()) for t in map(tensor_meta, sources) if t is not None]
     return str((call.target, args, layouts))
-
-
-def _is_float32(node: Node) -> bool:
-    meta = tensor_meta(node)
-    return isinstance(meta, Tensor) and meta.dtype == torch.float32

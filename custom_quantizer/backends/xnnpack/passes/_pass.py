@@ -20,6 +20,7 @@ from custom_quantizer.core.graph import (
     constant_of,
     effective_users,
     is_dequantize,
+    is_float32,
     is_quantize,
     qparams_of,
     tensor_meta,
@@ -230,8 +231,7 @@ def in_steps(model: GraphModule, steps: Steps) -> int:
     """Put steps in the place of ops of float32, and count these."""
     count = 0
     for node in calls(model, frozenset(steps)):
-        meta = tensor_meta(node)
-        if meta is None or meta.dtype != torch.float32:
+        if not is_float32(node):
             continue
         new = steps[node.target](Numbers(model, node), *node.args, **node.kwargs)
         if new is not None:

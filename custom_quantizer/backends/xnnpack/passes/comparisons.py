@@ -28,8 +28,8 @@ from custom_quantizer.core.graph import (
     constant_of,
     is_constant,
     is_dequantize,
+    is_float32,
     is_number,
-    tensor_meta,
 )
 from custom_quantizer.ops.movement import EXPAND, PERMUTE, RESHAPE, SELECT, SLICE
 
@@ -51,11 +51,6 @@ def comparisons_in_steps(model: GraphModule) -> int:
     return _masks_to_numbers(model) + in_steps(model, SHRINKS)
 
 
-def _is_float(node: Node) -> bool:
-    meta = tensor_meta(node)
-    return meta is not None and meta.dtype == torch.float32
-
-
 def _masks_to_numbers(model: GraphModule) -> int:
     """Each mask is computed once, where it stands."""
     masks = calls(model, frozenset({*_COMPARISONS, *_LOGIC, *_MOVES}))
@@ -64,7 +59,7 @@ def _masks_to_numbers(model: GraphModule) -> int:
         joins = mask.target not in _COMPARISONS and able.issuperset(_sources(mask))
         if joins or _is_comparison(mask):
             able.add(mask)
-    readers = [n for n in calls(model, _READERS) if _is_float(n)]
+    readers = [n for n in calls(model, _READERS) if is_float32(n)]
     wanted = able.intersection(reader.args[0] for reader in readers)
     for mask in reversed(masks):
         if mask in wanted and mask.target not in _COMPARISONS:
@@ -102,7 +97,7 @@ def _is_comparison(node: Node) -> bool:
 
 def _is_in_delegate(value: Any) -> bool:
     """Whether it is a float32 tensor that XNNPACK takes; a constant has to be finite."""
-    if not isinstance(value, Node) or not _is_float(value) or refuses_tensor(value):
+    if not isinstance(value, Node) or not is_float32(value) or refuses_tensor(value):
         return False
     if not is_constant(value) or value.op != "get_attr":
         return True

@@ -36,10 +36,10 @@ from custom_quantizer.core.graph import (
     argument,
     constant_of,
     is_constant,
+    is_float32,
     qparams_of,
     reads_sizes,
     shape_of,
-    tensor_meta,
 )
 from custom_quantizer.ops.functions import (
     ELU,
@@ -211,8 +211,7 @@ def functions_of_sizes(model: GraphModule) -> int:
     """Kernels have numbers of their own only; products, sums and extremes read them as tensors."""
     count = 0
     for node in calls(model, frozenset(_OF_SIZES)):
-        meta = tensor_meta(node)
-        if not reads_sizes(node) or meta is None or meta.dtype != torch.float32:
+        if not reads_sizes(node) or not is_float32(node):
             continue
         new = _OF_SIZES[node.target](Numbers(model, node), node)
         if new is not None:

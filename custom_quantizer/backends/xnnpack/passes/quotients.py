@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import Numbers, calls, graph_pass, replace
 from custom_quantizer.core.arithmetic import round_to_float32
-from custom_quantizer.core.graph import argument, tensor_meta
+from custom_quantizer.core.graph import argument, is_float32
 
 aten = torch.ops.aten
 
@@ -44,8 +44,7 @@ def quotients_in_steps(model: GraphModule) -> int:
     count = 0
     for node in calls(model, frozenset(STEPS)):
         operands = [node, *(arg for arg in node.args[:2] if _is_tensor(arg))]
-        metas = [tensor_meta(operand) for operand in cast("list[Node]", operands)]
-        if any(meta is None or meta.dtype != torch.float32 for meta in metas):
+        if not all(map(is_float32, operands)):
             continue
         dividend, divisor = node.args[:2]
         if isinstance(divisor, (int, float)):

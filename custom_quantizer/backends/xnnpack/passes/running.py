@@ -19,7 +19,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     graph_pass,
     replace,
 )
-from custom_quantizer.core.graph import argument, shape_of, tensor_meta
+from custom_quantizer.core.graph import argument, is_float32, shape_of
 
 aten = torch.ops.aten
 
@@ -36,9 +36,9 @@ def running_sums_in_steps(model: GraphModule) -> int:
     """Those of float32, along dims of static size."""
     count = 0
     for node in calls(model, frozenset(SUMS)):
-        data, meta, shape = cast(Node, node.args[0]), tensor_meta(node), shape_of(node)
+        data, shape = cast(Node, node.args[0]), shape_of(node)
         dtype = argument(node, 2, "dtype")
-        if meta is None or meta.dtype != torch.float32 or dtype is not None or not shape:
+        if not is_float32(node) or dtype is not None or not shape:
             continue
         dim = int(cast(int, node.args[1])) % len(shape)
         if not isinstance(shape[dim], int) or not 0 < shape[dim] <= _MOST_SUMMED:

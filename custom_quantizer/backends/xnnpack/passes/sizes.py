@@ -11,7 +11,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import Builder, graph_pass, replace
-from custom_quantizer.core.graph import add_constant, argument, is_number, shape_of, tensor_meta
+from custom_quantizer.core.graph import (
+    add_constant,
+    argument,
+    is_float32,
+    is_number,
+    shape_of,
+)
 from custom_quantizer.errors import LoweringError
 from custom_quantizer.ops.elementwise import ADD, MUL, SUB
 from custom_quantizer.ops.functions import DIV
@@ -33,8 +39,7 @@ def powers_of_sizes(model: GraphModule) -> int:
     count = _whole_powers(model)
     found: dict[Node, Node | None] = {}
     for node in list(model.graph.nodes):
-        meta = tensor_meta(node)
-        if node.target not in _READERS or meta is None or meta.dtype != torch.float32:
+        if node.target not in _READERS or not is_float32(node):
             continue
         if node.target is aten.rsub.Scalar and argument(node, 2, "alpha", 1) != 1:
             continue
