@@ -87,6 +87,11 @@ def rule_of(node: Node) -> OpRule | None:
 def unknown_op(node: Node) -> str:
     """Why a node that no family claims has no integers."""
     target = node.target
+    if target is torch.ops.higher_order.wrap_with_autocast:
+        return (
+            f"torch.autocast computes it in {node.args[1]}; to have it quantized, call "
+            "torch.export.export outside of torch.autocast, or with enabled=False"
+        )
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"{target} is control flow: the graphs it runs stay in float"
     if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
