@@ -25,6 +25,7 @@ from custom_quantizer.core.memory import overwritten_by, reached, shares_memory,
 
 __all__ = [
     "FULL_PRECISION",
+    "IN_FLOAT",
     "ORIGINAL_NAME",
     "STEP",
     "Insertion",
@@ -44,6 +45,9 @@ aten = torch.ops.aten
 
 FULL_PRECISION = "custom_quantizer_full_precision"
 """Key in ``node.meta``: the model computes the node where it has turned autocast off."""
+
+IN_FLOAT = "custom_quantizer_in_float"
+"""Key in ``node.meta``: why a call that a rewrite made is computed in float."""
 
 ORIGINAL_NAME = "original_name"
 """Key in ``node.meta``: name of the captured call that the node is a part of."""
@@ -83,7 +87,7 @@ class Insertion:
         name = f"{self.node.name}_{getattr(target, 'overloadpacket', target).__name__}"
         with self.model.graph.inserting_before(self.node):
             new = self.model.graph.create_node("call_function", target, args, kwargs, name)
-        for key in ("nn_module_stack", "stack_trace", FULL_PRECISION, STEP):
+        for key in ("nn_module_stack", "stack_trace", FULL_PRECISION, IN_FLOAT, STEP):
             if key in self.node.meta:
                 new.meta[key] = self.node.meta[key]
         new.meta["original_target"] = original_target(self.node)

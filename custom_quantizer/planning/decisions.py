@@ -17,7 +17,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
-from custom_quantizer.core.rewriting import FULL_PRECISION
+from custom_quantizer.core.rewriting import FULL_PRECISION, IN_FLOAT
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.ops import OpRule, PatternMatch, Trait, rule_of, unknown_op
 from custom_quantizer.ops.backend import Backend, Support
@@ -99,6 +99,9 @@ def settle(op: DraftOp, backend: Backend) -> None:
     if op.support.float_reason:
         op.reason = op.support.float_reason
         _store_table(op, scheme)
+        return
+    if IN_FLOAT in op.node.meta:
+        op.reason = op.node.meta[IN_FLOAT]
         return
     if scheme is None:
         op.reason = op.decision.reason

@@ -19,6 +19,7 @@ from custom_quantizer.core.graph import (
     shape_of,
     tensor_meta,
 )
+from custom_quantizer.core.rewriting import IN_FLOAT
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
@@ -46,6 +47,9 @@ def leave_sums(ops: Drafts) -> set[Node]:
     only_floats: set[Node] = set()
     sums: list[tuple[DraftOp, OpScheme]] = []
     for op in reversed(ops):
+        if IN_FLOAT in op.node.meta:
+            floats.add(op.node)
+            continue
         users = effective_users(op.output)
         into = [user in floats or _computes_in_float(ops.anchors.get(user)) for user in users]
         if not users or not all(into):

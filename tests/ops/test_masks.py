@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graphs import Function, calls, canonicalize, capture, lowered_exactly, quantized
+from support.models import convert
 from support.selection import slow_but
 from torch import Tensor, nn
 
@@ -154,6 +155,95 @@ def test_layers_share_what_a_mask_becomes() -> None:
     graph = canonicalize(capture(model, (x, kept)))
     assert len(calls(graph, aten.to.dtype)) == 1
     torch.testing.assert_close(graph(x, kept), model(x, kept), rtol=1e-5, atol=1e-5)
+
+
+LEAST = torch.finfo(torch.float32).min
+SHOWN = torch.tensor([[[True] * 4], [[False, False, True, True]]])
+"""Of two sentences, the second with padding on its left: no row above attends to anything."""
+
+# A mask, and what it is made of.
+GIVEN: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "bools": (lambda m: m, SHOWN & ~CAUSAL),
+    "bools and a triangle": (lambda m: m & ~CAUSAL, SHOWN),
+    "floats": (lambda m: m, torch.where(SHOWN & ~CAUSAL, 0.0, -math.inf)),
+    "floats, moved": (
+        lambda m: m[:, :, 0].mT,
+        torch.where(SHOWN & ~CAUSAL, 0.0, -math.inf).mT[:, :, None],
+    ),
+    "large floats": (lambda m: m, torch.where(SHOWN & ~CAUSAL, 0.0, LEAST)),
+    "rows of either": (
+        lambda m: m,
+        torch.where(SHOWN & ~CAUSAL, 1.5, torch.tensor([[[-math.inf]], [[LEAST]]])),
+    ),
+    "floats and a triangle": (lambda m: m + BEFORE, torch.where(SHOWN, 0.0, -math.inf)),
+    "large floats and a triangle": (lambda m: m + BEFORE, torch.where(SHOWN, 0.5, LEAST)),
+    "filled": (lambda m: torch.zeros(2, 4, 4).masked_fill(~(m & ~CAUSAL), -math.inf), SHOWN),
+    "filled, large": (lambda m: torch.zeros(2, 4, 4).masked_fill(~(m & ~CAUSAL), LEAST), SHOWN),
+    "filled and a triangle": (
+        lambda m: torch.zeros(2, 1, 4).masked_fill(~m, -math.inf) + BEFORE,
+        SHOWN,
+    ),
+    "chosen": (lambda m: torch.where(m & ~CAUSAL, 0.0, -math.inf), SHOWN),
+    "products": (lambda m: (1 - m.float()) * LEAST, SHOWN & False),
+    "of another": (lambda m: (m & ~CAUSAL) | (m.sum() > 0), SHOWN & False),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_rows_that_attend_to_nothing_are_what_they_were(name: str) -> None:
+    """0 where a mask leaves all out, equal weights where it only adds large numbers."""
+    make, mask = GIVEN[name]
+    torch.manual_seed(0)
+    model = Function(lambda _, x, m: F.scaled_dot_product_attention(x, x * 2, x + 1, make(m)))
+    x = torch.randn(2, 4, 8)
+    graph = canonicalize(capture(model, (x, mask)))
+    torch.testing.assert_close(graph(x, mask), model(x, mask), rtol=1e-5, atol=1e-5)
+    assert not calls(graph, aten.scaled_dot_product_attention.default)
+
+
+def test_a_mask_that_leaves_something_in_each_row_costs_nothing_behind_the_softmax() -> None:
+    model = Function(
+        lambda _, x, m: F.scaled_dot_product_attention(x, x * 2, x + 1, BEFORE + m @ x.mT)
+    )
+    graph = canonicalize(capture(model, (torch.randn(2, 4, 8), torch.randn(2, 4, 8))))
+    (softmax,) = calls(graph, aten.softmax.int)
+    assert [user.target for user in softmax.users] == [aten.matmul.default]
+
+
+class LeftPadded(nn.Module):
+    """Attention to what stands before, of sentences with padding on their left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.query(x), x * 0.5, x * 2, mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dynamic"),
+    slow_but(
+        [(torch.float32, False)],
+        [(kind, dynamic) for kind in (torch.bool, torch.float32) for dynamic in (False, True)],
+    ),
+)
+def test_rows_that_attend_to_nothing_are_zero_in_one_delegate(
+    kind: torch.dtype, dynamic: bool
+) -> None:
+    torch.manual_seed(0)
+    mask = SHOWN & ~CAUSAL
+    if kind == torch.float32:
+        mask = torch.where(mask, 0.0, -math.inf)
+    inputs = (torch.randn(2, 4, 8), mask)
+    size = torch.export.Dim("size", min=2, max=8)
+    dims = ({1: size}, {1: size, 2: size}) if dynamic else None
+    converted = convert(LeftPadded().eval(), inputs, dynamic_shapes=dims).graph
+    program = cq.lower(converted, inputs)
+    assert program.report.delegates == 1
+    result = program.run(*inputs)
+    assert torch.equal(result, cq.integer_reference(converted)(*inputs))
+    assert result.any(-1).tolist() == [[True] * 4, [False, False, True, True]]
 
 
 class Padded(nn.Module):

@@ -25,7 +25,7 @@ from custom_quantizer.core.graph import (
     shape_of,
     tensor_meta,
 )
-from custom_quantizer.core.rewriting import Insertion, Rewrite, rewrite_calls
+from custom_quantizer.core.rewriting import IN_FLOAT, Insertion, Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.arithmetic import ARITHMETIC
 from custom_quantizer.ops.rewrites.curves import CURVES
 from custom_quantizer.ops.rewrites.masks import MASKED, MASKS, added_mask, attended
@@ -93,8 +93,8 @@ def _attention(insert: Insertion) -> Node | None:
         bias = torch.full((rows, columns), MASKED).triu(1)
         mask = insert.constant("causal_mask", bias)
     elif mask is not None:
-        shown = attended(insert, cast(Node, mask))
         mask = added_mask(insert, cast(Node, mask))
+        shown = attended(insert, mask)
     scores = product(insert, query, _swap_last(insert, key))
     if scale != 1.0:
         scores = insert.call(aten.mul.Tensor, scores, float(scale))
@@ -103,6 +103,7 @@ def _attention(insert: Insertion) -> Node | None:
     weights = insert.call(aten.softmax.int, scores, -1)
     if shown is not None:
         weights = insert.call(aten.mul.Tensor, weights, shown)
+        weights.meta[IN_FLOAT] = "it makes 0 of rows that attend to nothing"
     if dropped:
         weights = insert.call(aten.dropout.default, weights, dropped, True)
     return product(insert, weights, value)

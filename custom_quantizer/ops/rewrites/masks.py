@@ -26,7 +26,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by, reached
-from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.core.rewriting import IN_FLOAT, Insertion, Rewrite
 from custom_quantizer.ops import match_of, rule_of
 from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
 from custom_quantizer.ops.elementwise import WHERE
@@ -44,8 +44,17 @@ MASKED = -1e9
 
 ``exp`` of it is 0 in float32, as that of minus infinity is, but ``-inf - (-inf)`` is no number: the
 softmax kernels subtract the largest score first. A row that is masked out completely
-becomes uniform instead of NaN; see :func:`attended` for those that are known.
+becomes uniform instead of NaN; :func:`attended` finds those of attention.
 """
+
+_LARGE = -6e8
+"""The same for large finite numbers: a row of them is uniform, in float and here.
+
+Float32 numbers are as far apart here as at :data:`MASKED`.
+"""
+
+_NOTHING = -8e8
+"""A row of a mask that has no number above attends to nothing."""
 
 _LEFT_OUT = -1e4
 """From here on a score is taken to be masked out: exp of it is 0 next to any score of a network."""
@@ -53,56 +62,95 @@ _LEFT_OUT = -1e4
 _SHARED = "custom_quantizer_mask"
 """Marks, in ``meta``, what was made of a mask: it stands before all others who read that mask."""
 
+_ENDLESS = "custom_quantizer_endless_mask"
+"""Marks, in ``meta``, what holds :data:`MASKED` where a mask leaves something out."""
+
 
 def added_mask(insert: Insertion, mask: Node) -> Node:
     """A mask of attention as numbers to add to scores; minus infinity becomes :data:`MASKED`."""
     if is_constant(mask):
         value = constant_of(insert.model, mask)
         if value.dtype == torch.bool:
-            value = torch.zeros(value.shape).masked_fill(~value, MASKED)
+            value = torch.zeros(value.shape).masked_fill(~value, -math.inf)
         elif bool(torch.isfinite(value).all()):
             return mask
-        return insert.constant("mask", value.clamp(min=MASKED))
+        return insert.constant("mask", _finite(value))
     if cast(Tensor, tensor_meta(mask)).dtype == torch.bool:
-        return _left_out(insert, mask, where=False)
+        return _left_out(insert, mask, MASKED, where=False)
     if _is_finite_mask(insert, mask):
         return mask
-    return insert.call(aten.clamp_min.default, mask, MASKED)
+    large = _in_float(_once(insert, mask, aten.clamp_min.default, mask, _LARGE))
+    # Below 0 if it was minus infinity: no other number and the largest make less.
+    rest = _once(insert, mask, aten.add.Tensor, mask, torch.finfo(torch.float32).max)
+    rest = _once(insert, _in_float(rest), aten.clamp.default, rest, MASKED - _LARGE, 0.0)
+    return _endless(_once(insert, large, aten.add.Tensor, large, _in_float(rest)))
 
 
 def attended(insert: Insertion, mask: Node) -> Node | None:
-    """1 for each row of a constant mask that attends to something, and 0 for the others.
+    """1 for what rows attend to, 0 for the others of rows that attend to nothing, if there may be.
 
-    ``scaled_dot_product_attention`` gives 0 where a row attends to nothing. ``None``: all rows
-    attend to something, or the mask is an input.
+    ``scaled_dot_product_attention`` gives 0 for such a row, of which a softmax makes equal weights.
+    What other rows leave out has weights of 0 already.
+
+    Args:
+        insert: where calls are made.
+        mask: what :func:`added_mask` gave.
     """
-    if not is_constant(mask):
+    terms = [term for term in reached(mask, _terms) if _leaves_out(insert, term)]
+    if len(terms) == 1 and is_constant(terms[0]):
+        rows = (constant_of(insert.model, terms[0]) > _NOTHING).any(-1, keepdim=True)
+        if bool(rows.all()):
+            return None
+        if mask is terms[0]:
+            return insert.constant("attended", rows.float())
+    if not terms:
         return None
-    value = constant_of(insert.model, mask)
-    shown = value if value.dtype == torch.bool else value != -math.inf
-    rows = shown.any(-1, keepdim=True)
-    return None if bool(rows.all()) else insert.constant("attended", rows.float())
+    above = _in_float(_once(insert, mask, aten.sub.Tensor, mask, _NOTHING))
+    return _in_float(_once(insert, above, aten.clamp.default, above, 0.0, 1.0))
+
+
+def _leaves_out(insert: Insertion, term: Node) -> bool:
+    if is_constant(term):
+        return bool((constant_of(insert.model, term) <= _NOTHING).any())
+    return _ENDLESS in term.meta
+
+
+def _terms(node: Node) -> list[Node]:
+    """What a mask is a sum of."""
+    return node.all_input_nodes if node.target in _MOVES | {aten.add.Tensor} else []
+
+
+def _finite(mask: Tensor) -> Tensor:
+    """A mask without infinities."""
+    return torch.where(mask == -math.inf, MASKED, mask.clamp(min=_LARGE))
 
 
 def _is_finite_mask(insert: Insertion, mask: Node) -> bool:
-    """Whether a mask is a sum of numbers, of what was made of conditions here, and of clamps."""
-
-    def terms(node: Node) -> list[Node]:
-        return node.all_input_nodes if node.target in _MOVES | {aten.add.Tensor} else []
+    """Whether a mask is a sum of numbers, of layers, and of what was made of masks here."""
 
     def finite(node: Node) -> bool:
         if is_constant(node):
             return bool(torch.isfinite(constant_of(insert.model, node)).all())
-        made_here = _SHARED in node.meta or node.target is aten.clamp_min.default
-        return made_here or bool(terms(node))
+        return _SHARED in node.meta or rule_of(node) in _SUMS or bool(_terms(node))
 
-    return all(map(finite, reached(mask, terms)))
+    return all(map(finite, reached(mask, _terms)))
 
 
-def _left_out(insert: Insertion, condition: Node, *, where: bool) -> Node:
-    """:data:`MASKED` where a condition is ``where``, else 0."""
+def _left_out(insert: Insertion, condition: Node, number: float, *, where: bool) -> Node:
+    """A number where a condition is ``where``, else 0."""
     numbers = _numbers(insert, condition, where=where)
-    return _once(insert, numbers, aten.mul.Tensor, numbers, MASKED)
+    left_out = _in_float(_once(insert, numbers, aten.mul.Tensor, numbers, number))
+    return _endless(left_out) if number == MASKED else left_out
+
+
+def _endless(mask: Node) -> Node:
+    mask.meta[_ENDLESS] = True
+    return _in_float(mask)
+
+
+def _in_float(part: Node) -> Node:
+    part.meta[IN_FLOAT] = "it makes a mask, in which no scale can show both terms"
+    return part
 
 
 def _numbers(insert: Insertion, condition: Node, *, where: bool) -> Node:
@@ -132,7 +180,7 @@ def _softmax(insert: Insertion) -> Node | None:
         if isinstance(term, Node) and is_constant(term):
             value = constant_of(insert.model, term)
             if value.is_floating_point() and bool((value == -math.inf).any()):
-                finite = Insertion(insert.model, added).constant("mask", value.clamp(min=MASKED))
+                finite = Insertion(insert.model, added).constant("mask", _finite(value))
                 terms[position] = finite
     if terms == list(added.args[:2]):
         return None
@@ -197,7 +245,8 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
     left, right = (_number(insert, side) for side in (left, right))
     for data, number, where in ((right, left, True), (left, right, False)):
         if isinstance(data, Node) and isinstance(number, float) and number <= _LEFT_OUT:
-            return _without(insert, data, condition, where=where)
+            masked = MASKED if number == -math.inf else _LARGE
+            return _without(insert, data, condition, masked, where=where)
     sides = (left, right)
     if any(isinstance(side, Node) and not is_finite(insert, side) for side in sides):
         return None
@@ -238,16 +287,18 @@ def _masked_exp(insert: Insertion) -> Node | None:
 _FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
 
 
-def _without(insert: Insertion, data: Node, condition: Node, *, where: bool) -> Node | None:
-    """Scores before a softmax, those left out that a condition names."""
+def _without(
+    insert: Insertion, data: Node, condition: Node, number: float, *, where: bool
+) -> Node | None:
+    """Scores before a softmax, a number added to those that a condition names."""
     if not _only_softmax_reads(insert.node):
         return None
     if not is_constant(condition):
-        mask = _left_out(insert, condition, where=where)
+        mask = _left_out(insert, condition, number, where=where)
     else:
         value = constant_of(insert.model, condition)
         out = value if where else ~value
-        mask = insert.constant("mask", torch.zeros(out.shape).masked_fill(out, MASKED))
+        mask = insert.constant("mask", torch.zeros(out.shape).masked_fill(out, number))
     zeros = data.target in _ZEROS and overwritten_by(data) is None
     if zeros and is_same_shape(shape_of(mask), shape_of(insert.node)):
         return mask

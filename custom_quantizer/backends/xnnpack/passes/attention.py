@@ -41,7 +41,7 @@ from custom_quantizer.ops.attention import (
     SOFTMAX,
     softmax_dim,
 )
-from custom_quantizer.ops.elementwise import ADD, MUL, SUB
+from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, SUB
 from custom_quantizer.ops.embedding import EMBEDDING
 from custom_quantizer.ops.functions import DIV
 from custom_quantizer.ops.movement import CAT, PERMUTE, RESHAPE, SELECT, SLICE, SPLIT, slice_of
@@ -111,7 +111,9 @@ def softmaxes_over_last_dim(model: GraphModule) -> int:
 
 
 _VIEWS = frozenset({aten.view_copy.default, aten.linear.default, *RESHAPE.targets})
-_ELEMENTWISE = ADD.targets | SUB.targets | MUL.targets | DIV.targets | PERMUTE.targets
+_ELEMENTWISE = (
+    ADD.targets | SUB.targets | MUL.targets | DIV.targets | CLAMP.targets | PERMUTE.targets
+)
 
 
 _MOVED_ROWS = (
