@@ -2,6 +2,7 @@
 
 Rewrites, applied in ``transform_for_annotation``:
 
+- a dtype that an op would have anyway is not asked for;
 - ends of slices that are the same for all sizes become numbers, also those of halves
   (:mod:`custom_quantizer.ops.rewrites.cuts`);
 - composite ops of which nothing here knows become their steps
@@ -27,6 +28,7 @@ Rewrites, applied in ``transform_for_annotation``:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -100,6 +102,7 @@ def canonicalize(
         training: parameters change, so nothing that is computed from them is a constant.
     """
     inline_regions(model, training=training)
+    _drop_needless_dtypes(model)
     ends_to_numbers(model)
     inline_composites(model, KNOWN.union(whole).__contains__, training=training)
     rewrite_calls(model, CORE_ATEN, training=training)
@@ -129,6 +132,30 @@ def canonicalize(
     model.graph.eliminate_dead_code()
     model.recompile()
     return model
+
+
+def _drop_needless_dtypes(model: GraphModule) -> None:
+    """``sum(x, dtype=torch.float32)`` of floats is ``sum(x)``; what has a dtype is another op."""
+    for node in model.graph.nodes:
+        position = _place_of_dtype(node.target)
+        if position is None or not is_float32(node.args[0] if node.args else None):
+            continue
+        if argument(node, position, "dtype") == torch.float32:
+            later = node.args[position + 1 :]
+            node.args = node.args[:position] + ((None, *later) if later else ())
+            node.kwargs = {name: arg for name, arg in node.kwargs.items() if name != "dtype"}
+
+
+@cache
+def _place_of_dtype(target: Any) -> int | None:
+    """Where an op is told a dtype that is else the one of the tensor it is called on."""
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.returns:
+        return None
+    given = target._schema.arguments
+    if not given or given[0].name not in {"self", "input"}:
+        return None
+    has_default = [arg.name == "dtype" and arg.has_default_value() for arg in given]
+    return has_default.index(True) if True in has_default else None
 
 
 def _numbers_to_tensors(model: GraphModule) -> None:
