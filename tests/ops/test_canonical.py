@@ -333,7 +333,16 @@ def _through_all_names(s: Any, x: Tensor) -> Any:
     return h, rows, corner, same
 
 
+def _read_in_another_shape(s: Any, x: Tensor) -> Any:
+    """Who only reads after the last write may read a view or a copy."""
+    h = torch.zeros(IMAGE)
+    h[:, :2, 1:] = s.conv(x)[:, 2:4, :-1]
+    h[:, 3:] = s.conv(x)[:, :1]
+    return s.head(h), h.flatten(1), h.reshape(8, -1), h.transpose(2, 3).flatten(2)
+
+
 THROUGH_VIEWS = {
+    "read in another shape": _read_in_another_shape,
     "twice in a row": _twice,
     "through all names": _through_all_names,
     "assignment to a slice": _write_row,
@@ -1104,3 +1113,29 @@ def test_other_names_of_an_op(function: Callable[[Tensor], Tensor], target: Any)
     graph = canonicalize(capture(Function(lambda m, x: function(x)), (x,)))
     assert calls(graph, target)
     assert torch.equal(graph(x), function(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, dtype: x.sum(1, dtype=dtype),
+        lambda x, dtype: x.mean((0, 1), dtype=dtype),
+        lambda x, dtype: x.cumsum(1, dtype=dtype),
+        lambda x, dtype: x.prod(1, dtype=dtype),
+        lambda x, dtype: torch.softmax(x, 1, dtype=dtype),
+        lambda x, dtype: torch.linalg.vector_norm(x, dim=1, dtype=dtype),
+    ],
+    ids=["sum", "mean", "cumsum", "prod", "softmax", "vector_norm"],
+)
+def test_a_dtype_that_an_op_has_anyway_is_not_asked_for(
+    function: Callable[[Tensor, torch.dtype | None], Tensor],
+) -> None:
+    x = torch.randn(2, 5)
+
+    def graph(dtype: torch.dtype | None) -> GraphModule:
+        return canonicalize(capture(Function(lambda m, x: function(x, dtype)), (x,)))
+
+    assert [n.format_node() for n in graph(torch.float32).graph.nodes] == [
+        n.format_node() for n in graph(None).graph.nodes
+    ]
+    assert torch.equal(graph(torch.float64)(x), function(x, torch.float64))

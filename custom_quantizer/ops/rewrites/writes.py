@@ -201,7 +201,8 @@ class _Memory:
         owners: names that are views of nothing.
         later: names that are made behind it, the last one first.
         read_later: how many of these anybody reads.
-        uncertain_later: how many of these, in turn, may be copies.
+        last_write: where the last of the names is written.
+        uncertain_later: where those names are made, the last one first, that may be copies.
         is_state: whether a buffer is among its names.
     """
 
@@ -212,7 +213,9 @@ class _Memory:
         self.owners = [name for name in found if not shares_memory(name)]
         self.later = [name for name in reversed(found) if order[name] >= position]
         self.read_later = sum(bool(name.users) for name in self.later)
-        self.uncertain_later = sum(map(_is_uncertain, self.later))
+        writes = (order[u] for name in found for u in name.users if name in written_inputs(u))
+        self.last_write = max(writes, default=-1)
+        self.uncertain_later = [order[name] for name in self.later if _is_uncertain(name)]
         self.is_state = any(name.op == "get_attr" for name in found)
         self._order, self._position = order, position
         # The last write that stays, which names it reaches, and which came after it.
@@ -224,10 +227,11 @@ class _Memory:
     def go_to(self, position: int) -> None:
         """Count as names what was made before a place further on."""
         self._position = position
+        while self.uncertain_later and self.uncertain_later[-1] < position:
+            self.uncertain_later.pop()
         while self.later and self._order[self.later[-1]] < position:
             name = self.later.pop()
             self.read_later -= bool(name.users)
-            self.uncertain_later -= _is_uncertain(name)
             self.names[name] = None
             if name not in self._marked:
                 self._unmarked[name] = None
@@ -241,8 +245,17 @@ class _Memory:
             insort(self.later, name, key=lambda node: -self._order[node])
         self._unmarked_later += other.later
         self.read_later += other.read_later
-        self.uncertain_later += other.uncertain_later
+        self.last_write = max(self.last_write, other.last_write)
+        for position in other.uncertain_later:
+            insort(self.uncertain_later, position, key=lambda made: -made)
         self.is_state = self.is_state or other.is_state
+
+    def may_write_a_copy(self) -> bool:
+        """Whether what may be a copy is made before a write that is still to come.
+
+        Who only reads it finds the same values in a copy.
+        """
+        return bool(self.uncertain_later) and self.uncertain_later[-1] < self.last_write
 
     def put_mark(self, mark: str) -> None:
         """Mark all names with a write that stays; nodes show it when they are flushed."""
@@ -494,7 +507,7 @@ class _Writes:
                 return None
             views.append((owner, put_back))
             owner = cast(Node, owner.args[0])
-        if memory.uncertain_later:
+        if memory.may_write_a_copy():
             return None
         for name in late:
             while name is not owner:
