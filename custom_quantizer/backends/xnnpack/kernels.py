@@ -648,12 +648,10 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         GETITEM.family: Support(_int8),
         PAD.family: Support(_always(FLOAT, "XNNPACK pads in float; zeros stay exact")),
         **_functions(),
-        **{
-            rule.family: Support(
-                _always(PORTABLE), float_reason=f"XNNPACK has no {rule.noun} at all"
-            )
-            for rule in (LOG_SOFTMAX, WHERE)
-        },
+        LOG_SOFTMAX.family: Support(_always(FLOAT), float_reason=_STEPS.format(LOG_SOFTMAX.noun)),
+        WHERE.family: Support(
+            _always(PORTABLE), float_reason=f"XNNPACK has no {WHERE.noun} at all"
+        ),
         EMBEDDING.family: Support(
             _always(PORTABLE),
             float_reason="it reads rows of a table, which XNNPACK does not do; where what follows "

@@ -49,6 +49,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
     view_sizes,
 )
+from custom_quantizer.ops.attention import LOG_SOFTMAX
 from custom_quantizer.ops.movement import EXPAND
 from custom_quantizer.ops.normalization import (
     GROUP_NORM,
@@ -282,22 +283,23 @@ def norms_to_linears(model: GraphModule) -> int:
 
 
 @graph_pass(
-    "logarithms of sums of exponentials",
+    "logarithms of sums of exponentials, and of softmaxes",
     "a max pool, a linear layer of one output, and elementwise ops: other roundings in float",
     exact=False,
 )
 def logsumexps_to_linears(model: GraphModule) -> int:
-    """``m + log(sum(exp(x - m)))``, where ``m`` is the maximum.
+    """``m + log(sum(exp(x - m)))`` and ``x - m - log(sum(exp(x - m)))``; ``m``: the maximum.
 
     It is made finite before it is subtracted, so that rows of nothing but minus infinity give that,
     as they do in PyTorch, and not a NaN.
     """
     sums = _Sums(model)
     count = 0
-    for node in calls(model, frozenset({aten.logsumexp.default})):
-        data = cast(Node, node.args[0])
+    for node in calls(model, LOG_SOFTMAX.targets | {aten.logsumexp.default}):
+        data, is_softmax = cast(Node, node.args[0]), node.target in LOG_SOFTMAX.targets
         meta, shape = tensor_meta(data), shape_of(data)
-        dims = sorted({int(d) % len(shape) for d in cast("Sequence[int]", node.args[1]) if shape})
+        given = [node.args[1]] if is_softmax else cast("list[int]", node.args[1])
+        dims = sorted({int(cast(int, d)) % len(shape) for d in given if shape})
         outer = [d for d in range(len(shape)) if d not in dims]
         sizes = [shape[d] for d in dims]
         if meta is None or meta.dtype != torch.float32 or not dims or 0 in shape:
@@ -305,19 +307,30 @@ def logsumexps_to_linears(model: GraphModule) -> int:
         static = all(isinstance(size, int) for size in sizes)
         if not static or sum(not isinstance(shape[d], int) for d in outer) > 1:
             continue
-        build, size = Builder(model, node), math.prod(sizes)
-        if [*outer, *dims] != list(range(len(shape))):
-            data = _moved(build, data, [*outer, *dims])
+        build, size, order = Builder(model, node), math.prod(sizes), [*outer, *dims]
+        in_order = order == list(range(len(shape)))
+        if not in_order:
+            data = _moved(build, data, order)
         rows = math.prod(shape[d] for d in outer)
         data = viewed(build, data, [rows, size])
         images = build.call(aten.view_copy.default, data, view_sizes([rows, 1, 1, size]))
         largest = build.call(aten.max_pool2d.default, images, [1, size])
         largest = build.call(aten.view_copy.default, largest, view_sizes([rows, 1]))
-        finite = build.finite(largest)
-        powers = build.call(aten.exp.default, build.call(aten.sub.Tensor, data, finite))
+        apart = build.call(aten.sub.Tensor, data, build.finite(largest))
+        powers = build.call(aten.exp.default, apart)
         total = build.call(aten.linear.default, powers, sums.row(size, 1.0))
-        result = build.call(aten.add.Tensor, build.call(aten.log.default, total), largest)
-        replace(node, build.call(aten.view_copy.default, result, view_sizes(shape_of(node))))
+        logarithm = build.call(aten.log.default, total)
+        if is_softmax:
+            result = build.call(aten.sub.Tensor, apart, logarithm)
+            moved = [shape[d] for d in order]
+            result = build.call(aten.view_copy.default, result, view_sizes(moved))
+            if not in_order:
+                back = sorted(range(len(shape)), key=order.__getitem__)
+                result = build.call(aten.permute.default, result, back)
+        else:
+            result = build.call(aten.add.Tensor, logarithm, largest)
+            result = build.call(aten.view_copy.default, result, view_sizes(shape_of(node)))
+        replace(node, result)
         count += 1
     return count
 
