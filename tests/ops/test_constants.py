@@ -202,13 +202,20 @@ def test_a_constant_that_is_an_output_is_stored() -> None:
 
 
 def test_what_has_only_the_dtype_of_an_input_is_constant_in_any_batch() -> None:
-    """Shifted windows make their mask so; what has the shape of a batch is no constant."""
-    model = Function(lambda s, x: x + x.new_zeros((4, 4)).fill_(2.0) + torch.ones_like(x))
+    """Shifted windows and anchors are made so; what has the shape of a batch is no constant."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        anchors = torch.arange(4).type_as(x) + torch.arange(4).to(x)
+        anchors = anchors + torch.ones(()).expand_as(x[0])
+        return x.type_as(x) + x.new_zeros((4, 4)).fill_(2.0) + anchors + torch.ones_like(x)
+
+    model = Function(forward)
     sizes = {0: torch.export.Dim("batch", min=1, max=8)}
     graph = capture(model, (torch.randn(2, 4, 4),), dynamic_shapes=((sizes,),))
-    assert fold_constants(graph) == 1
+    assert fold_constants(graph) == 2
     graph.recompile()
-    assert calls(graph, aten.new_zeros.default) == []
+    for target in (aten.new_zeros.default, aten.arange.default, aten.expand_as.default):
+        assert calls(graph, target) == []
     assert len(calls(graph, aten.ones_like.default)) == 1
     x = torch.randn(5, 4, 4)
-    assert torch.equal(graph(x), x + 2.0 + 1.0)
+    assert torch.equal(graph(x), forward(None, x))

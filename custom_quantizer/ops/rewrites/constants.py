@@ -35,10 +35,12 @@ MAX_GROWTH = 1 << 20
 
 RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
 """They hand on what they are given. To fold them would copy constants."""
-# Their first argument gives a dtype, or a shape too, but no values.
-_DTYPE_ONLY = frozenset({aten.new_full.default, aten.new_ones.default, aten.new_zeros.default})
-_SHAPE_ONLY = frozenset(
-    {aten.full_like.default, aten.ones_like.default, aten.zeros_like.default, *_DTYPE_ONLY}
+# Their first argument gives a shape or a dtype, and no values.
+_LIKE_FIRST = frozenset(
+    {
+        *(aten.full_like.default, aten.ones_like.default, aten.zeros_like.default),
+        *(aten.new_full.default, aten.new_ones.default, aten.new_zeros.default),
+    }
 )
 LIKE_ANOTHER = frozenset(
     {
@@ -50,6 +52,13 @@ LIKE_ANOTHER = frozenset(
     }
 )
 """Their second argument gives a shape or a dtype, and no values."""
+# Of which some take only the dtype.
+_DTYPE_ONLY = frozenset(
+    {
+        *(aten.new_full.default, aten.new_ones.default, aten.new_zeros.default),
+        *(aten.to.other, aten.type_as.default),
+    }
+)
 # Random if one of these arguments is neither 0 nor False, as in training.
 _RANDOM_IF = frozenset({"dropout_p", "train", "training"})
 # Memory that nobody has written yet, of given strides.
@@ -63,7 +72,7 @@ _ZEROED: dict[Any, Any] = {
 
 def reads_values(user: Node, source: Node) -> bool:
     """Whether a call reads what is in a tensor, and not its shape and dtype alone."""
-    if user.target in _SHAPE_ONLY:
+    if user.target in _LIKE_FIRST:
         return source in user.args[1:]
     return user.target not in LIKE_ANOTHER or user.args[0] is source
 
@@ -186,19 +195,15 @@ class _Run:
         """Arguments of a call, all constant; ``None`` where the call is not constant."""
         if not _is_deterministic(node):
             return None
-        values = self.values
-        if (
-            node.target in _SHAPE_ONLY
-            and (meta := tensor_meta(cast(Node, node.args[0]))) is not None
-        ):
-            given = () if node.target in _DTYPE_ONLY else meta.shape
-            shape = [size for size in given if isinstance(size, int)]
-            if len(shape) == len(given):
-                example = torch.empty(shape, dtype=meta.dtype)
-                values = {**values, cast(Node, node.args[0]): example}
-        if not all(source in values for source in node.all_input_nodes):
+        args = list(node.args)
+        position = int(node.target in LIKE_ANOTHER)
+        if node.target in _LIKE_FIRST | LIKE_ANOTHER and position < len(args):
+            args[position] = _without_values(node, cast(Node, args[position]))
+        sources: list[Node] = []
+        torch.fx.node.map_arg((args, node.kwargs), sources.append)
+        if not all(source in self.values for source in sources):
             return None
-        mapped = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        mapped = torch.fx.node.map_arg((args, node.kwargs), lambda n: self.values[n])
         return cast("tuple[Any, dict[str, Any]]", mapped)
 
     def _in(self, memory: set[int]) -> set[Node]:
@@ -213,6 +218,16 @@ class _Run:
             if attribute is not None and _storage(attribute) in memory:
                 found.add(node)
         return found
+
+
+def _without_values(node: Node, source: Node) -> Node | Tensor:
+    """A tensor that gives a call what it takes of ``source``, if that is the same in all calls."""
+    meta = tensor_meta(source)
+    if meta is None:
+        return source
+    given = () if node.target in _DTYPE_ONLY else meta.shape
+    shape = [size for size in given if isinstance(size, int)]
+    return torch.empty(shape, dtype=meta.dtype) if len(shape) == len(given) else source
 
 
 def _is_attribute(node: Node) -> bool:
