@@ -140,6 +140,7 @@ class Backend:
         kernels: op family -> what it does with it. A family without an entry is float.
         missing: how it runs what has no entry.
         float_targets: overloads of no family that it computes in float.
+        in_steps: whether it computes an op of no family in float because of who reads the result.
         outside: how all others of no family run, if not as ``missing``.
         wide: how it runs what is wider than its kernels; ``None``: they take any width.
         limits: of biases.
@@ -159,6 +160,7 @@ class Backend:
     missing: Kernel
     others: tuple[Arithmetic, ...] = ()
     float_targets: frozenset[Any] = frozenset()
+    in_steps: Callable[[Node], bool] = lambda _node: False
     outside: Kernel | None = None
     wide: Kernel | None = None
     limits: BiasLimits = _ANY_BIAS
@@ -192,6 +194,7 @@ class Backend:
             unmoved = kernel.placement in (Placement.FOLDED, Placement.OUTSIDE)
             return kernel if unmoved else self.missing
         known = rule_of(node) is not None or node.target in self.float_targets
+        known = known or self.in_steps(node)
         return self.missing if known or self.outside is None else self.outside
 
     def predict(self, match: PatternMatch, formats: Formats) -> Delegation:

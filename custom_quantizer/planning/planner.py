@@ -27,6 +27,7 @@ from custom_quantizer.planning.neighbors import (
 from custom_quantizer.planning.plan import Plan
 from custom_quantizer.planning.wide_ranges import (
     leave_divisor_guards,
+    leave_endless,
     leave_pole_guards,
     leave_shown_totals,
     leave_wide_ranges,
@@ -50,6 +51,7 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     for op in ops:
         if not op.moves_values:
             settle(op, backend)
+    leave_endless(ops)
     floats = leave_sums(ops)
     leave_joins(ops, floats, backend)
     leave_divisor_guards(ops)

@@ -14,8 +14,18 @@ from custom_quantizer.core.graph import constant_of, effective_users, is_constan
 from custom_quantizer.core.rewriting import step_target
 from custom_quantizer.ops import Formats, Trait, rule_of
 from custom_quantizer.ops.backend import Backend
-from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
-from custom_quantizer.ops.functions import DIV, EXP, NEG, RECIPROCAL, RSQRT, SQRT
+from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
+from custom_quantizer.ops.functions import (
+    ABS,
+    DIV,
+    EXP,
+    MAXIMUM,
+    MINIMUM,
+    NEG,
+    RECIPROCAL,
+    RSQRT,
+    SQRT,
+)
 from custom_quantizer.ops.gemm import LINEAR
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import AVG_POOL, MEAN
@@ -61,6 +71,38 @@ def leave_pole_guards(ops: Drafts, backend: Backend) -> None:
             continue
         for each in (source, *between):
             _leave_guard(each, what)
+
+
+def leave_endless(ops: Drafts) -> None:
+    """What a constant makes infinite has no scale: masks before maxima, sums of such masks.
+
+    A softmax or an exponential makes numbers of it again.
+    """
+    endless: set[Node] = set()
+    for op in ops:
+        hands_on = op.moves_values or op.rule in _HAND_ON
+        if op.match is None or not (hands_on or op.has(Trait.TABLE) or op.match.bounds):
+            continue
+        if not any(t in endless or _is_endless(t) for t in op.node.all_input_nodes):
+            continue
+        if op.scheme is not None or op.moves_values:
+            op.leave("it reads what a constant makes infinite, for which there is no scale")
+        if op.moves_values:
+            op.match = None
+        if hands_on:
+            endless.add(op.output)
+
+
+_HAND_ON = (ABS, ADD, DIV, MAXIMUM, MINIMUM, MUL, NEG, SUB, WHERE)
+"""Families that make infinities of infinities."""
+
+
+def _is_endless(tensor: Node) -> bool:
+    """Whether it is a constant that holds an infinity."""
+    if not is_constant(tensor) or tensor.op != "get_attr":
+        return False
+    value = constant_of(cast(GraphModule, tensor.graph.owning_module), tensor)
+    return value.is_floating_point() and bool(value.isinf().any())
 
 
 def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:

@@ -292,6 +292,7 @@ def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str
 # These rewrite float ops, which no family of the corpus has: tested in tests/ops,
 # and in test_lowering_combinations.py.
 FLOAT_OPS = {
+    "choices_by_extremes",
     "comparisons_in_steps",
     "drop_broadcasts",
     "exponentials_and_logarithms",
@@ -983,12 +984,6 @@ def test_a_pass_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         run_passes(copy.deepcopy(graph))
 
 
-def test_what_is_written_out_in_steps_is_planned_as_float_of_the_delegate() -> None:
-    steps = passes.functions.BY_STEPS | passes.quotients.STEPS.keys() | passes.running.SUMS.keys()
-    steps |= passes.comparisons.SHRINKS.keys()
-    assert steps <= kernels.FLOAT_TARGETS
-
-
 OF_SIZES: tuple[Callable[[Tensor, Any], Tensor], ...] = (
     lambda x, n: aten.elu.default(x, n / 16, 1.5, n / 8),
     lambda x, n: F.celu(x, n / 8),
@@ -1117,6 +1112,57 @@ def test_comparisons_that_are_read_as_numbers_are_steps_of_float() -> None:
     assert not {aten.to.dtype, aten.gt.Scalar, aten.__and__.Tensor} & kept
     for got, want in zip(rewritten(x, y), graph(x, y), strict=True):
         assert torch.equal(got, want)
+
+
+CHOSEN: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
+    lambda x, y, m: torch.where(x > 0, x, 0.1 * (x.exp() - 1)),
+    lambda x, y, m: torch.where(x > 0, F.relu(x).log(), y),
+    lambda x, y, m: torch.where(m, x, 1 / y),
+    lambda x, y, m: torch.where(m & (x < y), y.exp(), -y.exp()),
+    lambda x, y, m: torch.where(KEPT, x.exp(), -math.inf),
+    lambda x, y, m: torch.where(x[:, :1] > 0, y[0], -math.inf),
+    lambda x, y, m: torch.where(x > y, -math.inf, math.inf),
+    lambda x, y, m: torch.where(x > y, 1e9, y),
+    lambda x, y, m: x.masked_fill(~KEPT, -math.inf).amax(1, keepdim=True),
+)
+KEPT = torch.arange(8) % 3 > 0
+
+
+def test_where_is_an_extreme_of_extremes() -> None:
+    """Of infinities, too, and with the sign of zeros."""
+    inputs = torch.tensor([0.0, -0.0, 90.0, -90.0, 1.0, 3e38, -3e38, math.inf]).repeat(6, 1)
+    inputs = torch.cat([inputs, torch.randn(3, 8)])
+    x, y = inputs, inputs.flip(0)[:, torch.randperm(8)]
+    given = (x, y, torch.rand(9, 8) > 0.5)
+    function = Function(lambda _s, *args: [choose(*args) for choose in CHOSEN])
+    graph = canonicalize(capture(function, given))
+    rewritten, count = after("choices_by_extremes", graph)
+    assert count == len(CHOSEN)
+    rewritten.graph.eliminate_dead_code()
+    assert not calls(rewritten, aten.where.self)
+    for got, want, model in zip(rewritten(*given), graph(*given), function(*given), strict=True):
+        assert torch.equal(want.view(torch.int32), model.view(torch.int32))
+        assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda x, y: torch.where(x > 0, x.log(), y),
+        lambda x, y: torch.where(x > 0, x, x / y),
+        lambda x, y: torch.where(x > 0, y, x.exp() * y),
+        lambda x, y: torch.where(x > 0, y, x.exp() - y.exp()),
+        lambda x, y: torch.where(x > 0, y, x.sqrt()),
+        lambda x, y: torch.where(x.isnan(), y, x.exp()),
+        lambda x, y: torch.where(x == x, x.exp(), y),
+        lambda x, y: torch.where(x > 0, math.nan, y),
+        lambda x, y: torch.where(x > 0, x.round(), y),  # of no family
+    ],
+)
+def test_where_of_what_may_be_nan_stays(choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+    function = Function(lambda _s, *args: choose(*args))
+    graph = canonicalize(capture(function, (torch.randn(4), torch.randn(4))))
+    assert after("choices_by_extremes", graph)[1] == 0
 
 
 def test_what_asks_whether_values_are_numbers_is_compared() -> None:

@@ -321,3 +321,61 @@ def test_comparisons_of_floats_become_numbers_in_one_delegate() -> None:
     graph = quantized(Function(compared, linear=nn.Linear(8, 8)), (finite, y.clamp(-3, 3)))
     lowered = lowered_exactly(graph, (finite, y), [(x, y), (y, x)])
     assert (lowered.report.delegates, lowered.report.outside) == (1, ())
+
+
+def test_choices_of_what_may_be_infinite_are_made_in_one_delegate() -> None:
+    def chosen(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        z = m.linear(x)
+        curve = torch.where(z > 0, z, 0.1 * (torch.exp(z) - 1))
+        left = (x @ x.mT).masked_fill(CAUSAL, -math.inf)  # the weights of an xLSTM
+        shares = torch.exp(left - left.amax(-1, keepdim=True))
+        counts = (z > 0).float().sum(1, keepdim=True)
+        mean = torch.where(counts > 2, z.sum(1, keepdim=True) / counts.clamp(min=1), z.sum() / 3)
+        return tuple(map(m.linear, (curve, shares @ x, mean)))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8)
+    graph = quantized(Function(chosen, linear=nn.Linear(8, 8)), (x,))
+    lowered = lowered_exactly(graph, (x,), [(x * 1e3,), (x * 1e-3,)])
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ())
+
+
+def test_comparisons_with_what_is_no_number_are_none() -> None:
+    """PyTorch takes them for false; who computes with them gets NaN here, and not a number."""
+
+    def compared(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        conditions = [y > 0.25, y < x, y <= 0.25, y >= x, y == x, y != x]
+        chosen = torch.where(y > 0.25, x.exp(), x)
+        return m.linear(x), chosen, *(c.float() for c in conditions)
+
+    x, y = torch.ones(2, 1, 8)
+    graph = quantized(Function(compared, linear=nn.Linear(8, 8)), (x, y))
+    lowered = cq.lower(graph, (x, y))
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ())
+    y = torch.tensor([[math.nan, 1.0] * 4])
+    for result in lowered.run(x, y)[1:]:
+        assert torch.equal(result.isnan(), y.isnan())
+
+
+@pytest.mark.parametrize(
+    ("where", "inside"),
+    [
+        (lambda x: torch.where((x > 0.2) & ~(x > 1.0), x.exp(), x), {"gt", "gt_1", "where"}),
+        (lambda x: torch.where(x > 0.2, x.log(), x), set()),
+        (lambda x: x * (x > 0.2), {"gt"}),
+        (lambda x: (x * (x > 0.2), x < 1.0), {"gt"}),
+        (lambda x: x.masked_fill(KEPT.tile(2), -math.inf).amax(), {"masked_fill", "amax"}),
+        (lambda x: (x > 0.2).any(), set()),
+    ],
+)
+def test_a_plan_knows_what_is_compared_in_the_delegate(
+    where: Callable[[Tensor], Any], inside: set[str]
+) -> None:
+    model = Function(lambda s, x: where(s.linear(x)), linear=nn.Linear(8, 8))
+    exported = torch.export.export(model.eval(), (torch.randn(2, 8),))
+    plan = cq.IntegerQuantizer().set_global("a8w8").plan(exported)
+    asked = [
+        op for op in plan.ops if op.written.split("_")[0] in ("amax", "gt", "lt", "masked", "where")
+    ]
+    assert {op.written for op in asked if op.placement == "float inside"} == inside
+    assert {op.placement for op in asked if op.written not in inside} <= {"outside"}

@@ -15,16 +15,19 @@ are taken; of those that are not for want of a kernel:
 
 from __future__ import annotations
 
+import torch
+
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK, XNNPACK_NEON
 from custom_quantizer.backends.xnnpack.kernels import (
     EMULATED,
     FLOAT,
-    FLOAT_TARGETS,
     PORTABLE,
     SUPPORT,
     refuses_integers,
     refuses_tensor,
 )
+from custom_quantizer.backends.xnnpack.passes import IN_STEPS
+from custom_quantizer.backends.xnnpack.passes.comparisons import is_read_as_number
 from custom_quantizer.backends.xnnpack.run_time import RUN_TIME
 from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, BiasLimits
 from custom_quantizer.ops.backend import Backend
@@ -32,6 +35,10 @@ from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS, legalize_b
 
 __all__ = ["BACKEND"]
 
+aten = torch.ops.aten
+
+_TAKEN = frozenset({aten.sin.default, aten.cos.default, aten.pow.Tensor_Scalar, aten.max.dim})
+"""Ops of no family that ExecuTorch's partitioner hands to XNNPACK as they are."""
 
 BACKEND = Backend(
     name="xnnpack",
@@ -40,7 +47,8 @@ BACKEND = Backend(
     others=(XNNPACK_NEON,),
     kernels=SUPPORT,
     missing=FLOAT,
-    float_targets=FLOAT_TARGETS,
+    float_targets=_TAKEN | IN_STEPS,
+    in_steps=is_read_as_number,
     outside=PORTABLE,
     wide=EMULATED,
     limits=BiasLimits(MAX_EXACT_BIAS, WIDE_BIAS),

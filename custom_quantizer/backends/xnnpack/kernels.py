@@ -27,6 +27,7 @@ from custom_quantizer.core.graph import (
     is_constant,
     is_dequantize,
     is_empty,
+    is_float32,
     is_quantize,
     is_same_shape,
     is_sized_by_data,
@@ -74,13 +75,13 @@ from custom_quantizer.ops.pool import (
     pool_window,
 )
 from custom_quantizer.ops.resize import LAYERED, UPSAMPLE_BILINEAR, resizings_of
+from custom_quantizer.ops.values import chooses_numbers
 
 __all__ = [
     "CHAIN_LIMIT",
     "DYNAMIC_INT8",
     "EMULATED",
     "FLOAT",
-    "FLOAT_TARGETS",
     "FOLDED",
     "INT8",
     "INT8_CONTAINER",
@@ -92,6 +93,7 @@ __all__ = [
     "TABLE",
     "WIDEST_PRODUCT",
     "can_be_batched",
+    "chooses_in_steps",
     "is_pointwise",
     "matmul_batch",
     "packable_features",
@@ -553,6 +555,15 @@ def _softplus(match: PatternMatch, _formats: Formats) -> Delegation:
     return Delegation(FLOAT)
 
 
+def chooses_in_steps(where: Node) -> bool:
+    """Whether maxima and minima, which are float of the delegate, choose for a ``where``."""
+    return is_float32(where) and chooses_numbers(where)
+
+
+def _where(match: PatternMatch, _formats: Formats) -> Delegation:
+    return Delegation(FLOAT if chooses_in_steps(match.node) else PORTABLE)
+
+
 def _functions() -> dict[str, Support]:
     special = {
         functions.GELU: Support(_table, integers=gelu_integers),
@@ -572,43 +583,6 @@ def _functions() -> dict[str, Support]:
 # ---------------------------------------------------------------------------------------------
 # The table
 # ---------------------------------------------------------------------------------------------
-
-
-FLOAT_TARGETS = frozenset(
-    {
-        aten.sin.default,
-        aten.cos.default,
-        aten.pow.Tensor_Scalar,
-        aten.max.dim,
-        aten.batch_norm.default,
-        # What passes write out.
-        aten.cumsum.default,
-        aten.div.Scalar_mode,
-        aten.div.Tensor_mode,
-        aten.floor_divide.Scalar,
-        aten.floor_divide.default,
-        aten.fmod.Scalar,
-        aten.fmod.Tensor,
-        aten.remainder.Scalar,
-        aten.remainder.Scalar_Tensor,
-        aten.remainder.Tensor,
-        aten.frac.default,
-        aten.round.default,
-        aten.sign.default,
-        aten.trunc.default,
-        aten.hardshrink.default,
-        aten.softshrink.default,
-        aten.threshold.default,
-        aten.exp2.default,
-        aten.expm1.default,
-        aten.log10.default,
-        aten.log1p.default,
-        aten.log2.default,
-        aten.logcumsumexp.default,
-        aten.logsumexp.default,
-    }
-)
-"""Ops of no family that XNNPACK computes in float, by the partitioner's list or in steps."""
 
 
 _STORED = scheme("a8w8-per_tensor").weight
@@ -650,7 +624,9 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         **_functions(),
         LOG_SOFTMAX.family: Support(_always(FLOAT), float_reason=_STEPS.format(LOG_SOFTMAX.noun)),
         WHERE.family: Support(
-            _always(PORTABLE), float_reason=f"XNNPACK has no {WHERE.noun} at all"
+            _where,
+            float_reason="XNNPACK has no where; maxima and minima compute it if no operand may be "
+            "NaN, which they lose",
         ),
         EMBEDDING.family: Support(
             _always(PORTABLE),

@@ -28,12 +28,11 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by, reached
 from custom_quantizer.core.rewriting import IN_FLOAT, Insertion, Rewrite
 from custom_quantizer.ops import match_of, rule_of
-from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
-from custom_quantizer.ops.elementwise import WHERE
-from custom_quantizer.ops.functions import DIV, EXP, LOG, MINIMUM, RECIPROCAL, RSQRT, SQRT
-from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
-from custom_quantizer.ops.movement import IDENTITY
+from custom_quantizer.ops.attention import MATMUL
+from custom_quantizer.ops.gemm import CONV, LINEAR
+from custom_quantizer.ops.movement import EXPAND, IDENTITY, PERMUTE, RESHAPE, SLICE
 from custom_quantizer.ops.rewrites.constants import reads_values
+from custom_quantizer.ops.values import Holds, asks_what_is_finite, values_of
 
 __all__ = ["MASKED", "MASKS", "added_mask", "attended", "is_finite"]
 
@@ -58,6 +57,9 @@ _NOTHING = -8e8
 
 _LEFT_OUT = -1e4
 """From here on a score is taken to be masked out: exp of it is 0 next to any score of a network."""
+
+_LAYERS = frozenset({CONV, LINEAR, MATMUL})
+"""What they give is finite."""
 
 _SHARED = "custom_quantizer_mask"
 """Marks, in ``meta``, what was made of a mask: it stands before all others who read that mask."""
@@ -131,7 +133,7 @@ def _is_finite_mask(insert: Insertion, mask: Node) -> bool:
     def finite(node: Node) -> bool:
         if is_constant(node):
             return bool(torch.isfinite(constant_of(insert.model, node)).all())
-        return _SHARED in node.meta or rule_of(node) in _SUMS or bool(_terms(node))
+        return _SHARED in node.meta or rule_of(node) in _LAYERS or bool(_terms(node))
 
     return all(map(finite, reached(mask, _terms)))
 
@@ -236,7 +238,8 @@ def _where(insert: Insertion) -> Node | None:
 def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node | None:
     """``left`` where a condition holds, else ``right``, by sums and products.
 
-    Both are multiplied by 0 where they are not wanted, so they must be finite there.
+    Both are multiplied by 0 where they are not wanted, so they must be finite there; what need not
+    be is a ``where`` of tensors.
     """
     meta = tensor_meta(insert.node)
     kind = tensor_meta(condition)
@@ -246,17 +249,12 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
     for data, number, where in ((right, left, True), (left, right, False)):
         if isinstance(data, Node) and isinstance(number, float) and number <= _LEFT_OUT:
             masked = MASKED if number == -math.inf else _LARGE
-            return _without(insert, data, condition, masked, where=where)
+            scores = _without(insert, data, condition, masked, where=where)
+            return scores or _of_tensors(insert, condition, left, right)
     sides = (left, right)
-    if any(isinstance(side, Node) and not is_finite(insert, side) for side in sides):
-        return None
-    if _asks_what_is_finite(condition):
-        return None
-    # Written so that NaN is refused, too.
-    if any(isinstance(side, float) and not abs(side) < -_LEFT_OUT for side in sides):
-        return None
-    if insert.training and not is_constant(condition):
-        return None
+    given = insert.training and not is_constant(condition)
+    if given or asks_what_is_finite(condition) or not all(_is_small(insert, s) for s in sides):
+        return _of_tensors(insert, condition, left, right)
     wanted = [_part(insert, condition, left, where=True)]
     wanted.append(_part(insert, condition, right, where=False))
     parts = [part for part in wanted if part is not None]
@@ -266,25 +264,39 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
     return total if is_same_shape(shape_of(total), shape_of(insert.node)) else None
 
 
+def _is_small(insert: Insertion, side: Any) -> bool:
+    """Whether 0 times a side is 0, and the integers of others still show beside a number."""
+    return is_finite(insert, side) if isinstance(side, Node) else abs(side) < -_LEFT_OUT
+
+
+def _of_tensors(insert: Insertion, condition: Node, left: Any, right: Any) -> Node | None:
+    """The family's form of a choice, as the graph has one op for all of them then."""
+    numbers = {"left": left, "right": right}
+    if insert.node.target is aten.where.self and (left, right) == insert.node.args[1:]:
+        return None
+    tensors = [
+        side if isinstance(side, Node) else insert.constant(name, torch.tensor(side))
+        for name, side in numbers.items()
+    ]
+    return insert.call(aten.where.self, condition, *tensors)
+
+
 def _masked_exp(insert: Insertion) -> Node | None:
     """What a mask leaves out before an exponential is 0 behind it, and 0 times anything before."""
-    filled = insert.node.args[0]
-    if not isinstance(filled, Node) or filled.target not in _FILLS or overwritten_by(filled):
+    where = insert.node.args[0]
+    if not isinstance(where, Node) or where.target is not aten.where.self or overwritten_by(where):
         return None
-    data, condition = cast("tuple[Node, Node]", filled.args[:2])
-    meta, number = tensor_meta(data), _number(insert, filled.args[2])
+    condition, filled, data = cast("tuple[Node, Node, Node]", where.args)
+    meta, number = tensor_meta(data), _number(insert, filled)
     if meta is None or meta.dtype != torch.float32 or not isinstance(number, float):
         return None
-    if not number <= _LEFT_OUT or not is_finite(insert, data) or _asks_what_is_finite(condition):
+    if not number <= _LEFT_OUT or not is_finite(insert, data) or asks_what_is_finite(condition):
         return None
     if insert.training and not is_constant(condition):
         return None
     kept = cast(Node, _part(insert, condition, data, where=False))
     result = insert.call(aten.exp.default, kept)
     return _part(insert, condition, result, where=False)
-
-
-_FILLS = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
 
 
 def _without(
@@ -310,9 +322,11 @@ _ZEROS = frozenset({aten.new_zeros.default, aten.zeros.default, aten.zeros_like.
 
 _MOVES = frozenset(
     {
-        *(aten.clone.default, aten.contiguous.default, aten.expand.default, aten.permute.default),
-        *(aten.reshape.default, aten.slice.Tensor, aten.squeeze.dim, aten.transpose.int),
-        *(aten.unsqueeze.default, aten.view.default),
+        *RESHAPE.targets,
+        *PERMUTE.targets,
+        *SLICE.targets,
+        *EXPAND.targets,
+        *(aten.clone.default, aten.contiguous.default, aten.mT.default),
     }
 )
 
@@ -374,93 +388,9 @@ def _part(insert: Insertion, condition: Node, side: Any, *, where: bool) -> Node
     return insert.call(aten.mul.Tensor, *factors)
 
 
-_UNBOUNDED = (DIV, EXP, LOG, LOG_SOFTMAX, RECIPROCAL, RSQRT, SQRT, WHERE)
-"""Families that make infinities, or no numbers, of ordinary ones."""
-
-
-_SUMS = frozenset({CONV, CONV_TRANSPOSE, LINEAR, MATMUL, SOFTMAX})
-"""Families that mix values: one that is no number in there spoils results anyway."""
-
-
-_ASKS = frozenset(
-    {
-        *(aten.isfinite.default, aten.isinf.default, aten.isnan.default),
-        *(aten.isneginf.default, aten.isposinf.default),
-    }
-)
-
-
-def _asks_what_is_finite(condition: Node) -> bool:
-    """Whether values that are no numbers are expected: they are what the condition is about."""
-    waiting, seen = [condition], {condition}
-    while waiting:
-        node = waiting.pop()
-        values = node.args[:2]
-        if node.target in _ASKS or (len(values) == 2 and values[0] is values[1]):
-            return True
-        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
-            return True
-        near = [source for source in node.all_input_nodes if source not in seen]
-        seen.update(near)
-        waiting += [n for n in near if (m := tensor_meta(n)) is not None and m.dtype == torch.bool]
-    return False
-
-
 def is_finite(insert: Insertion, side: Node) -> bool:
-    """Whether nothing between a tensor and the layers before it makes infinities."""
-    waiting, seen = [side], {side}
-    while waiting:
-        node = waiting.pop()
-        if _FINITE in node.meta:
-            continue
-        if is_constant(node):
-            if not bool(torch.isfinite(constant_of(insert.model, node)).all()):
-                return False
-            continue
-        rule = rule_of(node)
-        if node.op == "placeholder" or rule in _SUMS:
-            continue
-        if not (
-            (rule is not None and rule not in _UNBOUNDED)
-            or (rule is DIV and _has_no_zeros(insert, node.args[1]))
-            or (node.target in _EXPONENTIALS and _is_bounded_above(insert, node.args[0]))
-        ):
-            return False
-        waiting += [source for source in node.all_input_nodes if source not in seen]
-        seen.update(node.all_input_nodes)
-    for node in seen:
-        node.meta[_FINITE] = True
-    return True
-
-
-_FINITE = "custom_quantizer_finite"
-"""Marks, in ``meta``, what :func:`is_finite` found to be, so that chains are not walked again."""
-
-
-_EXPONENTIALS = frozenset({aten.exp.default, aten.exp2.default, aten.expm1.default})
-
-
-def _is_bounded_above(insert: Insertion, power: object) -> bool:
-    """Whether a tensor is kept below a number, of which exponentials are finite."""
-    match = match_of(power) if isinstance(power, Node) else None
-    if match is None or overwritten_by(match.node) is not None:
-        return False
-    bounds = [math.inf if match.bounds is None else match.bounds[1]]
-    if match.rule is MINIMUM:
-        constants = filter(is_constant, match.inputs)
-        bounds += [float(constant_of(insert.model, node).max()) for node in constants]
-    return min(bounds) < _LARGEST_POWER
-
-
-_LARGEST_POWER = 80.0
-"""``exp`` of it is a float32 number."""
-
-
-def _has_no_zeros(insert: Insertion, divisor: object) -> bool:
-    """Whether a divisor is a number, or a constant, by which anything can be divided."""
-    if isinstance(divisor, Node):
-        return is_constant(divisor) and bool(constant_of(insert.model, divisor).all())
-    return bool(divisor)
+    """Whether a tensor holds nothing but finite numbers."""
+    return values_of(insert.model, side).holds is Holds.FINITE
 
 
 MASKS: Mapping[Any, Rewrite] = MappingProxyType(

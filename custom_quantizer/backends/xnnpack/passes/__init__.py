@@ -17,6 +17,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     activations,
     attention,
     boundaries,
+    choices,
     cleanup,
     comparisons,
     dims,
@@ -50,6 +51,7 @@ __all__ = [
     "FOR_OUR_PARTITIONER",
     "FOR_UPSTREAMS_PARTITIONER",
     "GEMMS",
+    "IN_STEPS",
     "ORIGIN",
     "PASSES",
     "STAGES",
@@ -75,6 +77,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
     "ops": (
         pool.simplify_pools,
         cleanup.drop_identities,
+        choices.choices_by_extremes,
         comparisons.comparisons_in_steps,
         attention.quantize_tables,
         attention.gather_rows,
@@ -170,6 +173,17 @@ def ordered(passes: Iterable[GraphPass]) -> tuple[GraphPass, ...]:
 PASSES = tuple(graph_pass for stage in STAGES.values() for graph_pass in ordered(stage))
 """All passes, in the order in which they run."""
 
+
+IN_STEPS = frozenset(
+    {
+        *functions.BY_STEPS,
+        *quotients.STEPS,
+        *running.SUMS,
+        *comparisons.SHRINKS,
+        *normalization.IN_STEPS,
+    }
+)
+"""Ops of no family that passes write in steps of float."""
 
 FOR_OUR_PARTITIONER = frozenset({merging.transpose_second_factors.name})
 """Passes that only cost time where upstream's partitioner follows: it has products in float."""

@@ -157,8 +157,11 @@ class Numbers(Builder):
     """A builder that gives ops their numbers as one-element tensors, as XNNPACK fuses them."""
 
     def number(self, value: float) -> Node:
-        name = f"{self.origin}_constant"
-        return add_constant(self.model, name, torch.tensor([value]), self.anchor)
+        return self.constant("constant", torch.tensor([value]))
+
+    def constant(self, name: str, value: Tensor) -> Node:
+        """A constant that is named after the op."""
+        return add_constant(self.model, f"{self.origin}_{name}", value, self.anchor)
 
     def times(self, value: Node, factor: float | Node) -> Node:
         """The product with a number, also one that the graph computes from sizes."""

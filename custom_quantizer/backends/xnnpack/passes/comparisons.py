@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.backends.xnnpack.kernels import refuses_tensor
+from custom_quantizer.backends.xnnpack.kernels import chooses_in_steps, refuses_tensor
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Numbers,
     Steps,
@@ -26,11 +26,13 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
 from custom_quantizer.core.arithmetic import round_to_float32
 from custom_quantizer.core.graph import (
     constant_of,
+    effective_users,
     is_constant,
     is_dequantize,
     is_float32,
     is_number,
 )
+from custom_quantizer.ops.elementwise import WHERE
 from custom_quantizer.ops.movement import EXPAND, PERMUTE, RESHAPE, SELECT, SLICE
 
 aten = torch.ops.aten
@@ -78,6 +80,38 @@ def _masks_to_numbers(model: GraphModule) -> int:
     for reader in readers:
         replace(reader, numbers[reader.args[0]])
     return len(readers)
+
+
+def is_read_as_number(mask: Node) -> bool:
+    """Whether a comparison, or what joins some, is computed in steps for all who read it."""
+    waiting, seen = [mask], {mask}
+    while waiting:
+        node = waiting.pop()
+        if not _is_able(node):
+            return False
+        for user in effective_users(node):
+            if user.target in _LOGIC or user.target in _MOVES:
+                waiting += [user] if user not in seen else []
+                seen.add(user)
+            elif not (user.target in _READERS and is_float32(user)) and not (
+                user.target in WHERE.targets and chooses_in_steps(user)
+            ):
+                return False
+    return True
+
+
+def _is_able(mask: Node) -> bool:
+    """Whether a mask is made of comparisons that have steps."""
+    waiting: list[Any] = [mask]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, Node):
+            return False
+        if node.target in _LOGIC or node.target in _MOVES:
+            waiting += _sources(node)
+        elif not _is_comparison(node):
+            return False
+    return True
 
 
 def _sources(mask: Node) -> Sequence[Any]:

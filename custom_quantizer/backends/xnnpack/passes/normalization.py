@@ -374,3 +374,7 @@ def _broadcasts(user: Node, node: Node, source: Node) -> bool:
     shapes = [shape_of(source), *(shape_of(other) for other in others)]
     broadcast = cast("Callable[..., torch.Size]", torch.broadcast_shapes)
     return is_same_shape(broadcast(*shapes), shape_of(user))
+
+
+IN_STEPS = frozenset({aten.batch_norm.default, aten.logsumexp.default})
+"""Ops of no family that are written here."""

@@ -1,0 +1,343 @@
+"""What numbers tensors may hold: all finite, infinite ones as well, or some that are none.
+
+What layers give and what a model is given is taken to be finite, and no sum or product of finite
+numbers to overflow. Functions make infinities of ordinary numbers: exponentials, quotients,
+logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_TENSOR,
+    constant_of,
+    is_constant,
+    is_dequantize,
+    is_number,
+    tensor_meta,
+)
+from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.ops import match_of, rule_of
+from custom_quantizer.ops._rule import OpRule
+from custom_quantizer.ops.attention import MATMUL, SOFTMAX
+from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
+from custom_quantizer.ops.functions import (
+    ABS,
+    CEIL,
+    DIV,
+    ELU,
+    EXP,
+    FLOOR,
+    HARDSIGMOID,
+    LEAKY_RELU,
+    LOG,
+    MAXIMUM,
+    MINIMUM,
+    NEG,
+    RECIPROCAL,
+    RSQRT,
+    SIGMOID,
+    SOFTPLUS,
+    SQRT,
+    TANH,
+)
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
+from custom_quantizer.ops.movement import PAD
+from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR
+
+__all__ = ["Holds", "Values", "asks_what_is_finite", "chooses_numbers", "values_of"]
+
+aten = torch.ops.aten
+
+
+class Holds(IntEnum):
+    """What a tensor may hold besides ordinary numbers."""
+
+    FINITE = 0
+    INFINITE = 1
+    NAN = 2
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a tensor may hold: which kinds of numbers, and from where to where."""
+
+    holds: Holds = Holds.FINITE
+    low: float = -math.inf
+    high: float = math.inf
+    has_zeros: bool = True
+
+    @property
+    def is_never_zero(self) -> bool:
+        """Kernels take subnormal numbers for zeros."""
+        return not self.has_zeros or self.low >= _LEAST or self.high <= -_LEAST
+
+
+_MAKE_OTHERS = (PAD, UPSAMPLE_BILINEAR)
+"""Families of moves whose results hold other numbers than they read."""
+
+_LEAST = torch.finfo(torch.float32).tiny
+_ANY = Values(Holds.NAN)
+_FINITE = Values()
+_SHARE = Values(low=0.0, high=1.0)
+
+_KNOWN = "custom_quantizer_finite"
+"""Key in ``meta`` of what was found to be finite, so that chains are not walked again."""
+
+
+def values_of(model: torch.nn.Module, tensor: Node) -> Values:
+    """What a tensor of a graph may hold."""
+    found: dict[Any, Values] = {}
+    waiting = [tensor]
+    while waiting:
+        node = waiting[-1]
+        known = found.get(node) or node.meta.get(_KNOWN) or _given(model, node)
+        missing = [] if known else [s for s in node.all_input_nodes if s not in found]
+        if missing:
+            waiting += missing
+            continue
+        found[waiting.pop()] = result = known or _made(node, found)
+        if result.holds is Holds.FINITE:
+            node.meta[_KNOWN] = result
+    return found[tensor]
+
+
+def chooses_numbers(where: Node) -> bool:
+    """Whether nothing that a ``where`` reads may be NaN, so that extremes can choose for it."""
+    model = cast(GraphModule, where.graph.owning_module)
+    condition, *sides = where.args[:3]
+    return not asks_what_is_finite(cast(Node, condition)) and all(
+        values_of(model, side).holds < Holds.NAN if isinstance(side, Node) else side == side
+        for side in sides
+    )
+
+
+def asks_what_is_finite(condition: Node) -> bool:
+    """Whether values that are no numbers are expected: they are what the condition is about."""
+    waiting, seen = [condition], {condition}
+    while waiting:
+        node = waiting.pop()
+        values = node.args[:2]
+        if node.target in _ASKS or (len(values) == 2 and values[0] is values[1]):
+            return True
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+            return True
+        near = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(near)
+        waiting += [n for n in near if (m := tensor_meta(n)) is not None and m.dtype == torch.bool]
+    return False
+
+
+_ASKS = frozenset(
+    {
+        *(aten.isfinite.default, aten.isinf.default, aten.isnan.default),
+        *(aten.isneginf.default, aten.isposinf.default),
+    }
+)
+
+_SUMS = frozenset({CONV, CONV_TRANSPOSE, LINEAR, MATMUL, SOFTMAX})
+"""Families that mix values: one that is no number in there spoils results anyway."""
+
+
+def _given(model: torch.nn.Module, node: Node) -> Values | None:
+    """What is known of a tensor without a look at what it is made of."""
+    if node.op == "get_attr" and is_constant(node):
+        return _of_constant(constant_of(model, node))
+    meta, rule = tensor_meta(node), rule_of(node)
+    if is_number(node) or (meta is not None and not meta.is_floating_point()):
+        return _SHARE if meta is not None and meta.dtype == torch.bool else _FINITE
+    if is_dequantize(node):
+        return _of_integers(node)
+    if node.op == "placeholder" or rule in _SUMS:
+        return _SHARE if rule is SOFTMAX else _FINITE
+    return _ANY if node.op != "call_function" or overwritten_by(node) is not None else None
+
+
+def _of_constant(value: torch.Tensor) -> Values:
+    if not value.numel() or not value.is_floating_point():
+        return _FINITE
+    low, high = (float(end) for end in value.aminmax())
+    if math.isnan(low):
+        return _ANY
+    holds = Holds.FINITE if math.isfinite(high - low) else Holds.INFINITE
+    return Values(holds, low, high, has_zeros=bool((value.abs() < _LEAST).any()))
+
+
+def _of_integers(dequantize: Node) -> Values:
+    """What a scale and a zero point make of the least and the largest integer."""
+    if dequantize.target is not DEQUANTIZE_PER_TENSOR:
+        return _FINITE
+    params = dequantize.args[1:5]
+    if not all(isinstance(number, (int, float)) for number in params):
+        return _FINITE
+    scale, zero_point, least, most = cast("tuple[float, int, int, int]", params)
+    return Values(low=(least - zero_point) * scale, high=(most - zero_point) * scale)
+
+
+def _made(node: Node, found: Mapping[Any, Values]) -> Values:
+    """What a call gives of what it reads."""
+    rule, sources = rule_of(node), [found[source] for source in node.all_input_nodes]
+    holds = max((source.holds for source in sources), default=Holds.FINITE)
+    if holds is Holds.NAN:
+        return _ANY
+    steps = _OF_TARGETS.get(node.target) or (_OF_FAMILIES.get(rule) if rule is not None else None)
+    if steps is not None:
+        operands = [_operand(arg, found) for arg in node.args[:2]]
+        return steps(node, *(operand for operand in operands if operand is not None))
+    if rule is WHERE or (rule is not None and rule.moves_values and rule not in _MAKE_OTHERS):
+        return _one_of(holds, sources)
+    return _FINITE if rule is not None and holds is Holds.FINITE else _ANY
+
+
+def _operand(arg: Any, found: Mapping[Any, Values]) -> Values | None:
+    if isinstance(arg, Node):
+        return found[arg]
+    if not isinstance(arg, (int, float)):
+        return None
+    number = float(arg)
+    holds = Holds.FINITE if math.isfinite(number) else Holds.INFINITE
+    return _ANY if math.isnan(number) else Values(holds, number, number)
+
+
+def _one_of(holds: Holds, sources: list[Values]) -> Values:
+    return Values(holds, min(s.low for s in sources), max(s.high for s in sources))
+
+
+def _add(node: Node, a: Values, b: Values) -> Values:
+    if node.kwargs:  # a factor
+        return _FINITE if a.holds is b.holds is Holds.FINITE else _ANY
+    infinite = (a.holds, b.holds) == (Holds.INFINITE, Holds.INFINITE)
+    opposite = max(a.high, b.high) == math.inf and min(a.low, b.low) == -math.inf
+    if infinite and opposite:
+        return _ANY
+    ends = (a.low + b.low, a.high + b.high)
+    return _ANY if any(map(math.isnan, ends)) else Values(max(a.holds, b.holds), *ends)
+
+
+def _negative(x: Values) -> Values:
+    return Values(x.holds, -x.high, -x.low)
+
+
+def _sub(node: Node, a: Values, b: Values) -> Values:
+    return _add(node, a, _negative(b))
+
+
+def _mul(node: Node, a: Values, b: Values) -> Values:
+    same = node.args[0] is node.args[1]
+    low = 0.0 if same or min(a.low, b.low) >= 0.0 else -math.inf
+    for x, other in ((a, b), (b, a)):
+        if x.holds is Holds.INFINITE and not (same or other.is_never_zero):
+            return _ANY
+    return Values(max(a.holds, b.holds), low)
+
+
+def _div(_node: Node, a: Values, b: Values) -> Values:
+    if (a.holds, b.holds) == (Holds.INFINITE, Holds.INFINITE):
+        return _ANY
+    if b.is_never_zero:
+        return Values(a.holds, 0.0 if a.low >= 0.0 and b.low > 0.0 else -math.inf)
+    return Values(Holds.INFINITE) if a.is_never_zero else _ANY
+
+
+def _reciprocal(node: Node, x: Values) -> Values:
+    return _div(node, Values(low=1.0, high=1.0), x)
+
+
+_LARGEST_POWER = 80.0
+"""``exp`` of it is a float32 number."""
+
+
+def _exp(_node: Node, x: Values) -> Values:
+    return Values(Holds.FINITE if x.high < _LARGEST_POWER else Holds.INFINITE, 0.0)
+
+
+def _expm1(node: Node, x: Values) -> Values:
+    return Values(_exp(node, x).holds, -1.0)
+
+
+def _log(_node: Node, x: Values) -> Values:
+    if x.low < 0.0:
+        return _ANY
+    return Values(x.holds if x.is_never_zero else Holds.INFINITE)
+
+
+def _sqrt(_node: Node, x: Values) -> Values:
+    return _ANY if x.low < 0.0 else Values(x.holds, 0.0)
+
+
+def _rsqrt(_node: Node, x: Values) -> Values:
+    if x.low < 0.0:
+        return _ANY
+    return Values(low=0.0) if x.is_never_zero else Values(Holds.INFINITE)
+
+
+def _clamp(node: Node, x: Values, *_bounds: Values) -> Values:
+    match = match_of(node)
+    if match is None or match.bounds is None:
+        return Values(x.holds)
+    least, most = match.bounds
+    low, high = (min(max(end, least), most) for end in (x.low, x.high))
+    bounded = math.isfinite(low) and math.isfinite(high)
+    return Values(Holds.FINITE if bounded else x.holds, low, high)
+
+
+def _maximum(_node: Node, a: Values, b: Values) -> Values:
+    return Values(max(a.holds, b.holds), max(a.low, b.low), max(a.high, b.high))
+
+
+def _minimum(_node: Node, a: Values, b: Values) -> Values:
+    return Values(max(a.holds, b.holds), min(a.low, b.low), min(a.high, b.high))
+
+
+def _within(low: float, high: float) -> Callable[..., Values]:
+    return lambda _node, *_read: Values(low=low, high=high)
+
+
+def _from(low: float) -> Callable[..., Values]:
+    return lambda _node, x, *_read: Values(x.holds, low)
+
+
+def _wave(_node: Node, x: Values) -> Values:
+    return Values(low=-1.0, high=1.0) if x.holds is Holds.FINITE else _ANY
+
+
+_OF_TARGETS: Mapping[Any, Callable[..., Values]] = {
+    aten.cos.default: _wave,
+    aten.exp2.default: _exp,
+    aten.expm1.default: _expm1,
+    aten.sin.default: _wave,
+}
+
+_OF_FAMILIES: Mapping[OpRule, Callable[..., Values]] = {
+    ABS: _from(0.0),
+    ADD: _add,
+    CEIL: _from(-math.inf),
+    CLAMP: _clamp,
+    DIV: _div,
+    ELU: _from(-math.inf),
+    EXP: _exp,
+    FLOOR: _from(-math.inf),
+    HARDSIGMOID: _within(0.0, 1.0),
+    LEAKY_RELU: _from(-math.inf),
+    LOG: _log,
+    MAXIMUM: _maximum,
+    MINIMUM: _minimum,
+    MUL: _mul,
+    NEG: lambda _node, x: _negative(x),
+    RECIPROCAL: _reciprocal,
+    RELU: _clamp,
+    RSQRT: _rsqrt,
+    SIGMOID: _within(0.0, 1.0),
+    SOFTPLUS: _from(0.0),
+    SQRT: _sqrt,
+    SUB: _sub,
+    TANH: _within(-1.0, 1.0),
+}
