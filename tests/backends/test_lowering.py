@@ -18,6 +18,7 @@ from support.graphs import (
     capture,
     differences,
     lowered_exactly,
+    outside,
     quantized,
     stress,
 )
@@ -234,7 +235,7 @@ def partly_outside() -> tuple[GraphModule, Tensor, Tensor]:
     """A graph of which part runs outside of the delegate, an example, and what comes out."""
     torch.manual_seed(0)
     x = torch.randn(IMAGE)
-    model = Function(lambda s, x: torch.atan(s.conv(x)) + x, conv=conv())
+    model = Function(lambda s, x: outside(s.conv(x)) + x, conv=conv())
     graph = quantized(model, (x,))
     return graph, x, cq.lower(graph, (x,)).run(x)
 

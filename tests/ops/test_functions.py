@@ -453,11 +453,15 @@ def in_steps(around: Tensor, large: Tensor, positive: Tensor, rows: Tensor) -> t
     )
 
 
-def beside_integers(_self: Function, *given: Tensor) -> tuple[Tensor, ...]:
+def as_integers(given: Tensor) -> Tensor:
     """Without any tensor of integers, a graph is no converted one."""
     grid: tuple[Any, ...] = (0.125, 3, -128, 127, torch.int8)
-    integers = torch.ops.quantized_decomposed.quantize_per_tensor(given[0], *grid)
-    values = torch.ops.quantized_decomposed.dequantize_per_tensor(integers, *grid)
+    integers = torch.ops.quantized_decomposed.quantize_per_tensor(given, *grid)
+    return torch.ops.quantized_decomposed.dequantize_per_tensor(integers, *grid)
+
+
+def beside_integers(_self: Function, *given: Tensor) -> tuple[Tensor, ...]:
+    values = as_integers(given[0])
     return (*in_steps(*given[:-1]), values, *exactly(given[-1]), *map(given[3].cumsum, (0, 1)))
 
 
@@ -478,3 +482,45 @@ def test_functions_in_steps_are_as_near_as_the_kernels_of_the_steps() -> None:
         torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
     for result, dim in zip(got[-2:], (0, 1), strict=True):
         torch.testing.assert_close(result, ROWS.cumsum(dim), rtol=0, atol=0, equal_nan=True)
+
+
+UNITS = torch.cat([torch.linspace(-1.0, 1.0, 2001), SMALL[SMALL < 1], torch.tensor([2.0, -1.5])])
+SIZES = torch.cat([torch.linspace(-9.0, 9.0, 2001), POSITIVE[POSITIVE < 2.0**126], -SMALL])
+CURVES = torch.cat([torch.linspace(-9.0, 9.0, 2001), torch.linspace(-88.0, 88.0, 501), SMALL])
+SIDES = torch.tensor([0.0, -0.0, 1.0, -1.0, 2e-30, 3e38, math.inf, -math.inf])
+
+
+def transcendental(units: Tensor, sizes: Tensor, curves: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    return (
+        *(units.asin(), units.acos(), units.atanh(), sizes.abs().acosh()),
+        *(sizes.atan(), sizes.asinh(), sizes.erf(), torch.atan2(y[:, None], y)),
+        *(curves.sinh(), curves.cosh(), curves.tan(), curves.sinc()),
+    )
+
+
+def test_angles_and_hyperbolic_functions_are_steps_of_the_delegate() -> None:
+    """NaN is where PyTorch has it, but for the angle between two infinities."""
+
+    def function(_self: Function, *given: Tensor) -> tuple[Tensor, ...]:
+        return as_integers(given[0]), *transcendental(*given)
+
+    examples = UNITS, SIZES, CURVES, SIDES
+    usual = tuple(map(torch.rand_like, examples))
+    lowered = cq.lower(capture(Function(function), usual), usual)
+    assert lowered.report.fully_delegated
+    got = lowered.run(*examples)[1:]
+    want = transcendental(*(example.double() for example in examples))
+    for result, exact in zip(got[:8], want[:8], strict=True):
+        near = (8 * 2**-23 * exact.abs()).clamp(min=2.0**-126)
+        right = (result == exact.float()) | ((result - exact).abs() <= near)
+        assert bool((right | result.isnan()).all())
+    for result, exact in zip(got[8:10], want[8:10], strict=True):
+        assert bool(((result - exact).abs() <= 66 * 2**-23 * exact.abs() + 2.0**-126).all())
+    tangent, exact = got[10], want[10]
+    # As far as the tangent of an angle that is off by that.
+    assert bool(((tangent - exact).abs() <= 2**-21 * (1 + exact**2)).all())
+    assert bool(((got[11] - want[11]).abs() <= 2**-22).all())
+    infinite = SIDES.isinf() & SIDES[:, None].isinf()
+    for position, (result, exact) in enumerate(zip(got, want, strict=True)):
+        unknown = exact.isnan() | infinite if position == 7 else exact.isnan()
+        assert torch.equal(result.isnan(), unknown)

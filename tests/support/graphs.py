@@ -37,6 +37,15 @@ class Function(nn.Module):
         return self.function(self, *inputs)
 
 
+OUTSIDE = "aten::pow.Scalar_out"
+"""The kernel of :func:`outside`."""
+
+
+def outside(x: Tensor) -> Tensor:
+    """A function of numbers that no delegate has."""
+    return torch.pow(1.25, x)
+
+
 def canonicalize(graph: GraphModule, *, training: bool = False) -> GraphModule:
     """The form in which XNNPACK's graphs are planned, in place."""
     return canonical.canonicalize(graph, BACKEND.legalize, training=training)

@@ -32,6 +32,7 @@ from custom_quantizer.backends.xnnpack.passes import (
     run_time,
     running,
     sizes,
+    transcendental,
     widths,
 )
 from custom_quantizer.backends.xnnpack.passes._pass import (
@@ -116,6 +117,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         functions.tanh_gelus,
         functions.softplus_steps,
         functions.exponentials_and_logarithms,
+        transcendental.transcendentals_in_steps,
         functions.powers_by_squares,
         functions.roundings_in_steps,
         quotients.quotients_in_steps,
@@ -179,6 +181,7 @@ IN_STEPS = frozenset(
         *functions.BY_STEPS,
         *quotients.STEPS,
         *running.SUMS,
+        *transcendental.STEPS,
         *comparisons.SHRINKS,
         *normalization.IN_STEPS,
     }

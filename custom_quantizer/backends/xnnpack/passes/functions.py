@@ -358,7 +358,7 @@ def _logarithm(base: int) -> Callable[[Numbers, Node], Node]:
     return steps
 
 
-def _log1p(build: Numbers, x: Node) -> Node:
+def log1p(build: Numbers, x: Node) -> Node:
     """``y = log(1 + x)``, less ``(expm1(y) - x) / (1 + x)``, a step of Newton's method.
 
     XNNPACK's logarithm is up to ``2**-23`` away next to 1, which may be more than the result. The
@@ -376,22 +376,23 @@ def _log1p(build: Numbers, x: Node) -> Node:
 
 def _expm1(build: Numbers, x: Node) -> Node:
     """``elu(x)`` up to 0, and ``-exp(x) * elu(-x)`` above; either is 0 where the other is not."""
-
-    def elu(value: Node) -> Node:
-        return build.call(aten.elu.default, value, _ALMOST_ONE)
-
-    below = elu(build.call(aten.hardtanh.default, x, -FLOAT32_MAX, 0.0))
+    below = elu_of(build, build.call(aten.hardtanh.default, x, -FLOAT32_MAX, 0.0))
     above = build.call(aten.relu.default, x)
-    lack = elu(build.call(aten.neg.default, above))
+    lack = elu_of(build, build.call(aten.neg.default, above))
     growth = build.call(aten.mul.Tensor, build.call(aten.exp.default, above), lack)
     return build.call(aten.sub.Tensor, below, growth)
+
+
+def elu_of(build: Numbers, x: Node) -> Node:
+    """``exp(x) - 1`` of what is not above 0."""
+    return build.call(aten.elu.default, x, _ALMOST_ONE)
 
 
 _BY_OTHERS: Steps = {
     aten.exp2.default: _exp2,
     aten.expm1.default: _expm1,
     aten.log10.default: _logarithm(10),
-    aten.log1p.default: _log1p,
+    aten.log1p.default: log1p,
     aten.log2.default: _logarithm(2),
 }
 
