@@ -24,6 +24,7 @@ from custom_quantizer.core.graph import (
     effective_users,
     is_constant,
     is_dequantize,
+    is_float32,
     is_quantize,
     shape_of,
     tensor_meta,
@@ -73,7 +74,7 @@ def clamps_to_hardtanh(model: GraphModule) -> int:
     count = 0
     bounds_of = cast(Callable[[Node], tuple[float | None, float | None]], CLAMP.bounds)
     for node in calls(model, CLAMP.targets - {aten.hardtanh.default}):
-        if isinstance(CLAMP.match(CLAMP, node), str):
+        if not is_float32(node) or isinstance(CLAMP.match(CLAMP, node), str):
             continue
         low, high = bounds_of(node)
         build = Builder(model, node)
