@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from custom_quantizer.core.graph import describe, tensor_meta
 from custom_quantizer.errors import CustomQuantizerError
 from custom_quantizer.ops import (
     attention,
@@ -99,6 +100,10 @@ def unknown_op(node: Node) -> str:
             f"{target} writes in place into memory that is read under another name, or by the next "
             "call; without the write the op may have integers"
         )
+    for source in node.all_input_nodes:
+        meta = tensor_meta(source)
+        if meta is not None and not (meta.is_floating_point() or meta.dtype == torch.bool):
+            return f"it reads {describe(source)}, which is {meta.dtype}: no number with a scale"
     return f"no integer form of {target} is known"
 
 

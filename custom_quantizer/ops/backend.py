@@ -14,6 +14,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -21,7 +22,7 @@ from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.bias import WIDE_BIAS, BiasLimits
 from custom_quantizer.core.exact import EXACT
 from custom_quantizer.core.fixed_point import FIXED_POINT
-from custom_quantizer.core.graph import describe, is_sized_by_data
+from custom_quantizer.core.graph import describe, is_sized_by_data, tensor_meta
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import ConfigError, ConversionError, SchemeError
 from custom_quantizer.ops import REGISTRY, match_of, rule_of
@@ -140,7 +141,8 @@ class Backend:
         kernels: op family -> what it does with it. A family without an entry is float.
         missing: how it runs what has no entry.
         float_targets: overloads of no family that it computes in float.
-        in_steps: whether it computes an op of no family in float because of who reads the result.
+        in_steps: whether it computes an op in float though a result of it is none: a comparison,
+            where all who read it read numbers.
         outside: how all others of no family run, if not as ``missing``.
         wide: how it runs what is wider than its kernels; ``None``: they take any width.
         limits: of biases.
@@ -185,6 +187,8 @@ class Backend:
 
         Of an op of a family that is as sure as :meth:`predict`; of another it is a guess by name.
         """
+        if self.in_steps(node):
+            return self.missing
         tensors = (node, *node.all_input_nodes)
         if self.outside and any(is_sized_by_data(t) and self.refuses_tensor(t) for t in tensors):
             return self.outside
@@ -194,7 +198,8 @@ class Backend:
             unmoved = kernel.placement in (Placement.FOLDED, Placement.OUTSIDE)
             return kernel if unmoved else self.missing
         known = rule_of(node) is not None or node.target in self.float_targets
-        known = known or self.in_steps(node)
+        others = any(m.dtype != torch.float32 for t in tensors if (m := tensor_meta(t)) is not None)
+        known = known and not others
         return self.missing if known or self.outside is None else self.outside
 
     def predict(self, match: PatternMatch, formats: Formats) -> Delegation:

@@ -1165,6 +1165,29 @@ def test_where_of_what_may_be_nan_stays(choose: Callable[[Tensor, Tensor], Tenso
     assert after("choices_by_extremes", graph)[1] == 0
 
 
+def test_integers_are_compared_with_small_numbers_as_float() -> None:
+    """Rounded to float32 they are above, below or equal to these as they were."""
+    most = 2**24 - 1
+
+    def function(_self: Any, i: Tensor, x: Tensor) -> list[Tensor]:
+        conditions = (i == 3, i != 0, (i > most) & (i < 2**40), (i >= most) | ~(i <= -most), i > i)
+        return [x * condition for condition in conditions]
+
+    near = [*range(-2, 5), *range(2**24 - 3, 2**24 + 4), 2**40, 2**62, 2**63 - 1]
+    inputs = torch.tensor([*near, *(-n for n in near)]), torch.ones(2 * len(near))
+    graph = canonicalize(capture(Function(function), inputs))
+    rewritten, count = after("comparisons_in_steps", graph)
+    assert count == 3  # a larger number, and integers with each other, are compared as they are
+    for got, want in zip(rewritten(*inputs), graph(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_clamps_of_integers_stay() -> None:
+    function = Function(lambda _s, i: [i.clamp(min=1), i.clamp(0, 3), i.relu()])
+    graph = canonicalize(capture(function, (torch.arange(4),)))
+    assert after("clamps_to_hardtanh", graph)[1] == 0
+
+
 def test_what_asks_whether_values_are_numbers_is_compared() -> None:
     ends = torch.tensor([1.0, math.inf, 2.0])
     function = Function(lambda _s, x: x * (x == x) + (x > 1e-37) + (x < math.inf) + (x == ends))

@@ -357,6 +357,35 @@ def test_comparisons_with_what_is_no_number_are_none() -> None:
         assert torch.equal(result.isnan(), y.isnan())
 
 
+class Tokens(nn.Module):
+    """Rows of which some are padding, and their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        x, kept = self.linear(self.table(ids)), ids != 0
+        first = torch.where((ids == 3)[..., None], x, x.exp())
+        mean = (x * kept[..., None]).sum(1) / kept.sum(1, keepdim=True).clamp(min=1)
+        return self.linear(x * ((ids > 0) & (ids < 7))[..., None]), first, mean
+
+
+def test_conditions_of_integers_become_numbers_before_the_delegate() -> None:
+    torch.manual_seed(0)
+    ids, model = torch.randint(0, 9, (2, 6)), Tokens().eval()
+    lowered = cq.lower(quantized(model, (ids,)), (ids,))
+    report = lowered.report
+    # The mean counts integers.
+    counted = {"aten::ne.Scalar_out", "aten::sum.IntList_out", "aten::clamp.out"}
+    conversion = "dim_order_ops::_to_dim_order_copy.out"
+    assert report.delegates == 1
+    assert {*report.outside} == {"aten::embedding.out", conversion, *counted}
+    ids[0] = 0
+    for got, want in zip(lowered.run(ids), model(ids), strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("where", "inside"),
     [

@@ -31,6 +31,7 @@ from custom_quantizer.core.graph import (
     is_dequantize,
     is_float32,
     is_number,
+    tensor_meta,
 )
 from custom_quantizer.ops.elementwise import WHERE
 from custom_quantizer.ops.movement import EXPAND, PERMUTE, RESHAPE, SELECT, SLICE
@@ -61,7 +62,7 @@ def _masks_to_numbers(model: GraphModule) -> int:
         joins = mask.target not in _COMPARISONS and able.issuperset(_sources(mask))
         if joins or _is_comparison(mask):
             able.add(mask)
-    readers = [n for n in calls(model, _READERS) if is_float32(n)]
+    readers = [n for n in calls(model, _READERS) if _reads_number(n)]
     wanted = able.intersection(reader.args[0] for reader in readers)
     for mask in reversed(masks):
         if mask in wanted and mask.target not in _COMPARISONS:
@@ -83,7 +84,14 @@ def _masks_to_numbers(model: GraphModule) -> int:
 
 
 def is_read_as_number(mask: Node) -> bool:
-    """Whether a comparison, or what joins some, is computed in steps for all who read it."""
+    """Whether a comparison, or what joins some, is computed in steps for all who read it.
+
+    So are conversions of them. Integers that are compared are converted outside.
+    """
+    if _reads_number(mask):
+        return _is_able(mask.args[0])
+    if mask.target in _COMPARISONS and _are_integers(mask.args[0]):
+        return False
     waiting, seen = [mask], {mask}
     while waiting:
         node = waiting.pop()
@@ -93,19 +101,24 @@ def is_read_as_number(mask: Node) -> bool:
             if user.target in _LOGIC or user.target in _MOVES:
                 waiting += [user] if user not in seen else []
                 seen.add(user)
-            elif not (user.target in _READERS and is_float32(user)) and not (
+            elif not _reads_number(user) and not (
                 user.target in WHERE.targets and chooses_in_steps(user)
             ):
                 return False
     return True
 
 
-def _is_able(mask: Node) -> bool:
+def _reads_number(user: Node) -> bool:
+    return user.target in _READERS and is_float32(user)
+
+
+def _is_able(mask: Any) -> bool:
     """Whether a mask is made of comparisons that have steps."""
-    waiting: list[Any] = [mask]
+    waiting = [mask]
     while waiting:
         node = waiting.pop()
-        if not isinstance(node, Node):
+        meta = tensor_meta(node) if isinstance(node, Node) else None
+        if meta is None or meta.dtype != torch.bool:
             return False
         if node.target in _LOGIC or node.target in _MOVES:
             waiting += _sources(node)
@@ -122,11 +135,24 @@ def _sources(mask: Node) -> Sequence[Any]:
 def _is_comparison(node: Node) -> bool:
     """Of two tensors of the delegate, or of one and a number."""
     left, right = node.args[:2] if node.target in _COMPARISONS else (None, None)
+    if _are_integers(left):
+        return isinstance(right, int) and abs(right) < _MOST
     if left is right or not _is_in_delegate(left):
         return False  # compared with itself, it is asked whether it is a number
     if isinstance(right, Node):
         return is_number(right) or _is_in_delegate(right)
     return _comparable(right) is not None
+
+
+def _are_integers(value: Any) -> bool:
+    """Whether it is a tensor of integers or masks that becomes numbers before the delegate."""
+    meta = tensor_meta(value) if isinstance(value, Node) else None
+    whole = meta is not None and not (meta.is_floating_point() or meta.is_complex())
+    return whole and not refuses_tensor(value)
+
+
+_MOST = 2**24
+"""Below it, rounding others to float32 leaves them above, below or equal as they were."""
 
 
 def _is_in_delegate(value: Any) -> bool:
@@ -142,6 +168,8 @@ def _is_in_delegate(value: Any) -> bool:
 def _difference(build: Numbers, comparison: Node) -> Node:
     """``left - right`` of two tensors, or of one and a number."""
     left, right = cast(Node, comparison.args[0]), comparison.args[1]
+    if _are_integers(left):
+        left = build.call(aten.to.dtype, left, torch.float32)
     if not isinstance(right, Node):
         number = cast(float, _comparable(right))
         return build.call(aten.sub.Tensor, left, build.number(number)) if number else left
