@@ -369,6 +369,36 @@ def test_attention_of_any_number_of_tokens() -> None:
     check(graph, program, [(tokens(1, n),) for n in (4, MOST, 7)])
 
 
+class SharedHeads(nn.Module):
+    """Attention whose queries share the keys and values of fewer heads."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.pair = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, 2 * WIDTH // HEADS * heads),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, count, _ = x.shape
+        q, k, v = (
+            part.view(batch, count, -1, WIDTH // HEADS).transpose(1, 2)
+            for part in (self.query(x), *self.pair(x).chunk(2, -1))
+        )
+        seen = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return seen.transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [1, 2])
+def test_heads_that_share_keys_of_any_number_of_tokens(heads: int) -> None:
+    torch.manual_seed(0)
+    graph, program = program_of(SharedHeads(heads), (tokens(1),), ({1: "tokens"},))
+    assert is_whole(program)
+    check(graph, program, [(tokens(1, n),) for n in (4, MOST, 7)])
+
+
 def test_a_factor_that_the_delegate_keeps_channels_last_is_not_multiplied_whole() -> None:
     def function(s: Any, x: Tensor) -> Tensor:
         image = s.layer(x)

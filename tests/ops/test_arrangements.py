@@ -14,7 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from support.graphs import Function, canonicalize, capture, differences, lowered_exactly, quantized
+from support.graphs import (
+    Function,
+    calls,
+    canonicalize,
+    capture,
+    differences,
+    lowered_exactly,
+    quantized,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -355,6 +363,16 @@ def test_moves_run_as_integers_in_one_delegate(names: Sequence[str]) -> None:
         # Every value is at most half a step of the product away, whatever moved it.
         step = float(want.abs().max()) / 100
         assert float((got - want).abs().max()) < step, name
+
+
+def test_entries_are_repeated_before_a_dim_of_any_size() -> None:
+    model, x = Function(lambda _, x: x.repeat_interleave(3, 1)), torch.randn(2, 4, 6, 5)
+    sizes = (({2: torch.export.Dim("n", min=2, max=8)},),)
+    graph = canonicalize(capture(model, (x,), dynamic_shapes=sizes))
+    assert not calls(graph, aten.repeat_interleave.self_int)
+    for n in (2, 7):
+        x = torch.randn(2, 4, n, 5)
+        assert torch.equal(graph(x), model(x))
 
 
 def test_a_dynamic_batch_is_no_obstacle() -> None:

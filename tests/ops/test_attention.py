@@ -21,6 +21,7 @@ import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.passes import PASSES
 from custom_quantizer.core.graph import is_constant, is_dequantize, is_quantize
+from custom_quantizer.ops import match_of
 from custom_quantizer.ops.rewrites.masks import MASKED
 
 aten = torch.ops.aten
@@ -111,17 +112,19 @@ def test_a_mask_that_is_an_input_is_added() -> None:
         torch.testing.assert_close(graph(*inputs, given), model(*inputs, given))
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda s, q, k, v: SDPA(q, k, v, dropout_p=0.5),
-        lambda s, q, k, v: SDPA(q, k[:, :1], v[:, :1], enable_gqa=True),
-    ],
-)
-def test_other_attention_is_left_alone(function: Callable[..., Any]) -> None:
-    graph = canonicalize(
-        capture(Function(function), (torch.randn(Q), torch.randn(K), torch.randn(K)))
-    )
+@pytest.mark.parametrize("heads", [1, 3, 6])
+def test_heads_may_share_keys_and_values(heads: int) -> None:
+    def function(_: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return SDPA(q, k, v, is_causal=True, enable_gqa=True)
+
+    graph = written_out(function, (2, 6, 5, 8), (2, heads, 7, 8), (2, heads, 7, 4))
+    left = [n for n in graph.graph.nodes if n.op == "call_function" and match_of(n) is None]
+    assert left == []
+
+
+def test_attention_with_dropout_is_left_alone() -> None:
+    model = Function(lambda s, q, k, v: SDPA(q, k, v, dropout_p=0.5))
+    graph = canonicalize(capture(model, (torch.randn(Q), torch.randn(K), torch.randn(K))))
     assert calls(graph, aten.scaled_dot_product_attention.default)
 
 

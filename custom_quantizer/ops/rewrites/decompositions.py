@@ -75,10 +75,12 @@ def _attention(insert: Insertion) -> Node | None:
     mask = argument(node, 3, "attn_mask")
     causal = bool(argument(node, 5, "is_causal", False))
     dropped = float(argument(node, 4, "dropout_p", 0.0))
-    if (dropped and not insert.training) or argument(node, 7, "enable_gqa", False):
+    if dropped and not insert.training:
         return None
     if len({len(shape_of(tensor)) for tensor in (query, key, value)}) != 1:
         return None
+    if argument(node, 7, "enable_gqa", False):
+        key, value = (_for_all_heads(insert, tensor, query) for tensor in (key, value))
     scale = argument(node, 6, "scale")
     sizes: tuple[Any, ...] = (shape_of(query)[-2], shape_of(key)[-2], shape_of(query)[-1])
     rows, columns, width = sizes
@@ -107,6 +109,12 @@ def _attention(insert: Insertion) -> Node | None:
     if dropped:
         weights = insert.call(aten.dropout.default, weights, dropped, True)
     return product(insert, weights, value)
+
+
+def _for_all_heads(insert: Insertion, tensor: Node, query: Node) -> Node:
+    """Keys or values of heads that share them, in groups (``enable_gqa``)."""
+    group = shape_of(query)[-3] // shape_of(tensor)[-3]
+    return insert.call(aten.repeat_interleave.self_int, tensor, group, -3) if group > 1 else tensor
 
 
 def _swap_last(insert: Insertion, tensor: Node) -> Node:

@@ -44,7 +44,16 @@ from custom_quantizer.ops.attention import (
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, SUB
 from custom_quantizer.ops.embedding import EMBEDDING
 from custom_quantizer.ops.functions import DIV
-from custom_quantizer.ops.movement import CAT, PERMUTE, RESHAPE, SELECT, SLICE, SPLIT, slice_of
+from custom_quantizer.ops.movement import (
+    CAT,
+    EXPAND,
+    PERMUTE,
+    RESHAPE,
+    SELECT,
+    SLICE,
+    SPLIT,
+    slice_of,
+)
 from custom_quantizer.ops.normalization import LAYER_NORM, RMS_NORM
 
 aten = torch.ops.aten
@@ -117,7 +126,8 @@ _ELEMENTWISE = (
 
 
 _MOVED_ROWS = (
-    (SOFTMAX.targets | SELECT.targets | SPLIT.targets | CAT.targets | LAYER_NORM.targets)
+    (SOFTMAX.targets | SELECT.targets | SPLIT.targets | CAT.targets | EXPAND.targets)
+    | LAYER_NORM.targets
     | RMS_NORM.targets
     | {operator.getitem}
 )

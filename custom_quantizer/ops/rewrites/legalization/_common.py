@@ -51,6 +51,6 @@ def spread(insert: Insertion, value: Node, dim: int, factor: int) -> Node:
     # As few dims as can be: runtimes take six or so.
     rest = math.prod(shape[dim + 1 :])
     lines = insert.reshape(value, [*shape[: dim + 1], 1, rest])
-    spread = insert.call(aten.expand.default, lines, [*[-1] * (dim + 1), factor, rest])
+    spread = insert.call(aten.expand.default, lines, [*[-1] * (dim + 1), factor, -1])
     shape[dim] *= factor
     return insert.reshape(spread, shape)
