@@ -242,6 +242,8 @@ def _read_by_these(chain: Iterable[DraftOp], ops: Drafts, backend: Backend) -> l
 def _is_power(op: DraftOp) -> bool:
     """Whether an op multiplies a tensor by itself, or is a part of a power."""
     both = op.node.args[:2]
+    if abs(_exponent(op.node)) > 1:
+        return True
     return op.rule is MUL and (step_target(op.node) in _POWERS or both[0] is both[1])
 
 

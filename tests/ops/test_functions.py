@@ -443,13 +443,15 @@ def exactly(values: Tensor) -> tuple[Tensor, ...]:
 
 
 def in_steps(around: Tensor, large: Tensor, positive: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    usual = positive.clamp(1e-9, 1e9)
     return (
         *(torch.log1p(around), torch.expm1(around), torch.exp2(large)),
         *(torch.log2(positive), torch.log10(positive)),
         *(torch.logsumexp(rows, -1), torch.logsumexp(rows[:3], (0, 1), keepdim=True)),
         *(torch.log_softmax(rows[:4], -1), torch.log_softmax(rows[:3], 0)),
         *map(rows.logcumsumexp, (0, 1)),
-        *(around**4, around**9, around**16.0),
+        *(around**4, around**9, around**16.0, around**1.3),
+        *(usual**-3, usual ** (1 / 3), usual**-0.75),
     )
 
 
@@ -472,7 +474,8 @@ def test_functions_in_steps_are_as_near_as_the_kernels_of_the_steps() -> None:
     assert lowered.report.fully_delegated
     got, want = lowered.run(*examples), in_steps(*(example.double() for example in examples[:-1]))
     # XNNPACK's exponential and logarithm: 32 units in the last place, and 2^-23.
-    logarithms, powers = [(4, 2**-22)] * 6 + [(4, 2**-20)] * 2, [(n, 2**-60) for n in (4, 9, 16)]
+    logarithms = [(4, 2**-22)] * 6 + [(4, 2**-20)] * 2
+    powers = [(n, 2**-60) for n in (4, 9, 16, 40, 4, 16, 4)]
     bounds = ((4, 0), (32, 0), (80, 0), *logarithms, *powers)
     for result, exact, (ulps, absolute) in zip(got, want, bounds, strict=False):
         near = ((ulps + 1) * 2**-23 * exact.abs() + absolute).nan_to_num(0.0, 0.0, 0.0)
@@ -524,3 +527,27 @@ def test_angles_and_hyperbolic_functions_are_steps_of_the_delegate() -> None:
     for position, (result, exact) in enumerate(zip(got, want, strict=True)):
         unknown = exact.isnan() | infinite if position == 7 else exact.isnan()
         assert torch.equal(result.isnan(), unknown)
+
+
+class Generalized(nn.Module):
+    """A generalized mean, whose exponent is learned."""
+
+    def __init__(self, exponent: float) -> None:
+        super().__init__()
+        self.exponent = nn.Parameter(torch.tensor([exponent]))
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        powers = self.conv(x).clamp(min=1e-6) ** self.exponent
+        return powers.mean((2, 3)) ** (1.0 / self.exponent)
+
+
+@pytest.mark.parametrize("exponent", [3.0, 2.7])
+def test_a_learned_exponent_is_a_number(exponent: float) -> None:
+    x = torch.rand(2, 3, 8, 8)
+    model = Generalized(exponent).eval()
+    done = quantized(model, (x,), "a8w8")
+    lowered = cq.lower(done, (x,))
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ())
+    torch.testing.assert_close(lowered.run(x), done(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(done(x), model(x), rtol=0.05, atol=0.01)

@@ -334,17 +334,46 @@ _LARGEST_POWER = 16
 
 
 def _power(build: Numbers, x: Node, exponent: Any) -> Node | None:
-    """A whole power as products: squares, and what is missing to the exponent."""
-    if not isinstance(exponent, (int, float)) or not 4 <= exponent <= _LARGEST_POWER:
+    """``x**p`` as ``x**n * x**f``, where ``n`` is whole and ``f`` at least 0 and below 1.
+
+    A whole power is a product of squares, one of halves and quarters one of roots. Others are
+    ``exp(f * log(x))``, off by as much as ``f * log(x)`` is rounded: up to 64 units in the last
+    place, where ``x`` is next to the largest or smallest of numbers.
+    """
+    if not isinstance(exponent, (int, float)) or not 0 < abs(exponent) < _LARGEST_POWER + 1:
         return None
-    if exponent != int(exponent):
-        return None
+    fraction, whole = math.modf(abs(exponent))
+    factors = [_whole_power(build, x, int(whole))] if whole else []
+    if fraction:
+        factors += _fractional_power(build, x, fraction)
+    result = factors[0]
+    for factor in factors[1:]:
+        result = build.call(aten.mul.Tensor, result, factor)
+    return build.call(aten.div.Tensor, build.number(1.0), result) if exponent < 0 else result
+
+
+def _whole_power(build: Numbers, x: Node, exponent: int) -> Node:
+    """Squares, and what is missing to the exponent."""
     result = x
-    for digit in f"{int(exponent):b}"[1:]:
+    for digit in f"{exponent:b}"[1:]:
         result = build.call(aten.mul.Tensor, result, result)
         if digit == "1":
             result = build.call(aten.mul.Tensor, result, x)
     return result
+
+
+def _fractional_power(build: Numbers, x: Node, exponent: float) -> list[Node]:
+    """Its factors."""
+    if exponent not in {0.25, 0.5, 0.75}:
+        power = build.call(aten.exp.default, build.times(build.call(aten.log.default, x), exponent))
+        # NaN for negative numbers, of which XNNPACK's logarithm makes minus infinity.
+        nothing = build.call(aten.sqrt.default, build.call(aten.hardtanh.default, x, -1.0, 0.0))
+        return [build.call(aten.add.Tensor, power, nothing)]
+    root = build.call(aten.sqrt.default, x)
+    if exponent == 0.5:
+        return [root]
+    fourth = build.call(aten.sqrt.default, root)
+    return [fourth] if exponent == 0.25 else [root, fourth]
 
 
 def _exp2(build: Numbers, x: Node) -> Node:
@@ -435,9 +464,13 @@ _ROUNDINGS: Steps = {
 }
 
 
-@graph_pass("powers from 4 to 16", "products of float, up to the last bits of float32", exact=False)
+@graph_pass(
+    "powers between -17 and 17",
+    "products, roots and exponentials of float, up to the last bits of float32",
+    exact=False,
+)
 def powers_by_squares(model: GraphModule) -> int:
-    """Whole powers, which have no integers and of which the delegate has squares only."""
+    """Powers, which have no integers and of which the delegate has squares only."""
     return in_steps(model, _POWERS)
 
 

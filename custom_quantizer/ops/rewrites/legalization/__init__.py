@@ -103,6 +103,7 @@ _FORMS: dict[Any, Rewrite] = {
     aten.min.default: maxima.largest,
     getitem: _result,
     aten.pow.Tensor_Scalar: powers.power,
+    aten.pow.Tensor_Tensor: powers.power_of_tensor,
     aten.square.default: powers.square,
     aten.cat.default: moves.cat,
     aten.concat.default: moves.cat,

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from custom_quantizer.core.graph import constant_of, is_constant, shape_of
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.rewrites.legalization._common import float_input
 
-__all__ = ["power", "square"]
+__all__ = ["power", "power_of_tensor", "square"]
 
 aten = torch.ops.aten
 
@@ -43,6 +44,17 @@ _EXPONENTS: dict[float, Rewrite] = {
     -0.5: _function(aten.rsqrt.default),
     -1.0: _function(aten.reciprocal.default),
 }
+
+
+def power_of_tensor(insert: Insertion) -> Node | None:
+    """An exponent that was learned is a number: once it is trained it is the same in all calls."""
+    data, exponent = float_input(insert), insert.node.args[1]
+    if data is None or not isinstance(exponent, Node) or not is_constant(exponent):
+        return None
+    value = constant_of(insert.model, exponent)
+    if insert.is_trained(exponent) or value.numel() != 1 or value.dim() > len(shape_of(data)):
+        return None
+    return insert.call(aten.pow.Tensor_Scalar, data, float(value))
 
 
 def power(insert: Insertion) -> Node | None:
