@@ -147,19 +147,6 @@ def test_einsum_of_two_tensors_is_one_product(
     assert len(calls(graph, aten.matmul.default)) == 1
 
 
-@pytest.mark.parametrize(
-    ("equation", "shapes"),
-    [
-        ("ii,ij->j", ((5, 5), (5, 4))),
-        ("...i,ij->...j", ((2, 5), (5, 4))),
-        ("ij->ji", ((5, 3),)),
-    ],
-)
-def test_other_einsums_are_left_alone(equation: str, shapes: tuple[tuple[int, ...], ...]) -> None:
-    graph = written_out(lambda s, *tensors: torch.einsum(equation, *tensors), *shapes)
-    assert calls(graph, aten.einsum.default)
-
-
 CHUNKS = ((2, 3, 4, 2, 5), (2, 3, 4, 2, 5), (2, 2, 3, 4, 4), (2, 3, 4, 2, 6))
 
 
@@ -171,6 +158,12 @@ CHUNKS = ((2, 3, 4, 2, 5), (2, 3, 4, 2, 5), (2, 2, 3, 4, 4), (2, 3, 4, 2, 6))
         ("bi,bi->ib", ((2, 5), (2, 5)), [aten.mul.Tensor]),
         ("bi,bjk->kb", ((2, 5), (2, 4, 7)), [aten.mul.Tensor]),
         ("bi,bi,bj->bj", ((2, 5), (2, 5), (2, 7)), [aten.matmul.default, aten.mul.Tensor]),
+        ("ii,ij->j", ((5, 5), (5, 4)), [aten.matmul.default]),
+        ("...i,ij->...j", ((2, 5), (5, 4)), [aten.matmul.default]),
+        ("a...d,a...d", ((2, 3, 5), (2, 3, 5)), [aten.matmul.default]),
+        ("ij->ji", ((5, 3),), []),
+        ("bijji->bi", ((2, 3, 4, 4, 3),), []),
+        ("i...", ((3, 2, 4),), []),
         (
             "bclhn,bcshn,bhcls,bcshp->bclhp",
             CHUNKS,

@@ -13,6 +13,7 @@ Sums are added in another order: last bits of float32 differ.
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -125,15 +126,20 @@ def vector_layer(insert: Insertion) -> Node | None:
 def einsum(insert: Insertion) -> Node | None:
     """Contractions of two tensors each, from the left; where nothing is summed, plain products.
 
-    An operand with a repeated index is left alone.
+    An index that an operand has twice is its diagonal.
     """
     equation, operands = insert.node.args[:2]
-    tensors = cast("Sequence[Node]", operands)
+    tensors = list(cast("Sequence[Node]", operands))
     labels = _labels(str(equation), [len(shape_of(tensor)) for tensor in tensors])
     if labels is None:
         return None
     *inputs, output = labels
+    for i, tensor in enumerate(tensors):
+        tensors[i], inputs[i] = _diagonal(insert, tensor, inputs[i])
     result, own = tensors[0], inputs[0]
+    if len(tensors) == 1:
+        result, own = _summed(insert, result, own, output, own)
+        return insert.permute(result, [own.index(label) for label in output])
     for i in range(1, len(tensors)):
         later = set(output).union(*inputs[i + 1 :])
         both = own + "".join(label for label in inputs[i] if label not in own)
@@ -151,16 +157,34 @@ def einsum(insert: Insertion) -> Node | None:
 
 
 def _labels(equation: str, ranks: Sequence[int]) -> list[str] | None:
-    """Labels of the operands of an equation, at least two, and of its result."""
+    """Labels of the operands of an equation and of its result; an ellipsis gets new ones.
+
+    ``None``: operands whose ellipses stand for different numbers of dims.
+    """
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     parts = inputs.split(",")
-    if len(parts) < 2 or "..." in equation or list(map(len, parts)) != list(ranks):
-        return None
     if not arrow:
-        every = "".join(parts)
-        output = "".join(sorted(label for label in set(every) if every.count(label) == 1))
-    repeats = any(len(set(part)) != len(part) for part in (*parts, output))
-    return None if repeats else [*parts, output]
+        every = inputs.replace("...", "")
+        output = "".join(sorted(label for label in set(every) - {","} if every.count(label) == 1))
+        output = "..." * ("..." in inputs) + output
+    counts = {n - len(p) + 3 for n, p in zip(ranks, parts, strict=True) if "..." in p}
+    if len(counts) > 1:
+        return None
+    unused = [label for label in string.ascii_letters if label not in equation]
+    rest = "".join(unused[: counts.pop() if counts else 0])
+    parts, output = [part.replace("...", rest) for part in parts], output.replace("...", rest)
+    return None if len(set(output)) != len(output) else [*parts, output]
+
+
+def _diagonal(insert: Insertion, node: Node, labels: str) -> tuple[Node, str]:
+    """An operand with each label once."""
+    for label in labels:
+        while labels.count(label) > 1:
+            first, second = labels.index(label), labels.rindex(label)
+            node = insert.call(aten.diagonal.default, node, 0, first, second)
+            rest = (labels[:first], labels[first + 1 : second], labels[second + 1 :])
+            labels = "".join((*rest, label))
+    return node, labels
 
 
 def _summed(
