@@ -1139,3 +1139,33 @@ def test_a_dtype_that_an_op_has_anyway_is_not_asked_for(
         n.format_node() for n in graph(None).graph.nodes
     ]
     assert torch.equal(graph(torch.float64)(x), function(x, torch.float64))
+
+
+def _put_diagonal(t: Tensor) -> None:
+    places = torch.arange(6)
+    t[:, 0, places, places] = 1.0
+
+
+PUTS: dict[str, Callable[[Tensor], Any]] = {
+    "diagonal": _put_diagonal,
+    "columns": lambda t: t.index_fill_(-1, torch.tensor([0, 4]), -2.5),
+    "mask": lambda t: t.masked_fill_(torch.eye(6) > 0, 0.5).index_put_(
+        (torch.tensor([0, 1]), torch.tensor([3, 1])), torch.tensor(0.25)
+    ),
+    "rows of a part": lambda t: t[:, 1:].__setitem__((slice(None), [0, 2], slice(1, 3)), 2.0),
+}
+
+
+def test_a_number_put_in_constant_places_fills_a_mask() -> None:
+    def forward(s: Any, x: Tensor) -> list[Tensor]:
+        tensors = [s.conv(x + i) for i in range(len(PUTS))]
+        for put, tensor in zip(PUTS.values(), tensors, strict=True):
+            put(tensor)
+        return tensors
+
+    x = torch.randn(IMAGE)
+    graph = _same(forward, x, conv=nn.Conv2d(4, 4, 1))
+    for target in (aten.index_put.default, aten.index_put_.default, aten.index_fill.int_Scalar):
+        assert calls(graph, target) == []
+    lowered = lowered_exactly(quantized(Function(forward, conv=nn.Conv2d(4, 4, 1)), (x,)), (x,))
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ())

@@ -10,6 +10,7 @@ is written as a whole becomes a value, too, and the caller's tensor keeps what i
 
 from __future__ import annotations
 
+import math
 import operator
 from bisect import insort
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +26,9 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
     argument,
+    constant_of,
     describe,
+    is_constant,
     is_same_shape,
     shape_of,
     tensor_meta,
@@ -42,6 +45,7 @@ from custom_quantizer.core.memory import (
     written_inputs,
 )
 from custom_quantizer.core.rewriting import Insertion, replace
+from custom_quantizer.ops.rewrites.constants import MAX_GROWTH, RESTATEMENTS
 
 __all__ = ["functionalize", "mark_overwritten"]
 
@@ -665,7 +669,10 @@ def _between(
 def _write_plainly(model: GraphModule) -> None:
     """What a tensor is overwritten with is that, not an op on what was there before."""
     for node in list(model.graph.nodes):
-        if overwritten_by(node) is not None or node.target not in _OVERWRITE_ALL:
+        if overwritten_by(node) is not None:
+            continue
+        _fill_places(model, node)
+        if node.target not in _OVERWRITE_ALL:
             continue
         kept = tensor_meta(cast(Node, node.args[0]))
         if kept is None or not all(isinstance(size, int) for size in kept.shape):
@@ -684,6 +691,44 @@ def _write_plainly(model: GraphModule) -> None:
             node.replace_all_uses_with(given)
         else:
             node.target, node.args = aten.expand.default, (given, list(kept.shape))
+
+
+def _fill_places(model: GraphModule, node: Node) -> None:
+    """One number that is put in places that are always the same fills a mask of these."""
+    arguments: Any = node.args
+    if node.target is aten.index_put.default and not argument(node, 3, "accumulate", False):
+        data, indices, value = arguments[:3]
+    elif node.target in (aten.index_fill.int_Scalar, aten.index_fill.int_Tensor):
+        data, dim, index, value = arguments
+        indices = [*[None] * (dim % max(len(shape_of(data)), 1)), index]
+    else:
+        return
+    places = [_stored(model, index) for index in indices]
+    number = _stored(model, value) if isinstance(value, Node) else torch.tensor(value)
+    known = all(i is None or place is not None for i, place in zip(indices, places, strict=True))
+    if not known or number is None or number.numel() != 1:
+        return
+    # Dims before the first index are filled alike, whatever sizes they have.
+    before = next(i for i, place in enumerate(places) if place is not None)
+    shape = [1] * before + list(shape_of(data)[before:])
+    if not all(isinstance(size, int) for size in shape) or math.prod(shape) > MAX_GROWTH:
+        return
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[tuple(slice(None) if place is None else place for place in places)] = True
+    insert = Insertion(model, node)
+    filled = insert.call(
+        aten.masked_fill.Scalar, data, insert.constant("places", mask), number.item()
+    )
+    replace(model, node, filled)
+
+
+def _stored(model: GraphModule, source: Node | None) -> Tensor | None:
+    """The values of a constant, also of one that is only handed on."""
+    while source is not None and source.target in RESTATEMENTS:
+        source = cast(Node, source.args[0])
+    if source is None or not is_constant(source) or overwritten_by(source) is not None:
+        return None
+    return constant_of(model, source)
 
 
 _OVERWRITE_ALL = frozenset({aten.copy.default, aten.fill.Scalar, aten.zero.default})
