@@ -36,6 +36,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "real and imaginary": lambda z, w: torch.cat([(z * w).real, z.imag]),
     "conjugates": lambda z, w: as_real(z.conj() * w.conj()),
     "a transpose": lambda z, w: (z.mT.conj() * w).real,
+    "adjoints": lambda z, w: as_real(z.mH @ w.adjoint() @ w.H.resolve_conj()),
     "quotients": lambda z, w: as_real(z / 2 / z.real.clamp(4, 4) / 2j),
     "a quotient": lambda z, w: as_real(z * 8 / torch.complex(z.real * 0 + 2, z.real * 0 - 2)),
     "moves": lambda z, w: as_real(z.transpose(0, 1)[:, :1].flip(-1).expand(-1, 3, -1) * w[0]),

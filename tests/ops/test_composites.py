@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,10 @@ CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "margin": lambda a, b: F.triplet_margin_loss(a, b, a + b),
     "moments": lambda a, b: torch.var_mean(a, -1)[1] + torch.std_mean(b, -1)[0],
     "cross": lambda a, b: torch.cross(a[:, :3], b[:, :3], dim=1),
+    "all distances": torch.cdist,
+    "all sums of differences": lambda a, b: torch.cdist(a, b, p=1.0),
+    "distance of all": lambda a, b: torch.dist(a, b, p=math.inf) + torch.dist(a, b),
+    "outer product": lambda a, b: torch.addr(a, a[:, 0], b[0]),
     "bounds": lambda a, b: torch.clamp(a, torch.tensor(-0.5), b),
 }
 
@@ -52,10 +57,13 @@ def test_known_steps_take_the_place_of_a_call(name: str) -> None:
 
 
 _UNKNOWN = {
+    aten.addr.default,
     aten.bilinear.default,
+    aten.cdist.default,
     aten.chain_matmul.default,
     aten.clamp.Tensor,
     aten.cosine_similarity.default,
+    aten.dist.default,
     aten.inner.default,
     aten.linalg_cross.default,
     aten.linalg_matrix_power.default,
@@ -74,7 +82,9 @@ _UNKNOWN = {
 def test_between_integers_they_are_part_of_the_one_delegate() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         a, b = self.a(x), self.b(x)
-        return self.c(torch.inner(a, b)) * F.cosine_similarity(a, b).unsqueeze(-1)
+        shared = F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="batchmean")
+        near = F.cosine_similarity(a, b).unsqueeze(-1) + torch.cdist(a, b)[:, :1]
+        return self.c(torch.inner(a, b)) * near + torch.addr(shared, a[:, 0], b[0, :5])
 
     model = Function(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8), c=nn.Linear(4, 5)).eval()
     x = (torch.randn(4, 8),)
@@ -139,7 +149,7 @@ def test_calls_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     "function",
     [
         lambda x: torch.tensordot(x.int(), x.int(), dims=([0], [0])),  # exact as it is
-        lambda x: torch.cdist(x, x),  # of steps that nothing knows
+        lambda x: F.cosine_embedding_loss(x, x, x[:, 0]),  # of steps that nothing knows
     ],
 )
 def test_others_are_left_whole(function: Callable[[Tensor], Tensor]) -> None:

@@ -122,6 +122,16 @@ MOVES: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         SIGNAL,
         aten.adaptive_max_pool1d.default,
     ),
+    "adaptive max of one signal": (
+        module(lambda: nn.AdaptiveMaxPool1d(5)),
+        SIGNAL[1:],
+        aten.adaptive_max_pool1d.default,
+    ),
+    "adaptive max of one volume": (
+        module(lambda: nn.AdaptiveMaxPool3d((2, 3, 4))),
+        VOLUME[1:],
+        aten.adaptive_max_pool3d.default,
+    ),
     "adaptive max of volumes": (
         module(lambda: nn.AdaptiveMaxPool3d((2, 3, 4))),
         VOLUME,

@@ -6,7 +6,7 @@ Nothing here imports executorch: plans are made without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
@@ -92,6 +92,7 @@ __all__ = [
     "SUPPORT",
     "TABLE",
     "WIDEST_PRODUCT",
+    "are_rows",
     "can_be_batched",
     "chooses_in_steps",
     "is_pointwise",
@@ -555,6 +556,20 @@ def _softplus(match: PatternMatch, _formats: Formats) -> Delegation:
     return Delegation(FLOAT)
 
 
+def are_rows(shape: Sequence[Any], dims: Sequence[int]) -> bool:
+    """Whether the values along some dims are rows of a matrix of which one size may be dynamic."""
+    sizes = [shape[d] for d in dims]
+    outer = [shape[d] for d in range(len(shape)) if d not in dims]
+    static = all(isinstance(size, int) for size in sizes)
+    return static and 0 not in shape and sum(not isinstance(size, int) for size in outer) <= 1
+
+
+def _log_softmax(match: PatternMatch, _formats: Formats) -> Delegation:
+    shape = shape_of(match.node)
+    dim = int(cast(int, match.node.args[1])) % max(len(shape), 1)
+    return Delegation(FLOAT if shape and are_rows(shape, [dim]) else PORTABLE)
+
+
 def chooses_in_steps(where: Node) -> bool:
     """Whether maxima and minima, which are float of the delegate, choose for a ``where``."""
     return is_float32(where) and chooses_numbers(where)
@@ -622,7 +637,7 @@ SUPPORT: Mapping[str, Support] = MappingProxyType(
         GETITEM.family: Support(_int8),
         PAD.family: Support(_always(FLOAT, "XNNPACK pads in float; zeros stay exact")),
         **_functions(),
-        LOG_SOFTMAX.family: Support(_always(FLOAT), float_reason=_STEPS.format(LOG_SOFTMAX.noun)),
+        LOG_SOFTMAX.family: Support(_log_softmax, float_reason=_STEPS.format("log softmax")),
         WHERE.family: Support(
             _where,
             float_reason="XNNPACK has no where; maxima and minima compute it if no operand may be "

@@ -233,6 +233,7 @@ ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
         aten.prod.dim_int: _product_of_all,
         aten.special_exp2.default: renamed(aten.exp2.default),
         aten.special_expit.default: renamed(aten.sigmoid.default),
+        aten.special_xlogy.default: renamed(aten.xlogy.Tensor),
         aten.special_expm1.default: renamed(aten.expm1.default),
         aten.special_log1p.default: renamed(aten.log1p.default),
         aten.special_log_softmax.default: renamed(aten.log_softmax.int),

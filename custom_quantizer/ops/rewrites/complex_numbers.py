@@ -259,6 +259,15 @@ def _conjugate(parts: _Parts) -> Pair:
     return real, parts.negative(imaginary)
 
 
+def _adjoint(parts: _Parts) -> Pair:
+    """The conjugate of matrices whose rows are columns."""
+    real, imaginary = (
+        parts.insert.call(aten.mT.default, part) if isinstance(part, Node) else part
+        for part in parts.of(parts.node.args[0])
+    )
+    return real, parts.negative(imaginary)
+
+
 def _joined(parts: _Parts) -> Pair:
     real, imaginary = parts.node.args[:2]
     return real, imaginary
@@ -423,6 +432,8 @@ _OF_MEMORY = {aten.as_strided.default, aten.as_strided_copy.default}
 
 _CONJUGATES = (aten._conj.default, aten.conj.default, aten.conj_physical.default)
 
+_ADJOINTS = (aten.adjoint.default, aten.mH.default, aten.matrix_H.default)
+
 _LINEAR = (
     *(aten.cumsum.default, aten.expand_as.default, aten.flip.default, aten.mT.default),
     *(aten.mean.default, aten.mean.dim, aten.neg.default, aten.negative.default),
@@ -438,7 +449,8 @@ _PARTED = {
 
 _PAIRS: Mapping[Any, Callable[[_Parts], Pair | None]] = MappingProxyType(
     {
-        **dict.fromkeys(_PARTED - _OF_DTYPES - _OF_MEMORY - {aten.matrix_H.default}, _by_parts),
+        **dict.fromkeys(_PARTED - _OF_DTYPES - _OF_MEMORY, _by_parts),
+        **dict.fromkeys(_ADJOINTS, _adjoint),
         **dict.fromkeys(_CONJUGATES, _conjugate),
         **dict.fromkeys(_TRANSFORMS, _transformed),
         aten.add.Scalar: _sum,

@@ -146,18 +146,56 @@ def _vector_norm(insert: Insertion) -> Node | None:
     """Euclidean norms by one name; sums of absolute values, and the largest of them."""
     node, data = insert.node, cast(Node, insert.node.args[0])
     power: Any = argument(node, 1, "p", argument(node, 1, "ord", 2))
-    power = 2 if power is None else power
     given: Any = argument(node, 2, "dim")
     dims = given if given or given == 0 else list(range(len(shape_of(data))))
     keep = bool(argument(node, 3, "keepdim", False))
     if argument(node, 4, "dtype") is not None:
         return None
+    norm = _norm(insert, data, power, dims, keep=keep)
+    return None if norm.target is node.target else norm
+
+
+def _norm(insert: Insertion, data: Node, power: Any, dims: Any, *, keep: bool = False) -> Node:
     if power in (1, math.inf):
         target = aten.sum.dim_IntList if power == 1 else aten.amax.default
         return insert.call(target, insert.call(aten.abs.default, data), dims, keep)
-    if node.target is aten.linalg_vector_norm.default:
-        return None
+    power = 2 if power is None else power
     return insert.call(aten.linalg_vector_norm.default, data, power, dims, keep)
+
+
+def _distance(insert: Insertion) -> Node:
+    """``dist``: a norm of the difference."""
+    left, right = insert.node.args[:2]
+    difference = insert.call(aten.sub.Tensor, left, right)
+    dims = list(range(len(shape_of(difference))))
+    return _norm(insert, difference, argument(insert.node, 2, "p", 2), dims)
+
+
+def _distances(insert: Insertion) -> Node | None:
+    """Of each row of one matrix to each of another: norms of differences, if they are few."""
+    node = insert.node
+    left, right = (cast(Node, arg) for arg in node.args[:2])
+    sizes = [*shape_of(node), shape_of(left)[-1]]
+    if math.prod(s for s in sizes if isinstance(s, int)) > _MOST:
+        return None
+    rows = insert.call(aten.unsqueeze.default, left, -2)
+    columns = insert.call(aten.unsqueeze.default, right, -3)
+    difference = insert.call(aten.sub.Tensor, rows, columns)
+    return _norm(insert, difference, argument(node, 2, "p", 2), [-1])
+
+
+_MOST = 2**20
+"""Differences that are computed one by one, 4 MB."""
+
+
+def _outer_sum(insert: Insertion) -> Node | None:
+    """``addr``: a product of a column and a row, and a sum."""
+    node = insert.node
+    added, left, right = (cast(Node, arg) for arg in node.args[:3])
+    if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+        return None
+    column, row = (insert.call(aten.unsqueeze.default, *each) for each in ((left, 1), (right, 0)))
+    return insert.call(aten.add.Tensor, insert.call(aten.mul.Tensor, column, row), added)
 
 
 def _expand_as(insert: Insertion) -> Node | None:
@@ -407,6 +445,9 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.baddbmm.default: sum_and_product,
     aten.addmv.default: sum_and_product,
     aten.bilinear.default: bilinear,
+    aten.addr.default: _outer_sum,
+    aten.cdist.default: _distances,
+    aten.dist.default: _distance,
     aten.linalg_cross.default: _cross,
     aten.linalg_vector_norm.default: _vector_norm,
     aten.norm.Scalar: _vector_norm,

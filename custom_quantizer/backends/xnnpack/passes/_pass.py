@@ -21,6 +21,7 @@ from custom_quantizer.core.graph import (
     effective_users,
     is_dequantize,
     is_float32,
+    is_number,
     is_quantize,
     qparams_of,
     tensor_meta,
@@ -234,7 +235,8 @@ def in_steps(model: GraphModule, steps: Steps) -> int:
     """Put steps in the place of ops of float32, and count these."""
     count = 0
     for node in calls(model, frozenset(steps)):
-        if not is_float32(node):
+        tensors = (t for t in node.all_input_nodes if not is_number(t))
+        if not all(map(is_float32, (node, *tensors))):
             continue
         new = steps[node.target](Numbers(model, node), *node.args, **node.kwargs)
         if new is not None:

@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.backends.xnnpack.kernels import are_rows
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
     calls,
@@ -44,6 +46,7 @@ from custom_quantizer.core.graph import (
     argument,
     constant_of,
     is_dequantize,
+    is_float32,
     is_same_shape,
     shape_of,
     tensor_meta,
@@ -288,48 +291,43 @@ def norms_to_linears(model: GraphModule) -> int:
     exact=False,
 )
 def logsumexps_to_linears(model: GraphModule) -> int:
-    """``m + log(sum(exp(x - m)))`` and ``x - m - log(sum(exp(x - m)))``; ``m``: the maximum.
+    """``m + log(sum(exp(x - m)))``, where ``m`` is the maximum; ``x - m`` less the logarithm.
 
     It is made finite before it is subtracted, so that rows of nothing but minus infinity give that,
     as they do in PyTorch, and not a NaN.
     """
     sums = _Sums(model)
     count = 0
-    for node in calls(model, LOG_SOFTMAX.targets | {aten.logsumexp.default}):
-        data, is_softmax = cast(Node, node.args[0]), node.target in LOG_SOFTMAX.targets
-        meta, shape = tensor_meta(data), shape_of(data)
-        given = [node.args[1]] if is_softmax else cast("list[int]", node.args[1])
-        dims = sorted({int(cast(int, d)) % len(shape) for d in given if shape})
+    for node in calls(model, _IN_ROWS):
+        data, given = cast("tuple[Node, Any]", node.args[:2])
+        shape = shape_of(data)
+        dims = sorted({int(d) % len(shape) for d in pytree.tree_leaves(given) if shape})
         outer = [d for d in range(len(shape)) if d not in dims]
-        sizes = [shape[d] for d in dims]
-        if meta is None or meta.dtype != torch.float32 or not dims or 0 in shape:
+        if not is_float32(node) or not dims or not are_rows(shape, dims):
             continue
-        static = all(isinstance(size, int) for size in sizes)
-        if not static or sum(not isinstance(shape[d], int) for d in outer) > 1:
-            continue
-        build, size, order = Builder(model, node), math.prod(sizes), [*outer, *dims]
-        in_order = order == list(range(len(shape)))
-        if not in_order:
+        build, order = Builder(model, node), [*outer, *dims]
+        size = math.prod(int(shape[d]) for d in dims)
+        if order != list(range(len(shape))):
             data = _moved(build, data, order)
         rows = math.prod(shape[d] for d in outer)
         data = viewed(build, data, [rows, size])
         images = build.call(aten.view_copy.default, data, view_sizes([rows, 1, 1, size]))
         largest = build.call(aten.max_pool2d.default, images, [1, size])
         largest = build.call(aten.view_copy.default, largest, view_sizes([rows, 1]))
-        apart = build.call(aten.sub.Tensor, data, build.finite(largest))
-        powers = build.call(aten.exp.default, apart)
+        below = build.call(aten.sub.Tensor, data, build.finite(largest))
+        powers = build.call(aten.exp.default, below)
         total = build.call(aten.linear.default, powers, sums.row(size, 1.0))
         logarithm = build.call(aten.log.default, total)
-        if is_softmax:
-            result = build.call(aten.sub.Tensor, apart, logarithm)
-            moved = [shape[d] for d in order]
-            result = build.call(aten.view_copy.default, result, view_sizes(moved))
-            if not in_order:
-                back = sorted(range(len(shape)), key=order.__getitem__)
-                result = build.call(aten.permute.default, result, back)
-        else:
+        if node.target is aten.logsumexp.default:
             result = build.call(aten.add.Tensor, logarithm, largest)
             result = build.call(aten.view_copy.default, result, view_sizes(shape_of(node)))
+        else:
+            result = build.call(aten.sub.Tensor, below, logarithm)
+            moved = [shape[d] for d in order]
+            result = build.call(aten.view_copy.default, result, view_sizes(moved))
+            if order != list(range(len(shape))):
+                back = sorted(range(len(order)), key=order.__getitem__)
+                result = build.call(aten.permute.default, result, back)
         replace(node, result)
         count += 1
     return count
@@ -376,5 +374,7 @@ def _broadcasts(user: Node, node: Node, source: Node) -> bool:
     return is_same_shape(broadcast(*shapes), shape_of(user))
 
 
-IN_STEPS = frozenset({aten.batch_norm.default, aten.logsumexp.default})
+_IN_ROWS = LOG_SOFTMAX.targets | {aten.logsumexp.default}
+
+IN_STEPS = frozenset({aten.batch_norm.default}) | _IN_ROWS
 """Ops of no family that are written here."""

@@ -151,12 +151,18 @@ def _atan2(build: Numbers, y: Node, x: Node) -> Node:
     """
     f = _Terms(build)
     sizes = f.of("abs", y), f.of("abs", x)
-    small, large = (build.call(op.default, *sizes) for op in (aten.minimum, aten.maximum))
-    large = build.call(aten.hardtanh.default, large, 2.0**-126, math.inf)
-    angle = _turned(build, f.over(small, large), build.above_zero(f.minus(*sizes)))
+    _, t = _by_larger(build, *sizes)
+    angle = _turned(build, t, build.above_zero(f.minus(*sizes)))
     (up, right) = (_side(build, value) for value in (y, x))
     back = f.times(f.minus(1.0, right), 0.5)
     return f.times(f.plus(f.times(angle, right), f.times(back, math.pi)), up)
+
+
+def _by_larger(build: Numbers, a: Node, b: Node) -> tuple[Node, Node]:
+    """The larger of two sizes, and the smaller one over it."""
+    small, large = (build.call(op.default, a, b) for op in (aten.minimum, aten.maximum))
+    divisor = build.call(aten.hardtanh.default, large, 2.0**-126, math.inf)
+    return large, build.call(aten.div.Tensor, small, divisor)
 
 
 def _side(build: Numbers, x: Node) -> Node:
@@ -227,6 +233,47 @@ def _erf(build: Numbers, x: Node) -> Node:
     return build.call(aten.hardtanh.default, f.times(x, ratio), -1.0, 1.0)
 
 
+def _hypot(build: Numbers, x: Node, y: Node) -> Node:
+    """The larger size times ``sqrt(1 + t**2)``, where ``t`` is the smaller one over it."""
+    f = _Terms(build)
+    large, t = _by_larger(build, f.of("abs", x), f.of("abs", y))
+    return f.times(large, f.of("sqrt", f.plus(f.times(t, t), 1.0)))
+
+
+def _logaddexp(build: Numbers, x: Node, y: Node) -> Node:
+    """The larger one plus ``log(1 + exp(-d))``, where ``d`` is how far they are apart."""
+    f = _Terms(build)
+    apart = f.of("abs", f.minus(build.finite(x), build.finite(y)))
+    rest = f.of("log", f.plus(f.of("exp", f.of("neg", apart)), 1.0))
+    return f.plus(build.call(aten.maximum.default, x, y), rest)
+
+
+def _copysign(build: Numbers, x: Node, y: Node) -> Node:
+    return build.times(build.call(aten.abs.default, x), _side(build, y))
+
+
+def _heaviside(build: Numbers, x: Node, y: Node) -> Node:
+    """1 above 0, and ``y`` at 0."""
+    f = _Terms(build)
+    zero = f.minus(1.0, build.above_zero(f.of("abs", x)))
+    return f.plus(build.above_zero(x), f.times(zero, y))
+
+
+def _logit(build: Numbers, x: Node, eps: float | None = None) -> Node:
+    """``log(x / (1 - x))`` of what is kept away from 0 and 1, if that is asked for."""
+    f = _Terms(build)
+    if eps is not None:
+        x = build.call(aten.hardtanh.default, x, eps, 1 - eps)
+    return f.of("log", f.over(x, f.minus(1.0, x)))
+
+
+def _x_log_y(build: Numbers, x: Node, y: Node) -> Node:
+    """``x * log(y)``, with 1 for ``y`` where ``x`` is 0."""
+    f = _Terms(build)
+    kept = build.above_zero(f.of("abs", x))
+    return f.times(x, f.of("log", f.plus(f.times(y, kept), f.minus(1.0, kept))))
+
+
 STEPS: Steps = {
     aten.acos.default: _acos,
     aten.acosh.default: _acosh,
@@ -235,10 +282,16 @@ STEPS: Steps = {
     aten.atan.default: _atan,
     aten.atan2.default: _atan2,
     aten.atanh.default: _atanh,
+    aten.copysign.Tensor: _copysign,
     aten.cosh.default: _cosh,
     aten.erf.default: _erf,
+    aten.heaviside.default: _heaviside,
+    aten.hypot.default: _hypot,
+    aten.logaddexp.default: _logaddexp,
+    aten.logit.default: _logit,
     aten.sinc.default: _sinc,
     aten.sinh.default: _sinh,
     aten.tan.default: _tan,
+    aten.xlogy.Tensor: _x_log_y,
 }
 """By overload."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -112,12 +112,8 @@ def without_indices(insert: Insertion) -> Node | None:
         return None
     if any(other.users for other in source.users if other is not node):
         return None
-    if source.target is aten.adaptive_max_pool2d.default:
+    if source.target in _ADAPTIVE:
         return _adaptive_max_pool(insert, source)
-    if source.target is aten.adaptive_max_pool1d.default:
-        return _adaptive_max_pool1d(insert, source)
-    if source.target is aten.adaptive_max_pool3d.default:
-        return _adaptive_max_pool3d(insert, source)
     if source.target is aten.max.dim:
         return _largest(insert, source, [cast(int, source.args[1])])
     if source.target is aten.min.dim:
@@ -164,24 +160,26 @@ def _largest(
 
 
 def _adaptive_max_pool(insert: Insertion, source: Node) -> Node | None:
-    """Maxima of adaptive max pooling: row by row, column by column."""
-    value, wanted = cast(Node, source.args[0]), per_dim(source.args[1], 2)
-    return _adaptive_maxima(insert, value, wanted) if _is_batch(value, 2, wanted) else None
-
-
-def _adaptive_max_pool1d(insert: Insertion, source: Node) -> Node | None:
-    """Adaptive max pooling of images of height 1."""
-    value, wanted = cast(Node, source.args[0]), per_dim(source.args[1], 1)
-    if not _is_batch(value, 1, wanted):
+    """Adaptive max pooling of a batch, or of a single image."""
+    maxima, dims = _ADAPTIVE[source.target]
+    value, wanted = cast(Node, source.args[0]), per_dim(source.args[1], dims)
+    single = len(shape_of(value)) == dims + 1
+    if not _is_batch(value, dims, wanted, single=single):
         return None
+    batch = insert.call(aten.unsqueeze.default, value, 0) if single else value
+    pooled = maxima(insert, batch, wanted)
+    return insert.call(aten.squeeze.dim, pooled, 0) if single and pooled is not None else pooled
+
+
+def _maxima_of_signals(insert: Insertion, value: Node, wanted: Sequence[int]) -> Node:
+    """Those of images of height 1."""
     image = insert.call(aten.unsqueeze.default, value, 2)
     return insert.call(aten.squeeze.dim, _adaptive_maxima(insert, image, [1, *wanted]), 2)
 
 
-def _adaptive_max_pool3d(insert: Insertion, source: Node) -> Node | None:
-    """Adaptive max pooling of each image, then over depth."""
-    value, wanted = cast(Node, source.args[0]), per_dim(source.args[1], 3)
-    if not _is_batch(value, 3, wanted) or not is_static(shape_of(value)[1:]):
+def _maxima_of_volumes(insert: Insertion, value: Node, wanted: Sequence[int]) -> Node | None:
+    """Those of each image, then over depth."""
+    if not is_static(shape_of(value)[1:]):
         return None
     batch, channels, depth, height, width = shape_of(value)
     images = insert.reshape(value, [batch, channels * depth, height, width])
@@ -191,11 +189,11 @@ def _adaptive_max_pool3d(insert: Insertion, source: Node) -> Node | None:
     return insert.reshape(columns, [batch, channels, *wanted])
 
 
-def _is_batch(value: Node, dims: int, wanted: Sequence[int]) -> bool:
+def _is_batch(value: Node, dims: int, wanted: Sequence[int], *, single: bool) -> bool:
     """Whether adaptive pooling of ``value`` is a few max pools over dims of static size."""
     meta, shape = tensor_meta(value), shape_of(value)
     floating = meta is not None and meta.dtype == torch.float32
-    static = len(shape) == dims + 2 and is_static(shape[2:])
+    static = len(shape) == dims + (1 if single else 2) and is_static(shape[-dims:])
     return floating and static and sum(wanted) <= MAX_PIECES
 
 
@@ -219,3 +217,11 @@ def _adaptive_maxima(insert: Insertion, value: Node, wanted: Sequence[int]) -> N
             pieces.append(_max_pool(insert, piece, window, window, [0, 0], [1, 1], False))
         value = insert.call(aten.cat.default, pieces, 2 + along)
     return value
+
+
+_ADAPTIVE: Mapping[Any, tuple[Callable[..., Node | None], int]] = {
+    aten.adaptive_max_pool1d.default: (_maxima_of_signals, 1),
+    aten.adaptive_max_pool2d.default: (_adaptive_maxima, 2),
+    aten.adaptive_max_pool3d.default: (_maxima_of_volumes, 3),
+}
+"""By overload, the maxima of a batch, and over how many dims."""
