@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.bias import WIDE_BIAS, BiasLimits
@@ -141,8 +142,8 @@ class Backend:
         kernels: op family -> what it does with it. A family without an entry is float.
         missing: how it runs what has no entry.
         float_targets: overloads of no family that it computes in float.
-        in_steps: whether it computes an op in float though a result of it is none: a comparison,
-            where all who read it read numbers.
+        in_steps: ops of a graph that it computes in float because of who reads them: comparisons,
+            where all read numbers.
         outside: how all others of no family run, if not as ``missing``.
         wide: how it runs what is wider than its kernels; ``None``: they take any width.
         limits: of biases.
@@ -162,7 +163,7 @@ class Backend:
     missing: Kernel
     others: tuple[Arithmetic, ...] = ()
     float_targets: frozenset[Any] = frozenset()
-    in_steps: Callable[[Node], bool] = lambda _node: False
+    in_steps: Callable[[Graph], AbstractSet[Node]] = lambda _graph: frozenset()
     outside: Kernel | None = None
     wide: Kernel | None = None
     limits: BiasLimits = _ANY_BIAS
@@ -182,12 +183,16 @@ class Backend:
             float_reason=f"{self.title} has no integer {what}",
         )
 
-    def in_float(self, node: Node) -> Kernel:
+    def in_float(self, node: Node, in_steps: AbstractSet[Node] = frozenset()) -> Kernel:
         """How an op that stays in float is expected to run.
 
         Of an op of a family that is as sure as :meth:`predict`; of another it is a guess by name.
+
+        Args:
+            node: the op.
+            in_steps: what :attr:`in_steps` finds in its graph.
         """
-        if self.in_steps(node):
+        if node in in_steps:
             return self.missing
         tensors = (node, *node.all_input_nodes)
         if self.outside and any(is_sized_by_data(t) and self.refuses_tensor(t) for t in tensors):

@@ -89,8 +89,11 @@ _ANY = Values(Holds.NAN)
 _FINITE = Values()
 _SHARE = Values(low=0.0, high=1.0)
 
-_KNOWN = "custom_quantizer_finite"
-"""Key in ``meta`` of what was found to be finite, so that chains are not walked again."""
+_KNOWN = "custom_quantizer_values"
+"""Key in ``meta`` of what was found to be no NaN, so that chains are not walked again.
+
+What may be NaN may turn out not to be, once ops that nothing knows are written as others.
+"""
 
 
 def values_of(model: torch.nn.Module, tensor: Node) -> Values:
@@ -105,8 +108,9 @@ def values_of(model: torch.nn.Module, tensor: Node) -> Values:
             waiting += missing
             continue
         found[waiting.pop()] = result = known or _made(node, found)
-        if result.holds is Holds.FINITE:
-            node.meta[_KNOWN] = result
+        if result.holds is Holds.NAN:
+            return result  # as is all that is made of it
+        node.meta[_KNOWN] = result
     return found[tensor]
 
 

@@ -66,6 +66,7 @@ class Annotator:
         self._ops = ops
         self._io = io
         self._backend = backend
+        self._in_steps = backend.in_steps(io.node.graph)
         self._groups = _Groups()
         self._numbers: dict[_Key, int] = {}
         self._schemes: dict[_Key, TensorScheme] = {}
@@ -162,7 +163,11 @@ class Annotator:
         if op.moves_values and op.follows is not None:
             scheme = f"a{op.follows.format.bits}"
         delegation = _predict(op, self._backend) if op.activation is not None else None
-        kernel = self._backend.in_float(op.node) if delegation is None else delegation.kernel
+        kernel = (
+            self._backend.in_float(op.node, self._in_steps)
+            if delegation is None
+            else delegation.kernel
+        )
         return OpPlan(
             node=op.node.name,
             fused=op.fused.name if op.fused is not None else None,

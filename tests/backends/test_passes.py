@@ -310,6 +310,7 @@ FLOAT_OPS = {
     "softmaxes_over_last_dim",
     "softplus_steps",
     "tanh_gelus",
+    "transcendentals_in_steps",
 }
 
 
@@ -1217,6 +1218,7 @@ def test_passes_say_what_they_look_for_and_what_they_leave() -> None:
         "softplus_steps",
         "tie_break_offsets",
         "tanh_gelus",
+        "transcendentals_in_steps",
     }
     assert {p.name for p in PASSES if not p.exact} == inexact
 

@@ -27,7 +27,7 @@ from custom_quantizer.backends.xnnpack.kernels import (
     refuses_tensor,
 )
 from custom_quantizer.backends.xnnpack.passes import IN_STEPS
-from custom_quantizer.backends.xnnpack.passes.comparisons import is_read_as_number
+from custom_quantizer.backends.xnnpack.passes.comparisons import read_as_numbers
 from custom_quantizer.backends.xnnpack.run_time import RUN_TIME
 from custom_quantizer.core.bias import MAX_EXACT_BIAS, WIDE_BIAS, BiasLimits
 from custom_quantizer.ops.backend import Backend
@@ -48,7 +48,7 @@ BACKEND = Backend(
     kernels=SUPPORT,
     missing=FLOAT,
     float_targets=_TAKEN | IN_STEPS,
-    in_steps=is_read_as_number,
+    in_steps=read_as_numbers,
     outside=PORTABLE,
     wide=EMULATED,
     limits=BiasLimits(MAX_EXACT_BIAS, WIDE_BIAS),

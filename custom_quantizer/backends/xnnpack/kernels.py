@@ -572,7 +572,7 @@ def _log_softmax(match: PatternMatch, _formats: Formats) -> Delegation:
 
 def chooses_in_steps(where: Node) -> bool:
     """Whether maxima and minima, which are float of the delegate, choose for a ``where``."""
-    return is_float32(where) and chooses_numbers(where)
+    return all(map(is_float32, (where, *where.args[1:]))) and chooses_numbers(where)
 
 
 def _where(match: PatternMatch, _formats: Formats) -> Delegation:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.kernels import chooses_in_steps, refuses_tensor
 from custom_quantizer.backends.xnnpack.passes._pass import (
@@ -56,12 +56,8 @@ def comparisons_in_steps(model: GraphModule) -> int:
 
 def _masks_to_numbers(model: GraphModule) -> int:
     """Each mask is computed once, where it stands."""
-    masks = calls(model, frozenset({*_COMPARISONS, *_LOGIC, *_MOVES}))
-    able: set[Any] = set()
-    for mask in masks:
-        joins = mask.target not in _COMPARISONS and able.issuperset(_sources(mask))
-        if joins or _is_comparison(mask):
-            able.add(mask)
+    masks = calls(model, _MASKS)
+    able = _able(masks)
     readers = [n for n in calls(model, _READERS) if _reads_number(n)]
     wanted = able.intersection(reader.args[0] for reader in readers)
     for mask in reversed(masks):
@@ -83,48 +79,42 @@ def _masks_to_numbers(model: GraphModule) -> int:
     return len(readers)
 
 
-def is_read_as_number(mask: Node) -> bool:
-    """Whether a comparison, or what joins some, is computed in steps for all who read it.
+def read_as_numbers(graph: Graph) -> set[Node]:
+    """Comparisons, and what joins some, that are computed in steps for all who read them.
 
     So are conversions of them. Integers that are compared are converted outside.
     """
-    if _reads_number(mask):
-        return _is_able(mask.args[0])
-    if mask.target in _COMPARISONS and _are_integers(mask.args[0]):
-        return False
-    waiting, seen = [mask], {mask}
-    while waiting:
-        node = waiting.pop()
-        if not _is_able(node):
-            return False
-        for user in effective_users(node):
-            if user.target in _LOGIC or user.target in _MOVES:
-                waiting += [user] if user not in seen else []
-                seen.add(user)
-            elif not _reads_number(user) and not (
-                user.target in WHERE.targets and chooses_in_steps(user)
-            ):
-                return False
-    return True
+    masks = [node for node in graph.nodes if node.target in _MASKS and _is_mask(node)]
+    able, found = _able(masks), set[Node]()
+    for mask in reversed(masks):
+        if mask in able and all(
+            user in found
+            or _reads_number(user)
+            or (user.target in WHERE.targets and chooses_in_steps(user))
+            for user in effective_users(mask)
+        ):
+            found.add(mask)
+    found -= {m for m in masks if m.target in _COMPARISONS and _are_integers(m.args[0])}
+    return found | {user for mask in able for user in mask.users if _reads_number(user)}
+
+
+def _able(masks: Sequence[Node]) -> set[Any]:
+    """Those that are made of comparisons that have steps."""
+    able: set[Any] = set()
+    for mask in masks:
+        joins = mask.target not in _COMPARISONS and able.issuperset(_sources(mask))
+        if joins or _is_comparison(mask):
+            able.add(mask)
+    return able
+
+
+def _is_mask(value: Any) -> bool:
+    meta = tensor_meta(value) if isinstance(value, Node) else None
+    return meta is not None and meta.dtype == torch.bool
 
 
 def _reads_number(user: Node) -> bool:
     return user.target in _READERS and is_float32(user)
-
-
-def _is_able(mask: Any) -> bool:
-    """Whether a mask is made of comparisons that have steps."""
-    waiting = [mask]
-    while waiting:
-        node = waiting.pop()
-        meta = tensor_meta(node) if isinstance(node, Node) else None
-        if meta is None or meta.dtype != torch.bool:
-            return False
-        if node.target in _LOGIC or node.target in _MOVES:
-            waiting += _sources(node)
-        elif not _is_comparison(node):
-            return False
-    return True
 
 
 def _sources(mask: Node) -> Sequence[Any]:
@@ -247,6 +237,8 @@ _LOGIC: Mapping[Any, Callable[..., Node]] = {
 }
 
 _MOVES = RESHAPE.targets | PERMUTE.targets | SLICE.targets | SELECT.targets | EXPAND.targets
+
+_MASKS = frozenset({*_COMPARISONS, *_LOGIC, *_MOVES})
 
 _READERS = frozenset({aten.to.dtype})
 """Ops to which what is true is 1: conversions, also those of masks that meet floats."""

@@ -333,6 +333,9 @@ def logsumexps_to_linears(model: GraphModule) -> int:
     return count
 
 
+_IN_ROWS = LOG_SOFTMAX.targets | {aten.logsumexp.default}
+
+
 _BROADCASTING = frozenset({aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor})
 
 
@@ -374,7 +377,5 @@ def _broadcasts(user: Node, node: Node, source: Node) -> bool:
     return is_same_shape(broadcast(*shapes), shape_of(user))
 
 
-_IN_ROWS = LOG_SOFTMAX.targets | {aten.logsumexp.default}
-
-IN_STEPS = frozenset({aten.batch_norm.default}) | _IN_ROWS
+IN_STEPS = frozenset({aten.batch_norm.default, aten.logsumexp.default})
 """Ops of no family that are written here."""
