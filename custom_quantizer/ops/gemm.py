@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from custom_quantizer.core.arithmetic import Arithmetic, along
-from custom_quantizer.core.graph import argument, describe, is_constant, tensor_meta
+from custom_quantizer.core.graph import argument, describe, is_constant, reads_sizes, tensor_meta
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops._rule import (
@@ -57,12 +57,15 @@ def _roles(
     return PatternMatch(rule, node, (data,), weight, cast("Node | None", bias), weight_axis, groups)
 
 
-def _match_conv(rule: OpRule, node: Node) -> PatternMatch | str:
-    return _roles(rule, node, groups=int(argument(node, 6, "groups", 1)))
+def _match_conv(rule: OpRule, node: Node, *, weight_axis: int = 0) -> PatternMatch | str:
+    if reads_sizes(node):
+        return "one of its arguments depends on a dynamic size"
+    groups = int(argument(node, 6, "groups", 1))
+    return _roles(rule, node, weight_axis=weight_axis, groups=groups)
 
 
 def _match_conv_transpose(rule: OpRule, node: Node) -> PatternMatch | str:
-    return _roles(rule, node, weight_axis=1, groups=int(argument(node, 6, "groups", 1)))
+    return _match_conv(rule, node, weight_axis=1)
 
 
 def expand_channels(scale: Tensor, match: PatternMatch) -> Tensor:

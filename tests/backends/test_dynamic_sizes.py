@@ -295,6 +295,37 @@ class Tokens(nn.Module):
         return [self.layer(joined), self.layer(before), queries, learned * 1.5, larger * 1.5]
 
 
+def test_what_is_filled_with_one_number_for_any_batch() -> None:
+    def forward(s: Any, x: Tensor) -> tuple[Tensor, ...]:
+        y = s.linear(x)
+        state = torch.cat([y.new_zeros(x.shape[0], 1, 6), y, torch.ones_like(y)], 1)
+        written = y * 1.5
+        written[:, 0] = 0.5
+        return state, torch.ones_like(y) - y, y + torch.full((x.shape[0], 4, 6), 0.5), written
+
+    model = Function(forward, linear=nn.Linear(6, 6))
+    graph, program = program_of(model, (torch.randn(3, 4, 6),), ({0: "batch"},))
+    assert is_whole(program)
+    check(graph, program, [(torch.randn(n, 4, 6),) for n in (3, 1, 12, 2)])
+
+
+def test_a_convolution_whose_groups_are_the_samples_stays_float() -> None:
+    def forward(s: Any, x: Tensor, weight: Tensor) -> Tensor:
+        count = x.shape[0]
+        groups = x.reshape(1, count * 4, 6, 6), weight.reshape(count * 2, 4, 1, 1)
+        return s.linear(F.conv2d(*groups, groups=count))
+
+    model, batch = Function(forward, linear=nn.Linear(6, 6)), Dim("batch", min=1, max=MOST)
+    example = (torch.randn(3, 4, 6, 6), torch.randn(3, 2, 4))
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    captured = capture(model, example, dynamic_shapes=(({0: batch}, {0: batch}),))
+    prepare_pt2e(captured, quantizer)
+    assert (
+        quantizer.last_plan.op("conv2d").reason == "one of its arguments depends on a dynamic size"
+    )
+    assert quantizer.last_plan.op("linear").scheme == "a8w8"
+
+
 @pytest.mark.slow
 def test_expands_to_and_in_a_dynamic_batch() -> None:
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ Rewrites, applied in ``transform_for_annotation``:
   Where that cannot be (:mod:`custom_quantizer.ops.rewrites.writes`), the op stays and every tensor
   in that memory is marked;
 - complex numbers become two real ones (:mod:`custom_quantizer.ops.rewrites.complex_numbers`);
+- tensors of one number and as many values as another one, whatever its size, become that number;
 - constants of integers or booleans that meet floats become floats;
 - composite ops become the ops they stand for (:mod:`custom_quantizer.ops.rewrites.decompositions`);
 - ops that the backend computes in another form take that form (``Backend.legalize``);
@@ -27,6 +28,7 @@ Rewrites, applied in ``transform_for_annotation``:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any, cast
@@ -41,11 +43,13 @@ from custom_quantizer.core.graph import (
     constant_of,
     is_constant,
     is_float32,
+    is_same_shape,
     reads_sizes,
+    shape_of,
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
-from custom_quantizer.core.rewriting import rewrite_calls
+from custom_quantizer.core.rewriting import Insertion, replace, rewrite_calls
 from custom_quantizer.ops import known_targets
 from custom_quantizer.ops.rewrites.arithmetic import PRODUCTS_APART
 from custom_quantizer.ops.rewrites.batch_norms import (
@@ -55,7 +59,7 @@ from custom_quantizer.ops.rewrites.batch_norms import (
 )
 from custom_quantizer.ops.rewrites.complex_numbers import COMPLEX_OPS, complex_to_real
 from custom_quantizer.ops.rewrites.composites import inline_composites
-from custom_quantizer.ops.rewrites.constants import fold_constants, zero_new_memory
+from custom_quantizer.ops.rewrites.constants import MAX_GROWTH, fold_constants, zero_new_memory
 from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN, CORE_OPS
 from custom_quantizer.ops.rewrites.cuts import PARTS, ends_to_numbers
 from custom_quantizer.ops.rewrites.decompositions import REWRITTEN, decompose
@@ -113,6 +117,7 @@ def canonicalize(
         # What was written into, piece by piece, is written no more: zeros, masks.
         fold_constants(model, parameters=not training)
     complex_to_real(model, training=training)
+    _fills_to_numbers(model)
     _integers_to_floats(model)
     rewrite_calls(model, PRODUCTS_APART, training=training, of_sizes=True)
     rewrite_calls(model, PARTS, training=training, of_sizes=True)
@@ -197,6 +202,67 @@ _PROMOTING = frozenset(
     }
 )
 """They compute with two tensors in the type of both."""
+
+_SPREADING = _PROMOTING | {aten.where.self}
+"""They spread a number over all values of a tensor."""
+
+
+_SIZED: dict[Any, tuple[int, int, float | None]] = {
+    aten.full.default: (0, 1, None),
+    aten.ones.default: (0, 0, 1.0),
+    aten.zeros.default: (0, 0, 0.0),
+    aten.new_full.default: (1, 2, None),
+    aten.new_ones.default: (1, 0, 1.0),
+    aten.new_zeros.default: (1, 0, 0.0),
+}
+"""Ops that fill a tensor of some sizes: where these stand, and where the number, or the number."""
+
+_LIKE: dict[Any, float | None] = {
+    aten.fill.Scalar: None,
+    aten.full_like.default: None,
+    aten.ones_like.default: 1.0,
+    aten.zero.default: 0.0,
+    aten.zeros_like.default: 0.0,
+}
+"""Ops that fill a tensor of the sizes of another one: the number; ``None``: it is an argument."""
+
+
+def _fills_to_numbers(model: GraphModule) -> None:
+    """What is filled with one number is that number, or one row, spread over a dynamic size.
+
+    Of sizes that are known it is a constant already.
+    """
+    for node in list(model.graph.nodes):
+        if node.target in _SIZED:
+            where, at, number = _SIZED[node.target]
+        elif node.target in _LIKE:
+            where, at, number = -1, 1, _LIKE[node.target]
+        else:
+            continue
+        number = argument(node, at, "fill_value") if number is None else number
+        shape: tuple[Any, ...] = shape_of(node)
+        if not is_float32(node) or overwritten_by(node) or not isinstance(number, (int, float)):
+            continue
+        for user in list(node.users):
+            tensors = [
+                n for n in user.all_input_nodes if n is not node and tensor_meta(n) is not None
+            ]
+            spreads = any(is_same_shape(shape_of(n), shape_of(user)) for n in tensors)
+            if user.target in _SPREADING and spreads:
+                user.replace_input_with(node, _constant(model, user, number))
+        row = [size if isinstance(size, int) else 1 for size in shape]
+        if not node.users or row == list(shape) or math.prod(row) > MAX_GROWTH:
+            continue
+        insert, sizes = Insertion(model, node), [-1] * len(shape)
+        if where < 0:
+            source = node.args[0]
+            for dim, size in enumerate(shape):
+                if not isinstance(size, int):
+                    sizes[dim] = insert.call(aten.sym_size.int, source, dim)
+        else:
+            sizes = argument(node, where, "size")
+        filled = insert.constant("row", torch.full(row, float(number)))
+        replace(model, node, insert.call(aten.expand.default, filled, sizes))
 
 
 def _integers_to_floats(model: GraphModule) -> None:

@@ -22,6 +22,7 @@ from custom_quantizer.core.graph import (
     argument,
     constant_of,
     is_constant,
+    is_same_shape,
     shape_of,
     tensor_meta,
 )
@@ -199,10 +200,17 @@ def _outer_sum(insert: Insertion) -> Node | None:
 
 
 def _expand_as(insert: Insertion) -> Node | None:
-    shape = shape_of(insert.node)
-    if not all(isinstance(size, int) for size in shape):
+    """A dim that keeps its size need not be known."""
+    source = cast(Node, insert.node.args[0])
+    shape: tuple[Any, ...] = shape_of(insert.node)
+    before = (None,) * (len(shape) - len(shape_of(source))) + tuple(shape_of(source))
+    sizes = [
+        size if old is None or isinstance(size, int) or not is_same_shape((old,), (size,)) else -1
+        for old, size in zip(before, shape, strict=True)
+    ]
+    if not all(isinstance(size, int) for size in sizes):
         return None
-    return insert.call(aten.expand.default, insert.node.args[0], list(shape))
+    return insert.call(aten.expand.default, source, sizes)
 
 
 def _clamp(insert: Insertion) -> Node | None:

@@ -49,10 +49,10 @@ _EXPONENTS: dict[float, Rewrite] = {
 def power_of_tensor(insert: Insertion) -> Node | None:
     """An exponent that was learned is a number: once it is trained it is the same in all calls."""
     data, exponent = float_input(insert), insert.node.args[1]
-    if data is None or not isinstance(exponent, Node) or not is_constant(exponent):
+    if data is None or not isinstance(exponent, Node) or insert.is_trained(exponent):
         return None
-    value = constant_of(insert.model, exponent)
-    if insert.is_trained(exponent) or value.numel() != 1 or value.dim() > len(shape_of(data)):
+    value = constant_of(insert.model, exponent) if is_constant(exponent) else None
+    if value is None or value.numel() != 1 or value.dim() > len(shape_of(data)):
         return None
     return insert.call(aten.pow.Tensor_Scalar, data, float(value))
 
