@@ -41,8 +41,8 @@ from custom_quantizer.ops.movement import CAT, EXPAND, RESHAPE, SELECT, SLICE, S
 aten = torch.ops.aten
 
 
-_MAX_REPEATS = 64
-"""Beyond this an expand stays outside the delegate: a cat names each of its inputs."""
+_MAX_REPEATS = 4096
+"""Beyond this an expand stays outside the delegate: a cat names each of its inputs, for a while."""
 
 
 @graph_pass("splits", "slices")
