@@ -253,7 +253,8 @@ def _fills_to_numbers(model: GraphModule) -> None:
         row = [size if isinstance(size, int) else 1 for size in shape]
         if not node.users or row == list(shape) or math.prod(row) > MAX_GROWTH:
             continue
-        insert, sizes = Insertion(model, node), [-1] * len(shape)
+        insert = Insertion(model, node)
+        sizes: list[Any] = [-1] * len(shape)
         if where < 0:
             source = node.args[0]
             for dim, size in enumerate(shape):
