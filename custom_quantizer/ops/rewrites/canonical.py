@@ -203,9 +203,10 @@ _PROMOTING = frozenset(
 )
 """They compute with two tensors in the type of both."""
 
-_SPREADING = _PROMOTING | {aten.where.self}
-"""They spread a number over all values of a tensor."""
+_CHOOSING = frozenset({aten.where.self})
 
+_SPREADING = _PROMOTING | _CHOOSING
+"""They spread a number over all values of a tensor, those that choose also one of no integers."""
 
 _SIZED: dict[Any, tuple[int, int, float | None]] = {
     aten.full.default: (0, 1, None),
@@ -248,10 +249,12 @@ def _fills_to_numbers(model: GraphModule) -> None:
                 n for n in user.all_input_nodes if n is not node and tensor_meta(n) is not None
             ]
             spreads = any(is_same_shape(shape_of(n), shape_of(user)) for n in tensors)
-            if user.target in _SPREADING and spreads:
+            if spreads and user.target in (_SPREADING if math.isfinite(number) else _CHOOSING):
                 user.replace_input_with(node, _constant(model, user, number))
         row = [size if isinstance(size, int) else 1 for size in shape]
-        if not node.users or row == list(shape) or math.prod(row) > MAX_GROWTH:
+        if not node.users or row == list(shape) or not math.isfinite(number):
+            continue
+        if math.prod(row) > MAX_GROWTH:
             continue
         insert = Insertion(model, node)
         sizes: list[Any] = [-1] * len(shape)
