@@ -445,11 +445,15 @@ def steep_softplus(x: Tensor) -> Tensor:
     return F.softplus(x, 1.0, 3.0)
 
 
-def heaviside(x: Tensor) -> Tensor:
-    return torch.heaviside(x, x)
+def renormalized(x: Tensor) -> Tensor:
+    return torch.renorm(x, 2, 1, 0.5)
 
 
-COMPOSITES = (heaviside, steep_softplus, torch.sinc, F.tanhshrink)
+def entropies(x: Tensor) -> Tensor:
+    return torch.special.entr(x.relu() + 0.1)
+
+
+COMPOSITES = (entropies, renormalized, steep_softplus, F.tanhshrink)
 
 
 def test_composite_float_ops_of_images_are_right() -> None:
