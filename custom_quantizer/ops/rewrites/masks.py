@@ -98,15 +98,17 @@ def attended(insert: Insertion, mask: Node) -> Node | None:
         insert: where calls are made.
         mask: what :func:`added_mask` gave.
     """
-    terms = [term for term in reached(mask, _terms) if _leaves_out(insert, term)]
-    if len(terms) == 1 and is_constant(terms[0]):
+    nodes = reached(mask, _terms)
+    terms = [node for node in nodes if _leaves_out(insert, node)]
+    if not terms:
+        return None
+    moved = any(node.target in _MOVES for node in nodes)
+    if len(terms) == 1 and is_constant(terms[0]) and not moved:
         rows = (constant_of(insert.model, terms[0]) > _NOTHING).any(-1, keepdim=True)
         if bool(rows.all()):
             return None
         if mask is terms[0]:
             return insert.constant("attended", rows.float())
-    if not terms:
-        return None
     above = _in_float(_once(insert, mask, aten.sub.Tensor, mask, _NOTHING))
     return _in_float(_once(insert, above, aten.clamp.default, above, 0.0, 1.0))
 
