@@ -244,12 +244,12 @@ def _fills_to_numbers(model: GraphModule) -> None:
         shape: tuple[Any, ...] = shape_of(node)
         if not is_float32(node) or overwritten_by(node) or not isinstance(number, (int, float)):
             continue
-        for user in list(node.users):
-            tensors = [
+        spreading = _SPREADING if math.isfinite(number) else _CHOOSING
+        for user in [user for user in node.users if user.target in spreading]:
+            others = [
                 n for n in user.all_input_nodes if n is not node and tensor_meta(n) is not None
             ]
-            spreads = any(is_same_shape(shape_of(n), shape_of(user)) for n in tensors)
-            if spreads and user.target in (_SPREADING if math.isfinite(number) else _CHOOSING):
+            if any(is_same_shape(shape_of(other), shape_of(user)) for other in others):
                 user.replace_input_with(node, _constant(model, user, number))
         row = [size if isinstance(size, int) else 1 for size in shape]
         if not node.users or row == list(shape) or not math.isfinite(number):
