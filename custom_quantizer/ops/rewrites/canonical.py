@@ -122,6 +122,7 @@ def canonicalize(
     rewrite_calls(model, PRODUCTS_APART, training=training, of_sizes=True)
     rewrite_calls(model, PARTS, training=training, of_sizes=True)
     decompose(model, training=training)
+    _fills_to_rows(model)
     if training:
         mark_computed_parameters(model)
     legalize(model, training)
@@ -228,21 +229,24 @@ _LIKE: dict[Any, float | None] = {
 """Ops that fill a tensor of the sizes of another one: the number; ``None``: it is an argument."""
 
 
+def _filling(node: Node) -> float | None:
+    """The number that a tensor of float32 is filled with."""
+    if not (node.target in _SIZED or node.target in _LIKE) or not is_float32(node):
+        return None
+    at, number = _SIZED[node.target][1:] if node.target in _SIZED else (1, _LIKE[node.target])
+    number = argument(node, at, "fill_value") if number is None else number
+    is_number = isinstance(number, (int, float)) and overwritten_by(node) is None
+    return float(number) if is_number else None
+
+
 def _fills_to_numbers(model: GraphModule) -> None:
-    """What is filled with one number is that number, or one row, spread over a dynamic size.
+    """What is filled with one number is that number, where it meets a tensor of its size.
 
     Of sizes that are known it is a constant already.
     """
     for node in list(model.graph.nodes):
-        if node.target in _SIZED:
-            where, at, number = _SIZED[node.target]
-        elif node.target in _LIKE:
-            where, at, number = -1, 1, _LIKE[node.target]
-        else:
-            continue
-        number = argument(node, at, "fill_value") if number is None else number
-        shape: tuple[Any, ...] = shape_of(node)
-        if not is_float32(node) or overwritten_by(node) or not isinstance(number, (int, float)):
+        number = _filling(node)
+        if number is None:
             continue
         spreading = _SPREADING if math.isfinite(number) else _CHOOSING
         for user in [user for user in node.users if user.target in spreading]:
@@ -251,21 +255,27 @@ def _fills_to_numbers(model: GraphModule) -> None:
             ]
             if any(is_same_shape(shape_of(other), shape_of(user)) for other in others):
                 user.replace_input_with(node, _constant(model, user, number))
-        row = [size if isinstance(size, int) else 1 for size in shape]
-        if not node.users or row == list(shape) or not math.isfinite(number):
+
+
+def _fills_to_rows(model: GraphModule) -> None:
+    """What is filled with one number, for any batch, is one row that is expanded."""
+    for node in list(model.graph.nodes):
+        number = _filling(node)
+        if number is None or not node.users or not math.isfinite(number):
             continue
-        if math.prod(row) > MAX_GROWTH:
+        shape: tuple[Any, ...] = shape_of(node)
+        row = [size if isinstance(size, int) else 1 for size in shape]
+        if row == list(shape) or math.prod(row) > MAX_GROWTH:
             continue
         insert = Insertion(model, node)
-        sizes: list[Any] = [-1] * len(shape)
-        if where < 0:
-            source = node.args[0]
-            for dim, size in enumerate(shape):
-                if not isinstance(size, int):
-                    sizes[dim] = insert.call(aten.sym_size.int, source, dim)
+        if node.target in _SIZED:
+            sizes = argument(node, _SIZED[node.target][0], "size")
         else:
-            sizes = argument(node, where, "size")
-        filled = insert.constant("row", torch.full(row, float(number)))
+            sizes = [
+                -1 if isinstance(size, int) else insert.call(aten.sym_size.int, node.args[0], dim)
+                for dim, size in enumerate(shape)
+            ]
+        filled = insert.constant("row", torch.full(row, number))
         replace(model, node, insert.call(aten.expand.default, filled, sizes))
 
 
