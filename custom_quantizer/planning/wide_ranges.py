@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.core.graph import constant_of, effective_users, is_constant
 from custom_quantizer.core.rewriting import step_target
 from custom_quantizer.ops import Formats, Trait, rule_of
+from custom_quantizer.ops._rule import as_limits
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
 from custom_quantizer.ops.functions import (
@@ -37,14 +38,14 @@ def leave_divisor_guards(ops: Drafts) -> None:
     """What keeps a divisor away from zero stays in float: rounded to a grid it would be zero.
 
     ``F.normalize`` of a row of zeros is zero, and not 0 / 0. It is a bound, or a small number that
-    is added (``x / (x.sum() + 1e-6)``).
+    is added (``x / (x.sum() + 1e-6)``), or what a bound leaves of a number (``1 - p``).
     """
     for op in ops:
         if not op.has(Trait.DIVISION) or op.match is None:
             continue
         source = ops.computed_by(op.match.inputs[-1])
-        if source is not None and _keeps_from_zero(source):
-            _leave_guard(source, "a divisor")
+        for guard in _guarding(source, ops):
+            _leave_guard(guard, "a divisor")
 
 
 def leave_pole_guards(ops: Drafts, backend: Backend) -> None:
@@ -67,9 +68,10 @@ def leave_pole_guards(ops: Drafts, backend: Backend) -> None:
             elif not source.moves_values:
                 break
             source = ops.producer.get(source.match.inputs[0])
-        if source is None or not (_keeps_from_zero(source) or (between and _guards(source))):
-            continue
-        for each in (source, *between):
+        guards = _guarding(source, ops)
+        if source is not None and between and _guards(source):
+            guards = guards or [source]
+        for each in (*guards, *(between if guards else ())):
             _leave_guard(each, what)
 
 
@@ -407,18 +409,46 @@ def _runs_in_float(op: DraftOp, backend: Backend) -> bool:
     return placement not in (Placement.INTEGER, Placement.TABLE)
 
 
-def _keeps_from_zero(op: DraftOp) -> bool:
-    """Whether integers would round away what an op keeps away from zero."""
-    return op.scheme is not None and _guards(op)
+def _guarding(op: DraftOp | None, ops: Drafts) -> list[DraftOp]:
+    """An op, and one before it, if integers would round away what they keep away from zero."""
+    if op is None or op.scheme is None:
+        return []
+    if _guards(op):
+        return [op]
+    bound = _bound_that_leaves_little(op, ops)
+    return [] if bound is None else [op, bound]
+
+
+def _bound_that_leaves_little(op: DraftOp, ops: Drafts) -> DraftOp | None:
+    """The clamp of ``p`` whose end next to a number is all that keeps ``1 - p`` away from zero."""
+    if op.rule is not SUB or op.match is None or op.decision.explicit:
+        return None
+    numbers, tensors = _numbers(op), [t for t in op.match.inputs if not is_constant(t)]
+    source = ops.computed_by(tensors[0]) if len(numbers) == len(tensors) == 1 else None
+    if source is None:
+        return None
+    low, high = (float(numbers[0]) - end for end in _bounds(source))
+    # Of two signs, if the number lies between the bounds.
+    little = low * high > 0 and min(abs(low), abs(high)) <= _LITTLE
+    return source if little else None
+
+
+_LITTLE = 2e-3
+"""Half a step of probabilities in 8 bits, which is rounded to zero."""
 
 
 def _guards(op: DraftOp) -> bool:
     """Whether an op keeps its result away from zero."""
     if op.decision.explicit:
         return False
-    last = rule_of(op.output)  # a clamp of its own, or one that is fused
-    low = None if last is None or last.bounds is None else last.bounds(op.output)[0]
-    return (low is not None and low > 0) or _adds_epsilon(op)
+    return _bounds(op)[0] > 0 or _adds_epsilon(op)
+
+
+def _bounds(op: DraftOp) -> tuple[float, float]:
+    """Those of a clamp, or of one that is fused; infinite if there is none."""
+    last = rule_of(op.output)
+    given = (None, None) if last is None or last.bounds is None else last.bounds(op.output)
+    return as_limits(*given)
 
 
 def _leave_guard(op: DraftOp, what: str) -> None:

@@ -152,6 +152,9 @@ POLES: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda y: torch.log(y.clamp(min=1e-5) / (1 - y).clamp(min=1e-5)),
         "clamp",
     ),
+    "log of odds": (lambda y: torch.log((p := y.clamp(1e-3, 1 - 1e-3)) / (1 - p)), "rsub"),
+    "log of a rest": (lambda y: torch.log(1 - y.clamp(max=1 - 1e-4)), "rsub"),
+    "log below": (lambda y: torch.log(y.clamp(min=2.0001) - 2), "sub"),
 }
 
 
