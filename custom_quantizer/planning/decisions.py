@@ -22,6 +22,7 @@ from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.ops import OpRule, PatternMatch, Trait, rule_of, unknown_op
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.planning.drafts import ANNOTATED_BEFORE, DraftOp, is_annotated
+from custom_quantizer.planning.guards import may_guard
 
 
 def collect(model: GraphModule, config: Config, backend: Backend) -> list[DraftOp]:
@@ -79,6 +80,8 @@ def _fusable(op: DraftOp, config: Config) -> Node | None:
         return None
     if is_annotated(users[0]):
         return None
+    if op.match is not None and op.match.weight is not None and may_guard(users[0]):
+        return None  # it may have to be float, which the layer need not be
     decision = config.resolve(users[0])
     # A rule aimed at the activation itself says it is an op of its own.
     if decision.explicit and decision.scheme != op.decision.scheme:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import constant_of, effective_users, is_constant
 from custom_quantizer.core.rewriting import step_target
-from custom_quantizer.ops import Formats, Trait, rule_of
-from custom_quantizer.ops._rule import as_limits
+from custom_quantizer.ops import Formats, Trait
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
 from custom_quantizer.ops.functions import (
@@ -31,6 +29,7 @@ from custom_quantizer.ops.gemm import LINEAR
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import AVG_POOL, MEAN
 from custom_quantizer.planning.drafts import DraftOp, Drafts
+from custom_quantizer.planning.guards import adds_epsilon, bounds_of, leaves_little, numbers_of
 from custom_quantizer.planning.model_io import ModelIO
 
 
@@ -278,8 +277,8 @@ def _is_exponential(op: DraftOp) -> bool:
 
 def _is_less_a_number(op: DraftOp) -> bool:
     """Whether an op is the difference of a tensor and a number."""
-    numbers = _numbers(op)
-    return len(numbers) == 1 and (op.rule is SUB or (op.rule is ADD and bool(numbers[0] < 0)))
+    numbers = numbers_of(op.node) if op.rule in (ADD, SUB) else []
+    return len(numbers) == 1 and (op.rule is SUB or bool(numbers[0] < 0))
 
 
 def _is_difference(op: DraftOp) -> bool:
@@ -421,54 +420,21 @@ def _guarding(op: DraftOp | None, ops: Drafts) -> list[DraftOp]:
 
 def _bound_that_leaves_little(op: DraftOp, ops: Drafts) -> DraftOp | None:
     """The clamp of ``p`` whose end next to a number is all that keeps ``1 - p`` away from zero."""
-    if op.rule is not SUB or op.match is None or op.decision.explicit:
+    if op.match is None or op.decision.explicit:
         return None
-    numbers, tensors = _numbers(op), [t for t in op.match.inputs if not is_constant(t)]
-    source = ops.computed_by(tensors[0]) if len(numbers) == len(tensors) == 1 else None
-    if source is None:
-        return None
-    low, high = (float(numbers[0]) - end for end in _bounds(source))
-    # Of two signs, if the number lies between the bounds.
-    little = low * high > 0 and min(abs(low), abs(high)) <= _LITTLE
-    return source if little else None
-
-
-_LITTLE = 2e-3
-"""Half a step of probabilities in 8 bits, which is rounded to zero."""
+    sources = [ops.computed_by(tensor) for tensor in op.match.inputs if not is_constant(tensor)]
+    near = (source for source in sources if source and leaves_little(op.node, source.output))
+    return next(near, None)
 
 
 def _guards(op: DraftOp) -> bool:
     """Whether an op keeps its result away from zero."""
     if op.decision.explicit:
         return False
-    return _bounds(op)[0] > 0 or _adds_epsilon(op)
-
-
-def _bounds(op: DraftOp) -> tuple[float, float]:
-    """Those of a clamp, or of one that is fused; infinite if there is none."""
-    last = rule_of(op.output)
-    given = (None, None) if last is None or last.bounds is None else last.bounds(op.output)
-    return as_limits(*given)
+    # Of a clamp of its own, or of one that is fused.
+    return bounds_of(op.output)[0] > 0 or adds_epsilon(op.node)
 
 
 def _leave_guard(op: DraftOp, what: str) -> None:
     if op.scheme is not None:
         op.leave(f"it keeps {what} away from zero, to which integers would round it")
-
-
-_LARGEST_EPSILON = 1e-3
-"""Of numbers that are added to keep a divisor away from zero, as norms do it."""
-
-
-def _adds_epsilon(op: DraftOp) -> bool:
-    if op.node.target is not torch.ops.aten.add.Tensor:
-        return False
-    return any(bool((number > 0) & (number <= _LARGEST_EPSILON)) for number in _numbers(op))
-
-
-def _numbers(op: DraftOp) -> list[Tensor]:
-    """The constants of one element among what an op reads."""
-    graph = cast(GraphModule, op.node.graph.owning_module)
-    inputs = () if op.match is None else op.match.inputs
-    constants = [constant_of(graph, node) for node in inputs if node.op == "get_attr"]
-    return [constant for constant in constants if constant.numel() == 1]

@@ -154,7 +154,7 @@ POLES: dict[str, tuple[Callable[..., Tensor], str]] = {
     ),
     "log of odds": (lambda y: torch.log((p := y.clamp(1e-3, 1 - 1e-3)) / (1 - p)), "rsub"),
     "log of a rest": (lambda y: torch.log(1 - y.clamp(max=1 - 1e-4)), "rsub"),
-    "log below": (lambda y: torch.log(y.clamp(min=2.0001) - 2), "sub"),
+    "log of a difference": (lambda y: torch.log(y.clamp(min=2.0001) - 2), "sub"),
 }
 
 
@@ -167,6 +167,14 @@ def test_what_keeps_float_ops_from_infinity_stays_in_float(name: str) -> None:
     assert op.scheme is None
     assert "away from zero, to which integers would round it" in op.reason
     assert all(op.scheme is None for op in plan.ops if op.family in ("sqrt", "div"))
+
+
+@pytest.mark.parametrize("name", ["log", "log2", "log of odds", "log of a rest"])
+def test_a_layer_is_integer_where_its_clamp_is_float(name: str) -> None:
+    function, _ = POLES[name]
+    plan = plan_of(lambda s, x: function(s.conv(x)), conv=conv())
+    assert (plan.op("conv2d").scheme, plan.op("conv2d").fused) == ("a8w8", None)
+    assert "away from zero" in plan.op("clamp").reason
 
 
 ROOTS: dict[str, tuple[Callable[..., Tensor], set[str]]] = {
