@@ -53,7 +53,7 @@ from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.movement import PAD
 from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR
 
-__all__ = ["Holds", "Values", "asks_what_is_finite", "chooses_numbers", "values_of"]
+__all__ = ["SUMS", "Holds", "Values", "asks_what_is_finite", "chooses_numbers", "values_of"]
 
 aten = torch.ops.aten
 
@@ -147,7 +147,7 @@ _ASKS = frozenset(
     }
 )
 
-_SUMS = frozenset({CONV, CONV_TRANSPOSE, LINEAR, MATMUL, SOFTMAX})
+SUMS = frozenset({CONV, CONV_TRANSPOSE, LINEAR, MATMUL, SOFTMAX})
 """Families that mix values: one that is no number in there spoils results anyway."""
 
 
@@ -160,7 +160,7 @@ def _given(model: torch.nn.Module, node: Node) -> Values | None:
         return _SHARE if meta is not None and meta.dtype == torch.bool else _FINITE
     if is_dequantize(node):
         return _of_integers(node)
-    if node.op == "placeholder" or rule in _SUMS:
+    if node.op == "placeholder" or rule in SUMS:
         return _SHARE if rule is SOFTMAX else _FINITE
     return _ANY if node.op != "call_function" or overwritten_by(node) is not None else None
 

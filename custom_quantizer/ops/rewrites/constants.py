@@ -20,10 +20,11 @@ from custom_quantizer.core.memory import written_inputs
 
 __all__ = [
     "LIKE_ANOTHER",
-    "RESTATEMENTS",
+    "MAX_GROWTH",
     "draws_numbers",
     "fold_constants",
     "reads_values",
+    "restated",
     "training_switches",
     "zero_new_memory",
 ]
@@ -33,7 +34,7 @@ aten = torch.ops.aten
 MAX_GROWTH = 1 << 20
 """How many more values a folded constant may have than all it is computed from."""
 
-RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
+_RESTATEMENTS = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
 """They hand on what they are given. To fold them would copy constants."""
 # Their first argument gives a shape or a dtype, and no values.
 _LIKE_FIRST = frozenset(
@@ -68,6 +69,13 @@ _ZEROED: dict[Any, Any] = {
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,
 }
+
+
+def restated(node: Node) -> Node:
+    """The tensor behind calls that hand on what they are given, of the same values and gradient."""
+    while node.target in _RESTATEMENTS:
+        (node,) = node.all_input_nodes
+    return node
 
 
 def reads_values(user: Node, source: Node) -> bool:
@@ -298,7 +306,7 @@ def _replace_uses(model: GraphModule, run: _Run) -> int:
 
 def _restates(run: _Run, node: Node, value: Tensor) -> bool:
     """Whether a node only hands on a stored constant."""
-    if node.target not in RESTATEMENTS:
+    if node.target not in _RESTATEMENTS:
         return False
     (source,) = node.all_input_nodes
     return _is_attribute(source) and torch.equal(run.values[source], value)

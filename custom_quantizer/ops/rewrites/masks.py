@@ -28,11 +28,9 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by, reached
 from custom_quantizer.core.rewriting import IN_FLOAT, Insertion, Rewrite
 from custom_quantizer.ops import match_of, rule_of
-from custom_quantizer.ops.attention import MATMUL
-from custom_quantizer.ops.gemm import CONV, LINEAR
 from custom_quantizer.ops.movement import EXPAND, IDENTITY, PERMUTE, RESHAPE, SLICE
 from custom_quantizer.ops.rewrites.constants import reads_values
-from custom_quantizer.ops.values import Holds, asks_what_is_finite, values_of
+from custom_quantizer.ops.values import SUMS, Holds, asks_what_is_finite, values_of
 
 __all__ = ["MASKED", "MASKS", "added_mask", "attended", "is_finite"]
 
@@ -57,9 +55,6 @@ _NOTHING = -8e8
 
 _LEFT_OUT = -1e4
 """From here on a score is taken to be masked out: exp of it is 0 next to any score of a network."""
-
-_LAYERS = frozenset({CONV, LINEAR, MATMUL})
-"""What they give is finite."""
 
 _SHARED = "custom_quantizer_mask"
 """Marks, in ``meta``, what was made of a mask: it stands before all others who read that mask."""
@@ -114,6 +109,7 @@ def attended(insert: Insertion, mask: Node) -> Node | None:
 
 
 def _leaves_out(insert: Insertion, term: Node) -> bool:
+    """Whether a term of a mask holds :data:`MASKED`."""
     if is_constant(term):
         return bool((constant_of(insert.model, term) <= _NOTHING).any())
     return _ENDLESS in term.meta
@@ -130,12 +126,13 @@ def _finite(mask: Tensor) -> Tensor:
 
 
 def _is_finite_mask(insert: Insertion, mask: Node) -> bool:
-    """Whether a mask is a sum of numbers, of layers, and of what was made of masks here."""
+    """Whether a mask is a sum of numbers, layers, clamps, and what was made of masks here."""
 
     def finite(node: Node) -> bool:
         if is_constant(node):
             return bool(torch.isfinite(constant_of(insert.model, node)).all())
-        return _SHARED in node.meta or rule_of(node) in _LAYERS or bool(_terms(node))
+        known = _SHARED in node.meta or node.target is aten.clamp_min.default
+        return known or rule_of(node) in SUMS or bool(_terms(node))
 
     return all(map(finite, reached(mask, _terms)))
 

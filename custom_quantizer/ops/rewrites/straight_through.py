@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import argument
 from custom_quantizer.core.rewriting import Insertion, Rewrite
-from custom_quantizer.ops.rewrites.constants import RESTATEMENTS
+from custom_quantizer.ops.rewrites.constants import restated
 
 __all__ = ["ESTIMATORS"]
 
@@ -34,13 +34,6 @@ def _terms(node: Node) -> list[tuple[int, Node]]:
     return [(1, left), (1 if node.target is aten.add.Tensor else -1, right)]
 
 
-def _attached(node: Node) -> Node:
-    """What has the value of ``node``, and its gradient."""
-    while node.target in RESTATEMENTS:
-        (node,) = node.all_input_nodes
-    return node
-
-
 def _estimator(insert: Insertion) -> Node | None:
     """Of three terms, two of which cancel but for their gradients, the third.
 
@@ -50,14 +43,14 @@ def _estimator(insert: Insertion) -> Node | None:
     if insert.training or not outer:
         return None
     for (sign, inner), last in (outer, outer[::-1]):
-        parts = [(sign * s, term) for s, term in _terms(_attached(inner))]
+        parts = [(sign * s, term) for s, term in _terms(restated(inner))]
         terms = [*parts, last] if parts else []
-        steers = any(term is not _attached(term) for _, term in [*terms, (sign, inner)])
+        steers = any(term is not restated(term) for _, term in [*terms, (sign, inner)])
         for i, (rest_sign, rest) in enumerate(terms):
             (one_sign, one), (other_sign, other) = terms[:i] + terms[i + 1 :]
-            cancel = one_sign == -other_sign and _attached(one) is _attached(other)
+            cancel = one_sign == -other_sign and restated(one) is restated(other)
             if cancel and steers and rest_sign == 1:
-                return _attached(rest)
+                return restated(rest)
     return None
 
 

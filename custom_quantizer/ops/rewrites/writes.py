@@ -45,7 +45,7 @@ from custom_quantizer.core.memory import (
     written_inputs,
 )
 from custom_quantizer.core.rewriting import Insertion, replace
-from custom_quantizer.ops.rewrites.constants import MAX_GROWTH, RESTATEMENTS
+from custom_quantizer.ops.rewrites.constants import MAX_GROWTH, restated
 
 __all__ = ["functionalize", "mark_overwritten"]
 
@@ -724,8 +724,7 @@ def _fill_places(model: GraphModule, node: Node) -> None:
 
 def _stored(model: GraphModule, source: Node | None) -> Tensor | None:
     """The values of a constant, also of one that is only handed on."""
-    while source is not None and source.target in RESTATEMENTS:
-        source = cast(Node, source.args[0])
+    source = source and restated(source)
     if source is None or not is_constant(source) or overwritten_by(source) is not None:
         return None
     return constant_of(model, source)

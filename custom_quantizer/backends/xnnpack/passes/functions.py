@@ -405,16 +405,18 @@ def log1p(build: Numbers, x: Node) -> Node:
 
 def _expm1(build: Numbers, x: Node) -> Node:
     """``elu(x)`` up to 0, and ``-exp(x) * elu(-x)`` above; either is 0 where the other is not."""
-    below = elu_of(build, build.call(aten.hardtanh.default, x, -FLOAT32_MAX, 0.0))
     above = build.call(aten.relu.default, x)
-    lack = elu_of(build, build.call(aten.neg.default, above))
+    below, lack = elus(build, x, above)
     growth = build.call(aten.mul.Tensor, build.call(aten.exp.default, above), lack)
     return build.call(aten.sub.Tensor, below, growth)
 
 
-def elu_of(build: Numbers, x: Node) -> Node:
-    """``exp(x) - 1`` of what is not above 0."""
-    return build.call(aten.elu.default, x, _ALMOST_ONE)
+def elus(build: Numbers, x: Node, above: Node) -> tuple[Node, Node]:
+    """``exp(x) - 1`` up to 0, and ``exp(-x) - 1`` of what is ``above``; else they are 0."""
+    below = build.call(aten.hardtanh.default, x, -FLOAT32_MAX, 0.0)
+    lack = build.call(aten.neg.default, above)
+    first, second = (build.call(aten.elu.default, end, _ALMOST_ONE) for end in (below, lack))
+    return first, second
 
 
 _BY_OTHERS: Steps = {

@@ -59,7 +59,7 @@ def _sum(build: Numbers, a: Node, b: Node) -> Node:
     return build.call(aten.add.Tensor, a, b)
 
 
-def _sum_of_exponentials(build: Numbers, a: Node, b: Node) -> Node:
+def sum_of_exponentials(build: Numbers, a: Node, b: Node) -> Node:
     """``log(exp(a) + exp(b)) = max(a, b) + log(1 + exp(-|a - b|))``.
 
     The difference is one of finite numbers, as that of two infinities is none.
@@ -74,6 +74,6 @@ def _sum_of_exponentials(build: Numbers, a: Node, b: Node) -> Node:
 
 SUMS: Mapping[Any, tuple[Callable[[Numbers, Node, Node], Node], float]] = {
     aten.cumsum.default: (_sum, 0.0),
-    aten.logcumsumexp.default: (_sum_of_exponentials, -math.inf),
+    aten.logcumsumexp.default: (sum_of_exponentials, -math.inf),
 }
 """By overload, what joins two tensors, and what changes nothing of the other."""

@@ -26,7 +26,8 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     graph_pass,
     in_steps,
 )
-from custom_quantizer.backends.xnnpack.passes.functions import elu_of, log1p
+from custom_quantizer.backends.xnnpack.passes.functions import elus, log1p
+from custom_quantizer.backends.xnnpack.passes.running import sum_of_exponentials
 
 aten = torch.ops.aten
 
@@ -188,8 +189,7 @@ def _side(build: Numbers, x: Node) -> Node:
 def _sinh(build: Numbers, x: Node) -> Node:
     """``(exp(|x|) + 1) / 2`` times ``1 - exp(-|x|)``, which has the sign of ``x``."""
     f = _Terms(build)
-    below = elu_of(build, build.call(aten.hardtanh.default, x, -FLOAT32_MAX, 0.0))
-    lack = f.minus(below, elu_of(build, f.of("neg", f.of("relu", x))))
+    lack = f.minus(*elus(build, x, f.of("relu", x)))
     growth = f.plus(f.times(f.of("exp", f.of("abs", x)), 0.5), 0.5)
     return f.times(growth, lack)
 
@@ -265,14 +265,6 @@ def _hypot(build: Numbers, x: Node, y: Node) -> Node:
     return f.times(large, f.of("sqrt", f.plus(f.times(t, t), 1.0)))
 
 
-def _logaddexp(build: Numbers, x: Node, y: Node) -> Node:
-    """The larger one plus ``log(1 + exp(-d))``, where ``d`` is how far they are apart."""
-    f = _Terms(build)
-    apart = f.of("abs", f.minus(build.finite(x), build.finite(y)))
-    rest = f.of("log", f.plus(f.of("exp", f.of("neg", apart)), 1.0))
-    return f.plus(build.call(aten.maximum.default, x, y), rest)
-
-
 def _copysign(build: Numbers, x: Node, y: Node) -> Node:
     return build.times(build.call(aten.abs.default, x), _side(build, y))
 
@@ -312,7 +304,7 @@ STEPS: Steps = {
     aten.erf.default: _erf,
     aten.heaviside.default: _heaviside,
     aten.hypot.default: _hypot,
-    aten.logaddexp.default: _logaddexp,
+    aten.logaddexp.default: sum_of_exponentials,
     aten.logit.default: _logit,
     aten.sinc.default: _sinc,
     aten.sinh.default: _sinh,

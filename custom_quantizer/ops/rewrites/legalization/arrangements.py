@@ -28,7 +28,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.rewriting import Insertion, Rewrite
-from custom_quantizer.ops.rewrites.constants import LIKE_ANOTHER, RESTATEMENTS
+from custom_quantizer.ops.rewrites.constants import LIKE_ANOTHER, restated
 from custom_quantizer.ops.rewrites.legalization._common import (
     MAX_PIECES,
     float_input,
@@ -193,9 +193,7 @@ def _applied(
     for source in node.all_input_nodes:
         if source is data:
             continue
-        origin = source
-        while origin.target in RESTATEMENTS:
-            origin = cast(Node, origin.args[0])
+        origin = restated(source)
         if is_constant(origin) and origin.op == "get_attr":
             values[source] = constant_of(insert.model, origin)
         elif node.target in LIKE_ANOTHER and (sizes := _sizes(source, symbols)) is not None:
