@@ -201,6 +201,14 @@ def test_rows_that_attend_to_nothing_are_what_they_were(name: str) -> None:
     assert not calls(graph, aten.scaled_dot_product_attention.default)
 
 
+@pytest.mark.parametrize("number", [-math.inf, -1e9, LEAST])
+def test_rows_of_a_constant_mask_that_attend_to_nothing_are_what_they_were(number: float) -> None:
+    mask = torch.where(SHOWN & ~CAUSAL, 0.0, number)
+    model = Function(lambda _, x: F.scaled_dot_product_attention(x, x * 2, x + 1, mask))
+    x = torch.randn(2, 4, 8)
+    torch.testing.assert_close(canonicalize(capture(model, (x,)))(x), model(x))
+
+
 def test_a_mask_that_leaves_something_in_each_row_costs_nothing_behind_the_softmax() -> None:
     model = Function(
         lambda _, x, m: F.scaled_dot_product_attention(x, x * 2, x + 1, BEFORE + m @ x.mT)

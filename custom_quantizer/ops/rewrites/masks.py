@@ -69,7 +69,7 @@ def added_mask(insert: Insertion, mask: Node) -> Node:
         value = constant_of(insert.model, mask)
         if value.dtype == torch.bool:
             value = torch.zeros(value.shape).masked_fill(~value, -math.inf)
-        elif bool(torch.isfinite(value).all()):
+        elif bool((value > _NOTHING).all()):
             return mask
         return insert.constant("mask", _finite(value))
     if cast(Tensor, tensor_meta(mask)).dtype == torch.bool:
