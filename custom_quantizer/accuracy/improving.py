@@ -50,6 +50,7 @@ from custom_quantizer.accuracy.learning import (
     walk_blocks,
 )
 from custom_quantizer.accuracy.streams import Stream, values_of, walk
+from custom_quantizer.calibration.joins import shared_scales
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, graph_calls
 from custom_quantizer.config.improvement import ALGORITHMS, RESCALING, check_algorithms
@@ -224,6 +225,16 @@ def improve(
             f"the model writes its own buffers ({names}), so layers cannot be run apart from each "
             "other; improve it without them"
         )
+    with shared_scales(prepared), exclusive(), torch.no_grad():
+        layers, refused = _improvable(prepared, chosen)
+        run = _Run(prepared, layers, refused, calls, chosen, iterations, seed, checkpoint)
+        return run.run(progress)
+
+
+def _improvable(
+    prepared: GraphModule, algorithms: tuple[str, ...]
+) -> tuple[list[Layer], dict[str, str]]:
+    """Layers whose weights are rounded constants, and why others are none."""
     layers, refused = find_layers(prepared)
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
@@ -231,14 +242,12 @@ def improve(
             f"the graph has no layer whose weight is a rounded constant{reasons and ': '}{reasons}"
         )
     improved = [layer for layer in layers if layer.was_improved]
-    if improved and (rescaling := [name for name in chosen if name in RESCALING]):
+    if improved and (rescaling := [name for name in algorithms if name in RESCALING]):
         raise CalibrationError(
             f"{improved[0].where} was improved before, and {', '.join(rescaling)} would change the "
             "float network that its integers were found for; name all algorithms in one call"
         )
-    with exclusive(), torch.no_grad():
-        run = _Run(prepared, layers, refused, calls, chosen, iterations, seed, checkpoint)
-        return run.run(progress)
+    return layers, refused
 
 
 class _Run:

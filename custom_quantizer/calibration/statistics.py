@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, distributed
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.calibration.joins import joined_observers, share_scales
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.ranges import BINS, Kind, Statistics
 from custom_quantizer.core.arithmetic import QParams
@@ -218,6 +219,8 @@ def freeze_ranges(prepared: GraphModule, frozen: bool = True) -> None:
         CalibrationError: ``prepared`` is not what ``prepare_pt2e`` returns, or an observer never
             saw data; nothing was changed.
     """
+    if frozen:
+        share_scales(prepared)
     observers = [observed.observer for observed in activation_observers(prepared)]
     if not frozen:
         for observer in observers:
@@ -383,6 +386,14 @@ class ModelStatistics:
         """Names of all tensors."""
         return frozenset(name for entry in self.entries for name in entry.tensors)
 
+    def recorded_with(self, tensors: Iterable[str]) -> set[str]:
+        """What some tensors were recorded together with, and in no other way."""
+        wanted = set(tensors)
+        alone = {n for e in self.entries if wanted.issuperset(e.tensors) for n in e.tensors}
+        left = wanted - alone
+        entries = [entry.tensors for entry in self.entries if left.intersection(entry.tensors)]
+        return {name for names in entries for name in names} - wanted
+
     def for_tensors(self, tensors: tuple[str, ...], kind: Kind) -> Statistics:
         """What is known of the values of several tensors together.
 
@@ -409,16 +420,10 @@ class ModelStatistics:
                 chosen.append(entry)
         left = wanted - {name for entry in chosen for name in entry.tensors}
         if left:
-            others = {
-                name
-                for entry in self.entries
-                if left & set(entry.tensors)
-                for name in entry.tensors
-                if name not in wanted
-            }
             raise CalibrationError(
-                f"statistics of {_listed(left)} were recorded together with {_listed(others)}, "
-                "which have a scale of their own here; calibrate again"
+                f"statistics of {_listed(left)} were recorded together with "
+                f"{_listed(self.recorded_with(wanted))}, which have a scale of their own "
+                "here; calibrate again"
             )
         try:
             return reduce(add, (e.statistics for e in chosen)).as_kind(kind)
@@ -538,7 +543,7 @@ def load_statistics(prepared: GraphModule, source: Source) -> None:
             f"tensors are missing: {_listed(missing)}{examples}; load statistics of the same "
             "model, or calibrate again"
         )
-    found = [given.for_tensors(o.tensors, o.observer.kind) for o in observers]
+    found = _found(given, prepared, observers)
     frozen = {kept.key: kept.qparams for kept in given.frozen}
     used = set()
     for observed, statistics in zip(observers, found, strict=True):
@@ -557,6 +562,27 @@ def load_statistics(prepared: GraphModule, source: Source) -> None:
             len(frozen),
             _listed("+".join(tensors) for tensors in left),
         )
+
+
+def _found(
+    given: ModelStatistics, prepared: GraphModule, observers: tuple[Observed, ...]
+) -> list[Statistics]:
+    """What is known of each observer's tensors.
+
+    Parts of a join that were recorded together with it are known as all of it: conversion gives
+    them one scale then, as it did where they were recorded.
+    """
+    tensors = {observed.observer: observed.tensors for observed in observers}
+    joined = joined_observers(prepared)
+    found = []
+    for observed in observers:
+        names = observed.tensors
+        if given.recorded_with(names):
+            together = joined.get(observed.observer, frozenset({observed.observer}))
+            wider = sorted({name for observer in together for name in tensors[observer]})
+            names = names if given.recorded_with(wider) else tuple(wider)
+        found.append(given.for_tensors(names, observed.observer.kind))
+    return found
 
 
 # -- files --------------------------------------------------------------------------------------

@@ -62,8 +62,9 @@ class _Groups:
 class Annotator:
     """Turns settled ops into groups, edges and the plan that is shown."""
 
-    def __init__(self, ops: Drafts, io: ModelIO, backend: Backend) -> None:
+    def __init__(self, ops: Drafts, io: ModelIO, backend: Backend, training: bool) -> None:
         self._ops = ops
+        self._training = training
         self._io = io
         self._backend = backend
         self._in_steps = backend.in_steps(io.node.graph)
@@ -73,13 +74,7 @@ class Annotator:
 
     def plan(self, warnings: tuple[str, ...]) -> Plan:
         """Join what shares a scale, number the groups, and write down every edge and op."""
-        for op in self._ops:
-            if op.activation is None or op.match is None or op.is_dynamic:
-                continue
-            keys = self._input_keys(op)
-            if op.moves_values:
-                for key in keys:
-                    self._groups.union(key, ("out", op.output))
+        self._join()
         self._choose_schemes()
         annotations: dict[str, NodeAnnotation] = {}
         for node in self._io.inputs:
@@ -98,6 +93,30 @@ class Annotator:
             self._io.integer_inputs,
             self._io.integer_outputs,
         )
+
+    def _join(self) -> None:
+        """Put what is moved into the group of the tensor that it is moved from.
+
+        What is joined, too, but for parts that others compute with: these have an observer of
+        their own until the data are known (:mod:`custom_quantizer.calibration.joins`).
+        """
+        read = {self._key(node, fmt) for node, fmt in self._io.outputs}
+        joins: list[tuple[_Key, _Key]] = []
+        for op in self._ops:
+            if op.activation is None or op.match is None or op.is_dynamic:
+                continue
+            keys = dict.fromkeys(self._input_keys(op))
+            if not op.moves_values:
+                read.update(keys)
+            elif len(keys) > 1:
+                joins += [(key, ("out", op.output)) for key in keys]
+            else:
+                for key in keys:
+                    self._groups.union(key, ("out", op.output))
+        apart = set[_Key]() if self._training else {self._groups.find(key) for key in read}
+        together = [(key, out) for key, out in joins if self._groups.find(key) not in apart]
+        for key, out in together:
+            self._groups.union(key, out)
 
     def _input_keys(self, op: DraftOp) -> list[_Key]:
         inputs = cast(PatternMatch, op.match).inputs

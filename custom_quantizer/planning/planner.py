@@ -34,13 +34,16 @@ from custom_quantizer.planning.wide_ranges import (
 )
 
 
-def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
+def make_plan(
+    model: GraphModule, config: Config, backend: Backend, *, training: bool = False
+) -> Plan:
     """Decide what every op and tensor of ``model`` becomes.
 
     Args:
         model: what ``torch.export.export(...).module()`` returns, made functional.
         config: the rules.
         backend: what the program will run on.
+        training: the graph is trained, with one fake quantizer for all that may share a scale.
 
     Raises:
         ConfigError: a rule names a node or module that does not exist.
@@ -69,4 +72,4 @@ def make_plan(model: GraphModule, config: Config, backend: Backend) -> Plan:
     follow_producers(ops, io, returned, backend)
     follow_consumers(ops)
     return_integers(io, config, ops)
-    return Annotator(ops, io, backend).plan(tuple(warnings))
+    return Annotator(ops, io, backend, training).plan(tuple(warnings))

@@ -362,7 +362,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         """
         training = prepares_for_training()
         with as_evaluated(model) if training else contextlib.nullcontext():
-            plan = make_plan(model, self._config, self._backend)
+            plan = make_plan(model, self._config, self._backend, training=training)
         self._plan = plan
         if not plan.annotations:
             if not _is_for_all(self._config):

@@ -20,6 +20,7 @@ from torchao.quantization.pt2e.constant_fold import ConstantFolder
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
+from custom_quantizer.calibration.joins import requantize_parts, share_scales
 from custom_quantizer.core.graph import STATE_KEY, is_constant, is_dequantize, tensor_meta
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.ops.rewrites.batch_norms import fold_in_place
@@ -188,6 +189,8 @@ def ship_what_was_trained() -> None:
             if node.target is torch.ops.aten.batch_norm.default:
                 node.meta["val"] = _recorded(node.args[0])
         fold_for_good(model)
+        share_scales(model)
+        requantize_parts(model)
         converted: GraphModule = first(model, *args, **options)
         return converted
 
