@@ -151,14 +151,14 @@ def _adopt_ranges(prepared: GraphModule, improved: GraphModule) -> tuple[list[st
     for observed in activation_observers(prepared):
         observer = cast(ActivationFakeQuantize, observed.observer)
         low, high = observer.quant_min, observer.quant_max
-        choices = set[tuple[float, int]]().union(
-            *(known.get((tensor, low, high), ()) for tensor in observed.tensors)
-        )
-        if len(choices) != 1:
+        found = [known.get((tensor, low, high), set()) for tensor in observed.tensors]
+        choices = set[tuple[float, int]]().union(*found)
+        if not choices or any(len(ranges) > 1 for ranges in found):
             several = "it is quantized with several ranges there"
             left[observed.name] = several if choices else "it is not quantized to this format there"
             continue
-        ((scale, zero_point),) = choices
+        # Parts of what is joined may have scales of their own there; here all have the join's.
+        scale, zero_point = max(choices)
         if observer.scheme.symmetric and zero_point:
             left[observed.name] = "it is symmetric here, and has a zero point there"
             continue

@@ -228,6 +228,21 @@ def test_improving_rounds_as_conversion_does() -> None:
     assert statistics_of(before) == kept
 
 
+@pytest.mark.parametrize("factor", [1.0, 40.0])
+def test_training_starts_with_the_scale_of_the_join(factor: float) -> None:
+    graph, program = prepared(skip(factor)), torch.export.export(skip(factor), EXAMPLE)
+    trained = prepare_qat_pt2e(program.module(), cq.IntegerQuantizer().set_global("a8w8"))
+    adoption = cq.adopt(trained, graph)
+    assert "cat+mul+relu" in adoption.ranges
+    # Where calibration kept two scales, training has one, with which one bias is rounded.
+    assert list(adoption.left.values()) == ["its bias is rounded with another input scale"] * (
+        factor > COARSER
+    )
+    expected, _, _ = scales_of_join(convert_pt2e(graph))
+    found, result, _ = scales_of_join(convert_pt2e(trained))
+    assert found == expected == [result, result]
+
+
 def test_training_has_one_scale_for_what_is_joined() -> None:
     quantizer = cq.IntegerQuantizer().set_global("a8w8")
     graph = prepare_qat_pt2e(torch.export.export(skip(40.0), EXAMPLE).module(), quantizer)
