@@ -230,10 +230,20 @@ def test_improving_rounds_as_conversion_does() -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 40.0])
 def test_training_starts_with_the_scale_of_the_join(factor: float) -> None:
-    graph, program = prepared(skip(factor)), torch.export.export(skip(factor), EXAMPLE)
+    class Scaled(Skip):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            return self.head(torch.cat([x, self.second(x)], 1))
+
+    torch.manual_seed(0)
+    model = Scaled(1.0).eval()
+    with torch.no_grad():
+        model.second.weight.mul_(factor)
+    graph, program = prepared(model), torch.export.export(model, EXAMPLE)
     trained = prepare_qat_pt2e(program.module(), cq.IntegerQuantizer().set_global("a8w8"))
     adoption = cq.adopt(trained, graph)
-    assert "cat+mul+relu" in adoption.ranges
+    assert "cat+conv2d_1+relu" in adoption.ranges
+    assert not adoption.left_ranges
     # Where calibration kept two scales, training has one, with which one bias is rounded.
     assert list(adoption.left.values()) == ["its bias is rounded with another input scale"] * (
         factor > COARSER
