@@ -18,7 +18,7 @@ from torchao.quantization.pt2e import FakeQuantizeBase
 
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.ranges import Statistics
-from custom_quantizer.ops import match_of
+from custom_quantizer.ops import rule_of
 
 __all__ = ["COARSER", "joined_observers", "requantize_parts", "share_scales", "shared_scales"]
 
@@ -108,16 +108,14 @@ def joined_observers(
 def _parts(prepared: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
     """Joins of tensors that are observed, a part of each, and the call that observes its result."""
     for node in prepared.graph.nodes:
-        if len(node.all_input_nodes) < 2:
-            continue
-        match = match_of(node)
-        if match is None or not match.rule.moves_values:
+        rule = rule_of(node)
+        parts = [part for part in node.all_input_nodes if part.op == "call_module"]
+        if rule is None or not rule.moves_values or len(parts) < 2:
             continue
         joint = next(iter(node.users), None)
         if len(node.users) == 1 and joint is not None and joint.op == "call_module":
-            for part in dict.fromkeys(match.inputs):
-                if part.op == "call_module":
-                    yield node, part, joint
+            for part in parts:
+                yield node, part, joint
 
 
 def _observer(prepared: GraphModule, call: Node) -> ActivationObserver | None:
