@@ -21,10 +21,10 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
 from custom_quantizer.calibration.joins import requantize_parts, share_scales
-from custom_quantizer.core.graph import STATE_KEY, is_constant, is_dequantize, tensor_meta
+from custom_quantizer.core.graph import STATE_KEY, is_constant, is_dequantize
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.ops.rewrites.batch_norms import fold_in_place
-from custom_quantizer.ops.rewrites.training_graph import fold_for_good
+from custom_quantizer.ops.rewrites.training_graph import fold_for_good, recorded
 
 __all__ = [
     "compile_converted_once",
@@ -187,7 +187,7 @@ def ship_what_was_trained() -> None:
     def shipped(model: GraphModule, *args: Any, **options: Any) -> GraphModule:
         for node in model.graph.nodes:
             if node.target is torch.ops.aten.batch_norm.default:
-                node.meta["val"] = _recorded(node.args[0])
+                node.meta["val"] = recorded(node.args[0])
         fold_for_good(model)
         share_scales(model)
         requantize_parts(model)
@@ -195,10 +195,3 @@ def ship_what_was_trained() -> None:
         return converted
 
     quantize_pt2e._convert_to_reference_decomposed_fx = shipped
-
-
-def _recorded(node: Node) -> torch.Tensor | None:
-    """What capture recorded for a tensor; observers hand it on."""
-    while node.op == "call_module":
-        node = node.all_input_nodes[0]
-    return tensor_meta(node)

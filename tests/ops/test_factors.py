@@ -22,7 +22,8 @@ IMAGE = (2, 4, 5, 6)
 def children() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     factors = nn.ParameterDict({"image": torch.randn(7, 1, 1), "last": torch.randn(6)})
-    return {"conv": nn.Conv2d(4, 7, 3), "linear": nn.Linear(6, 6), "factors": factors}
+    norms = {"norm": nn.BatchNorm2d(7), "plain": nn.BatchNorm2d(7, affine=False)}
+    return {"conv": nn.Conv2d(4, 7, 3), "linear": nn.Linear(6, 6), "factors": factors, **norms}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,8 @@ def children() -> dict[str, nn.Module]:
         lambda s, x: F.linear(x, s.linear.weight) * s.factors["last"],
         lambda s, x: s.linear(x).permute(0, 3, 1, 2) * s.factors["last"].view(6, 1, 1),
         lambda s, x: F.dropout(s.conv(x), 0.5, False).contiguous() * s.factors["image"],
+        lambda s, x: s.plain(s.conv(x)) * s.factors["image"],
+        lambda s, x: s.norm(s.conv(x) * s.factors["image"]),
     ],
 )
 def test_a_factor_of_each_channel_is_folded(function: Callable[..., Any]) -> None:
@@ -41,6 +44,7 @@ def test_a_factor_of_each_channel_is_folded(function: Callable[..., Any]) -> Non
     before = {name: value.clone() for name, value in model.state_dict().items()}
     graph = canonicalize(capture(model, (x,)))
     assert not calls(graph, aten.mul.Tensor)
+    assert len(calls(graph, aten.conv2d.default)) <= 1
     torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -76,6 +80,8 @@ def test_what_is_dropped_to_another_value_than_0_is_not_scaled_before() -> None:
     [
         lambda s, x: s.linear(x) * s.factors["last"],
         lambda s, x: F.dropout(s.conv(x), 0.0, True) * s.factors["image"].reshape(1, 7, 1, 1),
+        lambda s, x: s.norm(s.conv(x)) * s.factors["image"],
+        lambda s, x: s.plain(s.conv(x)) * s.factors["image"],
     ],
 )
 def test_factors_are_trained_where_they_ship(function: Callable[..., Any]) -> None:

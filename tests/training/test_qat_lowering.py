@@ -21,6 +21,8 @@ import custom_quantizer as cq
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.training import qat
 
+aten = torch.ops.aten
+
 
 def joints(self: Function, x: Tensor) -> Tensor:
     """A batch norm over signals, with no layer before it (ST-GCN)."""
@@ -269,3 +271,34 @@ def test_without_rounding_training_is_that_of_the_model(name: str) -> None:
     for path, buffer in model.named_buffers():
         if not path.endswith("num_batches_tracked"):
             torch.testing.assert_close(buffers[path], buffer, rtol=1e-4, atol=1e-5)
+
+
+LEARNED: dict[str, Callable[[Function, Tensor], Tensor]] = {
+    "exponent": lambda s, x: x.clamp(min=1e-6) ** s.p.factors,
+    "root": lambda s, x: x.clamp(min=1e-6).pow(s.p.factors).mean(-1, True) ** (1 / s.p.factors),
+    "bounds": lambda s, x: torch.clamp(x, -s.p.factors.exp(), s.p.factors),
+    "least": lambda s, x: torch.minimum(s.p.factors, torch.relu(x)),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_what_was_learned_is_a_number(name: str) -> None:
+    x = torch.rand(2, 4)
+    layers = {"first": nn.Linear(4, 4), "last": nn.Linear(4, 4), "p": Factors(1)}
+    layers["p"].factors.data[:] = 1.7
+    model = Function(lambda s, x: s.last(LEARNED[name](s, s.first(x)) + x), **layers).eval()
+    want = quantized(copy.deepcopy(model), (x,), "a8w8")
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    prepared = prepare_qat_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    prepared(x).sum().backward()
+    layers["p"].factors.data[:] = 2.4
+    converted = convert_pt2e(qat.evaluation_mode(prepared))
+    targets = [
+        sorted(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        for graph in (converted, want)
+    ]
+    assert targets[0] == targets[1]
+    learned = layers["p"].factors
+    numbers = [float(node.args[1]) for node in calls(converted, aten.pow.Tensor_Scalar)]
+    assert numbers == [float(learned), float(1 / learned)][: len(numbers)]
+    assert learned.grad is not None

@@ -223,8 +223,6 @@ ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
         aten.lerp.Scalar: _lerp,
         aten.lerp.Tensor: _lerp,
         aten.log_sigmoid.default: _log_sigmoid,
-        aten.max.other: renamed(aten.maximum.default),
-        aten.min.other: renamed(aten.minimum.default),
         aten.mul.Scalar: renamed(aten.mul.Tensor),
         aten.multiply.Scalar: renamed(aten.mul.Tensor),
         aten.multiply.Tensor: renamed(aten.mul.Tensor),

@@ -126,13 +126,13 @@ def canonicalize(
     if training:
         mark_computed_parameters(model)
     legalize(model, training)
+    fold_factors(model, training=training)
     if not training:
         # Forms may have steps that read constants alone, such as the first of a recurrent layer;
         # not every runtime computes a layer whose input is one.
         fold_constants(model)
         give_layers(model)
         fold_into_layers(model)
-    fold_factors(model, training=training)
     _numbers_to_tensors(model)
     _views_to_reshapes(model)
     model.graph.eliminate_dead_code()

@@ -22,6 +22,7 @@ from custom_quantizer.core.graph import (
     argument,
     constant_of,
     is_constant,
+    is_float32,
     is_same_shape,
     shape_of,
     tensor_meta,
@@ -230,14 +231,35 @@ def _bounded(targets: tuple[Any, ...]) -> Rewrite:
             bound: Any = argument(insert.node, position, "max" if target in _UPPER else "min")
             if bound is None:
                 continue
-            known = bound.op == "get_attr" and is_constant(bound) and not insert.is_trained(bound)
-            if known and constant_of(insert.model, bound).dim() == 0:
-                number = float(constant_of(insert.model, bound))
-                limits = (None, number) if target in _UPPER else (number,)
-                result = insert.call(aten.clamp.default, result, *limits)
-            else:
-                result = insert.call(target, result, bound)
+            clamped = _clamped(insert, target, result, bound)
+            result = insert.call(target, result, bound) if clamped is None else clamped
         return cast(Node, result)
+
+    return form
+
+
+def _clamped(insert: Insertion, target: Any, data: Node, bound: Node) -> Node | None:
+    """A maximum or minimum with a number, which is the same in all calls."""
+    known = bound.op == "get_attr" and is_constant(bound) and not insert.is_trained(bound)
+    value = constant_of(insert.model, bound) if known and is_float32(data) else None
+    if value is None or value.numel() != 1 or value.dim() > len(shape_of(data)):
+        return None
+    if not math.isfinite(value):
+        return None
+    limits = (None, float(value)) if target in _UPPER else (float(value),)
+    return insert.call(aten.clamp.default, data, *limits)
+
+
+def _extreme(target: Any) -> Rewrite:
+    """By either of its names; with a number it is a clamp."""
+
+    def form(insert: Insertion) -> Node | None:
+        left, right = (cast(Node, arg) for arg in insert.node.args[:2])
+        for data, bound in ((left, right), (right, left)):
+            clamped = _clamped(insert, target, data, bound)
+            if clamped is not None:
+                return clamped
+        return None if insert.node.target is target else insert.call(target, left, right)
 
     return form
 
@@ -472,6 +494,10 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.clamp.Tensor: _bounded((aten.maximum.default, aten.minimum.default)),
     aten.clamp_max.Tensor: _bounded((aten.minimum.default,)),
     aten.clamp_min.Tensor: _bounded((aten.maximum.default,)),
+    aten.max.other: _extreme(aten.maximum.default),
+    aten.maximum.default: _extreme(aten.maximum.default),
+    aten.min.other: _extreme(aten.minimum.default),
+    aten.minimum.default: _extreme(aten.minimum.default),
     aten.rrelu.default: _rrelu,
     aten.instance_norm.default: _stored_statistics,
     aten.alpha_dropout.default: _dropout,

@@ -28,8 +28,16 @@ __all__ = ["fold_factors"]
 
 aten = torch.ops.aten
 
-_LAYERS = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1}
-"""Layers, and the dimension of their result that holds the channels."""
+_LAYERS = {
+    aten.batch_norm.default: 1,
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 1,
+    aten.linear.default: -1,
+}
+"""Layers, and the dimension of their result that holds the channels.
+
+A batch norm becomes part of the layer before it later; it has a factor and a shift of each channel.
+"""
 
 
 _COMMUTING = frozenset({aten.dropout.default, aten.feature_dropout.default})
@@ -91,7 +99,7 @@ def _scaled_layer(factor: Node, data: Node) -> Node | None:
             return None
         node = cast(Node, node.args[0])
     weight, bias = node.args[1], argument(node, 2, "bias")
-    constant = is_constant(weight) and (bias is None or is_constant(bias))
+    constant = all(is_constant(each) or each is None for each in (weight, bias))
     if len(effective_users(node)) != 1 or not constant or channel != _LAYERS[node.target] % rank:
         return None
     meta = tensor_meta(node)
@@ -102,10 +110,14 @@ def _scaled_layer(factor: Node, data: Node) -> Node | None:
 def _scale(insert: Insertion, factor: Node) -> None:
     """Multiply weight and bias of the layer that ``insert`` stands at."""
     layer = insert.node
-    weight, bias = cast(Node, layer.args[1]), cast("Node | None", argument(layer, 2, "bias"))
+    weight, bias = (
+        cast("Node | None", argument(layer, *at)) for at in ((1, "weight"), (2, "bias"))
+    )
     factor = insert.again(factor)
-    column = insert.reshape(factor, [-1, *[1] * (len(shape_of(weight)) - 1)])
-    scaled = insert.call(aten.mul.Tensor, weight, column)
+    rank = 1 if weight is None else len(shape_of(weight))
+    scaled = insert.reshape(factor, [-1, *[1] * (rank - 1)])
+    if weight is not None:  # a batch norm may have none
+        scaled = insert.call(aten.mul.Tensor, weight, scaled)
     layer.update_arg(1, insert.settled(scaled, "weight"))
     if bias is not None:
         scaled = insert.call(aten.mul.Tensor, bias, insert.reshape(factor, [-1]))

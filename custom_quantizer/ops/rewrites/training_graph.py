@@ -16,7 +16,8 @@ bias lost by rounding is added back, so that the network is trained with the bia
 A dropout is the identity once the network ships, so nothing is rounded behind it.
 
 At conversion :func:`fold_for_good` puts constants in the place of the functions, and removes the
-dropouts.
+dropouts. What was learned is a number then: a power with such an exponent, or a bound, becomes the
+op that has the number as an argument, and it is planned as that op from the first.
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ from custom_quantizer.core.graph import (
     constant_of,
     describe,
     is_constant,
+    is_same_shape,
+    shape_of,
     tensor_meta,
 )
+from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.errors import CaptureError, ConversionError
 from custom_quantizer.ops import PatternMatch, rule_of
 from custom_quantizer.ops.rewrites.batch_norms import (
@@ -73,6 +78,7 @@ __all__ = [
     "origin_of",
     "planned_tensor",
     "put_folded",
+    "recorded",
     "switch_calls",
     "training_mode_of",
 ]
@@ -266,8 +272,9 @@ def _fold(model: GraphModule, match: PatternMatch, norm: Node, mode: Node) -> No
     meta, channels = tensor_meta(weight), tensor_meta(cast(Node, var))
     # Parameters of the batch norm are read behind the layer.
     reads = [node for node in (gamma, beta, mean, var) if node is not None]
+    insert = Insertion(model, layer)
+    read = {node: insert.again(node) for node in reads}
     with model.graph.inserting_before(layer):
-        read = {node: model.graph.node_copy(node) for node in reads}
         gamma, beta, mean, var = (None if n is None else read[n] for n in (gamma, beta, mean, var))
         factor = model.graph.call_function(fold_factor, (gamma, var, eps, mode))
         folded_weight = model.graph.call_function(
@@ -330,6 +337,7 @@ def as_evaluated(model: GraphModule) -> Iterator[None]:
     Nor :func:`normalize`, which an earlier quantizer may have inserted.
     """
     trained = [node for node in model.graph.nodes if is_training_call(node)]
+    forms = [(node, _as_shipped(model, node), _call_of(node)) for node in model.graph.nodes]
     transparent = [
         (node, cast(Node, node.args[0]), list(node.users))
         for node in model.graph.nodes
@@ -337,6 +345,8 @@ def as_evaluated(model: GraphModule) -> Iterator[None]:
     ]
     for node in trained:
         _set_training(node, training=False)
+    for node, shipped, _ in forms:
+        _become(node, shipped)
     for node, source, users in transparent:
         for user in users:
             user.replace_input_with(node, origin_of(source))
@@ -352,8 +362,55 @@ def as_evaluated(model: GraphModule) -> Iterator[None]:
         for node, source, users in transparent:
             for user in users:
                 user.replace_input_with(origin_of(source), node)
+        for node, shipped, given in forms:
+            _become(node, given if shipped else None)
         for node in trained:
             _set_training(node, training=True)
+
+
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""Target and arguments of a call."""
+
+
+def _call_of(node: Node) -> _Call:
+    return node.target, node.args, dict(node.kwargs)
+
+
+def _become(node: Node, call: _Call | None) -> None:
+    """Make ``node`` another call; ``None``: it stays."""
+    if call is not None:
+        node.target, node.args, node.kwargs = call
+
+
+def _as_shipped(model: GraphModule, node: Node) -> _Call | None:
+    """The call that ``node`` is once what it learned is a number; ``None``: it stays as it is."""
+    if node.target not in _BY_NUMBERS or overwritten_by(node) is not None:
+        return None
+    target, before, commutes = _BY_NUMBERS[node.target]
+    for data, learned in (node.args[:2], node.args[1::-1])[: 1 + commutes]:
+        if not (isinstance(data, Node) and is_constant(learned)) or is_constant(data):
+            continue
+        meta, value = recorded(data), folded_value(model, cast(Node, learned))
+        if meta is None or meta.dtype != torch.float32 or value.numel() != 1:
+            continue
+        if is_same_shape(meta.shape, shape_of(node)):
+            return target, (data, *before, float(value)), {}
+    return None
+
+
+def recorded(node: Node) -> Tensor | None:
+    """What capture recorded for a tensor; observers hand it on."""
+    while node.op == "call_module":
+        node = node.all_input_nodes[0]
+    return tensor_meta(node)
+
+
+_BY_NUMBERS: dict[Any, tuple[Any, tuple[None, ...], bool]] = {
+    aten.maximum.default: (aten.clamp.default, (), True),
+    aten.minimum.default: (aten.clamp.default, (None,), True),
+    aten.pow.Tensor_Tensor: (aten.pow.Tensor_Scalar, (), False),
+}
+"""Ops of two tensors: what they are with a number, what stands before it, whether either is it."""
 
 
 def _is_probe(node: Node) -> bool:
@@ -468,6 +525,8 @@ def fold_for_good(model: GraphModule) -> None:
             continue
         node.replace_all_uses_with(cast(Node, node.args[0]))
         model.graph.erase_node(node)
+    for node in model.graph.nodes:
+        _become(node, _as_shipped(model, node))
     for node in model.graph.nodes:
         node.meta.pop(FOLDED_KEY, None)
     stale: list[Node] = []
