@@ -263,6 +263,10 @@ def _exp(_node: Node, x: Values) -> Values:
     return Values(Holds.FINITE if x.high < _LARGEST_POWER else Holds.INFINITE, 0.0)
 
 
+def _power_of_number(_node: Node, base: Values, _x: Values) -> Values:
+    return Values(Holds.INFINITE, 0.0) if 0.0 < base.low == base.high else _ANY
+
+
 def _expm1(node: Node, x: Values) -> Values:
     return Values(_exp(node, x).holds, -1.0)
 
@@ -317,6 +321,7 @@ _OF_TARGETS: Mapping[Any, Callable[..., Values]] = {
     aten.cos.default: _wave,
     aten.exp2.default: _exp,
     aten.expm1.default: _expm1,
+    aten.pow.Scalar: _power_of_number,
     aten.sin.default: _wave,
 }
 

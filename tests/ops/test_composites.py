@@ -40,6 +40,16 @@ CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "distance of all": lambda a, b: torch.dist(a, b, p=math.inf) + torch.dist(a, b),
     "outer product": lambda a, b: torch.addr(a, a[:, 0], b[0]),
     "bounds": lambda a, b: torch.clamp(a, torch.tensor(-0.5), b),
+    "huber": lambda a, b: F.huber_loss(a, b, delta=0.5),
+    "smooth": lambda a, b: F.smooth_l1_loss(a, b, reduction="none", beta=0.7),
+    "squares": F.mse_loss,
+    "entropy of logits": lambda a, b: F.binary_cross_entropy_with_logits(a, b.sigmoid()),
+    "cosine loss": lambda a, b: F.cosine_embedding_loss(a, b, torch.ones(8)),
+    "bounded norms": lambda a, b: torch.renorm(a * b, 2, 0, 0.8),
+    "trace": lambda a, b: torch.trace(a[:6] @ b.t()[:, :6]),
+    "diagonal": lambda a, b: torch.diag_embed(a, 1) @ torch.diag(b[0, :5], -2),
+    "diagonals": lambda a, b: torch.diag(a[0]) + torch.diagflat(b[:, 0], 2)[:6, 3:9],
+    "blocks": lambda a, b: torch.block_diag(a, b),
 }
 
 
@@ -59,20 +69,30 @@ def test_known_steps_take_the_place_of_a_call(name: str) -> None:
 _UNKNOWN = {
     aten.addr.default,
     aten.bilinear.default,
+    aten.binary_cross_entropy_with_logits.default,
+    aten.block_diag.default,
     aten.cdist.default,
     aten.chain_matmul.default,
     aten.clamp.Tensor,
+    aten.cosine_embedding_loss.default,
     aten.cosine_similarity.default,
+    aten.diag.default,
+    aten.diag_embed.default,
     aten.dist.default,
+    aten.huber_loss.default,
     aten.inner.default,
     aten.linalg_cross.default,
     aten.linalg_matrix_power.default,
     aten.linalg_multi_dot.default,
     aten.linalg_norm.default,
+    aten.mse_loss.default,
     aten.norm.ScalarOpt_dim,
     aten.pairwise_distance.default,
+    aten.renorm.default,
+    aten.smooth_l1_loss.default,
     aten.std_mean.dim,
     aten.tensordot.default,
+    aten.trace.default,
     aten.trapezoid.dx,
     aten.triplet_margin_loss.default,
     aten.var_mean.dim,
@@ -84,7 +104,9 @@ def test_between_integers_they_are_part_of_the_one_delegate() -> None:
         a, b = self.a(x), self.b(x)
         shared = F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="batchmean")
         near = F.cosine_similarity(a, b).unsqueeze(-1) + torch.cdist(a, b)[:, :1]
-        return self.c(torch.inner(a, b)) * near + torch.addr(shared, a[:, 0], b[0, :5])
+        apart = F.binary_cross_entropy(a.sigmoid(), b.sigmoid()) + torch.trace(a)
+        apart = apart + F.smooth_l1_loss(a, b) + torch.diag(b[0])[:4, :5] ** 0
+        return self.c(torch.inner(a, b)) * near + torch.addr(shared, a[:, 0], b[0, :5]) + apart
 
     model = Function(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8), c=nn.Linear(4, 5)).eval()
     x = (torch.randn(4, 8),)
@@ -149,7 +171,7 @@ def test_calls_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     "function",
     [
         lambda x: torch.tensordot(x.int(), x.int(), dims=([0], [0])),  # exact as it is
-        lambda x: F.cosine_embedding_loss(x, x, x[:, 0]),  # of steps that nothing knows
+        lambda x: torch.quantile(x, 0.3),  # of steps that nothing knows
     ],
 )
 def test_others_are_left_whole(function: Callable[[Tensor], Tensor]) -> None:

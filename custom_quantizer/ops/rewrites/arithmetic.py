@@ -13,9 +13,10 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, shape_of, tensor_meta
+from custom_quantizer.core.graph import argument, is_float32, shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion, Rewrite, renamed
 from custom_quantizer.ops.rewrites.masks import is_finite
 
@@ -94,18 +95,34 @@ def _plain_quotient(insert: Insertion) -> Node | None:
 
 
 def _triangle(insert: Insertion) -> Node | None:
-    """A triangle of a matrix is a product with ones and zeros."""
+    """A triangle of a matrix: zeros elsewhere."""
     node = insert.node
     data = cast(Node, node.args[0])
-    meta = tensor_meta(data)
     sizes = shape_of(data)[-2:]
-    if meta is None or meta.dtype != torch.float32 or not all(isinstance(s, int) for s in sizes):
+    if not is_float32(data) or not all(isinstance(s, int) for s in sizes):
         return None
-    if not is_finite(insert, data):
-        return None  # 0 times infinity is no number
     cut = torch.tril if node.target is aten.tril.default else torch.triu
-    ones = cut(torch.ones(*sizes), int(argument(node, 1, "diagonal", 0)))
-    return insert.call(aten.mul.Tensor, data, insert.constant("ones", ones))
+    return _kept(insert, data, cut(torch.ones(*sizes), int(argument(node, 1, "diagonal", 0))))
+
+
+def _diagonal(insert: Insertion) -> Node | None:
+    """A vector as the diagonal of a matrix of zeros: its columns, or its rows, are the vector."""
+    data, place = cast(Node, insert.node.args[0]), int(argument(insert.node, 1, "diagonal", 0))
+    shape = shape_of(data)
+    if not is_float32(data) or len(shape) != 1 or not isinstance(shape[0], int):
+        return None
+    if place:
+        data = insert.call(aten.pad.default, data, [abs(place), 0])
+    line = insert.call(aten.unsqueeze.default, data, 0 if place > 0 else 1)
+    return _kept(insert, line, torch.diag(torch.ones(shape[0]), place))
+
+
+def _kept(insert: Insertion, data: Node, ones: Tensor) -> Node:
+    """What is multiplied by ones, and zeros else; 0 times infinity is no number."""
+    if is_finite(insert, data):
+        return insert.call(aten.mul.Tensor, data, insert.constant("ones", ones))
+    zero = insert.constant("zero", torch.zeros(()))
+    return insert.call(aten.where.self, insert.constant("kept", ones.bool()), data, zero)
 
 
 def _differences(insert: Insertion) -> Node | None:
@@ -211,6 +228,7 @@ ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
         aten.arctan.default: renamed(aten.atan.default),
         aten.clip.default: renamed(aten.clamp.default),
         aten.cumsum.default: _sums_so_far,
+        aten.diag.default: _diagonal,
         aten.diff.default: _differences,
         aten.div.Scalar: renamed(aten.div.Tensor),
         aten.div.Scalar_mode: _plain_quotient,
@@ -229,6 +247,8 @@ ARITHMETIC: Mapping[Any, Rewrite] = MappingProxyType(
         aten.nan_to_num.default: _finite_already,
         aten.negative.default: renamed(aten.neg.default),
         aten.prod.dim_int: _product_of_all,
+        aten.special_erf.default: renamed(aten.erf.default),
+        aten.special_erfc.default: renamed(aten.erfc.default),
         aten.special_exp2.default: renamed(aten.exp2.default),
         aten.special_expit.default: renamed(aten.sigmoid.default),
         aten.special_xlogy.default: renamed(aten.xlogy.Tensor),

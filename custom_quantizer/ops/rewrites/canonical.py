@@ -59,7 +59,12 @@ from custom_quantizer.ops.rewrites.batch_norms import (
 )
 from custom_quantizer.ops.rewrites.complex_numbers import COMPLEX_OPS, complex_to_real
 from custom_quantizer.ops.rewrites.composites import inline_composites
-from custom_quantizer.ops.rewrites.constants import MAX_GROWTH, fold_constants, zero_new_memory
+from custom_quantizer.ops.rewrites.constants import (
+    MAX_GROWTH,
+    ZEROED,
+    fold_constants,
+    zero_new_memory,
+)
 from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN, CORE_OPS
 from custom_quantizer.ops.rewrites.cuts import PARTS, ends_to_numbers
 from custom_quantizer.ops.rewrites.decompositions import REWRITTEN, decompose
@@ -73,15 +78,37 @@ __all__ = ["KNOWN", "canonicalize"]
 
 aten = torch.ops.aten
 
+_SIZED: dict[Any, tuple[int, int, float | None]] = {
+    aten.full.default: (0, 1, None),
+    aten.ones.default: (0, 0, 1.0),
+    aten.zeros.default: (0, 0, 0.0),
+    aten.new_full.default: (1, 2, None),
+    aten.new_ones.default: (1, 0, 1.0),
+    aten.new_zeros.default: (1, 0, 0.0),
+}
+"""Ops that fill a tensor of some sizes: where these stand, and where the number, or the number."""
+
+_LIKE: dict[Any, float | None] = {
+    aten.fill.Scalar: None,
+    aten.full_like.default: None,
+    aten.ones_like.default: 1.0,
+    aten.zero.default: 0.0,
+    aten.zeros_like.default: 0.0,
+}
+"""Ops that fill a tensor of the sizes of another one: the number; ``None``: it is an argument."""
+
 KNOWN = frozenset(
     {
         *known_targets(),
+        *_LIKE,
+        *_SIZED,
         *COMPLEX_OPS,
         *CORE_OPS,
         *LEGALIZATIONS,
         *PARTS,
         *PRODUCTS_APART,
         *REWRITTEN,
+        *ZEROED,
     }
 )
 """Overloads that a family claims or that a rewrite replaces."""
@@ -208,25 +235,6 @@ _CHOOSING = frozenset({aten.where.self})
 
 _SPREADING = _PROMOTING | _CHOOSING
 """They spread a number over all values of a tensor, those that choose also one of no integers."""
-
-_SIZED: dict[Any, tuple[int, int, float | None]] = {
-    aten.full.default: (0, 1, None),
-    aten.ones.default: (0, 0, 1.0),
-    aten.zeros.default: (0, 0, 0.0),
-    aten.new_full.default: (1, 2, None),
-    aten.new_ones.default: (1, 0, 1.0),
-    aten.new_zeros.default: (1, 0, 0.0),
-}
-"""Ops that fill a tensor of some sizes: where these stand, and where the number, or the number."""
-
-_LIKE: dict[Any, float | None] = {
-    aten.fill.Scalar: None,
-    aten.full_like.default: None,
-    aten.ones_like.default: 1.0,
-    aten.zero.default: 0.0,
-    aten.zeros_like.default: 0.0,
-}
-"""Ops that fill a tensor of the sizes of another one: the number; ``None``: it is an argument."""
 
 
 def _filling(node: Node) -> float | None:

@@ -1,8 +1,10 @@
 """Composite ops that nothing here knows, as what PyTorch makes of them, before annotation.
 
 ``torch.inner`` is a product, ``F.cosine_similarity`` three sums and a quotient: PyTorch's
-dispatcher has no kernels of theirs but functions that call other ops. A program gets these while it
-is lowered, which is too late for integers. So they are traced here, call by call.
+dispatcher has no kernels of theirs but functions that call other ops. Others have kernels, and are
+decomposed while a program is made (``F.smooth_l1_loss``, ``torch.trace``). Either way a program
+gets the steps while it is lowered, which is too late for integers. So they are traced here, call by
+call.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+from torch._decomp import core_aten_decompositions
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import is_float32, tensor_meta
@@ -49,13 +52,34 @@ def inline_composites(model: GraphModule, is_known: IsKnown, *, training: bool =
     return rewrite_calls(model, rewrites, training=training)
 
 
-@cache
 def is_composite(target: Any) -> bool:
     """Whether PyTorch computes an op by calling others, in evaluation as in training."""
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
-    return target.namespace == "aten" and bool(target.has_kernel_for_dispatch_key(key))
+    return _parts_of(target) is not None
+
+
+@cache
+def _parts_of(target: Any) -> Callable[..., Any] | None:
+    """The function that calls what an op is made of, if it is made of others."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+        return None
+    if target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        return cast("Callable[..., Any]", target.decompose)
+    return _decompositions().get(target)
+
+
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    return dict(core_aten_decompositions())  # of the table itself, get() knows nothing
+
+
+_COMPARISONS = frozenset(
+    getattr(getattr(aten, name), overload)
+    for name in ("eq", "ge", "gt", "le", "lt", "ne")
+    for overload in ("Scalar", "Tensor")
+)
+"""Steps that are no numbers, so that no entry of a table says what they are."""
 
 
 def _inlined(insert: Insertion, steps: _Steps) -> Node | None:
@@ -92,7 +116,7 @@ class _Steps:
         return self._traced[alike]
 
     def _trace(self, call: Node) -> GraphModule | None:
-        self._table[call.target] = cast(Any, call.target).decompose
+        self._table[call.target] = _parts_of(call.target)
         while True:
             traced = parts_of(call, self._table, pre_dispatch=True)
             if traced is None:
@@ -102,12 +126,12 @@ class _Steps:
                 for node in traced.graph.nodes
                 if node.op == "call_function" and node.all_input_nodes
             }
-            unknown = {target for target in called if not self._is_known(target)}
+            unknown = {target for target in called - _COMPARISONS if not self._is_known(target)}
             if not unknown:
                 return traced
             if not all(map(is_composite, unknown)) or unknown <= self._table.keys():
                 return None
-            self._table |= {target: target.decompose for target in unknown}
+            self._table |= {target: _parts_of(target) for target in unknown}
 
 
 def _signature(call: Node) -> str:

@@ -21,6 +21,7 @@ from custom_quantizer.core.memory import written_inputs
 __all__ = [
     "LIKE_ANOTHER",
     "MAX_GROWTH",
+    "ZEROED",
     "draws_numbers",
     "fold_constants",
     "reads_values",
@@ -64,11 +65,12 @@ _DTYPE_ONLY = frozenset(
 _RANDOM_IF = frozenset({"dropout_p", "train", "training"})
 # Memory that nobody has written yet, of given strides.
 _UNINITIALIZED = frozenset({"empty_permuted", "empty_strided", "new_empty_strided"})
-_ZEROED: dict[Any, Any] = {
+ZEROED: dict[Any, Any] = {
     aten.empty.memory_format: aten.zeros.default,
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,
 }
+"""Memory that is not written yet, and what has the same memory with zeros in it."""
 
 
 def restated(node: Node) -> Node:
@@ -92,7 +94,7 @@ def zero_new_memory(model: GraphModule) -> None:
     pieces not written yet is any number, of which calibration would take ranges.
     """
     for node in model.graph.nodes:
-        zeroed = _ZEROED.get(node.target)
+        zeroed = ZEROED.get(node.target)
         if zeroed is None:
             continue
         node.target = zeroed

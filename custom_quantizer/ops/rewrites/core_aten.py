@@ -146,6 +146,12 @@ def _argument_of(node: object, target: Any, *rest: object) -> object:
     return node.args[0] if node.args[1:] == rest else None
 
 
+def _power(insert: Insertion) -> Node | None:
+    """A power of 0 is 1, whatever it is a power of."""
+    data, exponent = insert.node.args
+    return insert.call(aten.ones_like.default, data) if exponent == 0 else None
+
+
 CORE_ATEN: Mapping[Any, Rewrite] = MappingProxyType(
     {
         aten.convolution.default: _convolution,
@@ -153,6 +159,7 @@ CORE_ATEN: Mapping[Any, Rewrite] = MappingProxyType(
         aten._log_softmax.default: _softmax(aten.log_softmax.int),
         aten._adaptive_avg_pool2d.default: renamed(aten.adaptive_avg_pool2d.default),
         aten._adaptive_avg_pool3d.default: renamed(aten.adaptive_avg_pool3d.default),
+        aten.pow.Tensor_Scalar: _power,
         aten.where.self: _safe_softmax,
         operator.getitem: _result,
     }

@@ -376,8 +376,15 @@ def _fractional_power(build: Numbers, x: Node, exponent: float) -> list[Node]:
     return [fourth] if exponent == 0.25 else [root, fourth]
 
 
-def _exp2(build: Numbers, x: Node) -> Node:
-    return build.call(aten.exp.default, build.times(x, math.log(2)))
+def _power_of_number(build: Numbers, base: Any, x: Node) -> Node | None:
+    """``exp(x * log(base))``, of a positive number."""
+    if not isinstance(base, (int, float)) or not 0 < base < math.inf:
+        return None
+    return build.call(aten.exp.default, build.times(x, math.log(base)))
+
+
+def _exp2(build: Numbers, x: Node) -> Node | None:
+    return _power_of_number(build, 2, x)
 
 
 def _logarithm(base: int) -> Callable[[Numbers, Node], Node]:
@@ -467,7 +474,7 @@ _ROUNDINGS: Steps = {
 
 
 @graph_pass(
-    "powers between -17 and 17",
+    "powers between -17 and 17, and of positive numbers",
     "products, roots and exponentials of float, up to the last bits of float32",
     exact=False,
 )
@@ -476,7 +483,10 @@ def powers_by_squares(model: GraphModule) -> int:
     return in_steps(model, _POWERS)
 
 
-_POWERS: Steps = {aten.pow.Tensor_Scalar: _power}
+_POWERS: Steps = {
+    aten.pow.Scalar: _power_of_number,
+    aten.pow.Tensor_Scalar: _power,
+}
 
 BY_STEPS = frozenset({*_BY_OTHERS, *_POWERS, *_ROUNDINGS})
 """Ops of one tensor that have no family."""

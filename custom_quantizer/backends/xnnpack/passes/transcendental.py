@@ -9,6 +9,7 @@ References:
     S. L. Moshier, "Cephes", 1989: how arguments are reduced. The polynomials are fitted anew, by
     weighted least squares, to the least relative error of the result.
     Eigen, ``generic_fast_erf``: the quotient of polynomials.
+    W. H. Press et al., "Numerical Recipes in C", 1992, section 6.2: ``erfcc``.
 """
 
 from __future__ import annotations
@@ -258,6 +259,38 @@ def _erf(build: Numbers, x: Node) -> Node:
     return build.call(aten.hardtanh.default, f.times(x, ratio), -1.0, 1.0)
 
 
+_ERFC = (
+    -1.26551223,
+    1.00002368,
+    0.37409196,
+    0.09678418,
+    -0.18628806,
+    0.27886807,
+    -1.13520398,
+    1.48851587,
+    -0.82215223,
+    0.17087277,
+)
+"""``log(erfc(z) / t) + z**2`` by powers of ``t = 1 / (1 + z / 2)``, off by ``1.2e-7``."""
+
+
+def _erfc(build: Numbers, x: Node) -> Node:
+    """Of ``z = |x|``, small as it may be; below 0 what it lacks of 2."""
+    f = _Terms(build)
+    z = build.call(aten.hardtanh.default, f.of("abs", x), 0.0, 16.0)
+    t = f.over(1.0, f.plus(f.times(z, 0.5), 1.0))
+    power = f.of("exp", f.minus(f.polynomial(t, _ERFC), f.times(z, z)))
+    below = f.times(build.below_zero(x), -1.0)
+    value = f.times(f.times(t, power), f.minus(1.0, f.times(below, 2.0)))
+    return f.plus(value, f.times(below, 2.0))
+
+
+def _log_add_exp2(build: Numbers, x: Node, y: Node) -> Node:
+    f = _Terms(build)
+    total = sum_of_exponentials(build, f.times(x, math.log(2)), f.times(y, math.log(2)))
+    return f.times(total, 1 / math.log(2))
+
+
 def _hypot(build: Numbers, x: Node, y: Node) -> Node:
     """The larger size times ``sqrt(1 + t**2)``, where ``t`` is the smaller one over it."""
     f = _Terms(build)
@@ -302,9 +335,11 @@ STEPS: Steps = {
     aten.copysign.Tensor: _copysign,
     aten.cosh.default: _cosh,
     aten.erf.default: _erf,
+    aten.erfc.default: _erfc,
     aten.heaviside.default: _heaviside,
     aten.hypot.default: _hypot,
     aten.logaddexp.default: sum_of_exponentials,
+    aten.logaddexp2.default: _log_add_exp2,
     aten.logit.default: _logit,
     aten.sinc.default: _sinc,
     aten.sinh.default: _sinh,

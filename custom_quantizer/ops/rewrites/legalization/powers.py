@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import constant_of, is_constant, shape_of
+from custom_quantizer.core.graph import constant_of, is_constant, is_float32, shape_of
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.rewrites.legalization._common import float_input
 
@@ -47,14 +47,23 @@ _EXPONENTS: dict[float, Rewrite] = {
 
 
 def power_of_tensor(insert: Insertion) -> Node | None:
-    """An exponent that was learned is a number: once it is trained it is the same in all calls."""
-    data, exponent = float_input(insert), insert.node.args[1]
-    if data is None or not isinstance(exponent, Node) or insert.is_trained(exponent):
+    """A base or exponent of one element is a number: once it is trained, it is always the same."""
+    base, exponent = insert.node.args
+    power = _number(insert, exponent, base)
+    if power is not None:
+        return insert.call(aten.pow.Tensor_Scalar, base, power)
+    number = _number(insert, base, exponent)
+    return None if number is None else insert.call(aten.pow.Scalar, number, exponent)
+
+
+def _number(insert: Insertion, tensor: Any, other: Any) -> float | None:
+    """The number that a tensor is, beside one of float32."""
+    if not isinstance(tensor, Node) or insert.is_trained(tensor) or not is_float32(other):
         return None
-    value = constant_of(insert.model, exponent) if is_constant(exponent) else None
-    if value is None or value.numel() != 1 or value.dim() > len(shape_of(data)):
+    value = constant_of(insert.model, tensor) if is_constant(tensor) else None
+    if value is None or value.numel() != 1 or value.dim() > len(shape_of(other)):
         return None
-    return insert.call(aten.pow.Tensor_Scalar, data, float(value))
+    return float(value)
 
 
 def power(insert: Insertion) -> Node | None:
