@@ -8,7 +8,8 @@ logarithms.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, cast
@@ -53,7 +54,18 @@ from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.movement import PAD
 from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR
 
-__all__ = ["SUMS", "Holds", "Values", "asks_what_is_finite", "chooses_numbers", "values_of"]
+__all__ = [
+    "SUMS",
+    "Holds",
+    "Values",
+    "asks_what_is_finite",
+    "chooses_numbers",
+    "compared_by",
+    "forget_values",
+    "values_if",
+    "values_of",
+    "where_held",
+]
 
 aten = torch.ops.aten
 
@@ -112,6 +124,12 @@ def values_of(model: torch.nn.Module, tensor: Node) -> Values:
             return result  # as is all that is made of it
         node.meta[_KNOWN] = result
     return found[tensor]
+
+
+def forget_values(calls: Iterable[Node]) -> None:
+    """Look at calls again: what they read has changed, or was rounded."""
+    for call in calls:
+        call.meta.pop(_KNOWN, None)
 
 
 def chooses_numbers(where: Node) -> bool:
@@ -196,7 +214,9 @@ def _made(node: Node, found: Mapping[Any, Values]) -> Values:
     if steps is not None:
         operands = [_operand(arg, found) for arg in node.args[:2]]
         return steps(node, *(operand for operand in operands if operand is not None))
-    if rule is WHERE or (rule is not None and rule.moves_values and rule not in _MAKE_OTHERS):
+    if rule is WHERE:
+        return _chosen(node, found)
+    if rule is not None and rule.moves_values and rule not in _MAKE_OTHERS:
         return _one_of(holds, sources)
     return _FINITE if rule is not None and holds is Holds.FINITE else _ANY
 
@@ -211,8 +231,113 @@ def _operand(arg: Any, found: Mapping[Any, Values]) -> Values | None:
     return _ANY if math.isnan(number) else Values(holds, number, number)
 
 
-def _one_of(holds: Holds, sources: list[Values]) -> Values:
-    return Values(holds, min(s.low for s in sources), max(s.high for s in sources))
+def _one_of(holds: Holds, sources: Sequence[Values]) -> Values:
+    zeros = any(s.has_zeros for s in sources)
+    return Values(holds, min(s.low for s in sources), max(s.high for s in sources), zeros)
+
+
+def _chosen(where: Node, found: Mapping[Any, Values]) -> Values:
+    """One of two sides, each as far as the condition lets it be."""
+    condition, *sides = where.args[:3]
+    read: list[Values] = []
+    for side, held in zip(sides, (True, False), strict=True):
+        values = _operand(side, found)
+        if values is None or values.holds is Holds.NAN:
+            return _ANY
+        read.append(
+            where_held(values, cast(Node, condition), side, held=held)
+            if isinstance(side, Node)
+            else values
+        )
+    return _one_of(max(values.holds for values in read), read)
+
+
+def where_held(values: Values, condition: Node, tensor: Node, *, held: bool) -> Values:
+    """What a tensor that is no NaN may hold where a condition is true, or where it is not."""
+    for said in _said_of(condition, tensor, held=held):
+        low, high = max(values.low, said.low), min(values.high, said.high)
+        values = Values(values.holds, low, high, values.has_zeros and said.has_zeros)
+    return values
+
+
+def _said_of(condition: Node, tensor: Node, *, held: bool) -> Iterator[Values]:
+    """What a condition says of a tensor, or of its size, if it compares it with numbers."""
+    if condition.target in _NOT:
+        yield from _said_of(cast(Node, condition.args[0]), tensor, held=not held)
+    elif condition.target in (_BOTH if held else _EITHER):
+        for part in condition.all_input_nodes:
+            yield from _said_of(part, tensor, held=held)
+    elif condition.target in _COMPARISONS:
+        compares = _COMPARISONS[condition.target]
+        compares = compares if held else _OPPOSITES[compares]
+        compared, number = cast(Node, condition.args[0]), _number(condition.args[1])
+        if number is None:
+            return
+        above = compares in (operator.gt, operator.ge, operator.eq)
+        below = compares in (operator.lt, operator.le, operator.eq)
+        zeros = bool(compares(0.0, number))
+        if _is_same(compared, tensor):
+            low, high = number if above else -math.inf, number if below else math.inf
+            yield Values(low=low, high=high, has_zeros=zeros)
+        elif rule_of(compared) is ABS and _is_same(cast(Node, compared.args[0]), tensor):
+            size = number if below else math.inf
+            yield Values(low=-size, high=size, has_zeros=zeros)
+
+
+def _number(arg: Any) -> float | None:
+    """A number, also one that is a tensor."""
+    if isinstance(arg, Node) and arg.op == "get_attr" and is_constant(arg):
+        value = constant_of(cast(GraphModule, arg.graph.owning_module), arg)
+        return float(value) if value.numel() == 1 else None
+    return float(arg) if isinstance(arg, (int, float)) else None
+
+
+def _is_same(a: Node, b: Node) -> bool:
+    """Whether two tensors have the same values: each op may have a dequantize of its own."""
+    return a is b or (is_dequantize(a) and a.target is b.target and a.args == b.args)
+
+
+_NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
+_BOTH = frozenset({aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor})
+_EITHER = frozenset({aten.bitwise_or.Tensor, aten.logical_or.default, aten.__or__.Tensor})
+
+_COMPARISONS: Mapping[Any, Callable[[float, float], bool]] = {
+    getattr(getattr(aten, name), overload): getattr(operator, name)
+    for name in ("eq", "ge", "gt", "le", "lt", "ne")
+    for overload in ("Scalar", "Tensor")
+}
+
+_OPPOSITES = {
+    operator.eq: operator.ne,
+    operator.ge: operator.lt,
+    operator.gt: operator.le,
+    operator.le: operator.gt,
+    operator.lt: operator.ge,
+    operator.ne: operator.eq,
+}
+
+
+def compared_by(condition: Node) -> list[Node]:
+    """The tensors of which a condition says something."""
+    if condition.target in _NOT | _BOTH | _EITHER:
+        return [tensor for part in condition.all_input_nodes for tensor in compared_by(part)]
+    if condition.target not in _COMPARISONS:
+        return []
+    compared = cast(Node, condition.args[0])
+    return [compared, cast(Node, compared.args[0])] if rule_of(compared) is ABS else [compared]
+
+
+def values_if(
+    model: torch.nn.Module, calls: Sequence[Node], given: Mapping[Node, Values]
+) -> Values:
+    """What the last of some calls gives if tensors that they read hold something else."""
+    found: dict[Node, Values] = {}
+    for call in calls:
+        for source in call.all_input_nodes:
+            known = given.get(source) or found.get(source)
+            found[source] = values_of(model, source) if known is None else known
+        found[call] = _made(call, found)
+    return found[calls[-1]]
 
 
 def _add(node: Node, a: Values, b: Values) -> Values:
@@ -277,6 +402,31 @@ def _log(_node: Node, x: Values) -> Values:
     return Values(x.holds if x.is_never_zero else Holds.INFINITE)
 
 
+def _log1p(node: Node, x: Values) -> Values:
+    return _log(node, Values(x.holds, x.low + 1.0, x.high + 1.0))
+
+
+def _power(node: Node, x: Values, exponent: Values) -> Values:
+    """Of a negative number there are whole ones alone; of zero there are negative infinite ones."""
+    power = exponent.low
+    if x.holds is not Holds.FINITE or power != exponent.high:
+        return _ANY
+    if x.low < 0.0 and not power.is_integer():
+        return _ANY
+    finite = power >= 0.0 or x.is_never_zero
+    low = 0.0 if x.low >= 0.0 or power % 2 == 0 else -math.inf
+    return Values(Holds.FINITE if finite else Holds.INFINITE, low)
+
+
+def _acosh(_node: Node, x: Values) -> Values:
+    return Values(x.holds, 0.0) if x.low >= 1.0 else _ANY
+
+
+def _arc(_node: Node, x: Values) -> Values:
+    """``atanh`` of the ends is infinite, ``asin`` and ``acos`` are not."""
+    return Values(Holds.INFINITE) if x.low >= -1.0 and x.high <= 1.0 else _ANY
+
+
 def _sqrt(_node: Node, x: Values) -> Values:
     return _ANY if x.low < 0.0 else Values(x.holds, 0.0)
 
@@ -318,10 +468,18 @@ def _wave(_node: Node, x: Values) -> Values:
 
 
 _OF_TARGETS: Mapping[Any, Callable[..., Values]] = {
+    aten.acos.default: _arc,
+    aten.acosh.default: _acosh,
+    aten.asin.default: _arc,
+    aten.atanh.default: _arc,
     aten.cos.default: _wave,
     aten.exp2.default: _exp,
     aten.expm1.default: _expm1,
+    aten.log10.default: _log,
+    aten.log1p.default: _log1p,
+    aten.log2.default: _log,
     aten.pow.Scalar: _power_of_number,
+    aten.pow.Tensor_Scalar: _power,
     aten.sin.default: _wave,
 }
 

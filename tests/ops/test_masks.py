@@ -13,6 +13,7 @@ from support.graphs import Function, calls, canonicalize, capture, lowered_exact
 from support.models import convert
 from support.selection import slow_but
 from torch import Tensor, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.ops import match_of
@@ -348,6 +349,62 @@ def test_choices_of_what_may_be_infinite_are_made_in_one_delegate() -> None:
     assert (lowered.report.delegates, lowered.report.outside) == (1, ())
 
 
+def safely(x: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+    """Choices of sides that are no number where they are not chosen."""
+    logs = torch.log(x)
+    return (
+        torch.where(d != 0, x / d, 0.0),
+        torch.where(d == 0, torch.zeros_like(d), x / d),
+        torch.where(d.abs() > 1e-6, x / d, x),
+        x / torch.where(d == 0, torch.ones_like(d), d),
+        torch.where(x >= 0, torch.sqrt(x), -torch.sqrt(-x)),
+        torch.where(x == 0, 1.0, torch.sin(x) / x),
+        torch.where(x > 0, logs, 0.0),
+        torch.log2(x).masked_fill(~(x > 0), -5.0),
+        torch.where((x > 0) & (d > 0), x * torch.log(x) + torch.log(d), d),
+        torch.where(x > 0, -x * torch.log(x), 0.0),
+        torch.where(x <= 0.04, x / 12.92, ((x + 0.055) / 1.055) ** 2.4),
+        torch.where(x.abs() <= 1, torch.asin(x), 0.0),
+    )
+
+
+def test_safe_quotients_logarithms_and_roots_are_chosen_in_one_delegate() -> None:
+    """What is not chosen may be computed of another number; what is keeps its bits."""
+    ends = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-6, -1e-6, 1e-30, 300.0, -300.0, 2.0, 0.04, -0.5])
+    x, d = ends.repeat_interleave(12).reshape(12, 12), ends.repeat(12).reshape(12, 12)
+    x[5] = 0.0
+
+    def function(self: Function, x: Tensor, d: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        rows = self.first(y)
+        size = rows.norm(dim=-1, keepdim=True)
+        return *safely(x, d), torch.where(size > 0, rows / size, rows)
+
+    model = Function(function, first=nn.Linear(12, 12)).eval()
+    # In float where there is no layer before.
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_io(inputs=None)
+    inputs = torch.rand_like(x), torch.randn_like(d), torch.randn(12, 12)
+    prepared = prepare_pt2e(capture(model, inputs), quantizer)
+    prepared(*inputs)
+    lowered = cq.lower(convert_pt2e(prepared), inputs)
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ())
+    got, want = lowered.run(x, d, inputs[2])[:-1], safely(x, d)
+    for result, exact in zip(got[:4], want[:4], strict=True):
+        assert torch.equal(result, exact)
+    for result, exact in zip(got[4:], want[4:], strict=True):
+        torch.testing.assert_close(result, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_condition_says_nothing_of_may_be_no_number() -> None:
+    x = torch.rand(2, 6)
+    unknown = lambda s, x: (  # noqa: E731
+        torch.where(torch.arange(6) > 2, torch.log(x), x),
+        torch.where(x > -1, torch.log(x), x),  # which is chosen
+        (lambda y: torch.where(x > 0, y, x) + y)(torch.log(x)),  # others read it
+    )
+    graph = canonicalize(capture(Function(unknown), (x,)))
+    assert [len(w.all_input_nodes) for w in calls(graph, aten.where.self)] == [3, 3, 3]
+
+
 def test_comparisons_with_what_is_no_number_are_none() -> None:
     """PyTorch takes them for false; who computes with them gets NaN here, and not a number."""
 
@@ -398,7 +455,8 @@ def test_conditions_of_integers_become_numbers_before_the_delegate() -> None:
     ("where", "inside"),
     [
         (lambda x: torch.where((x > 0.2) & ~(x > 1.0), x.exp(), x), {"gt", "gt_1", "where"}),
-        (lambda x: torch.where(x > 0.2, x.log(), x), set()),
+        (lambda x: torch.where(x > 0.2, x.log(), x), {"gt", "where"}),
+        (lambda x: torch.where(x > -1.0, x.log(), x), set()),
         (lambda x: x * (x > 0.2), {"gt"}),
         (lambda x: (x * (x > 0.2), x < 1.0), {"gt"}),
         (lambda x: x.masked_fill(KEPT.tile(2), -math.inf).amax(), {"masked_fill", "amax"}),

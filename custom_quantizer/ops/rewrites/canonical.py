@@ -69,6 +69,7 @@ from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN, CORE_OPS
 from custom_quantizer.ops.rewrites.cuts import PARTS, ends_to_numbers
 from custom_quantizer.ops.rewrites.decompositions import REWRITTEN, decompose
 from custom_quantizer.ops.rewrites.factors import fold_factors
+from custom_quantizer.ops.rewrites.guarded import guard_choices
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 from custom_quantizer.ops.rewrites.regions import inline_regions
 from custom_quantizer.ops.rewrites.training_graph import mark_computed_parameters
@@ -153,6 +154,7 @@ def canonicalize(
     if training:
         mark_computed_parameters(model)
     legalize(model, training)
+    guard_choices(model, training=training)
     fold_factors(model, training=training)
     if not training:
         # Forms may have steps that read constants alone, such as the first of a recurrent layer;

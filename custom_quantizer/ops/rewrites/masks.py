@@ -28,9 +28,16 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by, reached
 from custom_quantizer.core.rewriting import IN_FLOAT, Insertion, Rewrite
 from custom_quantizer.ops import match_of, rule_of
+from custom_quantizer.ops.functions import DIV, LOG, RECIPROCAL, RSQRT
 from custom_quantizer.ops.movement import EXPAND, IDENTITY, PERMUTE, RESHAPE, SLICE
 from custom_quantizer.ops.rewrites.constants import reads_values
-from custom_quantizer.ops.values import SUMS, Holds, asks_what_is_finite, values_of
+from custom_quantizer.ops.values import (
+    SUMS,
+    Holds,
+    asks_what_is_finite,
+    values_of,
+    where_held,
+)
 
 __all__ = ["MASKED", "MASKS", "added_mask", "attended", "is_finite"]
 
@@ -251,6 +258,8 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
             scores = _without(insert, data, condition, masked, where=where)
             return scores or _of_tensors(insert, condition, left, right)
     sides = (left, right)
+    if _keeps_from_zero(insert, condition, sides):
+        return _of_tensors(insert, condition, left, right)
     given = insert.training and not is_constant(condition)
     if given or asks_what_is_finite(condition) or not all(_is_small(insert, s) for s in sides):
         return _of_tensors(insert, condition, left, right)
@@ -261,6 +270,26 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
         return None
     total = parts[0] if len(parts) == 1 else insert.call(aten.add.Tensor, *parts)
     return total if is_same_shape(shape_of(total), shape_of(insert.node)) else None
+
+
+def _keeps_from_zero(insert: Insertion, condition: Node, sides: tuple[Any, ...]) -> bool:
+    """Whether a choice keeps a divisor or the like from zero, which integers of it could be.
+
+    ``n / where(d != 0, d, 1)``.
+    """
+    poles = any(
+        rule_of(user) in _POLES and (user.args[0] is insert.node) is (rule_of(user) is not DIV)
+        for user in effective_users(insert.node)
+    )
+    return poles and any(
+        where_held(values_of(insert.model, side), condition, side, held=held).is_never_zero
+        for side, held in zip(sides, (True, False), strict=True)
+        if isinstance(side, Node)
+    )
+
+
+_POLES = frozenset({DIV, LOG, RECIPROCAL, RSQRT})
+"""Families that are infinite at zero, a quotient of its second operand."""
 
 
 def _is_small(insert: Insertion, side: Any) -> bool:

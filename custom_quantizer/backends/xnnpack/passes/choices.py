@@ -12,6 +12,7 @@ from custom_quantizer.backends.xnnpack.kernels import chooses_in_steps
 from custom_quantizer.backends.xnnpack.passes._pass import Numbers, calls, graph_pass, replace
 from custom_quantizer.core.graph import constant_of, is_constant, is_same_shape, shape_of
 from custom_quantizer.ops.elementwise import WHERE
+from custom_quantizer.ops.values import forget_values
 
 aten = torch.ops.aten
 
@@ -27,9 +28,9 @@ def choices_by_extremes(model: GraphModule) -> int:
     """
     count = 0
     ends: dict[Node, _Ends] = {}
-    for node in calls(model, WHERE.targets):
-        if not chooses_in_steps(node):
-            continue
+    forget_values(model.graph.nodes)
+    # What one of them keeps from being NaN is known while it is there.
+    for node in [node for node in calls(model, WHERE.targets) if chooses_in_steps(node)]:
         build, (condition, *sides) = Numbers(model, node), cast("tuple[Node, ...]", node.args)
         if condition not in ends:
             ends[condition] = _ends(build, condition)
