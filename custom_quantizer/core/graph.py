@@ -299,7 +299,7 @@ def input_tuples(inputs: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
 
 
 def shape_of(node: Node) -> tuple[int, ...]:
-    """Shape recorded at capture; symbolic sizes stay symbolic.
+    """Shape recorded at capture; sizes that depend on inputs stay symbolic.
 
     Raises:
         ConversionError: nothing was recorded.
@@ -309,7 +309,14 @@ def shape_of(node: Node) -> tuple[int, ...]:
         raise ConversionError(
             f"{describe(node)} carries no shape; hand in the graph as torch.export made it"
         )
-    return tuple(value.shape)
+    return tuple(map(_as_number, value.shape))
+
+
+def _as_number(size: Any) -> Any:
+    """A size; that of ``x.view(-1, n // 4, ...)`` may be a number without being one."""
+    if isinstance(size, int) or not size.node.expr.is_Integer:
+        return size
+    return int(size.node.expr)
 
 
 def is_same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:

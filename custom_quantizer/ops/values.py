@@ -307,7 +307,7 @@ _COMPARISONS: Mapping[Any, Callable[[float, float], bool]] = {
     for overload in ("Scalar", "Tensor")
 }
 
-_OPPOSITES = {
+_OPPOSITES: Mapping[Any, Callable[[float, float], bool]] = {
     operator.eq: operator.ne,
     operator.ge: operator.lt,
     operator.gt: operator.le,

@@ -65,7 +65,7 @@ def _parts_of(target: Any) -> Callable[..., Any] | None:
     if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
         return None
     if target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-        return cast("Callable[..., Any]", target.decompose)
+        return target.decompose
     return _decompositions().get(target)
 
 

@@ -41,7 +41,7 @@ def ends_to_numbers(model: GraphModule) -> int:
         size = shape[int(argument(node, 1, "dim", 0)) % len(shape)]
         for name, position in _ENDS.items():
             end = argument(node, position, name)
-            number = _number(end.meta.get("val"), size) if isinstance(end, Node) else None
+            number = _number(end.meta.get("val") if isinstance(end, Node) else end, size)
             if number is None:
                 continue
             if position < len(node.args):
@@ -54,6 +54,8 @@ def ends_to_numbers(model: GraphModule) -> int:
 
 def _number(end: Any, size: Any) -> int | None:
     """An end of a dim of some size as a number; ``None``: it is not the same one for all sizes."""
+    if isinstance(end, int):  # of a size that is no number where the program is traced again
+        return max(end + size, 0) if end < 0 and isinstance(size, int) else None
     if not isinstance(end, torch.SymInt):
         return None
     place = end.node.expr

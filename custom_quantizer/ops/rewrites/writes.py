@@ -675,9 +675,12 @@ def _write_plainly(model: GraphModule) -> None:
         if node.target not in _OVERWRITE_ALL:
             continue
         kept = tensor_meta(cast(Node, node.args[0]))
-        if kept is None or not all(isinstance(size, int) for size in kept.shape):
+        if kept is None:
             continue
+        is_static = all(isinstance(size, int) for size in kept.shape)
         if node.target is not aten.copy.default:
+            if not is_static:
+                continue
             number = argument(node, 1, "value", 0)
             if isinstance(number, (int, float)):
                 value = torch.full(kept.shape, number, dtype=kept.dtype)
@@ -687,9 +690,9 @@ def _write_plainly(model: GraphModule) -> None:
         meta = tensor_meta(given)
         if meta is None or meta.dtype != kept.dtype or overwritten_by(given) is not None:
             continue
-        if meta.shape == kept.shape:
+        if is_same_shape(meta.shape, kept.shape):
             node.replace_all_uses_with(given)
-        else:
+        elif is_static:
             node.target, node.args = aten.expand.default, (given, list(kept.shape))
 
 

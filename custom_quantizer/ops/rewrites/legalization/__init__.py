@@ -15,6 +15,8 @@ quantized, simulated and lowered like any other:
 - shuffles, rolls, flips, stacks and nearest-neighbour upsampling are moves, and so is whatever
   else only moves values, by any of its names;
 - resizes by other than bilinear interpolation are linear layers, dim by dim;
+- what is put in constant places of a tensor takes the place of its entries, and what is added there
+  is a linear layer and a sum;
 - patches of images are depthwise convolutions that pick values, and their sums transposed ones.
 
 Moves and max pools are the same values bit for bit. Sums are added in another order: last bits of
@@ -47,6 +49,7 @@ from custom_quantizer.ops.rewrites.legalization import (
 )
 from custom_quantizer.ops.rewrites.legalization.arrangements import ARRANGEMENTS, arrangement
 from custom_quantizer.ops.rewrites.legalization.batches import batched
+from custom_quantizer.ops.rewrites.legalization.placements import PLACEMENTS
 
 __all__ = ["LEGALIZATIONS", "legalize_by"]
 
@@ -75,6 +78,7 @@ def _moved(rewrite: Rewrite) -> Rewrite:
 
 _FORMS: dict[Any, Rewrite] = {
     **ARRANGEMENTS,
+    **PLACEMENTS,
     **interpolations.FORMS,
     aten.conv1d.default: batched(1, layers.cut_short),
     aten.conv1d.padding: batched(1),
