@@ -42,6 +42,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "moves": lambda z, w: as_real(z.transpose(0, 1)[:, :1].flip(-1).expand(-1, 3, -1) * w[0]),
     "pieces": lambda z, w: as_real(torch.cat([*z.split(1, 1), torch.stack([w[:1]] * 2)], 1)),
     "matrix products": lambda z, w: as_real(z @ w @ z.mT),
+    "einsum": lambda z, w: as_real(torch.einsum("bij,jk->kbi", torch.einsum("bij->bji", z), w)),
     "totals": lambda z, w: as_real(z.sum(-1) * z.mean(0)),
     "real ones among them": lambda z, w: as_real((z.real + 1j * z.imag[:, :1]) * w.real),
     "imaginary ones": lambda z, w: as_real(1j * z.real + w),
@@ -146,3 +147,24 @@ def test_a_rotary_embedding_is_integers_in_one_delegate() -> None:
     assert lowered.report.fully_delegated
     floats = {op.node for op in lowered.report.ops if op.placement is Placement.FLOAT}
     assert floats == {"scaled_dot_product_attention_mul", "scaled_dot_product_attention_softmax"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hop_length": 4, "window": torch.hann_window(16)},
+        {"hop_length": 3, "win_length": 12, "window": torch.hamming_window(12), "length": 40},
+        {"hop_length": 8, "normalized": True, "center": False},
+    ],
+)
+def test_signals_of_spectrograms_are_convolutions(options: dict[str, Any]) -> None:
+    def there_and_back(s: Function, x: Tensor) -> Tensor:
+        given = {k: v for k, v in options.items() if k != "length"}
+        spectrum = torch.stft(x, 16, return_complex=True, **given)
+        return torch.istft(spectrum * s.w, 16, **options)
+
+    model, x = Function(there_and_back), torch.randn(2, 48)
+    model.register_buffer("w", torch.polar(torch.rand(9, 1) + 0.5, torch.randn(9, 1)))
+    graph = canonicalize(capture(model, (x,)))
+    assert not any(map(is_complex, graph.graph.nodes))
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)

@@ -245,6 +245,22 @@ def _matrix_product(parts: _Parts) -> Pair:
     return parts.product(left, right, times)
 
 
+def _einsum(parts: _Parts) -> Pair | None:
+    """Of one or two operands; the path through them needs none."""
+    equation, operands = cast("tuple[str, list[Node]]", parts.node.args[:2])
+
+    def of(*read: Part) -> Part:
+        return None if None in read else parts.insert.call(parts.node.target, equation, [*read])
+
+    if len(operands) == 1:
+        real, imaginary = map(of, parts.of(operands[0]))
+        return real, imaginary
+    if len(operands) > 2:
+        return None
+    left, right = map(parts.of, operands)
+    return parts.product(left, right, of)
+
+
 def _quotient(parts: _Parts) -> Pair:
     """By something real; else ``z conj(w) / |w|**2``, whose square may overflow or be 0."""
     left, (real, imaginary) = map(parts.of, parts.node.args[:2])
@@ -412,6 +428,57 @@ def _spectrogram(parts: _Parts) -> Pair | None:
     return windows(matrix.real), windows(matrix.imag)
 
 
+def _signal(parts: _Parts) -> Node | None:
+    """Inverse transforms of windows that are added up: transposed convolutions, and a factor."""
+    node = parts.node
+    names = ("hop_length", "win_length", "window", "center", "normalized", "onesided", "length")
+    hop, width, window, centered, normalized, onesided, wanted = (
+        argument(node, i, name, True if name == "center" else None)
+        for i, name in enumerate(names, 2)
+    )
+    data, size = cast(Node, node.args[0]), int(cast(int, node.args[1]))
+    count, known = shape_of(data)[-1], not window or is_constant(window)
+    both = [parts.part(data, index) for index in range(2)]
+    if onesided is False or shape_of(data)[-2] != size // 2 + 1 or size > _LONGEST_ROW:
+        return None
+    if not (known and isinstance(count, int)) or len(shape_of(data)) not in (2, 3):
+        return None
+    width = width or size
+    values = constant_of(parts.insert.model, window) if window else torch.ones(width)
+    before = (size - width) // 2
+    values = nn.functional.pad(values.detach().double(), (before, size - width - before))
+    stride, ones = hop or size // 4, torch.eye(size // 2 + 1, dtype=torch.float64)
+    norm = "ortho" if normalized else None
+    signals = [
+        parts.insert.call(
+            aten.conv_transpose1d.default,
+            part,
+            parts.insert.constant("weight", (matrix * values)[:, None].float()),
+            None,
+            [stride],
+        )
+        for part, matrix in zip(
+            both, (torch.fft.irfft(ones * unit, size, norm=norm) for unit in (1, 1j)), strict=True
+        )
+    ]
+    squares = (values**2).expand(1, 1, -1)
+    times = torch.ones(1, 1, count, dtype=torch.float64)
+    shares = nn.functional.conv_transpose1d(times, squares, stride=stride).flatten()
+    start = size // 2 if centered else 0
+    stop = len(shares) - start if not wanted else start + wanted
+    if stop > len(shares) or bool((shares[start:stop].abs() < _LEAST_SHARE).any()):
+        return None
+    total = parts.insert.call(aten.add.Tensor, *signals)
+    line = parts.insert.call(aten.squeeze.dim, total, -2)
+    line = parts.insert.call(aten.slice.Tensor, line, -1, start, stop)
+    factors = parts.insert.constant("factors", 1.0 / shares[start:stop].float())
+    return parts.insert.call(aten.mul.Tensor, line, factors)
+
+
+_LEAST_SHARE = 1e-11
+"""What windows have to add up to, as in PyTorch."""
+
+
 def _real_transformed(parts: _Parts) -> Node | None:
     pair = _transformed(parts)
     return None if pair is None else cast(Node, pair[0])
@@ -459,6 +526,7 @@ _PAIRS: Mapping[Any, Callable[[_Parts], Pair | None]] = MappingProxyType(
         aten.complex.default: _joined,
         aten.div.Scalar: _quotient,
         aten.div.Tensor: _quotient,
+        aten.einsum.default: _einsum,
         aten.matmul.default: _matrix_product,
         aten.mm.default: _matrix_product,
         aten.mul.Scalar: _product,
@@ -481,6 +549,7 @@ _REALS: Mapping[Any, Callable[[_Parts], Node | None]] = MappingProxyType(
         aten.abs.default: _length,
         aten.angle.default: _angle,
         aten.imag.default: _one_part(1),
+        aten.istft.default: _signal,
         aten.real.default: _one_part(0),
         aten.view_as_real.default: _stacked,
     }
