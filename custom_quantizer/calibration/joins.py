@@ -22,12 +22,12 @@ from custom_quantizer.ops import rule_of
 
 __all__ = ["COARSER", "joined_observers", "requantize_parts", "share_scales", "shared_scales"]
 
-COARSER = 4.0
+COARSER = 2.0
 """How many times its own scale a part may be given.
 
-A part with its own scale is rounded twice on its way through the join: with a quarter of the scale
-behind it, that adds at most ``10 log10(1 + 1/16) = 0.26`` dB to the error there, and its other
-readers gain two bits.
+A part with its own scale is rounded twice on its way through the join: with at most half of the
+scale behind it, that adds at most ``10 log10(1 + 1/4) = 1`` dB to the error there, and its other
+readers keep a bit or more, 6 dB.
 """
 
 
@@ -42,13 +42,16 @@ def share_scales(prepared: GraphModule) -> None:
             nothing, or are frozen, stay.
     """
     names: dict[ActivationObserver, list[str]] | None = None
+    finest: dict[ActivationObserver, float] = {}
     for _, part, joint in reversed(list(_parts(prepared))):
         mine, other = _observer(prepared, part), _observer(prepared, joint)
         if mine is None or other is None or mine is other or not _may_share(mine, other):
             continue
         scales = [cast(float, observer.qparams().scale) for observer in (mine, other)]
-        if max(scales) > COARSER * min(scales):
+        own = min(map(finest.get, (mine, other), scales))  # of all that share one by now
+        if max(scales) > COARSER * own:
             continue
+        finest[other] = own
         if names is None:
             names = _names(prepared)
         other.statistics = _of_both(mine.statistics, other.statistics)
@@ -77,18 +80,20 @@ def requantize_parts(prepared: GraphModule) -> None:
     For ``convert_pt2e``, whose joins then are of one scale.
     """
     number = 0
+    calls: dict[tuple[Node, ActivationObserver], Node] = {}
     for join, part, joint in list(_parts(prepared)):
         mine, other = _observer(prepared, part), _observer(prepared, joint)
         if mine is None or other is None or mine is other or not (_known(mine) and _known(other)):
             continue
         if mine.qparams() == other.qparams():
             continue
-        while hasattr(prepared, name := f"joined_observer_{number}"):
-            number += 1
-        setattr(prepared, name, other)
-        with prepared.graph.inserting_before(join):
-            call = prepared.graph.call_module(name, (part,))
-        join.replace_input_with(part, call)
+        if (part, other) not in calls:
+            while hasattr(prepared, name := f"joined_observer_{number}"):
+                number += 1
+            setattr(prepared, name, other)
+            with prepared.graph.inserting_before(join):
+                calls[part, other] = prepared.graph.call_module(name, (part,))
+        join.replace_input_with(part, calls[part, other])
 
 
 def joined_observers(

@@ -41,7 +41,7 @@ dpn68 (0.6 dB, of which other images to calibrate on take 0.4) has the scales of
 Tensors that are joined have one scale in the stock flow, and where one of them is joined again
 behind a pool, so have all blocks before. Of inception_v3 (149 pixels) that takes 5 dB: 24.7 dB, and
 29.2 in ours, where a part that others read keeps its own scale if that of the join is more than
-four times as coarse. With scales of their own for all such parts dpn68 would lose 0.9 dB and
+twice as coarse. With scales of their own for all such parts dpn68 would lose 0.9 dB and
 cs3darknet_focus_s 0.3: what is requantized is rounded once more.
 xcit_nano_12_p16_224 has a class token that is far smaller than the patches it is joined to; with
 16-bit activations it has 40 dB.

@@ -41,6 +41,20 @@ class Skip(nn.Module):
         return self.head(torch.cat([x, y * self.factor], 1)), y
 
 
+class Chain(nn.Module):
+    """Blocks that each join what they were given to what they make of it, as in a CSP network."""
+
+    def __init__(self, *factors: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3 + 2 * i, 2, 1) for i in range(len(factors)))
+        self.factors = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, factor in zip(self.layers, self.factors, strict=True):
+            x = torch.cat([x, layer(x) * factor], 1)
+        return x
+
+
 DATA = torch.randn(4, 1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 EXAMPLE = (DATA[0],)
 
@@ -108,7 +122,42 @@ def test_the_other_readers_of_a_part_keep_their_bits(monkeypatch: pytest.MonkeyP
         found.append([sqnr(a, b) for a, b in zip(wanted, got, strict=True)])
     (joined_before, read_before), (joined, read) = found
     assert read > read_before + 12
-    assert joined > joined_before - 0.3
+    assert joined > joined_before - 1.0
+
+
+def test_two_joins_of_one_scale_read_one_requantized_part() -> None:
+    class Twice(Skip):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.first(x).relu()
+            y = self.second(x) * 40.0
+            far = torch.cat([x, y], 1)
+            return self.head(far), torch.cat([far, x], 1)
+
+    torch.manual_seed(0)
+    converted = convert_pt2e(prepared(Twice(1.0)))
+    joins = [n for n in converted.graph.nodes if n.target is torch.ops.aten.cat.default]
+    parts = joins[0].args[0][0], joins[1].args[0][1]  # type: ignore[index]
+    assert parts[0].args[0] is parts[1].args[0]  # type: ignore[union-attr]
+
+
+def test_scales_do_not_creep_from_join_to_join() -> None:
+    """The near join has nearly twice the scale of a part, and the far one that of the near one."""
+
+    class Creep(Skip):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.first(x).relu()
+            y = self.second(x)
+            return self.head(torch.cat([x, y * 4.0], 1)), torch.cat([x, y * 1.5], 1)
+
+    torch.manual_seed(0)
+    graph = prepared(Creep(1.0))
+    own, near, far = (
+        solved_qparams(graph)[name].scale for name in ("relu", "cat_1+mul_1", "cat+mul")
+    )
+    assert own < near < COARSER * own < far < COARSER * near  # type: ignore[operator]
+    share_scales(graph)
+    assert solved_qparams(graph)["cat_1+mul_1+relu"].scale == near
+    assert solved_qparams(graph)["cat+mul"].scale == far
 
 
 def test_what_is_read_by_joins_alone_has_their_scale() -> None:
@@ -126,20 +175,6 @@ def test_what_is_read_by_joins_alone_has_their_scale() -> None:
     parts, result, again = scales_of_join(convert_pt2e(graph))
     assert parts == [result, result]
     assert not again
-
-
-class Chain(nn.Module):
-    """Blocks that each join what they were given to what they make of it, as in a CSP network."""
-
-    def __init__(self, *factors: float) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(3 + 2 * i, 2, 1) for i in range(len(factors)))
-        self.factors = factors
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer, factor in zip(self.layers, self.factors, strict=True):
-            x = torch.cat([x, layer(x) * factor], 1)
-        return x
 
 
 def test_a_join_that_is_joined_is_compared_with_the_last() -> None:

@@ -319,11 +319,19 @@ class _Finder:
                 outputs.setdefault(output.group, []).append(i)
             weight = self._weight(self._plan, op)
             weights.setdefault(-1 - i if weight is None else weight.group, []).append(i)
-        for joined in (*outputs.values(), *weights.values()):
+        for joined in (*outputs.values(), *weights.values(), *self._joins(outputs)):
             sets.join(joined)
         self._blocks = [sets.find(i) for i in range(len(self._ops))]
         self.units = [self._unit(indices) for indices in weights.values()]
         self.groups = list(self._groups())
+
+    def _joins(self, outputs: Mapping[int, list[int]]) -> Iterable[list[int]]:
+        """Of each op that joins tensors, the ops that make these: the parts have one format."""
+        for name, annotation in self._plan.annotations.items():
+            output = annotation.output
+            if output is not None and self._is_moved(self._nodes[name]):
+                edges = dict.fromkeys(edge.group for edge in (*annotation.inputs.values(), output))
+                yield [i for group in edges for i in outputs.get(group, ())]
 
     def _is_choosable(self, op: OpPlan) -> bool:
         node = self._nodes[op.node]
