@@ -44,6 +44,7 @@ __all__ = [
     "is_empty",
     "is_float32",
     "is_number",
+    "is_parameter",
     "is_quantize",
     "is_run_time_quantization",
     "is_same_shape",
@@ -472,6 +473,13 @@ def is_constant(node: object) -> bool:
     if not isinstance(node, Node):
         return False
     return (node.op == "get_attr" and overwritten_by(node) is None) or FOLDED_KEY in node.meta
+
+
+def is_parameter(model: torch.nn.Module, node: Node) -> bool:
+    """Whether ``node`` reads what training changes."""
+    if node.op != "get_attr":
+        return False
+    return isinstance(operator.attrgetter(str(node.target))(model), torch.nn.Parameter)
 
 
 def constant_of(model: torch.nn.Module, node: Node) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from custom_quantizer.core.graph import (
     FOLDED_KEY,
     add_constant,
     constant_of,
+    is_parameter,
     is_same_shape,
     reads_sizes,
     shape_of,
@@ -111,7 +111,7 @@ class Insertion:
         """Whether ``value`` is a parameter that changes, or computed from some."""
         if not self.training or value.op != "get_attr":
             return self.training
-        return isinstance(attrgetter(str(value.target))(self.model), torch.nn.Parameter)
+        return is_parameter(self.model, value)
 
     def again(self, value: Node) -> Node:
         """A constant, or what is computed of constants, once more before the node.

@@ -287,7 +287,7 @@ def _is_difference(op: DraftOp) -> bool:
 
 
 def _is_logarithm(op: DraftOp) -> bool:
-    return op.node.target in _LOGARITHMS or op.node.target is torch.ops.aten.log1p.default
+    return op.node.target in _LOGARITHMS
 
 
 def _is_projection(op: DraftOp) -> bool:
@@ -375,15 +375,17 @@ _TOTALS = frozenset(
     }
 )
 
-_LOGARITHMS = frozenset(
+_INFINITE_AT_ZERO = frozenset(
     {torch.ops.aten.log.default, torch.ops.aten.log2.default, torch.ops.aten.log10.default}
 )
+
+_LOGARITHMS = _INFINITE_AT_ZERO | {torch.ops.aten.log1p.default}
 
 
 def _pole(op: DraftOp) -> tuple[Node | None, str]:
     """The argument at whose zero an op is infinite, and what it is called."""
     node = op.node
-    if node.target in _LOGARITHMS:
+    if node.target in _INFINITE_AT_ZERO:
         return cast(Node, node.args[0]), "the argument of a logarithm"
     if op.rule in (RECIPROCAL, RSQRT):
         return cast(Node, node.args[0]), "a divisor"

@@ -147,8 +147,8 @@ def _sums_so_far(insert: Insertion) -> Node | None:
     """Sums of what stands before are a linear layer along a dim, whose weights are 0 and 1."""
     node = insert.node
     data = cast(Node, node.args[0])
-    meta, shape = tensor_meta(data), shape_of(data)
-    if meta is None or meta.dtype != torch.float32 or argument(node, 2, "dtype") is not None:
+    shape = shape_of(data)
+    if not is_float32(data) or argument(node, 2, "dtype") is not None:
         return None
     if not shape or not is_finite(insert, data):
         return None
@@ -165,8 +165,8 @@ def _product_of_all(insert: Insertion) -> Node | None:
     """A product along a dim is one of its slices, from the first to the last."""
     node = insert.node
     data = cast(Node, node.args[0])
-    meta, shape = tensor_meta(data), shape_of(data)
-    if meta is None or meta.dtype != torch.float32 or argument(node, 3, "dtype") is not None:
+    shape = shape_of(data)
+    if not is_float32(data) or argument(node, 3, "dtype") is not None:
         return None
     dim = int(cast(int, node.args[1]))
     count = shape[dim] if shape else 0
@@ -195,8 +195,8 @@ def _spread(insert: Insertion) -> Node | None:
     """A variance is the mean of squares of what the mean leaves; a standard deviation its root."""
     node = insert.node
     data = cast(Node, node.args[0])
-    meta, shape = tensor_meta(data), shape_of(data)
-    if meta is None or meta.dtype != torch.float32:
+    shape = shape_of(data)
+    if not is_float32(data):
         return None
     correction: Any
     if node.target in (aten.var.dim, aten.std.dim):

@@ -20,6 +20,7 @@ from torch.fx import Node
 from custom_quantizer.core.graph import (
     constant_of,
     is_constant,
+    is_float32,
     is_same_shape,
     shape_of,
     tensor_meta,
@@ -112,8 +113,7 @@ def _is_step(node: Node) -> bool:
 def _sources(node: Node, steps: Mapping[Node, None]) -> Iterator[Node]:
     """Float32 tensors of the shape of the result that steps read."""
     for source in dict.fromkeys(part for step in steps for part in step.all_input_nodes):
-        meta = tensor_meta(source)
-        if meta is None or meta.dtype != torch.float32 or is_constant(source):
+        if not is_float32(source) or is_constant(source):
             continue
         if is_same_shape(shape_of(source), shape_of(node)):
             yield source

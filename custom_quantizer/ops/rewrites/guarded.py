@@ -54,7 +54,8 @@ def guard_choices(model: GraphModule, *, training: bool = False) -> None:
 
 def _guard(model: GraphModule, where: Node, side: Node, *, held: bool, training: bool) -> None:
     condition = cast(Node, where.args[0])
-    calls = sorted(reached(side, _elementwise))
+    inside = reached(side, _elementwise)
+    calls = sorted(inside)
     reads = {source for call in calls for source in call.all_input_nodes}
     safe: dict[Node, tuple[float, Values]] = {}
     for tensor in compared_by(condition):
@@ -65,8 +66,8 @@ def _guard(model: GraphModule, where: Node, side: Node, *, held: bool, training:
     if not safe or values_if(model, calls, given).holds is Holds.NAN:
         return
     readers = [call for call in calls if not safe.keys().isdisjoint(call.all_input_nodes)]
-    behind = {c for r in readers for c in reached(r, lambda n: [u for u in n.users if u in calls])}
-    if any(user not in calls and user is not where for call in behind for user in call.users):
+    behind = {c for r in readers for c in reached(r, lambda n: [u for u in n.users if u in inside])}
+    if any(user not in inside and user is not where for call in behind for user in call.users):
         return  # others read it where it is not chosen
     insert = Insertion(model, readers[0], training=training)
     chosen = _before(insert, condition)

@@ -21,6 +21,7 @@ from custom_quantizer.core.graph import (
     constant_of,
     effective_users,
     is_constant,
+    is_float32,
     is_same_shape,
     shape_of,
     tensor_meta,
@@ -247,9 +248,8 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
     Both are multiplied by 0 where they are not wanted, so they must be finite there; what need not
     be is a ``where`` of tensors.
     """
-    meta = tensor_meta(insert.node)
     kind = tensor_meta(condition)
-    if meta is None or meta.dtype != torch.float32 or kind is None or kind.dtype != torch.bool:
+    if not is_float32(insert.node) or kind is None or kind.dtype != torch.bool:
         return None
     left, right = (_number(insert, side) for side in (left, right))
     for data, number, where in ((right, left, True), (left, right, False)):
@@ -315,8 +315,8 @@ def _masked_exp(insert: Insertion) -> Node | None:
     if not isinstance(where, Node) or where.target is not aten.where.self or overwritten_by(where):
         return None
     condition, filled, data = cast("tuple[Node, Node, Node]", where.args)
-    meta, number = tensor_meta(data), _number(insert, filled)
-    if meta is None or meta.dtype != torch.float32 or not isinstance(number, float):
+    number = _number(insert, filled)
+    if not is_float32(data) or not isinstance(number, float):
         return None
     if not number <= _LEFT_OUT or not is_finite(insert, data) or asks_what_is_finite(condition):
         return None

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import tensor_meta
+from custom_quantizer.core.graph import is_parameter, tensor_meta
 from custom_quantizer.core.rewriting import FULL_PRECISION
 
 __all__ = ["inline_regions"]
@@ -94,14 +94,10 @@ def _inline(
 def _detached(model: GraphModule, value: Any) -> Any:
     """``value`` without gradients; buffers have none."""
     meta = tensor_meta(value) if isinstance(value, Node) else None
-    if meta is None or not meta.is_floating_point() or _is_buffer(model, value):
+    if meta is None or not meta.is_floating_point():
+        return value
+    if value.op == "get_attr" and not is_parameter(model, value):
         return value
     detached = model.graph.call_function(torch.ops.aten.detach.default, (value,))
     detached.meta = dict(value.meta)
     return detached
-
-
-def _is_buffer(model: GraphModule, value: Node) -> bool:
-    if value.op != "get_attr":
-        return False
-    return not isinstance(operator.attrgetter(str(value.target))(model), torch.nn.Parameter)

@@ -23,6 +23,7 @@ from custom_quantizer.core.graph import (
     constant_of,
     expression_bounds,
     is_constant,
+    is_float32,
     is_same_shape,
     shape_of,
     tensor_meta,
@@ -53,8 +54,7 @@ MAX_VALUES = 1 << 24
 def arrangement(insert: Insertion) -> Node | None:
     """The moves that a call stands for; ``None``: it computes, or is no few of them."""
     node, data = insert.node, float_input(insert)
-    meta = tensor_meta(node)
-    if data is None or meta is None or meta.dtype != torch.float32:
+    if data is None or not is_float32(node):
         return None
     found = _Places.of(insert, data)
     if found is None or not _holds_for_all_sizes(insert, data, found):

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, shape_of, tensor_meta
+from custom_quantizer.core.graph import argument, is_float32, shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.pool import max_pool_window
@@ -134,10 +134,10 @@ def _largest(
 ) -> Node | None:
     """The maximum over dims is a max pool with a window as large as they are."""
     data = cast(Node, node.args[0])
-    meta, shape = tensor_meta(data), shape_of(data)
+    shape = shape_of(data)
     dims = sorted({d % len(shape) for d in given or range(len(shape)) if shape})
     outer = [d for d in range(len(shape)) if d not in dims]
-    if meta is None or meta.dtype != torch.float32 or not dims:
+    if not is_float32(data) or not dims:
         return None
     # A delegate takes no tensors without dims, so of a whole tensor one row is made.
     first, *rest = [shape[d] for d in outer] or [1]
