@@ -48,7 +48,8 @@ def outside(x: Tensor) -> Tensor:
 
 def canonicalize(graph: GraphModule, *, training: bool = False) -> GraphModule:
     """The form in which XNNPACK's graphs are planned, in place."""
-    return canonical.canonicalize(graph, BACKEND.legalize, training=training)
+    whole = BACKEND.float_targets
+    return canonical.canonicalize(graph, BACKEND.legalize, whole=whole, training=training)
 
 
 def capture(model: nn.Module, inputs: Inputs, **options: Any) -> GraphModule:

@@ -154,7 +154,8 @@ def canonicalize(
     if training:
         mark_computed_parameters(model)
     legalize(model, training)
-    guard_choices(model, training=training)
+    if whole:  # what has no float keeps its tables, whose entries are all numbers
+        guard_choices(model, training=training)
     fold_factors(model, training=training)
     if not training:
         # Forms may have steps that read constants alone, such as the first of a recurrent layer;

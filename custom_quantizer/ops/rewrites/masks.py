@@ -29,7 +29,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by, reached
 from custom_quantizer.core.rewriting import IN_FLOAT, Insertion, Rewrite
 from custom_quantizer.ops import match_of, rule_of
-from custom_quantizer.ops.functions import DIV, LOG, RECIPROCAL, RSQRT
+from custom_quantizer.ops.functions import DIV
 from custom_quantizer.ops.movement import EXPAND, IDENTITY, PERMUTE, RESHAPE, SLICE
 from custom_quantizer.ops.rewrites.constants import reads_values
 from custom_quantizer.ops.values import (
@@ -273,23 +273,19 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
 
 
 def _keeps_from_zero(insert: Insertion, condition: Node, sides: tuple[Any, ...]) -> bool:
-    """Whether a choice keeps a divisor or the like from zero, which integers of it could be.
+    """Whether a choice keeps a divisor from zero, which integers of it could be.
 
     ``n / where(d != 0, d, 1)``.
     """
-    poles = any(
-        rule_of(user) in _POLES and (user.args[0] is insert.node) is (rule_of(user) is not DIV)
+    divides = any(
+        rule_of(user) is DIV and user.args[1] is insert.node
         for user in effective_users(insert.node)
     )
-    return poles and any(
+    return divides and any(
         where_held(values_of(insert.model, side), condition, side, held=held).is_never_zero
         for side, held in zip(sides, (True, False), strict=True)
         if isinstance(side, Node)
     )
-
-
-_POLES = frozenset({DIV, LOG, RECIPROCAL, RSQRT})
-"""Families that are infinite at zero, a quotient of its second operand."""
 
 
 def _is_small(insert: Insertion, side: Any) -> bool:
