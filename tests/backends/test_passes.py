@@ -1149,10 +1149,10 @@ def test_where_is_an_extreme_of_extremes() -> None:
 @pytest.mark.parametrize(
     "choose",
     [
-        lambda x, y: torch.where(x > 0, x.log(), y),
+        lambda x, y: torch.where(x > -1, x.log(), y),
         lambda x, y: torch.where(x > 0, x, x / y),
-        lambda x, y: torch.where(x > 0, y, x.exp() * y),
-        lambda x, y: torch.where(x > 0, y, x.exp() - y.exp()),
+        lambda x, y: torch.where(y > 0, y, x.exp() * y),
+        lambda x, y: torch.where(x < 0, y, x.exp() - y.exp()),
         lambda x, y: torch.where(x > 0, y, x.sqrt()),
         lambda x, y: torch.where(x.isnan(), y, x.exp()),
         lambda x, y: torch.where(x == x, x.exp(), y),
