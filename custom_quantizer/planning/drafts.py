@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
+import torch
 from torch.fx import Node
 
 from custom_quantizer.config.rules import Decision
-from custom_quantizer.core.rewriting import original_name
+from custom_quantizer.core.rewriting import original_name, step_target
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import OpRule, PatternMatch, Trait
 from custom_quantizer.ops.backend import Support
@@ -73,10 +74,25 @@ class DraftOp:
         return replace(given, symmetric=True) if centered else given
 
     @property
+    def is_total(self) -> bool:
+        """Whether it is a layer that adds up all of a dim, and not a few branches."""
+        layer = self.scheme is not None and self.match is not None and self.match.weight is not None
+        return layer and step_target(self.node) in _TOTALS
+
+    @property
     def is_dynamic(self) -> bool:
         """Whether its activations are quantized at run time."""
         return self.scheme is not None and self.scheme.dynamic
 
+
+_TOTALS = frozenset(
+    {
+        torch.ops.aten.mean.default,
+        torch.ops.aten.mean.dim,
+        torch.ops.aten.sum.default,
+        torch.ops.aten.sum.dim_IntList,
+    }
+)
 
 _MOST_MOVES = 8
 """Data movements behind one another that are looked through: bounds the time for a graph."""

@@ -37,8 +37,9 @@ def leave_sums(ops: Drafts) -> set[Node]:
     On the way into a softmax these are scales, biases and masks: a mask (a large negative number)
     would take the whole range of an int8 sum for itself. Between layer norms it is the residual
     stream of a transformer, whose parts differ by orders of magnitude. Either way the reader
-    dequantizes what an int8 kernel has just rounded. So are clamps of an input of the model, as
-    that of a mask in which minus infinity stands.
+    dequantizes what an int8 kernel has just rounded. So are means of tokens before a norm, of which
+    calibration sees few, and whose range is soon left; and clamps of an input of the model, as that
+    of a mask in which minus infinity stands.
 
     Returns:
         All ops, of whatever kind, that only float ops read.
@@ -55,7 +56,7 @@ def leave_sums(ops: Drafts) -> set[Node]:
         if not users or not all(into):
             continue
         only_floats.add(op.node)
-        computes = op.has(Trait.SUM) or _clamps_input(op, ops)
+        computes = op.has(Trait.SUM) or op.is_total or _clamps_input(op, ops)
         if not (computes or op.has(Trait.VIEW)):
             continue
         if computes and op.scheme is not None:

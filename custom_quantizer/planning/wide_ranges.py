@@ -107,7 +107,7 @@ def _is_endless(tensor: Node) -> bool:
 
 
 def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
-    """A sum over a dim stays in float where only float outputs show what is made of it.
+    """A sum or mean over a dim stays in float where only float outputs show what is made of it.
 
     It adds up rounded numbers, and is cut off where calibration saw smaller ones: of a total there
     are few examples (one a sample: an energy, a log-likelihood, a coordinate). What is behind it is
@@ -123,7 +123,7 @@ def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
             shown |= {op.node, op.output}
     left: set[Node] = set()
     for op in ops:
-        total = _is_total(op)
+        total = op.is_total
         behind = op.match is not None and not left.isdisjoint(op.match.inputs)
         if op.node not in shown or not (total or behind):
             continue
@@ -133,12 +133,6 @@ def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
             if each.scheme is not None:
                 each.leave(_SHOWN)
                 each.abstains = True
-
-
-def _is_total(op: DraftOp) -> bool:
-    """Whether an op is a sum over a dim, or a mean of all, and not additions of a few branches."""
-    layer = op.scheme is not None and op.match is not None and op.match.weight is not None
-    return layer and step_target(op.node) in _TOTALS
 
 
 def _is_free(op: DraftOp, backend: Backend) -> bool:
@@ -364,14 +358,6 @@ _SUMS = frozenset(
         torch.ops.aten.sum.dim_IntList,
         torch.ops.aten.var.correction,
         torch.ops.aten.var.dim,
-    }
-)
-
-_TOTALS = frozenset(
-    {
-        torch.ops.aten.mean.default,
-        torch.ops.aten.sum.default,
-        torch.ops.aten.sum.dim_IntList,
     }
 )
 

@@ -63,7 +63,7 @@ def group(plan: Plan, op: str, role: str = "output", tensor: str | None = None) 
 def test_means_of_what_may_grow(dims: tuple[int, ...], ok: bool) -> None:
     """XNNPACK's mean is wrong when the batch or the channels grow, but not the image."""
     sizes = {dim: torch.export.Dim(f"size{dim}", min=2, max=9) for dim in dims}
-    model = Function(lambda s, x: (x + x).mean((2, 3)) * 2.0)
+    model = Function(lambda s, x: (mean := (x + x).mean((2, 3))) @ mean.T)
     graph = capture(model, (torch.randn(IMAGE),), dynamic_shapes=((sizes,),))
     plan = make_plan(canonicalize(graph), Config([Rule(Scope.GLOBAL, "", A8W8)]), BACKEND)
     op = next(op for op in plan.ops if op.family in ("mean", "linear"))
@@ -303,6 +303,7 @@ TOTALS: dict[str, tuple[Callable[..., Tensor], set[str]]] = {
         {"mul", "sum_1", "div", "sub", "mul_1", "sum_2", "div_1", "sub_1"},
     ),
     "mean of sums": (lambda y: y.sum(1).mean(-1), {"sum_1", "mean"}),
+    "mean of tokens": (lambda y: y.flatten(2).transpose(1, 2).mean(1), {"mean"}),
 }
 
 
@@ -339,6 +340,21 @@ def test_totals_are_integers_where_a_layer_reads_them_or_a_rule_says_so() -> Non
     exported = torch.export.export(Function(total, conv=conv()), (torch.randn(IMAGE),))
     plan = cq.IntegerQuantizer().set_global("a8w8").set_io(outputs="a8").plan(exported)
     assert {op.scheme for op in plan.ops} == {"a8w8"}
+
+
+def test_means_of_tokens_that_only_a_norm_reads_stay_in_float() -> None:
+    """Calibration sees one value a channel and sample, and the norm dequantizes it at once."""
+
+    def pooled(s: Any, x: Tensor) -> Tensor:
+        return cast(Tensor, s.head(s.norm(s.conv(x).flatten(2).mean(1))))
+
+    layers = {"conv": conv(), "norm": nn.LayerNorm(36), "head": nn.Linear(36, 4)}
+    plan = plan_of(pooled, **layers)
+    assert "only float ops read" in plan.op("mean_linear").reason
+    assert plan.op("mean_linear").placement == plan.op("mean").placement == "float inside"
+    assert plan.op("conv2d").scheme == plan.op("linear").scheme == "a8w8"
+    named = plan_of(pooled, Rule(Scope.NODE_NAME, "mean", A8W8), **layers)
+    assert named.op("mean_linear").scheme == "a8w8"
 
 
 def test_phases_that_a_constant_matrix_makes_stay_in_float() -> None:
