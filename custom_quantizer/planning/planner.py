@@ -26,6 +26,7 @@ from custom_quantizer.planning.neighbors import (
 )
 from custom_quantizer.planning.plan import Plan
 from custom_quantizer.planning.wide_ranges import (
+    leave_compared,
     leave_divisor_guards,
     leave_endless,
     leave_pole_guards,
@@ -61,6 +62,7 @@ def make_plan(
     io = model_io(model, config, ops)
     leave_readers_of_integers(ops, io, backend)
     leave_shown_totals(ops, io, backend)
+    leave_compared(ops, backend)
     leave_unprofitable(ops, io, backend)  # of what is float then, guards and powers are, too
     leave_pole_guards(ops, backend)
     leave_wide_ranges(ops, backend)

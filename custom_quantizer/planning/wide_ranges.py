@@ -24,6 +24,7 @@ from custom_quantizer.ops.functions import (
     RECIPROCAL,
     RSQRT,
     SQRT,
+    table_of,
 )
 from custom_quantizer.ops.gemm import LINEAR
 from custom_quantizer.ops.placement import Placement
@@ -133,6 +134,40 @@ def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
             if each.scheme is not None:
                 each.leave(_SHOWN)
                 each.abstains = True
+
+
+def leave_compared(ops: Drafts, backend: Backend) -> None:
+    """Functions of what is compared for equality stay in float, back to the layer before.
+
+    ``h * (F.max_pool2d(h, 3, 1, 1) == h)`` of scores ``h`` keeps the peaks of a map. A sigmoid on
+    integers makes equal what its argument still held apart: two peaks of one.
+    """
+    if not backend.float_targets:
+        return  # planned for integers alone
+    for op in ops:
+        if op.node.target not in _EQUALITIES:
+            continue
+        chain: dict[DraftOp, None] = {}
+        waiting = list(op.node.all_input_nodes)
+        while waiting:
+            each = ops.producer.get(waiting.pop())
+            if each is None or each.match is None or each in chain or not _keeps_order(each):
+                continue
+            chain[each] = None
+            waiting += each.match.inputs
+        free = all(not each.decision.explicit and _can_be_float(each, backend) for each in chain)
+        if free and any(table_of(each.match) for each in chain if each.match is not None):
+            for each in chain:
+                if each.scheme is not None:
+                    each.leave(_COMPARED)
+
+
+def _keeps_order(op: DraftOp) -> bool:
+    """Whether an op gives values of one tensor, or a function of each."""
+    if op.match is None:
+        return False
+    function = table_of(op.match) or op.rule in (CLAMP, RELU)
+    return len(op.match.inputs) == 1 and (function or op.moves_values)
 
 
 def _is_free(op: DraftOp, backend: Backend) -> bool:
@@ -339,6 +374,10 @@ _SHOWN = (
     "only float outputs of the model show the total: as an integer it would be rounded, and cut "
     "off where calibration saw none as large"
 )
+
+_COMPARED = "it is compared for equality, and integers would make equal what is not"
+
+_EQUALITIES = frozenset({torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor})
 
 _PRODUCTS = frozenset({torch.ops.aten.matmul.default, torch.ops.aten.mm.default})
 

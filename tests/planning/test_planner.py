@@ -342,6 +342,23 @@ def test_totals_are_integers_where_a_layer_reads_them_or_a_rule_says_so() -> Non
     assert {op.scheme for op in plan.ops} == {"a8w8"}
 
 
+def test_what_is_compared_for_equality_stays_in_float() -> None:
+    """A table makes equal what its argument held apart, and two peaks of one."""
+
+    def peaks(s: Any, x: Tensor) -> Tensor:
+        scores = s.conv(x).sigmoid().clamp(1e-4, 1 - 1e-4)
+        return cast(Tensor, scores * (F.max_pool2d(scores, 3, 1, 1) == scores))
+
+    plan = plan_of(peaks, conv=conv())
+    functions = {op.node for op in plan.ops if "compared for equality" in op.reason}
+    assert functions == {"sigmoid", "clamp"}
+    moved = {*functions, "max_pool2d"}
+    assert {op.placement for op in plan.ops if op.node in moved} == {"float inside"}
+    assert plan.op("conv2d").scheme == "a8w8"
+    named = plan_of(peaks, Rule(Scope.NODE_NAME, "sigmoid", A8W8), conv=conv())
+    assert named.op("sigmoid").scheme == named.op("clamp").scheme == "a8w8"
+
+
 def test_means_of_tokens_that_only_a_norm_reads_stay_in_float() -> None:
     """Calibration sees one value a channel and sample, and the norm dequantizes it at once."""
 
