@@ -151,9 +151,9 @@ def _adopt_ranges(prepared: GraphModule, improved: GraphModule) -> tuple[list[st
     for observed in activation_observers(prepared):
         observer = cast(ActivationFakeQuantize, observed.observer)
         low, high = observer.quant_min, observer.quant_max
-        found = [known.get((tensor, low, high), set()) for tensor in observed.tensors]
-        choices = set[tuple[float, int]]().union(*found)
-        if not choices or any(len(ranges) > 1 for ranges in found):
+        there = [known.get((tensor, low, high), set()) for tensor in observed.tensors]
+        choices = set[tuple[float, int]]().union(*there)
+        if not choices or any(len(ranges) > 1 for ranges in there):
             several = "it is quantized with several ranges there"
             left[observed.name] = several if choices else "it is not quantized to this format there"
             continue
