@@ -340,9 +340,10 @@ def dynamic(model: nn.Module, **bounds: Any) -> tuple[GraphModule, Inputs]:
     x = torch.randn(IMAGE)
     batch = torch.export.Dim("batch", **bounds)
     shapes = (({0: batch},),) if isinstance(model, Function) else ({0: batch},)
-    prepared = prepare_pt2e(
-        capture(model, (x,), dynamic_shapes=shapes), cq.IntegerQuantizer().set_global("a8w8")
-    )
+    # A mean that is returned is float where no rule names it.
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    quantizer.set_operator_type("aten.mean.dim", "a8w8")
+    prepared = prepare_pt2e(capture(model, (x,), dynamic_shapes=shapes), quantizer)
     prepared(x)
     return convert_pt2e(prepared), (x,)
 

@@ -286,7 +286,9 @@ def test_ops_over_more_dims_than_xnnpack_has_are_ops_over_fewer(scheme: str) -> 
     layers = {"first": nn.Linear(6, 8), "second": nn.Linear(6, 8), "third": nn.Linear(8, 4)}
     model = Function(windows_of_a_video, **layers, norm=nn.LayerNorm(8))
     model.factor = nn.Parameter(torch.randn(3, 1))
-    graph = quantized(model, (x,), scheme)
+    quantizer = cq.IntegerQuantizer().set_global(scheme)
+    quantizer.set_operator_type("aten.mean.dim", scheme)  # returned, it would be float
+    graph = quantized(model, (x,), quantizer)
     lowered = cq.lower(graph, (x,))
     assert lowered.report.delegates == 1
     assert set(lowered.report.outside) <= {"aten::view_copy.out"}  # of inputs and outputs
@@ -467,7 +469,7 @@ def test_composite_float_ops_of_images_are_right() -> None:
         (x,),
     )
     lowered = cq.lower(graph, (x,))
-    assert lowered.report.passes["shield_composites"] >= 3
+    assert lowered.report.passes["shield_composites"] >= 2
     given = torch.randn(IMAGE)
     reference = cq.integer_reference(graph)(given)
     for got, want in zip(lowered.run(given), reference, strict=True):

@@ -580,7 +580,7 @@ def test_kernels_outside_are_rows_in_execution_order() -> None:
     row = kind_of(report, OUTSIDE)
     assert report.kernels == (OUTSIDE,)
     assert (row.delegate, row.compute) == (None, "float")
-    assert row.inputs == (TensorRecord("", (2, 3), "float32"),)
+    assert row.inputs == (TensorRecord("", (2, 3), "float32"),) * 2  # bases and exponents
     assert row.outputs == (TensorRecord("", (2, 3), "float32"),)
     kinds = [each.kind for each in report.rows]
     assert kinds.index("fully_connected") < kinds.index(OUTSIDE)

@@ -37,13 +37,13 @@ class Function(nn.Module):
         return self.function(self, *inputs)
 
 
-OUTSIDE = "aten::pow.Scalar_out"
+OUTSIDE = "aten::pow.Tensor_Tensor_out"
 """The kernel of :func:`outside`."""
 
 
 def outside(x: Tensor) -> Tensor:
     """A function of numbers that no delegate has."""
-    return torch.pow(1.25, x)
+    return torch.pow(torch.full_like(x, 1.25), x)
 
 
 def canonicalize(graph: GraphModule, *, training: bool = False) -> GraphModule:

@@ -194,18 +194,19 @@ def _replace(node: Node, small: Node, build: Builder) -> None:
 
 
 def _quantize_before_view(model: GraphModule, quantize: Node) -> int:
-    """What comes from outside with many dims is viewed there, as floats."""
+    """What comes from outside with many dims is viewed there, as floats; what has another scale,
+    as integers of that one."""
     source = cast(Node, quantize.args[0])
+    stored = cast(Node, source.args[0]) if is_dequantize(source) else source
     if (
         not is_static(quantize)
-        or source.op == "get_attr"
-        or source.target in (_VIEW, _PERMUTE)
-        or is_dequantize(source)
+        or stored.op == "get_attr"
+        or source.target in (_VIEW, _PERMUTE, DEQUANTIZE_DYNAMIC)
     ):
         return 0
     build, shape = Builder(model, quantize), shape_of(source)
     blocks = [list(range(len(shape) - 1)), [len(shape) - 1]]
-    flat = build.call(_VIEW, source, _joined(shape, blocks))
+    flat = viewed(build, source, _joined(shape, blocks))
     back = build.call(_VIEW, build.requantized(flat, quantize), view_sizes(shape))
     quantize.update_arg(0, back)
     return 1
