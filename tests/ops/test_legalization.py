@@ -492,7 +492,7 @@ def lowered(group: int) -> tuple[GraphModule, cq.LoweredProgram, list[tuple[int,
 
 
 def _with_totals() -> cq.IntegerQuantizer:
-    """All on integers: sums and means that are returned, too, which are float where no rule names them."""
+    """All on integers: totals that are returned, too, which are float where no rule names them."""
     quantizer = cq.IntegerQuantizer().set_global("a8w8")
     for name in ("aten.mean.dim", "aten.sum.dim_IntList"):
         quantizer.set_operator_type(name, "a8w8")

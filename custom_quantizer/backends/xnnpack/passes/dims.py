@@ -194,8 +194,10 @@ def _replace(node: Node, small: Node, build: Builder) -> None:
 
 
 def _quantize_before_view(model: GraphModule, quantize: Node) -> int:
-    """What comes from outside with many dims is viewed there, as floats; what has another scale,
-    as integers of that one."""
+    """What comes from outside with many dims is viewed there, as floats.
+
+    What has another scale is viewed as integers of that one.
+    """
     source = cast(Node, quantize.args[0])
     stored = cast(Node, source.args[0]) if is_dequantize(source) else source
     if (
