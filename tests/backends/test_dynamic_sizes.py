@@ -215,6 +215,7 @@ def test_parts_of_dynamic_dims_run() -> None:
     check(graph, program, [(torch.randn(2, n, 8),) for n in (4, 16, 10)])
 
 
+@pytest.mark.slow
 def test_ends_that_a_causal_convolution_cuts_off_are_not_padded() -> None:
     def function(s: Any, x: Tensor) -> Tensor:
         y = torch.relu(s.first(x)[:, :, :-4]) + x
@@ -430,6 +431,7 @@ def test_heads_that_share_keys_of_any_number_of_tokens(heads: int) -> None:
     check(graph, program, [(tokens(1, n),) for n in (4, MOST, 7)])
 
 
+@pytest.mark.slow
 def test_a_factor_that_the_delegate_keeps_channels_last_is_not_multiplied_whole() -> None:
     def function(s: Any, x: Tensor) -> Tensor:
         image = s.layer(x)

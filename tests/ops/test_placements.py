@@ -78,6 +78,7 @@ def test_other_places_stay(function: Callable[[Tensor], Tensor]) -> None:
     assert {node.target for node in graph.graph.nodes} & PLACEMENTS.keys()
 
 
+@pytest.mark.slow
 def test_of_any_batch_they_are_part_of_the_one_delegate() -> None:
     def forward(self: Function, x: Tensor) -> Tensor:
         y = put(self.first(x))
