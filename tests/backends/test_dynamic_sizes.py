@@ -296,6 +296,7 @@ class Tokens(nn.Module):
         return [self.layer(joined), self.layer(before), queries, learned * 1.5, larger * 1.5]
 
 
+@pytest.mark.slow
 def test_what_is_filled_with_one_number_for_any_batch() -> None:
     def forward(s: Any, x: Tensor) -> tuple[Tensor, ...]:
         y = s.linear(x)

@@ -159,7 +159,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 DROPS = ("attention that drops", "recurrent layers that drop")
 """In training no two calls of them give the same."""
 ALIKE = [name for name in MODELS if name not in DROPS]
-QUICK = ("signals", "volumes", "transposed over volumes")
+QUICK = ("signals", "volumes")
 
 
 def trained(model: nn.Module, x: Tensor, quantizer: Quantizer | str) -> GraphModule:
