@@ -44,8 +44,8 @@ def share_scales(prepared: GraphModule) -> None:
     names: dict[ActivationObserver, list[str]] | None = None
     finest: dict[ActivationObserver, float] = {}
     for _, part, joint in reversed(list(_parts(prepared))):
-        mine, other = _observer(prepared, part), _observer(prepared, joint)
-        if mine is None or other is None or mine is other or not _may_share(mine, other):
+        mine, other = _observers(prepared, part, joint)
+        if mine is other or not _may_share(mine, other):
             continue
         scales = [cast(float, observer.qparams().scale) for observer in (mine, other)]
         own = min(map(finest.get, (mine, other), scales))  # of all that share one by now
@@ -63,7 +63,13 @@ def share_scales(prepared: GraphModule) -> None:
 @contextmanager
 def shared_scales(prepared: GraphModule) -> Iterator[None]:
     """:func:`share_scales`, undone where the body raises."""
-    before = {name: (o, o.statistics) for o, names in _names(prepared).items() for name in names}
+    joined = joined_observers(prepared)  # no other observer is changed
+    before = {
+        name: (observer, observer.statistics)
+        for observer, names in _names(prepared).items()
+        if observer in joined
+        for name in names
+    }
     share_scales(prepared)
     try:
         yield
@@ -82,8 +88,8 @@ def requantize_parts(prepared: GraphModule) -> None:
     number = 0
     calls: dict[tuple[Node, ActivationObserver], Node] = {}
     for join, part, joint in list(_parts(prepared)):
-        mine, other = _observer(prepared, part), _observer(prepared, joint)
-        if mine is None or other is None or mine is other or not (_known(mine) and _known(other)):
+        mine, other = _observers(prepared, part, joint)
+        if mine is other or not (_known(mine) and _known(other)):
             continue
         if mine.qparams() == other.qparams():
             continue
@@ -102,8 +108,8 @@ def joined_observers(
     """By observer of a part or a join, all that :func:`share_scales` may make one of with it."""
     found: dict[ActivationObserver, frozenset[ActivationObserver]] = {}
     for _, part, joint in _parts(prepared):
-        mine, other = _observer(prepared, part), _observer(prepared, joint)
-        if mine is None or other is None or mine.scheme != other.scheme:
+        mine, other = _observers(prepared, part, joint)
+        if mine.scheme != other.scheme:
             continue
         together = found.get(mine, frozenset({mine})) | found.get(other, frozenset({other}))
         found.update(dict.fromkeys(together, together))
@@ -115,18 +121,28 @@ def _parts(prepared: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
     for node in prepared.graph.nodes:
         rule = rule_of(node)
         parts = [part for part in node.all_input_nodes if part.op == "call_module"]
-        if rule is None or not rule.moves_values or len(parts) < 2:
+        if rule is None or not rule.moves_values or len(parts) < 2 or len(node.users) != 1:
             continue
-        joint = next(iter(node.users), None)
-        if len(node.users) == 1 and joint is not None and joint.op == "call_module":
-            for part in parts:
+        (joint,) = node.users
+        if not _is_observed(prepared, joint):
+            continue
+        for part in parts:
+            if _is_observed(prepared, part):
                 yield node, part, joint
 
 
-def _observer(prepared: GraphModule, call: Node) -> ActivationObserver | None:
-    module = prepared.get_submodule(str(call.target))
-    trained = isinstance(module, FakeQuantizeBase)
-    return module if isinstance(module, ActivationObserver) and not trained else None
+def _is_observed(prepared: GraphModule, call: Node) -> bool:
+    """Whether a call is of an observer, and none that rounds in training."""
+    module = prepared.get_submodule(str(call.target)) if call.op == "call_module" else None
+    return isinstance(module, ActivationObserver) and not isinstance(module, FakeQuantizeBase)
+
+
+def _observers(
+    prepared: GraphModule, part: Node, joint: Node
+) -> tuple[ActivationObserver, ActivationObserver]:
+    """What two calls are of, now."""
+    mine, other = (prepared.get_submodule(str(call.target)) for call in (part, joint))
+    return cast(ActivationObserver, mine), cast(ActivationObserver, other)
 
 
 def _known(observer: ActivationObserver) -> bool:

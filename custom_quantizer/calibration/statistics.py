@@ -576,9 +576,8 @@ def _found(
     joined = joined_observers(prepared)
     found = []
     for observed in observers:
-        names = observed.tensors
-        if given.recorded_with(names):
-            together = joined.get(observed.observer, frozenset({observed.observer}))
+        names, together = observed.tensors, joined.get(observed.observer)
+        if together is not None and given.recorded_with(names):
             wider = sorted({name for observer in together for name in tensors[observer]})
             names = names if given.recorded_with(wider) else tuple(wider)
         found.append(given.for_tensors(names, observed.observer.kind))

@@ -178,6 +178,9 @@ def ship_what_was_trained() -> None:
     Observers and fake quantizers are asked to convert themselves one by one, activations not at
     all; a graph may have nothing but these.
 
+    Parts of joins get their scales here (:mod:`custom_quantizer.calibration.joins`), as soon as no
+    more data come.
+
     Also put right what ``move_exported_model_to_eval`` leaves in the batch norms that it exchanges
     (pytorch/ao, ``pt2e/export_utils.py``, ``_replace_batchnorm``): the shape of its own example.
     """
