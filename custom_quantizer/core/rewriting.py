@@ -15,6 +15,8 @@ from custom_quantizer.core.graph import (
     FOLDED_KEY,
     add_constant,
     constant_of,
+    is_constant,
+    is_float32,
     is_parameter,
     is_same_shape,
     reads_sizes,
@@ -112,6 +114,18 @@ class Insertion:
         if not self.training or value.op != "get_attr":
             return self.training
         return is_parameter(self.model, value)
+
+    def number_beside(self, tensor: object, other: object) -> float | None:
+        """The number that a constant of one element is, beside a tensor of float32.
+
+        ``None``: it is none, it is trained, or it gives the result more dims than ``other`` has.
+        """
+        if not isinstance(tensor, Node) or self.is_trained(tensor) or not is_float32(other):
+            return None
+        value = constant_of(self.model, tensor) if is_constant(tensor) else None
+        if value is None or value.numel() != 1 or value.dim() > len(shape_of(cast(Node, other))):
+            return None
+        return float(value)
 
     def again(self, value: Node) -> Node:
         """A constant, or what is computed of constants, once more before the node.

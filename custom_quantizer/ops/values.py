@@ -55,6 +55,7 @@ from custom_quantizer.ops.movement import PAD
 from custom_quantizer.ops.resize import UPSAMPLE_BILINEAR
 
 __all__ = [
+    "COMPARISONS",
     "SUMS",
     "Holds",
     "Values",
@@ -267,8 +268,8 @@ def _said_of(condition: Node, tensor: Node, *, held: bool) -> Iterator[Values]:
     elif condition.target in (_BOTH if held else _EITHER):
         for part in condition.all_input_nodes:
             yield from _said_of(part, tensor, held=held)
-    elif condition.target in _COMPARISONS:
-        compares = _COMPARISONS[condition.target]
+    elif condition.target in COMPARISONS:
+        compares = COMPARISONS[condition.target]
         compares = compares if held else _OPPOSITES[compares]
         compared, number = cast(Node, condition.args[0]), _number(condition.args[1])
         if number is None:
@@ -301,11 +302,12 @@ _NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
 _BOTH = frozenset({aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor})
 _EITHER = frozenset({aten.bitwise_or.Tensor, aten.logical_or.default, aten.__or__.Tensor})
 
-_COMPARISONS: Mapping[Any, Callable[[float, float], bool]] = {
+COMPARISONS: Mapping[Any, Callable[[float, float], bool]] = {
     getattr(getattr(aten, name), overload): getattr(operator, name)
     for name in ("eq", "ge", "gt", "le", "lt", "ne")
     for overload in ("Scalar", "Tensor")
 }
+"""By overload, which comparison it is."""
 
 _OPPOSITES: Mapping[Any, Callable[[float, float], bool]] = {
     operator.eq: operator.ne,
@@ -321,7 +323,7 @@ def compared_by(condition: Node) -> list[Node]:
     """The tensors of which a condition says something."""
     if condition.target in _NOT | _BOTH | _EITHER:
         return [tensor for part in condition.all_input_nodes for tensor in compared_by(part)]
-    if condition.target not in _COMPARISONS:
+    if condition.target not in COMPARISONS:
         return []
     compared = cast(Node, condition.args[0])
     return [compared, cast(Node, compared.args[0])] if rule_of(compared) is ABS else [compared]

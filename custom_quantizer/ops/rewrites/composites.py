@@ -21,6 +21,7 @@ from custom_quantizer.core.graph import is_float32, tensor_meta
 from custom_quantizer.core.rewriting import STEP, Insertion, rewrite_calls
 from custom_quantizer.core.tracing import parts_of
 from custom_quantizer.ops.rewrites.writes import functional_overload
+from custom_quantizer.ops.values import COMPARISONS
 
 __all__ = ["inline_composites", "is_composite"]
 
@@ -74,14 +75,6 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return dict(core_aten_decompositions())  # of the table itself, get() knows nothing
 
 
-_COMPARISONS = frozenset(
-    getattr(getattr(aten, name), overload)
-    for name in ("eq", "ge", "gt", "le", "lt", "ne")
-    for overload in ("Scalar", "Tensor")
-)
-"""Steps that are no numbers, so that no entry of a table says what they are."""
-
-
 def _inlined(insert: Insertion, steps: _Steps) -> Node | None:
     call = insert.node
     if not all(map(is_float32, (call, *call.all_input_nodes))):
@@ -126,7 +119,9 @@ class _Steps:
                 for node in traced.graph.nodes
                 if node.op == "call_function" and node.all_input_nodes
             }
-            unknown = {target for target in called - _COMPARISONS if not self._is_known(target)}
+            # Comparisons are no numbers: no entry of a table says what they become.
+            steps = called - COMPARISONS.keys()
+            unknown = {target for target in steps if not self._is_known(target)}
             if not unknown:
                 return traced
             if not all(map(is_composite, unknown)) or unknown <= self._table.keys():

@@ -22,7 +22,6 @@ from custom_quantizer.core.graph import (
     argument,
     constant_of,
     is_constant,
-    is_float32,
     is_same_shape,
     shape_of,
     tensor_meta,
@@ -240,13 +239,10 @@ def _bounded(targets: tuple[Any, ...]) -> Rewrite:
 
 def _clamped(insert: Insertion, target: Any, data: Node, bound: Node) -> Node | None:
     """A maximum or minimum with a number, which is the same in all calls."""
-    known = bound.op == "get_attr" and is_constant(bound) and not insert.is_trained(bound)
-    value = constant_of(insert.model, bound) if known and is_float32(data) else None
-    if value is None or value.numel() != 1 or value.dim() > len(shape_of(data)):
+    number = insert.number_beside(bound, data) if bound.op == "get_attr" else None
+    if number is None or not math.isfinite(number):
         return None
-    if not math.isfinite(value):
-        return None
-    limits = (None, float(value)) if target in _UPPER else (float(value),)
+    limits = (None, number) if target in _UPPER else (number,)
     return insert.call(aten.clamp.default, data, *limits)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import constant_of, is_constant, is_float32, shape_of
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.rewrites.legalization._common import float_input
 
@@ -49,21 +48,11 @@ _EXPONENTS: dict[float, Rewrite] = {
 def power_of_tensor(insert: Insertion) -> Node | None:
     """A base or exponent of one element is a number: once it is trained, it is always the same."""
     base, exponent = insert.node.args
-    power = _number(insert, exponent, base)
+    power = insert.number_beside(exponent, base)
     if power is not None:
         return insert.call(aten.pow.Tensor_Scalar, base, power)
-    number = _number(insert, base, exponent)
+    number = insert.number_beside(base, exponent)
     return None if number is None else insert.call(aten.pow.Scalar, number, exponent)
-
-
-def _number(insert: Insertion, tensor: Any, other: Any) -> float | None:
-    """The number that a tensor is, beside one of float32."""
-    if not isinstance(tensor, Node) or insert.is_trained(tensor) or not is_float32(other):
-        return None
-    value = constant_of(insert.model, tensor) if is_constant(tensor) else None
-    if value is None or value.numel() != 1 or value.dim() > len(shape_of(other)):
-        return None
-    return float(value)
 
 
 def power(insert: Insertion) -> Node | None:
