@@ -65,12 +65,12 @@ from custom_quantizer.planning.plan import Derivation, Edge, Plan
 from custom_quantizer.planning.planner import make_plan
 from custom_quantizer.planning.torchao_patches import (
     compile_converted_once,
+    finish_before_converting,
     fold_rightly,
     leave_state_alone,
     leave_weights_packed,
     prepares_for,
     prepares_for_training,
-    ship_what_was_trained,
 )
 from custom_quantizer.training.fake_quantize import (
     ActivationFakeQuantize,
@@ -387,7 +387,7 @@ fold_rightly(IntegerQuantizer)
 leave_state_alone()
 leave_weights_packed()
 compile_converted_once()
-ship_what_was_trained()
+finish_before_converting()
 
 
 def _is_for_all(config: Config) -> bool:

@@ -28,12 +28,12 @@ from custom_quantizer.ops.rewrites.training_graph import fold_for_good, recorded
 
 __all__ = [
     "compile_converted_once",
+    "finish_before_converting",
     "fold_rightly",
     "leave_state_alone",
     "leave_weights_packed",
     "prepares_for",
     "prepares_for_training",
-    "ship_what_was_trained",
 ]
 
 _FOLDS = ("_fuse_conv_bn_", "_fuse_linear_bn_")
@@ -172,11 +172,11 @@ def compile_converted_once() -> None:
     quantize_pt2e._disallow_eval_train = compiled
 
 
-def ship_what_was_trained() -> None:
-    """Let ``convert_pt2e`` give trained graphs the form in which they ship, before all else.
+def finish_before_converting() -> None:
+    """Let ``convert_pt2e`` give graphs the form in which they ship, before all else.
 
     Observers and fake quantizers are asked to convert themselves one by one, activations not at
-    all; a graph may have nothing but these.
+    all; a graph may have nothing but these. What was trained becomes what ships here.
 
     Parts of joins get their scales here (:mod:`custom_quantizer.calibration.joins`), as soon as no
     more data come.
@@ -187,7 +187,7 @@ def ship_what_was_trained() -> None:
     first = quantize_pt2e._convert_to_reference_decomposed_fx
 
     @wraps(first)
-    def shipped(model: GraphModule, *args: Any, **options: Any) -> GraphModule:
+    def finished(model: GraphModule, *args: Any, **options: Any) -> GraphModule:
         for node in model.graph.nodes:
             if node.target is torch.ops.aten.batch_norm.default:
                 node.meta["val"] = recorded(node.args[0])
@@ -197,4 +197,4 @@ def ship_what_was_trained() -> None:
         converted: GraphModule = first(model, *args, **options)
         return converted
 
-    quantize_pt2e._convert_to_reference_decomposed_fx = shipped
+    quantize_pt2e._convert_to_reference_decomposed_fx = finished

@@ -60,7 +60,8 @@ def _guard(model: GraphModule, where: Node, side: Node, *, held: bool, training:
     safe: dict[Node, tuple[float, Values]] = {}
     for tensor in compared_by(condition):
         values = values_of(model, tensor)
-        if tensor in reads and is_float32(tensor) and values.holds is not Holds.NAN:
+        fits = tensor in reads and is_same_shape(shape_of(condition), shape_of(tensor))
+        if fits and is_float32(tensor) and values.holds is not Holds.NAN:
             safe[tensor] = _with_number(where_held(values, condition, tensor, held=held))
     given = {tensor: values for tensor, (_, values) in safe.items()}
     if not safe or values_if(model, calls, given).holds is Holds.NAN:
@@ -74,8 +75,6 @@ def _guard(model: GraphModule, where: Node, side: Node, *, held: bool, training:
     if chosen is None:
         return
     for tensor, (number, _) in safe.items():
-        if not is_same_shape(shape_of(condition), shape_of(tensor)):
-            continue
         other = insert.constant("guard", torch.tensor(number))
         both = (tensor, other) if held else (other, tensor)
         guarded = insert.call(aten.where.self, chosen, *both)
