@@ -218,7 +218,7 @@ class Optional(Flexible):
         (Flexible, (torch.randn(8, 4),)),
         pytest.param(Optional, (), marks=pytest.mark.slow),
         pytest.param(Optional, (None,), marks=pytest.mark.slow),
-        (Optional, (None, 3)),
+        pytest.param(Optional, (None, 3), marks=pytest.mark.slow),
     ],
 )
 def test_a_dynamic_batch_of_inputs_of_any_kind(

@@ -148,6 +148,7 @@ def test_what_counts_from_the_end_of_a_dynamic_dim_stays_outside() -> None:
     check(graph, program, [(torch.randn(2, n, 8),) for n in (4, MOST, 7)])
 
 
+@pytest.mark.slow
 def test_factors_that_are_dynamic_sizes() -> None:
     def function(s: Any, x: Tensor) -> Tensor:
         n, y = x.shape[1], s.layer(x)

@@ -390,11 +390,12 @@ WITH_A_DYNAMIC_BATCH: list[Callable[..., Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "functions",
     [
         pytest.param(WITH_A_DYNAMIC_BATCH, id="side by side"),
-        *(pytest.param([f], marks=pytest.mark.slow) for f in WITH_A_DYNAMIC_BATCH),
+        *([f] for f in WITH_A_DYNAMIC_BATCH),
     ],
 )
 def test_ops_with_a_dynamic_batch(functions: list[Callable[..., Any]]) -> None:

@@ -275,7 +275,7 @@ def test_check_takes_every_form_of_a_program(
         cq.check(form, graph, images())
 
 
-@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("finished", slow_but([True], [False, True]))
 def test_check_notices_one_unit_of_one_bias(
     finished: bool, done: tuple[GraphModule, EdgeProgramManager]
 ) -> None:

@@ -133,7 +133,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[ExportedProgram]:
 @pytest.mark.parametrize(
     ("model", "scheme", "delegates", "shape"),
     [
-        (Everything, "a8w8", 1, (1, 3, 8, 8)),
+        pytest.param(Everything, "a8w8", 1, (1, 3, 8, 8), marks=pytest.mark.slow),
         (Several, "a8w8", 2, (1, 3, 4, 6)),
         pytest.param(Several, "dyn8w8", 2, (1, 3, 4, 6), marks=pytest.mark.slow),
         pytest.param(Everything, "dyn8w8", 2, (1, 3, 8, 8), marks=pytest.mark.slow),

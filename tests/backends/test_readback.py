@@ -395,7 +395,7 @@ def test_same_as_flatc(lowered: Lowered, tmp_path: Path) -> None:
                 assert tensor.scale == pytest.approx(params["scale"], abs=1e-6)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", slow_but([False], [False, True]))
 def test_packed_int4_weights_with_an_odd_row(dynamic: bool) -> None:
     torch.manual_seed(2)
     example = (torch.randn(2, 7),)

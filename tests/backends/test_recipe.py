@@ -73,12 +73,11 @@ def export(model: Any, made: ExportRecipe, **options: Any) -> ExportSession:
     return executorch.export.export(model, [EXAMPLE], made, **options)
 
 
-def _case(kind: cq.IntegerRecipe, slow: bool = True, **options: Any) -> Any:
-    """In the default run: one with all widths, also of weights alone."""
-    marks = [pytest.mark.slow] if slow else []
-    return pytest.param(kind, options, id="-".join((kind.value, *options)), marks=marks)
+def _case(kind: cq.IntegerRecipe, **options: Any) -> Any:
+    return pytest.param(kind, options, id="-".join((kind.value, *options)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -89,7 +88,7 @@ def _case(kind: cq.IntegerRecipe, slow: bool = True, **options: Any) -> Any:
         _case(cq.IntegerRecipe.DYN8W8),
         _case(cq.IntegerRecipe.DYN8W4),
         _case(CUSTOM, scheme="a8w8-percentile99.9"),
-        _case(CUSTOM, slow=False, config=MIXED),
+        _case(CUSTOM, config=MIXED),
     ],
 )
 def test_the_program_is_that_of_lower(kind: cq.IntegerRecipe, options: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from support.graphs import Function, differences, stress
 from support.models import convert, randomize_batch_norms
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -428,7 +429,8 @@ DYNAMIC = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["dyn8w8", pytest.param("dyn8w4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["dyn8w8", "dyn8w4"])
 def test_linear_layers_quantized_while_they_run(scheme: str) -> None:
     cases = tuple(DYNAMIC.values())
     torch.manual_seed(0)
@@ -453,7 +455,7 @@ def test_linear_layers_quantized_while_they_run(scheme: str) -> None:
         assert relative_error(wanted, got) < (0.02 if scheme == "dyn8w8" else 0.2)
 
 
-@pytest.mark.parametrize("name", ["plain", "norms"])
+@pytest.mark.parametrize("name", slow_but(["norms"], ["plain", "norms"]))
 def test_dynamic_batches(name: str) -> None:
     (found,) = (c for c in GROUPS["conv1d"] if c.name == name)
     torch.manual_seed(0)

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.ranks import SCHEMES, images, prepared_net
+from torch import distributed
 
 from custom_quantizer.calibration.statistics import (
     all_reduce_statistics,
@@ -79,6 +81,7 @@ def test_ranks_have_the_parameters_of_one_process(finished: Run) -> None:
             assert read == statistics_of(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [TWO], indirect=True)
 def test_all_ranks_refuse_what_one_cannot_do(finished: Run) -> None:
     """Each rank wrote the errors it got: none waited for a rank that gave up."""
@@ -89,6 +92,29 @@ def test_all_ranks_refuse_what_one_cannot_do(finished: Run) -> None:
         assert "rank 1 and rank 0 observe different tensors" in different
         assert "moving averages depend on the order" in average
         assert "already those of all ranks" in twice
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_rank_keeps_what_it_saw() -> None:
+    prepared = prepared_net("a8w8-percentile99")
+    prepared(images()[:1])
+    before = statistics_of(prepared)
+    all_reduce_statistics(prepared)
+    assert statistics_of(prepared) == before
+    for model, message in (
+        (prepared, "already those of all ranks"),
+        (prepared_net("a8w8-moving_average"), "moving averages depend on the order"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            all_reduce_statistics(model)
 
 
 def test_without_a_process_group() -> None:

@@ -24,6 +24,7 @@ from support.graphs import (
     quantized,
 )
 from support.models import conv, randomize_batch_norms
+from support.selection import slow_but
 from test_arrangements import overloads, takes_one
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -421,7 +422,7 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("name", slow_but(["addition through view_as"], WRITES))
 def test_writes_that_are_seen_elsewhere_stay_in_float_and_say_so(name: str) -> None:
     model = Function(WRITES[name], conv=conv(), head=conv(), stem=conv())
     inner = model.function

@@ -603,7 +603,7 @@ def test_a_linear_layer_that_would_be_too_large_is_not_made(
 @pytest.mark.parametrize(
     "mean",
     [
-        lambda x: x.mean((2, 3)),
+        pytest.param(lambda x: x.mean((2, 3)), marks=pytest.mark.slow),
         pytest.param(lambda x: x.mean((2, 3), keepdim=True), marks=pytest.mark.slow),
         lambda x: F.adaptive_avg_pool2d(x, 1),
     ],

@@ -277,7 +277,10 @@ class Padded(nn.Module):
 
 
 @pytest.mark.parametrize("kind", slow_but([torch.bool], [torch.bool, torch.float32]))
-@pytest.mark.parametrize("name", ["layer", "causal layer", "attention", "attention and weights"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(["causal layer"], ["layer", "causal layer", "attention", "attention and weights"]),
+)
 def test_padding_is_a_mask_in_one_delegate(name: str, kind: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = Padded(name).eval(), torch.randn(2, 6, 16)

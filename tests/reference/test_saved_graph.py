@@ -63,6 +63,7 @@ def test_a_name_that_no_file_can_hold_is_told() -> None:
         cq.save_graph(convert(Sized(), example).graph, example, "unwritten.graph.safetensors")
 
 
+@pytest.mark.slow
 def test_verify_from_files(files: Path) -> None:
     result = CliRunner().invoke(cli, ["verify", str(files / "net.pte"), "--samples", "2"])
     assert result.exit_code == 0, result.output

@@ -390,6 +390,7 @@ def _literals(prepared: GraphModule) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_modes_keep_the_numbers_of_the_model() -> None:
     """torchao 0.18 forgets them, which is pinned here; ``training_mode`` does not."""
     prepared = prepared_for(build=Literal, train=False)
