@@ -103,7 +103,7 @@ class DigitsNet(nn.Module):
 
 @exclusive()
 def train_digits(
-    seed: int = 0, epochs: int = 45, progress: bool | None = None, data: DigitsData | None = None
+    seed: int = 0, epochs: int = 20, progress: bool | None = None, data: DigitsData | None = None
 ) -> DigitsNet:
     """Train a :class:`DigitsNet` on the training part of the digits.
 
