@@ -26,6 +26,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by, reached, shares_memory, viewed_by
 
 __all__ = [
+    "ALIKE",
     "FULL_PRECISION",
     "IN_FLOAT",
     "ORIGINAL_NAME",
@@ -44,6 +45,9 @@ __all__ = [
 
 aten = torch.ops.aten
 
+
+ALIKE = "custom_quantizer_alike"
+"""Key in ``node.meta``: what calls of one value compute has one range, as it would in a loop."""
 
 FULL_PRECISION = "custom_quantizer_full_precision"
 """Key in ``node.meta``: the model computes the node where it has turned autocast off."""

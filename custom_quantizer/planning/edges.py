@@ -20,7 +20,7 @@ from custom_quantizer.core.graph import (
     module_path,
     tensor_meta,
 )
-from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_name, original_target
+from custom_quantizer.core.rewriting import ALIKE, ORIGINAL_NAME, original_name, original_target
 from custom_quantizer.core.schemes import OBSERVERS, OpScheme, TensorScheme
 from custom_quantizer.ops import OF_TARGET, Formats, PatternMatch, rule_of
 from custom_quantizer.ops.backend import Backend, Delegation, Support
@@ -97,14 +97,19 @@ class Annotator:
     def _join(self) -> None:
         """Put what is moved into the group of the tensor that it is moved from.
 
+        And what each step of a recurrent layer computes into one, of which much more is seen.
         What is joined, too, but for parts that others compute with: these have an observer of
         their own until the data are known (:mod:`custom_quantizer.calibration.joins`).
         """
         read = {self._key(node, fmt) for node, fmt in self._io.outputs}
         joins: list[tuple[_Key, _Key]] = []
+        alike: dict[tuple[object, TensorScheme | None], _Key] = {}
         for op in self._ops:
             if op.activation is None or op.match is None or op.is_dynamic:
                 continue
+            if ALIKE in op.node.meta:
+                key = ("out", op.output)
+                self._groups.union(alike.setdefault((op.node.meta[ALIKE], op.made), key), key)
             keys = dict.fromkeys(self._input_keys(op))
             if not op.moves_values:
                 read.update(keys)

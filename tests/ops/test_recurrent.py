@@ -13,6 +13,7 @@ from support.selection import slow_but
 from torch import Tensor, nn
 
 import custom_quantizer as cq
+from custom_quantizer.core.rewriting import ALIKE
 from custom_quantizer.ops import match_of
 from custom_quantizer.ops.rewrites import recurrent
 
@@ -107,6 +108,36 @@ class Spotter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.gru(self.lstm(x)[0])[0][:, -1])
+
+
+@torch.no_grad()
+def test_all_steps_have_the_ranges_of_one() -> None:
+    torch.manual_seed(0)
+    model = Function(lambda s, x: s.gru(s.lstm(x)[0])[0], lstm=nn.LSTM(8, 6), gru=nn.GRU(6, 6))
+    model.eval()
+    graph = convert(model, (torch.randn(X),)).graph
+    scales: dict[object, set[tuple[object, ...]]] = {}
+    for node in graph.graph.nodes:
+        if ALIKE in node.meta and node.op == "call_function":
+            (rounded,) = node.users
+            scales.setdefault(node.meta[ALIKE], set()).add(rounded.args[1:3])
+    assert len(scales) == 8 + 9
+    assert all(len(found) == 1 for found in scales.values())
+
+
+@torch.no_grad()
+def test_cells_of_a_loop_have_the_ranges_of_one() -> None:
+    def loop(s: Any, x: Tensor) -> Tensor:
+        h = torch.zeros(2, 6)
+        for row in x:
+            h = s.cell(row, h)
+        return h
+
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    plan = quantizer.plan(capture(Function(loop, cell=nn.GRUCell(8, 6)).eval(), (torch.randn(X),)))
+    tanhs = [edge.output for name, edge in plan.annotations.items() if "tanh" in name]
+    assert len(tanhs) == X[0]
+    assert len({edge.group for edge in tanhs if edge is not None}) == 1
 
 
 def test_a_network_of_them_is_integers_in_one_delegate() -> None:

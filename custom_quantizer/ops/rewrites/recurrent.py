@@ -4,6 +4,8 @@ What the input adds to the gates of all steps is one linear layer. Each step the
 adds what the state gives, so that states are tensors of the graph like any other. The equations
 are those of ``torch.nn.LSTM``, ``GRU`` and ``RNN``; sums are added in another order, so that last
 bits of float32 differ.
+
+All steps of a cell have the ranges of one: of a single step, calibration sees few values.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import constant_of, is_constant, shape_of
 from custom_quantizer.core.memory import overwritten_by
-from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.core.rewriting import ALIKE, Insertion, Rewrite
 
 __all__ = ["RECURRENT"]
 
@@ -38,6 +40,7 @@ class _Layer:
 
     Attributes:
         insert: where calls go.
+        name: of its weights.
         of_input: weight and bias of what the input adds to the gates.
         of_state: weight and bias of what the hidden state adds.
         projection: weight from the cell's output to the hidden state, if there is one.
@@ -45,10 +48,17 @@ class _Layer:
     """
 
     insert: Insertion
+    name: str
     of_input: tuple[Node, Node | None]
     of_state: tuple[Node, Node | None]
     projection: Node | None
     size: int
+
+    def call(self, what: str, target: Any, *args: Any) -> Node:
+        """A call that each step has, and what it computes there."""
+        call = self.insert.call(target, *args)
+        call.meta[ALIKE] = self.name, what
+        return call
 
     def gate(self, gates: Node, first: int, count: int = 1) -> Node:
         """Some of the gates, which stand one behind the other."""
@@ -59,8 +69,8 @@ class _Layer:
         """Gates of the input plus those of the state."""
         if hidden is None:
             return gates
-        added = self.insert.call(aten.linear.default, hidden, *self.of_state)
-        return self.insert.call(aten.add.Tensor, gates, added)
+        added = self.call("of_state", aten.linear.default, hidden, *self.of_state)
+        return self.call("gates", aten.add.Tensor, gates, added)
 
 
 Step: TypeAlias = "Callable[[_Layer, Node, State], State]"
@@ -68,49 +78,50 @@ Step: TypeAlias = "Callable[[_Layer, Node, State], State]"
 
 def _lstm_step(layer: _Layer, gates: Node, state: State) -> State:
     """``c = f * c + i * g`` and ``h = o * tanh(c)``; gates are in the order i, f, o, g."""
-    call = layer.insert.call
+    call = layer.call
     hidden, cell = state
     gates = layer.plus_state(gates, hidden)
-    opened = call(aten.sigmoid.default, layer.gate(gates, 0, 3))
-    wanted = call(aten.tanh.default, layer.gate(gates, 3))
-    new = call(aten.mul.Tensor, layer.gate(opened, 0), wanted)
+    opened = call("opened", aten.sigmoid.default, layer.gate(gates, 0, 3))
+    wanted = call("wanted", aten.tanh.default, layer.gate(gates, 3))
+    new = call("added", aten.mul.Tensor, layer.gate(opened, 0), wanted)
     if cell is not None:
-        kept = call(aten.mul.Tensor, layer.gate(opened, 1), cell)
-        new = call(aten.add.Tensor, kept, new)
-    shown = call(aten.tanh.default, new)
-    hidden = call(aten.mul.Tensor, layer.gate(opened, 2), shown)
+        kept = call("cell", aten.mul.Tensor, layer.gate(opened, 1), cell)
+        new = call("cell", aten.add.Tensor, kept, new)
+    shown = call("shown", aten.tanh.default, new)
+    hidden = call("hidden", aten.mul.Tensor, layer.gate(opened, 2), shown)
     if layer.projection is not None:
-        hidden = call(aten.linear.default, hidden, layer.projection)
+        hidden = call("projected", aten.linear.default, hidden, layer.projection)
     return [hidden, new]
 
 
 def _gru_step(layer: _Layer, gates: Node, state: State) -> State:
     """``n = tanh(x_n + r * h_n)`` and ``h = n + z * (h - n)``; gates are in the order r, z, n."""
-    call = layer.insert.call
+    call = layer.call
     (hidden,) = state
     opened, wanted = layer.gate(gates, 0, 2), layer.gate(gates, 2)
     memory = layer.of_state[1]
     if hidden is not None:
-        of_state = call(aten.linear.default, hidden, *layer.of_state)
-        opened = call(aten.add.Tensor, opened, layer.gate(of_state, 0, 2))
+        of_state = call("of_state", aten.linear.default, hidden, *layer.of_state)
+        opened = call("gates", aten.add.Tensor, opened, layer.gate(of_state, 0, 2))
         memory = layer.gate(of_state, 2)
     elif memory is not None:
         memory = layer.insert.settled(layer.gate(memory, 2), "memory")
-    opened = call(aten.sigmoid.default, opened)
+    opened = call("opened", aten.sigmoid.default, opened)
     if memory is not None:
-        recalled = call(aten.mul.Tensor, layer.gate(opened, 0), memory)
-        wanted = call(aten.add.Tensor, wanted, recalled)
-    new = call(aten.tanh.default, wanted)
+        recalled = call("recalled", aten.mul.Tensor, layer.gate(opened, 0), memory)
+        wanted = call("gate", aten.add.Tensor, wanted, recalled)
+    new = call("new", aten.tanh.default, wanted)
     keep = layer.gate(opened, 1)
     if hidden is None:
-        return [call(aten.sub.Tensor, new, call(aten.mul.Tensor, keep, new))]
-    kept = call(aten.mul.Tensor, keep, call(aten.sub.Tensor, hidden, new))
-    return [call(aten.add.Tensor, new, kept)]
+        return [call("hidden", aten.sub.Tensor, new, call("kept", aten.mul.Tensor, keep, new))]
+    lost = call("lost", aten.sub.Tensor, hidden, new)
+    kept = call("kept", aten.mul.Tensor, keep, lost)
+    return [call("hidden", aten.add.Tensor, new, kept)]
 
 
 def _plain_step(function: Any) -> Step:
     def step(layer: _Layer, gates: Node, state: State) -> State:
-        return [layer.insert.call(function, layer.plus_state(gates, state[0]))]
+        return [layer.call("hidden", function, layer.plus_state(gates, state[0]))]
 
     return step
 
@@ -167,11 +178,16 @@ def _layer(insert: Insertion, cell: _Cell, parameters: Sequence[Node]) -> _Layer
             own = insert.settled(ordered(biases[1], list(cell.own_bias)), "state_bias")
     return _Layer(
         insert,
+        f"{_name(of_input)}, {_name(of_state)}",
         (weight(of_input, "input_weight"), bias),
         (weight(of_state, "state_weight"), own),
         projection,
         size,
     )
+
+
+def _name(weight: Node) -> str:
+    return str(weight.target) if weight.op == "get_attr" else weight.name
 
 
 def _initial(insert: Insertion, state: Node, index: int | None) -> Node | None:
