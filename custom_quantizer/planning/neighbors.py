@@ -24,6 +24,7 @@ from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.ops.elementwise import CLAMP, MUL
+from custom_quantizer.ops.functions import DIV
 from custom_quantizer.ops.rewrites.training_graph import folded_value
 from custom_quantizer.planning.decisions import to_float
 from custom_quantizer.planning.drafts import DraftOp, Drafts, same_format
@@ -67,6 +68,40 @@ def leave_sums(ops: Drafts) -> set[Node]:
         floats.add(op.node)
     _store_operands(sums)
     return only_floats
+
+
+def leave_prepared(ops: Drafts, io: ModelIO, backend: Backend) -> None:
+    """Arithmetic with constants on a float input stays in float, up to the layers that read it.
+
+    Of ``(x - mean) / std`` and ``x / 255 * 2 - 1`` each op would round what the first layer's input
+    is rounded to anyway, and the input would be rounded before. An input that the config gives a
+    format is integers from the beginning.
+    """
+    if not backend.float_targets:
+        return  # planned for integers alone
+    given = {node for node in io.node.graph.nodes if node.op == "placeholder"} - io.inputs.keys()
+    prepares: list[DraftOp] = []
+    for op in ops:
+        inputs = () if op.match is None else op.match.inputs
+        read = [tensor for tensor in inputs if not is_constant(tensor)]
+        by_constants = op.has(Trait.SUM) or op.rule in (DIV, CLAMP)
+        alone = by_constants and len(read) == 1 and not op.decision.explicit
+        if read and given.issuperset(read) and (op.moves_values or alone):
+            given.add(op.output)
+            prepares.append(op)
+    left: set[DraftOp] = set()
+    for op in reversed(prepares):
+        readers = [ops.anchors.get(user) for user in effective_users(op.output)]
+        if readers and all(reader in left or _is_layer(reader) for reader in readers):
+            left.add(op)
+            if op.scheme is not None:
+                op.leave("it prepares a float input, which is rounded once, for the first layer")
+
+
+def _is_layer(op: DraftOp | None) -> bool:
+    return (
+        op is not None and op.scheme is not None and cast(PatternMatch, op.match).weight is not None
+    )
 
 
 def _clamps_input(op: DraftOp, ops: Drafts) -> bool:

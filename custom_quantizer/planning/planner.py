@@ -19,6 +19,7 @@ from custom_quantizer.planning.neighbors import (
     follow_producers,
     leave_joins,
     leave_layers_of_calls,
+    leave_prepared,
     leave_readers_of_integers,
     leave_sums,
     leave_unprofitable,
@@ -66,6 +67,7 @@ def make_plan(
     leave_unprofitable(ops, io, backend)  # of what is float then, guards and powers are, too
     leave_pole_guards(ops, backend)
     leave_wide_ranges(ops, backend)
+    leave_prepared(ops, io, backend)
     returned = returned_in_float(ops, io)
     leave_layers_of_calls(ops, returned)
     leave_unprofitable(ops, io, backend)  # again: those next to what has become float

@@ -359,6 +359,34 @@ def test_what_is_compared_for_equality_stays_in_float() -> None:
     assert named.op("sigmoid").scheme == named.op("clamp").scheme == "a8w8"
 
 
+def test_what_prepares_a_float_input_for_a_layer_stays_in_float() -> None:
+    """Each op would round what the layer's input is rounded to anyway."""
+
+    def normalized(s: Any, x: Tensor) -> Tensor:
+        return cast(Tensor, s.conv((((x - s.mean) / s.deviation).clamp(-5, 5)).flip(3)))
+
+    def transformed(s: Any, x: Tensor) -> Tensor:
+        parts = [x[:, i : i + 1] * (0.5 + i) - 0.1 for i in range(4)]
+        return cast(Tensor, s.conv(torch.cat(parts, 1)))
+
+    model = Function(normalized, conv=conv())
+    model.register_buffer("mean", torch.rand(4, 1, 1))
+    model.register_buffer("deviation", 1 + torch.rand(4, 1, 1))
+    exported = torch.export.export(model, (torch.randn(IMAGE),))
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    plan = quantizer.plan(exported)
+    prepared = {op.node for op in plan.ops if "it prepares a float input" in op.reason}
+    assert prepared == {"sub", "div", "clamp"}
+    assert plan.op("conv2d").scheme == "a8w8"
+    named = cq.IntegerQuantizer().set_global("a8w8").set_node_name("sub", "a8w8").plan(exported)
+    assert named.op("sub").scheme == named.op("clamp").scheme == "a8w8"
+    given = cq.IntegerQuantizer().set_global("a8w8").set_io(inputs="a8").plan(exported)
+    assert given.op("sub").scheme == given.op("clamp").scheme == "a8w8"
+    plan = plan_of(transformed, conv=conv())
+    assert {op.scheme for op in plan.ops if op.family in ("mul", "sub")} == {None}
+    assert plan.op("cat").scheme == "a8"
+
+
 def test_means_of_tokens_that_only_a_norm_reads_stay_in_float() -> None:
     """Calibration sees one value a channel and sample, and the norm dequantizes it at once."""
 
