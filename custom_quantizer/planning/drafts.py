@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from custom_quantizer.config.rules import Decision
+from custom_quantizer.core.graph import constant_of, is_constant, is_parameter, shape_of
 from custom_quantizer.core.rewriting import original_name, step_target
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import OpRule, PatternMatch, Trait
@@ -74,10 +75,19 @@ class DraftOp:
         return replace(given, symmetric=True) if centered else given
 
     @property
+    def adds_up(self) -> bool:
+        """Whether it is a layer by form only: it adds up all of a dim, and not a few branches.
+
+        Also one that is written as ``einsum`` or as a product with equal numbers.
+        """
+        if self.match is None or self.match.weight is None:
+            return False
+        return step_target(self.node) in _TOTALS or _is_one_number(self.match.weight)
+
+    @property
     def is_total(self) -> bool:
-        """Whether it is a layer that adds up all of a dim, and not a few branches."""
-        layer = self.scheme is not None and self.match is not None and self.match.weight is not None
-        return layer and step_target(self.node) in _TOTALS
+        """Whether it adds up all of a dim, on integers so far."""
+        return self.scheme is not None and self.adds_up
 
     @property
     def is_dynamic(self) -> bool:
@@ -93,6 +103,18 @@ _TOTALS = frozenset(
         torch.ops.aten.sum.dim_IntList,
     }
 )
+
+
+def _is_one_number(weight: Node) -> bool:
+    """Whether a weight that is no parameter is a row of equal numbers."""
+    model = cast(GraphModule, weight.graph.owning_module)
+    if len(shape_of(weight)) != 2 or shape_of(weight)[0] != 1 or not is_constant(weight):
+        return False
+    if weight.op != "get_attr" or is_parameter(model, weight):
+        return False
+    value = constant_of(model, weight)
+    return value.numel() > 1 and bool((value == value[0, 0]).all())
+
 
 _MOST_MOVES = 8
 """Data movements behind one another that are looked through: bounds the time for a graph."""

@@ -177,7 +177,7 @@ def _is_free(op: DraftOp, backend: Backend) -> bool:
     if op.match is None or op.scheme is None:
         return True
     layer = op.match.weight is not None or op.has(Trait.PRODUCT)
-    return (not layer or step_target(op.node) in _SUMS) and _can_be_float(op, backend)
+    return (not layer or _is_sum(op)) and _can_be_float(op, backend)
 
 
 def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
@@ -279,9 +279,13 @@ def _is_power(op: DraftOp) -> bool:
 
 def _adds_up(op: DraftOp) -> bool:
     """Whether an op hands powers on: moved, summed up, or scaled."""
-    if op.moves_values or step_target(op.node) in _SUMS or op.rule in _LINEAR:
+    if op.moves_values or _is_sum(op) or op.rule in _LINEAR:
         return True
     return op.rule in (MUL, DIV) and any(not _is_activation(arg) for arg in op.node.args[:2])
+
+
+def _is_sum(op: DraftOp) -> bool:
+    return step_target(op.node) in _SUMS or op.adds_up
 
 
 def _is_activation(arg: object) -> bool:

@@ -342,6 +342,30 @@ def test_totals_are_integers_where_a_layer_reads_them_or_a_rule_says_so() -> Non
     assert {op.scheme for op in plan.ops} == {"a8w8"}
 
 
+@pytest.mark.parametrize(
+    "total",
+    [
+        lambda y: torch.einsum("bchw->bc", y),
+        lambda y: torch.einsum("bchw,h->bcw", y, torch.full((6,), 1 / 6)),
+        lambda y: y.flatten(2) @ torch.ones(36, 1) / 36,
+        lambda y: torch.bmm(torch.ones(2, 1, 4), y.flatten(2)),
+        lambda y: F.adaptive_avg_pool1d(y.flatten(2), 1),
+    ],
+)
+def test_totals_are_totals_however_they_are_written(total: Callable[[Tensor], Tensor]) -> None:
+    plan = plan_of(lambda s, x: total(s.conv(x)), conv=conv())
+    layers = [op for op in plan.parts if op.family == "linear"]
+    assert [(op.scheme, "show the total" in op.reason) for op in layers] == [(None, True)]
+    assert plan.op("conv2d").scheme == "a8w8"
+
+
+def test_weights_that_a_model_has_make_no_total() -> None:
+    head = nn.Linear(6, 1, bias=False)
+    nn.init.ones_(head.weight)
+    plan = plan_of(lambda s, x: s.head(s.conv(x)), conv=conv(), head=head)
+    assert plan.op("linear").scheme == "a8w8"
+
+
 def test_what_is_compared_for_equality_stays_in_float() -> None:
     """A table makes equal what its argument held apart, and two peaks of one."""
 
