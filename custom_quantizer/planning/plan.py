@@ -135,6 +135,9 @@ class Plan:
         annotations: by node name, what the quantizer writes into the graph.
         integer_inputs: dtypes of the inputs that the program takes as integers, by position.
         integer_outputs: of the outputs that it returns as integers, likewise.
+        exponents: by node of a product that only a softmax or an exponential reads, what it is
+            multiplied by before: too coarse a scale leaves it in float
+            (:mod:`custom_quantizer.calibration.exponents`).
     """
 
     ops: tuple[OpPlan, ...]
@@ -142,6 +145,7 @@ class Plan:
     annotations: dict[str, NodeAnnotation] = field(default_factory=dict, repr=False)
     integer_inputs: Mapping[int, str] = field(default_factory=dict)
     integer_outputs: Mapping[int, str] = field(default_factory=dict)
+    exponents: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def parts(self) -> tuple[OpPlan, ...]:

@@ -5,6 +5,8 @@ The planner reads the graph and writes nothing. :func:`make_plan` is its list of
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import GraphModule
 
 from custom_quantizer.config.rules import Config
@@ -27,6 +29,7 @@ from custom_quantizer.planning.neighbors import (
 )
 from custom_quantizer.planning.plan import Plan
 from custom_quantizer.planning.wide_ranges import (
+    exponents,
     leave_compared,
     leave_divisor_guards,
     leave_endless,
@@ -76,4 +79,5 @@ def make_plan(
     follow_producers(ops, io, returned, backend)
     follow_consumers(ops)
     return_integers(io, config, ops)
-    return Annotator(ops, io, backend, training).plan(tuple(warnings))
+    plan = Annotator(ops, io, backend, training).plan(tuple(warnings))
+    return plan if training else replace(plan, exponents=exponents(ops, io, backend))

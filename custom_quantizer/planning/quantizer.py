@@ -23,6 +23,7 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
+from custom_quantizer.calibration.exponents import EXPONENT
 from custom_quantizer.calibration.observers import (
     META_KEY,
     ActivationObserver,
@@ -585,6 +586,8 @@ def _apply(plan: Plan, model: GraphModule, training: bool, limits: BiasLimits) -
             op = by_anchor[node.name]
             if not is_annotated(node):
                 node.meta[META_KEY] = {"scheme": op.scheme, "reason": op.reason}
+        if node.name in plan.exponents:
+            node.meta[EXPONENT] = plan.exponents[node.name]
         layer, bias = norms.get(node, (node, None))
         annotation = plan.annotations.get(layer.name)
         if annotation is None or (training and origin_of(node) is not node):

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.core.graph import constant_of, effective_users, is_constant
 from custom_quantizer.core.rewriting import step_target
 from custom_quantizer.ops import Formats, Trait
+from custom_quantizer.ops.attention import LOG_SOFTMAX, SOFTMAX
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
 from custom_quantizer.ops.functions import (
@@ -193,6 +194,54 @@ def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
     """
     for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _WAVES, _REMAINDERS, _DIFFERENCES):
         _leave_chains(ops, backend, kind)
+
+
+def exponents(ops: Drafts, io: ModelIO, backend: Backend) -> dict[str, float]:
+    """Products of two activations that only a softmax or an exponential reads, of 8 bits or more.
+
+    They are scores of attention. Some have no factor before the softmax, and ranges of hundreds.
+
+    Returns:
+        By name, the largest factor by which a product is multiplied before.
+    """
+    found: dict[str, float] = {}
+    for op in ops if backend.float_targets else ():  # others are planned for integers alone
+        product = op.has(Trait.PRODUCT) and op.match is not None and op.match.weight is None
+        if not product or op.made is None or op.made.format.bits < 8 or op.is_dynamic:
+            continue
+        if op.decision.explicit or not _can_be_float(op, backend):
+            continue
+        factor = _factor_of_exponent(op, ops, io)
+        if factor is not None:
+            found[op.node.name] = factor
+    return found
+
+
+def _factor_of_exponent(op: DraftOp, ops: Drafts, io: ModelIO) -> float | None:
+    """What a tensor is multiplied by before an exponential; ``None`` if others read it."""
+    largest, waiting = 0.0, [(op.output, 1.0)]
+    while waiting:
+        tensor, factor = waiting.pop()
+        users = effective_users(tensor)
+        if not users or tensor in io.wanted:
+            return None
+        for user in users:
+            reader = ops.anchors.get(user)
+            if reader is None or (reader.activation is not None and not reader.moves_values):
+                return None
+            if reader.rule in (SOFTMAX, LOG_SOFTMAX, EXP):
+                largest = max(largest, factor)
+            elif reader.rule in (MUL, DIV):
+                numbers = numbers_of(user)
+                if len(numbers) != 1 or user.args[0] is not tensor:
+                    return None
+                by = abs(float(numbers[0]))
+                waiting.append((reader.output, factor * by if reader.rule is MUL else factor / by))
+            elif reader.moves_values or reader.rule in (ADD, SUB):
+                waiting.append((reader.output, factor))
+            else:
+                return None
+    return largest
 
 
 @dataclass(frozen=True)
