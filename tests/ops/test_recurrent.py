@@ -135,9 +135,10 @@ def test_cells_of_a_loop_have_the_ranges_of_one() -> None:
 
     quantizer = cq.IntegerQuantizer().set_global("a8w8")
     plan = quantizer.plan(capture(Function(loop, cell=nn.GRUCell(8, 6)).eval(), (torch.randn(X),)))
-    tanhs = [edge.output for name, edge in plan.annotations.items() if "tanh" in name]
-    assert len(tanhs) == X[0]
-    assert len({edge.group for edge in tanhs if edge is not None}) == 1
+    for what, count in (("tanh", 1), ("linear", 2)):  # of the input, and of the state
+        made = [edge.output for name, edge in plan.annotations.items() if what in name]
+        assert len(made) == count * X[0] - (what == "linear")
+        assert len({edge.group for edge in made if edge is not None}) == count
 
 
 def test_a_network_of_them_is_integers_in_one_delegate() -> None:

@@ -272,7 +272,7 @@ def _cells(cell: _Cell) -> Rewrite:
             return None
         states = list(given) if cell.states > 1 else [given]
         layer = _layer(insert, cell, parameters)
-        gates = insert.call(aten.linear.default, data, *layer.of_input)
+        gates = layer.call("of_input", aten.linear.default, data, *layer.of_input)
         state = cell.step(layer, gates, [_initial(insert, value, None) for value in states])
         if cell.states > 1:
             for position, value in enumerate(state):
