@@ -636,3 +636,20 @@ def test_a_size_that_values_tell_is_compared_with_no_number() -> None:
     )
     plan = cq.IntegerQuantizer().set_global("a8w8").plan(capture(model, (torch.randn(6, 4),)))
     assert plan.op("unsqueeze").family == "reshape"
+
+
+@pytest.mark.slow
+def test_a_resize_to_the_size_of_another_image() -> None:
+    """Upstream keeps the op whole for a delegate that does not take it: its own kernel runs."""
+
+    def function(s: Any, x: Tensor, y: Tensor) -> Tensor:
+        return F.interpolate(s.layer(x), size=y.shape[-2:], mode="bilinear")
+
+    example = (torch.randn(1, 2, 4, 4), torch.randn(1, 2, 5, 6))
+    sizes = ({}, {2: "rows", 3: "columns"})
+    graph, program = program_of(Function(function, layer=nn.Conv2d(2, 2, 1)), example, sizes)
+    reference = cq.integer_reference(graph)
+    for n in (4, 8):
+        inputs = (example[0], torch.randn(1, 2, n, 12 - n))
+        # As floats, of which each of the two kernels rounds the weights.
+        assert torch.allclose(program.run(*inputs), reference(*inputs), atol=1e-6)

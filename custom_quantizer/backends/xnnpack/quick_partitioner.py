@@ -9,7 +9,7 @@ gives the same program in about four fifths of the time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -19,6 +19,7 @@ from executorch.backends.xnnpack.utils.quant_utils import (
     is_tagged_as_implicit_q_dq,
 )
 from executorch.exir.backend.partitioner import PartitionResult
+from executorch.exir.dialects.edge._ops import EdgeOpOverload
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
@@ -50,22 +51,33 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
     def ops_to_not_decompose(
         self, ep: ExportedProgram
     ) -> tuple[list[torch._ops.OpOverload], Callable[[Node], bool] | None]:
-        """Ops to leave whole, and a filter for their calls where it would drop any."""
-        ops, accepts = super().ops_to_not_decompose(ep)
-        graphs = (m.graph for m in ep.graph_module.modules() if isinstance(m, GraphModule))
-        calls = [node for graph in graphs for node in graph.nodes if node.target in ops]
+        """Ops to leave whole, and a filter for their calls where it would drop any.
+
+        Upstream asks once more when delegates are made, with edge ops, whether one was left over.
+        What control flow runs is outside the delegate, so nothing stays whole there.
+        """
+        ops, upstream = super().ops_to_not_decompose(ep)
+        inner = [m.graph for m in ep.graph_module.modules() if isinstance(m, GraphModule)]
+        inner.remove(ep.graph)
+
+        def accepts(node: Node) -> bool:
+            return node.graph not in inner and bool(upstream(node))
+
+        nodes = [node for graph in (ep.graph, *inner) for node in graph.nodes]
+        targets = {node: _aten_op(node.target) for node in nodes}
+        calls = [node for node, target in targets.items() if target in ops]
         signature = ep.graph_signature  # of the caller's own program, in upstream's lowering call
         remember_constants(ep)
         try:
             product = torch.ops.aten.matmul.default
-            if any(call.target is product and accepts(call) for call in calls):
+            if any(targets[call] is product and accepts(call) for call in calls):
                 return ops, accepts  # other ops are decomposed to products that are not to stay
             ops = [op for op in ops if op is not product]
-            calls = [call for call in calls if call.target is not product]
+            calls = [call for call in calls if targets[call] is not product]
             keep = None if all(accepts(call) for call in calls) else accepts
         finally:
             ep._graph_signature = signature
-        return ops, cast("Callable[[Node], bool] | None", keep)
+        return ops, keep
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Choose what XNNPACK computes; upstream hands in a copy, which becomes the result."""
@@ -89,6 +101,10 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
         Upstream looks on the stack for the name of the function that does so.
         """
         return False
+
+
+def _aten_op(target: Any) -> Any:
+    return target._op if isinstance(target, EdgeOpOverload) else target
 
 
 def _untag_refused(groups: Iterable[Iterable[Node]]) -> None:
