@@ -18,12 +18,14 @@ from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
 from custom_quantizer.ops.functions import (
     ABS,
     DIV,
+    ELU,
     EXP,
     MAXIMUM,
     MINIMUM,
     NEG,
     RECIPROCAL,
     RSQRT,
+    SIGMOID,
     SQRT,
     table_of,
 )
@@ -190,9 +192,10 @@ def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
     next to zero becomes zero, and takes most of the integers. The logarithm of a sum is to
     exponentials what the root is to powers. A sine or cosine makes little of wide phases, too:
     those that a constant matrix makes (Fourier features) have many periods on one scale. Of an
-    exponential close to one, what it lacks of one is less than a step of its own scale.
+    exponential close to one, what it lacks of one is less than a step of its own scale. What
+    exponentials and sigmoids make is never zero, but integers are: no divisor is made of these.
     """
-    for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _WAVES, _REMAINDERS, _DIFFERENCES):
+    for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _POLES, _WAVES, _REMAINDERS, _DIFFERENCES):
         _leave_chains(ops, backend, kind)
 
 
@@ -255,6 +258,8 @@ class _Chain:
         before: whether sums and products that nothing else reads are in float as well: those
             before a power that is next to nothing for most of its arguments.
         integers: whether an op that makes it narrow may have an integer kernel.
+        hands_on: whether an op makes a wide range of one that it reads.
+        reads: the tensors whose range an op makes narrow.
     """
 
     starts: Callable[[DraftOp], bool]
@@ -262,6 +267,8 @@ class _Chain:
     reason: str
     before: bool = False
     integers: bool = False
+    hands_on: Callable[[DraftOp], bool] = lambda op: _adds_up(op)
+    reads: Callable[[DraftOp], list[Node]] = lambda op: op.node.all_input_nodes
 
 
 def _leave_chains(ops: Drafts, backend: Backend, kind: _Chain) -> None:
@@ -270,25 +277,23 @@ def _leave_chains(ops: Drafts, backend: Backend, kind: _Chain) -> None:
     wide: set[Node] = set()
     for op in ops:
         inputs = () if op.match is None else op.match.inputs
-        if kind.starts(op) or (_adds_up(op) and not wide.isdisjoint(inputs)):
+        if kind.starts(op) or (kind.hands_on(op) and not wide.isdisjoint(inputs)):
             wide.add(op.output)
     for end in ops:
         if not kind.ends(end) or (_has_integer_kernel(end, backend) and not kind.integers):
             continue
         if _is_wave(end) and end.node.target not in backend.float_targets:
             continue  # planned for integers alone, which have no form of it
-        chain, waiting = dict.fromkeys(ops.same_call(end)), [end]
+        chain, waiting = dict.fromkeys(ops.same_call(end)), kind.reads(end)
         while waiting:
-            for tensor in waiting.pop().node.all_input_nodes:
-                source = ops.producer.get(tensor) if tensor in wide else None
-                if source is not None and source not in chain:
-                    call = ops.same_call(source)
-                    chain |= dict.fromkeys(call)
-                    waiting += call
+            tensor = waiting.pop()
+            source = ops.producer.get(tensor) if tensor in wide else None
+            if source is not None and source not in chain:
+                call = ops.same_call(source)
+                chain |= dict.fromkeys(call)
+                waiting += [read for op in call for read in op.node.all_input_nodes]
         kept = any(op.decision.explicit for op in chain)
-        under = all(
-            tensor in wide for tensor in end.node.all_input_nodes if not is_constant(tensor)
-        )
+        under = all(tensor in wide for tensor in kind.reads(end) if not is_constant(tensor))
         if under and not kept and all(_can_be_float(op, backend) for op in chain):
             if kind.before:
                 chain |= dict.fromkeys(_read_by_these(chain, ops, backend))
@@ -357,6 +362,21 @@ def _is_exponential(op: DraftOp) -> bool:
     return op.rule is EXP
 
 
+def _is_never_zero(op: DraftOp) -> bool:
+    """Whether an op makes numbers above zero, or above -1, that come as close as they like."""
+    return op.rule in (EXP, SIGMOID, ELU)
+
+
+def _combines(op: DraftOp) -> bool:
+    """Whether an op moves, adds up or multiplies, value by value."""
+    return op.moves_values or op.rule in (ADD, MUL, NEG, SUB)
+
+
+def _argument_at_pole(op: DraftOp) -> list[Node]:
+    argument, _what = _pole(op)
+    return [] if argument is None else [argument]
+
+
 def _is_less_a_number(op: DraftOp) -> bool:
     """Whether an op is the difference of a tensor and a number."""
     numbers = numbers_of(op.node) if op.rule in (ADD, SUB) else []
@@ -397,9 +417,17 @@ _EXPONENTIALS = _Chain(
 )
 
 _LOGS = _Chain(
-    _is_exponential,
+    lambda op: _is_exponential(op) or _is_power(op),
     _is_logarithm,
-    "exponentials and their logarithm: integers of one scale lack the range between",
+    "exponentials or powers and their logarithm: integers of one scale lack the range between",
+)
+
+_POLES = _Chain(
+    _is_never_zero,
+    lambda op: bool(_argument_at_pole(op)),
+    "a divisor, or the argument of a logarithm, that is never zero, as an integer would be",
+    hands_on=_combines,
+    reads=_argument_at_pole,
 )
 
 _WAVES = _Chain(

@@ -258,7 +258,32 @@ EXPONENTIALS: dict[str, tuple[Callable[..., Tensor], set[str], str]] = {
     "logarithm of a sum": (
         lambda y: torch.log(torch.exp(y).sum(1, keepdim=True) + 1.5) * y,
         {"exp", "sum_1", "add", "log"},
-        "exponentials and their logarithm",
+        "exponentials or powers and their logarithm",
+    ),
+    "logarithm of a power": (
+        lambda y: torch.log(y**2),
+        {"pow_1", "log"},
+        "exponentials or powers and their logarithm",
+    ),
+    "gaussian density": (
+        lambda y: y / (2 * torch.exp(y) ** 2),
+        {"exp", "pow_1", "mul", "div"},
+        "that is never zero",
+    ),
+    "divided by a sum": (
+        lambda y: y / (torch.exp(y) + torch.sigmoid(-y)),
+        {"exp", "sigmoid", "add", "div"},
+        "that is never zero",
+    ),
+    "logarithm of a rest": (
+        lambda y: torch.log(1 - torch.sigmoid(y)),
+        {"sigmoid", "rsub", "log"},
+        "that is never zero",
+    ),
+    "linear attention": (
+        lambda y: y * torch.reciprocal(F.elu(y) + 1),
+        {"elu", "add", "reciprocal"},
+        "that is never zero",
     ),
     "opacity": (
         lambda y: 1 - torch.exp(-F.relu(y) * 0.1),
@@ -285,7 +310,8 @@ def test_what_is_narrow_only_behind_an_exponential_or_logarithm_stays_in_float(n
     assert {op.node for op in plan.ops if reason in op.reason} == chain
     assert {op.placement for op in plan.ops if op.node in chain} == {"float inside"}
     assert {op.scheme for op in plan.ops if op.node not in chain} <= {"a8w8", "a8", None}
-    ordered = plan_of(through, Rule(Scope.NODE_NAME, "exp", A8W8), conv=conv())
+    named = "exp" if "exp" in chain else max(chain)
+    ordered = plan_of(through, Rule(Scope.NODE_NAME, named, A8W8), conv=conv())
     assert not any(reason in op.reason for op in ordered.ops)
     graph = canonicalize(capture(Function(through, conv=conv()), (torch.randn(IMAGE),)))
     for_integers = make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8)]), INTEGERS)
