@@ -63,15 +63,28 @@ def same(graph: GraphModule, lowered: cq.LoweredProgram, *runs: tuple[Any, ...])
 def test_branches_stay_in_float_and_run() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.first(x)
-        y = torch.cond(x.sum() > 0, lambda y: y + 1.0, lambda y: y * 2.0, (y,))
+        y = torch.cond(x.sum() > 0, m.branch, lambda y: y * 2.0, (y,))
         return m.last(y)
 
-    graph, quantizer = converted(Function(forward, first=linear(), last=linear()), X)
+    layers = {name: linear() for name in ("first", "branch", "last")}
+    graph, quantizer = converted(Function(forward, **layers), X)
     reasons = {op.node: op.reason for op in quantizer.last_plan.floating}
     assert reasons["cond"] == "cond is control flow: the graphs it runs stay in float"
     lowered = cq.lower(graph, (X,))
     assert len(lowered.integer_biases()) == 2
     same(graph, lowered, (X,), (-X,), (X.abs(),), (-X.abs(),))
+
+
+def test_a_layer_behind_a_check_of_values() -> None:
+    """``torch.distributions`` checks its arguments; no program does, nor compares for it."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.distributions.Normal(m.first(x), 1.5).log_prob(x)
+
+    graph, quantizer = converted(Function(forward, first=linear()), X)
+    assert not [op for op in quantizer.last_plan.ops if op.node.startswith(("eq", "_is_all"))]
+    lowered = cq.lower(graph, (X,))
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ())
 
 
 def test_only_branches() -> None:

@@ -73,6 +73,7 @@ from custom_quantizer.ops.rewrites.guarded import guard_choices
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 from custom_quantizer.ops.rewrites.regions import inline_regions
 from custom_quantizer.ops.rewrites.training_graph import mark_computed_parameters
+from custom_quantizer.ops.rewrites.vmapped import write_out_batches
 from custom_quantizer.ops.rewrites.writes import functionalize
 
 __all__ = ["KNOWN", "canonicalize"]
@@ -134,6 +135,8 @@ def canonicalize(
         training: parameters change, so nothing that is computed from them is a constant.
     """
     inline_regions(model, training=training)
+    write_out_batches(model)
+    _drop_checks_of_values(model)
     _drop_needless_dtypes(model)
     ends_to_numbers(model)
     inline_composites(model, KNOWN.union(whole).__contains__, training=training)
@@ -168,6 +171,26 @@ def canonicalize(
     model.graph.eliminate_dead_code()
     model.recompile()
     return model
+
+
+def _drop_checks_of_values(model: GraphModule) -> None:
+    """``torch.distributions`` checks its arguments; no program does.
+
+    The comparisons that only a check reads would keep tensors from integers.
+    """
+    for node in list(model.graph.nodes):
+        if node.target not in (aten._assert_async.default, aten._assert_async.msg):
+            continue
+        unread = [node]
+        for each in unread:
+            sources = each.all_input_nodes
+            model.graph.erase_node(each)
+            for source in sources:
+                said = [u for u in source.users if u.target is aten._assert_tensor_metadata.default]
+                if source.op == "call_function" and len(said) == len(source.users):
+                    for user in said:
+                        model.graph.erase_node(user)
+                    unread.append(source)
 
 
 def _drop_needless_dtypes(model: GraphModule) -> None:
