@@ -213,7 +213,7 @@ SIGNALS = (3, 6)
 WITHOUT_KERNEL: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
     "sorted indices": (torch.argsort, "argsort", "aten::sort.values"),
     "distinct values": (torch.unique, "_unique2", "aten::_unique2.out"),
-    "a product so far": (lambda y: y.cumprod(1), "cumprod", "aten::cumprod.out"),
+    "a maximum so far": (lambda y: y.cummax(1)[0], "cummax", "aten::cummax.out"),
     "indices in another order": (torch.nonzero, "nonzero", "aten::nonzero.out"),
     "no out variant": (
         lambda y: torch.linalg.svdvals(y),

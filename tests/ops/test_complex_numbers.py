@@ -48,6 +48,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "imaginary ones": lambda z, w: as_real(1j * z.real + w),
     "a real one": lambda z, w: as_real(z.real[..., :1].to(torch.complex64)),
     "polar": lambda z, w: as_real(torch.polar(z.real, z.imag * 0)),
+    "exponentials": lambda z, w: as_real(torch.exp(1j * (z.real * 0)) * torch.exp(0 * z) * w),
     "absolute values": lambda z, w: (torch.complex(z.real * 3, z.real * 4) * 1j).abs(),
     "angles": lambda z, w: (z * w).angle(),
     "copies": lambda z, w: as_real(z.clone().contiguous().to(torch.complex64) * w),

@@ -465,7 +465,8 @@ def as_integers(given: Tensor) -> Tensor:
 
 def beside_integers(_self: Function, *given: Tensor) -> tuple[Tensor, ...]:
     values = as_integers(given[0])
-    return (*in_steps(*given[:-1]), values, *exactly(given[-1]), *map(given[3].cumsum, (0, 1)))
+    so_far = (*map(given[3].cumsum, (0, 1)), given[3].sign().cumprod(1))
+    return (*in_steps(*given[:-1]), values, *exactly(given[-1]), *so_far)
 
 
 def test_functions_in_steps_are_as_near_as_the_kernels_of_the_steps() -> None:
@@ -482,10 +483,11 @@ def test_functions_in_steps_are_as_near_as_the_kernels_of_the_steps() -> None:
         near = ((ulps + 1) * 2**-23 * exact.abs() + absolute).nan_to_num(0.0, 0.0, 0.0)
         same = (result == exact.float()) | (result.isnan() & exact.isnan())
         assert bool((same | ((result - exact).abs() <= near)).all())
-    for result, wanted in zip(got[-10:-2], exactly(FRACTIONS), strict=True):
+    for result, wanted in zip(got[-11:-3], exactly(FRACTIONS), strict=True):
         torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
-    for result, dim in zip(got[-2:], (0, 1), strict=True):
-        torch.testing.assert_close(result, ROWS.cumsum(dim), rtol=0, atol=0, equal_nan=True)
+    so_far = (*map(ROWS.cumsum, (0, 1)), ROWS.sign().cumprod(1))
+    for result, wanted in zip(got[-3:], so_far, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 UNITS = torch.cat([torch.linspace(-1.0, 1.0, 2001), SMALL[SMALL < 1], torch.tensor([2.0, -1.5])])

@@ -296,6 +296,17 @@ def _polar(parts: _Parts) -> Pair:
     return real, imaginary
 
 
+def _exponential(parts: _Parts) -> Pair:
+    """``exp(a) (cos(b) + i sin(b))``."""
+    real, imaginary = parts.of(parts.node.args[0])
+    length: Part = 1 if real is None else parts.insert.call(aten.exp.default, real)
+    if imaginary is None:
+        return length, None
+    turns = (parts.insert.call(f, imaginary) for f in (aten.cos.default, aten.sin.default))
+    pair = (parts.times(turn, length) for turn in turns)
+    return cast(Pair, tuple(pair))
+
+
 def _taken_apart(parts: _Parts) -> Pair:
     """The two values in the last dim of a real tensor."""
     data = parts.node.args[0]
@@ -527,6 +538,7 @@ _PAIRS: Mapping[Any, Callable[[_Parts], Pair | None]] = MappingProxyType(
         aten.div.Scalar: _quotient,
         aten.div.Tensor: _quotient,
         aten.einsum.default: _einsum,
+        aten.exp.default: _exponential,
         aten.matmul.default: _matrix_product,
         aten.mm.default: _matrix_product,
         aten.mul.Scalar: _product,

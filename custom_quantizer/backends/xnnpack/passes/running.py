@@ -1,7 +1,7 @@
-"""Sums of what stands before, in float ops that the delegate has.
+"""Sums and products of what stands before, in float ops that the delegate has.
 
 Each value and the one before it are joined, these and those two before, four before, and so on.
-Nothing is multiplied by zero, so what is infinite stays where it is.
+No sum is a product with zeros, so what is infinite stays where it is.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _MOST_SUMMED = 1 << 11
 
 
 @graph_pass(
-    "sums, and logarithms of sums, of what stands before",
-    "a few sums of shifted tensors: added in another order",
+    "sums, logarithms of sums, and products of what stands before",
+    "a few sums or products of shifted tensors: computed in another order",
     exact=False,
 )
 def running_sums_in_steps(model: GraphModule) -> int:
@@ -59,6 +59,10 @@ def _sum(build: Numbers, a: Node, b: Node) -> Node:
     return build.call(aten.add.Tensor, a, b)
 
 
+def _product(build: Numbers, a: Node, b: Node) -> Node:
+    return build.call(aten.mul.Tensor, a, b)
+
+
 def sum_of_exponentials(build: Numbers, a: Node, b: Node) -> Node:
     """``log(exp(a) + exp(b)) = max(a, b) + log(1 + exp(-|a - b|))``.
 
@@ -73,6 +77,7 @@ def sum_of_exponentials(build: Numbers, a: Node, b: Node) -> Node:
 
 
 SUMS: Mapping[Any, tuple[Callable[[Numbers, Node, Node], Node], float]] = {
+    aten.cumprod.default: (_product, 1.0),
     aten.cumsum.default: (_sum, 0.0),
     aten.logcumsumexp.default: (sum_of_exponentials, -math.inf),
 }
