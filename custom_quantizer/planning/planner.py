@@ -59,7 +59,7 @@ def make_plan(
     for op in ops:
         if not op.moves_values:
             settle(op, backend)
-    leave_endless(ops)
+    leave_endless(ops, backend)
     floats = leave_sums(ops)
     leave_joins(ops, floats, backend)
     leave_divisor_guards(ops)

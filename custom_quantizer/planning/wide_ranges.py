@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -78,17 +79,20 @@ def leave_pole_guards(ops: Drafts, backend: Backend) -> None:
             _leave_guard(each, what)
 
 
-def leave_endless(ops: Drafts) -> None:
+def leave_endless(ops: Drafts, backend: Backend) -> None:
     """What a constant makes infinite has no scale: masks before maxima, sums of such masks.
 
-    A softmax or an exponential makes numbers of it again.
+    On the scale of a number that stands for infinity all others are zero. A softmax, an
+    exponential, a maximum or a bound makes numbers of it again.
     """
     endless: set[Node] = set()
     for op in ops:
         hands_on = op.moves_values or op.rule in _HAND_ON
         if op.match is None or not (hands_on or op.has(Trait.TABLE) or op.match.bounds):
             continue
-        if not any(t in endless or _is_endless(t) for t in op.node.all_input_nodes):
+        known = backend.float_targets and _masks(op)
+        least = _STANDS_FOR_INFINITY if known else math.inf
+        if not any(t in endless or _holds(t, least) for t in op.node.all_input_nodes):
             continue
         if op.scheme is not None or op.moves_values:
             op.leave("it reads what a constant makes infinite, for which there is no scale")
@@ -102,12 +106,38 @@ _HAND_ON = (ABS, ADD, DIV, MAXIMUM, MINIMUM, MUL, NEG, SUB, WHERE)
 """Families that make infinities of infinities."""
 
 
-def _is_endless(tensor: Node) -> bool:
-    """Whether it is a constant that holds an infinity."""
+_STANDS_FOR_INFINITY = 1e4
+"""Least number by which masks do: what fits half precision is up to 65,504."""
+
+
+def _masks(op: DraftOp) -> bool:
+    """Whether large numbers of a constant end up among those of an activation, one by one.
+
+    They are chosen, or added where others of the constant are small; or a mask of ones and zeros is
+    multiplied by the constant before it is added.
+    """
+    if op.rule in (ADD, SUB):
+        constants = filter(None, map(_sizes_of_constant, op.node.all_input_nodes))
+        return any(least < _STANDS_FOR_INFINITY for least, _most in constants)
+    added = any(user.target in _ADDITIONS for user in effective_users(op.output))
+    return op.rule is WHERE or (op.rule is MUL and added)
+
+
+def _holds(tensor: Node, size: float) -> bool:
+    """Whether it is a constant of which a number is as large."""
+    sizes = _sizes_of_constant(tensor)
+    return sizes is not None and sizes[1] >= size
+
+
+def _sizes_of_constant(tensor: Node) -> tuple[float, float] | None:
+    """Smallest and largest absolute value of a constant of floats; of others ``None``."""
     if not is_constant(tensor) or tensor.op != "get_attr":
-        return False
+        return None
     value = constant_of(cast(GraphModule, tensor.graph.owning_module), tensor)
-    return value.is_floating_point() and bool(value.isinf().any())
+    if not value.is_floating_point() or not value.numel():
+        return None
+    least, most = value.abs().aminmax()
+    return float(least), float(most)
 
 
 def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
@@ -459,6 +489,8 @@ _SHOWN = (
 _COMPARED = "it is compared for equality, and integers would make equal what is not"
 
 _EQUALITIES = frozenset({torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor})
+
+_ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor})
 
 _PRODUCTS = frozenset({torch.ops.aten.matmul.default, torch.ops.aten.mm.default})
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.graphs import Function, canonicalize, capture
+from support.graphs import Function, canonicalize, capture, quantized
 from support.models import conv, convert
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -316,6 +316,35 @@ def test_what_is_narrow_only_behind_an_exponential_or_logarithm_stays_in_float(n
     graph = canonicalize(capture(Function(through, conv=conv()), (torch.randn(IMAGE),)))
     for_integers = make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8)]), INTEGERS)
     assert {op.scheme for op in for_integers.ops if op.node in chain} == {"a8w8"}
+
+
+MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "filled": lambda y, m: y.masked_fill(m == 0, -1e9).amax(2),
+    "chosen": lambda y, m: torch.where(m > 0, y, torch.finfo(y.dtype).min).amax((2, 3)),
+    "added": lambda y, m: (y + (1.0 - m) * -1e4).amax(2),
+    "taken away": lambda y, m: F.relu(y - (1.0 - m) * 1e9),
+    "constant": lambda y, m: (y + torch.tensor([0.0, -1e9]).repeat(3)).amax(3),
+    "for a minimum": lambda y, m: torch.where(m > 0, y, 1e9).amin(2),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_numbers_that_stand_for_infinity_have_no_scale(name: str) -> None:
+    """All others would be zero on it."""
+    torch.manual_seed(0)
+    model = Function(lambda s, x, m: MASKS[name](s.conv(x), m) * 2.0, conv=conv())
+    data = [(torch.randn(IMAGE), (torch.rand(IMAGE) > 0.3).float()) for _ in range(4)]
+    graph = quantized(model, data[0], calibration=data)
+    for inputs in data:
+        want = model(*inputs)
+        masked = want.abs() > 1e3
+        torch.testing.assert_close(graph(*inputs)[~masked], want[~masked], rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("shift", [1e5, -1e5])
+def test_numbers_of_the_data_have_a_scale(shift: float) -> None:
+    plan = plan_of(lambda s, x: s.conv((x - shift) * 1e5), conv=conv())
+    assert {op.scheme for op in plan.ops} == {"a8w8"}
 
 
 TOTALS: dict[str, tuple[Callable[..., Tensor], set[str]]] = {
@@ -1006,7 +1035,7 @@ def test_none_leaves_an_op_in_float_at_every_scope(scope: Scope) -> None:
 
 def test_nested_modules_match_by_any_module_around_the_op() -> None:
     block = nn.Sequential(nn.Sequential(conv(), nn.ReLU()), conv())
-    for key, quantized in [
+    for key, chosen in [
         ("layer1", {"conv2d", "conv2d_1"}),
         ("layer1.0", {"conv2d"}),
         ("layer1.1", {"conv2d_1"}),
@@ -1018,7 +1047,7 @@ def test_nested_modules_match_by_any_module_around_the_op() -> None:
         plan = plan_of(
             lambda s, x: s.layer1(x), Rule(Scope.MODULE_NAME, key, scheme("a8w4")), layer1=block
         )
-        assert {op.node for op in plan.ops if op.scheme == "a8w4"} == quantized, key
+        assert {op.node for op in plan.ops if op.scheme == "a8w4"} == chosen, key
 
 
 def test_a_filter_leaves_out_what_it_refuses_whatever_the_rules_say() -> None:
