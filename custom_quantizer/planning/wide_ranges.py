@@ -220,10 +220,11 @@ def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
     round to zero what the root makes large again (norms that are written out, generalized means).
     Of a square under an exponential (gaussians, radial basis functions, splines), all but the part
     next to zero becomes zero, and takes most of the integers. The logarithm of a sum is to
-    exponentials what the root is to powers. A sine or cosine makes little of wide phases, too:
-    those that a constant matrix makes (Fourier features) have many periods on one scale. Of an
-    exponential close to one, what it lacks of one is less than a step of its own scale. What
-    exponentials and sigmoids make is never zero, but integers are: no divisor is made of these.
+    exponentials and powers what the root is to powers, also where a constant matrix adds them up
+    (mel filters). A sine or cosine makes little of wide phases, too: those that a constant matrix
+    makes (Fourier features) have many periods on one scale. Of an exponential close to one, what it
+    lacks of one is less than a step of its own scale. What exponentials and
+    sigmoids make is never zero, but integers are: no divisor is made of these.
     """
     for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _POLES, _WAVES, _REMAINDERS, _DIFFERENCES):
         _leave_chains(ops, backend, kind)
@@ -450,6 +451,7 @@ _LOGS = _Chain(
     lambda op: _is_exponential(op) or _is_power(op),
     _is_logarithm,
     "exponentials or powers and their logarithm: integers of one scale lack the range between",
+    hands_on=lambda op: _adds_up(op) or _is_projection(op),
 )
 
 _POLES = _Chain(

@@ -265,6 +265,11 @@ EXPONENTIALS: dict[str, tuple[Callable[..., Tensor], set[str], str]] = {
         {"pow_1", "log"},
         "exponentials or powers and their logarithm",
     ),
+    "mel filters": (
+        lambda y: torch.log(y.pow(2) @ torch.ones(6, 6) + 1.5),
+        {"pow_1", "matmul", "add", "log"},
+        "exponentials or powers and their logarithm",
+    ),
     "gaussian density": (
         lambda y: y / (2 * torch.exp(y) ** 2),
         {"exp", "pow_1", "mul", "div"},
