@@ -59,8 +59,8 @@ def make_plan(
     for op in ops:
         if not op.moves_values:
             settle(op, backend)
-    leave_endless(ops, backend)
     floats = leave_sums(ops)
+    leave_endless(ops, backend)
     leave_joins(ops, floats, backend)
     leave_divisor_guards(ops)
     io = model_io(model, config, ops)
