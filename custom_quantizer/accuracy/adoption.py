@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.accuracy.layers import Layer, find_layers
-from custom_quantizer.calibration.joins import share_scales
 from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver
+from custom_quantizer.calibration.settling import settle_scales
 from custom_quantizer.calibration.statistics import activation_observers
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.graph import ADOPTED_KEY, RESCALED_KEY
@@ -111,7 +111,7 @@ def adopt(prepared: GraphModule, improved: GraphModule) -> Adoption:
             f"the graph was improved by {', '.join(rescaled)}, whose factors a batch norm would "
             "undo in training; improve it without, training finds such factors itself"
         )
-    share_scales(improved)
+    settle_scales(improved)
     sources, left = find_layers(improved)
     calls = {
         original_name(node): match

@@ -50,9 +50,9 @@ from custom_quantizer.accuracy.learning import (
     walk_blocks,
 )
 from custom_quantizer.accuracy.streams import Stream, values_of, walk
-from custom_quantizer.calibration.joins import shared_scales
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, graph_calls
+from custom_quantizer.calibration.settling import settled_scales
 from custom_quantizer.config.improvement import ALGORITHMS, RESCALING, check_algorithms
 from custom_quantizer.core.graph import RESCALED_KEY, module_path, state_of
 from custom_quantizer.core.noise import Noise
@@ -225,7 +225,7 @@ def improve(
             f"the model writes its own buffers ({names}), so layers cannot be run apart from each "
             "other; improve it without them"
         )
-    with shared_scales(prepared), exclusive(), torch.no_grad():
+    with settled_scales(prepared), exclusive(), torch.no_grad():
         layers, refused = _improvable(prepared, chosen)
         run = _Run(prepared, layers, refused, calls, chosen, iterations, seed, checkpoint)
         return run.run(progress)

@@ -7,14 +7,15 @@ probability: such products are float in the delegate.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.calibration.observers import META_KEY, ActivationObserver
 from custom_quantizer.ops import rule_of
 
-__all__ = ["COARSEST", "EXPONENT", "leave_coarse"]
+__all__ = ["COARSEST", "EXPONENT", "forget_unread", "leave_coarse"]
 
 EXPONENT = "custom_quantizer_exponent"
 """Key in ``node.meta`` of a product: what it is multiplied by on its way to an exponential, which
@@ -24,30 +25,57 @@ COARSEST = 0.2
 """Step of an exponent: half of it is 10% of the result."""
 
 
-def leave_coarse(prepared: GraphModule) -> None:
-    """Take the observers away from products whose steps are too coarse for exponents.
+def leave_coarse(prepared: GraphModule) -> Callable[[], None]:
+    """Let nobody read what is observed of products whose steps are too coarse for exponents.
+
+    Their observers go on watching, for statistics that are saved.
 
     Args:
         prepared: what ``prepare_pt2e`` returns, calibrated; changed in place. Observers that saw
             nothing, or are frozen, stay.
+
+    Returns:
+        What undoes it.
     """
-    for node in list(prepared.graph.nodes):
+    told: list[tuple[Node, Any]] = []
+    read: list[tuple[Node, list[Node]]] = []
+    for node in prepared.graph.nodes:
         if EXPONENT not in node.meta:
             continue
         calls, shown = _observed(prepared, node)
         observers = {prepared.get_submodule(str(call.target)) for call in calls}
-        steps = [_scale(observer) * node.meta[EXPONENT] for observer in observers]
-        if not steps or max(steps) <= COARSEST:
+        step = max((_scale(observer) * node.meta[EXPONENT] for observer in observers), default=0.0)
+        if step <= COARSEST:
             continue
-        for call in calls:
-            call.replace_all_uses_with(cast(Node, call.args[0]))
-            prepared.graph.erase_node(call)
-        prepared.recompile()
+        reason = f"it is an exponent, and integers would have steps of {step:.2g}"
         for each in shown:
-            each.meta[META_KEY] = {
-                "scheme": None,
-                "reason": f"it is an exponent, and integers would have steps of {max(steps):.2g}",
-            }
+            told.append((each, each.meta.get(META_KEY)))
+            each.meta[META_KEY] = {"scheme": None, "reason": reason}
+        for call in calls:
+            read.append((call, list(call.users)))
+            call.replace_all_uses_with(cast(Node, call.args[0]))
+    if read:
+        prepared.recompile()
+
+    def undo() -> None:
+        for each, before in told:
+            each.meta[META_KEY] = before
+        for call, users in reversed(read):
+            for user in users:
+                user.replace_input_with(cast(Node, call.args[0]), call)
+        if read:
+            prepared.recompile()
+
+    return undo
+
+
+def forget_unread(prepared: GraphModule) -> None:
+    """Erase calls of observers that nobody reads, which ``convert_pt2e`` would make integers of."""
+    for node in prepared.graph.find_nodes(op="call_module"):
+        if not node.users and isinstance(
+            prepared.get_submodule(str(node.target)), ActivationObserver
+        ):
+            prepared.graph.erase_node(node)
 
 
 def _observed(prepared: GraphModule, node: Node) -> tuple[list[Node], list[Node]]:

@@ -16,7 +16,6 @@ from typing import cast
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import FakeQuantizeBase
 
-from custom_quantizer.calibration.exponents import leave_coarse
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.ranges import Statistics
 from custom_quantizer.ops import rule_of
@@ -36,14 +35,12 @@ def share_scales(prepared: GraphModule) -> None:
     """Give parts of joins the observer of what they are joined to, where the two are near.
 
     What was seen counts for both. The last join comes first, so that the parts of one that is
-    itself joined are compared with the scale that it ends up with. Before, what one scale makes
-    too coarse is left in float (:mod:`custom_quantizer.calibration.exponents`).
+    itself joined are compared with the scale that it ends up with.
 
     Args:
         prepared: what ``prepare_pt2e`` returns, calibrated; changed in place. Observers that saw
             nothing, or are frozen, stay.
     """
-    leave_coarse(prepared)
     names: dict[ActivationObserver, list[str]] | None = None
     finest: dict[ActivationObserver, float] = {}
     for _, part, joint in reversed(list(_parts(prepared))):

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, distributed
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.calibration.joins import joined_observers, share_scales
+from custom_quantizer.calibration.joins import joined_observers
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.ranges import BINS, Kind, Statistics
+from custom_quantizer.calibration.settling import settle_scales
 from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.checkpoint import part_of
 from custom_quantizer.core.rewriting import is_inner
@@ -112,8 +113,13 @@ class Observed:
         return "+".join(self.tensors)
 
 
-def activation_observers(prepared: GraphModule) -> tuple[Observed, ...]:
+def activation_observers(prepared: GraphModule, *, unread: bool = False) -> tuple[Observed, ...]:
     """The observers of activations, in graph order, without those that act at run time.
+
+    Args:
+        prepared: what ``prepare_pt2e`` returns.
+        unread: also those of tensors that are float by now, as integers would be too coarse
+            (:mod:`custom_quantizer.calibration.exponents`).
 
     Raises:
         CalibrationError: ``prepared`` is not what ``prepare_pt2e`` returns.
@@ -127,7 +133,7 @@ def activation_observers(prepared: GraphModule) -> tuple[Observed, ...]:
     inner: set[str] = set()
     for node in prepared.graph.nodes:
         observer = _observer(prepared, node)
-        if observer is not None and not observer.is_dynamic:
+        if observer is not None and not observer.is_dynamic and (unread or node.users):
             source = node.args[0]
             while _observer(prepared, source) is not None:  # requantized for one of its users
                 source = source.args[0]
@@ -179,7 +185,7 @@ def record_counts(prepared: GraphModule) -> None:
 
 def reset_statistics(prepared: GraphModule) -> None:
     """Forget all that was seen, for instance after calibration was stopped by bad data."""
-    for observed in activation_observers(prepared):
+    for observed in activation_observers(prepared, unread=True):
         observed.observer.forget()
 
 
@@ -220,7 +226,7 @@ def freeze_ranges(prepared: GraphModule, frozen: bool = True) -> None:
             saw data; nothing was changed.
     """
     if frozen:
-        share_scales(prepared)
+        settle_scales(prepared)
     observers = [observed.observer for observed in activation_observers(prepared)]
     if not frozen:
         for observer in observers:
@@ -449,7 +455,7 @@ def statistics_of(prepared: GraphModule) -> ModelStatistics:
         CalibrationError: ``prepared`` is not what ``prepare_pt2e`` returns.
     """
     entries, frozen = {}, {}
-    for observed in activation_observers(prepared):
+    for observed in activation_observers(prepared, unread=True):
         entry = Entry(observed.tensors, observed.observer.statistics)
         # Two formats of one tensor see the same values.
         entries[entry.key] = entry
@@ -530,7 +536,7 @@ def load_statistics(prepared: GraphModule, source: Source) -> None:
         InputError: the file cannot be read.
     """
     given = _resolve(source)
-    observers = activation_observers(prepared)
+    observers = activation_observers(prepared, unread=True)
     needed = {name for observed in observers for name in observed.tensors}
     if missing := needed - given.tensors:
         examples = "".join(
@@ -790,7 +796,7 @@ def all_reduce_statistics(
             "no process group: start the script with torchrun and call "
             "torch.distributed.init_process_group('gloo') first"
         )
-    observers = activation_observers(prepared)
+    observers = activation_observers(prepared, unread=True)
     _check_ranks(observers, group)
     nccl = distributed.get_backend(group) == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

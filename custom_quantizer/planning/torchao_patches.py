@@ -20,7 +20,9 @@ from torchao.quantization.pt2e.constant_fold import ConstantFolder
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
-from custom_quantizer.calibration.joins import requantize_parts, share_scales
+from custom_quantizer.calibration.exponents import forget_unread
+from custom_quantizer.calibration.joins import requantize_parts
+from custom_quantizer.calibration.settling import settle_scales
 from custom_quantizer.core.graph import STATE_KEY, is_constant, is_dequantize
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.ops.rewrites.batch_norms import fold_in_place
@@ -178,8 +180,8 @@ def finish_before_converting() -> None:
     Observers and fake quantizers are asked to convert themselves one by one, activations not at
     all; a graph may have nothing but these. What was trained becomes what ships here.
 
-    Parts of joins get their scales here (:mod:`custom_quantizer.calibration.joins`), as soon as no
-    more data come.
+    No more data come, so what depends on all of them is decided here
+    (:mod:`custom_quantizer.calibration.settling`).
 
     Also put right what ``move_exported_model_to_eval`` leaves in the batch norms that it exchanges
     (pytorch/ao, ``pt2e/export_utils.py``, ``_replace_batchnorm``): the shape of its own example.
@@ -192,7 +194,8 @@ def finish_before_converting() -> None:
             if node.target is torch.ops.aten.batch_norm.default:
                 node.meta["val"] = recorded(node.args[0])
         fold_for_good(model)
-        share_scales(model)
+        settle_scales(model)
+        forget_unread(model)
         requantize_parts(model)
         converted: GraphModule = first(model, *args, **options)
         return converted

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from support.models import Converted, convert
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.calibration.observers import META_KEY
+from custom_quantizer.calibration.settling import settled_scales
 from custom_quantizer.calibration.statistics import freeze_ranges
 
 
@@ -36,10 +39,20 @@ class Attention(nn.Module):
 
 DATA = torch.randn(5, 2, 6, 8, generator=torch.Generator().manual_seed(1)).split(1)
 EXAMPLE = (DATA[0][0],)
+INPUTS = [(batch[0],) for batch in DATA]
 
 
 def converted(model: Attention, quantizer: cq.IntegerQuantizer | str = "a8w8") -> Converted:
-    return convert(model, EXAMPLE, quantizer, [(batch[0],) for batch in DATA])
+    return convert(model, EXAMPLE, quantizer, INPUTS)
+
+
+def calibrated(data: list[tuple[Tensor]] = INPUTS) -> GraphModule:
+    torch.manual_seed(0)
+    captured = torch.export.export(Attention(60.0).eval(), EXAMPLE).module()
+    prepared: GraphModule = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+    if data:
+        cq.calibrate(prepared, data)
+    return prepared
 
 
 @torch.no_grad()
@@ -56,19 +69,43 @@ def test_coarse_scores_are_float_between_layers_on_integers() -> None:
 
 @torch.no_grad()
 def test_frozen_and_improved_scores_are_float_as_well() -> None:
-    torch.manual_seed(0)
-    quantizer = cq.IntegerQuantizer().set_global("a8w8")
-    data = [(batch[0],) for batch in DATA]
-    captured = torch.export.export(Attention(60.0).eval(), EXAMPLE).module()
-    prepared = prepare_pt2e(captured, quantizer)
-    cq.calibrate(prepared, data)
+    prepared = calibrated()
     frozen = copy.deepcopy(prepared)
     freeze_ranges(frozen)
     want = convert_pt2e(copy.deepcopy(prepared))(*EXAMPLE)[0]
     assert torch.equal(convert_pt2e(frozen)(*EXAMPLE)[0], want)
-    cq.improve(prepared, data, ["bias_correction"])
+    cq.improve(prepared, INPUTS, ["bias_correction"])
     scores = next(n for n in convert_pt2e(prepared).graph.nodes if n.name == "matmul")
     assert "exponent" in scores.meta[META_KEY]["reason"]
+
+
+@torch.no_grad()
+def test_scores_are_integers_again_where_an_improvement_ends_early() -> None:
+    prepared = calibrated()
+    code = str(prepared.graph)
+    reasons = [node.meta.get(META_KEY) for node in prepared.graph.nodes]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(prepared)
+    assert str(prepared.graph) == code
+    assert [node.meta.get(META_KEY) for node in prepared.graph.nodes] == reasons
+
+
+def interrupted(prepared: GraphModule) -> None:
+    code = str(prepared.graph)
+    with settled_scales(prepared):
+        assert str(prepared.graph) != code
+        raise KeyboardInterrupt
+
+
+@torch.no_grad()
+def test_statistics_with_frozen_ranges_fit_the_model(tmp_path: Path) -> None:
+    prepared = calibrated()
+    freeze_ranges(prepared)
+    cq.save_statistics(prepared, tmp_path / "frozen.safetensors")
+    other = calibrated(data=[])
+    cq.load_statistics(other, tmp_path / "frozen.safetensors")
+    want = convert_pt2e(prepared)(*EXAMPLE)[0]
+    assert torch.equal(convert_pt2e(other)(*EXAMPLE)[0], want)
 
 
 def named() -> cq.IntegerQuantizer:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.calibration.joins import share_scales
 from custom_quantizer.calibration.observers import WeightObserver
+from custom_quantizer.calibration.settling import settle_scales
 from custom_quantizer.calibration.statistics import (
     Observed,
     activation_observers,
@@ -122,7 +122,7 @@ def save_encodings(
 
 def _of_prepared(prepared: GraphModule) -> EncodingFile:
     activations: dict[str, Encoding] = {}
-    share_scales(prepared)
+    settle_scales(prepared)
     for observed in activation_observers(prepared):
         for tensor in observed.tensors:
             _add(activations, _of_qparams(tensor, observed.observer.qparams()))
