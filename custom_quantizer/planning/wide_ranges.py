@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import constant_of, effective_users, is_constant
 from custom_quantizer.core.rewriting import step_target
-from custom_quantizer.ops import Formats, Trait
+from custom_quantizer.ops import Formats, Trait, rule_of
 from custom_quantizer.ops.attention import LOG_SOFTMAX, SOFTMAX
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
@@ -131,13 +131,19 @@ def _holds(tensor: Node, size: float) -> bool:
 
 def _sizes_of_constant(tensor: Node) -> tuple[float, float] | None:
     """Smallest and largest absolute value of a constant of floats; of others ``None``."""
-    if not is_constant(tensor) or tensor.op != "get_attr":
-        return None
-    value = constant_of(cast(GraphModule, tensor.graph.owning_module), tensor)
-    if not value.is_floating_point() or not value.numel():
+    value = _constant_floats(tensor)
+    if value is None:
         return None
     least, most = value.abs().aminmax()
     return float(least), float(most)
+
+
+def _constant_floats(tensor: Node) -> torch.Tensor | None:
+    """A constant of floats that is not computed; ``None`` if the tensor is none."""
+    if not is_constant(tensor) or tensor.op != "get_attr":
+        return None
+    value = constant_of(cast(GraphModule, tensor.graph.owning_module), tensor)
+    return value if value.is_floating_point() and value.numel() else None
 
 
 def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
@@ -399,7 +405,15 @@ def _is_never_zero(op: DraftOp) -> bool:
 
 
 def _combines(op: DraftOp) -> bool:
-    """Whether an op moves, adds up or multiplies, value by value."""
+    """Whether an op moves, adds up or multiplies, value by value.
+
+    What adds a constant above zero to what is above zero, too, keeps away from it (``1 + exp(x)``),
+    but for ``elu(x) + 1``.
+    """
+    if op.rule is ADD and all(rule_of(source) is not ELU for source in op.node.all_input_nodes):
+        constants = map(_constant_floats, op.node.all_input_nodes)
+        small = all(value is None or float(value.min()) <= 0 for value in constants)
+        return small or adds_epsilon(op.node)
     return op.moves_values or op.rule in (ADD, MUL, NEG, SUB)
 
 

@@ -285,6 +285,11 @@ EXPONENTIALS: dict[str, tuple[Callable[..., Tensor], set[str], str]] = {
         {"sigmoid", "rsub", "log"},
         "that is never zero",
     ),
+    "divided by an exponential and a guard": (
+        lambda y: y / (torch.exp(y) * 0.5 + 1e-6),
+        {"exp", "mul"},
+        "that is never zero",
+    ),
     "linear attention": (
         lambda y: y * torch.reciprocal(F.elu(y) + 1),
         {"elu", "add", "reciprocal"},
@@ -321,6 +326,11 @@ def test_what_is_narrow_only_behind_an_exponential_or_logarithm_stays_in_float(n
     graph = canonicalize(capture(Function(through, conv=conv()), (torch.randn(IMAGE),)))
     for_integers = make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8)]), INTEGERS)
     assert {op.scheme for op in for_integers.ops if op.node in chain} == {"a8w8"}
+
+
+def test_a_divisor_that_is_never_close_to_zero_is_an_integer() -> None:
+    plan = plan_of(lambda s, x: x / (0.1 * torch.sigmoid(s.conv(x)) + 1.0), conv=conv())
+    assert {op.scheme for op in plan.ops if op.family in ("sigmoid", "mul", "add")} == {"a8w8"}
 
 
 MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
