@@ -419,7 +419,7 @@ def _combines(op: DraftOp) -> bool:
 
 def _argument_at_pole(op: DraftOp) -> list[Node]:
     argument, _what = _pole(op)
-    return [] if argument is None else [argument]
+    return [] if argument is None or is_constant(argument) else [argument]
 
 
 def _is_less_a_number(op: DraftOp) -> bool:

@@ -358,7 +358,7 @@ def test_numbers_that_stand_for_infinity_have_no_scale(name: str) -> None:
 
 @pytest.mark.parametrize("shift", [1e5, -1e5])
 def test_numbers_of_the_data_have_a_scale(shift: float) -> None:
-    plan = plan_of(lambda s, x: s.conv((x - shift) * 1e5), conv=conv())
+    plan = plan_of(lambda s, x: s.head((s.conv(x) - shift) * 1e5), conv=conv(), head=conv())
     assert {op.scheme for op in plan.ops} == {"a8w8"}
 
 
