@@ -54,6 +54,7 @@ __all__ = [
     "module_stack",
     "qparams_of",
     "reads_sizes",
+    "recorded_value",
     "set_state",
     "shape_of",
     "size_bounds",
@@ -307,10 +308,27 @@ def shape_of(node: Node) -> tuple[int, ...]:
     """
     value = tensor_meta(node)
     if value is None:
-        raise ConversionError(
-            f"{describe(node)} carries no shape; hand in the graph as torch.export made it"
-        )
+        raise _not_recorded(node)
     return tuple(map(_as_number, value.shape))
+
+
+def recorded_value(node: Node) -> Any:
+    """What capture recorded for ``node``: a fake tensor, a size, or several of them.
+
+    Raises:
+        ConversionError: nothing was recorded.
+    """
+    value = node.meta.get("val")
+    value = tensor_meta(node) if value is None else value
+    if value is None:
+        raise _not_recorded(node)
+    return value
+
+
+def _not_recorded(node: Node) -> ConversionError:
+    return ConversionError(
+        f"{describe(node)} carries no shape; hand in the graph as torch.export made it"
+    )
 
 
 def _as_number(size: Any) -> Any:

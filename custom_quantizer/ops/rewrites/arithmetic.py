@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_float32, shape_of, tensor_meta
+from custom_quantizer.core.graph import (
+    argument,
+    is_float32,
+    recorded_value,
+    shape_of,
+    tensor_meta,
+)
 from custom_quantizer.core.rewriting import Insertion, Rewrite, renamed
 from custom_quantizer.ops.rewrites.masks import is_finite
 
@@ -51,7 +57,7 @@ def _product_apart(insert: Insertion) -> Node | None:
         operands[scaled] = insert.call(aten.mul.Tensor, operand, alpha)
     elif isinstance(operand, Node) or isinstance(alpha, Node):
         operands[scaled] = product = insert.call(operator.mul, operand, alpha)
-        sizes = [n.meta["val"] if isinstance(n, Node) else n for n in (operand, alpha)]
+        sizes = [recorded_value(n) if isinstance(n, Node) else n for n in (operand, alpha)]
         product.meta["val"] = math.prod(sizes)
     else:
         operands[scaled] = cast(float, operand) * alpha

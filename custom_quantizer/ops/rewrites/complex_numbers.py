@@ -25,6 +25,7 @@ from custom_quantizer.core.graph import (
     is_complex,
     is_constant,
     is_same_shape,
+    recorded_value,
     shape_of,
     tensor_meta,
 )
@@ -147,7 +148,7 @@ class _Parts:
         """Whether dtype and shape are those of the result, or of its parts."""
         if not isinstance(part, Node):
             return part is None
-        given, wanted = (pytree.tree_leaves(n.meta["val"]) for n in (part, self.node))
+        given, wanted = (pytree.tree_leaves(recorded_value(n)) for n in (part, self.node))
         return len(given) == len(wanted) and all(
             a.dtype == (b.dtype.to_real() if b.is_complex() else b.dtype)
             and is_same_shape(a.shape, b.shape)

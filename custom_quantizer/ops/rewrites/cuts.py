@@ -17,7 +17,13 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import argument, is_negative, shape_of, tensor_meta
+from custom_quantizer.core.graph import (
+    argument,
+    is_negative,
+    recorded_value,
+    shape_of,
+    tensor_meta,
+)
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.movement import SPLIT
 
@@ -113,7 +119,7 @@ def _part_of_split(insert: Insertion) -> Node | None:
         return None
     data = cast(Node, split.args[0])
     dim = int(argument(split, 2, "dim", 0)) % len(shape_of(data))
-    before = cast("Sequence[Any]", split.meta["val"])[: cast(int, index)]
+    before = cast("Sequence[Any]", recorded_value(split))[: cast(int, index)]
     return _part(insert, data, dim, sum(piece.shape[dim] for piece in before))
 
 

@@ -3,6 +3,9 @@
 ``torch.export`` captures a vmapped function as the ops of one sample, between calls that put
 tensors into a batch and take them out. Such a tensor hides a dim: it has no range that an observer
 could see, and no kernel. The region is traced once more, by which functorch writes the batch out.
+
+The calls are functions of ``torch._functorch.predispatch`` (torch 2.15), which has no public seam;
+``tests/ops/test_vmapped.py`` notices where another version captures others.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from torch._functorch import predispatch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from custom_quantizer.core.graph import add_constant
+from custom_quantizer.core.graph import add_constant, recorded_value
 
 __all__ = ["write_out_batches"]
 
@@ -65,7 +68,7 @@ def _write_out(model: GraphModule, region: list[Node]) -> None:
         return [known[node] for node in results]
 
     predispatch.lazy_load_decompositions()
-    traced = make_fx(run, tracing_mode="real")(*(node.meta["val"] for node in inputs))
+    traced = make_fx(run, tracing_mode="real")(*map(recorded_value, inputs))
     last = region[-1]
     with model.graph.inserting_before(last):
         values = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
@@ -74,8 +77,7 @@ def _write_out(model: GraphModule, region: list[Node]) -> None:
             values[node] = add_constant(model, str(node.target), constant, last)
         copied = cast("list[Node]", _copied(model.graph, traced.graph, values, last))
     for node, result in zip(results, copied, strict=True):
-        outside = lambda user: user not in inside  # noqa: E731
-        node.replace_all_uses_with(result, delete_user_cb=outside)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for node in reversed(region):
         model.graph.erase_node(node)
 
