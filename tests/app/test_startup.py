@@ -84,6 +84,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     return found, collections
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(COMMANDS)), ids=[line[0] for line in COMMANDS])
 def test_a_command_imports_what_it_needs_and_no_more(index: int, answers: Answers) -> None:
     code, loaded = answers[0][index]
@@ -92,6 +93,7 @@ def test_a_command_imports_what_it_needs_and_no_more(index: int, answers: Answer
     assert code == COMMANDS[index][1]
 
 
+@pytest.mark.slow
 def test_imports_are_not_searched_for_garbage(answers: Answers) -> None:
     """What libraries are made of stays: each full collection would walk over all of it."""
     assert answers[1] == 0

@@ -144,6 +144,7 @@ def test_a_test_for_arm_expects_ties_to_be_rounded_up(tmp_path: Path) -> None:
     assert [line.split(" of ")[0] for line in wrong] == [f"sample 0, output 0: {int(up.sum())}"]
 
 
+@pytest.mark.slow
 def test_checks_expect_what_the_machine_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """This one, taken for another, is found to round differently."""
     program = DeviceProgram("all pairs, with ties", "a8w8")

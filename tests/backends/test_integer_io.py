@@ -443,6 +443,7 @@ def test_inputs_that_are_returned_and_inputs_by_keyword(integer: Any) -> None:
     assert torch.equal(got["flat"], stored.flatten(1))
 
 
+@pytest.mark.slow
 def test_a_dynamic_batch() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
     x = images()

@@ -407,6 +407,7 @@ def test_arguments_that_depend_on_a_dynamic_size() -> None:
         assert differences(result.lowered.run(given), reference(given)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [

@@ -319,6 +319,7 @@ def test_a_float_graph_is_lowered_in_float_with_a_warning() -> None:
     torch.testing.assert_close(got, model(*images()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_old_call_says_that_it_comes_too_late() -> None:
     """``to_edge`` and ``to_backend``, deprecated; the way out that the warning names works."""
     x = torch.randn(2, 4)

@@ -422,6 +422,7 @@ def test_packed_int4_weights_with_an_odd_row(dynamic: bool) -> None:
         assert source.zero_point is None
 
 
+@pytest.mark.slow
 def test_grouped_int4_weights() -> None:
     torch.manual_seed(3)
     linear, example = nn.Linear(96, 5).eval(), (torch.randn(2, 96),)
