@@ -7,7 +7,7 @@ Several stand side by side in one model where they can, since lowering costs sec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -267,6 +267,22 @@ def test_a_part_in_bfloat16_stays_in_float() -> None:
     assert "bfloat16; only float32 tensors are quantized" in reasons["linear"]
     lowered = cq.lower(graph, (X,))
     assert list(lowered.integer_biases()) == ["linear_1"]
+
+
+def test_what_autocast_computes_is_outside_under_the_name_of_its_call() -> None:
+    """Export writes its ops out, under names of their own."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = F.gelu(m.narrow(x))
+        with torch.autocast("cpu", enabled=False):
+            return cast(Tensor, m.last(y.float()))
+
+    graph, quantizer = converted(Function(forward, narrow=linear(), last=linear()), X)
+    (region,) = [op.node for op in quantizer.last_plan.floating if "autocast" in op.reason]
+    rows = {op.node: op for op in cq.lower(graph, (X,)).report.ops}
+    assert rows[region].placement.value == "outside"
+    assert "aten::gelu" in rows[region].outside
 
 
 def test_integers_and_booleans_as_inputs() -> None:

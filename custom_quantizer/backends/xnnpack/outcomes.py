@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from executorch.exir import EdgeProgramManager
 from torch.fx import Graph, Node
 
@@ -81,15 +82,17 @@ def _positions(
     }
 
 
+_NAMELESS = ""
+"""What export writes out of a graph that an op runs (``torch.autocast``) has the name of none."""
+
+
 def _trace(edge: EdgeProgramManager, method: str) -> tuple[dict[str, _Traced], bool]:
     traced: dict[str, _Traced] = {}
     empty = False
     module = edge.exported_program(method).graph_module
 
     def entries(node: Node) -> list[_Traced]:
-        names = origin_of(node)
-        if names is None:
-            return []
+        names = origin_of(node) or _NAMELESS
         return [traced.setdefault(name, _Traced([], [])) for name in names.split(",")]
 
     for node in module.graph.nodes:
@@ -153,6 +156,8 @@ def _row(
     if isinstance(op, QuantizedOp) and op.output_node is not op.node:
         names.append(op.output_node.name)
     found = [traced[name] for name in names if name in traced]
+    if not found and isinstance(op.node.target, torch._ops.HigherOrderOperator):
+        found = [_Traced([], traced[_NAMELESS].outside)] if _NAMELESS in traced else []
     delegated = [node for trace in found for node in trace.delegated]
     outside = [node for trace in found for node in trace.outside]
     handles = {cast(int, node.meta.get("debug_handle", -1)) for node in delegated}
