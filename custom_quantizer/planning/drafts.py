@@ -78,11 +78,13 @@ class DraftOp:
     def adds_up(self) -> bool:
         """Whether it is a layer by form only: it adds up all of a dim, and not a few branches.
 
-        Also one that is written as ``einsum`` or as a product with equal numbers.
+        Also one that is written as ``einsum`` or as a product with equal numbers. A pool of an
+        image is none, whatever form a dynamic batch gives it.
         """
         if self.match is None or self.match.weight is None:
             return False
-        return step_target(self.node) in _TOTALS or _is_one_number(self.match.weight)
+        target = step_target(self.node)
+        return target in _TOTALS or (target not in _POOLS and _is_one_number(self.match.weight))
 
     @property
     def is_total(self) -> bool:
@@ -101,6 +103,13 @@ _TOTALS = frozenset(
         torch.ops.aten.mean.dim,
         torch.ops.aten.sum.default,
         torch.ops.aten.sum.dim_IntList,
+    }
+)
+
+_POOLS = frozenset(
+    {
+        torch.ops.aten.adaptive_avg_pool2d.default,
+        torch.ops.aten.avg_pool2d.default,
     }
 )
 

@@ -377,6 +377,15 @@ TOTALS: dict[str, tuple[Callable[..., Tensor], set[str]]] = {
 }
 
 
+def test_a_pool_of_any_batch_is_no_total() -> None:
+    """It is the integer kernel that it is of one batch, or a layer that computes the same."""
+    model = Function(lambda s, x: F.adaptive_avg_pool2d(s.conv(x), 1), conv=conv())
+    batch = ({0: torch.export.Dim("batch", min=1, max=9)},)
+    exported = torch.export.export(model, (torch.randn(IMAGE),), dynamic_shapes=(batch,))
+    plan = cq.IntegerQuantizer().set_global("a8w8").plan(exported)
+    assert [op.scheme for op in plan.ops if op.scheme is None] == []
+
+
 @pytest.mark.parametrize("name", TOTALS)
 def test_totals_that_only_float_outputs_show_stay_in_float(name: str) -> None:
     """And what is behind them, and what is added up, if nothing else reads it."""
