@@ -229,8 +229,8 @@ def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
     exponentials and powers what the root is to powers, also where a constant matrix adds them up
     (mel filters). A sine or cosine makes little of wide phases, too: those that a constant matrix
     makes (Fourier features) have many periods on one scale. Of an exponential close to one, what it
-    lacks of one is less than a step of its own scale. What exponentials and
-    sigmoids make is never zero, but integers are: no divisor is made of these.
+    lacks of one is less than a step of its own scale. What exponentials and sigmoids make is never
+    zero, but integers are: no divisor is made of these.
     """
     for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _POLES, _WAVES, _REMAINDERS, _DIFFERENCES):
         _leave_chains(ops, backend, kind)

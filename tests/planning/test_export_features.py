@@ -87,6 +87,18 @@ def test_a_layer_behind_a_check_of_values() -> None:
     assert (lowered.report.delegates, lowered.report.outside) == (1, ())
 
 
+def test_what_a_check_reads_may_be_written_for_others_too() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.first(x)
+        torch._assert_async((y.view(-1).add_(1.0).abs() < 1e9).all())
+        return y * 2
+
+    model = Function(forward, first=linear()).eval()
+    exported = torch.export.export(model, (X,)).module()
+    prepared = prepare_pt2e(exported, cq.IntegerQuantizer().set_global("a8w8"))
+    torch.testing.assert_close(prepared(X), model(X.clone()))
+
+
 def test_only_branches() -> None:
     model = Function(
         lambda m, x: torch.cond(x.sum() > 0, m.first, lambda x: x * 2.0, (x,)), first=linear()

@@ -176,7 +176,8 @@ def canonicalize(
 def _drop_checks_of_values(model: GraphModule) -> None:
     """``torch.distributions`` checks its arguments; no program does.
 
-    The comparisons that only a check reads would keep tensors from integers.
+    The comparisons that only a check reads would keep tensors from integers. What is written into
+    memory that others see stays.
     """
     for node in list(model.graph.nodes):
         if node.target not in (aten._assert_async.default, aten._assert_async.msg):
@@ -187,7 +188,8 @@ def _drop_checks_of_values(model: GraphModule) -> None:
             model.graph.erase_node(each)
             for source in sources:
                 said = [u for u in source.users if u.target is aten._assert_tensor_metadata.default]
-                if source.op == "call_function" and len(said) == len(source.users):
+                alone = source.op == "call_function" and len(said) == len(source.users)
+                if alone and not source.is_impure():
                     for user in said:
                         model.graph.erase_node(user)
                     unread.append(source)
