@@ -12,7 +12,11 @@ from typing import Any, cast
 
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.calibration.observers import META_KEY, ActivationObserver
+from custom_quantizer.calibration.observers import (
+    META_KEY,
+    ActivationObserver,
+    activation_observer,
+)
 from custom_quantizer.ops import rule_of
 
 __all__ = ["COARSEST", "EXPONENT", "forget_unread", "leave_coarse"]
@@ -43,7 +47,7 @@ def leave_coarse(prepared: GraphModule) -> Callable[[], None]:
         if EXPONENT not in node.meta:
             continue
         calls, shown = _observed(prepared, node)
-        observers = {prepared.get_submodule(str(call.target)) for call in calls}
+        observers = {activation_observer(prepared, call) for call in calls}
         step = max((_scale(observer) * node.meta[EXPONENT] for observer in observers), default=0.0)
         if step <= COARSEST:
             continue
@@ -72,9 +76,7 @@ def leave_coarse(prepared: GraphModule) -> Callable[[], None]:
 def forget_unread(prepared: GraphModule) -> None:
     """Erase calls of observers that nobody reads, which ``convert_pt2e`` would make integers of."""
     for node in prepared.graph.find_nodes(op="call_module"):
-        if not node.users and isinstance(
-            prepared.get_submodule(str(node.target)), ActivationObserver
-        ):
+        if not node.users and activation_observer(prepared, node) is not None:
             prepared.graph.erase_node(node)
 
 
@@ -95,8 +97,8 @@ def _observed(prepared: GraphModule, node: Node) -> tuple[list[Node], list[Node]
     return calls, shown
 
 
-def _scale(observer: object) -> float:
+def _scale(observer: ActivationObserver | None) -> float:
     """Of an observer that saw data and may change; 0 of another one."""
-    if not isinstance(observer, ActivationObserver) or observer.frozen or not observer.count > 0:
+    if observer is None or observer.frozen or not observer.count > 0:
         return 0.0
     return float(observer.qparams().scale)

@@ -16,7 +16,7 @@ from typing import cast
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import FakeQuantizeBase
 
-from custom_quantizer.calibration.observers import ActivationObserver
+from custom_quantizer.calibration.observers import ActivationObserver, activation_observer
 from custom_quantizer.calibration.ranges import Statistics
 from custom_quantizer.ops import rule_of
 
@@ -133,15 +133,15 @@ def _parts(prepared: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
 
 def _is_observed(prepared: GraphModule, call: Node) -> bool:
     """Whether a call is of an observer, and none that rounds in training."""
-    module = prepared.get_submodule(str(call.target)) if call.op == "call_module" else None
-    return isinstance(module, ActivationObserver) and not isinstance(module, FakeQuantizeBase)
+    observer = activation_observer(prepared, call)
+    return observer is not None and not isinstance(observer, FakeQuantizeBase)
 
 
 def _observers(
     prepared: GraphModule, part: Node, joint: Node
 ) -> tuple[ActivationObserver, ActivationObserver]:
     """What two calls are of, now."""
-    mine, other = (prepared.get_submodule(str(call.target)) for call in (part, joint))
+    mine, other = (activation_observer(prepared, call) for call in (part, joint))
     return cast(ActivationObserver, mine), cast(ActivationObserver, other)
 
 

@@ -58,6 +58,7 @@ __all__ = [
     "ActivationObserver",
     "BiasObserver",
     "WeightObserver",
+    "activation_observer",
     "choose_qparams",
     "forget_models",
     "refuse_export",
@@ -736,6 +737,12 @@ def _consumers(node: Node) -> list[PatternMatch]:
             raise ConversionError(f"{describe(user)} uses a quantized constant, but {bound}")
         matches.append(bound)
     return matches
+
+
+def activation_observer(model: GraphModule, node: Node) -> ActivationObserver | None:
+    """The observer of activations that a node of a prepared graph calls, if it calls one."""
+    module = _observer_of(model, node)
+    return module if isinstance(module, ActivationObserver) else None
 
 
 def _observer_of(model: GraphModule, node: Node) -> Any:

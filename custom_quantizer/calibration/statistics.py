@@ -26,7 +26,11 @@ from torch import Tensor, distributed
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.calibration.joins import joined_observers
-from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
+from custom_quantizer.calibration.observers import (
+    ActivationObserver,
+    WeightObserver,
+    activation_observer,
+)
 from custom_quantizer.calibration.ranges import BINS, Kind, Statistics
 from custom_quantizer.calibration.settling import settle_scales
 from custom_quantizer.core.arithmetic import QParams
@@ -132,10 +136,12 @@ def activation_observers(prepared: GraphModule, *, unread: bool = False) -> tupl
     tensors: dict[ActivationObserver, set[str]] = {}
     inner: set[str] = set()
     for node in prepared.graph.nodes:
-        observer = _observer(prepared, node)
+        observer = activation_observer(prepared, node)
         if observer is not None and not observer.is_dynamic and (unread or node.users):
             source = node.args[0]
-            while _observer(prepared, source) is not None:  # requantized for one of its users
+            while (
+                activation_observer(prepared, source) is not None
+            ):  # requantized for one of its users
                 source = source.args[0]
             names = tensors.setdefault(observer, set())
             planned = _before_moves(prepared, planned_tensor(source))
@@ -159,15 +165,10 @@ def _before_moves(prepared: GraphModule, node: Node) -> Node:
     """The tensor of the captured graph whose values ``node`` holds, where a rewrite moved them."""
     while is_inner(node) and node.target in _MOVES:
         source = cast(Node, node.args[0])
-        while _observer(prepared, source) is not None:
+        while activation_observer(prepared, source) is not None:
             source = cast(Node, source.args[0])
         node = planned_tensor(source)
     return node
-
-
-def _observer(model: GraphModule, node: Node) -> ActivationObserver | None:
-    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if isinstance(module, ActivationObserver) else None
 
 
 def record_counts(prepared: GraphModule) -> None:

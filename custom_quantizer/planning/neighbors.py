@@ -79,7 +79,7 @@ def leave_prepared(ops: Drafts, io: ModelIO, backend: Backend) -> None:
     """
     if not backend.float_targets:
         return  # planned for integers alone
-    given = {node for node in io.node.graph.nodes if node.op == "placeholder"} - io.inputs.keys()
+    given = set(io.node.graph.find_nodes(op="placeholder")) - io.inputs.keys()
     prepares: list[DraftOp] = []
     for op in ops:
         inputs = () if op.match is None else op.match.inputs

@@ -90,9 +90,11 @@ def leave_endless(ops: Drafts, backend: Backend) -> None:
         hands_on = op.moves_values or op.rule in _HAND_ON
         if op.match is None or not (hands_on or op.has(Trait.TABLE) or op.match.bounds):
             continue
-        known = backend.float_targets and _masks(op)
-        least = _STANDS_FOR_INFINITY if known else math.inf
-        if not any(t in endless or _holds(t, least) for t in op.node.all_input_nodes):
+        sizes = [*filter(None, map(_sizes_of_constant, op.node.all_input_nodes))]
+        known = backend.float_targets and _masks(op, sizes)
+        large = _STANDS_FOR_INFINITY if known else math.inf
+        read = not endless.isdisjoint(op.node.all_input_nodes)
+        if not read and not any(most >= large for _least, most in sizes):
             continue
         if op.scheme is not None or op.moves_values:
             op.leave("it reads what a constant makes infinite, for which there is no scale")
@@ -110,23 +112,20 @@ _STANDS_FOR_INFINITY = 1e4
 """Least number by which masks do: what fits half precision is up to 65,504."""
 
 
-def _masks(op: DraftOp) -> bool:
+def _masks(op: DraftOp, sizes: list[tuple[float, float]]) -> bool:
     """Whether large numbers of a constant end up among those of an activation, one by one.
 
     They are chosen, or added where others of the constant are small; or a mask of ones and zeros is
     multiplied by the constant before it is added.
+
+    Args:
+        op: that may mask.
+        sizes: of its constants.
     """
     if op.rule in (ADD, SUB):
-        constants = filter(None, map(_sizes_of_constant, op.node.all_input_nodes))
-        return any(least < _STANDS_FOR_INFINITY for least, _most in constants)
+        return any(least < _STANDS_FOR_INFINITY for least, _most in sizes)
     added = any(user.target in _ADDITIONS for user in effective_users(op.output))
     return op.rule is WHERE or (op.rule is MUL and added)
-
-
-def _holds(tensor: Node, size: float) -> bool:
-    """Whether it is a constant of which a number is as large."""
-    sizes = _sizes_of_constant(tensor)
-    return sizes is not None and sizes[1] >= size
 
 
 def _sizes_of_constant(tensor: Node) -> tuple[float, float] | None:
