@@ -139,9 +139,8 @@ def activation_observers(prepared: GraphModule, *, unread: bool = False) -> tupl
         observer = activation_observer(prepared, node)
         if observer is not None and not observer.is_dynamic and (unread or node.users):
             source = node.args[0]
-            while (
-                activation_observer(prepared, source) is not None
-            ):  # requantized for one of its users
+            # Where it was requantized for one of its users, another observer stands before.
+            while activation_observer(prepared, source) is not None:
                 source = source.args[0]
             names = tensors.setdefault(observer, set())
             planned = _before_moves(prepared, planned_tensor(source))
