@@ -203,6 +203,11 @@ def test_what_passes_require_is_all_that_their_order_matters_for(family: str, se
 # ---------------------------------------------------------------------------------------------
 
 
+def calls_of(graph: GraphModule) -> list[tuple[Any, ...]]:
+    """What the graph computes: in a hundredth of the time that its text takes."""
+    return [(node, node.target, node.args, node.kwargs) for node in graph.graph.nodes]
+
+
 @pytest.mark.parametrize(("family", "scheme"), CORPUS)
 def test_no_pass_changes_a_value(family: str, scheme: str) -> None:
     """With scales of which every kernel gives the same values: passes choose other kernels."""
@@ -212,8 +217,8 @@ def test_no_pass_changes_a_value(family: str, scheme: str) -> None:
     batches = [inputs, tuple(x * 50.0 for x in inputs)]
     values = [graph(*batch) for batch in batches]
     for graph_pass in PASSES:
-        before = str(rewritten.graph)  # an eighth of the time that its code takes
-        if not graph_pass.run(rewritten) and str(rewritten.graph) == before:
+        before = calls_of(rewritten)
+        if not graph_pass.run(rewritten) and calls_of(rewritten) == before:
             continue
         rewritten.graph.lint()
         rewritten.recompile()
