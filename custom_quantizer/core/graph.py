@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from custom_quantizer.core.arithmetic import QParams
-from custom_quantizer.core.memory import overwritten_by, written_inputs
+from custom_quantizer.core.memory import overwritten_by, reached, viewed_by, written_inputs
 from custom_quantizer.errors import ConversionError, InputError
 
 __all__ = [
@@ -418,18 +418,21 @@ def effective_users(node: Node) -> list[Node]:
 
 def state_of(graph: torch.fx.Graph) -> list[Node]:
     """The inputs and constants that some call of the graph writes into, views of them included."""
-    found: dict[Node, None] = {}
-    for node in graph.nodes:
-        for written in written_inputs(node):
-            # Through views, and observers of a prepared graph, which hand on what they see.
-            while written.op in ("call_function", "call_module") and written.args:
-                source = written.args[0]
-                if not isinstance(source, Node):
-                    break
-                written = source
-            if written.op in ("get_attr", "placeholder"):
-                found[written] = None
-    return list(found)
+    reads = {
+        read
+        for node in graph.nodes
+        for written in written_inputs(node)
+        for read in reached(written, _same_memory)
+        if read.op in ("get_attr", "placeholder")
+    }
+    return [node for node in graph.nodes if node in reads]
+
+
+def _same_memory(node: Node) -> list[Node]:
+    """The tensors of which the result of ``node`` may be a view, or which it is."""
+    if node.op == "call_module":  # an observer of a prepared graph hands on what it sees
+        return [source for source in node.args[:1] if isinstance(source, Node)]
+    return [*viewed_by(node), *written_inputs(node)]
 
 
 def state_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

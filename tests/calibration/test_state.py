@@ -180,6 +180,27 @@ def test_a_copy_of_what_is_written_later_stays_a_copy() -> None:
     assert torch.allclose(second, y * 2.0, rtol=0, atol=0.024)
 
 
+@pytest.mark.parametrize("capture", ["captured", "prepared"])
+def test_state_is_what_a_write_reaches_through_views_alone(capture: str) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("scale", "viewed", "chained"):
+                self.register_buffer(name, torch.ones(2, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.scale * x  # new memory
+            y += x
+            self.viewed.view(-1)[2:4].mul_(0.5)
+            self.chained.add_(1.0).mul_(2.0)
+            return y + self.viewed + self.chained
+
+    graph = torch.export.export(Writes().eval(), EXAMPLE).module()
+    if capture == "prepared":
+        graph = prepared(Writes().eval())
+    assert state_buffers(graph).keys() == {"viewed", "chained"}
+
+
 def test_looking_at_a_model_does_not_change_it() -> None:
     model, graph = remembers(), result().converted
     reference = cq.integer_reference(graph)
