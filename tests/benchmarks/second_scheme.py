@@ -4,8 +4,8 @@
 
 CPU seconds of one thread, the least of three rounds, from the float model to a checked program:
 ``quantize(..., config=SCHEME)``, and ``result.with_config(SCHEME, ...)`` of a result in another
-scheme; both without lowering, too. Random weights and eight random images. The first call of a
-process, which imports what lowering needs, is that of a small network, and not counted.
+scheme. Random weights and random images. The first call of a process, which imports what lowering
+needs, is that of a small network, and not counted.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ MODELS = (
     "densenet121",
     "convnext_tiny",
 )
-SIZE, IMAGES, ROUNDS = 224, 8, 3
+SIZE, ROUNDS = 224, 3
+IMAGES = (8, 32)
+"""To calibrate on."""
 BEFORE, SCHEMES = "a8w6", ("a8w8", "a8w4")
 
 Record = dict[str, Any]
 
 
 def compare(name: str) -> Record:
-    """Seconds to each scheme from the start and from another one, with and without lowering."""
+    """Seconds to each scheme from the start and from another one, for each number of images."""
     import torch
     from support.models import torchvision_model
 
@@ -47,47 +49,43 @@ def compare(name: str) -> Record:
         function(*args, **options)
         rounds.setdefault(what, []).append(time.process_time() - start)
 
-    def all_ways(model: torch.nn.Module, data: list[Any]) -> None:
-        given = (model, data[0], data)
-        for lower in (True, False):
-            options: dict[str, Any] = {"lower": lower, "progress": False}
-            end = "lowered" if lower else "converted"
-            before = cq.quantize(*given, config=BEFORE, **options)
-            for scheme in SCHEMES:
-                start, other = (f"{scheme} {way} {end}" for way in ("start", "other"))
-                timed(start, cq.quantize, *given, config=scheme, **options)
-                timed(other, before.with_config, scheme, data, **options)
+    def both_ways(model: torch.nn.Module, data: list[Any]) -> None:
+        given, options = (model, data[0], data), {"progress": False}
+        before = cq.quantize(*given, config=BEFORE, **options)
+        for scheme in SCHEMES:
+            start, other = (_key(scheme, way, len(data)) for way in ("start", "other"))
+            timed(start, cq.quantize, *given, config=scheme, **options)
+            timed(other, before.with_config, scheme, data, **options)
 
     small = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()
-    all_ways(small, [(torch.randn(1, 3, 8, 8),)])
+    both_ways(small, [(torch.randn(1, 3, 8, 8),)])
     rounds.clear()
     model = torchvision_model(name).eval()
-    data = [(torch.randn(1, 3, SIZE, SIZE),) for _ in range(IMAGES)]
+    data = [(torch.randn(1, 3, SIZE, SIZE),) for _ in range(max(IMAGES))]
     for _ in range(ROUNDS):
-        all_ways(model, data)
+        for images in IMAGES:
+            both_ways(model, data[:images])
     return {"model": name, "seconds": {what: min(each) for what, each in rounds.items()}}
+
+
+def _key(scheme: str, way: str, images: int) -> str:
+    return f"{scheme} {way} {images}"
 
 
 def render(record: Record) -> str:
     """The table of docs/results/second_scheme.md."""
-    header = ["network"]
-    for scheme in SCHEMES:
-        header += [f"`{scheme}`", "without lowering", "share of lowering"]
+    columns = [(scheme, images) for scheme in SCHEMES for images in IMAGES]
+    header = ["network", *(f"`{scheme}`, {images} images" for scheme, images in columns)]
     lines = [
         f"CPU seconds to a scheme of a model that was quantized to `{BEFORE}` before, those from "
-        f"the start = 1 ({IMAGES} images of {SIZE}x{SIZE}):",
+        f"the start = 1 (images of {SIZE}x{SIZE} to calibrate on):",
         "",
     ]
     rows = [header, ["---"] * len(header)]
     for result in record["results"]:
-        took, cells = result["seconds"], []
-        for scheme in SCHEMES:
-            for end in ("lowered", "converted"):
-                ratio = took[f"{scheme} other {end}"] / took[f"{scheme} start {end}"]
-                cells.append(f"{ratio:.2f}")
-            share = 1 - took[f"{scheme} other converted"] / took[f"{scheme} other lowered"]
-            cells.append(f"{share:.0%}")
-        rows.append([result["model"], *cells])
+        took = result["seconds"]
+        ratios = (took[_key(s, "other", n)] / took[_key(s, "start", n)] for s, n in columns)
+        rows.append([result["model"], *(f"{ratio:.2f}" for ratio in ratios)])
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
 
 
