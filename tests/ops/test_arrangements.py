@@ -395,12 +395,34 @@ def test_a_dynamic_batch_is_no_obstacle() -> None:
 @pytest.mark.parametrize(
     "move",
     [
+        lambda x: aten._unsafe_view(x, [x.shape[0], 9]),
+        lambda x: aten._unsafe_view(x.movedim(0, 1).contiguous(), [3, x.shape[0] * 3]),
+        lambda x: torch.narrow_copy(x, 0, 0, x.shape[0]).flip(1),
+    ],
+)
+def test_a_move_may_be_told_by_dynamic_sizes(move: Callable[[Tensor], Tensor]) -> None:
+    model, x = Function(lambda _, x: move(x * 1.0)), torch.randn(3, 3, 3)
+    sizes = (({0: torch.export.Dim("n", min=2, max=8)},),)
+    graph = canonicalize(capture(model, (x,), dynamic_shapes=sizes))
+    left = [n for n in graph.graph.nodes if n.op == "call_function"]
+    names = {str(n.target) for n in left if match_of(n) is None}
+    assert names <= {"aten.sym_size.int", "<built-in function mul>"}
+    for n in (2, 5):
+        x = torch.randn(n, 3, 3)
+        assert differences(graph(x), model(x)) == []
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
         lambda x: x[[0, 1, 2]],
         lambda x: x.index_select(0, torch.arange(3)),
         lambda x: x.roll(3, 0),
         lambda x: x.roll((-3, 1), (0, 1)),
         lambda x: x.flatten(1).gather(0, torch.arange(3).unsqueeze(1).expand(3, 9)),
         lambda x: x.as_strided((3, 9), (9, 1)),
+        lambda x: x.roll(x.shape[0], 1),
+        lambda x: x.tile(1, x.shape[0] // 3, 1),
     ],
 )
 def test_what_is_no_move_for_other_sizes_than_the_example_stays(

@@ -163,4 +163,7 @@ def legalize_by(model: GraphModule, forms: Mapping[Any, Rewrite], *, training: b
     Returns:
         How many calls were rewritten.
     """
-    return rewrite_calls(model, forms, training=training)
+    # Moves that numbers tell are tried with several sizes; other forms take constants only.
+    moves_by_sizes = {target: form for target, form in forms.items() if form is arrangement}
+    count = rewrite_calls(model, moves_by_sizes, training=training, of_sizes=True)
+    return count + rewrite_calls(model, forms, training=training)

@@ -172,16 +172,17 @@ def _sizes(node: Node, symbols: _Symbols | None = None) -> list[int] | None:
     """Sizes of a tensor, dynamic ones as symbols say, or as capture's example had them."""
     sizes: list[int] = []
     for size in cast("tuple[Any, ...]", shape_of(node)):
-        if isinstance(size, int):
-            known: int | None = size
-        elif symbols is None:
-            known = size.node.hint
-        else:
-            known = int(size.node.expr.subs(symbols))
+        known = size if isinstance(size, int) else _value(size, symbols)
         if known is None or (known < 2 and not isinstance(size, int)):
             return None
-        sizes.append(int(known))
+        sizes.append(known)
     return sizes
+
+
+def _value(size: torch.SymInt, symbols: _Symbols | None) -> int | None:
+    """A dynamic size, as symbols say, or as capture's example had it."""
+    known = size.node.hint if symbols is None else size.node.expr.subs(symbols)
+    return None if known is None else int(known)
 
 
 def _applied(
@@ -189,9 +190,13 @@ def _applied(
 ) -> Tensor | None:
     """What the call makes of numbered values; ``None``: it depends on other values."""
     node = insert.node
-    values: dict[Node, Tensor] = {data: numbers}
+    values: dict[Node, Tensor | int] = {data: numbers}
     for source in node.all_input_nodes:
         if source is data:
+            continue
+        size = source.meta.get("val")
+        if isinstance(size, torch.SymInt) and (number := _value(size, symbols)) is not None:
+            values[source] = number
             continue
         origin = restated(source)
         if is_constant(origin) and origin.op == "get_attr":
