@@ -398,6 +398,8 @@ def test_a_dynamic_batch_is_no_obstacle() -> None:
         lambda x: aten._unsafe_view(x, [x.shape[0], 9]),
         lambda x: aten._unsafe_view(x.movedim(0, 1).contiguous(), [3, x.shape[0] * 3]),
         lambda x: torch.narrow_copy(x, 0, 0, x.shape[0]).flip(1),
+        lambda x: x.expand(4, x.shape[0], 3, 3),
+        lambda x: x[:, :1].expand(x.shape[0], 5, 3),
     ],
 )
 def test_a_move_may_be_told_by_dynamic_sizes(move: Callable[[Tensor], Tensor]) -> None:

@@ -118,6 +118,7 @@ _FORMS: dict[Any, Rewrite] = {
     aten.row_stack.default: moves.stack_along,
     aten.vstack.default: moves.stack_along,
     aten.stack.default: moves.stack,
+    aten.expand.default: moves.expand,
     aten.slice.Tensor: moves.piece,
     aten.select.int: moves.piece,
     aten.pad.default: _pad,
@@ -152,6 +153,10 @@ LEGALIZATIONS: Mapping[Any, Rewrite] = MappingProxyType(_FORMS)
 """By overload, what makes its form; what replaces a call answers to rules for it."""
 
 
+_OF_SIZES = (arrangement, moves.expand)
+"""Forms of calls with numbers that the graph computes from sizes of the inputs."""
+
+
 def legalize_by(model: GraphModule, forms: Mapping[Any, Rewrite], *, training: bool = False) -> int:
     """Apply rewrites in place.
 
@@ -163,7 +168,7 @@ def legalize_by(model: GraphModule, forms: Mapping[Any, Rewrite], *, training: b
     Returns:
         How many calls were rewritten.
     """
-    # Moves that numbers tell are tried with several sizes; other forms take constants only.
-    moves_by_sizes = {target: form for target, form in forms.items() if form is arrangement}
-    count = rewrite_calls(model, moves_by_sizes, training=training, of_sizes=True)
+    # Moves that numbers tell are tried with several sizes; most other forms take constants only.
+    of_sizes = {target: form for target, form in forms.items() if form in _OF_SIZES}
+    count = rewrite_calls(model, of_sizes, training=training, of_sizes=True)
     return count + rewrite_calls(model, forms, training=training)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_empty, is_same_shape, shape_of
+from custom_quantizer.core.graph import argument, is_empty, is_same_shape, reads_sizes, shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.movement import slice_of
@@ -31,6 +31,20 @@ def stack(insert: Insertion) -> Node | None:
     dim = int(argument(insert.node, 1, "dim", 0)) % len(shape_of(insert.node))
     pieces = [insert.call(aten.unsqueeze.default, tensor, dim) for tensor in tensors]
     return pieces[0] if len(pieces) == 1 else insert.call(aten.cat.default, pieces, dim)
+
+
+def expand(insert: Insertion) -> Node | None:
+    """Sizes that the graph computes, and the input has, are said by -1."""
+    data = insert.node.args[0]
+    if not reads_sizes(insert.node) or not isinstance(data, Node):
+        return None
+    sizes, shape = list(cast("Sequence[Any]", insert.node.args[1])), shape_of(data)
+    own = range(len(sizes) - len(shape), len(sizes))
+    for dim, size in zip(own, shape, strict=True):
+        if isinstance(sizes[dim], Node) and is_same_shape([sizes[dim].meta["val"]], [size]):
+            sizes[dim] = -1
+    known = not any(isinstance(size, Node) for size in sizes)
+    return insert.call(insert.node.target, data, sizes) if known else None
 
 
 def piece(insert: Insertion) -> Node | None:
