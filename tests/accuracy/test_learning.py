@@ -74,6 +74,7 @@ def test_learned_rounding_is_better_than_nearest(algorithm: str) -> None:
         assert bool(((after[name] - value).abs() <= spread * 1.0001).all()), name
 
 
+@pytest.mark.slow
 def test_learning_starts_from_what_gptq_found_and_keeps_the_better() -> None:
     prepared = prepared_every_layer("a4w3-histogram")
     cq.improve(prepared, DATA, ["gptq", "bias_correction"])

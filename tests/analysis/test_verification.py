@@ -185,6 +185,7 @@ def _wider_second_layer(model: GraphModule) -> None:
     setattr(model, name, model.get_buffer(name) * 1.001)
 
 
+@pytest.mark.slow
 def test_units_of_emulated_ops_that_add_up_are_told_from_a_wrong_op() -> None:
     torch.manual_seed(0)
     example = (torch.randn(16, 256),)

@@ -179,6 +179,7 @@ def test_other_backends_stop_before_the_program(backend: Any) -> None:
     assert [row.placement for row in done.report.rows] == ["integer kernel"]
 
 
+@pytest.mark.slow
 def test_dynamic_batch() -> None:
     result = quantize(
         small_model(), (small_images(1),), DATA, dynamic_batch=20, lower=True, progress=False

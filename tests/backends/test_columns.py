@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.graphs import Function, differences
 from support.models import convert
+from support.selection import slow_but
 from torch import Tensor, nn
 
 import custom_quantizer as cq
@@ -138,7 +139,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, int]] = {
 """A layer, the shape of its input, a scheme, and how many columns are one to it."""
 
 
-@pytest.mark.parametrize("name", LAYERS)
+FAST = ("7x7", "patches", "signal with padding", "4 bits, 16-bit bias", "odd width", "groups")
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, LAYERS))
 def test_a_layer_over_joined_columns_is_exact(name: str) -> None:
     build, shape, scheme, factor = LAYERS[name]
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ from executorch.export import ExportRecipe
 from executorch.export import export as export_session
 from support.graphs import Function, differences
 from support.models import convert
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -227,7 +228,10 @@ def layers(contents: ProgramContents) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("name", POINTWISE)
+FAST = ("image", "2 bits", "5 bits", "odd number of channels", "stride", "stride, few weights")
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, POINTWISE))
 def test_pointwise_convolutions_of_4_bits_are_packed(name: str) -> None:
     layer, shape, scheme, packed = POINTWISE[name]
     done = convert(layer.eval(), inputs(shape), scheme)
