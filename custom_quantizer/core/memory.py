@@ -93,6 +93,9 @@ def viewed_by(node: Node) -> list[Node]:
     position = _viewed(node.target)
     if position is None:
         return []
+    if node.target is operator.getitem and _gives_new(node.args[0]):
+        same = [user for user in cast(Node, node.args[0]).users if user.args[1:] == node.args[1:]]
+        return [] if same[0] is node else same[:1]
     if position == _WRITTEN:
         return [] if overwritten_by(node) is None else written_inputs(node)
     viewed = node.args[position] if len(node.args) > position else None
@@ -118,6 +121,13 @@ def _viewed(target: Any) -> int | None:
         return _WRITTEN
     views = any(result.alias_info is not None for result in target._schema.returns)
     return 0 if views else None
+
+
+def _gives_new(source: object) -> bool:
+    """Whether several results of a call have memory of their own each (values and indices)."""
+    if not isinstance(source, Node) or not isinstance(source.target, torch._ops.OpOverload):
+        return False
+    return _viewed(source.target) is None
 
 
 def shares_memory(node: Node) -> bool:
