@@ -29,6 +29,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.rewriting import IN_FLOAT, Insertion, Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.arithmetic import ARITHMETIC
 from custom_quantizer.ops.rewrites.curves import CURVES
+from custom_quantizer.ops.rewrites.groups import FOREIGN_GROUPS, GROUPS, sorted_whole_numbers
 from custom_quantizer.ops.rewrites.masks import MASKED, MASKS, added_mask, attended
 from custom_quantizer.ops.rewrites.paddings import PADDINGS
 from custom_quantizer.ops.rewrites.products import (
@@ -57,7 +58,18 @@ def decompose(model: GraphModule, *, training: bool = False) -> int:
     Returns:
         How many calls were rewritten.
     """
-    return rewrite_calls(model, _REWRITES, training=training)
+    return rewrite_calls(model, {**_REWRITES, **_foreign()}, training=training)
+
+
+def _foreign() -> dict[Any, Rewrite]:
+    """Rewrites of ops of other libraries that are imported."""
+    found: dict[Any, Rewrite] = {}
+    for name, rewrite in FOREIGN_GROUPS.items():
+        space, op = name.split("::")
+        packet = getattr(getattr(torch.ops, space), op, None)
+        if packet is not None:
+            found[packet.default] = rewrite
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -442,8 +454,11 @@ def _cross(insert: Insertion) -> Node | None:
 
 def _result(insert: Insertion) -> Node | None:
     """One of several results of an op."""
-    found = _sorted(insert)
-    return _embedding_bag(insert) if found is None else found
+    for form in (_sorted, sorted_whole_numbers, _embedding_bag):
+        found = form(insert)
+        if found is not None:
+            return found
+    return None
 
 
 def _sum(insert: Insertion) -> Node | None:
@@ -454,6 +469,7 @@ def _sum(insert: Insertion) -> Node | None:
 _REWRITES: dict[Any, Rewrite] = {
     **ARITHMETIC,
     **CURVES,
+    **GROUPS,
     **MASKS,
     **PADDINGS,
     **RECURRENT,
