@@ -32,6 +32,7 @@ def whole_numbers(seed: int) -> Tensor:
             aten.sort.default,
         ),
         (lambda s, x: torch.histc(x.float(), 7, -3, 3), aten.histc.default),
+        (lambda s, x: torch.histc(x.float(), 4, -2.5, 0.5), aten.histc.default),
         (lambda s, x: torch.histc(x.float() / 3, 4, -0.7, 0.9), aten.histc.default),
     ],
 )

@@ -142,19 +142,45 @@ def _histogram(insert: Insertion) -> Node | None:
     count = torch.Size(shape).numel() if all(isinstance(size, int) for size in shape) else None
     if count is None or not low < high or count * bins > _MOST_BINS or not is_float32(data):
         return None
-    numbers = insert.call(aten.reshape.default, data, [count, 1])
-    # The steps of PyTorch's kernel; a number at the upper end is in the last bin.
+    whole = _whole(data)
+    if whole is not None and _are_whole(low, high) and bins == high - low + 1:  # one number a bin
+        numbers = insert.call(aten.reshape.default, whole, [count, 1])
+        each = insert.constant(
+            "bins", torch.arange(int(low), int(high) + 1, dtype=torch.int64)[None]
+        )
+        found = insert.call(aten.eq.Tensor, numbers, each)
+    else:
+        found = _in_bins(insert, insert.call(aten.reshape.default, data, [count, 1]))
+    total = insert.call(aten.sum.dim_IntList, found, [0])
+    return insert.call(aten.to.dtype, total, torch.float32)
+
+
+def _are_whole(*ends: float) -> bool:
+    """Whether ends are integers that float32 tells from all others."""
+    return all(float(end).is_integer() and abs(end) < 2**24 for end in ends)
+
+
+def _whole(data: Node) -> Node | None:
+    """The integers that float32 numbers were made of."""
+    source = data.args[0] if data.target is aten.to.dtype else None
+    meta = tensor_meta(source) if isinstance(source, Node) else None
+    is_float = meta is None or meta.is_floating_point() or meta.is_complex()
+    return None if is_float else cast(Node, source)
+
+
+def _in_bins(insert: Insertion, numbers: Node) -> Node:
+    """Whether each number of a column is in each bin, by the steps of PyTorch's kernel."""
+    bins, low, high = (argument(insert.node, i, n, d) for i, n, d in _HISTC)
     steps = insert.call(aten.mul.Tensor, insert.call(aten.sub.Tensor, numbers, low), bins)
     steps = insert.call(aten.div.Tensor, steps, high - low)
     places = insert.call(aten.to.dtype, steps, torch.int64)
-    places = insert.call(aten.clamp_max.default, places, bins - 1)
+    places = insert.call(aten.clamp_max.default, places, bins - 1)  # the upper end is inside
     each = insert.constant("bins", torch.arange(bins, dtype=torch.int64)[None])
     found = insert.call(aten.eq.Tensor, places, each)
     for target, end in ((aten.ge.Scalar, low), (aten.le.Scalar, high)):
         within = insert.call(target, numbers, end)
         found = insert.call(aten.logical_and.default, found, within)
-    total = insert.call(aten.sum.dim_IntList, found, [0])
-    return insert.call(aten.to.dtype, total, torch.float32)
+    return found
 
 
 _HISTC = ((1, "bins", 100), (2, "min", 0), (3, "max", 0))
