@@ -124,10 +124,10 @@ def _is_below(data: Node, bits: int) -> bool:
     if meta.dtype != torch.int64:
         return True
     if data.target is operator.getitem:
-        return data.args[1] == 1 and cast(Node, data.args[0]).target in _INDEXED
+        return bool(data.args[1] == 1 and cast(Node, data.args[0]).target in _INDEXED)
     if data.target is aten.masked_fill.Scalar:
-        filled = cast(float, data.args[2])
-        return abs(filled) < 2 ** (bits - 1) and _is_below(cast(Node, data.args[0]), bits)
+        filled = abs(int(cast(int, data.args[2])))
+        return filled < 2 ** (bits - 1) and _is_below(cast(Node, data.args[0]), bits)
     if data.target in _MOVED:
         return _is_below(cast(Node, data.args[0]), bits)
     return data.target in _INDICES
