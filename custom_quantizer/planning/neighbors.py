@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Callable, Iterable, Set
 from typing import cast
 
 import torch
@@ -23,11 +23,11 @@ from custom_quantizer.core.rewriting import IN_FLOAT
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
-from custom_quantizer.ops.elementwise import CLAMP, MUL
+from custom_quantizer.ops.elementwise import CLAMP, MUL, RELU
 from custom_quantizer.ops.functions import DIV
 from custom_quantizer.ops.rewrites.training_graph import folded_value
 from custom_quantizer.planning.decisions import to_float
-from custom_quantizer.planning.drafts import DraftOp, Drafts, same_format
+from custom_quantizer.planning.drafts import ANNOTATED_BEFORE, DraftOp, Drafts, same_format
 from custom_quantizer.planning.model_io import ModelIO
 from custom_quantizer.planning.profitability import Kind, Step, unprofitable
 
@@ -45,29 +45,69 @@ def leave_sums(ops: Drafts) -> set[Node]:
     Returns:
         All ops, of whatever kind, that only float ops read.
     """
+    only_floats, sums = _leave_read(ops, _computes_in_float, lambda op: _adds(op, ops))
+    _store_operands(sums)
+    return only_floats
+
+
+def leave_sums_between_floats(ops: Drafts, backend: Backend) -> None:
+    """So are sums, products and bounds next to what has become float since, before or behind it.
+
+    What reads the result of float ops may round it once. Rows of a table stay the integers that
+    they are stored as.
+    """
+    if not backend.float_targets:
+        return  # planned for integers alone
+    sums: list[tuple[DraftOp, OpScheme]] = []
+    floats: set[Node] = set()
+    for op in ops:
+        read = _activations(op)
+        of_floats = bool(read) and floats.issuperset(read)
+        if of_floats and op.scheme is not None and _is_cheap(op, ops):
+            sums.append((op, op.scheme))
+            op.leave("float ops compute what it reads: quantizing that would just round once more")
+        if _is_float(op) or (op.moves_values and of_floats):
+            floats.add(op.output)
+    sums += _leave_read(ops, _is_float, lambda op: _is_cheap(op, ops))[1]
+    _store_operands(sums)
+
+
+def _leave_read(
+    ops: Drafts, in_float: Callable[[DraftOp], bool], may: Callable[[DraftOp], bool]
+) -> tuple[set[Node], list[tuple[DraftOp, OpScheme]]]:
+    """Leave ops in float that only float ops read, also as a view.
+
+    Args:
+        ops: all of the graph.
+        in_float: whether an op is one of those.
+        may: whether an op is one of these, if no rule says that it is not.
+
+    Returns:
+        All ops, of whatever kind, that only float ops read; those that were left, and how they
+        would have been quantized.
+    """
     floats: set[Node] = set()
     only_floats: set[Node] = set()
-    sums: list[tuple[DraftOp, OpScheme]] = []
+    left: list[tuple[DraftOp, OpScheme]] = []
     for op in reversed(ops):
         if IN_FLOAT in op.node.meta:
             floats.add(op.node)
             continue
         users = effective_users(op.output)
-        into = [user in floats or _computes_in_float(ops.anchors.get(user)) for user in users]
-        if not users or not all(into):
+        readers = [ops.anchors.get(user) for user in users if user not in floats]
+        if not users or not all(reader is not None and in_float(reader) for reader in readers):
             continue
         only_floats.add(op.node)
-        computes = op.has(Trait.SUM) or op.is_total or _clamps_input(op, ops)
-        if not (computes or op.has(Trait.VIEW)):
+        if may(op):
+            if op.scheme is not None:
+                if op.decision.explicit:
+                    continue
+                left.append((op, op.scheme))
+                op.leave("only float ops read its result: quantizing it would just round once more")
+        elif not op.has(Trait.VIEW):
             continue
-        if computes and op.scheme is not None:
-            if op.decision.explicit:
-                continue
-            sums.append((op, op.scheme))
-            op.leave("only float ops read its result: quantizing it would just round once more")
         floats.add(op.node)
-    _store_operands(sums)
-    return only_floats
+    return only_floats, left
 
 
 def leave_prepared(ops: Drafts, io: ModelIO, backend: Backend) -> None:
@@ -82,8 +122,7 @@ def leave_prepared(ops: Drafts, io: ModelIO, backend: Backend) -> None:
     given = set(io.node.graph.find_nodes(op="placeholder")) - io.inputs.keys()
     prepares: list[DraftOp] = []
     for op in ops:
-        inputs = () if op.match is None else op.match.inputs
-        read = [tensor for tensor in inputs if not is_constant(tensor)]
+        read = _activations(op)
         by_constants = op.has(Trait.SUM) or op.rule in (DIV, CLAMP)
         alone = by_constants and len(read) == 1 and not op.decision.explicit
         if read and given.issuperset(read) and (op.moves_values or alone):
@@ -102,6 +141,30 @@ def _is_layer(op: DraftOp | None) -> bool:
     return (
         op is not None and op.scheme is not None and cast(PatternMatch, op.match).weight is not None
     )
+
+
+def _adds(op: DraftOp, ops: Drafts) -> bool:
+    """Whether an op is a sum, a product, a total, or bounds an input."""
+    return op.has(Trait.SUM) or op.is_total or _clamps_input(op, ops)
+
+
+def _is_cheap(op: DraftOp, ops: Drafts) -> bool:
+    """Whether an op is as well computed in float, if what it reads or gives is float."""
+    if op.decision.explicit or _reads_table(_activations(op), ops):
+        return False
+    return op.has(Trait.SUM) or op.is_total or op.rule in (CLAMP, RELU)
+
+
+def _activations(op: DraftOp) -> list[Node]:
+    inputs = () if op.match is None else op.match.inputs
+    return [tensor for tensor in inputs if not is_constant(tensor)]
+
+
+def _reads_table(tensors: Iterable[Node], ops: Drafts) -> bool:
+    """Whether one of some tensors shows rows of a table, which is stored as integers."""
+    sources = {source for tensor in tensors for source in ops.sources(tensor)}
+    makers = [ops.producer.get(source) for source in sources]
+    return any(op is not None and op.support is not None and op.support.table for op in makers)
 
 
 def _clamps_input(op: DraftOp, ops: Drafts) -> bool:
@@ -208,11 +271,10 @@ def _joins_product(joined: tuple[Node, ...], ops: Drafts) -> bool:
 
     Rows of a table are left out: for readers in float it would have to be stored as floats.
     """
-    sources = {source for tensor in joined for source in ops.sources(tensor)}
-    makers = [ops.producer.get(source) for source in sources]
-    if any(op is not None and op.support is not None and op.support.table for op in makers):
+    if _reads_table(joined, ops):
         return False
-    for op in makers:
+    sources = {source for tensor in joined for source in ops.sources(tensor)}
+    for op in map(ops.producer.get, sources):
         if op is None or op.match is None or op.scheme is None:
             continue
         factors = [tensor for tensor in op.match.inputs if not is_constant(tensor)]
@@ -226,8 +288,14 @@ def _joins_product(joined: tuple[Node, ...], ops: Drafts) -> bool:
     return False
 
 
-def _computes_in_float(op: DraftOp | None) -> bool:
-    return op is not None and op.support is not None and bool(op.support.float_reason)
+def _computes_in_float(op: DraftOp) -> bool:
+    """Whether an op has no integer kernel, wherever it stands."""
+    return op.support is not None and bool(op.support.float_reason)
+
+
+def _is_float(op: DraftOp) -> bool:
+    """Whether an op is left in float, so far, and nobody else has annotated it."""
+    return not op.moves_values and op.scheme is None and op.reason != ANNOTATED_BEFORE
 
 
 def leave_readers_of_integers(ops: Drafts, io: ModelIO, backend: Backend) -> None:

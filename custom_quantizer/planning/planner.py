@@ -24,6 +24,7 @@ from custom_quantizer.planning.neighbors import (
     leave_prepared,
     leave_readers_of_integers,
     leave_sums,
+    leave_sums_between_floats,
     leave_unprofitable,
     returned_in_float,
 )
@@ -67,10 +68,14 @@ def make_plan(
     leave_readers_of_integers(ops, io, backend)
     leave_shown_totals(ops, io, backend)
     leave_compared(ops, backend)
-    leave_unprofitable(ops, io, backend)  # of what is float then, guards and powers are, too
-    leave_pole_guards(ops, backend)
-    leave_wide_ranges(ops, backend)
-    leave_prepared(ops, io, backend)
+    before = -1
+    while before != (before := sum(op.scheme is None for op in ops)):
+        # What becomes float has consequences for what is next to it.
+        leave_unprofitable(ops, io, backend)
+        leave_pole_guards(ops, backend)
+        leave_wide_ranges(ops, backend)
+        leave_prepared(ops, io, backend)
+        leave_sums_between_floats(ops, backend)
     returned = returned_in_float(ops, io)
     leave_layers_of_calls(ops, returned)
     leave_unprofitable(ops, io, backend)  # again: those next to what has become float
