@@ -33,6 +33,7 @@ from custom_quantizer.ops.functions import (
 from custom_quantizer.ops.gemm import LINEAR
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import AVG_POOL, MEAN
+from custom_quantizer.ops.values import values_of
 from custom_quantizer.planning.drafts import DraftOp, Drafts
 from custom_quantizer.planning.guards import adds_epsilon, bounds_of, leaves_little, numbers_of
 from custom_quantizer.planning.model_io import ModelIO
@@ -116,7 +117,7 @@ def _masks(op: DraftOp, sizes: list[tuple[float, float]]) -> bool:
     """Whether large numbers of a constant end up among those of an activation, one by one.
 
     They are chosen, or added where others of the constant are small; or a mask of ones and zeros is
-    multiplied by the constant before it is added.
+    multiplied by the constant before it is added: what a layer gives is no such mask.
 
     Args:
         op: that may mask.
@@ -125,7 +126,25 @@ def _masks(op: DraftOp, sizes: list[tuple[float, float]]) -> bool:
     if op.rule in (ADD, SUB):
         return any(least < _STANDS_FOR_INFINITY for least, _most in sizes)
     added = any(user.target in _ADDITIONS for user in effective_users(op.output))
-    return op.rule is WHERE or (op.rule is MUL and added)
+    return op.rule is WHERE or (op.rule is MUL and added and _may_be_mask(op.node))
+
+
+def _may_be_mask(product: Node) -> bool:
+    """Whether what is multiplied lies between -1 and 1, or is made of inputs of the model alone."""
+    waiting, seen = list(product.all_input_nodes), set[Node]()
+    while waiting:
+        tensor = waiting.pop()
+        if tensor in seen or tensor.op == "placeholder" or is_constant(tensor):
+            continue
+        seen.add(tensor)
+        values = values_of(cast(GraphModule, tensor.graph.owning_module), tensor)
+        if values.low >= -1.0 and values.high <= 1.0:
+            continue
+        rule = rule_of(tensor)
+        if rule is None or not (rule.moves_values or rule in _HAND_ON):
+            return False
+        waiting += tensor.all_input_nodes
+    return True
 
 
 def _sizes_of_constant(tensor: Node) -> tuple[float, float] | None:

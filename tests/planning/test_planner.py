@@ -366,6 +366,11 @@ def test_numbers_that_stand_for_infinity_have_no_scale(name: str) -> None:
         torch.testing.assert_close(graph(*inputs)[~masked], want[~masked], rtol=0, atol=0.1)
 
 
+def test_what_a_layer_gives_is_no_mask() -> None:
+    plan = plan_of(lambda s, x: s.conv(s.conv(x) * 1e4 + s.conv(x)), conv=conv())
+    assert {op.scheme for op in plan.ops} == {"a8w8"}
+
+
 @pytest.mark.parametrize("shift", [1e5, -1e5])
 def test_numbers_of_the_data_have_a_scale(shift: float) -> None:
     plan = plan_of(lambda s, x: s.head((s.conv(x) - shift) * 1e5), conv=conv(), head=conv())
