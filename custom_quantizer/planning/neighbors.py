@@ -69,6 +69,8 @@ def leave_sums_between_floats(ops: Drafts, backend: Backend) -> None:
         if _is_float(op) or (op.moves_values and of_floats):
             floats.add(op.output)
     sums += _leave_read(ops, _is_float, lambda op: _is_cheap(op, ops))[1]
+    for op, _scheme in sums:
+        op.abstains = True  # what is moved may be integers for others
     _store_operands(sums)
 
 

@@ -500,6 +500,18 @@ def test_sums_between_float_ops_are_rounded_once_or_not_at_all() -> None:
     assert plan.op("mul").scheme == "a8w8"  # rows of a table, which is stored as integers
 
 
+def test_a_float_sum_keeps_no_movement_from_integers() -> None:
+    """A part has the range of the whole tensor, of which calibration sees more."""
+
+    def shifted(s: Any, x: Tensor) -> Tensor:
+        last = x[..., -1:]
+        return cast(Tensor, s.conv(torch.cos(x - last)) + last)
+
+    plan = plan_of(shifted, conv=conv())
+    assert (plan.op("sub").scheme, plan.op("add").scheme) == (None, "a8w8")
+    assert plan.op("slice_1").scheme == "a8"
+
+
 def test_what_becomes_float_next_to_a_logarithm_has_a_guard_in_float() -> None:
     """The sum is float for the softmax, the logarithms for the sum: of zero they are infinite."""
     torch.manual_seed(0)
