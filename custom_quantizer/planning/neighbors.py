@@ -152,9 +152,16 @@ def _adds(op: DraftOp, ops: Drafts) -> bool:
 
 def _is_cheap(op: DraftOp, ops: Drafts) -> bool:
     """Whether an op is as well computed in float, if what it reads or gives is float."""
-    if op.decision.explicit or _reads_table(_activations(op), ops):
+    if op.decision.explicit or _reads_table(_activations(op), ops) or _has_array(op):
         return False
     return op.has(Trait.SUM) or op.is_total or op.rule in (CLAMP, RELU)
+
+
+def _has_array(op: DraftOp) -> bool:
+    """Whether an op has a constant of more than a vector: floats take four times the bytes."""
+    inputs = () if op.match is None else op.match.inputs
+    shapes = [shape_of(tensor) for tensor in inputs if is_constant(tensor)]
+    return any(math.prod(shape) > max(shape, default=1) for shape in shapes)
 
 
 def _activations(op: DraftOp) -> list[Node]:
