@@ -54,10 +54,13 @@ def leave_sums_between_floats(ops: Drafts, backend: Backend) -> None:
     """So are sums, products and bounds next to what has become float since, before or behind it.
 
     What reads the result of float ops may round it once. Rows of a table stay the integers that
-    they are stored as.
+    they are stored as, and a graph that has nothing else for integers keeps its sums.
     """
     if not backend.float_targets:
         return  # planned for integers alone
+    computed = (op for op in ops if op.scheme is not None and not op.moves_values)
+    if all(_is_cheap(op, ops) for op in computed):
+        return
     sums: list[tuple[DraftOp, OpScheme]] = []
     floats: set[Node] = set()
     for op in ops:
@@ -303,8 +306,9 @@ def _computes_in_float(op: DraftOp) -> bool:
 
 
 def _is_float(op: DraftOp) -> bool:
-    """Whether an op is left in float, so far, and nobody else has annotated it."""
-    return not op.moves_values and op.scheme is None and op.reason != ANNOTATED_BEFORE
+    """Whether the plan has left an op in float so far: no rule did, nobody else annotated it."""
+    named = op.decision.explicit or op.reason == ANNOTATED_BEFORE
+    return op.scheme is None and not op.moves_values and not named
 
 
 def leave_readers_of_integers(ops: Drafts, io: ModelIO, backend: Backend) -> None:

@@ -470,7 +470,7 @@ def test_composite_float_ops_of_images_are_right() -> None:
         (x,),
     )
     lowered = cq.lower(graph, (x,))
-    assert lowered.report.passes["shield_composites"] >= 2
+    assert lowered.report.passes["shield_composites"] >= 1
     given = torch.randn(IMAGE)
     reference = cq.integer_reference(graph)(given)
     for got, want in zip(lowered.run(given), reference, strict=True):

@@ -30,7 +30,7 @@ from support.graphs import (
     quantized,
 )
 from support.models import convert
-from support.registry import LEFT_IN_FLOAT, Surrounded
+from support.registry import Surrounded
 from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -85,11 +85,7 @@ class Cases(nn.Module):
         return outputs
 
 
-FAMILIES = [
-    rule.family
-    for rule in REGISTRY
-    if rule.cases and rule.integers is not None and rule not in LEFT_IN_FLOAT
-]
+FAMILIES = [rule.family for rule in REGISTRY if rule.cases and rule.integers is not None]
 SCHEMES = ("a8w8", "a8w8-per_tensor", "a4w4", "a6w3-per_tensor")
 CORPUS = [
     (f, s) for f in FAMILIES for s in SCHEMES if s == "a8w8" or f in ("conv", "linear", "add")
@@ -590,7 +586,7 @@ def test_a_gemm_with_a_computed_bias_has_a_float_weight() -> None:
     [
         lambda s, x: (x + x).permute(0, 2, 3, 1).contiguous().view(2, -1),
         lambda s, x: (x + x).view(2, 2, 2, 6, 6).transpose(1, 2).contiguous().view(IMAGE),
-        lambda s, x: [torch.sin(x + x).permute(0, 2, 3, 1).contiguous().view(2, -1), x * 3.0],
+        lambda s, x: torch.sin(x + x).permute(0, 2, 3, 1).contiguous().view(2, -1),
         lambda s, x: (x + x).transpose(2, 3).reshape(2, -1),
         lambda s, x: (x + x).permute(1, 0, 2, 3).flatten(1),
     ],
