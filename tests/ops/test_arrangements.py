@@ -290,8 +290,8 @@ def graph_of(move: Move) -> GraphModule | None:
 
 @cache
 def walked() -> tuple[Move, ...]:
-    # A product with ones moves nothing, nor does a power of 1.
-    arithmetic = (aten.mul.Tensor, aten.pow.Tensor_Tensor)
+    # A product with ones moves nothing, nor does a power of 1, nor zeros that are added.
+    arithmetic = (aten.mul.Tensor, aten.pow.Tensor_Tensor, aten.scatter_add.default)
     known = [op for op in overloads() if op in LEGALIZATIONS and op not in arithmetic]
     return tuple(move for op in known for move in found_moves(op, 2))
 

@@ -43,6 +43,7 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "index_put of one row": spread,
     "index_copy": lambda x: torch.zeros(2, 9, 8).index_copy(1, FIVE, x),
     "scatter": lambda x: torch.zeros_like(x).scatter(1, ALONG, x),
+    "scatter of a vector": lambda x: x.flatten().scatter(0, FIVE, x[0, :, 0] * 2.0),
     "slice_scatter": lambda x: x.slice_scatter(x[:, :2].relu(), -2, 1, 4, 2),
 }
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {
