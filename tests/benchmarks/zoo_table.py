@@ -56,8 +56,9 @@ The stock flow observes sums of indices, too, which become floats: 26 models of 
 its calibration. With these random weights coat_lite_tiny magnifies last bits of float ops; `lower`
 finds that each of its tensors follows from those before.
 
-Our columns are of one day, but for those of latency that are older; where a column of stock or
-of latency has a dash and no failure is listed below, it was not measured.
+Our columns are of two days: what is measured again after a change keeps its seconds, which are
+those next to stock's. Those of latency are older. Where a column of stock or of latency has a dash
+and no failure is listed below, it was not measured.
 """
 
 
