@@ -414,6 +414,16 @@ def test_a_move_may_be_told_by_dynamic_sizes(move: Callable[[Tensor], Tensor]) -
         assert differences(graph(x), model(x)) == []
 
 
+def test_a_size_of_another_tensor_tells_no_move() -> None:
+    model = Function(lambda _, x, y: torch.narrow_copy(x * 1.0, 1, y.shape[0] - 2, 2) + y.sum())
+    dims = ({0: torch.export.Dim("n", min=2, max=8)}, {0: torch.export.Dim("m", min=2, max=8)})
+    example = (torch.randn(3, 9), torch.randn(4, 2))
+    graph = canonicalize(capture(model, example, dynamic_shapes=(dims,)))
+    for n, m in ((2, 3), (5, 8)):
+        inputs = (torch.randn(n, 9), torch.randn(m, 2))
+        assert differences(graph(*inputs), model(*inputs)) == []
+
+
 @pytest.mark.parametrize(
     "move",
     [

@@ -180,9 +180,11 @@ def _sizes(node: Node, symbols: _Symbols | None = None) -> list[int] | None:
 
 
 def _value(size: torch.SymInt, symbols: _Symbols | None) -> int | None:
-    """A dynamic size, as symbols say, or as capture's example had it."""
-    known = size.node.hint if symbols is None else size.node.expr.subs(symbols)
-    return None if known is None else int(known)
+    """A dynamic size, as symbols say, or as capture's example had it; ``None``: neither does."""
+    if symbols is None:
+        return cast("int | None", size.node.hint)
+    known = size.node.expr.subs(symbols)
+    return int(known) if known.is_number else None
 
 
 def _applied(
