@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -197,7 +197,7 @@ def rewrite_calls(
     rewrites: Mapping[Any, Rewrite],
     *,
     training: bool = False,
-    of_sizes: bool = False,
+    of_sizes: Collection[Rewrite] = (),
 ) -> int:
     """Replace calls by what the rewrite of their target makes, in place.
 
@@ -205,8 +205,8 @@ def rewrite_calls(
         model: the graph.
         rewrites: by overload.
         training: parameters change.
-        of_sizes: calls with numbers that the graph computes from sizes of the inputs, too. Forms
-            that have windows or shifts cannot take these.
+        of_sizes: those that take numbers that the graph computes from sizes of the inputs, too.
+            Forms that have windows or shifts cannot.
 
     Returns:
         The number of calls that were replaced.
@@ -214,7 +214,7 @@ def rewrite_calls(
     count = 0
     for node in list(model.graph.nodes):
         rewrite = rewrites.get(node.target) if node.op == "call_function" else None
-        if rewrite is not None and reads_sizes(node) and not of_sizes:
+        if rewrite is not None and reads_sizes(node) and rewrite not in of_sizes:
             continue
         if overwritten_by(node) is not None:
             continue  # a view has to stay one, and what is viewed has to keep its strides

@@ -174,9 +174,13 @@ def _activations(op: DraftOp) -> list[Node]:
 
 def _reads_table(tensors: Iterable[Node], ops: Drafts) -> bool:
     """Whether one of some tensors shows rows of a table, which is stored as integers."""
-    sources = {source for tensor in tensors for source in ops.sources(tensor)}
-    makers = [ops.producer.get(source) for source in sources]
+    makers = map(ops.producer.get, _sources(tensors, ops))
     return any(op is not None and op.support is not None and op.support.table for op in makers)
+
+
+def _sources(tensors: Iterable[Node], ops: Drafts) -> set[Node]:
+    """The tensors whose values some tensors show."""
+    return {source for tensor in tensors for source in ops.sources(tensor)}
 
 
 def _clamps_input(op: DraftOp, ops: Drafts) -> bool:
@@ -285,11 +289,11 @@ def _joins_product(joined: tuple[Node, ...], ops: Drafts) -> bool:
     """
     if _reads_table(joined, ops):
         return False
-    sources = {source for tensor in joined for source in ops.sources(tensor)}
+    sources = _sources(joined, ops)
     for op in map(ops.producer.get, sources):
         if op is None or op.match is None or op.scheme is None:
             continue
-        factors = [tensor for tensor in op.match.inputs if not is_constant(tensor)]
+        factors = _activations(op)
         if len(factors) < 2 or not (op.rule is MUL or op.has(Trait.PRODUCT)):
             continue
         gates = [ops.computed_by(factor) for factor in factors]

@@ -150,8 +150,8 @@ def canonicalize(
     complex_to_real(model, training=training)
     _fills_to_numbers(model)
     _integers_to_floats(model)
-    rewrite_calls(model, PRODUCTS_APART, training=training, of_sizes=True)
-    rewrite_calls(model, PARTS, training=training, of_sizes=True)
+    rewrite_calls(model, PRODUCTS_APART, training=training, of_sizes=PRODUCTS_APART.values())
+    rewrite_calls(model, PARTS, training=training, of_sizes=PARTS.values())
     decompose(model, training=training)
     _fills_to_rows(model)
     if training:

@@ -154,7 +154,7 @@ LEGALIZATIONS: Mapping[Any, Rewrite] = MappingProxyType(_FORMS)
 
 
 _OF_SIZES = (arrangement, moves.expand)
-"""Forms of calls with numbers that the graph computes from sizes of the inputs."""
+"""Forms that take dynamic sizes as arguments: moves are told by numbers, with several tried."""
 
 
 def legalize_by(model: GraphModule, forms: Mapping[Any, Rewrite], *, training: bool = False) -> int:
@@ -168,7 +168,4 @@ def legalize_by(model: GraphModule, forms: Mapping[Any, Rewrite], *, training: b
     Returns:
         How many calls were rewritten.
     """
-    # Moves that numbers tell are tried with several sizes; most other forms take constants only.
-    of_sizes = {target: form for target, form in forms.items() if form in _OF_SIZES}
-    count = rewrite_calls(model, of_sizes, training=training, of_sizes=True)
-    return count + rewrite_calls(model, forms, training=training)
+    return rewrite_calls(model, forms, training=training, of_sizes=_OF_SIZES)

@@ -134,7 +134,7 @@ def _by_scatter(insert: Insertion) -> _Placement | None:
     dim, value = dim % max(len(shape_of(insert.node)), 1), _known(insert, index)
     if value is None or not value.dim() or not value.numel() or not is_float32(values):
         return None
-    line = value.movedim(dim, 0).flatten().reshape(value.shape[dim], -1)
+    line = value.movedim(dim, 0).reshape(value.shape[dim], -1)
     if not torch.equal(line, line[:, :1].expand_as(line)):
         return None
     others: tuple[Any, ...] = shape_of(values)
