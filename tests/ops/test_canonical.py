@@ -718,6 +718,17 @@ def test_copies_stay_copies_of_what_is_written_later(name: str) -> None:
     _same(forward, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
 
 
+def test_memory_that_goes_to_a_device_by_name_is_written_there() -> None:
+    """Whether that is a copy is asked of tensors without values, which are on no device."""
+
+    def forward(s: Any, x: Tensor) -> Any:
+        h = s.conv(x).to(x.device)
+        h[h > 0] = h[h > 0] * 0.5
+        return h
+
+    _same(forward, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
+
+
 def test_repeats_of_what_is_written_in_place_are_moves_and_a_copy() -> None:
     """As of a cache of keys with fewer heads than queries."""
 

@@ -397,6 +397,20 @@ def test_safe_quotients_logarithms_and_roots_are_chosen_in_one_delegate() -> Non
         torch.testing.assert_close(result, exact, rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_choice_makes_positive_is_no_sum() -> None:
+    """``log(where(x > 0, x, 1))``: nobody would know that sums and products are positive."""
+
+    def chosen(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        x = m.linear(x)
+        kept = torch.where(x > 0, x, 1.0)
+        safe = torch.where(x < 0.5, 2.0, x)
+        return torch.where(x > 0, torch.log(kept), 0.0), torch.where(x < 0.5, x, torch.rsqrt(safe))
+
+    x = torch.randn(4, 8)
+    lowered = cq.lower(quantized(Function(chosen, linear=nn.Linear(8, 8)), (x,)), (x,))
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ())
+
+
 def test_what_a_condition_says_nothing_of_may_be_no_number() -> None:
     x = torch.rand(2, 6)
     unknown = lambda s, x: (  # noqa: E731

@@ -14,6 +14,8 @@ Rewrites, applied in ``transform_for_annotation``:
 - in-place ops become functional: an observer cannot stand between an op and its own input.
   Where that cannot be (:mod:`custom_quantizer.ops.rewrites.writes`), the op stays and every tensor
   in that memory is marked;
+- values that a mask chooses and that are put back under it are computed everywhere
+  (:mod:`custom_quantizer.ops.rewrites.chosen_values`);
 - complex numbers become two real ones (:mod:`custom_quantizer.ops.rewrites.complex_numbers`);
 - tensors of one number and as many values as another one, whatever its size, become that number;
 - constants of integers or booleans that meet floats become floats;
@@ -57,6 +59,7 @@ from custom_quantizer.ops.rewrites.batch_norms import (
     give_layers,
     keep_own_statistics,
 )
+from custom_quantizer.ops.rewrites.chosen_values import CHOSEN
 from custom_quantizer.ops.rewrites.complex_numbers import COMPLEX_OPS, complex_to_real
 from custom_quantizer.ops.rewrites.composites import inline_composites
 from custom_quantizer.ops.rewrites.constants import (
@@ -148,6 +151,7 @@ def canonicalize(
         # What was written into, piece by piece, is written no more: zeros, masks.
         fold_constants(model, parameters=not training)
     complex_to_real(model, training=training)
+    rewrite_calls(model, CHOSEN, training=training)
     _fills_to_numbers(model)
     _integers_to_floats(model)
     rewrite_calls(model, PRODUCTS_APART, training=training, of_sizes=PRODUCTS_APART.values())

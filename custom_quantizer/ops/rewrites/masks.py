@@ -64,6 +64,17 @@ _NOTHING = -8e8
 _LEFT_OUT = -1e4
 """From here on a score is taken to be masked out: exp of it is 0 next to any score of a network."""
 
+_OF_POSITIVE = frozenset(
+    {
+        aten.log.default,
+        aten.log10.default,
+        aten.log2.default,
+        aten.rsqrt.default,
+        aten.sqrt.default,
+    }
+)
+"""Functions of numbers that are not negative."""
+
 _SHARED = "custom_quantizer_mask"
 """Marks, in ``meta``, what was made of a mask: it stands before all others who read that mask."""
 
@@ -258,7 +269,7 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
             scores = _without(insert, data, condition, masked, where=where)
             return scores or _of_tensors(insert, condition, left, right)
     sides = (left, right)
-    if _keeps_from_zero(insert, condition, sides):
+    if _keeps_finite(insert, condition, sides):
         return _of_tensors(insert, condition, left, right)
     given = insert.training and not is_constant(condition)
     if given or asks_what_is_finite(condition) or not all(_is_small(insert, s) for s in sides):
@@ -272,19 +283,22 @@ def _chosen(insert: Insertion, condition: Node, left: Any, right: Any) -> Node |
     return total if is_same_shape(shape_of(total), shape_of(insert.node)) else None
 
 
-def _keeps_from_zero(insert: Insertion, condition: Node, sides: tuple[Any, ...]) -> bool:
-    """Whether a choice keeps a divisor from zero, which integers of it could be.
+def _keeps_finite(insert: Insertion, condition: Node, sides: tuple[Any, ...]) -> bool:
+    """Whether a choice keeps a divisor from zero, or an argument from being negative.
 
-    ``n / where(d != 0, d, 1)``.
+    ``n / where(d != 0, d, 1)``, ``log(where(x > 0, x, 1))``. Integers of it could be zero, and of
+    its sums and products nobody would know that they are positive.
     """
-    divides = any(
-        rule_of(user) is DIV and user.args[1] is insert.node
-        for user in effective_users(insert.node)
-    )
-    return divides and any(
-        where_held(values_of(insert.model, side), condition, side, held=held).is_never_zero
+    readers = effective_users(insert.node)
+    divides = any(rule_of(user) is DIV and user.args[1] is insert.node for user in readers)
+    roots = any(user.target in _OF_POSITIVE for user in readers)
+    held_sides = [
+        where_held(values_of(insert.model, side), condition, side, held=held)
         for side, held in zip(sides, (True, False), strict=True)
         if isinstance(side, Node)
+    ]
+    return any(
+        (divides and values.is_never_zero) or (roots and values.low >= 0) for values in held_sides
     )
 
 

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
@@ -172,7 +173,9 @@ def _is_stride_copy(node: Node) -> bool:
         return False
     args, kwargs = torch.fx.node.map_arg((node.args[1:], node.kwargs), values.__getitem__)
     # Tensors without values stay where they are.
-    args = tuple(torch.device("meta") if isinstance(arg, torch.device) else arg for arg in args)
+    args, kwargs = pytree.tree_map_only(
+        torch.device, lambda _: torch.device("meta"), (args, dict(kwargs))
+    )
 
     def is_copy(value: Tensor) -> bool:
         result = cast("Callable[..., Tensor]", node.target)(value, *args, **kwargs)
