@@ -371,6 +371,17 @@ def built(name: str) -> nn.Module:
     return randomize_batch_norms((CASES | MINIMA)[name][0]()).eval()
 
 
+@pytest.mark.parametrize("layer", [nn.Conv3d, nn.ConvTranspose3d])
+def test_frames_are_joined_in_as_many_steps_for_any_number_of_groups(layer: type[Any]) -> None:
+    """Depthwise, a slice for each channel made most of the ops of a network for videos."""
+
+    def steps(groups: int) -> int:
+        model = nn.Sequential(layer(16, 16, 3, padding=1, groups=groups)).eval()
+        return len(canonicalize(capture(model, (torch.randn(1, 16, 4, 5, 6),))).graph.nodes)
+
+    assert steps(16) == steps(2)
+
+
 @pytest.mark.parametrize("name", CASES | MINIMA)
 def test_a_form_computes_what_the_op_does(name: str) -> None:
     _, shape, target = (CASES | MINIMA)[name]

@@ -99,7 +99,7 @@ def conv3d(insert: Insertion) -> Node | None:
     if data is None:
         return None
     weight, bias = cast(Node, node.args[1]), argument(node, 2, "bias")
-    batch, channels, depth, height, width = shape_of(data)
+    batch, channels, depth, *_ = shape_of(data)
     outputs, _, *kernel = shape_of(weight)
     stride = per_dim(argument(node, 3, "stride", 1), 3)
     dilation = per_dim(argument(node, 5, "dilation", 1), 3)
@@ -116,10 +116,7 @@ def conv3d(insert: Insertion) -> Node | None:
     padded = depth + before[0] + after[0]
     count = (padded - dilation[0] * (taps - 1) - 1) // stride[0] + 1
     pieces = [_frames(insert, frames, k * dilation[0], count, stride[0]) for k in range(taps)]
-    stacked = pieces[0]
-    if taps > 1:
-        stacked = insert.call(aten.cat.default, _by_group(insert, pieces, groups), 2)
-    images = insert.reshape(stacked, [-1, taps * channels, height, width])
+    images = _images(insert, pieces, groups)
     # (out, in / groups, depth, ...) -> (out, depth * in / groups, ...), tap by tap.
     flat = insert.permute(weight, [0, 2, 1, 3, 4])
     flat = insert.reshape(flat, [outputs, -1, *kernel[1:]])
@@ -177,10 +174,7 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
         )
     starts = [before + first - j for j in range(taps)]
     pieces = [_frames(insert, frames, start, end - first, 1) for start in starts]
-    stacked = pieces[0]
-    if taps > 1:
-        stacked = insert.call(aten.cat.default, _by_group(insert, pieces, groups), 2)
-    images = insert.reshape(stacked, [-1, taps * channels, height, width])
+    images = _images(insert, pieces, groups)
     # Zeros between the taps, and behind them up to a multiple of the stride.
     spread = insert.reshape(weight, [inputs, outputs, length, 1, *kernel])
     zeros = [*[0] * (2 * len(kernel)), 0, dilation[0] - 1]
@@ -276,13 +270,18 @@ def _frames(insert: Insertion, frames: Node, start: int, count: int, step: int) 
     return insert.call(aten.slice.Tensor, frames, 1, start, start + (count - 1) * step + 1, step)
 
 
-def _by_group(insert: Insertion, pieces: list[Node], groups: int) -> list[Node]:
-    """Channels of all taps, group by group."""
-    if groups == 1:
-        return pieces
-    width = int(shape_of(pieces[0])[2]) // groups
-    return [
-        insert.slice(piece, 2, g * width, (g + 1) * width)
-        for g in range(groups)
-        for piece in pieces
-    ]
+def _images(insert: Insertion, pieces: list[Node], groups: int) -> Node:
+    """Frames of all taps as images, whose channels are those of all taps, group by group.
+
+    Args:
+        insert: at the layer.
+        pieces: the frames that each tap sees, ``(batch, frames, channels, height, width)``.
+        groups: of the layer.
+    """
+    channels, *pixels = shape_of(pieces[0])[2:]
+    stacked = pieces
+    if groups > 1 and len(pieces) > 1:
+        apart = [-1, groups, channels // groups, *pixels]
+        stacked = [insert.reshape(piece, apart) for piece in pieces]
+    joined = insert.call(aten.cat.default, stacked, 2) if len(pieces) > 1 else pieces[0]
+    return insert.reshape(joined, [-1, len(pieces) * channels, *pixels])
