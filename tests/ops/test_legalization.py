@@ -558,13 +558,16 @@ def test_integers_are_close_to_the_float_model(name: str, mode: str) -> None:
 @pytest.mark.parametrize(
     ("build", "shape", "backend"),
     [
-        (module(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True)), (1, 4, 8, 8), kernels.PORTABLE),
+        (
+            module(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)),
+            (1, 4, 8, 8),
+            kernels.PORTABLE,
+        ),
         (module(lambda: nn.Upsample(size=(223, 6), mode="bilinear")), (1, 4, 28, 3), kernels.FLOAT),
         (module(lambda: nn.GroupNorm(2, 4)), IMAGE, kernels.FLOAT),
         *(
             pytest.param(module(build), shape, kernel, marks=pytest.mark.slow)
             for build, shape, kernel in (
-                (lambda: nn.AvgPool2d(2, ceil_mode=True), (2, 4, 7, 7), kernels.PORTABLE),
                 (
                     lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=2),
                     (1, 4, 8, 8),
@@ -596,6 +599,31 @@ def test_large_windows_are_pooled_in_float() -> None:
     """A depthwise convolution is no faster there."""
     graph = canonicalize(capture(nn.AvgPool2d(5, 1, 2).eval(), (torch.randn(IMAGE),)))
     assert len(calls(graph, aten.avg_pool2d.default)) == 1
+
+
+@pytest.mark.parametrize(
+    ("pool", "height", "width"),
+    [
+        (nn.AvgPool2d(2, ceil_mode=True), 7, 6),
+        (nn.AvgPool2d(3, 2, ceil_mode=True), 6, 8),
+        (nn.AvgPool2d(3, 2, 1, ceil_mode=True), 6, 7),
+        (nn.AvgPool2d((20, 2), ceil_mode=True), 3, 5),
+        (nn.AvgPool2d(20, ceil_mode=True), 2, 3),
+    ],
+)
+def test_last_windows_that_are_cut_off_divide_by_what_is_in_them(
+    pool: nn.Module, height: int, width: int
+) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), pool, nn.Conv2d(4, 4, 1)).eval()
+    x = torch.randn(2, 4, height, width)
+    graph = canonicalize(capture(model, (x,)))
+    pools = calls(graph, aten.avg_pool2d.default)
+    assert not any(node.args[4:5] == (True,) for node in pools)
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-6)
+    converted = quantized(model, (x,))
+    program = cq.lower(converted, (x,))
+    assert (program.report.delegates, program.report.outside) == (1, ())
+    assert differences(program.run(x), cq.integer_reference(converted)(x)) == []
 
 
 def test_a_linear_layer_that_would_be_too_large_is_not_made(

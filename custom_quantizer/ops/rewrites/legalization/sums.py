@@ -152,7 +152,8 @@ def _windows(size: int, steps: int) -> Tensor:
 def avg_pool2d(insert: Insertion) -> Node | None:
     """Counted padding and a divisor of one's own: a depthwise convolution.
 
-    Pooling averages what is inside of the image only, and with the size of the window.
+    Pooling averages what is inside of the image only, and with the size of the window. Last windows
+    that ``ceil_mode`` adds are smaller, and pooled apart.
     """
     node, data = insert.node, float_input(insert)
     if data is None or len(shape_of(data)) != 4:
@@ -167,8 +168,14 @@ def avg_pool2d(insert: Insertion) -> Node | None:
     channels, sizes = shape[1], shape[2:]
     if ceil_mode and not is_static(sizes):
         return None
-    if ceil_mode and any(map(adds_window, sizes, kernel, stride, padding, [1, 1])):
-        return None
+    added_last = list(map(adds_window, sizes, kernel, stride, padding, [1, 1]))
+    if ceil_mode and any(added_last):
+        if divisor is not None or (any(padding) and not counted):
+            return None
+        if any(padding):  # counted as zeros, but not what lies behind it
+            sides = [padding[1], padding[1], padding[0], padding[0]]
+            data = insert.call(aten.constant_pad_nd.default, data, sides)
+        return _pooled_apart(insert, data, kernel, stride, added_last)
     taps = math.prod(kernel)
     if divisor is None and not (counted and any(padding) and taps <= CONVOLVED_TAPS):
         if not ceil_mode:
@@ -179,6 +186,31 @@ def avg_pool2d(insert: Insertion) -> Node | None:
     value = 1.0 / (taps if divisor is None else int(divisor))
     weight = insert.constant("weight", torch.full((channels, 1, *kernel), value))
     return insert.call(aten.conv2d.default, data, weight, None, stride, padding, [1, 1], channels)
+
+
+def _pooled_apart(
+    insert: Insertion, data: Node, kernel: list[int], stride: list[int], added_last: list[bool]
+) -> Node:
+    """Average an image of which the last windows of some dims are cut off: they divide by less."""
+    sizes: list[Any] = list(shape_of(data)[2:])
+    below, beside = map(_pieces, sizes, kernel, stride, added_last)
+    rows = []
+    for top, height, down in below:
+        row = []
+        strip = insert.slice(data, 2, top, sizes[0]) if top else data
+        for left, width, right in beside:
+            part = insert.slice(strip, 3, left, sizes[1]) if left else strip
+            row.append(insert.call(aten.avg_pool2d.default, part, [height, width], [down, right]))
+        rows.append(insert.call(aten.cat.default, row, 3) if len(row) > 1 else row[0])
+    return insert.call(aten.cat.default, rows, 2) if len(rows) > 1 else rows[0]
+
+
+def _pieces(size: int, kernel: int, stride: int, added_last: bool) -> list[tuple[int, int, int]]:
+    """``(start, kernel, stride)`` of the whole windows along a dim, then of the one cut off."""
+    whole = (size - kernel) // stride + 1 if size >= kernel else 0
+    pieces = [(0, kernel, stride)] if whole else []
+    start = whole * stride
+    return [*pieces, (start, size - start, size - start)] if added_last else pieces
 
 
 def avg_pool3d(insert: Insertion) -> Node | None:
