@@ -229,6 +229,11 @@ SUMS: dict[str, tuple[Build, tuple[int, ...], Any]] = {
         IMAGE,
         aten.im2col.default,
     ),
+    "large patches that overlap": (
+        module(lambda: nn.Unfold((9, 8), padding=(1, 0), stride=(3, 4))),
+        (2, 1, 11, 12),
+        aten.im2col.default,
+    ),
     "patches of one image": (module(lambda: nn.Unfold(2)), (4, 6, 6), aten.im2col.default),
     "patches side by side": (
         module(lambda: nn.Unfold((2, 3), stride=(2, 3))),

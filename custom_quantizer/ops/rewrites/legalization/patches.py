@@ -11,7 +11,7 @@ from torch.fx import Node
 from custom_quantizer.core.graph import shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
-from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static
+from custom_quantizer.ops.rewrites.legalization._common import MAX_PIECES, float_input, is_static
 
 aten = torch.ops.aten
 
@@ -22,7 +22,8 @@ MAX_TAPS = 64
 def unfold(insert: Insertion) -> Node | None:
     """Columns of patches: a depthwise convolution with one output for each value of a patch.
 
-    Patches that lie side by side (those of a transformer) are moves, of whatever size.
+    Patches that lie side by side (those of a transformer) are moves, of whatever size, and large
+    ones that overlap are slices, if there are few of them.
     """
     node, data = insert.node, float_input(insert)
     if data is None or len(shape_of(data)) != 4 or not is_static(shape_of(data)[1:]):
@@ -38,12 +39,31 @@ def unfold(insert: Insertion) -> Node | None:
         moved = insert.permute(parts, [0, 1, 3, 5, 2, 4])
         return insert.reshape(moved, [batch, channels * height * width, rows * columns])
     if math.prod(kernel) > MAX_TAPS:
-        return None
+        few = shape_of(node)[2] <= MAX_PIECES and all(step == 1 for step in dilation)
+        return _cut_out(insert, data, kernel, padding, stride) if few else None
     weight = insert.constant("weight", _picks(channels, kernel))
     patches = insert.call(
         aten.conv2d.default, data, weight, None, stride, padding, dilation, channels
     )
     return insert.reshape(patches, [batch, channels * math.prod(kernel), shape_of(node)[2]])
+
+
+def _cut_out(
+    insert: Insertion, data: Node, kernel: list[int], padding: list[int], stride: list[int]
+) -> Node:
+    """Patches one by one."""
+    if any(padding):
+        sides = [padding[1], padding[1], padding[0], padding[0]]
+        data = insert.call(aten.constant_pad_nd.default, data, sides)
+    batch, channels, height, width = shape_of(data)
+    patches = []
+    for top in range(0, height - kernel[0] + 1, stride[0]):
+        strip = insert.slice(data, 2, top, top + kernel[0])
+        for left in range(0, width - kernel[1] + 1, stride[1]):
+            patch = insert.slice(strip, 3, left, left + kernel[1])
+            patches.append(insert.reshape(patch, [batch, 1, channels * math.prod(kernel)]))
+    rows = insert.call(aten.cat.default, patches, 1) if len(patches) > 1 else patches[0]
+    return insert.permute(rows, [0, 2, 1])
 
 
 def fold(insert: Insertion) -> Node | None:
