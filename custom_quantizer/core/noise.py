@@ -20,7 +20,7 @@ class Noise:
 
     Attributes:
         signal: sum of squares of what is exact.
-        error: of what is wrong; infinite if any value is ``lost``.
+        error: of what is wrong; infinite if any value is ``lost``, or a tensor has another size.
         lost: values that are not finite, where the exact ones are.
     """
 
@@ -29,15 +29,19 @@ class Noise:
         self.lost = 0
 
     def add(self, exact: Tensor, other: Tensor) -> None:
-        """Count one pair of tensors; where the exact one is not finite, nothing is counted."""
+        """Count one pair of tensors; where the exact one is not finite, nothing is counted.
+
+        Sizes may depend on values: of a tensor that rounding gave another size nothing is left.
+        """
         exact, other = exact.detach().double(), other.detach().double()
+        resized = exact.shape != other.shape
         finite = torch.isfinite(exact)
         if not bool(finite.all()):
-            exact, other = exact[finite], other[finite]
+            exact, other = exact[finite], other if resized else other[finite]
         self.signal += float((exact * exact).sum())
         lost = int((~torch.isfinite(other)).sum())
         self.lost += lost
-        self.error += math.inf if lost else float(((exact - other) ** 2).sum())
+        self.error += math.inf if lost or resized else float(((exact - other) ** 2).sum())
 
     @property
     def ratio(self) -> float:

@@ -496,6 +496,9 @@ def test_noise() -> None:
     noise.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, torch.inf, torch.nan]))
     assert (noise.lost, noise.ratio) == (2, -math.inf)
     assert ratio_db(1.0, math.nan) == -math.inf
+    resized = Noise()
+    resized.add(torch.tensor([[3.0, torch.nan]]), torch.tensor([[3.0]]))  # a size that was rounded
+    assert (resized.signal, resized.lost, resized.ratio) == (9.0, 0, -math.inf)
 
 
 def test_values_that_are_no_longer_finite_are_reported() -> None:

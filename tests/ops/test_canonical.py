@@ -1168,6 +1168,18 @@ PUTS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+def test_what_is_filled_may_have_a_size_that_values_tell() -> None:
+    def f(_self: nn.Module, x: Tensor, n: Tensor) -> Tensor:
+        count: Any = n.item()  # "int" would ask for its value
+        torch._check(count >= 1)
+        torch._check(count <= 6)
+        return x + torch.full((count, 4), 0.5)
+
+    x = torch.randn(1, 4)
+    graph = canonicalize(capture(Function(f), (x, torch.tensor(3))))
+    assert torch.equal(graph(x, torch.tensor(5)), (x + 0.5).expand(5, 4))
+
+
 def test_a_number_put_in_constant_places_fills_a_mask() -> None:
     def forward(s: Any, x: Tensor) -> list[Tensor]:
         tensors = [s.conv(x + i) for i in range(len(PUTS))]

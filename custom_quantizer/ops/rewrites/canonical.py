@@ -305,7 +305,8 @@ def _fills_to_rows(model: GraphModule) -> None:
             continue
         shape: tuple[Any, ...] = shape_of(node)
         row = [size if isinstance(size, int) else 1 for size in shape]
-        if row == list(shape) or math.prod(row) > MAX_GROWTH:
+        is_known = all(isinstance(size, int) for size in shape)
+        if is_known or math.prod(row) > MAX_GROWTH:
             continue
         insert = Insertion(model, node)
         if node.target in _SIZED:
