@@ -240,7 +240,7 @@ def torch_baddbmm(_self: Any, added: Tensor, a: Tensor, b: Tensor) -> Tensor:
             aten.sort.stable,
             aten.topk.default,
         ),
-        (lambda s, x: torch.sort(x).indices, None, aten.sort.default),
+        (lambda s, x: torch.sort(x).indices, aten.sort.default, aten.topk.default),
     ],
 )
 def test_the_same_values_under_another_name(

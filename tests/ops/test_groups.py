@@ -12,6 +12,7 @@ from support.graphs import Function, calls, canonicalize, capture, lowered_exact
 from torch import Tensor, nn
 
 aten = torch.ops.aten
+SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)
 
 
 def whole_numbers(seed: int) -> Tensor:
@@ -46,9 +47,37 @@ def test_whole_numbers_in_order_and_counted(function: Callable[..., Any], gone: 
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-def test_numbers_that_may_be_too_large_are_not_put_in_order() -> None:
-    """Times their count they would not fit."""
-    x = torch.tensor([2**62, 3, -(2**62)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: tuple(torch.sort(x, stable=True)),
+        lambda s, x: torch.sort(x, 0, True)[1],
+        lambda s, x: torch.argsort(torch.argsort(x, 1), dim=1),
+        lambda s, x: torch.argsort(x, dim=0, descending=True, stable=True),
+    ],
+)
+def test_any_numbers_are_put_in_order(function: Callable[..., Any]) -> None:
+    """Also integers that would not fit times their count; equal ones stay in the order they had."""
+    numbers = whole_numbers(1).to(torch.int64) * 2**61
+    for x in (torch.randn(3, 7, 2), whole_numbers(0).float().round(), numbers):
+        graph = canonicalize(capture(Function(function), (x,)))
+        assert not any(calls(graph, op) for op in SORTS)
+        given, wanted = graph(x), function(None, x)
+        pairs = zip(given, wanted, strict=True) if isinstance(given, tuple) else [(given, wanted)]
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+def test_integers_of_a_layer_are_put_in_order_by_the_program() -> None:
+    """Many are equal after rounding."""
+    x = torch.randn(2, 12)
+    model = Function(
+        lambda s, x: s.m(x).gather(1, s.m(x).argsort(1).argsort(1)), m=nn.Linear(12, 12)
+    )
+    lowered_exactly(quantized(model, (x,)), (x,))
+
+
+def test_too_many_numbers_are_not_put_in_order() -> None:
+    x = torch.randn(2, 1025)
     graph = canonicalize(capture(Function(lambda s, x: torch.sort(x).indices), (x,)))
     assert calls(graph, aten.sort.default)
 

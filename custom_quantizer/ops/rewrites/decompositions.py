@@ -29,7 +29,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.rewriting import IN_FLOAT, Insertion, Rewrite, rewrite_calls
 from custom_quantizer.ops.rewrites.arithmetic import ARITHMETIC
 from custom_quantizer.ops.rewrites.curves import CURVES
-from custom_quantizer.ops.rewrites.groups import FOREIGN_GROUPS, GROUPS, sorted_whole_numbers
+from custom_quantizer.ops.rewrites.groups import FOREIGN_GROUPS, GROUPS, sorted_numbers
 from custom_quantizer.ops.rewrites.masks import MASKED, MASKS, added_mask, attended
 from custom_quantizer.ops.rewrites.paddings import PADDINGS
 from custom_quantizer.ops.rewrites.products import (
@@ -454,7 +454,7 @@ def _cross(insert: Insertion) -> Node | None:
 
 def _result(insert: Insertion) -> Node | None:
     """One of several results of an op."""
-    for form in (_sorted, sorted_whole_numbers, _embedding_bag):
+    for form in (_sorted, sorted_numbers, _embedding_bag):
         found = form(insert)
         if found is not None:
             return found

@@ -18,7 +18,7 @@ from torch.fx import Node
 from custom_quantizer.core.graph import argument, is_float32, shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 
-__all__ = ["FOREIGN_GROUPS", "GROUPS", "sorted_whole_numbers"]
+__all__ = ["FOREIGN_GROUPS", "GROUPS", "sorted_numbers"]
 
 aten = torch.ops.aten
 
@@ -37,8 +37,8 @@ _MOVED = frozenset(
     }
 )  # fmt: skip
 
-_MOST_BINS = 2**20
-"""Comparisons that a histogram may take."""
+_MOST_COMPARISONS = 2**20
+"""Comparisons that a histogram or an order of any numbers may take."""
 
 
 def _grouped_product(insert: Insertion) -> Node | None:
@@ -72,8 +72,8 @@ def _grouped_product(insert: Insertion) -> Node | None:
     return insert.call(aten.linear.default, spread, weight)
 
 
-def sorted_whole_numbers(insert: Insertion) -> Node | None:
-    """One result of ``sort`` of integers: as ``topk`` of numbers that are all different.
+def sorted_numbers(insert: Insertion) -> Node | None:
+    """One result of ``sort``: as ``topk`` of numbers that are all different.
 
     Equal ones have no order in ``topk``; here they keep the one that they had.
     """
@@ -104,16 +104,44 @@ def _argsort(insert: Insertion) -> Node | None:
 def _ordered(insert: Insertion, data: Node, dim: int, *, descending: bool) -> Node | None:
     """Where the numbers came from, in their order."""
     shape: tuple[Any, ...] = shape_of(data)
-    if not shape or not isinstance(shape[dim], int) or not _is_below(data, 32):
+    meta = tensor_meta(data)
+    if meta is None or not shape or not isinstance(shape[dim], int) or meta.is_complex():
         return None
-    count, behind = shape[dim], len(shape) - 1 - dim % len(shape)
-    places = torch.arange(count, dtype=torch.int64).view(-1, *[1] * behind)
+    dim %= len(shape)
+    if _is_below(data, 32):
+        keys, largest = _keys(insert, data, dim, descending=descending), descending
+    elif meta.numel() * shape[dim] <= _MOST_COMPARISONS:
+        keys, largest = _numbers_before(insert, data, dim, descending=descending), False
+    else:
+        return None
+    best = insert.call(aten.topk.default, keys, shape[dim], dim, largest, True)
+    return insert.call(operator.getitem, best, 1)
+
+
+def _keys(insert: Insertion, data: Node, dim: int, *, descending: bool) -> Node:
+    """Small integers times their count, and where each stands."""
+    shape: tuple[Any, ...] = shape_of(data)
+    places = torch.arange(shape[dim], dtype=torch.int64).view(-1, *[1] * (len(shape) - 1 - dim))
     places = places.flip(0) if descending else places
     keys = insert.call(aten.to.dtype, data, torch.int64)
-    keys = insert.call(aten.mul.Tensor, keys, count)
-    keys = insert.call(aten.add.Tensor, keys, insert.constant("places", places))
-    best = insert.call(aten.topk.default, keys, count, dim, descending, True)
-    return insert.call(operator.getitem, best, 1)
+    keys = insert.call(aten.mul.Tensor, keys, shape[dim])
+    return insert.call(aten.add.Tensor, keys, insert.constant("places", places))
+
+
+def _numbers_before(insert: Insertion, data: Node, dim: int, *, descending: bool) -> Node:
+    """How many numbers come before each: all are compared with all. NaN has no place."""
+    shape: tuple[Any, ...] = shape_of(data)
+    count, behind = shape[dim], len(shape) - 1 - dim
+    own = insert.call(aten.unsqueeze.default, data, dim + 1)
+    other = insert.call(aten.unsqueeze.default, data, dim)
+    better, as_good = (aten.gt, aten.ge) if descending else (aten.lt, aten.le)
+    earlier = torch.ones(count, count, dtype=torch.bool).tril(-1)
+    earlier = earlier.view(count, count, *[1] * behind)
+    first = insert.call(as_good.Tensor, other, own)
+    first = insert.call(aten.logical_and.default, first, insert.constant("earlier", earlier))
+    before = insert.call(better.Tensor, other, own)
+    before = insert.call(aten.logical_or.default, before, first)
+    return insert.call(aten.sum.dim_IntList, before, [dim + 1])
 
 
 def _is_below(data: Node, bits: int) -> bool:
@@ -140,7 +168,7 @@ def _histogram(insert: Insertion) -> Node | None:
     bins, low, high = (argument(node, i, n, d) for i, n, d in _HISTC)
     shape: tuple[Any, ...] = shape_of(data)
     count = torch.Size(shape).numel() if all(isinstance(size, int) for size in shape) else None
-    if count is None or not low < high or count * bins > _MOST_BINS or not is_float32(data):
+    if count is None or not low < high or count * bins > _MOST_COMPARISONS or not is_float32(data):
         return None
     whole = _whole(data)
     if whole is not None and _are_whole(low, high) and bins == high - low + 1:  # one number a bin
