@@ -1168,6 +1168,26 @@ PUTS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+def test_a_conversion_is_to_a_dtype_or_nothing() -> None:
+    """Others would have the program traced op by op when it is lowered, which is slow."""
+
+    def f(_self: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        indices = x.argmax(1).to(x.device)
+        above = (x > 0).to(device=x.device, dtype=torch.int32)
+        return (x + 1).to(x.device, torch.float32), indices.long(), above, above.type_as(indices)
+
+    x = torch.randn(3, 4)
+    captured = capture(Function(f), (x,))
+    others = (aten.to.device, aten.to.dtype_layout, aten.type_as.default)
+    assert all(calls(captured, op) for op in others)
+    graph = canonicalize(captured)
+    assert not any(calls(graph, op) for op in others)
+    assert len(calls(graph, aten.to.dtype)) == 3  # of floats, to int32, to int64
+    for given, wanted in zip(graph(x), f(graph, x), strict=True):
+        assert given.dtype == wanted.dtype
+        assert torch.equal(given, wanted)
+
+
 def test_what_is_filled_may_have_a_size_that_values_tell() -> None:
     def f(_self: nn.Module, x: Tensor, n: Tensor) -> Tensor:
         count: Any = n.item()  # "int" would ask for its value

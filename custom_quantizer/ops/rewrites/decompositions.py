@@ -22,6 +22,7 @@ from custom_quantizer.core.graph import (
     argument,
     constant_of,
     is_constant,
+    is_float32,
     is_same_shape,
     shape_of,
     tensor_meta,
@@ -452,6 +453,21 @@ def _cross(insert: Insertion) -> Node | None:
     return insert.call(aten.sub.Tensor, product(-1, -2), product(-2, -1))
 
 
+def _conversion(insert: Insertion) -> Node | None:
+    """A conversion is one to a dtype, or nothing: all tensors are on one device, in one layout.
+
+    Of floats, nothing is an op that says so, which rules may name.
+    """
+    node, source = insert.node, cast(Node, insert.node.args[0])
+    meta, before = tensor_meta(node), tensor_meta(source)
+    if meta is None or before is None or meta.device != before.device or source.op == "placeholder":
+        return None
+    if meta.dtype != before.dtype or is_float32(node):
+        same = node.target is aten.to.dtype
+        return None if same else insert.call(aten.to.dtype, source, meta.dtype)
+    return source
+
+
 def _result(insert: Insertion) -> Node | None:
     """One of several results of an op."""
     for form in (_sorted, sorted_numbers, _embedding_bag):
@@ -514,6 +530,10 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.instance_norm.default: _stored_statistics,
     aten.alpha_dropout.default: _dropout,
     aten.feature_alpha_dropout.default: _dropout,
+    **dict.fromkeys(
+        (aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default),
+        _conversion,
+    ),
     operator.getitem: _result,
 }
 
