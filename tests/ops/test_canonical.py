@@ -1183,9 +1183,9 @@ def test_a_conversion_is_to_a_dtype_or_nothing() -> None:
     graph = canonicalize(captured)
     assert not any(calls(graph, op) for op in others)
     assert len(calls(graph, aten.to.dtype)) == 3  # of floats, to int32, to int64
-    for given, wanted in zip(graph(x), f(graph, x), strict=True):
-        assert given.dtype == wanted.dtype
-        assert torch.equal(given, wanted)
+    for got, wanted in zip(graph(x), f(graph, x), strict=True):
+        assert got.dtype == wanted.dtype
+        assert torch.equal(got, wanted)
 
 
 def test_what_is_filled_may_have_a_size_that_values_tell() -> None:
