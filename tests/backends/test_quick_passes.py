@@ -9,7 +9,7 @@ import pytest
 import torch
 from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack._passes import XNNPACKPassManager
-from executorch.backends.xnnpack.partition.graphs import sdpa
+from executorch.backends.xnnpack.partition.graphs import bilinear_2d, sdpa
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNGraph
 from executorch.exir._serialize import _dataclass
 from executorch.exir.dialects._ops import ops
@@ -69,6 +69,15 @@ def test_the_same_program(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = cq.lower(graph, example).buffer
     monkeypatch.setattr(edge, "quick_passes", nullcontext)
     assert cq.lower(graph, example).buffer == quick
+
+
+def test_resizing_that_is_whole_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What upstream looks for it captures first, which takes seconds in each process."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Upsample(scale_factor=2, mode="bilinear"))
+    example = (torch.randn(1, 3, 4, 4),)
+    graph = convert(model, example, "a8w8").graph
+    monkeypatch.setattr(bilinear_2d, "get_graphs_dict", lambda: pytest.fail("is looked for"))
+    assert cq.lower(graph, example).report.fully_delegated
 
 
 def test_attentions_that_upstream_would_replace() -> None:

@@ -85,7 +85,7 @@ CHANGES: Mapping[str, Callable[[Node], bool]] = {
     "Conv1dUnsqueezePass": _convolves_signals,
     "ConvertToLinearPass": _calls("mm."),
     "ConvertToSDPAPass": _weighs_scaled,
-    "ConvertToUpsampleBilinear2d": _calls("index", "upsample"),
+    "ConvertToUpsampleBilinear2d": _calls("index"),  # of which it is made, where it is not whole
     "DecomposeBatchNorm": _calls("batch_norm"),
     "DecomposeConcatenate": _joins_many,
     "DimOrderOpsRevertPass": _calls("dim_order"),
