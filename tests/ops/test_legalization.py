@@ -426,6 +426,24 @@ def test_a_square_is_an_integer_product() -> None:
     assert differences(program.run(x), cq.integer_reference(graph)(x)) == []
 
 
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_gated_half_is_integers(dim: int) -> None:
+    """Also what a mask takes of it: as a sum and a product, nothing of it may be infinite."""
+    x = torch.randn(2, 4, 6)
+
+    def f(s: Any, x: Tensor) -> Tensor:
+        half = F.glu(s.m(x), dim)
+        return half.masked_fill(torch.arange(half.shape[-1]) > 1, 0.0)
+
+    model = Function(f, m=nn.Linear(6, 6))
+    graph = quantized(model, (x,))
+    torch.testing.assert_close(canonicalize(capture(model, (x,)))(x), model(x))
+    program = cq.lower(graph, (x,))
+    assert program.report.fully_delegated
+    assert [row.backend.label for row in program.report.not_integer()] == ["xnnpack table"]
+    assert differences(program.run(x), cq.integer_reference(graph)(x)) == []
+
+
 def test_maxima_whose_indices_are_used_stay() -> None:
     x = torch.randn(IMAGE)
     graph = canonicalize(capture(Function(lambda s, x: x.max(1)), (x,)))

@@ -453,6 +453,17 @@ def _cross(insert: Insertion) -> Node | None:
     return insert.call(aten.sub.Tensor, product(-1, -2), product(-2, -1))
 
 
+def _glu(insert: Insertion) -> Node | None:
+    """One half of a tensor, gated by the sigmoid of the other."""
+    data, dim = cast(Node, insert.node.args[0]), argument(insert.node, 1, "dim", -1)
+    shape: tuple[Any, ...] = shape_of(data)
+    if not isinstance(shape[dim], int):
+        return None
+    half, dim = shape[dim] // 2, dim % len(shape)
+    value, gate = insert.slice(data, dim, 0, half), insert.slice(data, dim, half, 2 * half)
+    return insert.call(aten.mul.Tensor, value, insert.call(aten.sigmoid.default, gate))
+
+
 def _conversion(insert: Insertion) -> Node | None:
     """A conversion is one to a dtype, or nothing: all tensors are on one device, in one layout.
 
@@ -530,6 +541,7 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.instance_norm.default: _stored_statistics,
     aten.alpha_dropout.default: _dropout,
     aten.feature_alpha_dropout.default: _dropout,
+    aten.glu.default: _glu,
     **dict.fromkeys(
         (aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default),
         _conversion,
