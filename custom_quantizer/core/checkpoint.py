@@ -12,12 +12,15 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from custom_quantizer.core.tensor_file import DamagedFileError, read_tensors, write_tensors
+from custom_quantizer.core.tensor_file import (
+    DamagedFileError,
+    bytes_of,
+    read_tensors,
+    write_tensors,
+)
 from custom_quantizer.errors import CustomQuantizerError
 
 __all__ = ["CheckpointFile", "fingerprint", "part_of"]
@@ -122,6 +125,5 @@ def fingerprint(tensors: Iterable[Tensor], *texts: str) -> str:
         digest.update(text.encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(cast(Any, flat.view(torch.uint8).numpy()))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

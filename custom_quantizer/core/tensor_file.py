@@ -19,7 +19,7 @@ from torch import Tensor
 from custom_quantizer.core.files import check_regular, memory_limit, write_bytes_atomic
 from custom_quantizer.errors import InputError
 
-__all__ = ["DamagedFileError", "read_tensors", "write_tensors"]
+__all__ = ["DamagedFileError", "bytes_of", "read_tensors", "write_tensors"]
 
 _DIGEST = "sha256"
 
@@ -70,6 +70,13 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return tensors, metadata, digest is not None
 
 
+def bytes_of(tensor: Tensor) -> Any:
+    """The numbers of a tensor, in order, as a NumPy array of uint8."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # Of one number any stride is contiguous, but 0 is not taken for another dtype.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
+
+
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Tensor:
     """uint8 ``(32,)``."""
     digest = hashlib.sha256()
@@ -78,6 +85,5 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Tenso
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        data: Any = value.reshape(-1).view(torch.uint8).numpy()
-        digest.update(data)
+        digest.update(bytes_of(value))
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

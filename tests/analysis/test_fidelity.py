@@ -20,6 +20,7 @@ import custom_quantizer as cq
 from custom_quantizer.analysis import fidelity
 from custom_quantizer.analysis.fidelity import FirstCalls, _Tolerance, check_calls
 from custom_quantizer.analysis.rerun import float_fingerprint
+from custom_quantizer.core.checkpoint import fingerprint
 from custom_quantizer.core.graph import constant_of
 from custom_quantizer.core.noise import Noise, ratio_db
 from custom_quantizer.errors import CalibrationError, InputError, VerificationError
@@ -564,3 +565,12 @@ def test_float64_is_computed_only_in_doubt(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(VerificationError, match="before any rounding"):
         check_calls(prepared, captured, [[x]])
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16])
+def test_a_fingerprint_of_one_number_that_was_expanded(dtype: torch.dtype) -> None:
+    """Its stride is 0."""
+    expanded = torch.ones((), dtype=dtype).expand(1)
+    assert expanded.stride() == (0,)
+    assert fingerprint([expanded]) == fingerprint([torch.ones(1, dtype=dtype)])
+    assert fingerprint([expanded]) != fingerprint([torch.zeros(1, dtype=dtype)])
