@@ -25,6 +25,7 @@ from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.ops.elementwise import CLAMP, MUL, RELU
 from custom_quantizer.ops.functions import DIV
+from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, MEAN
 from custom_quantizer.ops.rewrites.training_graph import folded_value
 from custom_quantizer.planning.decisions import to_float
 from custom_quantizer.planning.drafts import ANNOTATED_BEFORE, DraftOp, Drafts, same_format
@@ -38,9 +39,9 @@ def leave_sums(ops: Drafts) -> set[Node]:
     On the way into a softmax these are scales, biases and masks: a mask (a large negative number)
     would take the whole range of an int8 sum for itself. Between layer norms it is the residual
     stream of a transformer, whose parts differ by orders of magnitude. Either way the reader
-    dequantizes what an int8 kernel has just rounded. So are means of tokens before a norm, of which
-    calibration sees few, and whose range is soon left; and clamps of an input of the model, as that
-    of a mask in which minus infinity stands.
+    dequantizes what an int8 kernel has just rounded. So are means of tokens or of an image before a
+    norm, of which calibration sees few, and whose range is soon left; and clamps of an input of the
+    model, as that of a mask in which minus infinity stands.
 
     Returns:
         All ops, of whatever kind, that only float ops read.
@@ -149,8 +150,9 @@ def _is_layer(op: DraftOp | None) -> bool:
 
 
 def _adds(op: DraftOp, ops: Drafts) -> bool:
-    """Whether an op is a sum, a product, a total, or bounds an input."""
-    return op.has(Trait.SUM) or op.is_total or _clamps_input(op, ops)
+    """Whether an op is a sum, a product, a total, a mean of an image, or bounds an input."""
+    averages = op.rule in (ADAPTIVE_AVG_POOL, MEAN)
+    return op.has(Trait.SUM) or op.is_total or averages or _clamps_input(op, ops)
 
 
 def _is_cheap(op: DraftOp, ops: Drafts) -> bool:

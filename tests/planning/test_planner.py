@@ -574,6 +574,22 @@ def test_means_of_tokens_that_only_a_norm_reads_stay_in_float() -> None:
     assert named.op("mean_linear").scheme == "a8w8"
 
 
+@pytest.mark.parametrize("mean", [lambda x: x.mean((2, 3)), nn.AdaptiveAvgPool2d(1)])
+def test_so_do_means_of_images(mean: Callable[[Tensor], Tensor]) -> None:
+    def pooled(s: Any, x: Tensor) -> Tensor:
+        return cast(Tensor, s.head(s.norm(mean(s.conv(x)).flatten(1))))
+
+    layers = {"conv": conv(), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 4)}
+    plan = plan_of(pooled, **layers)
+    (op,) = [op for op in plan.ops if op.family in {"mean", "adaptive_avg_pool2d"}]
+    assert "only float ops read" in op.reason
+    assert op.placement == "float inside"
+    named = plan_of(pooled, Rule(Scope.NODE_NAME, op.node, A8W8), **layers)
+    assert named.op(op.node).scheme == "a8w8"
+    plan = plan_of(lambda s, x: s.head(mean(s.conv(x)).flatten(1)), **layers)
+    assert plan.op(op.node).scheme == "a8w8"  # a layer reads it
+
+
 def test_phases_that_a_constant_matrix_makes_stay_in_float() -> None:
     def waves(s: Any, x: Tensor) -> Tensor:
         return cast(Tensor, s.conv((3.0 * x @ torch.eye(x.shape[-1])).sin()))
@@ -1218,7 +1234,11 @@ def test_a_module_that_was_folded_away_still_has_its_name() -> None:
         ),
         (lambda s, x: x + x.argmax(1, True), "add", "not a floating-point tensor"),
         (lambda s, x: x.mean((2, 3), dtype=torch.float64), "mean", "changes the dtype"),
-        (lambda s, x: F.avg_pool2d(x, 4, ceil_mode=True), "avg_pool2d", "ceil_mode"),
+        (
+            lambda s, x: F.avg_pool2d(x, 4, ceil_mode=True, divisor_override=3),
+            "avg_pool2d",
+            "ceil_mode",
+        ),
         (lambda s, x: F.pad(s.conv(x), (1, 1), value=1.0), "pad", "pads with 1.0"),
         (lambda s, x: x.double() + x.double(), "add", "torch.float64"),
         (lambda s, x: torch.sin(x), "sin", "no integer form of aten.sin.default"),
