@@ -210,7 +210,6 @@ SIGNALS = (3, 6)
 
 # What the function returns, beside an integer op; the node that is named, and its kernel.
 WITHOUT_KERNEL: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
-    "sorted indices": (torch.argsort, "argsort", "aten::sort.values"),
     "distinct values": (torch.unique, "_unique2", "aten::_unique2.out"),
     "a maximum so far": (lambda y: y.cummax(1)[0], "cummax", "aten::cummax.out"),
     "indices in another order": (torch.nonzero, "nonzero", "aten::nonzero.out"),
@@ -222,7 +221,7 @@ WITHOUT_KERNEL: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["sorted indices", "no out variant"], WITHOUT_KERNEL))
+@pytest.mark.parametrize("name", slow_but(["a maximum so far", "no out variant"], WITHOUT_KERNEL))
 def test_an_op_that_nothing_computes_is_named(name: str) -> None:
     function, node, kernel = WITHOUT_KERNEL[name]
     model = Function(lambda s, x: function(s.part(x)), part=nn.Linear(6, 4))
@@ -237,7 +236,7 @@ def test_an_op_that_nothing_computes_is_named(name: str) -> None:
 
 
 def test_for_another_runtime_the_program_is_written_all_the_same() -> None:
-    x = torch.randn(SIGNALS)
+    x = torch.randn(1025)  # more than can be compared with each other
     graph = quantized(Function(lambda s, x: torch.argsort(x + x)), (x,))
     program = cq.lower(graph, (x,), check=False)
     assert program.contents.kernels == ("aten::sort.values",)
