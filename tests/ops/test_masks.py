@@ -9,7 +9,15 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import Function, calls, canonicalize, capture, lowered_exactly, quantized
+from support.graphs import (
+    Function,
+    calls,
+    canonicalize,
+    capture,
+    differences,
+    lowered_exactly,
+    quantized,
+)
 from support.models import convert
 from support.selection import slow_but
 from torch import Tensor, nn
@@ -408,6 +416,29 @@ def test_what_a_choice_makes_positive_is_no_sum() -> None:
 
     x = torch.randn(4, 8)
     lowered = cq.lower(quantized(Function(chosen, linear=nn.Linear(8, 8)), (x,)), (x,))
+    assert (lowered.report.delegates, lowered.report.outside) == (1, ())
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x, a: (x >= a[:-1]) * (x < a[1:]),
+        lambda x, a: ((x < a[:-1]) + (x >= a[1:])).logical_not(),
+        lambda x, a: ((x >= a[:-1]) * (x < a[1:]) + (x > 1)) * (x < 2),
+    ],
+)
+def test_products_and_sums_of_conditions_are_conditions(between: Callable[..., Tensor]) -> None:
+    """As the splines of a Kolmogorov-Arnold network have them."""
+
+    def spline(m: Any, x: Tensor) -> Tensor:
+        x = m.linear(x).unsqueeze(-1)
+        return torch.nan_to_num(between(x, torch.linspace(-2, 2, 9))) * x
+
+    x = torch.randn(4, 6)
+    model = Function(spline, linear=nn.Linear(6, 6))
+    graph = canonicalize(capture(model, (x,)))
+    assert differences(graph(x), model(x)) == []
+    lowered = cq.lower(quantized(model, (x,)), (x,))
     assert (lowered.report.delegates, lowered.report.outside) == (1, ())
 
 

@@ -231,6 +231,25 @@ def _masked_sum(insert: Insertion) -> Node | None:
     return insert.call(aten.add.Tensor, *finite)
 
 
+def _of_truths(insert: Insertion) -> Node | None:
+    """A product of truth values is true where both are, a sum where any is."""
+    sides, to_logic = insert.node.args[:2], _LOGIC[cast(Any, insert.node.target)]
+    kinds = [tensor_meta(side) if isinstance(side, Node) else None for side in sides]
+    if insert.node.kwargs or any(kind is None or kind.dtype != torch.bool for kind in kinds):
+        return None
+    return insert.call(to_logic, *sides)
+
+
+_LOGIC = {
+    aten.add.Tensor: aten.logical_or.default,
+    aten.mul.Tensor: aten.logical_and.default,
+}
+
+
+def _sum(insert: Insertion) -> Node | None:
+    return _of_truths(insert) or _masked_sum(insert)
+
+
 def _may_be_endless(insert: Insertion, term: Node) -> bool:
     """Whether a mask has minus infinity, or is given and may have it."""
     meta = tensor_meta(term)
@@ -433,10 +452,11 @@ def is_finite(insert: Insertion, side: Node) -> bool:
 
 MASKS: Mapping[Any, Rewrite] = MappingProxyType(
     {
-        aten.add.Tensor: _masked_sum,
+        aten.add.Tensor: _sum,
         aten.exp.default: _masked_exp,
         aten.masked_fill.Scalar: _masked_fill,
         aten.masked_fill.Tensor: _masked_fill,
+        aten.mul.Tensor: _of_truths,
         aten.softmax.int: _softmax,
         aten.where.Scalar: _where,
         aten.where.ScalarOther: _where,
