@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -479,29 +479,28 @@ def _conversion(insert: Insertion) -> Node | None:
     return source
 
 
-def _result(insert: Insertion) -> Node | None:
-    """One of several results of an op."""
-    for form in (_sorted, sorted_numbers, _embedding_bag):
-        found = form(insert)
-        if found is not None:
-            return found
-    return None
+def _merged(*tables: Mapping[Any, Rewrite]) -> dict[Any, Rewrite]:
+    """The rewrites of all tables; of an op that several have, the first that makes something."""
+    found: dict[Any, list[Rewrite]] = {}
+    for table in tables:
+        for target, rewrite in table.items():
+            found.setdefault(target, []).append(rewrite)
+    return {target: _first(*rewrites) for target, rewrites in found.items()}
 
 
-def _sum(insert: Insertion) -> Node | None:
-    found = ESTIMATORS[aten.add.Tensor](insert)
-    return MASKS[aten.add.Tensor](insert) if found is None else found
+def _first(*rewrites: Rewrite) -> Rewrite:
+    if len(rewrites) == 1:
+        return rewrites[0]
+
+    def rewrite(insert: Insertion) -> Node | None:
+        made = (form(insert) for form in rewrites)
+        return next((result for result in made if result is not None), None)
+
+    return rewrite
 
 
 _REWRITES: dict[Any, Rewrite] = {
-    **ARITHMETIC,
-    **CURVES,
-    **GROUPS,
-    **MASKS,
-    **PADDINGS,
-    **RECURRENT,
-    **ESTIMATORS,
-    aten.add.Tensor: _sum,
+    **_merged(ESTIMATORS, ARITHMETIC, CURVES, GROUPS, MASKS, PADDINGS, RECURRENT),
     aten.scaled_dot_product_attention.default: _attention,
     aten.einsum.default: einsum,
     aten.linear.default: vector_layer,
@@ -546,7 +545,7 @@ _REWRITES: dict[Any, Rewrite] = {
         (aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default),
         _conversion,
     ),
-    operator.getitem: _result,
+    operator.getitem: _first(_sorted, sorted_numbers, _embedding_bag),
 }
 
 REWRITTEN = frozenset(_REWRITES)
