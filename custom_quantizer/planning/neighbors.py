@@ -16,6 +16,7 @@ from custom_quantizer.core.graph import (
     is_constant,
     is_empty,
     is_float32,
+    is_sized_by_data,
     shape_of,
     tensor_meta,
 )
@@ -479,6 +480,10 @@ def left_in_float(op: DraftOp, backend: Backend) -> bool:
         if meta is not None and meta.dtype != torch.float32:
             op.reason = f"{describe(tensor)} is {meta.dtype}; only float32 tensors are quantized"
             op.reason += to_float(meta)
+            return True
+        refusal = backend.refuses_tensor(tensor) if is_sized_by_data(tensor) else ""
+        if refusal:
+            op.reason = f"{describe(tensor)} {refusal}"
             return True
     refusal = backend.refuses_tensor(op.node) if is_empty(op.node) else ""
     if refusal:

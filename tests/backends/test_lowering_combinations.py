@@ -332,7 +332,24 @@ UNWRITABLE: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s, x: torch.bincount((x + x).argmax(1)),
         "bincount: the size of its result depends on values",
     ),
+    "a product of what values tell": (
+        lambda s, x: (lambda rows: rows @ rows.mT)((x + x)[x[:, 0] > 0]),
+        "index: the size of its result depends on values, and an op behind it needs to know it",
+    ),
 }
+
+
+def test_what_is_joined_to_a_tensor_whose_size_values_tell_is_float() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        x = s.linear(x)
+        return s.linear(torch.cat([x[x[:, 0] > 0], x]))
+
+    x = torch.randn(8, 6)
+    graph = quantized(Function(forward, linear=nn.Linear(6, 6)), (x,))
+    lowered, reference = cq.lower(graph, (x,)), cq.integer_reference(graph)
+    assert "aten::cat.out" in lowered.report.outside
+    for given in (x, -x, x.abs()):
+        torch.testing.assert_close(lowered.run(given), reference(given))
 
 
 @pytest.mark.parametrize("name", UNWRITABLE)

@@ -22,6 +22,7 @@ from executorch.exir import (
 from executorch.exir.debug_handle_utils import get_greatest_ancestor_node_identifier
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torchao.quantization.pt2e import FROM_NODE_KEY
 
 from custom_quantizer.backends.xnnpack import BACKEND
@@ -50,6 +51,7 @@ from custom_quantizer.core.graph import (
     describe,
     detached_copy,
     is_complex,
+    is_sized_by_data,
     set_state,
     state_buffers,
     state_of,
@@ -103,7 +105,7 @@ def make_program(
     say = partial(begin, progress)
     _warn_of_state(graph.model)
     example = check_example(graph, example_inputs)
-    with lazy_code():
+    with lazy_code(), _naming_sizes(graph.model):
         rewritten = rewrite(graph, example, dynamic_max, say)
         say("partitioning for XNNPACK")
         constants = border_constants(graph.borders, "forward")
@@ -115,6 +117,32 @@ def make_program(
         del edge, rewritten, data
     _collect(graph)
     return program
+
+
+@contextmanager
+def _naming_sizes(model: GraphModule) -> Iterator[None]:
+    """Say which op's size is not known where a stage failed to ask for it.
+
+    Raises:
+        LoweringError: the one of the stage, which names no op, or that.
+    """
+    try:
+        yield
+    except LoweringError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, GuardOnDataDependentSymNode):
+            cause = cause.__cause__
+        sized = next(filter(is_sized_by_data, model.graph.nodes), None)
+        if cause is None or sized is None:
+            raise
+        raise LoweringError(
+            f"{describe(sized)}: the size of its result depends on values, and an op behind it "
+            f"needs to know it; {_FIXED_SIZE} ({error})"
+        ) from error
+
+
+_FIXED_SIZE = "keep a fixed size (a mask, topk), or let the model end before it"
+"""Advice where a size depends on values."""
 
 
 def _collect(graph: ConvertedGraph) -> None:
@@ -462,8 +490,7 @@ def to_bytes(
         if "finite upper bound" in str(error):
             raise LoweringError(
                 f"{_of_unknown_size(edge) or 'a tensor'}: the size of its result depends on values "
-                "and has no bound, and memory is planned ahead; keep a fixed size (a mask, topk), "
-                "or let the model end before it"
+                f"and has no bound, and memory is planned ahead; {_FIXED_SIZE}"
             ) from error
         raise LoweringError(
             f"ExecuTorch could not write the program: {first_line(error)}{_unknown(graph)}"
