@@ -219,3 +219,63 @@ def test_what_has_only_the_dtype_of_an_input_is_constant_in_any_batch() -> None:
     assert len(calls(graph, aten.ones_like.default)) == 1
     x = torch.randn(5, 4, 4)
     assert torch.equal(graph(x), forward(None, x))
+
+
+NUMBERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a parameter": lambda s, x: x * s.scale.item(),
+    "a function of one": lambda s, x: x / s.scale.exp().item(),
+    "arithmetic": lambda s, x: x * (1 / (s.scale.item() + 1.0)),
+    "an entry": lambda s, x: x.clamp(max=s.bounds[1].item()),
+    "an exponent": lambda s, x: x.abs() ** s.scale.item(),
+    "a whole number": lambda s, x: x * s.count.item(),
+}
+
+
+class _Numbers(nn.Module):
+    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.register_buffer("bounds", torch.tensor([0.0, 0.5]))
+        self.register_buffer("count", torch.tensor(3))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_constants_are_told(name: str) -> None:
+    """``item`` is a kernel outside of any delegate, and its number is no tensor in it."""
+    model, x = _Numbers(NUMBERS[name]), torch.randn(3, 4)
+    graph = capture(model, (x,))
+    assert calls(graph, torch.ops.aten.item.default)
+    fold_constants(graph)
+    assert not calls(graph, torch.ops.aten.item.default)
+    assert not calls(graph, torch.ops.aten._assert_scalar.default)
+    with torch.no_grad():
+        assert torch.equal(graph(x), model(x))
+
+
+def test_numbers_of_what_is_trained_or_given_are_asked_for() -> None:
+    x, item = torch.randn(3, 4), torch.ops.aten.item.default
+    trained = capture(_Numbers(NUMBERS["a parameter"]), (x,))
+    fold_constants(trained, parameters=False)
+    assert calls(trained, item)
+    given = capture(_Numbers(lambda s, x: x * x[0, 0].item()), (x,))
+    fold_constants(given)
+    assert calls(given, item)
+
+
+def test_a_whole_number_that_is_a_size_is_asked_for() -> None:
+    """The shapes that follow from it are recorded with its symbol."""
+
+    def function(s: Any, x: Tensor) -> Tensor:
+        count = s.count.item()
+        torch._check(count <= 3)
+        return x + torch.zeros_like(x[:count]).sum() * count
+
+    model, x = _Numbers(function), torch.randn(3, 4)
+    graph = capture(model, (x,))
+    fold_constants(graph)
+    assert calls(graph, torch.ops.aten.item.default)
+    assert torch.equal(graph(x), model(x))

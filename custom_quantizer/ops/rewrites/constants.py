@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import add_constant, argument, tensor_meta
+from custom_quantizer.core.graph import add_constant, argument, is_sized_by_data, tensor_meta
 from custom_quantizer.core.memory import written_inputs
 
 __all__ = [
@@ -114,7 +114,7 @@ def fold_constants(model: GraphModule, *, parameters: bool = True) -> int:
         parameters: fold what is computed from parameters too. Not while they are trained.
 
     Returns:
-        The number of constants made.
+        The number of constants made, and of arguments that became numbers.
     """
     excluded: set[Node] = set()
     while True:
@@ -303,7 +303,31 @@ def _replace_uses(model: GraphModule, run: _Run) -> int:
                 stored.append((value, constant))
                 count += 1
             user.replace_input_with(node, constant)
+    return count + _replace_numbers(model, run)
+
+
+def _replace_numbers(model: GraphModule, run: _Run) -> int:
+    """Let every op that is not constant be told a constant number (``scale.item()``).
+
+    Whole numbers stay where any tensor has such a size: shapes are recorded with its symbol.
+    """
+    kinds: tuple[type, ...] = (torch.SymFloat, torch.SymInt)
+    if any(map(is_sized_by_data, model.graph.nodes)):
+        kinds = (torch.SymFloat,)
+    count = 0
+    for node, value in run.values.items():
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), kinds):
+            continue
+        for user in [user for user in node.users if user not in run.values]:
+            _tell(user, node, value)
+            count += 1
     return count
+
+
+def _tell(user: Node, source: Node, number: float) -> None:
+    """Put a number in the place of what gives it."""
+    given = (user.args, user.kwargs)
+    user.args, user.kwargs = torch.fx.node.map_arg(given, lambda n: number if n is source else n)
 
 
 def _restates(run: _Run, node: Node, value: Tensor) -> bool:
