@@ -127,6 +127,21 @@ def test_a_mask_of_other_values_is_another_one() -> None:
         assert differences(graph(x), model(x)) == []
 
 
+def test_a_mask_of_what_is_written_in_between_is_another_one() -> None:
+    def write(s: Any, y: Tensor, x: Tensor) -> None:
+        h = s.conv(x)
+        chosen = x[h > 0]
+        h.flatten(1)[:, ::2].mul_(2.0)  # stays in place
+        torch._check(chosen.shape[0] == h[h > 0].shape[0])
+        _write(y, h > 0, chosen)
+
+    model, graph, x = _captured(write)
+    canonicalize(graph)
+    assert calls(graph, aten.index_put.default)
+    with torch.no_grad():
+        assert differences(graph(x), model(x)) == []
+
+
 def test_for_any_batch() -> None:
     model, x = _model(WRITES["a function"]), torch.randn(IMAGE)
     batch = torch.export.Dim("batch", min=1, max=8)

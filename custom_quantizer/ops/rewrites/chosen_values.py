@@ -67,8 +67,9 @@ def _put_back(insert: Insertion) -> Node | None:
     chosen = _Chosen(insert, mask, len(shape_of(data)) - len(meta.shape))
     if not chosen.read(values):
         return None
-    everywhere = chosen.everywhere(values)
-    result = insert.call(aten.where.self, chosen.condition(), everywhere, data)
+    condition = chosen.condition()
+    everywhere = chosen.everywhere(values, condition)
+    result = insert.call(aten.where.self, condition, everywhere, data)
     if not is_same_shape(shape_of(result), shape_of(data)):
         return None
     _drop_checks(insert.model, [*chosen.picks, *chosen.calls])
@@ -137,15 +138,13 @@ class _Chosen:
             mask = self._insert.call(aten.unsqueeze.default, mask, -1)
         return mask
 
-    def everywhere(self, value: Node) -> Node:
+    def everywhere(self, value: Node, condition: Node) -> Node:
         """The function of all values."""
-        made: dict[Node, Node] = {}
-        for node in self.picks:
-            source = cast(Node, node.args[0])
-            if not self._is_total:
-                safe = self._insert.constant("safe", torch.tensor(_SAFE))
-                source = self._insert.call(aten.where.self, self.condition(), source, safe)
-            made[node] = source
+        made = {node: cast(Node, node.args[0]) for node in self.picks}
+        if not self._is_total:
+            safe = self._insert.constant("safe", torch.tensor(_SAFE))
+            for node, source in made.items():
+                made[node] = self._insert.call(aten.where.self, condition, source, safe)
         for node in self.calls:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: made.get(n, n))
             made[node] = self._insert.call(node.target, *args, **kwargs)
@@ -160,14 +159,14 @@ def _is_total(node: Node) -> bool:
 
 
 def _is_same(a: Node, b: Node) -> bool:
-    """Whether two tensors are computed in the same way."""
+    """Whether two tensors are computed in the same way, of what nobody writes in between."""
+    if not _is_fixed(a) or not _is_fixed(b):
+        return False
     if a is b:
         return True
-    if a.op == "get_attr" and b.op == "get_attr":
-        return a.target == b.target and _is_fixed(a)
-    if a.op != "call_function" or b.op != "call_function" or a.target != b.target:
+    if a.op != b.op or a.target != b.target or a.op not in ("call_function", "get_attr"):
         return False
-    if not _is_fixed(a) or not _is_fixed(b) or not _is_fixed_call(a):
+    if not _is_fixed_call(a):
         return False
     mine, theirs = a.all_input_nodes, b.all_input_nodes
     if len(mine) != len(theirs) or not all(map(_is_same, mine, theirs)):
