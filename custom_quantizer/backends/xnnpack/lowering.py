@@ -55,7 +55,6 @@ from custom_quantizer.core.graph import (
     set_state,
     state_buffers,
     state_of,
-    tensor_meta,
 )
 from custom_quantizer.core.lazy_code import lazy_code
 from custom_quantizer.core.names import restore_names
@@ -514,8 +513,6 @@ def _of_unknown_size(edge: EdgeProgramManager) -> str:
     """The first op whose result has a size that only its values tell."""
     for method in edge.methods:
         for node in edge.exported_program(method).graph.nodes:
-            meta = tensor_meta(node)
-            sizes: tuple[Any, ...] = () if meta is None else tuple(meta.shape)
-            if any(not isinstance(s, int) and s.node.hint is None for s in sizes):
+            if is_sized_by_data(node):
                 return origin_of(node) or node.name
     return ""

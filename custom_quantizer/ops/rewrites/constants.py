@@ -311,12 +311,16 @@ def _replace_numbers(model: GraphModule, run: _Run) -> int:
 
     Whole numbers stay where any tensor has such a size: shapes are recorded with its symbol.
     """
-    kinds: tuple[type, ...] = (torch.SymFloat, torch.SymInt)
-    if any(map(is_sized_by_data, model.graph.nodes)):
-        kinds = (torch.SymFloat,)
+    kinds = (torch.SymFloat, torch.SymInt)
+    numbers = {
+        node: value
+        for node, value in run.values.items()
+        if node.op == "call_function" and isinstance(node.meta.get("val"), kinds)
+    }
+    sized = bool(numbers) and any(map(is_sized_by_data, model.graph.nodes))
     count = 0
-    for node, value in run.values.items():
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), kinds):
+    for node, value in numbers.items():
+        if sized and isinstance(node.meta["val"], torch.SymInt):
             continue
         for user in [user for user in node.users if user not in run.values]:
             _tell(user, node, value)

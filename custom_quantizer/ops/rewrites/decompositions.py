@@ -31,7 +31,7 @@ from custom_quantizer.core.rewriting import IN_FLOAT, Insertion, Rewrite, rewrit
 from custom_quantizer.ops.rewrites.arithmetic import ARITHMETIC
 from custom_quantizer.ops.rewrites.curves import CURVES
 from custom_quantizer.ops.rewrites.groups import FOREIGN_GROUPS, GROUPS, sorted_numbers
-from custom_quantizer.ops.rewrites.masks import MASKED, MASKS, added_mask, attended
+from custom_quantizer.ops.rewrites.masks import CONDITIONS, MASKED, MASKS, added_mask, attended
 from custom_quantizer.ops.rewrites.paddings import PADDINGS
 from custom_quantizer.ops.rewrites.products import (
     bilinear,
@@ -500,7 +500,7 @@ def _first(*rewrites: Rewrite) -> Rewrite:
 
 
 _REWRITES: dict[Any, Rewrite] = {
-    **_merged(ESTIMATORS, ARITHMETIC, CURVES, GROUPS, MASKS, PADDINGS, RECURRENT),
+    **_merged(ESTIMATORS, ARITHMETIC, CURVES, GROUPS, CONDITIONS, MASKS, PADDINGS, RECURRENT),
     aten.scaled_dot_product_attention.default: _attention,
     aten.einsum.default: einsum,
     aten.linear.default: vector_layer,

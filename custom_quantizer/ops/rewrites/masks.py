@@ -40,7 +40,7 @@ from custom_quantizer.ops.values import (
     where_held,
 )
 
-__all__ = ["MASKED", "MASKS", "added_mask", "attended", "is_finite"]
+__all__ = ["CONDITIONS", "MASKED", "MASKS", "added_mask", "attended", "is_finite"]
 
 aten = torch.ops.aten
 
@@ -246,10 +246,6 @@ _LOGIC = {
 }
 
 
-def _sum(insert: Insertion) -> Node | None:
-    return _of_truths(insert) or _masked_sum(insert)
-
-
 def _may_be_endless(insert: Insertion, term: Node) -> bool:
     """Whether a mask has minus infinity, or is given and may have it."""
     meta = tensor_meta(term)
@@ -452,11 +448,10 @@ def is_finite(insert: Insertion, side: Node) -> bool:
 
 MASKS: Mapping[Any, Rewrite] = MappingProxyType(
     {
-        aten.add.Tensor: _sum,
+        aten.add.Tensor: _masked_sum,
         aten.exp.default: _masked_exp,
         aten.masked_fill.Scalar: _masked_fill,
         aten.masked_fill.Tensor: _masked_fill,
-        aten.mul.Tensor: _of_truths,
         aten.softmax.int: _softmax,
         aten.where.Scalar: _where,
         aten.where.ScalarOther: _where,
@@ -465,3 +460,6 @@ MASKS: Mapping[Any, Rewrite] = MappingProxyType(
     }
 )
 """By overload."""
+
+CONDITIONS: Mapping[Any, Rewrite] = MappingProxyType(dict.fromkeys(_LOGIC, _of_truths))
+"""By overload, of truth values."""

@@ -279,9 +279,9 @@ def _images(insert: Insertion, pieces: list[Node], groups: int) -> Node:
         groups: of the layer.
     """
     channels, *pixels = shape_of(pieces[0])[2:]
-    stacked = pieces
-    if groups > 1 and len(pieces) > 1:
+    taps = len(pieces)
+    if groups > 1 and taps > 1:
         apart = [-1, groups, channels // groups, *pixels]
-        stacked = [insert.reshape(piece, apart) for piece in pieces]
-    joined = insert.call(aten.cat.default, stacked, 2) if len(pieces) > 1 else pieces[0]
-    return insert.reshape(joined, [-1, len(pieces) * channels, *pixels])
+        pieces = [insert.reshape(piece, apart) for piece in pieces]
+    joined = insert.call(aten.cat.default, pieces, 2) if taps > 1 else pieces[0]
+    return insert.reshape(joined, [-1, taps * channels, *pixels])
