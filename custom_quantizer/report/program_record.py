@@ -235,8 +235,7 @@ def _precedes_quantization(delegate: DelegateContents, op: DelegateOp) -> bool:
     result = op.outputs[0] if op.kind == "static_transpose" else None
     if result is None or delegate.tensors[result].is_output:
         return False
-    readers = [reader.kind for reader in delegate.ops if result in reader.inputs]
-    return bool(readers) and set(readers) == {"convert"}
+    return {reader.kind for reader in delegate.readers.get(result, ())} == {"convert"}
 
 
 def _compute(

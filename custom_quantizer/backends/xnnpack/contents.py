@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = [
     "STORAGE",
     "DelegateCall",
     "DelegateContents",
+    "DelegateNode",
     "DelegateOp",
     "DelegateTensor",
     "KernelCall",
@@ -276,8 +278,7 @@ class DelegateContents:
 
     def _joined_columns(self, op: DelegateOp) -> tuple[int, int]:
         """The dim of columns that a convolution reads as channels, and how many as one."""
-        makers = (maker for maker in self.ops if op.inputs[0] in maker.outputs)
-        maker = next(makers, None)
+        maker = self.makers.get(op.inputs[0])
         if maker is None or maker.kind != "static_reshape":
             return 2, 1
         single, joined = (self.tensors[i].shape for i in (maker.inputs[0], op.inputs[0]))
@@ -291,9 +292,27 @@ class DelegateContents:
                 return axis, factor
         return 2, 1
 
+    @cached_property
+    def makers(self) -> Mapping[int, DelegateOp]:
+        """Tensor id -> the op that makes it; of several the first."""
+        return {made: op for op in reversed(self.ops) for made in op.outputs}
+
+    @cached_property
+    def readers(self) -> Mapping[int, list[DelegateOp]]:
+        """Tensor id -> the ops that take it as an operand, in execution order."""
+        found: dict[int, list[DelegateOp]] = {}
+        for op in self.ops:
+            for read in op.inputs:
+                found.setdefault(read, []).append(op)
+        return found
+
     def bias(self, op: DelegateOp) -> npt.NDArray[Any] | None:
         """Return the bias of ``op``, shape (O,), int32 where the op is quantized, or None."""
         return None if op.bias is None else self.tensors[op.bias].array()
+
+
+DelegateNode = tuple[DelegateContents, DelegateOp]
+"""A node, and the delegate that it is one of."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +337,22 @@ class MethodContents:
     def kernels(self) -> tuple[str, ...]:
         """Names of the operators called outside the delegates, in execution order."""
         return tuple(call.name for call in self.calls if isinstance(call, KernelCall))
+
+    def nodes_of(self, handles: Collection[int]) -> list[DelegateNode]:
+        """The nodes of delegates with one of these debug handles, in file order."""
+        places = sorted({place for handle in handles for place in self._places.get(handle, ())})
+        return [
+            (self.delegates[delegate], self.delegates[delegate].ops[op]) for delegate, op in places
+        ]
+
+    @cached_property
+    def _places(self) -> Mapping[int, list[tuple[int, int]]]:
+        """Debug handle -> positions of delegates, and of ops in them."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for i, delegate in enumerate(self.delegates):
+            for j, op in enumerate(delegate.ops):
+                found.setdefault(op.debug_handle, []).append((i, j))
+        return found
 
 
 @dataclass(frozen=True)
@@ -361,6 +396,10 @@ class ProgramContents:
     def delegates(self) -> tuple[DelegateContents, ...]:
         """The delegates of all methods."""
         return tuple(delegate for method in self.methods for delegate in method.delegates)
+
+    def nodes_of(self, handles: Collection[int]) -> list[DelegateNode]:
+        """The nodes of delegates with one of these debug handles, of all methods."""
+        return [node for method in self.methods for node in method.nodes_of(handles)]
 
     @property
     def kernels(self) -> tuple[str, ...]:

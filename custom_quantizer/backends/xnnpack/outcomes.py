@@ -120,13 +120,8 @@ def _delegated_backend(
     op: QuantizedOp | FloatOp, handles: set[int], contents: MethodContents
 ) -> Kernel:
     """How the delegate runs the nodes with these handles, as the program's tensors say."""
-    nodes = [
-        (delegate, node)
-        for delegate in contents.delegates
-        for node in delegate.ops
-        # Boundaries between float and int8 carry the handle of the op next to them.
-        if node.debug_handle in handles and node.kind != "convert"
-    ]
+    # Boundaries between float and int8 carry the handle of the op next to them.
+    nodes = [found for found in contents.nodes_of(handles) if found[1].kind != "convert"]
     if not nodes:
         return kernels.FOLDED  # an activation fused into the op before it
     weighted = [(delegate, node) for delegate, node in nodes if node.weight is not None]

@@ -22,6 +22,7 @@ from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
 from custom_quantizer.backends.xnnpack.border_constants import borders_in
 from custom_quantizer.backends.xnnpack.contents import (
     DelegateContents,
+    DelegateNode,
     DelegateOp,
     MethodContents,
     ProgramContents,
@@ -333,19 +334,13 @@ class LoweredProgram:
         return biases
 
 
-def find_weighted(
-    contents: ProgramContents, op: OpBackend
-) -> tuple[DelegateContents, DelegateOp] | None:
+def find_weighted(contents: ProgramContents, op: OpBackend) -> DelegateNode | None:
     """The delegate's node with a weight that stands for ``op``, if there is one.
 
     The last one: what comes before it with a weight only takes pixels.
     """
-    found = None
-    for delegate in contents.delegates:
-        for node in delegate.ops:
-            if node.weight is not None and node.debug_handle in op.handles:
-                found = delegate, node
-    return found
+    weighted = [found for found in contents.nodes_of(op.handles) if found[1].weight is not None]
+    return weighted[-1] if weighted else None
 
 
 def computes_in_integers(delegate: DelegateContents, op: DelegateOp) -> bool:

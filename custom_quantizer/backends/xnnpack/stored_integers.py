@@ -13,7 +13,12 @@ from torch import Tensor
 from custom_quantizer.backends.xnnpack import kernels
 from custom_quantizer.backends.xnnpack.arithmetic import XNNPACK
 from custom_quantizer.backends.xnnpack.columns import columns_of
-from custom_quantizer.backends.xnnpack.contents import DelegateContents, DelegateOp, ProgramContents
+from custom_quantizer.backends.xnnpack.contents import (
+    DelegateContents,
+    DelegateNode,
+    DelegateOp,
+    ProgramContents,
+)
 from custom_quantizer.backends.xnnpack.grouped_convs import joined
 from custom_quantizer.backends.xnnpack.program import (
     INTEGER_BACKENDS,
@@ -155,12 +160,7 @@ def _arrays(
 
 
 def _parameters(contents: ProgramContents, op: QuantizedOp, row: OpBackend) -> Iterator[Difference]:
-    nodes = [
-        (delegate, node)
-        for delegate in contents.delegates
-        for node in delegate.ops
-        if node.debug_handle in row.handles
-    ]
+    nodes = contents.nodes_of(row.handles)
     if not nodes:
         yield _difference(op, "missing", "no node of the program stands for it")
         return
@@ -169,11 +169,10 @@ def _parameters(contents: ProgramContents, op: QuantizedOp, row: OpBackend) -> I
     yield from _second_factors(op, nodes)
 
 
-_Nodes = list[tuple[DelegateContents, DelegateOp]]
 _Grid = tuple[float | None, int | None]
 
 
-def _grids(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
+def _grids(op: QuantizedOp, nodes: list[DelegateNode]) -> Iterator[Difference]:
     """Scale and zero point of inputs and output.
 
     One node has those of the op, in order. Several also have some of their own between them.
@@ -216,7 +215,7 @@ def _key(qparams: QParams) -> _Grid:
     return cast(float, qparams.scale), qparams.zero_point
 
 
-def _clamps(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
+def _clamps(op: QuantizedOp, nodes: list[DelegateNode]) -> Iterator[Difference]:
     """All clamps of an op together leave the integers that the graph says, no more and no less.
 
     An activation must be there even where the range of the integers makes it needless. Integers
@@ -242,7 +241,7 @@ def _clamps(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
         )
 
 
-def _second_factors(op: QuantizedOp, nodes: _Nodes) -> Iterator[Difference]:
+def _second_factors(op: QuantizedOp, nodes: list[DelegateNode]) -> Iterator[Difference]:
     """Products that this machine may compute rightly, and many ARM CPUs do not."""
     for delegate, node in nodes:
         if node.kind != "batch_matrix_multiply" or _stays_transposed(delegate, node):
@@ -264,8 +263,7 @@ def _stays_transposed(delegate: DelegateContents, product: DelegateOp) -> bool:
     It does (92a7ad50, ``optimize_common_subgraphs_gemm_rhs_transpose``) where a transpose of the
     last two dims alone computes the factor.
     """
-    factor = product.inputs[1]
-    maker = next((op for op in delegate.ops if factor in op.outputs), None)
+    maker = delegate.makers.get(product.inputs[1])
     perm = maker.params.get("perm") if maker is not None else None
     same = tuple(range(len(perm))) if isinstance(perm, tuple) else ()
     undone = bool(same) and perm == (*same[:-2], same[-1], same[-2])
