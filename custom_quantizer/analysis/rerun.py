@@ -35,14 +35,13 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, first_line
 
-_PART = 1 << 16
-"""Values that are rounded at once."""
-
 __all__ = ["Rerun", "capture_like", "copied", "float_fingerprint", "is_float", "rerun_in_float64"]
 
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
+
+_DEQUANTIZE_CHANNELS = torch.ops.quantized_decomposed.dequantize_per_channel.default
 
 _SKIPPED = frozenset(
     {
@@ -149,6 +148,8 @@ class Rerun(Interpreter):
             )
         if target is aten.conv2d.default:
             args = (args[0], ChannelFactors.of(args[1]), *args[2:])
+        if target is _DEQUANTIZE_CHANNELS and (quick := _dequantized(*args, **kwargs)) is not None:
+            return quick
         return super().call_function(target, args, kwargs)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -159,6 +160,24 @@ class Rerun(Interpreter):
         if str(target) == "_guards_fn":
             return None
         return super().call_module(target, args, kwargs)
+
+
+def _dequantized(
+    stored: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    axis: int,
+    *_range: object,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """What ``dequantize_per_channel`` returns, bit for bit; ``None`` where it is to be called.
+
+    That (PyTorch 2.15) makes int64 of the weights to subtract zeros, which takes 20 times as long.
+    """
+    plain = scales.dtype is torch.float32 and out_dtype in (None, torch.float32)
+    if not plain or (zero_points is not None and bool(zero_points.any())):
+        return None
+    return stored.to(torch.float32).mul_(along(scales, axis, stored))
 
 
 def _attribute(model: GraphModule, fallback: GraphModule, target: str) -> Tensor:
@@ -189,22 +208,8 @@ def _on_grid(observer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _rounded(x: Tensor, scale: Tensor | float) -> Tensor:
-    """``x`` on the grid, computed in float64.
-
-    In parts that stay in the processor's cache: a weight in float64 is as large as eight of int8.
-    """
-    if x.dim() == 0 or (isinstance(scale, Tensor) and scale.dim() not in (0, x.dim())):
-        return ((x.double() / scale).round() * scale).to(x.dtype)
-    result = torch.empty_like(x)
-    rows = max(1, _PART * len(x) // max(x.numel(), 1))
-    scales = torch.as_tensor(scale, dtype=torch.float64)
-    if scales.dim():
-        scales = scales.expand(len(x), *scales.shape[1:])
-    for start in range(0, len(x), rows):
-        step = scales[start : start + rows] if scales.dim() else scales
-        part = x[start : start + rows].double()
-        result[start : start + rows] = part.div_(step).round_().mul_(step)
-    return result
+    """``x`` on the grid."""
+    return (x / scale).round_().mul_(scale).to(x.dtype)
 
 
 def float_fingerprint(model: GraphModule) -> str:

@@ -19,7 +19,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, 
 import custom_quantizer as cq
 from custom_quantizer.analysis import fidelity
 from custom_quantizer.analysis.fidelity import FirstCalls, _Tolerance, check_calls
-from custom_quantizer.analysis.rerun import float_fingerprint
+from custom_quantizer.analysis.rerun import Rerun, _dequantized, float_fingerprint
 from custom_quantizer.core.checkpoint import fingerprint
 from custom_quantizer.core.graph import constant_of
 from custom_quantizer.core.noise import Noise, ratio_db
@@ -574,3 +574,35 @@ def test_a_fingerprint_of_one_number_that_was_expanded(dtype: torch.dtype) -> No
     assert expanded.stride() == (0,)
     assert fingerprint([expanded]) == fingerprint([torch.ones(1, dtype=dtype)])
     assert fingerprint([expanded]) != fingerprint([torch.zeros(1, dtype=dtype)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize(("shape", "axis"), [((3, 5, 2, 2), 0), ((4, 3), 1), ((7,), 0)])
+@pytest.mark.parametrize("zero_points", ["zeros", "none", "others"])
+def test_weights_are_dequantized_to_the_bits_of_pytorch(
+    dtype: torch.dtype, shape: tuple[int, ...], axis: int, zero_points: str
+) -> None:
+    info = torch.iinfo(dtype)
+    stored = torch.randint(info.min, info.max, shape, dtype=dtype)
+    scales = torch.rand(shape[axis]) + 1e-6
+    zeros = torch.zeros(shape[axis], dtype=torch.int64)
+    given = {"zeros": zeros, "none": None, "others": zeros + 3}[zero_points]
+    args = (stored, scales, given, axis, info.min, info.max, dtype)
+    quick = _dequantized(*args)
+    if zero_points == "others":
+        assert quick is None
+    else:
+        wanted = torch.ops.quantized_decomposed.dequantize_per_channel(*args)
+        assert quick is not None
+        assert quick.dtype is wanted.dtype
+        assert torch.equal(quick, wanted)
+        assert torch.equal(_dequantized(*args, out_dtype=torch.float32), wanted)
+    assert _dequantized(*args, out_dtype=torch.bfloat16) is None
+    assert _dequantized(stored, scales.double(), *args[2:]) is None
+
+
+def test_a_converted_graph_computes_the_same_bits_when_it_is_run_again() -> None:
+    _, prepared = prepared_small()
+    converted = convert_pt2e(prepared)
+    (again,) = Rerun(converted, weights={}).outputs([IMAGES])
+    assert torch.equal(again, converted(IMAGES))
