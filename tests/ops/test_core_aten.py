@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.graphs import differences
 from support.models import convert, randomize_batch_norms, torchvision_model
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import (
@@ -92,7 +93,10 @@ def integers(graph: GraphModule) -> int:
     return sum(map(is_quantize, graph.graph.nodes))
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("conv1d", "conv_transpose2d", "batch norm", "layer norm", "softmax", "max_pool2d")
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, MODELS))
 def test_a_decomposed_graph_becomes_the_same_integers(name: str) -> None:
     build, shape = MODELS[name]
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.graphs import Function, canonicalize, capture, lowered_exactly, quantized
 from support.models import conv
+from support.selection import slow_but
 from torch import Tensor, fx, nn
 
 import custom_quantizer as cq
@@ -202,7 +203,7 @@ def test_float_kernels_between_convolutions_are_quantized(node: str) -> None:
     assert [t.dtype for t in op.tensors] == ["int8", "int8"]
 
 
-@pytest.mark.parametrize("node", FLOAT_KERNELS)
+@pytest.mark.parametrize("node", slow_but(["silu", "div"], FLOAT_KERNELS))
 @pytest.mark.parametrize(
     ("function", "why"),
     [

@@ -262,7 +262,7 @@ def test_dynamic_configs_quantize_layers_only(per_channel: bool) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(2, None), (1, 12)])
+@pytest.mark.parametrize("sizes", [pytest.param((2, None), marks=pytest.mark.slow), (1, 12)])
 def test_a_dynamic_batch_stays_dynamic_and_plans_the_same(sizes: tuple[int, int | None]) -> None:
     batch = torch.export.Dim("batch", min=sizes[0], max=sizes[1])
     x = image()
@@ -403,7 +403,9 @@ def test_a_quantizer_without_rules_says_which_to_set() -> None:
         cq.IntegerQuantizer().plan(torch.export.export(net(), (image(),)))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "value", slow_but([float("inf")], [float("nan"), float("inf"), -float("inf")])
+)
 @pytest.mark.parametrize("observer", ["minmax", "moving_average", "histogram"])
 def test_calibration_data_that_is_not_finite(value: float, observer: str) -> None:
     x = image()

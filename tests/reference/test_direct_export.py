@@ -137,7 +137,7 @@ def test_the_program_that_a_trace_makes(name: str) -> None:
         assert mine == other
 
 
-@pytest.mark.parametrize("name", ["images", "tokens, scales of run time"])
+@pytest.mark.parametrize("name", slow_but(["images"], ["images", "tokens, scales of run time"]))
 def test_the_same_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, example = converted(name)
     with monkeypatch.context() as patch:

@@ -362,10 +362,7 @@ def check_cases(
         assert found.relative <= (2e-5 if scheme.startswith("dyn") else 4e-6), (level, found)
 
 
-QUICK = (
-    *("conv", "conv_transpose", "linear", "matmul", "add", "mul", "max_pool2d", "avg_pool2d"),
-    *("mean", "cat", "reshape", "slice", "pad", "clamp", "prelu", "gelu", "hardswish"),
-)
+QUICK = (*("conv", "linear", "matmul", "add", "max_pool2d", "mean", "cat", "pad", "clamp", "gelu"),)
 
 
 def test_a_case_of_many_families(tmp_path: Path) -> None:

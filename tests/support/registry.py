@@ -32,17 +32,19 @@ LEFT_IN_FLOAT = tuple(
 def cases_and_schemes(*schemes: str, of_weights: str) -> list[Any]:
     """Parameters ``(rule, case, scheme)``: every case of integers in every scheme that matters.
 
-    Slow is what is neither in the first scheme nor the first case of its family.
+    Slow is what is neither in the first scheme nor the first case of a meaning on integers: most
+    functions have one, that of a table.
 
     Args:
         schemes: for all families.
         of_weights: one that differs from the first in the weights only.
     """
+    first = {rule.integers: rule.cases[0] for rule in reversed(REGISTRY) if rule.cases}
     return [
         pytest.param(
             *(rule, case, scheme),
             id=f"{rule.family}-{case.name}-{scheme}",
-            marks=() if scheme == schemes[0] or case is rule.cases[0] else pytest.mark.slow,
+            marks=() if scheme == schemes[0] or case is first[rule.integers] else pytest.mark.slow,
         )
         for rule in REGISTRY
         for case in rule.cases
