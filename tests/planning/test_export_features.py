@@ -295,6 +295,7 @@ def test_what_autocast_computes_is_outside_under_the_name_of_its_call() -> None:
     rows = {op.node: op for op in cq.lower(graph, (X,)).report.ops}
     assert rows[region].placement.value == "outside"
     assert "aten::gelu" in rows[region].outside
+    assert [kernel for kernel in rows[region].outside if "::" not in kernel] == []
 
 
 def test_integers_and_booleans_as_inputs() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from executorch.exir import EdgeProgramManager
+from executorch.exir import EdgeProgramManager, memory
 from torch.fx import Graph, Node
 
 from custom_quantizer.backends.xnnpack import kernels
@@ -68,7 +68,7 @@ def _positions(
     outside = {node for found in traced.values() for node in found.outside}
     nodes: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and not _reads_delegate(node):
+        if _is_kernel(node):
             nodes.setdefault(called(node), []).append(node)
     positions: dict[str, list[int]] = {}
     for position, kernel in enumerate(contents.kernels):
@@ -104,10 +104,17 @@ def _trace(edge: EdgeProgramManager, method: str) -> tuple[dict[str, _Traced], b
             for call in calls:
                 for found in entries(call):
                     found.delegated.append(call)
-        elif node.op == "call_function" and not _reads_delegate(node):
+        elif _is_kernel(node):
             for found in entries(node):
                 found.outside.append(node)
     return traced, empty
+
+
+def _is_kernel(node: Node) -> bool:
+    """Whether a node calls a kernel outside the delegates; memory is planned, not allocated."""
+    if node.op != "call_function" or node.target is memory.alloc:
+        return False
+    return not _reads_delegate(node)
 
 
 def _reads_delegate(node: Node) -> bool:
