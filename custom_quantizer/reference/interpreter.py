@@ -97,6 +97,7 @@ class IntegerReference:
         self.reset()
         self._ops = {op.node: op for op in graph.integer}
         self._outputs = {op.output_node: op for op in graph.integer}
+        self._read = {source for op in graph.integer for source in op.match.inputs}
         self._run_time = {op.node: op.run_time for op in graph.floating if op.run_time is not None}
         self._replaced = _replaced(graph.model, self._run_time)
         self._qparams = {
@@ -205,6 +206,8 @@ class IntegerReference:
             users = [user for user in node.users if user not in self._ops]
             source = cast(Node, node.args[0])
             stored = values[source]
+            if not users and node not in self._read:
+                return None  # a weight or a bias, whose integers its op has
             if source in self._inputs or is_border_call(source) or source.op == "get_attr":
                 stored = stored.to(torch.int32)  # as all integers in between
             # Integer ops read the integers; only float ops and outputs need real numbers.
