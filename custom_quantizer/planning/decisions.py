@@ -20,7 +20,7 @@ from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import FULL_PRECISION, IN_FLOAT
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.ops import OpRule, PatternMatch, Trait, rule_of, unknown_op
-from custom_quantizer.ops.backend import Backend, Support
+from custom_quantizer.ops.backend import Backend
 from custom_quantizer.planning.drafts import ANNOTATED_BEFORE, DraftOp, is_annotated
 from custom_quantizer.planning.guards import may_guard
 
@@ -140,16 +140,22 @@ def _store_table(op: DraftOp, scheme: OpScheme | None) -> None:
     A dynamic scheme is about weights. In a static one a rule has to name the op or its type: what
     reads the rows may want integers, and then the table becomes those.
     """
-    match, stored = cast(PatternMatch, op.match), cast(Support, op.support).table
-    if stored is None or scheme is None or not (scheme.dynamic or op.decision.aimed):
+    if scheme is not None and (scheme.dynamic or op.decision.aimed):
+        store_rows(op, op.decision.reason)
+
+
+def store_rows(op: DraftOp, why: str) -> None:
+    """Store the table of an op that reads rows of one in float as integers, if it can be."""
+    stored = None if op.support is None else op.support.table
+    if stored is None or op.match is None:
         return
-    (table,) = match.inputs
+    (table,) = op.match.inputs
     if not is_constant(table) or not is_float32(table):
         return
     op.table = stored
     op.reason = (
-        f"its table is stored as {stored.format}, one scale a row ({op.decision.reason}), and its "
-        "rows are read in float"
+        f"its table is stored as {stored.format}, one scale a row ({why}), and its rows are read "
+        "in float"
     )
 
 

@@ -24,7 +24,7 @@ from custom_quantizer.core.rewriting import IN_FLOAT
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
-from custom_quantizer.ops.elementwise import CLAMP, MUL, RELU
+from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
 from custom_quantizer.ops.functions import DIV
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, MEAN
 from custom_quantizer.ops.rewrites.training_graph import folded_value
@@ -418,10 +418,15 @@ def leave_layers_of_calls(ops: Drafts, returned: Set[Node]) -> None:
 
     Each layer would round once more: of an image that is interpolated along two dims, twice. Where
     the backend computes one of them better on integers, or a rule names the call, all are integers.
+    Sums with others may be between (of an enlarged image and the details that a network adds): they
+    are in float, too, which takes no more conversions than one of the result.
     """
     for op in ops:
         call = ops.same_call(op)
-        if op is not call[-1] or op.node not in returned:
+        if op is not call[-1]:
+            continue
+        sums = [] if op.node in returned else _shown_sums(op, ops, returned)
+        if op.node not in returned and not sums:
             continue
         layers = [part for part in call if not part.moves_values]
         reasons = [
@@ -433,6 +438,23 @@ def leave_layers_of_calls(ops: Drafts, returned: Set[Node]) -> None:
         if layers and all(reasons) and not any(part.decision.explicit for part in call):
             for part in layers:
                 part.leave(f"only float outputs of the model show it: {reasons[0]}")
+            for each in sums:
+                each.leave("it adds what float ops make, for float outputs of the model alone")
+
+
+def _shown_sums(op: DraftOp, ops: Drafts, returned: Set[Node]) -> list[DraftOp]:
+    """The sums that read an op, of two activations, if only float outputs show what it makes."""
+    readers = [ops.anchors.get(user) for user in effective_users(op.output)]
+    sums = [
+        reader
+        for reader in readers
+        if reader is not None and reader.rule in (ADD, SUB) and reader.node in returned
+    ]
+    free = all(
+        each.scheme is not None and not each.decision.explicit and len(_activations(each)) == 2
+        for each in sums
+    )
+    return sums if free and len(sums) == len(readers) else []
 
 
 def follow_producers(ops: Drafts, io: ModelIO, returned: Set[Node], backend: Backend) -> None:

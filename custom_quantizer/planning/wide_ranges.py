@@ -10,10 +10,10 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import constant_of, effective_users, is_constant
+from custom_quantizer.core.graph import constant_of, effective_users, is_constant, shape_of
 from custom_quantizer.core.rewriting import step_target
 from custom_quantizer.ops import Formats, Trait, rule_of
-from custom_quantizer.ops.attention import LOG_SOFTMAX, SOFTMAX
+from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
 from custom_quantizer.ops.backend import Backend
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB, WHERE
 from custom_quantizer.ops.functions import (
@@ -34,6 +34,7 @@ from custom_quantizer.ops.gemm import LINEAR
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import AVG_POOL, MEAN
 from custom_quantizer.ops.values import values_of
+from custom_quantizer.planning.decisions import store_rows
 from custom_quantizer.planning.drafts import DraftOp, Drafts
 from custom_quantizer.planning.guards import adds_epsilon, bounds_of, leaves_little, numbers_of
 from custom_quantizer.planning.model_io import ModelIO
@@ -170,6 +171,8 @@ def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
     It adds up rounded numbers, and is cut off where calibration saw smaller ones: of a total there
     are few examples (one a sample: an energy, a log-likelihood, a coordinate). What is behind it is
     as small; so are the sums and products whose results are added up, if nothing else reads them.
+    So is the product of two tensors of which one is a vector, as of a user and some items: it is
+    what ``(items * user).sum(-1)`` is.
     """
     if not backend.float_targets:
         return  # planned for integers alone
@@ -181,7 +184,7 @@ def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
             shown |= {op.node, op.output}
     left: set[Node] = set()
     for op in ops:
-        total = op.is_total
+        total = op.is_total or _is_product_with_vector(op)
         behind = op.match is not None and not left.isdisjoint(op.match.inputs)
         if op.node not in shown or not (total or behind):
             continue
@@ -191,6 +194,12 @@ def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
             if each.scheme is not None:
                 each.leave(_SHOWN)
                 each.abstains = True
+        if op.rule is MATMUL and op.match is not None:
+            for source in map(ops.producer.get, op.match.inputs):
+                if source is None or source.decision.explicit:
+                    continue
+                if set(effective_users(source.output)) == {op.node}:
+                    store_rows(source, "a product in float reads its rows")
 
 
 def leave_compared(ops: Drafts, backend: Backend) -> None:
@@ -234,7 +243,16 @@ def _is_free(op: DraftOp, backend: Backend) -> bool:
     if op.match is None or op.scheme is None:
         return True
     layer = op.match.weight is not None or op.has(Trait.PRODUCT)
-    return (not layer or _is_sum(op)) and _can_be_float(op, backend)
+    total = _is_sum(op) or _is_product_with_vector(op)
+    return (not layer or total) and _can_be_float(op, backend)
+
+
+def _is_product_with_vector(op: DraftOp) -> bool:
+    """Whether an op multiplies two activations, of which one is a row or a column."""
+    if op.rule is not MATMUL or op.match is None:
+        return False
+    rows, columns = map(shape_of, op.match.inputs)
+    return len(rows) > 1 and len(columns) > 1 and (rows[-2] == 1 or columns[-1] == 1)
 
 
 def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:

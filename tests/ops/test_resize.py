@@ -330,6 +330,36 @@ def test_what_became_layers_is_enlarged_in_float(options: dict[str, Any]) -> Non
     assert schemes(lambda s, x: resized(s, x, (9, 4))) == ("a8w8", False)
 
 
+@pytest.mark.parametrize("size", [(12, 10), (9, 10)])
+def test_details_are_added_to_an_enlarged_image_in_float(size: tuple[int, int]) -> None:
+    """Where only float outputs show the sum: networks that add details to a bicubic image."""
+
+    def plan(function: Callable[..., Any], ask: Any = lambda q: q) -> dict[str, str | None]:
+        model = Function(function, layer=nn.Conv2d(3, 3, 1), other=nn.Conv2d(3, 2, 1))
+        exported = torch.export.export(model.eval(), (torch.randn(1, 3, 6, 5),))
+        quantizer = cq.IntegerQuantizer().set_global("a8w8")
+        ask(quantizer)
+        ops = quantizer.plan(exported).ops
+        return {op.node: op.scheme for op in ops if op.node in ("add", "sub", "upsample_bicubic2d")}
+
+    def enlarged(x: Tensor) -> Tensor:
+        return F.interpolate(x, size=size, mode="bicubic")
+
+    def detailed(s: Any, x: Tensor) -> Tensor:
+        details = F.interpolate(s.layer(x), size=size)
+        return cast(Tensor, details + enlarged(x))
+
+    in_float = {"add": None, "upsample_bicubic2d": None}
+    integers = dict.fromkeys(in_float, "a8w8")
+    assert plan(detailed) == in_float
+    assert plan(lambda s, x: detailed(s, x).clamp(0, 1)) == in_float
+    assert plan(lambda s, x: s.other(detailed(s, x))) == integers
+    assert plan(lambda s, x: (lambda y: (y + 1, s.other(y)))(enlarged(x))) == integers
+    assert plan(detailed, lambda q: q.set_node_name("add", "a8w8")) == integers
+    assert plan(detailed, lambda q: q.set_node_name("upsample_bicubic2d", "a8w8")) == integers
+    assert plan(detailed, lambda q: q.set_io(outputs="a8")) == integers
+
+
 def test_a_second_resize_moves_floats() -> None:
     first, second = planned(lambda s, x: twice(twice(s.layer(x))))
     assert first.reason.startswith(SHOWN)

@@ -390,6 +390,11 @@ TOTALS: dict[str, tuple[Callable[..., Tensor], set[str]]] = {
     ),
     "mean of sums": (lambda y: y.sum(1).mean(-1), {"sum_1", "mean"}),
     "mean of tokens": (lambda y: y.flatten(2).transpose(1, 2).mean(1), {"mean"}),
+    "scores of items": (
+        lambda y: (y.flatten(2) @ torch.tanh(y).flatten(2)[:, 0, :, None]).squeeze(-1) + 0.5,
+        {"matmul", "add"},
+    ),
+    "a row of scores": (lambda y: y[:, 0, :1] @ y[:, 1], {"matmul"}),
 }
 
 
@@ -419,6 +424,47 @@ def test_totals_that_only_float_outputs_show_stay_in_float(name: str) -> None:
     graph = canonicalize(capture(Function(through, conv=conv()), (torch.randn(IMAGE),)))
     for_integers = make_plan(graph, Config([Rule(Scope.GLOBAL, "", A8W8)]), INTEGERS)
     assert {op.scheme for op in for_integers.ops if op.node in chain} == {"a8w8"}
+
+
+def test_products_of_matrices_and_those_that_a_layer_reads_are_no_totals() -> None:
+    plan = plan_of(lambda s, x: (lambda y: y @ y.mT)(s.conv(x)), conv=conv())
+    assert plan.op("matmul").scheme == "a8w8"
+    plan = plan_of(lambda s, x: (lambda y: s.conv(y @ y[..., :1] + y))(s.conv(x)), conv=conv())
+    assert plan.op("matmul").scheme == "a8w8"
+
+
+class _Scores(nn.Module):
+    """Scores of some items for a user, as recommenders return them."""
+
+    def __init__(self, *, shown: bool = False) -> None:
+        super().__init__()
+        self.items, self.user, self.shown = nn.Embedding(50, 16), nn.Linear(8, 16), shown
+
+    def forward(self, user: Tensor, ids: Tensor) -> Any:
+        rows = self.items(ids)
+        scores = torch.bmm(rows, self.user(user).unsqueeze(2)).squeeze(-1)
+        return (scores, rows) if self.shown else scores
+
+
+def test_rows_that_a_product_in_float_reads_are_stored_as_integers() -> None:
+    """Next to the eight bits of what it is multiplied by, those of a table lose nothing."""
+    torch.manual_seed(0)
+    batches = [(2 * torch.rand(4, 8) - 1, torch.randint(50, (4, 6))) for _ in range(12)]
+    model, (example, *data) = _Scores().eval(), batches
+    exported = torch.export.export(model, example)
+    plan = cq.IntegerQuantizer().set_global("a8w8").plan(exported)
+    assert plan.op("bmm").scheme is None
+    assert "one scale a row" in plan.op("embedding").reason
+    result = cq.quantize(model, example, data[:4], config="a8w8", progress=False)
+    for batch in data[4:]:  # of which calibration has not seen the largest
+        want, got = model(*batch), result.lowered.run(*batch)
+        assert float((got - want).norm() / want.norm()) < 0.1  # 0.23 if scores are integers
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_node_name("embedding", None)
+    assert "one scale a row" not in quantizer.plan(exported).op("embedding").reason
+    exported = torch.export.export(_Scores(shown=True).eval(), example)
+    plan = cq.IntegerQuantizer().set_global("a8w8").plan(exported)
+    assert plan.op("bmm").scheme is None
+    assert "one scale a row" not in plan.op("embedding").reason
 
 
 def test_totals_are_integers_where_a_layer_reads_them_or_a_rule_says_so() -> None:
