@@ -26,6 +26,7 @@ from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
 from custom_quantizer.ops.functions import DIV
+from custom_quantizer.ops.movement import GETITEM, SELECT, SLICE, SPLIT
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, MEAN
 from custom_quantizer.ops.rewrites.training_graph import folded_value
 from custom_quantizer.planning.decisions import to_float
@@ -82,7 +83,7 @@ def leave_sums_between_floats(ops: Drafts, backend: Backend) -> None:
 def _leave_read(
     ops: Drafts, in_float: Callable[[DraftOp], bool], may: Callable[[DraftOp], bool]
 ) -> tuple[set[Node], list[tuple[DraftOp, OpScheme]]]:
-    """Leave ops in float that only float ops read, also as a view.
+    """Leave ops in float that only float ops read, also as a view, or in part.
 
     Args:
         ops: all of the graph.
@@ -111,10 +112,14 @@ def _leave_read(
                     continue
                 left.append((op, op.scheme))
                 op.leave("only float ops read its result: quantizing it would just round once more")
-        elif not op.has(Trait.VIEW):
+        elif not (op.has(Trait.VIEW) or op.rule in _PARTS):
             continue
         floats.add(op.node)
     return only_floats, left
+
+
+_PARTS = (SLICE, SELECT, SPLIT, GETITEM)
+"""Families that show a part of a tensor: of what is float, a part is read as well."""
 
 
 def leave_prepared(ops: Drafts, io: ModelIO, backend: Backend) -> None:

@@ -621,6 +621,31 @@ def test_means_of_tokens_that_only_a_norm_reads_stay_in_float() -> None:
     assert named.op("mean_linear").scheme == "a8w8"
 
 
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda y: y[:, 1:],
+    "select": lambda y: y[:, 0],
+    "split": lambda y: y.split([1, 3], 1)[1],
+    "part of a view": lambda y: y.mT[..., 2:].mT,
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_sums_that_float_ops_read_in_part_stay_in_float(name: str) -> None:
+    """The residual stream of a transformer that pools all tokens but the first."""
+
+    def stream(s: Any, x: Tensor) -> Tensor:
+        y = s.conv(x).flatten(2)
+        y = y + s.first(s.norm(y))
+        y = y + s.second(s.norm(y))
+        return cast(Tensor, s.head(s.norm(PARTS[name](y))))
+
+    layers = {key: nn.Linear(36, 36) for key in ("first", "second", "head")}
+    plan = plan_of(stream, conv=conv(), norm=nn.LayerNorm(36), **layers)
+    for op in (plan.op("add"), plan.op("add_1")):
+        assert "only float ops read" in op.reason
+    assert plan.op("conv2d").scheme == plan.op("linear").scheme == "a8w8"
+
+
 @pytest.mark.parametrize("mean", [lambda x: x.mean((2, 3)), nn.AdaptiveAvgPool2d(1)])
 def test_so_do_means_of_images(mean: Callable[[Tensor], Tensor]) -> None:
     def pooled(s: Any, x: Tensor) -> Tensor:
