@@ -26,7 +26,7 @@ from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
 from custom_quantizer.ops.functions import DIV
-from custom_quantizer.ops.movement import GETITEM, SELECT, SLICE, SPLIT
+from custom_quantizer.ops.movement import CAT, GETITEM, SELECT, SLICE, SPLIT
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, MEAN
 from custom_quantizer.ops.rewrites.training_graph import folded_value
 from custom_quantizer.planning.decisions import to_float
@@ -48,7 +48,7 @@ def leave_sums(ops: Drafts) -> set[Node]:
     Returns:
         All ops, of whatever kind, that only float ops read.
     """
-    only_floats, sums = _leave_read(ops, _computes_in_float, lambda op: _adds(op, ops))
+    only_floats, sums = _leave_read(ops, _reads_floats, lambda op: _adds(op, ops))
     _store_operands(sums)
     return only_floats
 
@@ -315,6 +315,11 @@ def _joins_product(joined: tuple[Node, ...], ops: Drafts) -> bool:
 def _computes_in_float(op: DraftOp) -> bool:
     """Whether an op has no integer kernel, wherever it stands."""
     return op.support is not None and bool(op.support.float_reason)
+
+
+def _reads_floats(op: DraftOp) -> bool:
+    """Whether an op computes in float, or joins tensors as floats."""
+    return _computes_in_float(op) or (op.rule is CAT and op.match is None)
 
 
 def _is_float(op: DraftOp) -> bool:

@@ -63,6 +63,7 @@ def make_plan(
     floats = leave_sums(ops)
     leave_endless(ops, backend)
     leave_joins(ops, floats, backend)
+    leave_sums(ops)  # again: those that are joined in float
     leave_divisor_guards(ops)
     io = model_io(model, config, ops)
     leave_readers_of_integers(ops, io, backend)

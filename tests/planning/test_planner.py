@@ -1503,6 +1503,25 @@ def test_what_is_joined_for_a_norm_keeps_scales_of_its_own() -> None:
     assert group(plan, "linear") != group(plan, "linear_1")
 
 
+def test_sums_that_are_joined_as_floats_stay_in_float() -> None:
+    """The residual stream of an image, to which a class token is joined after some blocks."""
+
+    def late_token(s: Any, x: Tensor, *, norm: bool = True) -> Tensor:
+        y = s.patches(x)
+        for layer in (s.first, s.second):
+            y = y + layer(F.layer_norm(y, (8,)))
+        y = torch.cat([s.token(x[:, :1]), y], 1)
+        return cast(Tensor, s.head(F.layer_norm(y, (8,)) if norm else y))
+
+    layers = {name: nn.Linear(8, 8) for name in ("patches", "first", "second", "token", "head")}
+    plan = plan_of(late_token, shapes=[(2, 5, 8)], **layers)
+    for name in ("add", "add_1"):
+        assert "only float ops read" in plan.op(name).reason
+    assert {op.scheme for op in plan.ops if op.family == "linear"} == {"a8w8"}
+    plan = plan_of(lambda s, x: late_token(s, x, norm=False), shapes=[(2, 5, 8)], **layers)
+    assert plan.op("add_1").scheme == plan.op("add").scheme == "a8w8"
+
+
 def test_a_rule_joins_them_on_one_scale() -> None:
     plan = joined(Rule(Scope.OPERATOR_TYPE, "aten.cat.default", A8W8))
     assert plan.op("cat").scheme == "a8"
