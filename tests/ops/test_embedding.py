@@ -174,7 +174,7 @@ def test_a_text_model_is_a_table_of_integers_and_one_delegate() -> None:
 
 
 class Scores(nn.Module):
-    """Candidates by a query: rows of the table are a factor of a product themselves."""
+    """Candidates by two queries: rows of the table are a factor of a product themselves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,8 +182,8 @@ class Scores(nn.Module):
         self.query = nn.Linear(8, 8)
 
     def forward(self, history: Tensor, candidates: Tensor) -> Tensor:
-        query = self.query(self.table(history))[:, -1]
-        return cast(Tensor, (self.table(candidates) @ query.unsqueeze(-1)).squeeze(-1))
+        queries = self.query(self.table(history))[:, -2:]
+        return cast(Tensor, self.table(candidates) @ queries.mT)
 
 
 def test_rows_of_a_table_are_factors_of_products() -> None:

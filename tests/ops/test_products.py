@@ -140,7 +140,10 @@ def program() -> tuple[GraphModule, cq.LoweredProgram, list[tuple[int, ...]]]:
 
     model = Function(run, **{f"m{i}": built(name) for i, name in enumerate(CASES)})
     inputs = tuple(torch.randn(shape) for shape in shapes)
-    graph = quantized(model, inputs)
+    # Also that with a vector, which is float where only float outputs show it.
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
+    quantizer.set_operator_type(torch.ops.aten.matmul.default, "a8w8")
+    graph = quantized(model, inputs, quantizer)
     return graph, cq.lower(graph, inputs), shapes
 
 
