@@ -366,6 +366,14 @@ def test_moves_run_as_integers_in_one_delegate(names: Sequence[str]) -> None:
         assert float((got - want).abs().max()) < step, name
 
 
+@pytest.mark.parametrize("entries", [[0, 4, 1, 5, 2, 6, 3, 7], [1, 0, 8, 3, 2, 9, 5, 4, 10]])
+def test_entries_that_take_turns_are_one_slice_for_each_turn(entries: list[int]) -> None:
+    model, x = Function(lambda _, x: x[:, entries]), torch.randn(2, 11, 3)
+    graph = canonicalize(capture(model, (x,)))
+    assert len(calls(graph, aten.slice.Tensor)) == (3 if 8 in entries else 2)
+    assert torch.equal(graph(x), model(x))
+
+
 def test_entries_are_repeated_before_a_dim_of_any_size() -> None:
     model, x = Function(lambda _, x: x.repeat_interleave(3, 1)), torch.randn(2, 4, 6, 5)
     sizes = (({2: torch.export.Dim("n", min=2, max=8)},),)

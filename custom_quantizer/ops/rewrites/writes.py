@@ -641,10 +641,15 @@ def _put_back(view: Node) -> Callable[[Insertion, Node], Node] | None:
             start = index % size
             return partial(_between, source, dim, start, start + 1, is_row=True)
         start, stop = argument(view, 2, "start", None), argument(view, 3, "end", None)
-        if argument(view, 4, "step", 1) != 1 or any(isinstance(at, Node) for at in (start, stop)):
+        step = argument(view, 4, "step", 1)
+        if any(isinstance(at, Node) for at in (start, stop, step)):
             return None
         start, stop, _ = slice(start, stop).indices(size)
-        return partial(_between, source, dim, start, max(start, stop), is_row=False)
+        if step == 1:
+            return partial(_between, source, dim, start, max(start, stop), is_row=False)
+        return lambda insert, value: insert.call(
+            aten.slice_scatter.default, source, value, dim, start, stop, step
+        )
     return None
 
 

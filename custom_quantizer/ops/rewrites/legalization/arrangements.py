@@ -42,6 +42,9 @@ __all__ = ["ARRANGEMENTS", "arrangement"]
 
 aten = torch.ops.aten
 
+MAX_TURNS = 8
+"""Most ranges whose entries are looked for in turns."""
+
 MAX_VALUES = 1 << 24
 """Largest tensor that is numbered: 128 MB for a moment."""
 
@@ -345,17 +348,39 @@ def pieces(insert: Insertion, data: Node, dim: int, entries: Sequence[int]) -> N
         value = pieces(insert, data, dim, entries[::each])
         return None if value is None else spread(insert, value, dim, each)
     runs = _runs(entries)
+    lines = _interleaved(entries)
+    if lines is not None and len(lines) < len(runs):
+        shape = list(shape_of(data))
+        # As few dims as can be: runtimes take six or so.
+        first = [math.prod(shape[:dim])] if is_static(shape[:dim]) else shape[:dim]
+        column = [*first, len(lines[0]), 1, math.prod(shape[dim + 1 :])]
+        columns = [insert.reshape(_cut(insert, data, dim, line), column) for line in lines]
+        shape[dim] = len(entries)
+        return insert.reshape(insert.call(aten.cat.default, columns, len(first) + 1), shape)
     if len(runs) > MAX_PIECES:
         return _picked(insert, data, dim, entries)
-    slices = {
-        run: insert.slice(data, dim, run.start, run.stop)
-        if run.step == 1
-        else insert.call(aten.slice.Tensor, data, dim, run.start, run.stop, run.step)
-        for run in runs
-    }
+    slices = {run: _cut(insert, data, dim, run) for run in runs}
     if len(runs) == 1:
         return slices[runs[0]]
     return insert.call(aten.cat.default, [slices[run] for run in runs], dim)
+
+
+def _cut(insert: Insertion, data: Node, dim: int, run: range) -> Node:
+    """The entries of a range along a dim."""
+    if run.step == 1:
+        return insert.slice(data, dim, run.start, run.stop)
+    return insert.call(aten.slice.Tensor, data, dim, run.start, run.stop, run.step)
+
+
+def _interleaved(entries: Sequence[int]) -> list[range] | None:
+    """Ranges that take turns, the first entry of each, then the second one of each, and so on."""
+    for turns in range(2, MAX_TURNS + 1):
+        if len(entries) % turns:
+            continue
+        lines = [_runs(entries[first::turns]) for first in range(turns)]
+        if all(len(line) == 1 for line in lines):
+            return [line[0] for line in lines]
+    return None
 
 
 def _runs(entries: Sequence[int]) -> list[range]:
