@@ -17,7 +17,8 @@ quantized, simulated and lowered like any other:
 - resizes by other than bilinear interpolation are linear layers, dim by dim;
 - what is put in constant places of a tensor takes the place of its entries, and what is added there
   is a linear layer and a sum;
-- patches of images are depthwise convolutions that pick values, and their sums transposed ones.
+- patches of images are depthwise convolutions that pick values, and their sums transposed ones;
+- a layer whose weight depends on an input is a product, of that weight with patches.
 
 Moves and max pools are the same values bit for bit. Sums are added in another order: last bits of
 float32 differ.
@@ -49,6 +50,10 @@ from custom_quantizer.ops.rewrites.legalization import (
 )
 from custom_quantizer.ops.rewrites.legalization.arrangements import ARRANGEMENTS, arrangement
 from custom_quantizer.ops.rewrites.legalization.batches import batched
+from custom_quantizer.ops.rewrites.legalization.computed_weights import (
+    linear,
+    with_weight_of_inputs,
+)
 from custom_quantizer.ops.rewrites.legalization.placements import PLACEMENTS
 
 __all__ = ["LEGALIZATIONS", "legalize_by"]
@@ -80,12 +85,13 @@ _FORMS: dict[Any, Rewrite] = {
     **ARRANGEMENTS,
     **PLACEMENTS,
     **interpolations.FORMS,
-    aten.conv1d.default: batched(1, layers.cut_short),
-    aten.conv1d.padding: batched(1),
-    aten.conv2d.default: batched(2, layers.cut_short),
-    aten.conv2d.padding: batched(2),
-    aten.conv_transpose1d.default: batched(1),
-    aten.conv_transpose2d.input: batched(2),
+    aten.conv1d.default: batched(1, with_weight_of_inputs(layers.cut_short)),
+    aten.conv1d.padding: batched(1, with_weight_of_inputs()),
+    aten.conv2d.default: batched(2, with_weight_of_inputs(layers.cut_short)),
+    aten.conv2d.padding: batched(2, with_weight_of_inputs()),
+    aten.conv_transpose1d.default: batched(1, with_weight_of_inputs()),
+    aten.conv_transpose2d.input: batched(2, with_weight_of_inputs()),
+    aten.linear.default: linear,
     aten.mean.default: sums.mean,
     aten.mean.dim: sums.mean,
     aten.mul.Tensor: branches.product,
