@@ -653,3 +653,19 @@ def test_a_resize_to_the_size_of_another_image() -> None:
         inputs = (example[0], torch.randn(1, 2, n, 12 - n))
         # As floats, of which each of the two kernels rounds the weights.
         assert torch.allclose(program.run(*inputs), reference(*inputs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_unsqueeze_of_two_dynamic_sizes_stays_outside() -> None:
+    """Coordinates of the pixels of an image of any size; upstream takes it, and then refuses."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.conv(x)
+        height, width = y.shape[2:]
+        rows = torch.arange(height).float().sqrt().unsqueeze(1).expand(height, width)
+        columns = torch.arange(width).float().sqrt().expand(height, width)
+        return y.permute(0, 2, 3, 1) * torch.stack([columns, rows], -1)
+
+    model, x = Function(forward, conv=nn.Conv2d(3, 2, 1)), torch.randn(1, 3, 6, 8)
+    graph, program = program_of(model, (x,), [{2: "rows", 3: "columns"}])
+    check(graph, program, [(x,), (torch.randn(1, 3, 9, 5),)])

@@ -17,6 +17,7 @@ from executorch.backends.xnnpack.partition.config.generic_node_configs import (
     BMMConfig,
     EluConfig,
     SliceCopyConfig,
+    UnsqueezeCopyConfig,
     UpsampleBilinear2dConfig,
     ViewCopyConfig,
 )
@@ -127,6 +128,15 @@ class ViewOfFewDims(ViewCopyConfig):  # type: ignore[misc]  # ExecuTorch is unty
         return max(ranks) <= MOST_DIMS and super().check_constraints(node, ep) is True
 
 
+class UnsqueezeOfOneDynamicSize(UnsqueezeCopyConfig):  # type: ignore[misc]  # ExecuTorch is untyped
+    """Unsqueezes that are views for XNNPACK; others stay that upstream takes and then refuses."""
+
+    def check_constraints(self, node: torch.fx.Node, ep: Any) -> bool:
+        """Leave out results of several dynamic sizes."""
+        dynamic = sum(not isinstance(size, int) for size in shape_of(node))
+        return dynamic <= 1 and super().check_constraints(node, ep) is True
+
+
 def _integers_around(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
     """The dequantize node that an op reads, and the quantize node that alone reads its result."""
     before: Any = node.args[0]
@@ -158,6 +168,7 @@ def configurations() -> list[Any]:
     ours = {
         BMMConfig: IntegerBatchMatmul,
         SliceCopyConfig: AnySlice,
+        UnsqueezeCopyConfig: UnsqueezeOfOneDynamicSize,
         UpsampleBilinear2dConfig: IntegerResize,
         ViewCopyConfig: ViewOfFewDims,
     }
