@@ -30,6 +30,7 @@ from custom_quantizer.core.graph import (
     effective_users,
     is_constant,
     is_dequantize,
+    is_float32,
     is_same_shape,
     reads_sizes,
     shape_of,
@@ -244,31 +245,33 @@ def strided_slices_to_groups(model: GraphModule) -> int:
     """
     count = 0
     for node in calls(model, SLICE.targets):
-        around = quantized_neighbours(node)
+        source = cast(Node, node.args[0])
         dim, start, stop, step = slice_of(node)
-        if around is None or step == 1:
+        if step == 1 or not is_float32(source) or reads_sizes(node):
             continue
-        shape = shape_of(around[0])
+        shape = shape_of(source)
         dynamic = [d for d, size in enumerate(shape) if not isinstance(size, int)]
         if len(dynamic) > 1 or dim in dynamic:
             continue
         build, number = Builder(model, node), len(range(start, stop, step))
+        if number == 0:
+            continue
         beyond = start + number * step - shape[dim]
         if beyond <= start:
             # The last group may reach beyond the end: then all of them begin earlier.
             shift = max(beyond, 0)
-            taken = _take(build, around[0], dim, (start - shift, number, step, shift))
+            taken = _take(build, source, dim, (start - shift, number, step, shift))
         else:
             last = build.call(
-                aten.slice.Tensor, around[0], dim, start + (number - 1) * step, shape[dim]
+                aten.slice.Tensor, source, dim, start + (number - 1) * step, shape[dim]
             )
             if start + (number - 1) * step + 1 < shape[dim]:
-                last = build.call(aten.slice.Tensor, build.requantized(last, around[0]), dim, 0, 1)
+                last = then_move(build, source, last, aten.slice.Tensor, dim, 0, 1)
             if number == 1:
                 taken = last
             else:
-                first = _take(build, around[0], dim, (start, number - 1, step, 0))
-                parts = [build.requantized(part, around[0]) for part in (first, last)]
+                first = _take(build, source, dim, (start, number - 1, step, 0))
+                parts = [_moved(build, source, part) for part in (first, last)]
                 taken = build.call(aten.cat.default, parts, dim)
         replace(node, taken)
         count += 1
@@ -282,15 +285,18 @@ def _take(build: Builder, source: Node, dim: int, groups: tuple[int, int, int, i
     value = source
     if (start, number * step) != (0, shape[dim]):
         cut = build.call(aten.slice.Tensor, value, dim, start, start + number * step)
-        value = build.requantized(cut, source)
+        value = _moved(build, source, cut)
     before, behind = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
     groups_of_step = view_sizes([before, number, step, behind])
     grouped = build.call(aten.view_copy.default, value, groups_of_step)
-    value = build.requantized(grouped, source)
-    picked = build.call(aten.slice.Tensor, value, 2, entry, entry + 1)
-    value = build.requantized(picked, source)
+    picked = then_move(build, source, grouped, aten.slice.Tensor, 2, entry, entry + 1)
     taken = view_sizes([*shape[:dim], number, *shape[dim + 1 :]])
-    return build.call(aten.view_copy.default, value, taken)
+    return then_move(build, source, picked, aten.view_copy.default, taken)
+
+
+def _moved(build: Builder, source: Node, value: Node) -> Node:
+    """A part of ``source`` that is moved once more: with a Q/DQ pair, if they are integers."""
+    return build.requantized(value, source) if is_dequantize(source) else value
 
 
 @graph_pass("expands", "concatenations", requires={"drop_broadcasts"})
