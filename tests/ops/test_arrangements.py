@@ -374,6 +374,19 @@ def test_entries_that_take_turns_are_one_slice_for_each_turn(entries: list[int])
     assert torch.equal(graph(x), model(x))
 
 
+@pytest.mark.parametrize("entries", [[0, 3, 1, 4, 2, 5], [0, 0, 2, 2, 5, 5]])
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
+def test_entries_of_tensors_of_dynamic_sizes(entries: list[int], dims: tuple[int, ...]) -> None:
+    """A reshape takes one of these."""
+    shapes = {dim: torch.export.Dim(f"size_{dim}", min=2, max=9) for dim in dims}
+    model, x = Function(lambda _, x: x[..., entries] * 2), torch.randn(2, 4, 6)
+    graph = canonicalize(capture(model, (x,), dynamic_shapes={"inputs": (shapes,)}))
+    for size in (2, 7):
+        shape = [size if dim in dims else known for dim, known in enumerate(x.shape)]
+        other = torch.randn(shape)
+        assert torch.equal(graph(other), model(other))
+
+
 def test_entries_are_repeated_before_a_dim_of_any_size() -> None:
     model, x = Function(lambda _, x: x.repeat_interleave(3, 1)), torch.randn(2, 4, 6, 5)
     sizes = (({2: torch.export.Dim("n", min=2, max=8)},),)

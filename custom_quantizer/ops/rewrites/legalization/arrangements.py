@@ -8,6 +8,7 @@ into the moves that have integers: slices, concatenations, permutes, reshapes an
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ __all__ = ["ARRANGEMENTS", "arrangement"]
 
 aten = torch.ops.aten
 
-MAX_TURNS = 8
-"""Most ranges whose entries are looked for in turns."""
+MIN_TURNS, MAX_TURNS = 2, 8
+"""Of how many ranges it is looked for whether their entries take turns."""
 
 MAX_VALUES = 1 << 24
 """Largest tensor that is numbered: 128 MB for a moment."""
@@ -344,11 +345,14 @@ def pieces(insert: Insertion, data: Node, dim: int, entries: Sequence[int]) -> N
         shape[dim] = len(entries)
         return insert.call(aten.expand.default, data, shape)
     each = next((i for i, e in enumerate(entries) if e != entries[0]), len(entries))
-    if each > 1 and list(entries) == [e for e in entries[::each] for _ in range(each)]:
+    # A reshape takes one dynamic size.
+    can_reshape = sum(not isinstance(size, int) for size in shape_of(data)) <= 1
+    repeats = each > 1 and list(entries) == [e for e in entries[::each] for _ in range(each)]
+    if repeats and can_reshape:
         value = pieces(insert, data, dim, entries[::each])
         return None if value is None else spread(insert, value, dim, each)
     runs = _runs(entries)
-    lines = _interleaved(entries)
+    lines = _interleaved(entries) if can_reshape and len(runs) > MIN_TURNS else None
     if lines is not None and len(lines) < len(runs):
         shape = list(shape_of(data))
         # As few dims as can be: runtimes take six or so.
@@ -374,12 +378,13 @@ def _cut(insert: Insertion, data: Node, dim: int, run: range) -> Node:
 
 def _interleaved(entries: Sequence[int]) -> list[range] | None:
     """Ranges that take turns, the first entry of each, then the second one of each, and so on."""
-    for turns in range(2, MAX_TURNS + 1):
+    for turns in range(MIN_TURNS, MAX_TURNS + 1):
         if len(entries) % turns:
             continue
-        lines = [_runs(entries[first::turns]) for first in range(turns)]
-        if all(len(line) == 1 for line in lines):
-            return [line[0] for line in lines]
+        lines = (_runs(entries[first::turns]) for first in range(turns))
+        regular = [line[0] for line in itertools.takewhile(lambda line: len(line) == 1, lines)]
+        if len(regular) == turns:
+            return regular
     return None
 
 
