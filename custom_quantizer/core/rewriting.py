@@ -32,6 +32,7 @@ __all__ = [
     "ORIGINAL_NAME",
     "STEP",
     "Insertion",
+    "NoForm",
     "Rewrite",
     "fake_result",
     "is_inner",
@@ -69,6 +70,10 @@ def fake_result(mode: Any, target: Any, args: Any, kwargs: Any) -> Any:
     """
     with mode, enable_python_dispatcher():
         return target(*args, **kwargs)
+
+
+class NoForm(Exception):
+    """A form cannot be written for the sizes at hand; the call stays."""
 
 
 class Insertion:
@@ -164,10 +169,16 @@ class Insertion:
             return cast(Tensor, cast("Callable[..., Any]", value.target)(*args, **kwargs))
 
     def reshape(self, value: Node, shape: Sequence[Any]) -> Node:
-        """Reshape unless the shape is that already; at most one size is symbolic."""
+        """Reshape unless the shape is that already.
+
+        Raises:
+            NoForm: several sizes are symbolic.
+        """
         if is_same_shape(shape, shape_of(value)):
             return value
         sizes = view_sizes(shape)
+        if sizes.count(-1) > 1:
+            raise NoForm(f"{self.node.name}: a reshape to {list(shape)} has two dynamic sizes")
         return self.call(aten.reshape.default, value, sizes)
 
     def permute(self, value: Node, order: Sequence[int]) -> Node:
@@ -221,7 +232,7 @@ def rewrite_calls(
         # What an earlier rewrite took along has no users any more.
         alive = rewrite is not None and bool(node.users)
         insert = Insertion(model, node, training=training)
-        result = cast(Rewrite, rewrite)(insert) if alive else None
+        result = _form(cast(Rewrite, rewrite), insert) if alive else None
         if result is not None and _sees_later_writes(result, node):
             result = insert.call(torch.ops.aten.clone.default, result)
         if result is not None and _gives_the_same(result, node):
@@ -230,6 +241,17 @@ def rewrite_calls(
     if count:
         model.graph.eliminate_dead_code()
     return count
+
+
+def _form(rewrite: Rewrite, insert: Insertion) -> Node | None:
+    """What a rewrite makes; of one that gives up half way nothing is left."""
+    before = insert.node.prev
+    try:
+        return rewrite(insert)
+    except NoForm:
+        while (last := insert.node.prev) is not before:
+            last.graph.erase_node(last)
+        return None
 
 
 def _gives_the_same(result: Node, node: Node) -> bool:
