@@ -252,7 +252,9 @@ def _is_product_with_vector(op: DraftOp) -> bool:
     if op.rule is not MATMUL or op.match is None:
         return False
     rows, columns = map(shape_of, op.match.inputs)
-    return len(rows) > 1 and len(columns) > 1 and (rows[-2] == 1 or columns[-1] == 1)
+    # A dynamic size is none: to ask what it is would make it one.
+    counts = (rows[-2], columns[-1]) if min(len(rows), len(columns)) > 1 else ()
+    return any(isinstance(count, int) and count == 1 for count in counts)
 
 
 def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
