@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 from support.scripts import shown, without_numbers
 
+from custom_quantizer.app.cli import cli
 from custom_quantizer.app.demo import DemoResult, run_demo
 from custom_quantizer.app.digits import load_digits_data
 from custom_quantizer.backends.xnnpack import load_program, read_program
@@ -26,7 +28,7 @@ PROGRESS = re.compile(r"[a-z]+: ([\d,]+( of [\d,]+)?|[a-z ]+)")
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the command in a process of its own, as the README tells users to."""
+    """One run of the command."""
 
     folder: Path
     stdout: str
@@ -35,8 +37,20 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("demo") / "out"
+    done = CliRunner().invoke(
+        cli, ["demo", "--output", str(folder)], prog_name="custom-quantizer", catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.stderr
+    document = json.loads((folder / "digits.json").read_text())
+    return Run(folder, done.stdout, done.stderr, document)
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """In a process of its own, as the README tells users to."""
+    folder = tmp_path_factory.mktemp("process") / "out"
     done = subprocess.run(
         [sys.executable, "-m", "custom_quantizer", "demo", "--output", str(folder)],
         capture_output=True,
@@ -68,15 +82,15 @@ def test_it_says_nothing_but_its_results(process: Run) -> None:
         assert f"{name:<8} {process.folder}/{file}" in lines
 
 
-def test_the_readme_shows_what_it_prints(process: Run) -> None:
+def test_the_readme_shows_what_it_prints(demo: Run) -> None:
     readme = Path(__file__).parents[2] / "README.md"
-    output = process.stdout.replace(str(process.folder), "custom-quantizer-demo")
+    output = demo.stdout.replace(str(demo.folder), "custom-quantizer-demo")
     assert without_numbers(shown(readme, "text")[-1]) == without_numbers(output)
 
 
-def test_it_fits_a_terminal_of_80_columns(process: Run) -> None:
+def test_it_fits_a_terminal_of_80_columns(demo: Run) -> None:
     paths = ("program", "graph", "report", "next", "custom-quantizer verify")
-    lines = [line.rstrip() for line in process.stdout.splitlines()]
+    lines = [line.rstrip() for line in demo.stdout.splitlines()]
     wide = [line for line in lines if len(line) > 80 and not line.strip().startswith(paths)]
     assert wide == []
 
@@ -93,33 +107,33 @@ def test_the_same_seed_gives_the_same_numbers(process: Run, again: DemoResult) -
     }
 
 
-def test_accuracy_is_that_of_the_program_it_left_behind(process: Run) -> None:
+def test_accuracy_is_that_of_the_program_it_left_behind(demo: Run) -> None:
     data = load_digits_data()
-    program = load_program(process.folder / "digits.pte")
+    program = load_program(demo.folder / "digits.pte")
     outputs = torch.cat([program.run(image)[0] for image in data.test_images[:, None]])
     correct = int((outputs.argmax(1) == data.test_labels).sum())
-    scores = {score["name"]: score for score in process.document["demo"]["evaluation"]["models"]}
+    scores = {score["name"]: score for score in demo.document["demo"]["evaluation"]["models"]}
     assert scores[".pte"]["correct"] == correct
     assert scores["integer reference"]["correct"] == correct
     # Above 97 % before, and at most one digit in a hundred lost.
     assert scores["float32"]["correct"] >= 350
     assert correct >= scores["float32"]["correct"] - 3
     for score in scores.values():
-        assert f"{score['correct']} / 360" in process.stdout
-    assert f"{correct / 360:.2%}" in process.stdout
+        assert f"{score['correct']} / 360" in demo.stdout
+    assert f"{correct / 360:.2%}" in demo.stdout
 
 
-def test_the_program_is_bit_exact(process: Run) -> None:
-    verification = process.document["demo"]["verification"]
+def test_the_program_is_bit_exact(demo: Run) -> None:
+    verification = demo.document["demo"]["verification"]
     assert verification["bit_exact"] is True
     assert verification["exact_expected"] is True
     assert [output["values"] for output in verification["outputs"]] == [3600]
-    assert "3,600 of 3,600 outputs bit-identical" in process.stdout
+    assert "3,600 of 3,600 outputs bit-identical" in demo.stdout
 
 
-def test_the_bias_shown_is_the_one_in_the_file(process: Run) -> None:
-    layer = process.document["demo"]["layer"]
-    (delegate,) = read_program(process.folder / "digits.pte").delegates
+def test_the_bias_shown_is_the_one_in_the_file(demo: Run) -> None:
+    layer = demo.document["demo"]["layer"]
+    (delegate,) = read_program(demo.folder / "digits.pte").delegates
     (op,) = (op for op in delegate.ops if op.kind == "fully_connected")
     stored = delegate.bias(op)
     assert stored is not None
@@ -130,28 +144,26 @@ def test_the_bias_shown_is_the_one_in_the_file(process: Run) -> None:
         # Exactly, and half to even: Python rounds fractions so.
         unit = Fraction(layer["input_scale"]) * Fraction(channel["weight_scale"])
         assert round(Fraction(channel["real"]) / unit) == channel["in_program"]
-        line = next(
-            line for line in process.stdout.splitlines() if line.split()[:1] == [str(number)]
-        )
+        line = next(line for line in demo.stdout.splitlines() if line.split()[:1] == [str(number)])
         assert line.split()[1] == f"{channel['real']:+.7f}"
         assert line.split()[5:] == [f"{channel['in_program']:,}"] * 2 + ["yes"]
 
 
-def test_all_biases_are_counted(process: Run) -> None:
-    (delegate,) = read_program(process.folder / "digits.pte").delegates
+def test_all_biases_are_counted(demo: Run) -> None:
+    (delegate,) = read_program(demo.folder / "digits.pte").delegates
     biases = [bias for op in delegate.ops if (bias := delegate.bias(op)) is not None]
     count = sum(bias.size for bias in biases)
     assert (len(biases), count) == (5, 130)
-    assert "130 of 130 are the same" in process.stdout
+    assert "130 of 130 are the same" in demo.stdout
 
 
-def test_one_row_per_op(process: Run) -> None:
-    rows = process.document["report"]["rows"]
+def test_one_row_per_op(demo: Run) -> None:
+    rows = demo.document["report"]["rows"]
     assert len(rows) == 9
     for row in rows:
         line = next(
             line
-            for line in process.stdout.splitlines()
+            for line in demo.stdout.splitlines()
             if line.split()[:2] == [row["path"] or row["node"], row["family"]]
         )
         assert line.rstrip().endswith("  int8")
@@ -160,10 +172,10 @@ def test_one_row_per_op(process: Run) -> None:
         assert row["compute"] == "integer"
 
 
-def test_sizes(process: Run) -> None:
-    sizes = process.document["demo"]["sizes"]
-    assert sizes["program_file"] == (process.folder / "digits.pte").stat().st_size
-    assert f"{sizes['program_file']:,} bytes" in process.stdout
+def test_sizes(demo: Run) -> None:
+    sizes = demo.document["demo"]["sizes"]
+    assert sizes["program_file"] == (demo.folder / "digits.pte").stat().st_size
+    assert f"{sizes['program_file']:,} bytes" in demo.stdout
     assert sizes["program_file"] < sizes["float_file"]
     # Weights shrink to a quarter; biases and scales do not.
     assert sizes["program_values"] < sizes["float_values"] / 3
