@@ -316,7 +316,7 @@ EXPONENTIALS: dict[str, tuple[Callable[..., Tensor], set[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", EXPONENTIALS)
+@pytest.mark.parametrize("name", slow_but(["linear attention", "opacity"], EXPONENTIALS))
 def test_what_is_narrow_only_behind_an_exponential_or_logarithm_stays_in_float(name: str) -> None:
     """Where XNNPACK has either in float only; hardware with tables of integers has them there."""
     function, chain, reason = EXPONENTIALS[name]
@@ -1097,7 +1097,13 @@ def test_observers_are_the_producers_choice_and_do_not_requantize() -> None:
 
 @pytest.mark.parametrize(
     "activation",
-    [F.relu, F.relu6, F.hardtanh, lambda x: x.clamp(0, 1), lambda x: x.clamp(min=0.1)],
+    [
+        F.relu,
+        pytest.param(F.relu6, marks=pytest.mark.slow),
+        pytest.param(F.hardtanh, marks=pytest.mark.slow),
+        pytest.param(lambda x: x.clamp(0, 1), marks=pytest.mark.slow),
+        lambda x: x.clamp(min=0.1),
+    ],
 )
 @pytest.mark.parametrize("op", [lambda s, x: s.conv(x), lambda s, x: x + x, lambda s, x: x * x])
 def test_an_activation_behind_an_op_is_part_of_it(op: Any, activation: Any) -> None:
@@ -1640,7 +1646,9 @@ JOINED_AS_INTEGERS: dict[str, tuple[Callable[..., Any], Sequence[Rule]]] = {
 }
 
 
-@pytest.mark.parametrize("name", JOINED_AS_INTEGERS)
+@pytest.mark.parametrize(
+    "name", slow_but(["a rule", "boxes alone", "read by a layer"], JOINED_AS_INTEGERS)
+)
 def test_all_others_are_joined_as_integers(name: str) -> None:
     function, rules = JOINED_AS_INTEGERS[name]
     zeros = nn.Parameter(torch.zeros(2, 5, 8))

@@ -326,9 +326,14 @@ def test_a_graph_that_is_prepared_or_converted_already() -> None:
         (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), r"(add_|batch_norm)"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5)), r"dropout \(1\)"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5, inplace=True)), r"dropout_ \(1\)"),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout2d(0.5)), r"feature_dropout"),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AlphaDropout(0.5)), r"alpha_dropout"),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.RReLU()), r"rrelu"),
+        *(
+            pytest.param(nn.Sequential(nn.Conv2d(3, 4, 3), layer), name, marks=pytest.mark.slow)
+            for layer, name in (
+                (nn.Dropout2d(0.5), r"feature_dropout"),
+                (nn.AlphaDropout(0.5), r"alpha_dropout"),
+                (nn.RReLU(), r"rrelu"),
+            )
+        ),
     ],
 )
 def test_a_training_mode_graph(model: nn.Module, node: str) -> None:
