@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from support.graphs import Function, capture, quantized
 from support.long_graphs import KINDS
 from support.processes import measured
@@ -218,6 +219,23 @@ def test_what_was_converted_is_not_kept() -> None:
     assert weights
     assert not any(weight() is not None for weight in weights)
     assert converted is not None
+
+
+def test_what_was_lowered_is_not_kept() -> None:
+    """Caches of PyTorch (2.15) and ExecuTorch (1.5) held every delegate, and its weights."""
+    x = torch.randn(2, 4)
+    held = sum(isinstance(value, LoweredBackendModule) for value in gc.get_objects())
+    graph = quantized(nn.Linear(4, 4), (x,))
+    weights = [weakref.ref(value) for value in graph.buffers()]
+    assert cq.lower(graph, (x,)).report.delegates == 1
+    known = len(FakeTensorMode.cache)
+    del graph
+    gc.collect()
+    now = sum(isinstance(value, LoweredBackendModule) for value in gc.get_objects())
+    assert now <= held
+    assert weights
+    assert not any(weight() is not None for weight in weights)
+    assert known  # what makes the next capture quick stays
 
 
 def benchmarked(script: str, case: str) -> dict[str, Any]:
