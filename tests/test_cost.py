@@ -224,14 +224,14 @@ def test_what_was_converted_is_not_kept() -> None:
 def test_what_was_lowered_is_not_kept() -> None:
     """Caches of PyTorch (2.15) and ExecuTorch (1.5) held every delegate, and its weights."""
     x = torch.randn(2, 4)
-    held = sum(isinstance(value, LoweredBackendModule) for value in gc.get_objects())
+    held = sum(type(value) is LoweredBackendModule for value in gc.get_objects())
     graph = quantized(nn.Linear(4, 4), (x,))
     weights = [weakref.ref(value) for value in graph.buffers()]
     assert cq.lower(graph, (x,)).report.delegates == 1
     known = len(FakeTensorMode.cache)
     del graph
     gc.collect()
-    now = sum(isinstance(value, LoweredBackendModule) for value in gc.get_objects())
+    now = sum(type(value) is LoweredBackendModule for value in gc.get_objects())
     assert now <= held
     assert weights
     assert not any(weight() is not None for weight in weights)
