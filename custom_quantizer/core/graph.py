@@ -28,7 +28,7 @@ from custom_quantizer.errors import ConversionError, InputError
 
 __all__ = [
     "add_constant",
-    "check_input",
+    "check_inputs",
     "constant_of",
     "describe",
     "detached_copy",
@@ -214,8 +214,43 @@ def _shape_of_constant(node: Node, dtype: torch.dtype | None) -> torch.Tensor | 
         return torch.empty(value.shape, dtype=dtype or value.dtype, device=value.device)
 
 
-def check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:
-    """Raise ``InputError`` unless ``value`` has the recorded dtype and shape."""
+def check_inputs(values: Sequence[Any], metas: Sequence[torch.Tensor | None]) -> None:
+    """Raise ``InputError`` unless inputs have the recorded dtypes and shapes.
+
+    Dynamic sizes may be any, but those that capture knows as one are one, and what it computes from
+    them is that: kernels read as far as one of them says.
+    """
+    sizes: list[tuple[str, int, Any]] = []
+    for i, (value, meta) in enumerate(zip(values, metas, strict=True)):
+        _check_input(i, value, meta)
+        if meta is not None:
+            shape: Iterable[tuple[Any, int]] = zip(meta.shape, value.shape, strict=True)
+            sizes += [
+                (f"dim {dim} of input {i}", given, wanted.node.expr)
+                for dim, (wanted, given) in enumerate(shape)
+                if isinstance(wanted, torch.SymInt)
+            ]
+    known: dict[Any, tuple[int, str]] = {}
+    for where, given, expression in sizes:
+        if expression.is_Symbol:
+            size, first = known.setdefault(expression, (given, where))
+            if size != given:
+                raise InputError(
+                    f"{where} is {given}, and {first} is {size}: the model was captured with one "
+                    f"size ({expression}) for both"
+                )
+    found = {symbol: size for symbol, (size, _) in known.items()}
+    for where, given, expression in sizes:
+        size = expression.subs(found)
+        if size.is_Integer and int(size) != given:
+            of = ", ".join(f"{symbol} = {found[symbol]}" for symbol in expression.free_symbols)
+            raise InputError(
+                f"{where} is {given}, and has to be {size}: the model was captured with a size of "
+                f"{expression} there, where {of}"
+            )
+
+
+def _check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:
     if meta is None:
         return
     if not isinstance(value, torch.Tensor):

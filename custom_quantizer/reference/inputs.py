@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import GraphModule
 
-from custom_quantizer.core.graph import check_input, tensor_meta
+from custom_quantizer.core.graph import check_inputs, tensor_meta
 from custom_quantizer.errors import InputError
 from custom_quantizer.reference.converted import ConvertedGraph
 
@@ -37,8 +37,7 @@ def check_example(graph: ConvertedGraph, example_inputs: tuple[Any, ...]) -> tup
     if len(flat) != len(metas):
         raise InputError(f"the graph takes {len(metas)} inputs, the example has {len(flat)}")
     flat = graph.borders.integers(flat, graph.backend.arithmetic.quantize)
-    for i, (value, meta) in enumerate(zip(flat, metas, strict=True)):
-        check_input(i, value, meta)
+    check_inputs(flat, metas)
     return cast("tuple[Any, ...]", pytree.tree_unflatten(map(_contiguous, flat), structure))
 
 

@@ -19,7 +19,7 @@ from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.borders import is_border_call
 from custom_quantizer.core.graph import (
     CHOOSE_QPARAMS,
-    check_input,
+    check_inputs,
     constant_of,
     describe,
     flatten_inputs,
@@ -319,8 +319,7 @@ def _flatten_inputs(
             f"got {len(flat)}"
         )
     flat = graph.borders.integers(flat, graph.backend.arithmetic.quantize)
-    for i, (value, node) in enumerate(zip(flat, wanted, strict=True)):
-        check_input(i, value, tensor_meta(node))
+    check_inputs(flat, [tensor_meta(node) for node in wanted])
     return flat
 
 

@@ -669,3 +669,28 @@ def test_an_unsqueeze_of_two_dynamic_sizes_stays_outside() -> None:
     model, x = Function(forward, conv=nn.Conv2d(3, 2, 1)), torch.randn(1, 3, 6, 8)
     graph, program = program_of(model, (x,), [{2: "rows", 3: "columns"}])
     check(graph, program, [(x,), (torch.randn(1, 3, 9, 5),)])
+
+
+def test_sizes_that_are_one_size_are_checked() -> None:
+    """XNNPACK and PyTorch's ops may read as far as the smaller one: a result, and a wrong one."""
+    queries, keys = torch.randn(2, 5, 4), torch.randn(2, 6, 4)
+    model = Function(lambda s, q, k: s.layer(q) @ s.layer(k).mT, layer=nn.Linear(4, 4))
+    sizes = [{0: "batch", 1: "tokens"}, {0: "batch", 1: "keys"}]
+    graph, program = program_of(model, (queries, keys), sizes)
+    for run in (program, cq.integer_reference(graph)):
+        assert run(torch.randn(3, 4, 4), torch.randn(3, 7, 4)).shape == (3, 4, 7)
+        with pytest.raises(cq.InputError, match="dim 0 of input 1 is 2, and dim 0 of input 0 is 3"):
+            run(torch.randn(3, 5, 4), torch.randn(2, 6, 4))
+
+
+def test_sizes_that_follow_from_others_are_checked() -> None:
+    model = Function(lambda s, x, y: s.layer(x) + y[:, ::2], layer=nn.Linear(4, 4))
+    tokens = Dim("tokens", min=2, max=8)
+    inputs = torch.randn(1, 3, 4), torch.randn(1, 6, 4)
+    captured = capture(model, inputs, dynamic_shapes={"inputs": ({1: tokens}, {1: 2 * tokens})})
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+    prepared(*inputs)
+    reference = cq.integer_reference(convert_pt2e(prepared))
+    assert reference(torch.randn(1, 5, 4), torch.randn(1, 10, 4)).shape == (1, 5, 4)
+    with pytest.raises(cq.InputError, match=r"dim 1 of input 1 is 8, and has to be 10: .* = 5$"):
+        reference(torch.randn(1, 5, 4), torch.randn(1, 8, 4))

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from custom_quantizer.backends.tosa.tools import reference_model
 from custom_quantizer.core.files import write_bytes_atomic
-from custom_quantizer.core.graph import check_input, flatten_inputs, input_tuples
+from custom_quantizer.core.graph import check_inputs, flatten_inputs, input_tuples
 from custom_quantizer.errors import InputError, LoweringError, ProgramError
 from custom_quantizer.ops.backend import Kernel
 from custom_quantizer.ops.placement import PlacedOp, Tally, tally
@@ -149,8 +149,7 @@ class TosaProgram:
         if len(flat) != len(self._metas):
             raise InputError(f"the program takes {len(self._metas)} inputs, got {len(flat)}")
         flat = self._graph.borders.integers(flat, self._graph.backend.arithmetic.quantize)
-        for i, (value, meta) in enumerate(zip(flat, self._metas, strict=True)):
-            check_input(i, value, meta)
+        check_inputs(flat, self._metas)
         outputs = run_flat(self._module, flat)
         if self._out_spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -32,7 +32,7 @@ from custom_quantizer.backends.xnnpack.op_record import RecordedOp
 from custom_quantizer.backends.xnnpack.readback import read_file, read_program
 from custom_quantizer.core.borders import Borders
 from custom_quantizer.core.files import write_bytes_atomic
-from custom_quantizer.core.graph import check_input, flatten_inputs, shape_hint
+from custom_quantizer.core.graph import check_inputs, flatten_inputs, shape_hint
 from custom_quantizer.errors import InputError, ProgramError
 from custom_quantizer.ops.backend import Kernel
 from custom_quantizer.ops.placement import Tally, tally
@@ -288,8 +288,7 @@ class LoweredProgram:
         if len(flat) != len(self._metas):
             raise InputError(f"the program takes {len(self._metas)} inputs, got {len(flat)}")
         flat = self.borders.integers(flat, self._graph.backend.arithmetic.quantize)
-        for i, (value, meta) in enumerate(zip(flat, self._metas, strict=True)):
-            check_input(i, value, meta)
+        check_inputs(flat, self._metas)
         _check_shapes(flat, self.contents.main)
         if self._method is None:
             name = self.contents.methods[0].name
