@@ -243,7 +243,8 @@ def check_inputs(values: Sequence[Any], metas: Sequence[torch.Tensor | None]) ->
     for where, given, expression in sizes:
         size = expression.subs(found)
         if size.is_Integer and int(size) != given:
-            of = ", ".join(f"{symbol} = {found[symbol]}" for symbol in expression.free_symbols)
+            symbols = sorted(expression.free_symbols & found.keys(), key=str)
+            of = ", ".join(f"{symbol} = {found[symbol]}" for symbol in symbols)
             raise InputError(
                 f"{where} is {given}, and has to be {size}: the model was captured with a size of "
                 f"{expression} there, where {of}"
