@@ -26,6 +26,7 @@ from custom_quantizer.calibration.run import GraphInputs
 from custom_quantizer.core.arithmetic import along
 from custom_quantizer.core.checkpoint import fingerprint
 from custom_quantizer.core.graph import (
+    DEQUANTIZE_PER_CHANNEL,
     distinct,
     is_dequantize,
     size_bounds,
@@ -40,8 +41,6 @@ __all__ = ["Rerun", "capture_like", "copied", "float_fingerprint", "is_float", "
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
-
-_DEQUANTIZE_CHANNELS = torch.ops.quantized_decomposed.dequantize_per_channel.default
 
 _SKIPPED = frozenset(
     {
@@ -148,8 +147,10 @@ class Rerun(Interpreter):
             )
         if target is aten.conv2d.default:
             args = (args[0], ChannelFactors.of(args[1]), *args[2:])
-        if target is _DEQUANTIZE_CHANNELS and (quick := _dequantized(*args, **kwargs)) is not None:
-            return quick
+        if target is DEQUANTIZE_PER_CHANNEL:
+            quick = _dequantized(*args, **kwargs)
+            if quick is not None:
+                return quick
         return super().call_function(target, args, kwargs)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

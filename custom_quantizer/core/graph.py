@@ -241,7 +241,7 @@ def check_inputs(values: Sequence[Any], metas: Sequence[torch.Tensor | None]) ->
                 )
     found = {symbol: size for symbol, (size, _) in known.items()}
     for where, given, expression in sizes:
-        size = expression.subs(found)
+        size = expression if expression.is_Symbol else expression.subs(found)
         if size.is_Integer and int(size) != given:
             symbols = sorted(expression.free_symbols & found.keys(), key=str)
             of = ", ".join(f"{symbol} = {found[symbol]}" for symbol in symbols)

@@ -112,6 +112,15 @@ class Insertion:
             new.meta["val"] = fake_result(mode, target, *mapped)
         return new
 
+    def formed(self, rewrite: Rewrite, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Insert a call in the form that a rewrite gives it; as it is, where it has none."""
+        call = self.call(target, *args, **kwargs)
+        form = rewrite(Insertion(self.model, call, training=self.training))
+        if form is None:
+            return call
+        replace(self.model, call, form)
+        return form
+
     def constant(self, name: str, value: Tensor) -> Node:
         """A new constant before the node."""
         constant = add_constant(self.model, f"{self.node.name}_{name}", value, self.node)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.dispatched import Dispatched
 from support.graphs import capture
 from support.models import randomize_batch_norms
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import custom_quantizer as cq
@@ -17,18 +17,6 @@ from custom_quantizer.calibration.channel_factors import ChannelFactors
 from custom_quantizer.calibration.statistics import solved_qparams
 
 aten = torch.ops.aten
-
-
-class Calls(TorchDispatchMode):
-    """Names of the ops that are run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -54,7 +42,7 @@ def test_bits_are_those_of_the_convolution(
     for stride, padding in ((1, 0), (2, 0), (1, 1)):
         args = ([stride] * 2, [padding] * 2, [1, 1], channels)
         wanted = aten.conv2d.default(x, weight, bias, *args)
-        with Calls() as calls:
+        with Dispatched() as calls:
             result = aten.conv2d.default(x, quick, bias, *args)
         assert type(result) is Tensor
         assert torch.equal(result, wanted)
@@ -83,7 +71,7 @@ def test_ranges_of_batch_norms_without_a_layer(
         if convolved:
             monkeypatch.setattr(ChannelFactors, "of", lambda weight: weight)
         prepared = prepare_pt2e(capture(model, (x,)), cq.IntegerQuantizer().set_global("a8w8"))
-        with torch.no_grad(), Calls() as calls:
+        with torch.no_grad(), Dispatched() as calls:
             prepared(x)
         assert ("aten.mul.Tensor" in calls.names) == (threads == 1 and not convolved)
         found.append(solved_qparams(prepared))

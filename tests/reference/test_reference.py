@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.dispatched import Dispatched
 from support.graphs import Function, capture, quantized
 from support.models import convert
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
@@ -335,20 +335,6 @@ def test_the_width_of_a_product(
     assert mul_width(cast(Any, SimpleNamespace(inputs=inputs))) == width
 
 
-class Widened(TorchDispatchMode):
-    """Shapes of the int32 tensors that are made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dtype is torch.int32:
-            self.shapes.append(tuple(result.shape))
-        return result
-
-
 def test_weights_are_not_held_in_four_times_their_bytes() -> None:
     """A constant that an op reads as an operand is an int32 tensor, as all integers between ops."""
     constant, x = torch.randn(1, 700), torch.randn(1, 800)
@@ -356,11 +342,12 @@ def test_weights_are_not_held_in_four_times_their_bytes() -> None:
     model.constant = nn.Parameter(constant)
     graph = quantized(model, (x,))
     reference = cq.integer_reference(graph)
-    with Widened() as widened:
+    with Dispatched() as run:
         result = reference(x)
-    assert (1, 700) in widened.shapes
-    assert (700, 800) not in widened.shapes
-    torch.testing.assert_close(result, graph(x), rtol=0, atol=0.05)
+    widened = [shape for dtype, shape in run.results if dtype is torch.int32]
+    assert (1, 700) in widened
+    assert (700, 800) not in widened
+    assert torch.equal(result, cq.lower(graph, (x,)).run(x))
 
 
 @pytest.mark.parametrize("bits", range(2, 17))

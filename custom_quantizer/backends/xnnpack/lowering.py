@@ -30,7 +30,7 @@ from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checksum import seal
 from custom_quantizer.backends.xnnpack.edge import to_edge
 from custom_quantizer.backends.xnnpack.inline_constants import ALIGNMENT, inline_constants
-from custom_quantizer.backends.xnnpack.leftovers import forget_programs
+from custom_quantizer.backends.xnnpack.leftovers import programs_forgotten
 from custom_quantizer.backends.xnnpack.op_record import encode
 from custom_quantizer.backends.xnnpack.outcomes import called, outcomes
 from custom_quantizer.backends.xnnpack.partition_configs import partitioner
@@ -105,19 +105,16 @@ def make_program(
     say = partial(begin, progress)
     _warn_of_state(graph.model)
     example = check_example(graph, example_inputs)
-    try:
-        with lazy_code(), _naming_sizes(graph.model):
-            rewritten = rewrite(graph, example, dynamic_max, say)
-            say("partitioning for XNNPACK")
-            constants = border_constants(graph.borders, "forward")
-            edge = _to_edge(rewritten.exported, constants, validate=validate)
-            _collect(graph)
-            say("writing the program")
-            data = to_bytes(edge, graph)
-            program = describe_program(data, edge, {"forward": rewritten})
-            del edge, rewritten, data
-    finally:
-        forget_programs()
+    with programs_forgotten(), lazy_code(), _naming_sizes(graph.model):
+        rewritten = rewrite(graph, example, dynamic_max, say)
+        say("partitioning for XNNPACK")
+        constants = border_constants(graph.borders, "forward")
+        edge = _to_edge(rewritten.exported, constants, validate=validate)
+        _collect(graph)
+        say("writing the program")
+        data = to_bytes(edge, graph)
+        program = describe_program(data, edge, {"forward": rewritten})
+        del edge, rewritten, data
     _collect(graph)
     return program
 

@@ -274,10 +274,13 @@ def viewed(build: Builder, tensor: Node, shape: Sequence[Any]) -> Node:
 
 
 def then_move(build: Builder, source: Node, value: Node, target: Any, *args: Any) -> Node:
-    """Move ``value`` once more; between two data-movement ops on integers stands a Q/DQ pair."""
-    if is_dequantize(source):
-        value = build.requantized(value, source)
-    return build.call(target, value, *args)
+    """Move ``value``, which is ``source`` moved, once more."""
+    return build.call(target, between_moves(build, source, value), *args)
+
+
+def between_moves(build: Builder, source: Node, value: Node) -> Node:
+    """``value``, which is ``source`` moved, to be moved once more: integers have a Q/DQ pair."""
+    return build.requantized(value, source) if is_dequantize(source) else value
 
 
 def stored_bits(node: Node) -> int:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.backends.xnnpack.passes._pass import (
     Builder,
+    between_moves,
     calls,
     graph_pass,
     is_wide,
@@ -271,7 +272,7 @@ def strided_slices_to_groups(model: GraphModule) -> int:
                 taken = last
             else:
                 first = _take(build, source, dim, (start, number - 1, step, 0))
-                parts = [_moved(build, source, part) for part in (first, last)]
+                parts = [between_moves(build, source, part) for part in (first, last)]
                 taken = build.call(aten.cat.default, parts, dim)
         replace(node, taken)
         count += 1
@@ -285,18 +286,13 @@ def _take(build: Builder, source: Node, dim: int, groups: tuple[int, int, int, i
     value = source
     if (start, number * step) != (0, shape[dim]):
         cut = build.call(aten.slice.Tensor, value, dim, start, start + number * step)
-        value = _moved(build, source, cut)
+        value = between_moves(build, source, cut)
     before, behind = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
     groups_of_step = view_sizes([before, number, step, behind])
     grouped = build.call(aten.view_copy.default, value, groups_of_step)
     picked = then_move(build, source, grouped, aten.slice.Tensor, 2, entry, entry + 1)
     taken = view_sizes([*shape[:dim], number, *shape[dim + 1 :]])
     return then_move(build, source, picked, aten.view_copy.default, taken)
-
-
-def _moved(build: Builder, source: Node, value: Node) -> Node:
-    """A part of ``source`` that is moved once more: with a Q/DQ pair, if they are integers."""
-    return build.requantized(value, source) if is_dequantize(source) else value
 
 
 @graph_pass("expands", "concatenations", requires={"drop_broadcasts"})

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, shape_of
 from custom_quantizer.core.memory import reached
-from custom_quantizer.core.rewriting import Insertion, Rewrite, replace
+from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.gemm import per_dim, symmetric_padding
 from custom_quantizer.ops.rewrites.legalization import patches
 from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static
@@ -135,12 +135,9 @@ def _of_images(values: list[int], filler: int) -> list[int]:
 
 
 def _by(rewrite: Rewrite, insert: Insertion, target: object, *args: object) -> Node | None:
-    """The form of a call."""
-    call = insert.call(target, *args)
-    form = rewrite(Insertion(insert.model, call, training=insert.training))
-    if form is not None:
-        replace(insert.model, call, form)
-    return form
+    """The form of a call; ``None``: it has none."""
+    made = insert.formed(rewrite, target, *args)
+    return None if made.target is target else made
 
 
 def _product(insert: Insertion, rows: Node, columns: Node, places: list[int]) -> Node:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.core.graph import argument, shape_of
-from custom_quantizer.core.rewriting import Insertion, replace
+from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.rewrites.legalization._common import (
     adds_window,
@@ -232,11 +232,7 @@ def avg_pool3d(insert: Insertion) -> Node | None:
     divisors = ((), ()) if divisor is None else ((1,), (divisor,))
 
     def pool(images: Node, window: list[list[int]], own: tuple[Any, ...]) -> Node:
-        pooled = insert.call(aten.avg_pool2d.default, images, *window, *rest, *own)
-        form = avg_pool2d(Insertion(insert.model, pooled))
-        if form is not None:
-            replace(insert.model, pooled, form)
-        return pooled if form is None else form
+        return insert.formed(avg_pool2d, aten.avg_pool2d.default, images, *window, *rest, *own)
 
     images = insert.reshape(data, [batch, channels * depth, height, width])
     images = pool(images, [kernel[1:], stride[1:], padding[1:]], divisors[0])
@@ -256,10 +252,6 @@ def avg_pool1d(insert: Insertion) -> Node | None:
     (padding,) = per_dim(argument(node, 3, "padding", 0), 1)
     rest = (argument(node, 4, "ceil_mode", False), argument(node, 5, "count_include_pad", True))
     image = insert.call(aten.unsqueeze.default, data, 2)
-    pooled = insert.call(
-        aten.avg_pool2d.default, image, [1, kernel], [1, stride], [0, padding], *rest
-    )
-    form = avg_pool2d(Insertion(insert.model, pooled))
-    if form is not None:
-        replace(insert.model, pooled, form)
-    return insert.call(aten.squeeze.dim, pooled if form is None else form, 2)
+    window = [1, kernel], [1, stride], [0, padding]
+    pooled = insert.formed(avg_pool2d, aten.avg_pool2d.default, image, *window, *rest)
+    return insert.call(aten.squeeze.dim, pooled, 2)
