@@ -238,6 +238,10 @@ def _in_place(graph: GraphModule) -> list[str]:
         (lambda s, x: s.conv(x).mul_(2.0), aten.mul.Tensor),
         (lambda s, x: F.dropout(s.conv(x), 0.5, False, inplace=True), aten.dropout.default),
         (lambda s, x: s.conv(x).unsqueeze_(1), aten.unsqueeze.default),
+        # Whose twins go by other names: `pow.Scalar` is a power of a number.
+        (lambda s, x: s.conv(x).pow_(-0.7), aten.pow.Tensor_Scalar),
+        (lambda s, x: s.conv(x).pow_(x), aten.pow.Tensor_Tensor),
+        (lambda s, x: s.conv(x).transpose_(2, 3), aten.transpose.int),
         # What was written is never read under another name.
         (lambda s, x: s.conv(x).flatten(1).add_(1.0), aten.add.Tensor),
         (lambda s, x: F.relu(F.dropout(s.conv(x), 0.5, False), inplace=True), aten.relu.default),

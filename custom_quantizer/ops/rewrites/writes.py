@@ -14,7 +14,7 @@ import math
 import operator
 from bisect import insort
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, cast
@@ -53,6 +53,7 @@ __all__ = ["functionalize", "mark_overwritten"]
 aten = torch.ops.aten
 
 
+@cache
 def functional_overload(target: Any) -> Any | None:
     """The out-of-place twin of an in-place overload, or ``None`` if it is not in-place."""
     if not isinstance(target, torch._ops.OpOverload):
@@ -61,7 +62,17 @@ def functional_overload(target: Any) -> Any | None:
     if namespace != "aten" or not name.endswith("_") or name.startswith("_"):
         return None
     packet = getattr(aten, name[:-1], None)
-    return getattr(packet, target._overloadname, None) if packet is not None else None
+    if packet is None:
+        return None
+    # `pow_.Scalar` is `pow.Tensor_Scalar` in place: `pow.Scalar` is a power of a number.
+    names = sorted(packet.overloads(), key=lambda overload: overload != target._overloadname)
+    twins = (getattr(packet, overload) for overload in names)
+    return next((twin for twin in twins if _arguments(twin) == _arguments(target)), None)
+
+
+def _arguments(target: Any) -> list[tuple[str, bool]]:
+    """Types of the arguments of an overload; a tensor may go by another name in a twin."""
+    return [(str(argument.type), argument.kwarg_only) for argument in target._schema.arguments]
 
 
 def mark_overwritten(model: GraphModule) -> None:
