@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
 from torch.fx import GraphModule
 
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
+from custom_quantizer.core.graph import state_of
 from custom_quantizer.core.schemes import TensorScheme
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "choose_observers",
     "with_chosen_observer",
 ]
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = 512
 """Samples to improve with; more changed nothing that could be told from noise."""
@@ -32,6 +36,9 @@ _NARROW = 8
 def algorithms_for(accuracy: str, prepared: GraphModule) -> tuple[str, ...]:
     """The algorithms that an accuracy stands for; none where nothing is to be gained.
 
+    Those of ``"fast"``, which is what nobody asked for, are left out with a warning where a model
+    writes its own buffers: there is no other way to quantize it.
+
     Args:
         accuracy: ``"plain"``, ``"fast"`` or ``"best"``.
         prepared: what ``prepare_pt2e`` returns.
@@ -43,8 +50,16 @@ def algorithms_for(accuracy: str, prepared: GraphModule) -> tuple[str, ...]:
         return BEST
     observers = [m for m in prepared.modules() if isinstance(m, ActivationObserver)]
     widths = [m.scheme.format.bits for m in weights] + [m.scheme.format.bits for m in observers]
-    narrow = min(widths) < _NARROW
-    return ("bias_correction",) if narrow else ()
+    if min(widths) >= _NARROW:
+        return ()
+    state = state_of(prepared.graph)
+    if state:
+        logger.warning(
+            "the model writes its own buffers (%s), so its biases are not corrected",
+            ", ".join(str(node.target) for node in state[:3]),
+        )
+        return ()
+    return ("bias_correction",)
 
 
 def with_chosen_observer(scheme: TensorScheme) -> TensorScheme:

@@ -602,6 +602,33 @@ def test_what_is_free_is_done_below_eight_bits() -> None:
     assert "improvement" not in json.loads(by("a8w8").to_json())
 
 
+class _Stream(nn.Module):
+    """A convolution over time that keeps the frames it reads again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(4, 8, 3)
+        self.register_buffer("past", torch.zeros(1, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = torch.cat([self.past, x], -1)
+        self.past.copy_(frames[..., -2:])
+        return torch.relu(self.layer(frames))
+
+
+def test_biases_of_a_model_with_state_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    frames = [(x,) for x in torch.randn(4, 1, 4, 5)]
+
+    def by(**options: Any) -> QuantizationResult:
+        given: Any = {"config": "a8w4", "lower": False, "progress": False, **options}
+        return quantize(_Stream(), frames[0], frames, **given)
+
+    assert _improved_by(by()) == ()
+    assert "writes its own buffers (past), so its biases are not corrected" in caplog.text
+    with pytest.raises(CalibrationError, match="writes its own buffers"):
+        by(accuracy="best")
+
+
 def test_a_config_file_says_how_much_accuracy_is_wanted() -> None:
     def by(extra: dict[str, Any], **options: Any) -> tuple[str, ...]:
         config = {"version": 1, "global": "a8w4", **extra}
