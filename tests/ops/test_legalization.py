@@ -974,3 +974,17 @@ def test_a_triangle_behind_a_division_by_a_number_is_a_product() -> None:
     graph = canonicalize(capture(model, (x,)))
     assert calls(graph, aten.tril.default) == []
     assert differences(graph(x), model(x)) == []
+
+
+def test_a_box_is_pooled_over_the_channels_of_a_batch_of_any_size() -> None:
+    """As LPRNet does: images go to a pool of boxes, which takes a batch of them for channels."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.MaxPool3d((2, 3, 3), stride=(2, 1, 2))).eval()
+    sizes = torch.export.Dim("batch", min=1, max=8)
+    two = torch.randn(2, 3, 6, 7)
+    exported = torch.export.export(model, (two,), dynamic_shapes=({0: sizes},))
+    result = cq.quantize(exported, (two,), [(two,)], progress=False)
+    assert result.lowered is not None
+    assert (result.lowered.report.delegates, result.lowered.report.outside) == (1, ())
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 6, 7)
+        assert torch.equal(result.lowered.run(x), cq.integer_reference(result.converted)(x))

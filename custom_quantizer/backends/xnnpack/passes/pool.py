@@ -14,7 +14,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
     quantized_neighbours,
     replace,
 )
-from custom_quantizer.core.graph import argument, shape_of
+from custom_quantizer.core.graph import argument, is_float32, shape_of
 from custom_quantizer.ops.pool import (
     ADAPTIVE_AVG_POOL,
     AVG_POOL,
@@ -91,28 +91,31 @@ def simplify_pools(model: GraphModule) -> int:
 
 @graph_pass("max pools with stride > kernel", "dense max pools and strided slices")
 def split_sparse_max_pools(model: GraphModule) -> int:
-    """A max pool that skips rows pools densely first, then takes a strided slice."""
+    """A max pool that skips rows pools densely first, then takes a strided slice.
+
+    So does one of floats: XNNPACK has no other kernel for these.
+    """
     count = 0
     for node in calls(model, MAX_POOL.targets):
         if isinstance(MAX_POOL.match(MAX_POOL, node), str):
             continue
         kernel, stride, padding, dilation = max_pool_window(node)
         around = quantized_neighbours(node)
-        if around is None or not any(s > k for s, k in zip(stride, kernel, strict=True)):
+        if not any(s > k for s, k in zip(stride, kernel, strict=True)):
             continue
-        if argument(node, 5, "ceil_mode", False):
+        if argument(node, 5, "ceil_mode", False) or (around is None and not is_float32(node)):
             continue
         build = Builder(model, node)
         value = cast(Node, node.args[0])
         if kernel != [1, 1]:
             value = build.call(aten.max_pool2d.default, value, kernel, [1, 1], padding, dilation)
-            value = build.requantized(value, around[0])
+            value = value if around is None else build.requantized(value, around[0])
         for dim in (2, 3):
             step = stride[dim - 2]
             if step > 1:
                 end = 9223372036854775807
                 value = build.call(aten.slice.Tensor, value, dim, 0, end, step)
-                value = build.requantized(value, around[0])
+                value = value if around is None else build.requantized(value, around[0])
         # The last dequantize goes back to where the op's quantize node expects a real tensor.
         replace(node, value)
         count += 1

@@ -55,6 +55,9 @@ def max_pool3d(insert: Insertion) -> Node | None:
     if data is None or len(shape_of(data)) != 5:
         return None
     batch, channels, depth, height, width = shape_of(data)
+    if batch == 1 and not is_static((channels,)):
+        # As of a single sample, whose channels are a batch of images: they lie in memory alike.
+        batch, channels = channels, 1
     if not is_static((channels, depth, height, width)):
         return None
     kernel, stride, padding, dilation = max_pool_window(insert.node, 3)
@@ -66,7 +69,7 @@ def max_pool3d(insert: Insertion) -> Node | None:
     columns = insert.reshape(images, [batch, channels, depth, height * width])
     window = [kernel[0], 1], [stride[0], 1], [padding[0], 0], [dilation[0], 1]
     columns = _max_pool(insert, columns, *window, rounds_up)
-    return insert.reshape(columns, [batch, channels, shape_of(columns)[2], height, width])
+    return insert.reshape(columns, [*shape_of(data)[:2], shape_of(columns)[2], height, width])
 
 
 def _rounds_up(node: Node) -> bool:
