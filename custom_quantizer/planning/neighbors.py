@@ -26,7 +26,7 @@ from custom_quantizer.ops import Formats, PatternMatch, Trait
 from custom_quantizer.ops.backend import Backend, Support
 from custom_quantizer.ops.elementwise import ADD, CLAMP, MUL, RELU, SUB
 from custom_quantizer.ops.functions import DIV
-from custom_quantizer.ops.movement import CAT, GETITEM, SELECT, SLICE, SPLIT
+from custom_quantizer.ops.movement import CAT, EXPAND, GETITEM, SELECT, SLICE, SPLIT
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, MEAN
 from custom_quantizer.ops.rewrites.training_graph import folded_value
 from custom_quantizer.planning.decisions import to_float
@@ -40,7 +40,8 @@ def leave_sums(ops: Drafts) -> set[Node]:
 
     On the way into a softmax these are scales, biases and masks: a mask (a large negative number)
     would take the whole range of an int8 sum for itself. Between layer norms it is the residual
-    stream of a transformer, whose parts differ by orders of magnitude. Either way the reader
+    stream of a transformer, whose parts differ by orders of magnitude; there another sum may read
+    it, too, whose own result a layer reads (a convolution between blocks). Either way the reader
     dequantizes what an int8 kernel has just rounded. So are means of tokens or of an image before a
     norm, of which calibration sees few, and whose range is soon left; and clamps of an input of the
     model, as that of a mask in which minus infinity stands.
@@ -83,7 +84,9 @@ def leave_sums_between_floats(ops: Drafts, backend: Backend) -> None:
 def _leave_read(
     ops: Drafts, in_float: Callable[[DraftOp], bool], may: Callable[[DraftOp], bool]
 ) -> tuple[set[Node], list[tuple[DraftOp, OpScheme]]]:
-    """Leave ops in float that only float ops read, also as a view, or in part.
+    """Leave ops in float that only float ops read, also as a view, in part, or repeated.
+
+    Of sums other sums may be readers, too.
 
     Args:
         ops: all of the graph.
@@ -103,23 +106,36 @@ def _leave_read(
             continue
         users = effective_users(op.output)
         readers = [ops.anchors.get(user) for user in users if user not in floats]
-        if not users or not all(reader is not None and in_float(reader) for reader in readers):
+        others = [reader for reader in readers if reader is None or not in_float(reader)]
+        alone = bool(users) and not others
+        if alone:
+            only_floats.add(op.node)
+        elif len(others) == len(users) or not _is_stream(op, others):
             continue
-        only_floats.add(op.node)
         if may(op):
             if op.scheme is not None:
                 if op.decision.explicit:
                     continue
                 left.append((op, op.scheme))
-                op.leave("only float ops read its result: quantizing it would just round once more")
-        elif not (op.has(Trait.VIEW) or op.rule in _PARTS):
+                op.leave(_ALONE if alone else _STREAM)
+        elif not (op.has(Trait.VIEW) or op.rule in _SHOWING):
             continue
         floats.add(op.node)
     return only_floats, left
 
 
-_PARTS = (SLICE, SELECT, SPLIT, GETITEM)
-"""Families that show a part of a tensor: of what is float, a part is read as well."""
+def _is_stream(op: DraftOp, readers: list[DraftOp | None]) -> bool:
+    """Whether an op is a sum of activations that goes on into sums."""
+    sums = all(reader is not None and reader.rule is ADD for reader in readers)
+    return sums and op.rule is ADD and len(_activations(op)) == 2
+
+
+_ALONE = "only float ops read its result: quantizing it would just round once more"
+
+_STREAM = "float ops read its result, and sums that go on with it: each would round once more"
+
+_SHOWING = (EXPAND, SLICE, SELECT, SPLIT, GETITEM)
+"""Families that show a tensor in part, or repeated: of what is float, that is read as well."""
 
 
 def leave_prepared(ops: Drafts, io: ModelIO, backend: Backend) -> None:
@@ -276,18 +292,21 @@ def leave_joins(ops: Drafts, only_floats: set[Node], backend: Backend) -> None:
     product of it (the interactions of features, ``[u, v, u * v]``) would have the scale of its
     squares, here and wherever else it is read. Pieces of one tensor have one scale anyway.
     """
+    unmoved: dict[Node, Node] = {}  # as Drafts.unmoved, of a graph with long chains of moves
     for op in ops:
         joined = op.match.inputs if op.match is not None and op.moves_values else ()
-        if len(joined) < 2 or op.decision.explicit:
-            continue
-        if len({ops.unmoved(tensor) for tensor in joined}) == 1:
-            continue
-        if op.node in only_floats:
-            op.match = None
-            op.reason = "it joins tensors of different scales, and float ops read it"
-        elif backend.float_targets and _joins_product(joined, ops):
-            op.match = None
-            op.reason = "it joins a product to what it is a product of: one scale would be too wide"
+        sources = [unmoved.get(tensor, tensor) for tensor in joined]
+        if len(set(sources)) > 1 and not op.decision.explicit:
+            if op.node in only_floats:
+                op.match = None
+                op.reason = "it joins tensors of different scales, and float ops read it"
+            elif backend.float_targets and _joins_product(joined, ops):
+                op.match = None
+                op.reason = (
+                    "it joins a product to what it is a product of: one scale would be too wide"
+                )
+        if op.match is not None and op.moves_values:
+            unmoved[op.output] = sources[0]
 
 
 def _joins_product(joined: tuple[Node, ...], ops: Drafts) -> bool:

@@ -35,6 +35,7 @@ from custom_quantizer.planning.wide_ranges import (
     leave_divisor_guards,
     leave_endless,
     leave_pole_guards,
+    leave_quotients_of_parts,
     leave_shown_totals,
     leave_wide_ranges,
 )
@@ -65,6 +66,7 @@ def make_plan(
     leave_joins(ops, floats, backend)
     leave_sums(ops)  # again: those that are joined in float
     leave_divisor_guards(ops)
+    leave_quotients_of_parts(ops, backend)
     io = model_io(model, config, ops)
     leave_readers_of_integers(ops, io, backend)
     leave_shown_totals(ops, io, backend)

@@ -33,6 +33,7 @@ from custom_quantizer.ops.functions import (
 from custom_quantizer.ops.gemm import LINEAR
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import AVG_POOL, MEAN
+from custom_quantizer.ops.rewrites.paddings import constant_pad
 from custom_quantizer.ops.values import values_of
 from custom_quantizer.planning.decisions import store_rows
 from custom_quantizer.planning.drafts import DraftOp, Drafts
@@ -81,20 +82,55 @@ def leave_pole_guards(ops: Drafts, backend: Backend) -> None:
             _leave_guard(each, what)
 
 
+def leave_quotients_of_parts(ops: Drafts, backend: Backend) -> None:
+    """A product of activations stays in float where a part of it is divided by another part.
+
+    It holds sums and, behind them, the sum of their weights (linear attention), or coordinates and
+    their depth: one scale for both leaves few integers to the smaller.
+    """
+    if not backend.float_targets:
+        return  # planned for integers alone
+    for op in ops:
+        if op.rule is not DIV or op.match is None or len(op.match.inputs) != 2:
+            continue
+        above, below = op.match.inputs
+        guard = ops.computed_by(below)
+        while guard is not None and guard.match is not None and _keeps_away(guard):
+            (below,) = filter(_is_activation, guard.match.inputs)
+            guard = ops.computed_by(below)
+        for tensor in ops.sources(above) & ops.sources(below):
+            whole = ops.producer.get(tensor)
+            if whole is None or whole.scheme is None or not whole.has(Trait.PRODUCT):
+                continue
+            layer = whole.match is not None and whole.match.weight is not None
+            if not layer and not whole.decision.explicit and _can_be_float(whole, backend):
+                whole.leave("its parts are divided by one another: one scale is too wide for both")
+
+
+def _keeps_away(op: DraftOp) -> bool:
+    """Whether an op is of those that keep one tensor away from zero."""
+    inputs = () if op.match is None else op.match.inputs
+    return op.rule in (ABS, ADD, CLAMP, RELU) and sum(map(_is_activation, inputs)) == 1
+
+
 def leave_endless(ops: Drafts, backend: Backend) -> None:
-    """What a constant makes infinite has no scale: masks before maxima, sums of such masks.
+    """What a constant makes infinite has no scale: masks before maxima, sums of them, pads.
 
     On the scale of a number that stands for infinity all others are zero. A softmax, an
     exponential, a maximum or a bound makes numbers of it again.
     """
     endless: set[Node] = set()
+    stands_for_infinity = _STANDS_FOR_INFINITY if backend.float_targets else math.inf
     for op in ops:
+        pad = constant_pad(op.node)
+        if pad is not None and abs(pad[1]) >= stands_for_infinity:
+            endless.add(op.output)
+            continue
         hands_on = op.moves_values or op.rule in _HAND_ON
         if op.match is None or not (hands_on or op.has(Trait.TABLE) or op.match.bounds):
             continue
         sizes = [*filter(None, map(_sizes_of_constant, op.node.all_input_nodes))]
-        known = backend.float_targets and _masks(op, sizes)
-        large = _STANDS_FOR_INFINITY if known else math.inf
+        large = stands_for_infinity if _masks(op, sizes) else math.inf
         read = not endless.isdisjoint(op.node.all_input_nodes)
         if not read and not any(most >= large for _least, most in sizes):
             continue

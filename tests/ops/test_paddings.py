@@ -1,4 +1,4 @@
-"""Pads in front of max pools: minus infinity is the pool's own padding."""
+"""Pads in front of max pools and of patches, with what no integer stands for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from support.graphs import Function, calls, canonicalize, capture, lowered_exact
 from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
+
+import custom_quantizer as cq
 
 aten = torch.ops.aten
 LOW = (-torch.inf, torch.finfo(torch.float32).min, -65504.0, -1e9)
@@ -86,7 +88,7 @@ FORMS: dict[str, tuple[list[int], tuple[Any, ...], tuple[int, ...], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", slow_but(list(FORMS)[::3], FORMS))
 @pytest.mark.parametrize("value", slow_but([-torch.inf], [-torch.inf, -1e9]))
 def test_pools_of_pads_are_integers_in_one_delegate(name: str, value: float) -> None:
     amounts, window, shape, repeats = FORMS[name]
@@ -132,3 +134,40 @@ def test_dynamic_sizes_stay_dynamic() -> None:
     assert pads(graph) == []
     other = torch.randn(2, 4, 11, 11)
     torch.testing.assert_close(graph(other), model(other), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Patches, and what else reads a pad
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [-torch.inf, 1.5])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_of_a_pad_are_those_of_zeros_and_numbers(channels: int, value: float) -> None:
+    """Minus infinity times the zeros of the products that pick a value would be no number."""
+
+    def forward(_self: Any, x: Tensor) -> Tensor:
+        return F.unfold(F.pad(x, (1, 0, 2, 1), value=value), 3, padding=1, stride=2)
+
+    x = torch.randn(2, channels, 7, 8)
+    graph = canonicalize(capture(Function(forward), (x,)))
+    torch.testing.assert_close(graph(x), forward(None, x), rtol=0, atol=0)
+    assert [node.args[2:] for node in calls(graph, aten.constant_pad_nd.default)] == [(0,)]
+    assert calls(graph, aten.pad.default) == []
+
+
+ENDLESS = {
+    "patches": lambda y: F.unfold(F.pad(y, (1, 1, 1, 1), value=-torch.inf), 3).softmax(1),
+    "moved": lambda y: F.pad(y, (1, 1), value=-torch.inf).flatten(2).mT.softmax(1),
+    "bounded": lambda y: F.pad(y, (2, 0), value=-65504.0).permute(0, 2, 3, 1).clamp(min=-3),
+    "largest": lambda y: F.pad(y, (1, 1), value=torch.inf).unfold(3, 3, 1).amin(-1),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_is_padded_with_infinity_is_float_until_it_is_finite(name: str) -> None:
+    model = Function(lambda s, x: ENDLESS[name](s.layer(x)), layer=nn.Conv2d(3, 3, 1)).eval()
+    x = torch.randn(1, 3, 6, 6)
+    program = cq.lower(quantized(model, (x,)), (x,))
+    assert (program.report.delegates, program.report.outside) == (1, ())
+    assert program.run(x).isfinite().all()

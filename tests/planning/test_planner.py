@@ -524,6 +524,21 @@ def test_what_is_compared_for_equality_stays_in_float() -> None:
     assert named.op("sigmoid").scheme == named.op("clamp").scheme == "a8w8"
 
 
+def test_sums_that_float_ops_read_repeated_are_float() -> None:
+    """Distances to prototypes: each is the mean of some rows, next to every row."""
+
+    def distances(s: Any, x: Tensor) -> Tensor:
+        rows = s.layer(x)
+        means = rows.view(2, 2, 8).mean(1)
+        apart = rows.unsqueeze(1).expand(4, 2, -1) - means.unsqueeze(0).expand(4, 2, -1)
+        return F.log_softmax(-(apart**2).sum(-1), 1)
+
+    model = Function(distances, layer=nn.Linear(8, 8))
+    plan = cq.IntegerQuantizer().set_global("a8w8").plan(capture(model, (torch.randn(4, 8),)))
+    assert "only float ops read its result" in plan.op("mean").reason
+    assert plan.op("linear").scheme == "a8w8"
+
+
 def test_sums_between_float_ops_are_rounded_once_or_not_at_all() -> None:
     """A float op may be one of no family, or one that is not worth integers where it stands."""
 
@@ -646,6 +661,32 @@ def test_sums_that_float_ops_read_in_part_stay_in_float(name: str) -> None:
     assert plan.op("conv2d").scheme == plan.op("linear").scheme == "a8w8"
 
 
+STREAMS: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {
+    "a sum": (lambda s, y: y + s.second(s.norm(y)), True),
+    "two sums": (lambda s, y: (y + s.second(s.norm(y))) * 2.0 + s.head(s.norm(y) + y), True),
+    "a sum and a layer": (lambda s, y: s.second(y) + s.head(s.norm(y)) + y, False),
+    "a product": (lambda s, y: y * s.second(s.norm(y)), False),
+    "a sum, and no float op": (lambda s, y: y + s.second(y), False),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_sums_that_float_ops_and_sums_read_stay_in_float(name: str) -> None:
+    """A residual stream whose end a layer reads, as a convolution between blocks does."""
+    rest, left = STREAMS[name]
+
+    def stream(s: Any, x: Tensor) -> Tensor:
+        y = s.conv(x).flatten(2)
+        return cast(Tensor, s.head(rest(s, y + s.first(y))))
+
+    layers = {key: nn.Linear(36, 36) for key in ("first", "second", "head")}
+    plan = plan_of(stream, conv=conv(), norm=nn.LayerNorm(36), **layers)
+    assert ("sums that go on with it" in plan.op("add").reason) is left
+    assert plan.op("add").scheme == (None if left else "a8w8")
+    rule = Rule(Scope.NODE_NAME, "add", A8W8)
+    assert plan_of(stream, rule, conv=conv(), norm=nn.LayerNorm(36), **layers).op("add").scheme
+
+
 @pytest.mark.parametrize("mean", [lambda x: x.mean((2, 3)), nn.AdaptiveAvgPool2d(1)])
 def test_so_do_means_of_images(mean: Callable[[Tensor], Tensor]) -> None:
     def pooled(s: Any, x: Tensor) -> Tensor:
@@ -732,6 +773,36 @@ def test_tables_need_nothing_that_keeps_them_from_infinity(name: str) -> None:
     plan = plan_of(lambda s, x: s.conv(function(F.relu(s.conv(x)))), conv=conv())
     (op,) = (op for op in plan.ops if op.node == guard)
     assert op.scheme == "a8w8"
+
+
+QUOTIENTS_OF_PARTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "a guard": (lambda y: y[..., :-1] / (y[..., -1:] + 1e-6), True),
+    "a bound": (lambda y: y[..., :-1] / y[..., -1:].clamp(min=0.1), True),
+    "pieces": (lambda y: (lambda a, b: a / b.clamp(min=0.1))(*y.chunk(2, -1)), True),
+    "moved": (lambda y: y.transpose(1, 2)[:, :-1] / y[..., -1:].transpose(1, 2), True),
+    "another": (lambda y: y[..., :-1] / torch.sigmoid(y[..., -1:]), False),
+    "a number": (lambda y: y[..., :-1] / 2.0 + y[..., -1:], False),
+}
+
+
+@pytest.mark.parametrize("name", QUOTIENTS_OF_PARTS)
+def test_products_whose_parts_are_divided_by_one_another_stay_in_float(name: str) -> None:
+    """As in linear attention, where values and the sum of their weights are one product."""
+    quotient, left = QUOTIENTS_OF_PARTS[name]
+
+    def attention(s: Any, x: Tensor) -> Tensor:
+        y = quotient(s.layer(x) @ (s.layer(x).transpose(1, 2) @ x))
+        return y @ y.transpose(1, 2)
+
+    def graph_of(*rules: Rule) -> Plan:
+        return plan_of(attention, *rules, shapes=[(1, 6, 8)], layer=nn.Linear(8, 8))
+
+    plan = graph_of()
+    assert plan.op("matmul").scheme == "a8w8"
+    assert (plan.op("matmul_1").scheme is None) is left
+    assert ("divided by one another" in plan.op("matmul_1").reason) is left
+    rule = Rule(Scope.NODE_NAME, "matmul_1", A8W8)
+    assert graph_of(rule).op("matmul_1").scheme == "a8w8"
 
 
 @pytest.mark.parametrize(
@@ -1521,11 +1592,11 @@ def test_sums_that_are_joined_as_floats_stay_in_float() -> None:
 
     layers = {name: nn.Linear(8, 8) for name in ("patches", "first", "second", "token", "head")}
     plan = plan_of(late_token, shapes=[(2, 5, 8)], **layers)
-    for name in ("add", "add_1"):
-        assert "only float ops read" in plan.op(name).reason
+    assert plan.op("add").scheme is None
+    assert "only float ops read" in plan.op("add_1").reason
     assert {op.scheme for op in plan.ops if op.family == "linear"} == {"a8w8"}
     plan = plan_of(lambda s, x: late_token(s, x, norm=False), shapes=[(2, 5, 8)], **layers)
-    assert plan.op("add_1").scheme == plan.op("add").scheme == "a8w8"
+    assert plan.op("add_1").scheme == "a8w8"
 
 
 def test_a_rule_joins_them_on_one_scale() -> None:

@@ -1,19 +1,22 @@
-"""Pads of a constant that are less than a pad: slices, and the own padding of a max pool."""
+"""Pads of a constant: slices, the own padding of a max pool, and what is added to patches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_same_shape, shape_of
+from custom_quantizer.core.graph import argument, is_same_shape, reads_sizes, shape_of
 from custom_quantizer.core.rewriting import Insertion, Rewrite
+from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.pool import max_pool_window
 
-__all__ = ["PADDINGS"]
+__all__ = ["PADDINGS", "constant_pad"]
 
 aten = torch.ops.aten
 
@@ -23,7 +26,7 @@ _NEVER_LARGEST = -1e4
 """A pad by this or less is taken for minus infinity in front of a max pool."""
 
 
-def _constant_pad(node: Node) -> tuple[list[Any], float] | None:
+def constant_pad(node: Node) -> tuple[list[Any], float] | None:
     """Amounts, last dim first, and value of a pad by a constant; ``None`` for any other node."""
     if node.target is aten.pad.default:
         if argument(node, 2, "mode", "constant") != "constant":
@@ -42,7 +45,7 @@ def _pad(insert: Insertion) -> Node | None:
     data, amounts = cast(Node, node.args[0]), list(cast("Sequence[int]", node.args[1]))
     if not any(amounts):
         return data
-    constant = _constant_pad(node)
+    constant = constant_pad(node)
     if constant is None or all(p >= 0 for p in amounts):
         return None
     rank = len(shape_of(data))
@@ -69,7 +72,7 @@ def _max_pool(dims: int) -> Rewrite:
     def rewrite(insert: Insertion) -> Node | None:
         node = insert.node
         pad = cast(Node, node.args[0])
-        constant = _constant_pad(pad)
+        constant = constant_pad(pad)
         if constant is None or constant[1] > _NEVER_LARGEST:
             return None
         amounts, spatial = constant[0], 2 * dims
@@ -105,7 +108,35 @@ def _can_pad(padding: int, size: Any, kernel: int, dilation: int) -> bool:
     return 2 * padding <= kernel and fits
 
 
+def _patches(insert: Insertion) -> Node | None:
+    """Patches of what was padded with a number: patches of zeros around it, and numbers added.
+
+    Patches are sums of products with one and zeros, and minus infinity times zero is no number.
+    """
+    node = insert.node
+    pad = cast(Node, node.args[0])
+    constant = constant_pad(pad)
+    if constant is None or not constant[1] or len(shape_of(pad)) != 4 or reads_sizes(pad):
+        return None
+    amounts, data = constant[0], cast(Node, pad.args[0])
+    channels, *sizes = shape_of(data)[1:]
+    count = shape_of(node)[2]
+    if any(amounts[4:]) or not all(isinstance(s, int) for s in (channels, *sizes, count)):
+        return None
+    kernel, *others = (tuple(per_dim(arg, 2)) for arg in node.args[1:5])
+    around = F.pad(torch.zeros(1, 1, *sizes), amounts, value=constant[1])
+    numbers = F.unfold(around, kernel, *others)
+    padded = insert.call(aten.constant_pad_nd.default, data, amounts, 0)
+    patches = insert.call(node.target, padded, *node.args[1:])
+    split = [-1, channels, math.prod(kernel), count]
+    parts = patches if channels == 1 else insert.reshape(patches, split)
+    added = insert.constant("around", numbers if channels == 1 else numbers[:, None])
+    parts = insert.call(aten.add.Tensor, parts, added)
+    return parts if channels == 1 else insert.reshape(parts, [-1, *shape_of(node)[1:]])
+
+
 _FORMS: dict[Any, Rewrite] = {
+    aten.im2col.default: _patches,
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _pad,
     aten.max_pool1d.default: _max_pool(1),
