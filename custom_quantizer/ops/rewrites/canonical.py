@@ -24,6 +24,8 @@ Rewrites, applied in ``transform_for_annotation``:
 - batch norms and factors of each channel become part of the weights before them
   (:mod:`custom_quantizer.ops.rewrites.batch_norms`, :mod:`custom_quantizer.ops.rewrites.factors`);
   in training batch norms are folded later, as functions of what is trained;
+- what is computed of integers in the same way by several layers is computed once
+  (:mod:`custom_quantizer.ops.rewrites.repeated`);
 - numbers in add, sub, mul and ``1 - x`` become constant tensors, so that they are quantized too;
 - views become reshapes.
 """
@@ -75,6 +77,7 @@ from custom_quantizer.ops.rewrites.factors import fold_factors
 from custom_quantizer.ops.rewrites.guarded import guard_choices
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 from custom_quantizer.ops.rewrites.regions import inline_regions
+from custom_quantizer.ops.rewrites.repeated import compute_once
 from custom_quantizer.ops.rewrites.training_graph import mark_computed_parameters
 from custom_quantizer.ops.rewrites.vmapped import write_out_batches
 from custom_quantizer.ops.rewrites.writes import functionalize
@@ -170,6 +173,7 @@ def canonicalize(
         fold_constants(model)
         give_layers(model)
         fold_into_layers(model)
+    compute_once(model)
     _numbers_to_tensors(model)
     _views_to_reshapes(model)
     model.graph.eliminate_dead_code()
