@@ -47,6 +47,7 @@ from custom_quantizer.backends.xnnpack.program import (
 )
 from custom_quantizer.backends.xnnpack.quick_passes import outputs_known
 from custom_quantizer.backends.xnnpack.readback import read_program
+from custom_quantizer.backends.xnnpack.writes_in_place import write_rows_in_place
 from custom_quantizer.core.graph import (
     STATE_KEY,
     describe,
@@ -481,6 +482,7 @@ def to_bytes(
         )
     try:
         with _no_size_guards(), outputs_known(edge):
+            write_rows_in_place(edge)
             return bytes(edge.to_executorch(backend_config()).buffer)
     except Exception as error:
         missing = re.search(r"Missing out variants: \{(.*)\}", str(error))

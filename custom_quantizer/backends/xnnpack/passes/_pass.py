@@ -18,6 +18,7 @@ from custom_quantizer.core.graph import (
     QUANTIZE_PER_TENSOR,
     add_constant,
     constant_of,
+    describe,
     effective_users,
     is_dequantize,
     is_float32,
@@ -27,7 +28,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
     view_sizes,
 )
-from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.core.memory import overwritten_by, written_inputs
 from custom_quantizer.core.rewriting import fake_result
 from custom_quantizer.ops import rule_of
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
@@ -211,12 +212,15 @@ def _fake(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 def calls(model: GraphModule, targets: frozenset[Any]) -> list[Node]:
-    """Calls of the targets, without tensors that are written in place: those stay views."""
-    return [
-        n
-        for n in model.graph.nodes
-        if n.op == "call_function" and n.target in targets and overwritten_by(n) is None
-    ]
+    """Calls of the targets, without views of what is written in place later: those stay views."""
+    found = [n for n in model.graph.nodes if n.op == "call_function" and n.target in targets]
+    if all(overwritten_by(node) is None for node in found):
+        return found
+    order = {node: position for position, node in enumerate(model.graph.nodes)}
+    writes = {describe(node): position for node, position in order.items() if written_inputs(node)}
+    # A tensor is marked with the last write that reaches it.
+    last = (writes.get(mark, len(order)) if (mark := overwritten_by(n)) else -1 for n in found)
+    return [node for node, write in zip(found, last, strict=True) if write < order[node]]
 
 
 def replace(old: Node, new: Node) -> None:
