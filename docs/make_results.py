@@ -201,6 +201,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "qat_widths": qat_widths,
     "scales_by_batch": scales_by_batch,
     "tosa": as_stored("tosa"),
+    "caches": as_stored("caches"),
     "second_scheme": as_stored("second_scheme"),
     "search": as_stored("search"),
 }

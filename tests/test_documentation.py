@@ -28,6 +28,7 @@ BENCHMARKS = {
     "arm": "arm",
     "bit_widths": "bit_widths",
     "c_code": "c_code",
+    "caches": "caches",
     "calibration_cost": "calibration_cost",
     "torchvision_models": "torchvision_table",
     **{f"calibration_{name}": "calibration_studies" for name in ("batches", "low_bits")},
