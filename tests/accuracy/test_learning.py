@@ -13,6 +13,7 @@ from support.improvement import (
     layer_states,
     prepared_every_layer,
 )
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -48,7 +49,7 @@ def test_blocks_are_cut_where_one_tensor_is_alive() -> None:
     assert len(set(nodes)) == len(nodes)
 
 
-@pytest.mark.parametrize("algorithm", ["adaround", "brecq"])
+@pytest.mark.parametrize("algorithm", slow_but(["brecq"], ["adaround", "brecq"]))
 def test_learned_rounding_is_better_than_nearest(algorithm: str) -> None:
     prepared = prepared_every_layer("a8w3")
     before = layer_states(prepared)

@@ -208,7 +208,7 @@ def calls_of(graph: GraphModule) -> list[tuple[Any, ...]]:
     return [(node, node.target, node.args, node.kwargs) for node in graph.graph.nodes]
 
 
-@pytest.mark.parametrize(("family", "scheme"), CORPUS)
+@pytest.mark.parametrize(("family", "scheme"), slow_but(CORPUS[::3], CORPUS))
 def test_no_pass_changes_a_value(family: str, scheme: str) -> None:
     """With scales of which every kernel gives the same values: passes choose other kernels."""
     graph, inputs = converted(family, scheme)
@@ -467,6 +467,15 @@ def test_a_max_pool_that_skips_rows_is_dense_first(stride: Any) -> None:
     assert applied["strided_slices_to_convs"] == 1
     (pool,) = calls(graph, aten.max_pool2d.default)
     assert pool.args[2] == [1, 1]
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 3), (1, 2), ((3, 1), (1, 2))])
+def test_a_max_pool_of_floats_that_skips_rows_is_in_the_delegate(kernel: Any, stride: Any) -> None:
+    x = torch.randn(IMAGE)
+    model = Function(lambda s, x: F.max_pool2d(s.conv(x), kernel, stride), conv=nn.Conv2d(4, 4, 1))
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_node_name("max_pool2d", None)
+    program = lowered_exactly(quantized(model.eval(), (x,), quantizer), (x,))
+    assert (program.report.delegates, program.report.outside) == (1, ())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from support.graphs import OUTSIDE, outside
 from support.models import convert
 from support.run_time import Layers, inputs_of
+from support.selection import slow_but
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -128,7 +129,7 @@ class Orders(nn.Module):
         return behind, of_rows, moved, self.image(y.flatten(0, 1)), y * 2.0, self.rows(y)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", slow_but([True], [False, True]))
 def test_layers_read_images_in_any_order(mixed: bool) -> None:
     """Copies between the orders of images belong in float, before the scales are chosen."""
     torch.manual_seed(0)
@@ -209,7 +210,7 @@ def test_each_layer_is_computed_bit_for_bit(scheme: str) -> None:
     assert all(output.bound == 0.0 for output in checked.outputs)
 
 
-@pytest.mark.parametrize("scheme", ["dyn8w4g32", "dyn8w3g64"])
+@pytest.mark.parametrize("scheme", slow_but(["dyn8w4g32"], ["dyn8w4g32", "dyn8w3g64"]))
 def test_weights_in_groups_are_within_what_is_derived(scheme: str) -> None:
     torch.manual_seed(0)
     model = Layers(grouped=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graphs import Function, canonicalize, capture, lowered_exactly, quantized
+from support.selection import slow_but
 from torch import Tensor, nn
 
 from custom_quantizer.core.graph import is_complex
@@ -59,7 +60,11 @@ OF_ANY_BATCH = ("product", "conjugates", "moves")
 
 
 @pytest.mark.parametrize(
-    ("name", "dynamic"), [*((n, False) for n in FORMS), *((n, True) for n in OF_ANY_BATCH)]
+    ("name", "dynamic"),
+    slow_but(
+        [*((n, False) for n in list(FORMS)[::2]), ("moves", True)],
+        [*((n, False) for n in FORMS), *((n, True) for n in OF_ANY_BATCH)],
+    ),
 )
 def test_complex_numbers_are_two_real_ones(name: str, dynamic: bool) -> None:
     model = Function(lambda s, x: FORMS[name](as_complex(x), s.w))
