@@ -159,7 +159,13 @@ def test_factors_that_are_dynamic_sizes() -> None:
     model = Function(function, layer=nn.Linear(8, 8))
     graph, program = program_of(model, (torch.randn(2, 6, 8),), ({1: "tokens"},))
     assert program.report.delegates == 1  # outside are the numbers
-    check(graph, program, [(torch.randn(2, n, 8),) for n in (4, MOST, 7)])
+    reference = cq.integer_reference(graph)
+    for n in (4, MOST, 7):
+        x = torch.randn(2, n, 8)
+        # PyTorch rounds a product and its sum once where the CPU can, XNNPACK twice: six roundings
+        # of at most the largest value, and last bits of the curve and of the sine.
+        largest = n / 4 * (n / 4 + n + 3 * n) + float(model.layer(x).abs().max())
+        assert (program.run(x) - reference(x)).abs().max() <= 8 * 2**-24 * largest
 
 
 def halves(s: Any, x: Tensor) -> list[Tensor]:
