@@ -9,7 +9,6 @@ and weights, one thread, medians of alternating steps.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import sys
 import time
@@ -91,7 +90,7 @@ def measure(case: str) -> Record:
         model = decoder(int(case), copied="copied" in flow)
         if flow.startswith("stock"):
             captured = torch.export.export(model, calls[0]).module()
-            prepared = prepare_pt2e(copy.deepcopy(captured), stock_quantizer())
+            prepared = prepare_pt2e(captured, stock_quantizer())
             for call in calls[:8]:
                 prepared(*call)
             data = lower_stock(convert_pt2e(prepared), calls[0], Clock())
