@@ -22,6 +22,7 @@ from custom_quantizer.accuracy.rounding import (
     output_error,
     refit,
 )
+from custom_quantizer.accuracy.streams import Stream
 
 __all__ = [
     "correct_bias",
@@ -141,13 +142,14 @@ def set_integers(layer: Layer, integers: Tensor, scale: Tensor) -> None:
         layer.weight.copy_(layer.observer.dequantized(integers, scale))
 
 
-def correct_bias(layer: Layer, rounded: Sequence[Tensor], floating: Sequence[Tensor]) -> str | None:
+def correct_bias(layer: Layer, rounded: Stream, means: Tensor, batches: int) -> str | None:
     """Move the bias by the mean difference of the outputs, in units of the derived bias.
 
     Args:
         layer: the layer; its bias is changed.
-        rounded: its outputs in the quantized model, one tensor per batch.
-        floating: the same in the float model.
+        rounded: the quantized model, at this layer; it then holds the changed layer's outputs.
+        means: of the layer's outputs in the float model, float64, ``(out_channels,)``.
+        batches: use that many, the first ones.
 
     Returns:
         Why nothing was changed, or ``None``.
@@ -156,9 +158,15 @@ def correct_bias(layer: Layer, rounded: Sequence[Tensor], floating: Sequence[Ten
         M. Nagel et al. Data-free quantization through weight equalization and bias correction.
         ICCV 2019, section 4.2 (here with data). https://arxiv.org/abs/1906.04721
     """
-    if layer.bias is None:
-        return "it has no bias"
-    return _move_bias(layer, layer.channel_means(floating) - layer.channel_means(rounded))
+    rounded.run_products(layer)
+    bias = layer.rounded_bias()
+    if bias is None:
+        reason: str | None = "it has no bias"
+    else:
+        products = layer.channel_means(rounded.batches(layer.node)[:batches])
+        reason = _move_bias(layer, means - (products + bias))
+    rounded.add_bias(layer)
+    return reason
 
 
 def correct_bias_by_means(layer: Layer, weight: Tensor, inputs: Sequence[Tensor]) -> str | None:

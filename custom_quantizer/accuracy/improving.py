@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +54,7 @@ from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.calibration.run import GraphInputs, graph_calls
 from custom_quantizer.calibration.settling import settled_scales
 from custom_quantizer.config.improvement import ALGORITHMS, RESCALING, check_algorithms
+from custom_quantizer.core.checkpoint import fingerprint
 from custom_quantizer.core.graph import RESCALED_KEY, module_path, state_of
 from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.progress import track
@@ -61,7 +62,7 @@ from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import CalibrationError, ConfigError
 
-__all__ = ["Improvement", "LayerGain", "NotApplied", "improve"]
+__all__ = ["FloatMeans", "Improvement", "LayerGain", "NotApplied", "improve", "improve_again"]
 
 T = TypeVar("T")
 
@@ -70,6 +71,9 @@ _MOST_LAYERS = 12
 
 _HELD_BACK = 8
 """One in so many batches is held back."""
+
+_LIMIT, _ITERATIONS, _SEED = 512, 2000, 0
+"""What :func:`improve` does unless it is told."""
 
 
 @dataclass(frozen=True)
@@ -161,14 +165,33 @@ class Improvement:
         return asdict(self)
 
 
+@dataclass
+class FloatMeans:
+    """Means of each layer's outputs in the float model: all that a correction of biases asks of it.
+
+    Attributes:
+        data: fingerprint of the calls that they are of.
+        of: name of a layer's call -> its means, float64, ``(out_channels,)``.
+    """
+
+    data: str = ""
+    of: dict[str, Tensor] = field(default_factory=dict)
+
+    def open(self, calls: Sequence[Sequence[Any]]) -> None:
+        """Forget those of other calls."""
+        data = fingerprint([v for call in calls for v in call if isinstance(v, Tensor)])
+        if data != self.data:
+            self.data, self.of = data, {}
+
+
 def improve(
     prepared: GraphModule,
     data: object,
     algorithms: Sequence[str] = BEST,
     *,
-    limit: int | None = 512,
-    iterations: int = 2000,
-    seed: int = 0,
+    limit: int | None = _LIMIT,
+    iterations: int = _ITERATIONS,
+    seed: int = _SEED,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Improvement:
@@ -213,6 +236,42 @@ def improve(
             the checkpoint is of something else.
         InputError: the checkpoint cannot be read or written.
     """
+    return _improved(
+        prepared, data, algorithms, FloatMeans(), limit, iterations, seed, checkpoint, progress
+    )
+
+
+def improve_again(
+    prepared: GraphModule,
+    data: object,
+    algorithms: Sequence[str],
+    means: FloatMeans,
+    *,
+    progress: bool | None = None,
+) -> Improvement:
+    """:func:`improve`, with its defaults, for a float model of which something is known.
+
+    Args:
+        prepared: as there.
+        data: likewise.
+        algorithms: likewise.
+        means: of the same float graph, in any scheme; those that are missing are added.
+        progress: likewise.
+    """
+    return _improved(prepared, data, algorithms, means, _LIMIT, _ITERATIONS, _SEED, None, progress)
+
+
+def _improved(
+    prepared: GraphModule,
+    data: object,
+    algorithms: Sequence[str],
+    means: FloatMeans,
+    limit: int | None,
+    iterations: int,
+    seed: int,
+    checkpoint: str | os.PathLike[str] | None,
+    progress: bool | None,
+) -> Improvement:
     chosen = check_algorithms(algorithms)
     if not chosen:
         raise ConfigError(f"algorithms is empty; choose from {', '.join(ALGORITHMS)}")
@@ -227,7 +286,7 @@ def improve(
         )
     with settled_scales(prepared), exclusive(), torch.no_grad():
         layers, refused = _improvable(prepared, chosen)
-        run = _Run(prepared, layers, refused, calls, chosen, iterations, seed, checkpoint)
+        run = _Run(prepared, layers, refused, calls, chosen, means, iterations, seed, checkpoint)
         return run.run(progress)
 
 
@@ -260,6 +319,7 @@ class _Run:
         refused: dict[str, str],
         calls: list[list[Any]],
         algorithms: tuple[str, ...],
+        means: FloatMeans,
         iterations: int,
         seed: int,
         checkpoint: str | os.PathLike[str] | None,
@@ -274,6 +334,10 @@ class _Run:
         self.calls = [[_moved(value, device) for value in call] for call in calls]
         held = max(1, len(calls) // _HELD_BACK) if len(calls) > 1 else 0
         self.learned = len(calls) - held
+        self.held = self.calls[self.learned :] or self.calls
+        # Rescaling makes another float network.
+        self.means = FloatMeans() if set(algorithms) & set(RESCALING) else means
+        self.means.open(calls)
         self.rescaled: dict[Node, list[str]] = {}
         self.seconds = dict.fromkeys(("streams", *algorithms), 0.0)
         self.not_applied = [
@@ -377,7 +441,8 @@ class _Run:
     def _run(self, before: Mapping[Node, float], progress: bool | None) -> Improvement:
         finished = 0 if self.file is None else self.file.resume()
         own = {name: value.detach().clone() for name, value in self._floats().items()}
-        floating = Stream(self.prepared, self.calls, rounded=False, constants=own)
+        calls = self.held if self._knows_means() else self.calls
+        floating = Stream(self.prepared, calls, rounded=False, constants=own)
         rounded = Stream(self.prepared, self.calls, rounded=True)
         walked = walk(self.prepared, (floating, rounded), self.layers)
         gains = []
@@ -390,7 +455,8 @@ class _Run:
                 applied = self._improve(index, layer, floating, rounded)
                 if self.file is not None:
                     self.file.save(index, applied, layer)
-            rounded.run_layer(layer)
+            if layer.node not in rounded.values:
+                rounded.run_layer(layer)
             after = self._sqnr(layer, floating, rounded)
             by = (*self.rescaled.get(layer.node, ()), *applied)
             gains.append(
@@ -451,14 +517,22 @@ class _Run:
             self._settle("analytical_bias_correction", layer, reason, applied)
         if "bias_correction" in self.algorithms:
             with self._timing("bias_correction"):
-                rounded.run_layer(layer)
-                reason = correct_bias(
-                    layer,
-                    rounded.batches(layer.node)[learned],
-                    floating.batches(layer.node)[learned],
-                )
+                reason = correct_bias(layer, rounded, self._means_of(layer, floating), self.learned)
             self._settle("bias_correction", layer, reason, applied)
         return tuple(applied)
+
+    def _knows_means(self) -> bool:
+        """Whether nothing but outputs on what is held back is asked of the float model."""
+        return self.algorithms == ("bias_correction",) and all(
+            layer.node.name in self.means.of for layer in self.layers
+        )
+
+    def _means_of(self, layer: Layer, floating: Stream) -> Tensor:
+        """Of its outputs in the float model, on what is learned from."""
+        name, known = layer.node.name, self.means.of
+        if name not in known:
+            known[name] = layer.channel_means(floating.batches(layer.node)[: self.learned])
+        return known[name]
 
     def _settle(self, algorithm: str, layer: Layer, reason: str | None, applied: list[str]) -> None:
         """Note that an algorithm changed a layer, or why it did not."""
@@ -531,9 +605,8 @@ class _Run:
 
     def _measured(self) -> dict[Node, float]:
         """SQNR of each layer's output on what is held back, as the graph is now."""
-        held = self.calls[self.learned :] or self.calls
-        floating = Stream(self.prepared, held, rounded=False, constants=self._floats())
-        rounded = Stream(self.prepared, held, rounded=True)
+        floating = Stream(self.prepared, self.held, rounded=False, constants=self._floats())
+        rounded = Stream(self.prepared, self.held, rounded=True)
         ratios = {}
         for layer in self._timed(walk(self.prepared, (floating, rounded), self.layers)):
             floating.run_layer(layer)
@@ -542,7 +615,7 @@ class _Run:
         return ratios
 
     def _sqnr(self, layer: Layer, floating: Stream, rounded: Stream) -> float:
-        held = slice(self.learned if self.learned < len(self.calls) else 0, None)
+        held = slice(-len(self.held), None)
         return _sqnr(floating.batches(layer.node)[held], rounded.batches(layer.node)[held])
 
     def _samples(self) -> tuple[int, int]:

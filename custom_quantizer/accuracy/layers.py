@@ -256,13 +256,22 @@ class Layer:
 
     def channel_means(self, outputs: Sequence[Tensor]) -> Tensor:
         """Mean of each output channel over all batches, float64."""
-        axis = -1 if self.match.rule is LINEAR else 1
+        axis = self._channel_axis
         total, count = torch.zeros((), dtype=torch.float64), 0
         for y in outputs:
             flat = y.movedim(axis, 0).flatten(1)
             total = total.to(flat.device) + flat.sum(1, dtype=torch.float64)
             count += flat.shape[1]
         return total / count
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        """``(out_channels,)`` in a shape that is added to outputs."""
+        return values.reshape(-1, *[1] * (0 if self._channel_axis < 0 else self.weight.dim() - 2))
+
+    @property
+    def _channel_axis(self) -> int:
+        """Of the outputs."""
+        return -1 if self.match.rule is LINEAR else 1
 
     def takes_samples(self, x: Tensor) -> bool:
         """Whether the first dimension of an input is one of samples: not in one image alone."""

@@ -314,11 +314,12 @@ def correct_biases(block: Block, floating: Stream, rounded: Stream, batches: int
     """
     layers = {layer.node: layer for layer in block.layers}
     for node in block.nodes:
-        rounded.run_any(node, layers)
-        if node in layers:
-            outputs = [stream.batches(node)[:batches] for stream in (rounded, floating)]
-            correct_bias(layers[node], *outputs)
-            rounded.run_layer(layers[node])
+        if node not in layers:
+            rounded.run(node)
+        else:
+            layer = layers[node]
+            means = layer.channel_means(floating.batches(node)[:batches])
+            correct_bias(layer, rounded, means, batches)
 
 
 def _learn(

@@ -68,13 +68,30 @@ class Stream:
     def run_layer(self, layer: Layer) -> None:
         """Compute a layer: rounded as conversion would round it now, or with its float weights."""
         if self._rounded:
-            weight, bias = layer.rounded_weight(), layer.rounded_bias()
-        else:
-            weight = self.values[layer.weight_node]
-            bias = None if layer.bias_node is None else self.values[layer.bias_node]
+            self.run_products(layer)
+            self.add_bias(layer)
+            return
+        weight = self.values[layer.weight_node]
+        bias = None if layer.bias_node is None else self.values[layer.bias_node]
         self.values[layer.node] = self.mapped(
             lambda args, _: layer.compute(args[0], weight, bias), (layer.input,), {}
         )
+
+    def run_products(self, layer: Layer) -> None:
+        """Compute a rounded layer up to its bias, which :meth:`add_bias` adds."""
+        weight = layer.rounded_weight()
+        self.values[layer.node] = self.mapped(
+            lambda args, _: layer.compute(args[0], weight, None), (layer.input,), {}
+        )
+
+    def add_bias(self, layer: Layer) -> None:
+        """Add the rounded bias, if there is one, to what :meth:`run_products` computed."""
+        bias = layer.rounded_bias()
+        if bias is not None:
+            added = layer.by_channel(bias)
+            self.values[layer.node] = self.mapped(
+                lambda args, _: args[0].add_(added), (layer.node,), {}
+            )
 
     def run_any(self, node: Node, layers: Mapping[Node, Layer]) -> None:
         """Compute a node, which may be a layer."""

@@ -26,8 +26,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from custom_quantizer.accuracy.defaults import Remembered, algorithms_for, choose_observers
-from custom_quantizer.accuracy.improving import Improvement
-from custom_quantizer.accuracy.improving import improve as run_improve
+from custom_quantizer.accuracy.improving import FloatMeans, Improvement, improve_again
 from custom_quantizer.analysis.fidelity import (
     Fidelity,
     FirstCalls,
@@ -104,12 +103,14 @@ class _Measured:
         summary: what the observers were shown.
         statistics: what they recorded.
         checked: what the float model computed of the first calls.
+        means: what it computed of all that layers were improved on.
     """
 
     example: tuple[Any, ...]
     summary: CalibrationSummary
     statistics: ModelStatistics
     checked: FloatCheck
+    means: FloatMeans
 
     path = "what was measured for the first scheme"
 
@@ -431,11 +432,14 @@ def _quantize(
             observed = known.statistics
         else:
             observed = statistics_of(prepared) if _has_ranges(prepared) else ModelStatistics(())
-        measured = _Measured(example, summary, observed, replace(checked, rounded=None))
+        # A graph of its own may give its layers other names.
+        same = earlier is not None and earlier.graph == checked.graph
+        means = known.means if isinstance(known, _Measured) and same else FloatMeans()
+        measured = _Measured(example, summary, observed, replace(checked, rounded=None), means)
         stage("improving")
         improvement = None
         if algorithms:
-            improvement = run_improve(prepared, data, algorithms, progress=progress)
+            improvement = improve_again(prepared, data, algorithms, means, progress=progress)
         stage("converting")
         # To fold constants convert_pt2e runs writes into buffers too (counters).
         with tools(), state_kept(prepared):

@@ -13,6 +13,7 @@ from support.flow import Small, small_images, small_model, small_result
 from torch import Tensor, nn
 
 import custom_quantizer as cq
+from custom_quantizer.accuracy import improving
 from custom_quantizer.analysis import fidelity
 from custom_quantizer.app import pipeline
 from custom_quantizer.core.graph import is_dequantize
@@ -91,6 +92,36 @@ def test_no_float_forward_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     runs.clear()
     second.with_config("a8w8", lower=False, progress=False)
     assert runs == [True] * 2 * calls
+
+
+def test_means_of_the_float_model_are_kept_for_the_data_they_are_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    floating: list[int] = []
+
+    class Counted(improving.Stream):
+        def __init__(self, model: Any, calls: Any, rounded: bool, constants: Any = None) -> None:
+            if not rounded:
+                floating.append(len(calls))
+            super().__init__(model, calls, rounded, constants)
+
+    options: dict[str, Any] = {"improve": ["bias_correction"], "lower": False, "progress": False}
+    other = small_images(32, seed=7)
+    first = small_result()
+    second = first.with_config("a8w4", DATA, **options)
+    monkeypatch.setattr(improving, "Stream", Counted)
+    for data, known in ((DATA, True), (other, False), (other, True)):
+        floating.clear()
+        third = second.with_config("a8w3", data, **options)
+        # What is held back, twice; and all of it where the means are not known.
+        assert len(floating) == 2
+        assert (floating[0] == floating[1]) == known
+        fresh = cq.quantize(small_model(), EXAMPLE, DATA, config="a8w8", lower=False).with_config(
+            "a8w3", data, **options
+        )
+        assert document(third)["improvement"] == document(fresh)["improvement"]
+        for name, value in fresh.converted.state_dict().items():
+            assert torch.equal(third.converted.state_dict()[name], value), name
 
 
 def test_a_model_that_was_changed_since_is_refused() -> None:
