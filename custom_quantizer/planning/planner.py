@@ -34,10 +34,12 @@ from custom_quantizer.planning.wide_ranges import (
     leave_compared,
     leave_divisor_guards,
     leave_endless,
+    leave_hidden_quotients,
     leave_pole_guards,
     leave_quotients_of_parts,
     leave_shown_totals,
     leave_wide_ranges,
+    store_factors,
 )
 
 
@@ -77,8 +79,10 @@ def make_plan(
         leave_unprofitable(ops, io, backend)
         leave_pole_guards(ops, backend)
         leave_wide_ranges(ops, backend)
+        leave_hidden_quotients(ops, backend)
         leave_prepared(ops, io, backend)
         leave_sums_between_floats(ops, backend)
+    store_factors(ops, backend)
     returned = returned_in_float(ops, io)
     leave_layers_of_calls(ops, returned)
     leave_unprofitable(ops, io, backend)  # again: those next to what has become float

@@ -230,12 +230,26 @@ def leave_shown_totals(ops: Drafts, io: ModelIO, backend: Backend) -> None:
             if each.scheme is not None:
                 each.leave(_SHOWN)
                 each.abstains = True
-        if op.rule is MATMUL and op.match is not None:
-            for source in map(ops.producer.get, op.match.inputs):
-                if source is None or source.decision.explicit:
-                    continue
-                if set(effective_users(source.output)) == {op.node}:
-                    store_rows(source, "a product in float reads its rows")
+
+
+def store_factors(ops: Drafts, backend: Backend) -> None:
+    """Tables whose rows are factors of products that were left in float stay integers.
+
+    They are, too, where other float ops read the rows, and nothing else does.
+    """
+    for op in ops if backend.float_targets else ():  # others are planned for integers alone
+        if op.support is None or op.support.table is None or op.decision.explicit:
+            continue
+        readers = [ops.anchors.get(user) for user in effective_users(op.output)]
+        floats = [reader for reader in readers if reader is not None and reader.scheme is None]
+        factor = any(map(_multiplies_activations, floats))
+        if factor and len(floats) == len(readers):
+            store_rows(op, "a product in float reads its rows")
+
+
+def _multiplies_activations(op: DraftOp) -> bool:
+    inputs = () if op.match is None else op.match.inputs
+    return op.rule in (MATMUL, MUL) and sum(map(_is_activation, inputs)) == 2
 
 
 def leave_compared(ops: Drafts, backend: Backend) -> None:
@@ -308,6 +322,30 @@ def leave_wide_ranges(ops: Drafts, backend: Backend) -> None:
     """
     for kind in (_ROOTS, _EXPONENTIALS, _LOGS, _POLES, _WAVES, _REMAINDERS, _DIFFERENCES):
         _leave_chains(ops, backend, kind)
+
+
+def leave_hidden_quotients(ops: Drafts, backend: Backend) -> None:
+    """A product by the reciprocal of a root that is in float is in float, as a quotient would be.
+
+    ``x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)`` is ``x / torch.sqrt(...)``: the norm
+    of most language models. Of one row that is next to zero, such as a padding token, the factor is
+    ``1 / sqrt(eps)``, and on its scale the factors of all other rows are zero.
+    """
+    if not backend.float_targets:
+        return  # planned for integers alone
+    reciprocals: set[Node] = set()
+    for op in ops:
+        read = [] if op.match is None else [*filter(_is_activation, op.match.inputs)]
+        divides = not reciprocals.isdisjoint(map(ops.unmoved, read))
+        if op.scheme is None:
+            is_one = op.rule in (RECIPROCAL, RSQRT) or _exponent(op.node) < 0
+            if is_one or (divides and op.rule is MUL and len(read) == 1):
+                reciprocals.add(op.output)
+        elif divides and _multiplies_activations(op) and not op.decision.explicit:
+            if not _can_be_float(op, backend):
+                continue
+            op.leave("it divides by a root in float: one scale is too wide for all factors")
+            op.abstains = True
 
 
 def exponents(ops: Drafts, io: ModelIO, backend: Backend) -> dict[str, float]:
