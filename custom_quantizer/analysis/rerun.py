@@ -6,7 +6,6 @@ the same in every run.
 
 from __future__ import annotations
 
-import copy
 import logging
 import operator
 from collections.abc import Callable, Iterable
@@ -27,6 +26,7 @@ from custom_quantizer.core.arithmetic import along
 from custom_quantizer.core.checkpoint import fingerprint
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_CHANNEL,
+    detached_copy,
     distinct,
     is_dequantize,
     size_bounds,
@@ -276,7 +276,7 @@ def capture_like(
     if isinstance(model, torch.export.ExportedProgram):
         return model.module()
     if isinstance(model, GraphModule):
-        return copy.deepcopy(model)
+        return detached_copy(model)
     inputs = GraphInputs.of(graph)
     args, kwargs = inputs.arguments(distinct(values))
     sizes: dict[str, Any] = {}
@@ -288,7 +288,7 @@ def capture_like(
     shapes = (*dynamic_args, *dynamic_kwargs.values()) if any(dynamic) else None
     try:
         program = torch.export.export(
-            copy.deepcopy(model).eval(), args, kwargs, dynamic_shapes=shapes
+            detached_copy(model).eval(), args, kwargs, dynamic_shapes=shapes
         )
     except Exception as error:
         raise CaptureError(

@@ -5,7 +5,6 @@ Apart from the pipeline, so that who wants a plan waits for no backend.
 
 from __future__ import annotations
 
-import copy
 import keyword
 import logging
 import sys
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from custom_quantizer.core.formats import dtype_name
-from custom_quantizer.core.graph import distinct
+from custom_quantizer.core.graph import detached_copy, distinct
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, InputError, first_line, where_raised
 
@@ -119,15 +118,8 @@ def _no_graph_dumps() -> Iterator[None]:
 
 
 def _eval_copy(model: nn.Module) -> nn.Module:
-    # What a forward has computed from parameters and kept, as weight_norm does, cannot be copied.
-    history = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in pytree.tree_leaves(vars(module))
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
     try:
-        eager = copy.deepcopy(model, cast("dict[int, Any]", history)).eval()
+        eager = detached_copy(model).eval()
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({first_line(error)}), and the flow does "

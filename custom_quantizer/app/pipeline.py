@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -51,7 +50,7 @@ from custom_quantizer.calibration.statistics import (
 from custom_quantizer.config.improvement import check_accuracy, check_algorithms
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, sha256_of
 from custom_quantizer.core.files import check_utf8, json_bytes, new_directory, write_files_atomic
-from custom_quantizer.core.graph import state_kept
+from custom_quantizer.core.graph import detached_copy, state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CalibrationError, ConfigError, ConversionError, InputError
@@ -543,7 +542,7 @@ def record_calibration(
 def _prepare(exported: GraphModule, quantizer: IntegerQuantizer) -> tuple[GraphModule, Plan]:
     # prepare_pt2e folds batch norms into the graph it is given.
     with tools():
-        prepared = prepare_pt2e(copy.deepcopy(exported), quantizer)
+        prepared = prepare_pt2e(detached_copy(exported), quantizer)
         quantizer.check_plan()
         plan = quantizer.last_plan
     for warning in plan.warnings:

@@ -10,7 +10,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -65,6 +65,8 @@ __all__ = [
     "tensor_meta",
     "view_sizes",
 ]
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 _q = torch.ops.quantized_decomposed
 
@@ -503,22 +505,26 @@ def set_state(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Non
                 buffers[name].copy_(value)
 
 
-def detached_copy(model: GraphModule, *, share_constants: bool = False) -> GraphModule:
-    """A deep copy; buffers that were written while gradients were recorded lose their history.
+def detached_copy(model: M, *, share_constants: bool = False) -> M:
+    """A deep copy; tensors that were computed while gradients were recorded lose their history.
+
+    Such are buffers that were written, and what a forward keeps of its parameters (weight norms).
+    PyTorch copies none of them.
 
     Args:
-        model: the graph.
-        share_constants: let both graphs hold the same tensors, but for buffers that calls write:
-            for who puts other constants in their place instead of writing into them.
+        model: a graph or another module.
+        share_constants: let both hold the same tensors, but for buffers that calls write: for who
+            puts other constants in their place instead of writing into them.
     """
     memo: dict[int, Any] = {}
     if share_constants:
         written = {id(value) for value in state_buffers(model).values()}
         held = (*model.parameters(), *model.buffers())
         memo = {id(value): value for value in held if id(value) not in written}
-    for buffer in model.buffers():
-        if not buffer.is_leaf:
-            memo[id(buffer)] = buffer.detach().clone()
+    for module in model.modules():
+        for value in pytree.tree_leaves(vars(module)):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
 
 

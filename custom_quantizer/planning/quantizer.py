@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import os
 from collections import defaultdict
@@ -39,6 +38,7 @@ from custom_quantizer.core.bias import BiasLimits
 from custom_quantizer.core.graph import (
     STATE_KEY,
     describe,
+    detached_copy,
     is_dequantize,
     is_quantize,
     state_buffers,
@@ -300,7 +300,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             _check_captured(model)
         else:
             _check_captured(exported)
-            model = copy.deepcopy(exported)
+            model = detached_copy(exported)
         with tools():
             prepare_pt2e(model, self)
             self.check_plan()

@@ -224,6 +224,18 @@ def test_looking_at_a_model_does_not_change_it() -> None:
     assert_fresh(model)
 
 
+def test_a_model_that_ran_with_gradients_is_like_any_other() -> None:
+    """What it wrote has a history, which PyTorch does not copy."""
+    program = torch.export.export(remembers(), EXAMPLE)
+    graph = program.module()
+    graph(*EXAMPLE)
+    assert not graph.get_buffer("hidden").is_leaf
+    assert cq.IntegerQuantizer().set_global("a8w8").plan(graph).op("linear").scheme == "a8w8"
+    later = cq.quantize(program, EXAMPLE, DATA, lower=False, progress=False)
+    assert cq.diagnose(graph, later.converted, DATA[:2]).tensors
+    assert not graph.get_buffer("hidden").is_leaf
+
+
 # -- calibration -----------------------------------------------------------------------------------
 
 
