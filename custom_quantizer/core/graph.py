@@ -50,6 +50,7 @@ __all__ = [
     "is_same_shape",
     "is_sized_by_data",
     "is_static",
+    "is_whole",
     "module_path",
     "module_stack",
     "qparams_of",
@@ -174,6 +175,12 @@ def is_float32(node: object) -> bool:
     """Whether a node gives one float32 tensor."""
     meta = tensor_meta(node) if isinstance(node, Node) else None
     return meta is not None and meta.dtype == torch.float32
+
+
+def is_whole(node: object) -> bool:
+    """Whether a node gives one tensor of integers or booleans."""
+    meta = tensor_meta(node) if isinstance(node, Node) else None
+    return meta is not None and not (meta.is_floating_point() or meta.is_complex())
 
 
 def is_complex(node: Node) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_float32, shape_of, tensor_meta
+from custom_quantizer.core.graph import argument, is_float32, is_whole, shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 
 __all__ = ["FOREIGN_GROUPS", "GROUPS", "sorted_numbers"]
@@ -147,7 +147,7 @@ def _numbers_before(insert: Insertion, data: Node, dim: int, *, descending: bool
 def _is_below(data: Node, bits: int) -> bool:
     """Whether integers have at most that many bits: by their dtype, or since they are indices."""
     meta = tensor_meta(data)
-    if meta is None or meta.is_floating_point() or meta.is_complex():
+    if meta is None or not is_whole(data):
         return False
     if meta.dtype != torch.int64:
         return True
@@ -191,9 +191,7 @@ def _are_whole(*ends: float) -> bool:
 def _whole(data: Node) -> Node | None:
     """The integers that float32 numbers were made of."""
     source = data.args[0] if data.target is aten.to.dtype else None
-    meta = tensor_meta(source) if isinstance(source, Node) else None
-    is_float = meta is None or meta.is_floating_point() or meta.is_complex()
-    return None if is_float else cast(Node, source)
+    return cast(Node, source) if is_whole(source) else None
 
 
 def _in_bins(insert: Insertion, numbers: Node) -> Node:

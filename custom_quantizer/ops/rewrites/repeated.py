@@ -7,15 +7,13 @@ Ops of floats stay as they are: each may have integers of its own.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from custom_quantizer.core.checkpoint import fingerprint
-from custom_quantizer.core.graph import constant_of, is_constant, tensor_meta
+from custom_quantizer.core.graph import constant_of, is_constant, is_whole, tensor_meta
 from custom_quantizer.core.memory import overwritten_by, written_inputs
 
 __all__ = ["compute_once"]
@@ -51,5 +49,4 @@ def _key(model: GraphModule, node: Node) -> object | None:
 
 
 def _is_float(node: Node) -> bool:
-    meta: Any = node.meta.get("val")
-    return isinstance(meta, Tensor) and (meta.is_floating_point() or meta.is_complex())
+    return isinstance(node.meta.get("val"), Tensor) and not is_whole(node)

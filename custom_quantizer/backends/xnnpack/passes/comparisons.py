@@ -31,6 +31,7 @@ from custom_quantizer.core.graph import (
     is_dequantize,
     is_float32,
     is_number,
+    is_whole,
     tensor_meta,
 )
 from custom_quantizer.ops.elementwise import WHERE
@@ -136,9 +137,7 @@ def _is_comparison(node: Node) -> bool:
 
 def _are_integers(value: Any) -> bool:
     """Whether it is a tensor of integers or masks that becomes numbers before the delegate."""
-    meta = tensor_meta(value) if isinstance(value, Node) else None
-    whole = meta is not None and not (meta.is_floating_point() or meta.is_complex())
-    return whole and not refuses_tensor(value)
+    return is_whole(value) and not refuses_tensor(value)
 
 
 _MOST = 2**24
