@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from fnmatch import fnmatchcase
@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import module_stack
-from custom_quantizer.core.rewriting import ORIGINAL_NAME, original_target
+from custom_quantizer.core.rewriting import MERGED, ORIGINAL_NAME, original_name, original_target
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import ConfigError, nearest
 from custom_quantizer.ops.rewrites.canonical import KNOWN
@@ -271,13 +271,10 @@ class Config:
             if rule.scope is Scope.GLOBAL or rule.selects(present[rule.scope]):
                 continue
             if rule.scope is Scope.NODE_NAME:
-                hint = nearest(rule.key, (node.name for node in calls))
-                if rule.key.startswith("batch_norm"):
-                    hint += (
-                        "; prepare_pt2e folds a batch norm into the convolution before it: name "
-                        "that one"
-                    )
-                raise ConfigError(f"{rule.place}: the graph has no node named {rule.key!r}{hint}")
+                raise ConfigError(
+                    f"{rule.place}: the graph has no node named {rule.key!r}"
+                    f"{_where_it_went(rule.key, calls)}"
+                )
             if rule.scope is Scope.MODULE_NAME:
                 names = {path for node in calls for path, _ in module_stack(node) if path}
                 # Modules that prepare_pt2e fused away (batch norms) still own their parameters.
@@ -329,6 +326,17 @@ class Config:
         """What ``outputs`` or ``integer_outputs`` says of an output, and under which name."""
         given = getattr(self, field_name)
         return next(((name, given[name]) for name in (str(position), "*") if name in given), None)
+
+
+def _where_it_went(name: str, calls: Sequence[Node]) -> str:
+    """What became of a node that the graph does not have: part of a layer, or it is misspelt."""
+    for node in calls:
+        if name in node.meta.get(MERGED, ()):
+            return f": it is part of the weight and bias of {original_name(node)!r}; name that one"
+    hint = nearest(name, (node.name for node in calls))
+    if name.startswith("batch_norm"):
+        hint += "; prepare_pt2e folds a batch norm into the convolution before it: name that one"
+    return hint
 
 
 def returned_nodes(model: GraphModule) -> list[Node]:

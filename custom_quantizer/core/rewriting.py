@@ -29,6 +29,7 @@ __all__ = [
     "ALIKE",
     "FULL_PRECISION",
     "IN_FLOAT",
+    "MERGED",
     "ORIGINAL_NAME",
     "STEP",
     "Insertion",
@@ -36,6 +37,7 @@ __all__ = [
     "Rewrite",
     "fake_result",
     "is_inner",
+    "merge_into",
     "original_name",
     "original_target",
     "renamed",
@@ -55,6 +57,9 @@ FULL_PRECISION = "custom_quantizer_full_precision"
 
 IN_FLOAT = "custom_quantizer_in_float"
 """Key in ``node.meta``: why a call that a rewrite made is computed in float."""
+
+MERGED = "custom_quantizer_merged"
+"""Key in ``node.meta``: names of captured calls that became part of a layer's weight and bias."""
 
 ORIGINAL_NAME = "original_name"
 """Key in ``node.meta``: name of the captured call that the node is a part of."""
@@ -201,6 +206,20 @@ class Insertion:
         if start == 0 and stop == shape_of(value)[dim]:
             return value
         return self.call(aten.slice.Tensor, value, dim, start, stop)
+
+
+def merge_into(layer: Node, node: Node, result: Node | None = None) -> None:
+    """Take away a call that became part of the weight and bias of a layer.
+
+    Args:
+        layer: before it.
+        node: the call.
+        result: what is read instead: the layer, unless something moves its values.
+    """
+    names = (*node.meta.get(MERGED, ()), original_name(node))
+    layer.meta[MERGED] = (*layer.meta.get(MERGED, ()), *names)
+    node.replace_all_uses_with(layer if result is None else result)
+    node.graph.erase_node(node)
 
 
 Rewrite = Callable[[Insertion], "Node | None"]

@@ -1,4 +1,4 @@
-"""Factors of each channel become part of the weights before them."""
+"""Factors and shifts of each channel become part of the weights and biases before them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support.graphs import Function, calls, canonicalize, capture
 from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+from torchvision.ops import FrozenBatchNorm2d
 
 import custom_quantizer as cq
 from custom_quantizer.training import qat
@@ -67,6 +68,89 @@ def test_other_factors_stay(function: Callable[..., Any]) -> None:
     assert len(calls(graph, aten.mul.Tensor)) == 1
 
 
+SHIFTS: dict[str, Callable[..., Any]] = {
+    "a product": lambda s, x: x @ s.linear.weight + s.factors["last"],
+    "a vector": lambda s, x: s.factors["last"] + torch.mm(x.flatten(0, 2), s.linear.weight),
+    "one column": lambda s, x: x @ s.linear.weight[:, :1] + s.factors["last"][:1],
+    "another bias": lambda s, x: s.linear(x) + s.factors["last"],
+    "no bias": lambda s, x: F.linear(x, s.linear.weight) + s.factors["last"],
+    "a difference": lambda s, x: s.linear(x) - s.factors["last"],
+    "a conv": lambda s, x: s.factors["image"] + s.conv(x),
+    "a conv of one dim": lambda s, x: s.signal(x[:, :, 0]) + s.factors["image"][..., 0],
+    "a transposed conv": lambda s, x: s.transposed(x) + s.factors["image"],
+    "both": lambda s, x: s.conv(x) * s.factors["image"] + s.factors["image"].sin(),
+    "one call": lambda s, x: torch.addcmul(s.factors["image"].sin(), s.conv(x), s.factors["image"]),
+    "a frozen norm": lambda s, x: s.frozen(s.conv(x)),
+    "a norm": lambda s, x: s.norm(s.conv(x)) + s.factors["image"],
+    "moved": lambda s, x: s.conv(x).permute(0, 2, 3, 1) + s.factors["image"].flatten(),
+    "in rows": lambda s, x: s.linear(x).view(-1, 6) + s.factors["last"],
+    "in columns": lambda s, x: s.conv(x).flatten(2) + s.factors["image"].flatten(1),
+    "dropped": lambda s, x: F.dropout(s.conv(x), 0.5, False) + s.factors["image"],
+}
+
+
+def layers() -> dict[str, nn.Module]:
+    frozen = FrozenBatchNorm2d(7)
+    for buffer in frozen.buffers():
+        buffer.copy_(torch.rand(7) + 0.5)
+    signal, transposed = nn.Conv1d(4, 7, 3, bias=False), nn.ConvTranspose2d(4, 7, 3)
+    return {**children(), "frozen": frozen, "signal": signal, "transposed": transposed}
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_a_shift_of_each_channel_is_part_of_the_bias(name: str) -> None:
+    model, x = Function(SHIFTS[name], **layers()).eval(), torch.randn(IMAGE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graph = canonicalize(capture(model, (x,)))
+    assert not any(calls(graph, op) for op in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor))
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: s.conv(x) + 1e-6,  # which keeps a divisor away from zero
+        lambda s, x: (lambda y: (y + s.factors["image"]) * y)(s.conv(x)),
+        lambda s, x: F.relu(s.conv(x)) + s.factors["image"],
+        lambda s, x: s.linear(x) + torch.arange(5.0).view(5, 1),
+        lambda s, x: s.linear(x).view(2, 4, 30) + torch.arange(30.0),
+        lambda s, x: s.factors["last"] - s.linear(x),
+        lambda s, x: F.linear(x, s.linear.weight, x[0, 0, 0]) + s.factors["last"],
+        lambda s, x: s.linear(x) + s.factors["last"].double(),
+    ],
+)
+def test_other_shifts_stay(function: Callable[..., Any]) -> None:
+    x = torch.randn(IMAGE)
+    graph = canonicalize(capture(Function(function, **children()), (x,)))
+    assert calls(graph, aten.add.Tensor) or calls(graph, aten.sub.Tensor)
+
+
+def test_a_layer_that_is_written_out_has_the_integers_of_the_layer() -> None:
+    layers, x = children(), torch.randn(4, 6)
+    data = [(x,), (torch.randn(4, 6),)]
+    results = [
+        cq.quantize(Function(function, **layers), (x,), data, progress=False)
+        for function in (
+            lambda s, x: F.relu(s.linear(x)),
+            lambda s, x: F.relu(x @ s.linear.weight.T + s.linear.bias),
+        )
+    ]
+    for (batch,) in data:
+        got = [result.lowered.run(batch) for result in results]
+        assert torch.equal(got[0], got[1])
+    assert [len(result.plan.ops) for result in results] == [1, 1]
+
+
+def test_a_rule_for_what_became_part_of_a_layer_says_so() -> None:
+    model = Function(SHIFTS["both"], **layers()).eval()
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_node_name("add", None)
+    message = "no node named 'add': it is part of the weight and bias of 'conv2d'; name that one"
+    with pytest.raises(cq.ConfigError, match=message):
+        quantizer.plan(torch.export.export(model, (torch.randn(IMAGE),)))
+
+
 def test_what_is_dropped_to_another_value_than_0_is_not_scaled_before() -> None:
     model = Function(
         lambda s, x: F.alpha_dropout(s.linear(x), 0.3, True) * s.factors["last"], **children()
@@ -82,6 +166,9 @@ def test_what_is_dropped_to_another_value_than_0_is_not_scaled_before() -> None:
         lambda s, x: F.dropout(s.conv(x), 0.0, True) * s.factors["image"].reshape(1, 7, 1, 1),
         lambda s, x: s.norm(s.conv(x)) * s.factors["image"],
         lambda s, x: s.plain(s.conv(x)) * s.factors["image"],
+        lambda s, x: x @ s.linear.weight + s.factors["last"],
+        lambda s, x: s.conv(x) * s.factors["image"] - s.factors["image"].sin(),
+        lambda s, x: s.norm(s.conv(x)) + s.factors["image"],
     ],
 )
 def test_factors_are_trained_where_they_ship(function: Callable[..., Any]) -> None:
@@ -101,4 +188,4 @@ def test_factors_are_trained_where_they_ship(function: Callable[..., Any]) -> No
     want = prepared(x)
     converted = convert_pt2e(prepared)
     assert torch.equal(converted(x), want)
-    assert not calls(converted, aten.mul.Tensor)
+    assert not any(calls(converted, op) for op in (aten.mul.Tensor, aten.add.Tensor))

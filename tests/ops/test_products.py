@@ -170,7 +170,7 @@ def test_constants_are_weights_of_one_scale_a_channel() -> None:
         assert op.weight_qparams is not None
         assert op.weight_qparams.axis == 0, op.node
     biases = [op.bias for op in layers if op.bias is not None]
-    assert [bias.dtype for bias in biases] == [torch.int32] * 2
+    assert [bias.dtype for bias in biases] == [torch.int32] * 3
 
 
 @pytest.mark.parametrize("scheme", ["a8w4", "a4w4", "a8w8-per_tensor"])

@@ -40,6 +40,7 @@ from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import (
     ORIGINAL_NAME,
     Insertion,
+    merge_into,
     original_name,
     original_target,
     rewrite_calls,
@@ -218,8 +219,7 @@ def _fold(model: GraphModule, match: PatternMatch, norm: Node) -> None:
         constant.meta["nn_module_stack"] = stack
     layer.args = (layer.args[0], *constants, *layer.args[3:])
     layer.kwargs = {k: v for k, v in layer.kwargs.items() if k not in ("weight", "bias")}
-    norm.replace_all_uses_with(layer)
-    model.graph.erase_node(norm)
+    merge_into(layer, norm)
 
 
 def scale_channels(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:

@@ -1,8 +1,10 @@
-"""Factors of each channel right behind a layer become part of its weights.
+"""A factor or a shift of each channel behind a layer becomes part of its weights or its bias.
 
-ConvNeXt scales the result of each block by a learned factor of each channel (layer scale). As an op
-of its own that is one more tensor to round, with one scale for factors that may differ by orders of
-magnitude. In the weights, which have a scale of their own for each channel, it costs nothing.
+ConvNeXt scales the result of each block by a learned factor of each channel (layer scale); a frozen
+batch norm is a factor and a shift; ``x @ w + b`` is a linear layer, written out. As ops of their
+own these are more tensors to round, with one scale for factors that may differ by orders of
+magnitude. In the weights, which have a scale of their own for each channel, and in the bias, which
+has 32 bits, they cost nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from custom_quantizer.core.graph import (
     argument,
     effective_users,
     is_constant,
+    is_float32,
+    is_same_shape,
     reads_sizes,
     shape_of,
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
-from custom_quantizer.core.rewriting import Insertion
-from custom_quantizer.ops.movement import IDENTITY, is_identity
+from custom_quantizer.core.rewriting import Insertion, merge_into
+from custom_quantizer.ops import rule_of
+from custom_quantizer.ops.movement import IDENTITY, RESHAPE, is_identity
 
 __all__ = ["fold_factors"]
 
@@ -39,13 +44,16 @@ _LAYERS = {
 A batch norm becomes part of the layer before it later; it has a factor and a shift of each channel.
 """
 
+_WITH_BIAS = {**_LAYERS, aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 1}
+"""Likewise layers whose bias a shift may become part of."""
+
 
 _COMMUTING = frozenset({aten.dropout.default, aten.feature_dropout.default})
 """Dropouts that set to 0 or scale, whatever the values are."""
 
 
 def fold_factors(model: GraphModule, *, training: bool = False) -> int:
-    """Multiply weights and biases by the factors behind their layer, in place.
+    """Put factors and shifts into weights and biases of the layers before them, in place.
 
     The real numbers stay the same; each weight is rounded once more to float32, as when a batch
     norm is folded.
@@ -55,56 +63,89 @@ def fold_factors(model: GraphModule, *, training: bool = False) -> int:
         training: parameters change: weights become functions of them and of the factors.
 
     Returns:
-        The number of factors that became part of weights.
+        The number of factors and shifts that became part of layers.
     """
-    count = 0
-    for node in list(model.graph.nodes):
-        if node.target is not aten.mul.Tensor or overwritten_by(node) is not None:
-            continue
-        if reads_sizes(node):
-            continue
-        for factor, data in (node.args[:2], node.args[1::-1]):
-            if isinstance(factor, Node) and isinstance(data, Node) and is_constant(factor):
-                layer = _scaled_layer(factor, data)
-                if layer is not None:
-                    _scale(Insertion(model, layer, training=training), factor)
-                    node.replace_all_uses_with(data)
-                    model.graph.erase_node(node)
-                    count += 1
-                    break
-    return count
+    return sum(
+        _fold(model, node, training)
+        for node in list(model.graph.nodes)
+        if node.target in _OPS
+        and overwritten_by(node) is None
+        and not reads_sizes(node)
+        and argument(node, 2, "alpha", 1) == 1  # else it could not be written as a product
+    )
 
 
-def _scaled_layer(factor: Node, data: Node) -> Node | None:
+def _fold(model: GraphModule, node: Node, training: bool) -> bool:
+    """Put what an op does into the layer before it, if it may be."""
+    scales, differs = node.target is aten.mul.Tensor, node.target is aten.sub.Tensor
+    left, right = node.args[:2]
+    for data, constant in [(left, right)] if differs else [(left, right), (right, left)]:
+        if isinstance(constant, Node) and isinstance(data, Node) and is_constant(constant):
+            layer = _layer_before(data, constant, scales)
+            if layer is None:
+                continue
+            insert = Insertion(model, layer, training=training)
+            if scales:
+                _scale(insert, constant)
+            else:
+                _shift(insert, constant, negative=differs)
+            merge_into(layer, node, data)
+            return True
+    return False
+
+
+def _layer_before(data: Node, constant: Node, scales: bool) -> Node | None:
     """The layer that made ``data``, if moves at most stand between, and there is one a channel.
 
-    A dropout that drops may stand there, too: what it leaves is scaled all the same.
+    Args:
+        data: what is scaled or shifted.
+        constant: by which numbers.
+        scales: whether it is scaled.
     """
-    value, rank = tensor_meta(factor), len(shape_of(data))
-    if value is None or not value.is_floating_point() or value.numel() < 2 or value.dim() > rank:
+    value, rank = tensor_meta(constant), len(shape_of(data))
+    if value is None or value.dtype != torch.float32 or not is_float32(data):
         return None
-    varying = [d + rank - value.dim() for d, size in enumerate(value.shape) if size > 1]
-    if len(varying) != 1:
+    if not 0 < value.dim() <= rank:
         return None
-    (channel,) = varying
+    varying = [d for d, size in enumerate(value.shape) if size > 1]
+    if len(varying) > 1 or (scales and not varying):
+        return None
+    channel = (varying[0] if varying else 0) + rank - value.dim()
+    layers = _LAYERS if scales else _WITH_BIAS
     node = data
-    while node.target not in _LAYERS:
-        if len(effective_users(node)) != 1:
+    while node.target not in layers:
+        before = _channel_before(node, channel, scales)
+        if before is None or len(effective_users(node)) != 1:
             return None
-        if node.target is aten.permute.default:
-            channel = int(cast("list[int]", node.args[1])[channel]) % rank
-        elif node.target not in _COMMUTING and (
-            not is_identity(node) or isinstance(IDENTITY.match(IDENTITY, node), str)
-        ):
-            return None
-        node = cast(Node, node.args[0])
-    weight, bias = node.args[1], argument(node, 2, "bias")
-    constant = all(is_constant(each) or each is None for each in (weight, bias))
-    if len(effective_users(node)) != 1 or not constant or channel != _LAYERS[node.target] % rank:
+        node, channel = cast(Node, node.args[0]), before
+    weight, bias, shape = node.args[1], argument(node, 2, "bias"), shape_of(node)
+    fixed = all(is_constant(each) or each is None for each in (weight, bias))
+    if len(effective_users(node)) != 1 or not fixed or channel != layers[node.target] % len(shape):
         return None
-    meta = tensor_meta(node)
-    same = meta is not None and meta.shape[channel] == value.numel()
-    return node if same else None
+    return node if shape[channel] == value.numel() else None
+
+
+def _channel_before(node: Node, channel: int, scales: bool) -> int | None:
+    """Which dimension of what a move reads its channels come from; ``None``: it is no such move.
+
+    A dropout that drops is one before a factor: what it leaves is scaled all the same.
+    """
+    if node.op != "call_function":
+        return None
+    source = node.args[0]
+    if node.target is aten.permute.default:
+        return cast("list[int]", node.args[1])[channel] % len(shape_of(node))
+    if rule_of(node) is RESHAPE and isinstance(source, Node):
+        old, new = shape_of(source), shape_of(node)
+        if is_same_shape(old[: channel + 1], new[: channel + 1]):
+            return channel
+        if is_same_shape(old[channel - len(new) :], new[channel:]):
+            return channel - len(new) + len(old)
+        return None
+    if scales and node.target in _COMMUTING:
+        return channel
+    same = is_identity(node) and not isinstance(IDENTITY.match(IDENTITY, node), str)
+    return channel if same else None
 
 
 def _scale(insert: Insertion, factor: Node) -> None:
@@ -122,3 +163,23 @@ def _scale(insert: Insertion, factor: Node) -> None:
     if bias is not None:
         scaled = insert.call(aten.mul.Tensor, bias, insert.reshape(factor, [-1]))
         layer.replace_input_with(bias, insert.settled(scaled, "bias"))
+
+
+def _shift(insert: Insertion, shift: Node, *, negative: bool) -> None:
+    """Add ``shift`` to the bias of the layer that ``insert`` stands at, or take it away."""
+    layer, bias = insert.node, argument(insert.node, 2, "bias")
+    moved = insert.reshape(insert.again(shift), [-1])
+    if negative:
+        moved = insert.call(aten.neg.default, moved)
+    if bias is not None:
+        moved = insert.call(aten.add.Tensor, bias, moved)
+    moved = insert.settled(moved, "bias")
+    if "bias" in layer.kwargs:
+        layer.update_kwarg("bias", moved)
+    elif len(layer.args) > 2:
+        layer.update_arg(2, moved)
+    else:
+        layer.args = (*layer.args, moved)
+
+
+_OPS = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor})
