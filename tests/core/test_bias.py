@@ -380,7 +380,7 @@ def test_one_call_in_float_leaves_the_other_its_bias() -> None:
 
 def test_constants_used_outside_of_convolutions_keep_their_values() -> None:
     def forward(s: Any, x: Tensor) -> Any:
-        return s.conv(x) + (s.conv.bias * 2).view(1, -1, 1, 1), s.conv.weight.max()
+        return F.relu(s.conv(x)) + (s.conv.bias * 2).view(1, -1, 1, 1), s.conv.weight.max()
 
     model = Function(forward, conv=conv())
     x = image()

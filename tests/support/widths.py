@@ -29,7 +29,7 @@ class Widths(nn.Module):
 
     def forward(self, x: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
         y = self.two(F.relu(self.four(F.relu(self.eight(x)))))
-        y = self.six(y) + self.token
+        y = F.relu(self.six(y)) + self.token
         return self.sixteen(y.mean((2, 3))), self.grouped(late)
 
 
