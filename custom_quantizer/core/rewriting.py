@@ -107,6 +107,8 @@ class Insertion:
             if key in self.node.meta:
                 new.meta[key] = self.node.meta[key]
         new.meta["original_target"] = original_target(self.node)
+        # Else quantizers that go by types of modules take it for what the module is called.
+        new.meta["source_fn_stack"] = [(new.name, target)]
         new.meta[ORIGINAL_NAME] = original_name(self.node)
         # An op of several results has a list of fake values.
         sources = (*new.all_input_nodes, self.node)

@@ -78,6 +78,27 @@ def test_what_another_annotated_first_stays_its_own() -> None:
     _agree(graph, lowered)
 
 
+class Pooled(nn.Module):
+    """A pool of any batch is a layer of ours, inside of a module that others know by its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.stem(x)).flatten(1)
+
+
+def test_ops_that_a_module_became_are_not_taken_for_the_module() -> None:
+    batch = ({0: torch.export.Dim("batch", max=8)},)
+    captured = torch.export.export(Pooled().eval(), EXAMPLE, dynamic_shapes=batch).module()
+    theirs = XNNPACKQuantizer().set_global(STOCK)
+    prepared = prepare_pt2e(captured, ComposableQuantizer([ours("a8w8"), theirs]))
+    prepared(*EXAMPLE)
+    assert cq.lower(convert_pt2e(prepared), EXAMPLE).report.delegates == 1
+
+
 def test_what_ours_leaves_another_may_take() -> None:
     mine = ours().set_module_name("head", "a8w8")
     graph = quantized(mine, XNNPACKQuantizer().set_global(STOCK))
