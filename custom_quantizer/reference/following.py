@@ -6,6 +6,7 @@ no bound worth the name. Each quantized tensor has one, given those before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +20,14 @@ from custom_quantizer.core.graph import module_path
 from custom_quantizer.reference.converted import ConvertedGraph
 from custom_quantizer.reference.interpreter import IntegerReference
 
-__all__ = ["FLOAT_UNITS", "Departure", "TensorChecks", "follow"]
+__all__ = [
+    "FLOAT_UNITS",
+    "LAST_BITS",
+    "Departure",
+    "TensorChecks",
+    "follow",
+    "relative_error",
+]
 
 FLOAT_UNITS = 1 / 64
 """How far beyond half a unit of 8 bits an integer may be from the float value it was rounded from.
@@ -28,6 +36,9 @@ That is what the last bits of float kernels come to behind one group of float op
 (docs/device_arithmetic.md): of six networks of the zoo at most 1/2000. They are a part of the
 range, and so more units where these are finer.
 """
+
+LAST_BITS = 1e-3
+"""Largest relative error of an output behind one group of float ops, given the tensors before."""
 
 
 @dataclass(frozen=True)
@@ -143,3 +154,20 @@ class _Following(IntegerReference):
             maker_node = cast(Node, node.args[0])
             path, count = module_path(maker_node), int(wrong.sum())
             self.found = Departure(maker_node.name, path, given.numel(), count, float(off.max()))
+
+
+def relative_error(want: Tensor, got: Tensor) -> float:
+    """Root-mean-square difference over the root-mean-square of ``want``, of what is finite.
+
+    Infinite where one of the two is not, and the other is another value.
+    """
+    reference, value = want.to(torch.float64), got.to(torch.float64)
+    finite = torch.isfinite(reference) & torch.isfinite(value)
+    same = (reference == value) | (torch.isnan(reference) & torch.isnan(value))
+    if not bool((finite | same).all()):
+        return math.inf
+    if not bool(finite.any()):
+        return 0.0
+    noise = (value - reference)[finite].square().mean().sqrt()
+    signal = reference[finite].square().mean().sqrt()
+    return float(noise / signal) if signal > 0 else float(noise)

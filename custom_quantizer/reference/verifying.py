@@ -19,18 +19,26 @@ from custom_quantizer.core.graph import (
     is_constant,
     qparams_of,
 )
+from custom_quantizer.ops.backend import Backend
 from custom_quantizer.reference.converted import ConvertedGraph, read_converted
-from custom_quantizer.reference.following import TensorChecks
+from custom_quantizer.reference.following import (
+    LAST_BITS,
+    TensorChecks,
+    follow,
+    relative_error,
+)
 from custom_quantizer.reference.interpreter import IntegerReference
 
 __all__ = [
     "Checks",
     "Difference",
+    "Followed",
     "LayerCheck",
     "Program",
     "TensorDifference",
     "apart",
     "beyond",
+    "follow_program",
     "instrumented",
     "output_scales",
     "showing",
@@ -288,3 +296,52 @@ def tensor_differences(
         TensorDifference(name, values, wrong, float(round(most)))
         for (name, _), (values, wrong, most) in zip(taps, counts, strict=True)
     )
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What a program that returns all its quantized tensors computes.
+
+    Attributes:
+        checks: of these tensors.
+        following: outputs of the graph that follow from the tensors.
+        results: those of the program.
+    """
+
+    checks: TensorChecks
+    following: list[Any]
+    results: list[Any]
+
+    @property
+    def outputs_follow(self) -> bool:
+        """Whether the outputs are those that follow, but for last bits of float ops."""
+        pairs = zip(self.following, self.results, strict=True)
+        return all(
+            relative_error(want, got) <= LAST_BITS
+            for want, got in pairs
+            if isinstance(want, Tensor)
+        )
+
+
+def follow_program(
+    graph: ConvertedGraph,
+    example: tuple[Any, ...],
+    lower: Callable[[ConvertedGraph, tuple[Any, ...]], Program],
+    backend: Backend,
+) -> Followed:
+    """Lower a graph with all quantized tensors as outputs, and follow these.
+
+    Args:
+        graph: a converted graph.
+        example: inputs of it.
+        lower: makes a program, without checks.
+        backend: whose arithmetic they follow by.
+    """
+    tapped, taps = instrumented(graph.model, outputs=True)
+    flat = tuple(pytree.tree_leaves(example))
+    program = lower(read_converted(tapped, graph.backend), flat)
+    results = pytree.tree_leaves(program.run(*flat))
+    checks, following = follow(
+        read_converted(tapped, backend), tapped_integers(tapped, results), flat
+    )
+    return Followed(checks, following[len(taps) :], results[len(taps) :])

@@ -507,9 +507,9 @@ def test_last_bits_that_a_network_magnifies_do_not_stop_it(monkeypatch: pytest.M
     """As if its last layers magnified them: any difference of the outputs is too large."""
     graph, x = mixed()
     asked: list[Any] = []
-    follow = checks.follow
+    follow = checks.follow_program
     monkeypatch.setattr(checks, "FLOAT_TOLERANCE", 0.0)
-    monkeypatch.setattr(checks, "follow", lambda *args: asked.append(args) or follow(*args))
+    monkeypatch.setattr(checks, "follow_program", lambda *args: asked.append(args) or follow(*args))
     program = cq.lower(graph, (x,))
     assert len(asked) == 1
     assert not torch.equal(program.run(x), cq.integer_reference(graph)(x))

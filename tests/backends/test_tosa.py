@@ -29,6 +29,7 @@ from custom_quantizer.backends.tosa.arithmetic import (
     sum_rescales,
 )
 from custom_quantizer.backends.tosa.checked_lowering import lower_graph
+from custom_quantizer.backends.tosa.program import TosaProgram
 from custom_quantizer.core.arithmetic import PoolWindows, QParams, scale_of, store
 from custom_quantizer.core.graph import detached_copy
 from custom_quantizer.ops import REGISTRY, OpRule
@@ -490,6 +491,47 @@ def test_a_dynamic_batch_becomes_that_of_the_example(tmp_path: Any) -> None:
     program = cq.lower(done.graph, example, backend="tosa")
     assert program.differing([example]) == (0, 12)
     assert program.save(tmp_path / "net.tosa").read_bytes() == program.buffer
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_tools")
+def test_products_of_a_dynamic_batch() -> None:
+    torch.manual_seed(0)
+    example = (torch.randn(3, 2, 4, 8),)
+    model = Function(lambda s, x: s.a(x) @ x.transpose(2, 3), a=nn.Linear(8, 8))
+    sizes = (({0: torch.export.Dim("n", max=8), 2: torch.export.Dim("m", max=8)},),)
+    done = convert(
+        model, example, cq.IntegerQuantizer("tosa").set_global("a8w8"), dynamic_shapes=sizes
+    )
+    assert cq.lower(done.graph, example, backend="tosa").differing([example]) == (0, 96)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_tools")
+def test_last_bits_of_float_ops_outside_are_no_wrong_integers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    example = (torch.randn(2, 8),)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 4), nn.Softplus())
+    graph = planned(model, example, "a8w8")
+    run = TosaProgram.run
+    off = 1 + 1e-6
+
+    def nudged(program: TosaProgram, *inputs: Tensor) -> Any:
+        values = run(program, *inputs)
+        many = isinstance(values, tuple)  # the integer tensors, and then the output
+        return (*values[:-1], values[-1] * off) if many else values * off
+
+    monkeypatch.setattr(TosaProgram, "run", nudged)
+    program = lower_graph(graph, example)
+    checked = cq.verify(graph.model, program, [example])
+    assert not checked.bit_exact
+    assert checked.tensors is not None
+    assert checked.tensors.equal == checked.tensors.tensors == 4
+    off = 1.01
+    with pytest.raises(cq.VerificationError, match="8 of 8 outputs differ"):
+        lower_graph(graph, example)
 
 
 class Attention(nn.Module):

@@ -106,7 +106,12 @@ def work_on(model: GraphModule, graph: ConvertedGraph) -> Work:
 
 def _insert(model: GraphModule, source: Node, target: Any, args: tuple[Any, ...]) -> Node:
     with model.graph.inserting_after(source):
-        node = model.graph.call_function(target, args)
+        return _call(model, source, target, args)
+
+
+def _call(model: GraphModule, source: Node, target: Any, args: tuple[Any, ...]) -> Node:
+    """A call where the graph is at, of what ``source`` is of."""
+    node = model.graph.call_function(target, args)
     for key in ("nn_module_stack", "stack_trace", "from_node"):
         if key in source.meta:
             node.meta[key] = source.meta[key]
@@ -244,15 +249,25 @@ def batched_products(work: Work) -> int:
         elif len(shapes[0]) == 3:
             placed.anchor.target = aten.bmm.default
         else:
-            batched = [
-                _reshaped(model, operand, q, [-1, *shape[-2:]], op.node.name)
-                for operand, q, shape in zip(operands, op.inputs, shapes, strict=True)
-            ]
+            with model.graph.inserting_before(placed.anchor):
+                sizes = [
+                    _sizes(model, operand, shape)
+                    for operand, shape in zip(operands, shapes, strict=True)
+                ]
+                flat = [
+                    _call(model, operand, aten.reshape.default, (operand, [-1, *shape[-2:]]))
+                    for operand, shape in zip(operands, sizes, strict=True)
+                ]
+            batched = []
+            for node, q in zip(flat, op.inputs, strict=True):
+                _mark(node, op.node.name)
+                batched.append(_rounded(model, node, q))
             with model.graph.inserting_before(placed.anchor):
                 product = model.graph.call_function(aten.bmm.default, tuple(batched))
             product.meta = dict(placed.anchor.meta)
             back = _rounded(model, product, op.output)
-            shaped = _insert(model, back, aten.reshape.default, (back, list(shape_of(op.node))))
+            shape = [*sizes[0][:-1], sizes[1][-1]]
+            shaped = _insert(model, back, aten.reshape.default, (back, shape))
             placed.anchor.replace_all_uses_with(shaped)
             model.graph.erase_node(placed.anchor)
             placed.anchor, placed.last = product, shaped
@@ -260,10 +275,12 @@ def batched_products(work: Work) -> int:
     return count
 
 
-def _reshaped(model: GraphModule, source: Node, q: QParams, shape: list[Any], name: str) -> Node:
-    node = _insert(model, source, aten.reshape.default, (source, shape))
-    _mark(node, name)
-    return _rounded(model, node, q)
+def _sizes(model: GraphModule, source: Node, shape: Sequence[Any]) -> list[Any]:
+    """Sizes of a tensor; what was dynamic at capture as a call, which export makes a number."""
+    return [
+        size if isinstance(size, int) else _call(model, source, aten.sym_size.int, (source, dim))
+        for dim, size in enumerate(shape)
+    ]
 
 
 def weights_in_bytes(work: Work) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,14 +33,14 @@ from custom_quantizer.errors import LoweringError, ProgramError, VerificationErr
 from custom_quantizer.ops.movement import PERMUTE, RESHAPE
 from custom_quantizer.reference import IntegerReference
 from custom_quantizer.reference.converted import ConvertedGraph, FloatOp, read_converted
-from custom_quantizer.reference.following import TensorChecks, follow
+from custom_quantizer.reference.following import TensorChecks, relative_error
 from custom_quantizer.reference.verifying import (
+    Followed,
     LayerCheck,
     apart,
     beyond,
-    instrumented,
+    follow_program,
     showing,
-    tapped_integers,
 )
 
 __all__ = [
@@ -67,9 +67,6 @@ RUN_TIME_TOLERANCE = 1e-4
 Last bits of float ops in between leave outputs near 1e-7, unless they turn one of a layer's
 integers into its neighbour.
 """
-
-LAST_BITS = 1e-3
-"""Largest relative error of an output behind one group of float ops, given the tensors before."""
 
 
 def check_program(
@@ -258,16 +255,13 @@ def _check_each_tensor(
     if layers or any(node.target is CHOOSE_QPARAMS for node in graph.model.graph.nodes):
         # Each follows, and integers chosen at run time are no taps: there is nothing to name.
         raise VerificationError(f"{difference}; custom_quantizer.verify shows how far they are off")
-    found, following, results = _followed(graph, example)
-    if found.first is not None:
-        raise VerificationError(f"{difference}; {found.first}")
-    rows = zip(outputs, following, results, strict=True)
-    for i, (mine, want, got) in enumerate(rows):
-        if not isinstance(want, Tensor):
-            continue
-        if relative_error(want, got) > LAST_BITS:
-            raise VerificationError(f"{difference}; it does not follow from the tensors before it")
-        if relative_error(got, mine) > FLOAT_TOLERANCE:
+    found = _followed(graph, example)
+    if found.checks.first is not None:
+        raise VerificationError(f"{difference}; {found.checks.first}")
+    if not found.outputs_follow:
+        raise VerificationError(f"{difference}; it does not follow from the tensors before it")
+    for i, (mine, got) in enumerate(zip(outputs, found.results, strict=True)):
+        if isinstance(got, Tensor) and relative_error(got, mine) > FLOAT_TOLERANCE:
             raise VerificationError(
                 f"{difference}; each tensor follows from those before it, but output {i} is "
                 "another in the program that returns them all"
@@ -290,27 +284,13 @@ def each_tensor(graph: ConvertedGraph, example: tuple[Any, ...]) -> TensorChecks
     """
     if any(node.target is CHOOSE_QPARAMS for node in graph.model.graph.nodes):
         return None
-    found, _, _ = _followed(graph, example)
+    found = _followed(graph, example).checks
     return found if found.tensors else None
 
 
-def _followed(
-    graph: ConvertedGraph, example: tuple[Any, ...]
-) -> tuple[TensorChecks, list[Any], list[Any]]:
-    """Lower the graph with all quantized tensors as outputs, and follow these.
-
-    Returns:
-        What was found, the outputs of the graph that follow from the tensors, and those of the
-        program.
-    """
-    tapped, taps = instrumented(graph.model, outputs=True)
-    other = read_converted(tapped, here(graph).backend)
-    asked = read_converted(tapped, graph.backend)
-    flat = tuple(pytree.tree_leaves(example))
-    program = make_program(asked, flat, validate=False)
-    results = pytree.tree_leaves(program.run(*flat))
-    found, following = follow(other, tapped_integers(tapped, results), flat)
-    return found, following[len(taps) :], results[len(taps) :]
+def _followed(graph: ConvertedGraph, example: tuple[Any, ...]) -> Followed:
+    lowered = partial(make_program, validate=False)
+    return follow_program(graph, example, lowered, here(graph).backend)
 
 
 def run_time_layers(graph: ConvertedGraph, example: tuple[Any, ...]) -> tuple[LayerCheck, ...]:
@@ -364,20 +344,3 @@ def lower_again(
 ) -> LoweredProgram:
     """Lower another graph as this program was lowered, without checks."""
     return make_program(read_converted(converted, BACKEND), example, validate=True)
-
-
-def relative_error(want: Tensor, got: Tensor) -> float:
-    """Root-mean-square difference over the root-mean-square of ``want``, of what is finite.
-
-    Infinite where one of the two is not, and the other is another value.
-    """
-    reference, value = want.to(torch.float64), got.to(torch.float64)
-    finite = torch.isfinite(reference) & torch.isfinite(value)
-    same = (reference == value) | (torch.isnan(reference) & torch.isnan(value))
-    if not bool((finite | same).all()):
-        return math.inf
-    if not bool(finite.any()):
-        return 0.0
-    noise = (value - reference)[finite].square().mean().sqrt()
-    signal = reference[finite].square().mean().sqrt()
-    return float(noise / signal) if signal > 0 else float(noise)
