@@ -44,7 +44,14 @@ from custom_quantizer.reference.verifying import (
     tensor_differences,
 )
 
-__all__ = ["FirstDifference", "OutputCheck", "Verification", "random_like", "verify"]
+__all__ = [
+    "FirstDifference",
+    "OutputCheck",
+    "Verification",
+    "has_integers",
+    "random_like",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -284,23 +291,29 @@ def _state_kept(model: object) -> AbstractContextManager[None]:
     return state_kept(model) if isinstance(model, nn.Module) else nullcontext()
 
 
-def random_like(converted: GraphModule, seed: int) -> tuple[Tensor, ...]:
+def has_integers(inputs: tuple[Any, ...]) -> bool:
+    """Whether any is a tensor of indices or a mask, for which no random one can stand."""
+    values = pytree.tree_leaves(inputs)
+    return any(isinstance(value, Tensor) and not value.is_floating_point() for value in values)
+
+
+def random_like(converted: GraphModule, example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
     """Normal inputs of the shapes a converted graph was captured with; dynamic sizes become 2.
 
-    Raises:
-        InputError: an input is not a floating-point tensor, so no random one can stand for it.
+    Indices and masks are those of the example, and where there are any all sizes are.
     """
     generator = torch.Generator().manual_seed(seed)
+    fixed = has_integers(example)
+    metas = [tensor_meta(node) for node in converted.graph.nodes if node.op == "placeholder"]
+    values, nesting = pytree.tree_flatten(example)
     inputs = []
-    for node in converted.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        meta = tensor_meta(node)
-        if meta is None or not meta.dtype.is_floating_point:
-            raise InputError(f"input {node.name} is not a float tensor; pass inputs of your own")
-        shape = [size if isinstance(size, int) else 2 for size in meta.shape]
-        inputs.append(torch.randn(shape, generator=generator, dtype=meta.dtype))
-    return tuple(inputs)
+    for value, meta in zip(values, metas, strict=True):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            sizes = value.shape if meta is None or fixed else meta.shape
+            shape = [size if isinstance(size, int) else 2 for size in sizes]
+            value = torch.randn(shape, generator=generator, dtype=value.dtype)
+        inputs.append(value)
+    return cast("tuple[Any, ...]", pytree.tree_unflatten(inputs, nesting))
 
 
 def _path(graph: ConvertedGraph, name: str) -> str:

@@ -100,7 +100,7 @@ def load_result(file: str | os.PathLike[str]) -> StoredResult:
     from custom_quantizer.app.saved_graph import load_lowered
     from custom_quantizer.report.graph_record import inspect
 
-    converted, lowered = load_lowered(path, graph)
+    converted, lowered, _ = load_lowered(path, graph)
     return StoredResult(path.stem, inspect(converted, lowered), path, graph)
 
 

@@ -136,11 +136,11 @@ def load_lowered(
     graph: str | os.PathLike[str],
     *,
     isolated: bool | None = None,
-) -> tuple[GraphModule, LoweredProgram]:
+) -> tuple[GraphModule, LoweredProgram, tuple[Any, ...]]:
     """Read a program together with its graph, so that every op can be traced into the file.
 
     The graph is lowered once more; what that says about each op is paired with the bytes of the
-    file, whatever they hold.
+    file, whatever they hold. The third is the example that the graph was saved with.
 
     Args:
         program: a ``.pte``.
@@ -158,4 +158,5 @@ def load_lowered(
     read_program(data, name=os.fspath(program))
     if isolated is None and recorded:
         isolated = False
-    return converted, lower(converted, example, check=False).with_bytes(data, isolated=isolated)
+    lowered = lower(converted, example, check=False).with_bytes(data, isolated=isolated)
+    return converted, lowered, example

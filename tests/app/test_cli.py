@@ -492,6 +492,27 @@ def test_plan(work: Path) -> None:
     assert "a8w4" in ok(*args, "--scheme", "a8w4")
 
 
+def test_models_that_read_indices(work: Path) -> None:
+    (work / "tagger.py").write_text(
+        "import torch\nclass Tagger(torch.nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.rows = torch.nn.Embedding(9, 4)\n"
+        "        self.linear = torch.nn.Linear(6, 3)\n    def forward(self, ids, x):\n"
+        "        return self.linear(torch.cat([self.rows(ids), x], 1))\n"
+    )
+    ids, x = np.arange(40, dtype=np.int64) % 9, np.zeros((40, 2), np.float32)
+    np.savez(work / "tags.npz", **{"inputs.0": ids, "inputs.1": x + 1})
+    model = f"{work}/tagger.py:Tagger"
+    text = ok("plan", model, "--input-shape", "int64:1", "--input-shape", "1,2")
+    assert "linear" in text
+    output = work / "tags.pte"
+    data = ("--calibration", work / "tags.npz", "-o", output)
+    ok("quantize", model, *data, "--input-shape", "5", "--input-shape", "5,2")
+    ok("quantize", model, *data, "--dynamic-batch")
+    # Nobody has to bring data: no random integers stand for indices, but the example's do.
+    assert "0 of 60 values differ" in ok("verify", output)
+    assert "0 of 3" in ok("profile", output, "--runs", 1)
+
+
 def test_model_arguments(work: Path) -> None:
     (work / "wide.py").write_text(
         "import torch\ndef make(width, bias=True):\n    return torch.nn.Linear(4, width, bias)\n"
@@ -672,6 +693,7 @@ def test_our_errors_exit_with_1(work: Path, program: Path, name: str) -> None:
         (plain("quantize", "net", "--calibration", "x", "-o", "x.bin"), "name a .pte file"),
         (quantize("n", "d", "--calibration-samples", "0"), "0 is not in the range x>=1"),
         (quantize("n", "d", "--input-shape", "1,a"), "'1,a' is not a list of numbers"),
+        (quantize("n", "d", "--input-shape", "int3:1,2"), "or int64, not 'int3'"),
         (quantize("n", "d", "--input-shape", "1,0"), "'1,0' has a number below 1"),
         (quantize("n", "d", "--resize", "1,2,3"), "'1,2,3' has 3 numbers, not 1 or 2"),
         (quantize("n", "d", "--model-arg", "width"), "'width' is not NAME=VALUE"),

@@ -425,7 +425,7 @@ def test_a_program_without_a_checksum_runs_apart(program: bytes, tmp_path: Path)
 
 @pytest.mark.slow
 def test_any_program_runs_apart_if_asked(saved: Path) -> None:
-    converted, lowered = load_lowered(
+    converted, lowered, _ = load_lowered(
         saved / "net.pte", saved / "net.graph.safetensors", isolated=True
     )
     assert cq.verify(converted, lowered, IMAGES).bit_exact

@@ -97,7 +97,7 @@ def test_another_network_of_the_same_shape_is_found_out(files: Path, tmp_path: P
     graph, _ = cq.load_graph(files / "net.graph.safetensors")
     graph.get_buffer("0_bias_integers")[3] += 1
     cq.lower(graph, EXAMPLE).save(tmp_path / "other.pte")
-    converted, lowered = load_lowered(tmp_path / "other.pte", files / "net.graph.safetensors")
+    converted, lowered, _ = load_lowered(tmp_path / "other.pte", files / "net.graph.safetensors")
     checked = cq.verify(converted, lowered, EXAMPLE)
     assert checked.first is not None
     assert checked.first.what == "bias"

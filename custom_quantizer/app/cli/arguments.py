@@ -6,12 +6,13 @@ What finds a mistake is called first, before seconds of imports and minutes of w
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from custom_quantizer.app.cli.options import MakePreprocess
+from custom_quantizer.app.cli.options import InputShape, MakePreprocess
 from custom_quantizer.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,27 +82,39 @@ def lines_of(file: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def random_inputs(shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
-    """Normally distributed inputs, the same each time: float32."""
+def random_inputs(
+    shapes: tuple[InputShape, ...], like: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
+    """Normally distributed inputs, the same each time; integers are 0, which any table has.
+
+    Args:
+        shapes: of the inputs.
+        like: samples, of whose types inputs are that name none.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
+    found = []
     try:
-        return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+        for (sizes, name), sample in zip_longest(shapes, like[: len(shapes)]):
+            known = torch.float32 if sample is None else sample.dtype
+            dtype = known if name is None else getattr(torch, name)
+            if dtype.is_floating_point:
+                found.append(torch.randn(sizes, generator=generator, dtype=dtype))
+            else:
+                found.append(torch.zeros(sizes, dtype=dtype))
+        return tuple(found)
     except RuntimeError as error:
-        needed = max(4 * math.prod(shape) for shape in shapes)
+        needed = max(4 * math.prod(shape.sizes) for shape in shapes)
         raise InputError(
             f"--input-shape: an input of {needed:,} bytes does not fit into the memory; check it"
         ) from error
 
 
-def example_inputs(
-    data: DataSource | None, shapes: tuple[tuple[int, ...], ...]
-) -> tuple[Tensor, ...]:
+def example_inputs(data: DataSource | None, shapes: tuple[InputShape, ...]) -> tuple[Tensor, ...]:
     """Inputs to capture a model with: of these shapes, or else one sample."""
-    if shapes or data is None:
-        return random_inputs(shapes)
-    return data.example_inputs(1)
+    samples = () if data is None else data.example_inputs(1)
+    return random_inputs(shapes, samples) if shapes or data is None else samples
 
 
 def check_output(output: Path) -> None:

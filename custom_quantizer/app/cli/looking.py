@@ -189,11 +189,14 @@ def profile_command(
     if graph is None and beside.exists():
         graph = beside
     subject: Any = program
+    inputs: list[Any] | None = None
     if graph is not None:
+        from custom_quantizer.analysis.verification import has_integers, random_like
         from custom_quantizer.app.saved_graph import load_lowered
 
-        _, subject = load_lowered(program, graph)
-    inputs: list[Any] | None = None
+        converted, subject, example = load_lowered(program, graph)
+        if has_integers(example):
+            inputs = [random_like(converted, example, 0)]
     if data is not None:
         source = load_samples(data, preprocess, samples)
         batch = (None if graph is None else subject.batch_size) or 1

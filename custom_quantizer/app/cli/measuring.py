@@ -138,7 +138,7 @@ def evaluate_command(
 )
 @path_argument("program", "PROGRAM.pte")
 @graph_option(".  [default: PROGRAM.graph.safetensors]")
-@data_option("Inputs to compare on.  [default: random ones]")
+@data_option("Inputs to compare on.  [default: random ones, and the integers of GRAPH's example]")
 @samples_option("Samples of DATA, or batches of random inputs.", default=20)
 @isolated_option
 @model_option("Float model, for the SQNR against it.")
@@ -193,11 +193,11 @@ def verify_command(
     from custom_quantizer.app.saved_graph import load_lowered
 
     start_runtime()
-    converted, lowered = load_lowered(
+    converted, lowered, example = load_lowered(
         program, graph or existing_graph(program), isolated=isolated or None
     )
     if data is None:
-        inputs: list[Any] = [random_like(converted, seed) for seed in range(samples)]
+        inputs: list[Any] = [random_like(converted, example, seed) for seed in range(samples)]
     else:
         source = load_samples(data, preprocess, samples)
         inputs = list(source.with_batch_size(lowered.batch_size or 1).inputs)

@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import click
 
@@ -31,6 +31,31 @@ def examples(*lines: str) -> str:
     """The end of a command's ``--help``."""
     # click keeps the lines of a paragraph as they are behind this mark.
     return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
+
+
+class InputShape(NamedTuple):
+    """Sizes of an input, and of what type it is if the option says so."""
+
+    sizes: tuple[int, ...]
+    dtype: str | None
+
+
+_DTYPES = ("bool", "float32", "int32", "int64")
+
+
+def _input_shapes(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Callback that parses ``1,3,224,224`` or ``int64:1,12``, as often as it stands."""
+    found = []
+    for text in value:
+        dtype, colon, sizes = text.rpartition(":")
+        if colon and dtype not in _DTYPES:
+            raise click.BadParameter(
+                f"{text!r}: an input is {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, not {dtype!r}",
+                param=param,
+            )
+        (numbers,) = _numbers(int)(ctx, param, (sizes,))
+        found.append(InputShape(numbers, dtype or None))
+    return tuple(found)
 
 
 def _numbers(kind: type[int] | type[float], *counts: int) -> Callable[..., Any]:
@@ -353,10 +378,11 @@ checkpoint_option = file_option(
 shape_option = click.option(
     "--input-shape",
     "shapes",
-    callback=_numbers(int),
-    metavar="N,C,H,W",
+    callback=_input_shapes,
+    metavar="[TYPE:]N,C,H,W",
     multiple=True,
-    help="Shape of an input, batch first; once for each input of the model.",
+    help="Shape of an input, batch first, and its type, such as int64:1,16; once for each input "
+    "of the model.  [default of TYPE: that of the data, else float32]",
 )
 
 dynamic_option = click.option(

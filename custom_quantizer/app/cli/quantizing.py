@@ -23,6 +23,7 @@ from custom_quantizer.app.cli.arguments import (
 from custom_quantizer.app.cli.console import echo, say
 from custom_quantizer.app.cli.options import (
     CALIBRATION_SAMPLES,
+    InputShape,
     MakePreprocess,
     NamedModel,
     accuracy_option,
@@ -93,13 +94,14 @@ def plan_command(
     model: NamedModel,
     asked: str | Path,
     integer_io: bool,
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: tuple[InputShape, ...],
     as_json: bool,
 ) -> None:
     """Show what would become of every op of MODEL, and why.
 
     Nothing is calibrated. MODEL is a torchvision model, package.module:function or
-    file.py:function. Inputs are random, of shape 1,3,224,224 unless --input-shape says otherwise.
+    file.py:function. Inputs are random, float32 of shape 1,3,224,224 unless --input-shape says
+    otherwise (int64:1,16 is one of 16 indices).
     """
     model.check()
     quantizer = quantizer_for(asked, integer_io)
@@ -110,7 +112,7 @@ def plan_command(
     from custom_quantizer.app.capture import capture
     from custom_quantizer.report.terminal import plan_table, print_table, size_text
 
-    exported, _ = capture(module, random_inputs(shapes or ((1, 3, 224, 224),)))
+    exported, _ = capture(module, random_inputs(shapes or (InputShape((1, 3, 224, 224), None),)))
     plan = quantizer.plan(exported)
     if as_json:
         click.echo(plan.to_json())
@@ -152,7 +154,7 @@ def calibrate_command(
     samples: int,
     preprocess: MakePreprocess,
     asked: str | Path,
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: tuple[InputShape, ...],
     dynamic_batch: bool,
     checkpoint: Path | None,
     output: Path,
@@ -248,7 +250,7 @@ def quantize_command(
     preprocess: MakePreprocess,
     asked: str | Path,
     integer_io: bool,
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: tuple[InputShape, ...],
     dynamic_batch: bool,
     output: Path,
     as_json: bool,
