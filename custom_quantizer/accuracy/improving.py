@@ -75,6 +75,12 @@ _HELD_BACK = 8
 _LIMIT, _ITERATIONS, _SEED = 512, 2000, 0
 """What :func:`improve` does unless it is told."""
 
+_LOST = 1.0
+"""Decibels lost on what is held back, from which on a layer fits the samples and not the data."""
+
+TOO_FEW = "its output on the batches held back lost {:.1f} dB: give more samples"
+"""Why a layer was left as it was."""
+
 
 @dataclass(frozen=True)
 class LayerGain:
@@ -451,12 +457,11 @@ class _Run:
             floating.run_layer(layer)
             if self.file is not None and index < finished:
                 applied = self.file.restore(index, layer)
+                rounded.run_layer(layer)
             else:
                 applied = self._improve(index, layer, floating, rounded)
                 if self.file is not None:
                     self.file.save(index, applied, layer)
-            if layer.node not in rounded.values:
-                rounded.run_layer(layer)
             after = self._sqnr(layer, floating, rounded)
             by = (*self.rescaled.get(layer.node, ()), *applied)
             gains.append(
@@ -483,8 +488,27 @@ class _Run:
     def _improve(
         self, index: int, layer: Layer, floating: Stream, rounded: Stream
     ) -> tuple[str, ...]:
+        """Change one layer, unless it is the worse for what is held back; who changed it."""
+        state = layer.state()
+        exact = floating.batches(layer.node)[-len(self.held) :]
+        before = _sqnr(exact, rounded.outputs_of(layer, len(self.held)))
+        applied = self._change(index, layer, floating, rounded)
+        if layer.node not in rounded.values:
+            rounded.run_layer(layer)
+        lost = before - self._sqnr(layer, floating, rounded)
+        if self.learned == len(self.calls) or not lost > _LOST:
+            return applied
+        layer.load(state)
+        rounded.run_layer(layer)
+        for name in applied:
+            self._leave(name, {layer.name: TOO_FEW.format(lost)})
+        return ()
+
+    def _change(
+        self, index: int, layer: Layer, floating: Stream, rounded: Stream
+    ) -> tuple[str, ...]:
         """Change one layer; the names of the algorithms that did."""
-        applied = []
+        applied: list[str] = []
         learned = slice(self.learned)
         corrects = "bias_correction" in self.algorithms and layer.bias is not None
         by_moments = [name for name in ("gptq", "adaround") if name in self.algorithms]

@@ -93,6 +93,11 @@ class Stream:
                 lambda args, _: args[0].add_(added), (layer.node,), {}
             )
 
+    def outputs_of(self, layer: Layer, last: int) -> list[Tensor]:
+        """Outputs of a rounded layer for the last batches, which nothing is to read."""
+        weight, bias = layer.rounded_weight(), layer.rounded_bias()
+        return [layer.compute(x, weight, bias) for x in self.batches(layer.input)[-last:]]
+
     def run_any(self, node: Node, layers: Mapping[Node, Layer]) -> None:
         """Compute a node, which may be a layer."""
         if node in layers:

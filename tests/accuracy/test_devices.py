@@ -34,7 +34,7 @@ def test_smoothquant_works_on_one_device() -> None:
         def __init__(self) -> None:
             super().__init__(nn.LayerNorm(16), nn.Linear(16, 8))
 
-    data = list(torch.randn(24, 16, generator=torch.Generator().manual_seed(0)).split(8))
+    data = list(torch.randn(96, 16, generator=torch.Generator().manual_seed(0)).split(8))
     exported = torch.export.export(Normed().eval(), (data[0],)).module()
     prepared = prepare_pt2e(exported, cq.IntegerQuantizer().set_global("a8w4"))
     cq.calibrate(prepared, data)

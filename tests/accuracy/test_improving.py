@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from support.improvement import (
     prepared_every_layer,
     smooth_images,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
@@ -51,6 +52,24 @@ def test_every_layer_is_better_than_rounded_to_nearest() -> None:
     assert solved_qparams(prepared) == ranges
     assert fresh_error(prepared) < nearest / 4
     assert (result.samples, result.held_back) == (56, 8)
+
+
+def test_a_layer_that_too_few_samples_make_worse_stays_as_it_was() -> None:
+    torch.manual_seed(0)
+    model, rows = nn.Linear(48, 8), torch.randn(200, 48)
+    captured = torch.export.export(model, (rows[:1],)).module()
+    prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w4"))
+    few = rows[:10].split(1)
+    cq.calibrate(prepared, few)
+    states = layer_states(prepared)
+    result = cq.improve(prepared, few)
+    assert [layer.algorithms for layer in result.layers] == [()]
+    assert result.layers[0].gain == 0.0
+    assert [entry.algorithm for entry in result.not_applied] == ["gptq", "bias_correction"]
+    assert re.search(r"batches held back lost \d+\.\d dB", result.not_applied[0].reason)
+    assert _equal(layer_states(prepared), states)
+    result = cq.improve(prepared, rows.split(1))
+    assert result.layers[0].algorithms == ("gptq", "bias_correction")
 
 
 def test_a_graph_that_was_improved_before_is_still_compared_with_the_float_model() -> None:
