@@ -155,11 +155,12 @@ def describe(node: Node) -> str:
 def tensor_meta(node: Node) -> torch.Tensor | None:
     """The fake tensor that capture recorded for ``node``, if its value is one tensor.
 
-    ``convert_pt2e`` records none for the dequantize nodes it makes: they have the shape of what
-    was quantized. Nor does it for the constants it folds: these are tensors of the module.
+    ``prepare_pt2e`` and ``convert_pt2e`` record none for the observers and dequantize nodes they
+    make: these have the shape of what is quantized. Nor do they for the constants that are folded:
+    these are tensors of the module.
     """
     value, last = node.meta.get("val"), node
-    while value is None and (is_dequantize(last) or is_quantize(last)):
+    while value is None and (is_dequantize(last) or is_quantize(last) or _is_observer(last)):
         last = cast(Node, last.args[0])
         value = last.meta.get("val")
     if value is None and last.op == "get_attr":
@@ -169,6 +170,10 @@ def tensor_meta(node: Node) -> torch.Tensor | None:
     if last is not node and is_dequantize(node) and not value.is_floating_point():
         value = value.to(torch.float32)  # integers that no node quantized: a table's, an input's
     return value
+
+
+def _is_observer(node: Node) -> bool:
+    return node.op == "call_module" and str(node.target).startswith("activation_post_process")
 
 
 def is_float32(node: object) -> bool:

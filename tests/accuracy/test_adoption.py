@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.cifar_models import cifar10_calibration, cifar10_test, resnet20
 from support.training import captured, images, made, prepared_for
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import (
     convert_pt2e,
@@ -87,6 +87,21 @@ def test_the_first_integers_are_the_improved_ones(scheme: str, trained: str, tra
             assert one is other or torch.equal(one, other)
     assert torch.equal(before(x), after(x))
     assert torch.equal(before(x), trained_now)
+
+
+def test_norms_between_layers_are_looked_at_as_well() -> None:
+    """What a match of theirs asks for, a shape, no observer has recorded."""
+
+    def captured_now() -> GraphModule:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1))
+        return torch.export.export(model, (DATA[:2, :, :8, :8],)).module()
+
+    start = prepare_pt2e(captured_now(), cq.IntegerQuantizer().set_global("a8w4"))
+    cq.calibrate(start, [DATA[:2, :, :8, :8]])
+    prepared = prepare_qat_pt2e(captured_now(), cq.IntegerQuantizer().set_global("a8w4"))
+    adoption = cq.adopt(prepared, start)
+    assert {"conv2d", "conv2d_1"} <= {*adoption.layers}
 
 
 def test_improved_weights_start_in_the_middle_of_their_integers() -> None:
