@@ -45,7 +45,7 @@ _ATEN = _names(
     grid_sampler grid_sampler_2d group_norm gru gru_cell gt hardshrink hardsigmoid hardswish
     hardtanh heaviside hypot im2col index index_add index_copy index_fill index_put index_select
     inner instance_norm isclose isfinite isinf isnan kron layer_norm leaky_relu lerp less
-    less_equal lift_fresh lift_fresh_copy linalg_norm linalg_vecdot linalg_vector_norm linear
+    less_equal le lift_fresh lift_fresh_copy linalg_norm linalg_vecdot linalg_vector_norm linear
     linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logcumsumexp logical_and
     logical_not logical_or logical_xor logit logsumexp lstm lstm_cell lt masked_fill
     masked_scatter matmul max max_pool1d max_pool2d max_pool2d_with_indices max_pool3d maximum

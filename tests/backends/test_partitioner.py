@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -273,6 +274,42 @@ def test_check_takes_every_form_of_a_program(
     (tmp_path / "net.pte").write_bytes(program.buffer)
     for form in (edge, program, bytes(program.buffer), tmp_path / "net.pte"):
         cq.check(form, graph, images())
+
+
+def test_debug_handles_are_those_of_another_way_to_the_same_program() -> None:
+    contents = cq.lower(converted(), images()).contents.main
+    (delegate,) = contents.delegates
+    later = tuple(replace(op, debug_handle=op.debug_handle + 4) for op in delegate.ops)
+    counted = replace(contents, delegates=(replace(delegate, ops=later),))
+    assert counted.numbered_like(contents) == contents
+    less = replace(contents, delegates=(replace(delegate, ops=later[1:]),))
+    assert less.numbered_like(contents) == less
+
+
+class Cached(nn.Module):
+    """One step of a decoder whose keys and values are inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> tuple[Tensor, ...]:
+        key, value = self.both(x).view(1, 1, 2, 2, 4).permute(2, 0, 3, 1, 4)
+        keys, values = keys.index_copy(2, at, key), values.index_copy(2, at, value)
+        y = F.scaled_dot_product_attention(key, keys, values, (torch.arange(6) <= at)[None])
+        return self.out(y.reshape(1, 1, 8)), keys, values
+
+
+@pytest.mark.slow
+def test_a_finished_program_with_kernels_between_its_delegates(tmp_path: Path) -> None:
+    keys, values = torch.randn(2, 1, 2, 6, 4)
+    example = (torch.randn(1, 1, 8), keys, values, torch.tensor([2]))
+    graph = convert(Cached(), example, "a8w8").graph
+    edge = to_edge_transform_and_lower(
+        torch.export.export(graph, example), partitioner=[cq.XnnpackPartitioner()]
+    )
+    cq.check(bytes(edge.to_executorch().buffer), graph, example)
+    cq.load_graph(cq.save_graph(graph, example, tmp_path / "net.graph.safetensors"))
 
 
 @pytest.mark.parametrize("finished", slow_but([True], [False, True]))

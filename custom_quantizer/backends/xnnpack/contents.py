@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -345,6 +345,22 @@ class MethodContents:
             (self.delegates[delegate], self.delegates[delegate].ops[op]) for delegate, op in places
         ]
 
+    def numbered_like(self, other: MethodContents) -> MethodContents:
+        """The same; delegates that have the ops of ``other``'s get the debug handles of these, too.
+
+        Handles are counted by the passes that run, and another way to the same program has others.
+        """
+        if len(self.delegates) != len(other.delegates):
+            return self
+        pairs = zip(self.delegates, other.delegates, strict=True)
+        delegates = tuple(
+            replace(mine, ops=theirs.ops)
+            if _without_handles(mine) == _without_handles(theirs)
+            else mine
+            for mine, theirs in pairs
+        )
+        return replace(self, delegates=delegates)
+
     @cached_property
     def _places(self) -> Mapping[int, list[tuple[int, int]]]:
         """Debug handle -> positions of delegates, and of ops in them."""
@@ -353,6 +369,10 @@ class MethodContents:
             for j, op in enumerate(delegate.ops):
                 found.setdefault(op.debug_handle, []).append((i, j))
         return found
+
+
+def _without_handles(delegate: DelegateContents) -> list[DelegateOp]:
+    return [replace(op, debug_handle=0) for op in delegate.ops]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -232,7 +233,11 @@ def check(
         return
     if method != "forward":
         raise InputError(f"a finished program is checked by its method 'forward', not {method!r}")
-    twin = make_program(graph, example, validate=True).with_bytes(_bytes(program))
+    own = make_program(graph, example, validate=True)
+    twin = own.with_bytes(_bytes(program))
+    twin.contents = replace(
+        twin.contents, methods=(twin.contents.main.numbered_like(own.contents.main),)
+    )
     check_program(twin, graph, example, lowered_here=False)
 
 
