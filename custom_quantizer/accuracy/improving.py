@@ -11,6 +11,7 @@ model's, before and after.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -489,14 +490,15 @@ class _Run:
         self, index: int, layer: Layer, floating: Stream, rounded: Stream
     ) -> tuple[str, ...]:
         """Change one layer, unless it is the worse for what is held back; who changed it."""
-        state = layer.state()
-        exact = floating.batches(layer.node)[-len(self.held) :]
-        before = _sqnr(exact, rounded.outputs_of(layer, len(self.held)))
+        state, held = layer.state(), len(self.held)
+        exact = floating.batches(layer.node)[-held:]
+        judged = self.learned < len(self.calls)
+        before = _sqnr(exact, rounded.outputs_of(layer, held)) if judged else -math.inf
         applied = self._change(index, layer, floating, rounded)
         if layer.node not in rounded.values:
             rounded.run_layer(layer)
         lost = before - self._sqnr(layer, floating, rounded)
-        if self.learned == len(self.calls) or not lost > _LOST:
+        if not lost > _LOST:
             return applied
         layer.load(state)
         rounded.run_layer(layer)
