@@ -244,7 +244,7 @@ def improve(
         InputError: the checkpoint cannot be read or written.
     """
     return _improved(
-        prepared, data, algorithms, FloatMeans(), limit, iterations, seed, checkpoint, progress
+        prepared, data, algorithms, None, limit, iterations, seed, checkpoint, progress
     )
 
 
@@ -272,7 +272,7 @@ def _improved(
     prepared: GraphModule,
     data: object,
     algorithms: Sequence[str],
-    means: FloatMeans,
+    means: FloatMeans | None,
     limit: int | None,
     iterations: int,
     seed: int,
@@ -326,7 +326,7 @@ class _Run:
         refused: dict[str, str],
         calls: list[list[Any]],
         algorithms: tuple[str, ...],
-        means: FloatMeans,
+        means: FloatMeans | None,
         iterations: int,
         seed: int,
         checkpoint: str | os.PathLike[str] | None,
@@ -343,8 +343,10 @@ class _Run:
         self.learned = len(calls) - held
         self.held = self.calls[self.learned :] or self.calls
         # Rescaling makes another float network.
-        self.means = FloatMeans() if set(algorithms) & set(RESCALING) else means
-        self.means.open(calls)
+        known = None if set(algorithms) & set(RESCALING) else means
+        self.means = known or FloatMeans()
+        if known is not None:
+            known.open(calls)
         self.rescaled: dict[Node, list[str]] = {}
         self.seconds = dict.fromkeys(("streams", *algorithms), 0.0)
         self.not_applied = [

@@ -38,6 +38,8 @@ def children() -> dict[str, nn.Module]:
         lambda s, x: F.dropout(s.conv(x), 0.5, False).contiguous() * s.factors["image"],
         lambda s, x: s.plain(s.conv(x)) * s.factors["image"],
         lambda s, x: s.norm(s.conv(x) * s.factors["image"]),
+        lambda s, x: s.linear(x).view(-1, 6) * s.factors["last"],
+        lambda s, x: s.conv(x).flatten(2) * s.factors["image"].flatten(1),
     ],
 )
 def test_a_factor_of_each_channel_is_folded(function: Callable[..., Any]) -> None:
