@@ -23,6 +23,16 @@ CASES = [
     if rule.integers is not None and rule not in LEFT_IN_FLOAT
 ]
 OF_SCHEMES = cases_and_schemes("a8w8", "a16w8", of_weights="a8w4-per_tensor")
+FIRST_OF_FAMILIES = [
+    pytest.param(
+        *found.values,
+        id=found.id,
+        marks=found.marks if found.values[1] is found.values[0].cases[0] else pytest.mark.slow,
+    )
+    for found in OF_SCHEMES
+]
+"""Slow is, too, what is not the first case of its family."""
+
 NOT_EXPRESSED = {("div", "tensors"), ("div", "broadcast")}
 """Families and cases of which saved integers say nothing."""
 
@@ -46,7 +56,7 @@ def integers_of(converted: Converted, mode: str, inputs: tuple[Tensor, ...]) -> 
     return integers
 
 
-@pytest.mark.parametrize(("rule", "case", "scheme"), OF_SCHEMES)
+@pytest.mark.parametrize(("rule", "case", "scheme"), FIRST_OF_FAMILIES)
 def test_fixed_point_is_within_one_unit_of_exact(rule: OpRule, case: Case, scheme: str) -> None:
     converted = converted_case(rule, case, scheme)
     for amplitude in (1.0, 20.0):
