@@ -163,6 +163,25 @@ PERMUTE = _view(
 )
 
 
+def permutation(node: Node) -> list[int]:
+    """Which dimension of the input each dimension of the result of a permute is."""
+    rank = len(shape_of(node))
+    order = list(range(rank))
+    if node.target is aten.permute.default:
+        return [int(d) % rank for d in cast("Sequence[int]", node.args[1])]
+    if node.target is aten.t.default:
+        return order[::-1]
+    if node.target is aten.transpose.int:
+        a, b = (int(cast(int, d)) % rank for d in node.args[1:3])
+        order[a], order[b] = order[b], order[a]
+        return order
+    # movedim: the moved dims go to their places, the others fill the rest in order.
+    source, target = ([int(d) % rank for d in cast("Sequence[int]", arg)] for arg in node.args[1:3])
+    places = dict(zip(target, source, strict=True))
+    rest = iter(d for d in order if d not in source)
+    return [places[d] if d in places else next(rest) for d in order]
+
+
 def slice_of(node: Node) -> tuple[int, int, int, int]:
     """``(dim, start, stop, step)`` of a slice, normalized to the input's size.
 

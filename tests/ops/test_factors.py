@@ -85,8 +85,17 @@ SHIFTS: dict[str, Callable[..., Any]] = {
     "a frozen norm": lambda s, x: s.frozen(s.conv(x)),
     "a norm": lambda s, x: s.norm(s.conv(x)) + s.factors["image"],
     "moved": lambda s, x: s.conv(x).permute(0, 2, 3, 1) + s.factors["image"].flatten(),
+    "transposed": lambda s, x: s.linear(x).transpose(2, 3) + s.factors["last"].view(6, 1),
     "in rows": lambda s, x: s.linear(x).view(-1, 6) + s.factors["last"],
     "in columns": lambda s, x: s.conv(x).flatten(2) + s.factors["image"].flatten(1),
+    "in heads": lambda s, x: s.linear(x).view(2, 4, 5, 2, 3) + s.factors["last"].view(2, 3),
+    "before heads": lambda s, x: (
+        s.linear(x).view(2, 4, 5, 2, 3).permute(0, 3, 1, 2, 4) + s.factors["last"].view(2, 1, 1, 3)
+    ),
+    "of a product with heads": lambda s, x: (
+        torch.einsum("bcnd,dhe->bchne", x, s.linear.weight.view(6, 2, 3))
+        + s.factors["last"].view(2, 1, 3)
+    ),
     "dropped": lambda s, x: F.dropout(s.conv(x), 0.5, False) + s.factors["image"],
 }
 
@@ -119,6 +128,11 @@ def test_a_shift_of_each_channel_is_part_of_the_bias(name: str) -> None:
         lambda s, x: s.linear(x) + torch.arange(5.0).view(5, 1),
         lambda s, x: s.linear(x).view(2, 4, 30) + torch.arange(30.0),
         lambda s, x: s.factors["last"] - s.linear(x),
+        lambda s, x: (
+            s.linear(x).view(2, 4, 5, 2, 3).permute(0, 1, 2, 4, 3) + s.factors["last"].view(3, 2)
+        ),
+        lambda s, x: s.linear(x).view(2, 4, 5, 2, 3) + s.factors["last"][:3],
+        lambda s, x: s.linear(x).view(2, 4, 5, 2, 3) + s.factors["last"][:2].view(2, 1),
         lambda s, x: F.linear(x, s.linear.weight, x[0, 0, 0]) + s.factors["last"],
         lambda s, x: s.linear(x) + s.factors["last"].double(),
     ],

@@ -9,6 +9,7 @@ has 32 bits, they cost nothing.
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -27,7 +28,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion, merge_into
 from custom_quantizer.ops import rule_of
-from custom_quantizer.ops.movement import IDENTITY, RESHAPE, is_identity
+from custom_quantizer.ops.movement import IDENTITY, PERMUTE, RESHAPE, is_identity, permutation
 
 __all__ = ["fold_factors"]
 
@@ -107,45 +108,55 @@ def _layer_before(data: Node, constant: Node, scales: bool) -> Node | None:
         return None
     if not 0 < value.dim() <= rank:
         return None
-    varying = [d for d, size in enumerate(value.shape) if size > 1]
-    if len(varying) > 1 or (scales and not varying):
+    first = rank - value.dim()
+    varying = [first + d for d, size in enumerate(value.shape) if size > 1]
+    if scales and not varying:
         return None
-    channel = (varying[0] if varying else 0) + rank - value.dim()
+    dims = tuple(varying or [first])
     layers = _LAYERS if scales else _WITH_BIAS
     node = data
     while node.target not in layers:
-        before = _channel_before(node, channel, scales)
+        before = _dims_before(node, dims, scales)
         if before is None or len(effective_users(node)) != 1:
             return None
-        node, channel = cast(Node, node.args[0]), before
+        node, dims = cast(Node, node.args[0]), before
     weight, bias, shape = node.args[1], argument(node, 2, "bias"), shape_of(node)
     fixed = all(is_constant(each) or each is None for each in (weight, bias))
-    if len(effective_users(node)) != 1 or not fixed or channel != layers[node.target] % len(shape):
+    channel = layers[node.target] % len(shape)
+    if len(effective_users(node)) != 1 or not fixed or dims != (channel,):
         return None
     return node if shape[channel] == value.numel() else None
 
 
-def _channel_before(node: Node, channel: int, scales: bool) -> int | None:
-    """Which dimension of what a move reads its channels come from; ``None``: it is no such move.
+def _dims_before(node: Node, dims: tuple[int, ...], scales: bool) -> tuple[int, ...] | None:
+    """Which dims of what a move reads its channels come from; ``None``: it is no such move.
 
-    A dropout that drops is one before a factor: what it leaves is scaled all the same.
+    A reshape keeps them, or makes several of one (heads). A dropout that drops is a move before a
+    factor: what it leaves is scaled all the same.
     """
     if node.op != "call_function":
         return None
     source = node.args[0]
-    if node.target is aten.permute.default:
-        return cast("list[int]", node.args[1])[channel] % len(shape_of(node))
-    if rule_of(node) is RESHAPE and isinstance(source, Node):
-        old, new = shape_of(source), shape_of(node)
-        if is_same_shape(old[: channel + 1], new[: channel + 1]):
-            return channel
-        if is_same_shape(old[channel - len(new) :], new[channel:]):
-            return channel - len(new) + len(old)
+    rule = rule_of(node)
+    if rule is PERMUTE:
+        return tuple(permutation(node)[dim] for dim in dims)
+    if rule is RESHAPE and isinstance(source, Node):
+        old, new, start, end = shape_of(source), shape_of(node), dims[0], dims[-1] + 1
+        sizes = new[start:end]
+        if dims != tuple(range(start, end)) or not all(isinstance(n, int) for n in sizes):
+            return None
+        kept = len(old) - len(new[end:])
+        for dim, same in (
+            (start, is_same_shape(old[:start], new[:start])),
+            (kept - 1, is_same_shape(old[kept:], new[end:])),
+        ):
+            if same and 0 <= dim < len(old) and is_same_shape([old[dim]], [math.prod(sizes)]):
+                return (dim,)
         return None
     if scales and node.target in _COMMUTING:
-        return channel
+        return dims
     same = is_identity(node) and not isinstance(IDENTITY.match(IDENTITY, node), str)
-    return channel if same else None
+    return dims if same else None
 
 
 def _scale(insert: Insertion, factor: Node) -> None:

@@ -34,7 +34,14 @@ from custom_quantizer.core.graph import (
     shape_of,
     view_sizes,
 )
-from custom_quantizer.ops.movement import CAT, PERMUTE, SLICE, is_split_evenly, slice_of
+from custom_quantizer.ops.movement import (
+    CAT,
+    PERMUTE,
+    SLICE,
+    is_split_evenly,
+    permutation,
+    slice_of,
+)
 
 aten = torch.ops.aten
 
@@ -141,25 +148,6 @@ def continue_cats(model: GraphModule) -> int:
             node.args = ([begun, *tensors[len(first) - 1 :]], *node.args[1:])
             count += 1
     return count
-
-
-def permutation(node: Node) -> list[int]:
-    """Which dimension of the input each dimension of the result of a permute is."""
-    rank = len(shape_of(node))
-    order = list(range(rank))
-    if node.target is _PERMUTE:
-        return [int(d) % rank for d in cast("Sequence[int]", node.args[1])]
-    if node.target is aten.t.default:
-        return order[::-1]
-    if node.target is aten.transpose.int:
-        a, b = (int(cast(int, d)) % rank for d in node.args[1:3])
-        order[a], order[b] = order[b], order[a]
-        return order
-    # movedim: the moved dims go to their places, the others fill the rest in order.
-    source, target = ([int(d) % rank for d in cast("Sequence[int]", arg)] for arg in node.args[1:3])
-    places = dict(zip(target, source, strict=True))
-    rest = iter(d for d in order if d not in source)
-    return [places[d] if d in places else next(rest) for d in order]
 
 
 def _of_few_blocks(order: Sequence[int]) -> Iterator[tuple[list[list[int]], list[int]]]:
