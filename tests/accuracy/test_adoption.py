@@ -104,6 +104,7 @@ def test_norms_between_layers_are_looked_at_as_well() -> None:
     assert {"conv2d", "conv2d_1"} <= {*adoption.layers}
 
 
+@pytest.mark.slow
 def test_improved_weights_start_in_the_middle_of_their_integers() -> None:
     """At the edge, towards the float weight, the first steps would take the improvement back."""
     prepared = prepared_for("a4w4-lsq")

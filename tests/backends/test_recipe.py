@@ -264,6 +264,7 @@ def test_a_wrong_program_is_found(check: bool) -> None:
         export(net(), made)
 
 
+@pytest.mark.slow
 def test_integers_left_outside_are_found() -> None:
     made = recipe()
     made.lowering_recipe.partitioners.clear()

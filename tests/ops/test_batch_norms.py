@@ -212,7 +212,7 @@ def prepare(name: str, training: bool) -> tuple[GraphModule, GraphModule, Tensor
     return captured, qat.evaluation_mode(prepared), x
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", slow_but(list(SHARED)[::3], SHARED))
 def test_what_others_read_is_not_folded_into(name: str) -> None:
     captured, prepared, x = prepare(name, training=False)
     prepared(x)

@@ -368,7 +368,7 @@ THROUGH_VIEWS = {
 }
 
 
-@pytest.mark.parametrize("name", THROUGH_VIEWS)
+@pytest.mark.parametrize("name", slow_but(list(THROUGH_VIEWS)[::3], THROUGH_VIEWS))
 def test_writes_through_views_become_values_of_the_whole(name: str) -> None:
     model = Function(THROUGH_VIEWS[name], conv=conv(), head=conv())
     x = torch.randn(IMAGE)
@@ -521,7 +521,7 @@ def _same(function: Callable[..., Any], *inputs: Tensor, **children: nn.Module) 
 
 
 @pytest.mark.parametrize("write", WRITE)
-@pytest.mark.parametrize("name", UNSAID_VIEWS)
+@pytest.mark.parametrize("name", slow_but(list(UNSAID_VIEWS)[::3], UNSAID_VIEWS))
 def test_views_that_no_schema_tells_see_what_is_written(name: str, write: str) -> None:
     shared = _written_later(UNSAID_VIEWS[name], WRITE[write])
     _same(shared, torch.randn(IMAGE), conv=nn.Conv2d(4, 4, 1))
@@ -907,7 +907,7 @@ STEPS_OF_STATE: dict[str, tuple[Callable[..., Any], dict[str, Tensor], tuple[int
 }
 
 
-@pytest.mark.parametrize("name", STEPS_OF_STATE)
+@pytest.mark.parametrize("name", slow_but(list(STEPS_OF_STATE)[::3], STEPS_OF_STATE))
 def test_state_is_no_constant(name: str) -> None:
     """Not in the graph before rounding, and not for what ``convert_pt2e`` folds."""
     function, state, shape = STEPS_OF_STATE[name]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graphs import Function, canonicalize, capture, quantized
+from support.selection import slow_but
 from torch import Tensor, nn
 
 import custom_quantizer as cq
@@ -53,7 +54,7 @@ CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(list(CASES)[::3], CASES))
 def test_known_steps_take_the_place_of_a_call(name: str) -> None:
     case = CASES[name]
     model, x = Function(lambda _self, a, b: case(a, b)), (torch.randn(8, 6), torch.randn(8, 6))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graphs import Function, calls, canonicalize, capture, lowered_exactly, quantized
+from support.selection import slow_but
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -51,7 +52,7 @@ LAYERS: dict[str, tuple[Callable[..., Tensor], Shape, Shape, Shape]] = {
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", slow_but(list(LAYERS)[::3], LAYERS))
 def test_they_compute_what_the_layer_does(name: str, has_bias: bool) -> None:
     layer, *shapes = LAYERS[name]
     # Whole numbers, whose sums are exact in any order.

@@ -387,7 +387,7 @@ def test_frames_are_joined_in_as_many_steps_for_any_number_of_groups(layer: type
     assert steps(16) == steps(2)
 
 
-@pytest.mark.parametrize("name", CASES | MINIMA)
+@pytest.mark.parametrize("name", slow_but(list(CASES | MINIMA)[::3], CASES | MINIMA))
 def test_a_form_computes_what_the_op_does(name: str) -> None:
     _, shape, target = (CASES | MINIMA)[name]
     model, x = built(name), torch.randn(shape)

@@ -159,6 +159,7 @@ def test_a_name_in_a_rule_selects_that_layer(report: ProgramReport, captured: Gr
         assert [(p.node, p.path) for p in chosen] == [(op.name, op.path)]
 
 
+@pytest.mark.slow
 def test_the_integers_under_a_name_are_those_of_the_layer(
     report: ProgramReport, again: Lowered
 ) -> None:
