@@ -145,7 +145,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[ExportedProgram]:
         pytest.param(Everything, "a8w8", 1, (1, 3, 8, 8), marks=pytest.mark.slow),
         (Several, "a8w8", 2, (1, 3, 4, 6)),
         pytest.param(Several, "dyn8w8", 2, (1, 3, 4, 6), marks=pytest.mark.slow),
-        pytest.param(Everything, "dyn8w8", 2, (1, 3, 8, 8), marks=pytest.mark.slow),
+        pytest.param(Everything, "dyn8w8", 1, (1, 3, 8, 8), marks=pytest.mark.slow),
     ],
 )
 def test_outputs_of_delegates_are_not_computed(
