@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import is_constant, module_path
+from custom_quantizer.core.graph import is_constant, is_observer, module_path
 from custom_quantizer.core.plot import new_figure, save_figure
 from custom_quantizer.errors import CalibrationError, CustomQuantizerError
 from custom_quantizer.ops.rewrites.training_graph import planned_tensor
@@ -106,7 +106,7 @@ def observed_tensors(prepared: GraphModule) -> tuple[ObservedTensor, ...]:
     """The activations that ``prepared`` watches, each observer once, in graph order."""
     sources: dict[str, list[Node]] = {}
     for node in prepared.graph.nodes:
-        if node.op == "call_module" and str(node.target).startswith("activation_post_process"):
+        if is_observer(node):
             source = planned_tensor(cast(Node, node.args[0]))
             if not is_constant(source):
                 sources.setdefault(str(node.target), []).append(source)

@@ -32,7 +32,14 @@ from custom_quantizer.calibration.convergence import (
 from custom_quantizer.calibration.observers import ActivationObserver
 from custom_quantizer.core.batch import Batch
 from custom_quantizer.core.formats import dtype_name
-from custom_quantizer.core.graph import STATE_KEY, set_state, size_bounds, state_kept, tensor_meta
+from custom_quantizer.core.graph import (
+    STATE_KEY,
+    is_observer,
+    set_state,
+    size_bounds,
+    state_kept,
+    tensor_meta,
+)
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.core.threads import exclusive
@@ -324,10 +331,7 @@ def _check_prepared(prepared: object) -> None:
             f"expected what prepare_pt2e returns, got {type(prepared).__name__}: call "
             "prepare_pt2e(exported.module(), quantizer) first"
         )
-    if not any(
-        node.op == "call_module" and str(node.target).startswith("activation_post_process")
-        for node in prepared.graph.nodes
-    ):
+    if not any(map(is_observer, prepared.graph.nodes)):
         raise CalibrationError(
             "the graph has no observers, so calibration has nothing to measure: pass what "
             "prepare_pt2e returns, before convert_pt2e"

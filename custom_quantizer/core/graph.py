@@ -44,6 +44,7 @@ __all__ = [
     "is_empty",
     "is_float32",
     "is_number",
+    "is_observer",
     "is_parameter",
     "is_quantize",
     "is_run_time_quantization",
@@ -160,7 +161,7 @@ def tensor_meta(node: Node) -> torch.Tensor | None:
     these are tensors of the module.
     """
     value, last = node.meta.get("val"), node
-    while value is None and (is_dequantize(last) or is_quantize(last) or _is_observer(last)):
+    while value is None and (is_dequantize(last) or is_quantize(last) or is_observer(last)):
         last = cast(Node, last.args[0])
         value = last.meta.get("val")
     if value is None and last.op == "get_attr":
@@ -172,7 +173,8 @@ def tensor_meta(node: Node) -> torch.Tensor | None:
     return value
 
 
-def _is_observer(node: Node) -> bool:
+def is_observer(node: Node) -> bool:
+    """Whether a node is the call of what ``prepare_pt2e`` inserted."""
     return node.op == "call_module" and str(node.target).startswith("activation_post_process")
 
 

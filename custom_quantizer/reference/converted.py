@@ -33,6 +33,7 @@ from custom_quantizer.core.graph import (
     is_constant,
     is_dequantize,
     is_number,
+    is_observer,
     is_quantize,
     is_run_time_quantization,
     is_static,
@@ -158,7 +159,7 @@ def _check_converted(model: GraphModule) -> None:
             "is a torch.fx.GraphModule"
         )
     for node in model.graph.nodes:
-        if node.op == "call_module" and str(node.target).startswith("activation_post_process"):
+        if is_observer(node):
             raise ConversionError(
                 "the graph still has observers: call convert_pt2e(prepared) after calibration"
             )
