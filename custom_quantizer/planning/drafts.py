@@ -56,6 +56,12 @@ class DraftOp:
         return self.rule is not None and trait in self.rule.traits
 
     @property
+    def activations(self) -> list[Node]:
+        """Inputs that are no constants."""
+        inputs = () if self.match is None else self.match.inputs
+        return [tensor for tensor in inputs if not is_constant(tensor)]
+
+    @property
     def activation(self) -> TensorScheme | None:
         """Format of inputs and output; ``None`` when the op stays in float."""
         if self.moves_values:

@@ -68,7 +68,7 @@ def leave_sums_between_floats(ops: Drafts, backend: Backend) -> None:
     sums: list[tuple[DraftOp, OpScheme]] = []
     floats: set[Node] = set()
     for op in ops:
-        read = _activations(op)
+        read = op.activations
         of_floats = bool(read) and floats.issuperset(read)
         if of_floats and op.scheme is not None and _is_cheap(op, ops):
             sums.append((op, op.scheme))
@@ -127,7 +127,7 @@ def _leave_read(
 def _is_stream(op: DraftOp, readers: list[DraftOp | None]) -> bool:
     """Whether an op is a sum of activations that goes on into sums."""
     sums = all(reader is not None and reader.rule is ADD for reader in readers)
-    return sums and op.rule is ADD and len(_activations(op)) == 2
+    return sums and op.rule is ADD and len(op.activations) == 2
 
 
 _ALONE = "only float ops read its result: quantizing it would just round once more"
@@ -150,7 +150,7 @@ def leave_prepared(ops: Drafts, io: ModelIO, backend: Backend) -> None:
     given = set(io.node.graph.find_nodes(op="placeholder")) - io.inputs.keys()
     prepares: list[DraftOp] = []
     for op in ops:
-        read = _activations(op)
+        read = op.activations
         by_constants = op.has(Trait.SUM) or op.rule in (DIV, CLAMP)
         alone = by_constants and len(read) == 1 and not op.decision.explicit
         if read and given.issuperset(read) and (op.moves_values or alone):
@@ -179,7 +179,7 @@ def _adds(op: DraftOp, ops: Drafts) -> bool:
 
 def _is_cheap(op: DraftOp, ops: Drafts) -> bool:
     """Whether an op is as well computed in float, if what it reads or gives is float."""
-    if op.decision.explicit or _reads_table(_activations(op), ops) or _has_array(op):
+    if op.decision.explicit or _reads_table(op.activations, ops) or _has_array(op):
         return False
     return op.has(Trait.SUM) or op.is_total or op.rule in (CLAMP, RELU)
 
@@ -189,11 +189,6 @@ def _has_array(op: DraftOp) -> bool:
     inputs = () if op.match is None else op.match.inputs
     shapes = [shape_of(tensor) for tensor in inputs if is_constant(tensor)]
     return any(math.prod(shape) > max(shape, default=1) for shape in shapes)
-
-
-def _activations(op: DraftOp) -> list[Node]:
-    inputs = () if op.match is None else op.match.inputs
-    return [tensor for tensor in inputs if not is_constant(tensor)]
 
 
 def _reads_table(tensors: Iterable[Node], ops: Drafts) -> bool:
@@ -320,7 +315,7 @@ def _joins_product(joined: tuple[Node, ...], ops: Drafts) -> bool:
     for op in map(ops.producer.get, sources):
         if op is None or op.match is None or op.scheme is None:
             continue
-        factors = _activations(op)
+        factors = op.activations
         if len(factors) < 2 or not (op.rule is MUL or op.has(Trait.PRODUCT)):
             continue
         gates = [ops.computed_by(factor) for factor in factors]
@@ -480,7 +475,7 @@ def _shown_sums(op: DraftOp, ops: Drafts, returned: Set[Node]) -> list[DraftOp]:
         if reader is not None and reader.rule in (ADD, SUB) and reader.node in returned
     ]
     free = all(
-        each.scheme is not None and not each.decision.explicit and len(_activations(each)) == 2
+        each.scheme is not None and not each.decision.explicit and len(each.activations) == 2
         for each in sums
     )
     return sums if free and len(sums) == len(readers) else []

@@ -96,7 +96,7 @@ def leave_quotients_of_parts(ops: Drafts, backend: Backend) -> None:
         above, below = op.match.inputs
         guard = ops.computed_by(below)
         while guard is not None and guard.match is not None and _keeps_away(guard):
-            (below,) = filter(_is_activation, guard.match.inputs)
+            (below,) = guard.activations
             guard = ops.computed_by(below)
         for tensor in ops.sources(above) & ops.sources(below):
             whole = ops.producer.get(tensor)
@@ -109,8 +109,7 @@ def leave_quotients_of_parts(ops: Drafts, backend: Backend) -> None:
 
 def _keeps_away(op: DraftOp) -> bool:
     """Whether an op is of those that keep one tensor away from zero."""
-    inputs = () if op.match is None else op.match.inputs
-    return op.rule in (ABS, ADD, CLAMP, RELU) and sum(map(_is_activation, inputs)) == 1
+    return op.rule in (ABS, ADD, CLAMP, RELU) and len(op.activations) == 1
 
 
 def leave_endless(ops: Drafts, backend: Backend) -> None:
@@ -248,8 +247,7 @@ def store_factors(ops: Drafts, backend: Backend) -> None:
 
 
 def _multiplies_activations(op: DraftOp) -> bool:
-    inputs = () if op.match is None else op.match.inputs
-    return op.rule in (MATMUL, MUL) and sum(map(_is_activation, inputs)) == 2
+    return op.rule in (MATMUL, MUL) and len(op.activations) == 2
 
 
 def leave_compared(ops: Drafts, backend: Backend) -> None:
@@ -335,9 +333,12 @@ def leave_hidden_quotients(ops: Drafts, backend: Backend) -> None:
         return  # planned for integers alone
     reciprocals: set[Node] = set()
     for op in ops:
-        read = [] if op.match is None else [*filter(_is_activation, op.match.inputs)]
-        divides = not reciprocals.isdisjoint(map(ops.unmoved, read))
-        if op.scheme is None:
+        read = op.activations
+        divides = not reciprocals.isdisjoint(read)
+        if op.moves_values:
+            if op.match is not None and op.match.inputs[0] in reciprocals:
+                reciprocals.add(op.output)
+        elif op.scheme is None:
             is_one = op.rule in (RECIPROCAL, RSQRT) or _exponent(op.node) < 0
             if is_one or (divides and op.rule is MUL and len(read) == 1):
                 reciprocals.add(op.output)
