@@ -141,16 +141,23 @@ class Insertion:
         return is_parameter(self.model, value)
 
     def number_beside(self, tensor: object, other: object) -> float | None:
-        """The number that a constant of one element is, beside a tensor of float32.
+        """The number that all elements of a constant are, beside a tensor of float32.
 
         ``None``: it is none, it is trained, or it gives the result more dims than ``other`` has.
+        Of parameters, which are equal only before they are trained, it is that of a single one.
         """
         if not isinstance(tensor, Node) or self.is_trained(tensor) or not is_float32(other):
             return None
         value = constant_of(self.model, tensor) if is_constant(tensor) else None
-        if value is None or value.numel() != 1 or value.dim() > len(shape_of(cast(Node, other))):
+        sizes = shape_of(cast(Node, other))
+        if value is None or not value.numel() or value.dim() > len(sizes):
             return None
-        return float(value)
+        if value.numel() > 1:
+            spread = zip(reversed(value.shape), reversed(sizes), strict=False)
+            fits = all(n == 1 or (isinstance(size, int) and n == size) for n, size in spread)
+            if not fits or is_parameter(self.model, tensor) or bool((value != value.min()).any()):
+                return None
+        return float(value.flatten()[0])
 
     def again(self, value: Node) -> Node:
         """A constant, or what is computed of constants, once more before the node.

@@ -43,6 +43,7 @@ __all__ = [
     "SLICE",
     "SPLIT",
     "is_identity",
+    "passes_on",
 ]
 
 aten = torch.ops.aten
@@ -129,6 +130,12 @@ IDENTITY = _view(
         _case("dropout", lambda x: F.dropout(x, 0.5, training=False), _IMAGE),
     ),
 )
+
+
+def passes_on(node: Node) -> bool:
+    """Whether a node passes its input on, dtype unchanged, and drops nothing in training."""
+    return is_identity(node) and not isinstance(IDENTITY.match(IDENTITY, node), str)
+
 
 RESHAPE = _view(
     family="reshape",

@@ -91,7 +91,7 @@ def written_through_a_view(_: nn.Module, x: Tensor, at: Tensor) -> Tensor:
         (written_through_a_view, aten.bitwise_not.default, 2),
         # Each of these may have a scale of its own.
         (lambda _, x, at: x.sigmoid() * at + x.sigmoid(), aten.sigmoid.default, 2),
-        (lambda _, x, at: (x > 0) * x + (x > 0) * at, aten.gt.Scalar, 2),
+        (lambda _, x, at: (x > 0.5) * x + (x > 0.5) * at, aten.gt.Scalar, 2),
     ],
 )  # fmt: skip
 def test_only_what_is_the_same(function: Callable[..., Any], target: Any, left: int) -> None:

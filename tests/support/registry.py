@@ -104,4 +104,4 @@ class Surrounded(nn.Module):
         result = self.case(*[x + x for x in inputs] if self.before else inputs)
         if self.joined:
             return torch.cat([result, result])
-        return result * 1.25 if self.behind else result
+        return result + 1.25 if self.behind else result

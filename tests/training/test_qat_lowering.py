@@ -277,7 +277,7 @@ LEARNED: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "exponent": lambda s, x: x.clamp(min=1e-6) ** s.p.factors,
     "root": lambda s, x: x.clamp(min=1e-6).pow(s.p.factors).mean(-1, True) ** (1 / s.p.factors),
     "bounds": lambda s, x: torch.clamp(x, -s.p.factors.exp(), s.p.factors),
-    "least": lambda s, x: torch.minimum(s.p.factors, torch.relu(x)),
+    "least": lambda s, x: torch.minimum(s.p.factors, x),
 }
 
 

@@ -42,6 +42,7 @@ from custom_quantizer.ops.rewrites.products import (
     written_product,
 )
 from custom_quantizer.ops.rewrites.recurrent import RECURRENT
+from custom_quantizer.ops.rewrites.softmaxes import SOFTMAXES
 from custom_quantizer.ops.rewrites.straight_through import ESTIMATORS
 
 __all__ = ["REWRITTEN", "decompose"]
@@ -499,8 +500,20 @@ def _first(*rewrites: Rewrite) -> Rewrite:
     return rewrite
 
 
+_EXTREMES: dict[Any, Rewrite] = {
+    aten.clamp.default: _clamp,
+    aten.max.other: _extreme(aten.maximum.default),
+    aten.maximum.default: _extreme(aten.maximum.default),
+    aten.min.other: _extreme(aten.minimum.default),
+    aten.minimum.default: _extreme(aten.minimum.default),
+}
+
 _REWRITES: dict[Any, Rewrite] = {
-    **_merged(ESTIMATORS, ARITHMETIC, CURVES, GROUPS, CONDITIONS, MASKS, PADDINGS, RECURRENT),
+    **_merged(
+        *(ESTIMATORS, SOFTMAXES, CURVES, ARITHMETIC, GROUPS, CONDITIONS, MASKS, PADDINGS),
+        RECURRENT,
+        _EXTREMES,
+    ),
     aten.scaled_dot_product_attention.default: _attention,
     aten.einsum.default: einsum,
     aten.linear.default: vector_layer,
@@ -528,14 +541,9 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.matrix_H.default: _matrix_transpose,
     aten.numpy_T.default: _reversed_dims,
     aten.expand_as.default: _expand_as,
-    aten.clamp.default: _clamp,
     aten.clamp.Tensor: _bounded((aten.maximum.default, aten.minimum.default)),
     aten.clamp_max.Tensor: _bounded((aten.minimum.default,)),
     aten.clamp_min.Tensor: _bounded((aten.maximum.default,)),
-    aten.max.other: _extreme(aten.maximum.default),
-    aten.maximum.default: _extreme(aten.maximum.default),
-    aten.min.other: _extreme(aten.minimum.default),
-    aten.minimum.default: _extreme(aten.minimum.default),
     aten.rrelu.default: _rrelu,
     aten.instance_norm.default: _stored_statistics,
     aten.alpha_dropout.default: _dropout,

@@ -190,10 +190,10 @@ def plain_elus(model: GraphModule) -> int:
     for node in _with_numbers(model, ELU.targets):
         if node.target is aten.elu.default and tuple(node.args[1:]) == (_ALMOST_ONE,):
             continue
-        build, value = Numbers(model, node), cast(Node, node.args[0])
         alpha, scale, inner = elu_factors(node)
-        if node.target is aten.elu.default and (scale, inner) == (1.0, 1.0) and alpha != 1.0:
+        if node.target is aten.elu.default and alpha != 1.0 and len(node.args) == 2:
             continue
+        build, value = Numbers(model, node), cast(Node, node.args[0])
         value = build.times(value, inner)
         factor = round_to_float32(alpha * inner)
         value = build.call(aten.elu.default, value, _ALMOST_ONE if factor == 1.0 else factor)
