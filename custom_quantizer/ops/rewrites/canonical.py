@@ -21,9 +21,11 @@ Rewrites, applied in ``transform_for_annotation``:
 - constants of integers or booleans that meet floats become floats;
 - composite ops become the ops they stand for (:mod:`custom_quantizer.ops.rewrites.decompositions`);
 - ops that the backend computes in another form take that form (``Backend.legalize``);
-- batch norms and factors of each channel become part of the weights before them
+- batch norms, factors and shifts become part of the layers beside them
   (:mod:`custom_quantizer.ops.rewrites.batch_norms`, :mod:`custom_quantizer.ops.rewrites.factors`);
   in training batch norms are folded later, as functions of what is trained;
+- a relu behind a layer and what moves its values stands right behind the layer
+  (:mod:`custom_quantizer.ops.rewrites.activations`);
 - what is computed of integers in the same way by several layers is computed once
   (:mod:`custom_quantizer.ops.rewrites.repeated`);
 - numbers in add, sub, mul and ``1 - x`` become constant tensors, so that they are quantized too;
@@ -55,6 +57,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion, replace, rewrite_calls
 from custom_quantizer.ops import known_targets
+from custom_quantizer.ops.rewrites.activations import activations_to_layers
 from custom_quantizer.ops.rewrites.arithmetic import PRODUCTS_APART
 from custom_quantizer.ops.rewrites.batch_norms import (
     fold_into_layers,
@@ -173,6 +176,7 @@ def canonicalize(
         fold_constants(model)
         give_layers(model)
         fold_into_layers(model)
+    activations_to_layers(model)
     compute_once(model)
     _numbers_to_tensors(model)
     _views_to_reshapes(model)
