@@ -235,7 +235,7 @@ def _in_place(graph: GraphModule) -> list[str]:
         (lambda s, x: s.conv(x).clamp_(0, 1), aten.clamp.default),
         (lambda s, x: s.conv(x).add_(x), aten.add.Tensor),
         (lambda s, x: s.conv(x).sub_(x), aten.sub.Tensor),
-        (lambda s, x: s.conv(x).mul_(2.0), aten.mul.Tensor),
+        (lambda s, x: torch.sin(s.conv(x)).mul_(2.0), aten.mul.Tensor),
         (lambda s, x: F.dropout(s.conv(x), 0.5, False, inplace=True), aten.dropout.default),
         (lambda s, x: s.conv(x).unsqueeze_(1), aten.unsqueeze.default),
         # Whose twins go by other names: `pow.Scalar` is a power of a number.
@@ -996,7 +996,7 @@ OF_WHOLE: dict[str, Callable[..., Any]] = {
     "a mask": lambda s, x: s.conv(x) * (WHOLE > 1),
     "in place": lambda s, x: torch.sigmoid(s.conv(x)).mul_(WHOLE.clamp(max=9)),
     "made in the call": lambda s, x: s.conv(x) + torch.arange(6),
-    "divisors": lambda s, x: s.conv(x) / WHOLE,
+    "divisors": lambda s, x: torch.sigmoid(s.conv(x)) / WHOLE,
     "exponents": lambda s, x: torch.sigmoid(s.conv(x)) ** WHOLE.clamp(max=3),
     "a bound": lambda s, x: torch.maximum(s.conv(x), -WHOLE),
 }

@@ -1,4 +1,4 @@
-"""Factors and shifts of each channel become part of the weights and biases before them."""
+"""Factors and shifts become part of the weights and biases beside them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def children() -> dict[str, nn.Module]:
         lambda s, x: s.norm(s.conv(x) * s.factors["image"]),
         lambda s, x: s.linear(x).view(-1, 6) * s.factors["last"],
         lambda s, x: s.conv(x).flatten(2) * s.factors["image"].flatten(1),
+        lambda s, x: s.conv(x) / s.factors["image"],
     ],
 )
 def test_a_factor_of_each_channel_is_folded(function: Callable[..., Any]) -> None:
@@ -47,6 +48,7 @@ def test_a_factor_of_each_channel_is_folded(function: Callable[..., Any]) -> Non
     before = {name: value.clone() for name, value in model.state_dict().items()}
     graph = canonicalize(capture(model, (x,)))
     assert not calls(graph, aten.mul.Tensor)
+    assert not calls(graph, aten.div.Tensor)
     assert len(calls(graph, aten.conv2d.default)) <= 1
     torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
     for name, value in model.state_dict().items():
@@ -56,7 +58,6 @@ def test_a_factor_of_each_channel_is_folded(function: Callable[..., Any]) -> Non
 @pytest.mark.parametrize(
     "function",
     [
-        lambda s, x: s.conv(x) * 2.0,
         lambda s, x: (lambda y: y * s.factors["image"] + y)(s.conv(x)),
         lambda s, x: F.relu(s.conv(x)) * s.factors["image"],
         lambda s, x: s.linear(x) * torch.arange(5.0).view(5, 1),
@@ -67,6 +68,51 @@ def test_a_factor_of_each_channel_is_folded(function: Callable[..., Any]) -> Non
 def test_other_factors_stay(function: Callable[..., Any]) -> None:
     x = torch.randn(IMAGE)
     graph = canonicalize(capture(Function(function, **children()), (x,)))
+    assert len(calls(graph, aten.mul.Tensor)) == 1
+
+
+NUMBERS: dict[str, Callable[..., Any]] = {
+    "behind a conv": lambda s, x: s.conv(x) * 0.25,
+    "behind a norm": lambda s, x: s.norm(s.conv(x)) * 0.25,
+    "in front": lambda s, x: 2.0 * s.linear(x),
+    "a quotient": lambda s, x: s.linear(x) / 4,
+    "a tensor": lambda s, x: s.linear(x) * torch.tensor([0.5]),
+    "many, all alike": lambda s, x: s.linear(x) * torch.full((5, 6), 0.5),
+    "negative": lambda s, x: s.transposed(x) * -2.0,
+    "of heads": lambda s, x: s.linear(x).view(2, 4, 5, 2, 3).transpose(2, 3) / 2.0,
+    "before a layer": lambda s, x: s.conv(F.relu(x) * 0.5),
+    "before layers": lambda s, x: (lambda y: s.linear(y) + F.linear(y, s.linear.weight.t() + 1))(
+        F.relu(x) * 0.5
+    ),
+    "moved": lambda s, x: s.linear((F.relu(x) * 0.5).transpose(1, 2).flatten(1, 2)),
+    "dropped": lambda s, x: s.conv(F.dropout(F.relu(x) * 0.5, 0.5, False)),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_part_of_the_layers_beside_it(name: str) -> None:
+    model = Function(NUMBERS[name], **layers()).eval()
+    x = torch.randint(-4, 5, IMAGE).to(torch.float32)
+    graph = canonicalize(capture(model, (x,)))
+    assert not any(calls(graph, op) for op in (aten.mul.Tensor, aten.div.Tensor))
+    assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: s.conv(x) * 0.0,
+        lambda s, x: (lambda y: y * 0.5 + y)(s.conv(x)),
+        lambda s, x: s.linear(x) * 0.5 + F.linear(x + 1, s.linear.weight),  # would be stored twice
+        lambda s, x: (lambda y: (s.linear(y), y))(F.relu(x) * 0.5),
+        lambda s, x: (lambda y: s.linear(y) + torch.sin(y))(F.relu(x) * 0.5),
+        lambda s, x: s.norm(F.relu(x).repeat(1, 2, 1, 1)[:, 1:] * 0.5),
+        lambda s, x: F.relu(s.conv(x)) * 0.5,
+    ],
+)
+def test_other_numbers_stay(function: Callable[..., Any]) -> None:
+    x = torch.randn(IMAGE)
+    graph = canonicalize(capture(Function(function, **children()).eval(), (x,)))
     assert len(calls(graph, aten.mul.Tensor)) == 1
 
 

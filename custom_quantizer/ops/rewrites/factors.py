@@ -1,16 +1,21 @@
-"""A factor or a shift of each channel behind a layer becomes part of its weights or its bias.
+"""Factors and shifts beside a layer become part of its weights and its bias.
 
 ConvNeXt scales the result of each block by a learned factor of each channel (layer scale); a frozen
 batch norm is a factor and a shift; ``x @ w + b`` is a linear layer, written out. As ops of their
 own these are more tensors to round, with one scale for factors that may differ by orders of
 magnitude. In the weights, which have a scale of their own for each channel, and in the bias, which
 has 32 bits, they cost nothing.
+
+A factor that is one number, such as the scale of attention's queries, changes no integer of the
+weights: it may stand behind a layer or before one.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections import Counter
+from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -28,7 +33,7 @@ from custom_quantizer.core.graph import (
 from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion, merge_into
 from custom_quantizer.ops import rule_of
-from custom_quantizer.ops.movement import IDENTITY, PERMUTE, RESHAPE, is_identity, permutation
+from custom_quantizer.ops.movement import PERMUTE, RESHAPE, passes_on, permutation
 
 __all__ = ["fold_factors"]
 
@@ -49,6 +54,12 @@ _WITH_BIAS = {**_LAYERS, aten.conv_transpose1d.default: 1, aten.conv_transpose2d
 """Likewise layers whose bias a shift may become part of."""
 
 
+_READING = frozenset(_WITH_BIAS) - {aten.batch_norm.default}
+"""Layers that are linear in what they read."""
+
+_LEAST = 2.0**-60
+"""Smaller numbers could leave nothing of a weight."""
+
 _COMMUTING = frozenset({aten.dropout.default, aten.feature_dropout.default})
 """Dropouts that set to 0 or scale, whatever the values are."""
 
@@ -66,8 +77,10 @@ def fold_factors(model: GraphModule, *, training: bool = False) -> int:
     Returns:
         The number of factors and shifts that became part of layers.
     """
+    reads = Counter(node.target for node in model.graph.nodes if node.op == "get_attr")
+    shared = frozenset(target for target, count in reads.items() if count > 1)
     return sum(
-        _fold(model, node, training)
+        _fold(model, node, training) or _fold_number(model, node, shared, training)
         for node in list(model.graph.nodes)
         if node.target in _OPS
         and overwritten_by(node) is None
@@ -77,22 +90,98 @@ def fold_factors(model: GraphModule, *, training: bool = False) -> int:
 
 
 def _fold(model: GraphModule, node: Node, training: bool) -> bool:
-    """Put what an op does into the layer before it, if it may be."""
-    scales, differs = node.target is aten.mul.Tensor, node.target is aten.sub.Tensor
-    left, right = node.args[:2]
-    for data, constant in [(left, right)] if differs else [(left, right), (right, left)]:
-        if isinstance(constant, Node) and isinstance(data, Node) and is_constant(constant):
+    """Put what an op does with each channel into the layer before it, if it may be."""
+    divides = node.target is aten.div.Tensor
+    scales = divides or node.target is aten.mul.Tensor
+    for data, constant in _operands(node):
+        if isinstance(constant, Node) and is_constant(constant):
             layer = _layer_before(data, constant, scales)
             if layer is None:
                 continue
             insert = Insertion(model, layer, training=training)
             if scales:
-                _scale(insert, constant)
+                _scale(insert, constant, inverse=divides)
             else:
-                _shift(insert, constant, negative=differs)
+                _shift(insert, constant, negative=node.target is aten.sub.Tensor)
             merge_into(layer, node, data)
             return True
     return False
+
+
+def _operands(node: Node) -> list[tuple[Node, Any]]:
+    """What may be data, and the operand beside it."""
+    left, right = node.args[:2]
+    pairs = [(left, right)]
+    if node.target in (aten.add.Tensor, aten.mul.Tensor):
+        pairs.append((right, left))
+    return [(data, other) for data, other in pairs if isinstance(data, Node)]
+
+
+def _fold_number(model: GraphModule, node: Node, shared: Collection[Any], training: bool) -> bool:
+    """Put a number, by which an op multiplies or divides, into the layers beside it.
+
+    The weight of a layer that shares it is left alone: it would be stored twice.
+    """
+    if node.target not in (aten.div.Tensor, aten.mul.Tensor) or node.kwargs:
+        return False
+    for data, other in _operands(node):
+        insert = Insertion(model, node, training=training)
+        is_number = type(other) in (int, float) and is_float32(data)
+        number = float(other) if is_number else insert.number_beside(other, data)
+        if number is None or not _LEAST <= abs(number) <= 1 / _LEAST or not is_float32(node):
+            continue
+        factor = 1 / number if node.target is aten.div.Tensor else number
+        before = _scalable(insert, data, shared)
+        behind = [] if before else _readers(insert, shared)
+        for layer in [before] if before else behind:
+            _multiply(Insertion(model, layer, training=training), factor, bias=layer is before)
+        if before or behind:
+            merge_into(before or behind[0], node, data)
+            return True
+    return False
+
+
+def _scalable(insert: Insertion, node: Node, shared: Collection[Any]) -> Node | None:
+    """The layer before ``node``, behind which moves at most stand."""
+    while node.target not in _WITH_BIAS:
+        if not _passes_factors(node) or len(effective_users(node)) != 1:
+            return None
+        node = cast(Node, node.args[0])
+    return node if len(effective_users(node)) == 1 and _is_own(insert, node, shared) else None
+
+
+def _readers(insert: Insertion, shared: Collection[Any]) -> list[Node]:
+    """The layers that read the node, directly or moved; none, if anything else does."""
+    found: dict[Node, None] = {}
+    waiting = [insert.node]
+    for part in waiting:
+        for user in effective_users(part):
+            if _passes_factors(user):
+                waiting.append(user)
+            elif user.target in _READING and user.args[0] is part and _is_own(insert, user, shared):
+                found[user] = None
+            else:
+                return []
+    return list(found)
+
+
+def _passes_factors(node: Node) -> bool:
+    """Whether a call of a multiple gives that multiple, whatever the number."""
+    if node.op != "call_function" or overwritten_by(node) is not None:
+        return False
+    return rule_of(node) in (PERMUTE, RESHAPE) or node.target in _COMMUTING or passes_on(node)
+
+
+def _is_own(insert: Insertion, layer: Node, shared: Collection[Any]) -> bool:
+    """Whether weight and bias are constants, and the weight is read by no other call.
+
+    What adds up has a weight, too, all of whose numbers are one: it is no layer of the model.
+    """
+    weight, bias = argument(layer, 1, "weight"), argument(layer, 2, "bias")
+    if not all(isinstance(each, Node) and is_constant(each) for each in (weight, bias or weight)):
+        return False
+    is_sum = insert.number_beside(weight, weight) is not None
+    return len(weight.users) == 1 and weight.target not in shared and not is_sum
 
 
 def _layer_before(data: Node, constant: Node, scales: bool) -> Node | None:
@@ -155,12 +244,12 @@ def _dims_before(node: Node, dims: tuple[int, ...], scales: bool) -> tuple[int, 
         return None
     if scales and node.target in _COMMUTING:
         return dims
-    same = is_identity(node) and not isinstance(IDENTITY.match(IDENTITY, node), str)
-    return dims if same else None
+    return dims if passes_on(node) else None
 
 
-def _scale(insert: Insertion, factor: Node) -> None:
-    """Multiply weight and bias of the layer that ``insert`` stands at."""
+def _scale(insert: Insertion, factor: Node, *, inverse: bool) -> None:
+    """Multiply weight and bias of the layer that ``insert`` stands at, or divide them."""
+    target = aten.div.Tensor if inverse else aten.mul.Tensor
     layer = insert.node
     weight, bias = (
         cast("Node | None", argument(layer, *at)) for at in ((1, "weight"), (2, "bias"))
@@ -169,11 +258,21 @@ def _scale(insert: Insertion, factor: Node) -> None:
     rank = 1 if weight is None else len(shape_of(weight))
     scaled = insert.reshape(factor, [-1, *[1] * (rank - 1)])
     if weight is not None:  # a batch norm may have none
-        scaled = insert.call(aten.mul.Tensor, weight, scaled)
+        scaled = insert.call(target, weight, scaled)
     layer.update_arg(1, insert.settled(scaled, "weight"))
     if bias is not None:
-        scaled = insert.call(aten.mul.Tensor, bias, insert.reshape(factor, [-1]))
+        scaled = insert.call(target, bias, insert.reshape(factor, [-1]))
         layer.replace_input_with(bias, insert.settled(scaled, "bias"))
+
+
+def _multiply(insert: Insertion, factor: float, *, bias: bool) -> None:
+    """Multiply the weight of the layer that ``insert`` stands at by a number, and its bias."""
+    layer = insert.node
+    for position, name in [(1, "weight"), (2, "bias")][: 1 + bias]:
+        value = argument(layer, position, name)
+        if isinstance(value, Node):
+            scaled = insert.call(aten.mul.Tensor, value, factor)
+            layer.replace_input_with(value, insert.settled(scaled, name))
 
 
 def _shift(insert: Insertion, shift: Node, *, negative: bool) -> None:
@@ -193,4 +292,4 @@ def _shift(insert: Insertion, shift: Node, *, negative: bool) -> None:
         layer.args = (*layer.args, moved)
 
 
-_OPS = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor})
+_OPS = frozenset({aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor})
