@@ -32,8 +32,15 @@ DEFAULT_DYNAMIC_MAX = 64
 """Largest size of a dynamic dimension when the captured graph gives none: memory is planned."""
 
 
+_KERNEL_LIMIT = 16
+"""From this batch on, and with one thread, PyTorch may choose another kernel for a convolution.
+
+``_select_conv_backend`` asks (``use_mkldnn`` in aten/src/ATen/native/Convolution.cpp, torch 2.15).
+"""
+
+
 def dynamic_shapes_of(
-    model: GraphModule, dynamic_max: int, *, shared: bool = False
+    model: GraphModule, dynamic_max: int, *, shared: bool = False, widest: bool = False
 ) -> list[dict[int, Any] | None]:
     """Dynamic dims for exporting again, with the bounds that capture recorded.
 
@@ -42,6 +49,8 @@ def dynamic_shapes_of(
         dynamic_max: upper bound of dynamic sizes for which capture recorded none.
         shared: give sizes that are the same in all calls, such as the batch of several inputs, one
             dim; otherwise export finds out what the ops tell of them.
+        widest: sizes are traced at their bounds. A bound of :data:`_KERNEL_LIMIT` is one more: as
+            lower limit and upper bound it would be the only size.
     """
     shapes: list[dict[int, Any] | None] = []
     metas = placeholder_metas(model)
@@ -58,6 +67,7 @@ def dynamic_shapes_of(
                 continue
             low, high = size_bounds(size)
             high = dynamic_max if high is None else high
+            high += widest and high == _KERNEL_LIMIT
             symbol = _symbol(size)
             if shared and symbol is not None and count[symbol] > 1:
                 name = f"size{len(named)}"
@@ -94,7 +104,7 @@ def export_again(
             "buffers from call to call, no parameters; if it does so in its first call only, call "
             "it once before it is captured, else register a buffer"
         )
-    auto = dynamic_shapes_of(model, dynamic_max)
+    auto = dynamic_shapes_of(model, dynamic_max, widest=widest)
     if not all(map(is_plain, specs_of(model))):
         # No file names these types, so it takes and returns flat lists.
         model = detached_copy(model)
@@ -115,7 +125,7 @@ def export_again(
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
-    shared = dynamic_shapes_of(model, dynamic_max, shared=True)
+    shared = dynamic_shapes_of(model, dynamic_max, shared=True, widest=widest)
     if shared != auto:
         # A size of its own for each input is more memory in kernels outside the delegate.
         with suppress(Exception):  # where ops tell more of a size, only that is refused

@@ -428,7 +428,9 @@ def test_calibration_data_that_is_not_finite(value: float, observer: str) -> Non
 
 
 def test_an_op_that_overflows_during_calibration_is_named() -> None:
-    model = Function(lambda s, x: (lambda y: y * 3e38 * 3e38 + y)(s.conv(x)), conv=nn.Conv2d(3, 4, 3))
+    model = Function(
+        lambda s, x: (lambda y: y * 3e38 * 3e38 + y)(s.conv(x)), conv=nn.Conv2d(3, 4, 3)
+    )
     with pytest.raises(CalibrationError, match=r"mul\w*( \(.*\))?: \d+ of \d+ values"):
         quantized(model, (image(),))
 
