@@ -160,10 +160,15 @@ class Insertion:
         return float(value.flatten()[0])
 
     def again(self, value: Node) -> Node:
-        """A constant, or what is computed of constants, once more before the node.
+        """What is computed of constants, once more before the node: where it is read may be behind.
 
-        Where it is read may be behind.
+        A constant itself is moved: of two nodes that read one, torchao's ``constant_fold`` takes
+        the tensor away with the first that nothing uses.
         """
+        if value.op == "get_attr":
+            if value > self.node:
+                self.node.prepend(value)
+            return value
         sources = {source: self.again(source) for source in value.all_input_nodes}
         with self.model.graph.inserting_before(self.node):
             return self.model.graph.node_copy(value, sources.__getitem__)

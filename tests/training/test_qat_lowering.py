@@ -302,3 +302,25 @@ def test_what_was_learned_is_a_number(name: str) -> None:
     numbers = [float(node.args[1]) for node in calls(converted, aten.pow.Tensor_Scalar)]
     assert numbers == [float(learned), float(1 / learned)][: len(numbers)]
     assert learned.grad is not None
+
+
+@pytest.mark.parametrize("rounded_first", [True, False])
+def test_a_parameter_that_integers_and_floats_read(rounded_first: bool) -> None:
+    """torchao's ``constant_fold`` took one of the model itself away with its reader on integers."""
+
+    def forward(s: Function, x: Tensor) -> Tensor:
+        y = torch.relu(s.first(x))
+        y = y * s.limit if rounded_first else y
+        y = s.last(y) / s.limit
+        return y if rounded_first else s.again(torch.relu(y) * s.limit)
+
+    torch.manual_seed(0)
+    names = ["first", "last"] if rounded_first else ["first", "last", "again"]
+    layers: dict[str, nn.Module] = {name: nn.Linear(4, 4) for name in names}
+    model, x = Function(forward, **layers), torch.rand(2, 4)
+    model.limit = nn.Parameter(torch.tensor([1.5]))
+    prepared = trained(model, x, cq.IntegerQuantizer().set_global("a8w8"))
+    want = prepared(x)
+    converted = convert_pt2e(prepared)
+    assert torch.equal(converted(x), want)
+    lowered_exactly(converted, (x,), [])
