@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,7 @@ from custom_quantizer.analysis.paired import (
 from custom_quantizer.backends.xnnpack import LoweredProgram, StoredProgram
 from custom_quantizer.calibration.run import GraphInputs
 from custom_quantizer.core.batch import Batch
+from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
@@ -228,9 +230,9 @@ def evaluate(
             integers take the same float32 data, and what they return is dequantized. Converted
             graphs that quantize at run time are computed by their integer reference, since PyTorch
             would choose one scale for a whole batch; a note says so.
-        data: batches: a :class:`~custom_quantizer.app.data.DataSource`, or an iterable of input
-            tensors, or of pairs of inputs (a tensor or a tuple of tensors) and integer labels of
-            shape ``(batch,)``.
+        data: batches: a :class:`~custom_quantizer.app.data.DataSource`, or an iterable of inputs
+            (a tensor, a tuple, a dictionary, nested as the models take them, or by the names of
+            arguments), or of pairs of inputs and integer labels of shape ``(batch,)``.
         metrics: functions of your own, one or several by name. Each gets all that a model returned
             for one batch, and the labels, and returns one score per sample (a tensor of shape
             ``(batch,)``) or one number. Scores per sample are compared between models; numbers
@@ -269,18 +271,20 @@ def evaluate(
         for name in models
         if models[name] is not given[name]
     ]
+    form = next(filter(None, map(_form_of, models.values())), None)
     with _states_kept(models.values()):
         for batch in track(data, "evaluate", enabled=progress):
-            inputs, labels = inputs_and_labels(batch, any_labels=bool(metrics))
+            inputs, labels = inputs_and_labels(batch, any_labels=bool(metrics), form=form)
             if labelled is not None and labelled != (labels is not None):
                 raise InputError("some batches have labels and others do not; give all or none")
             labelled = labels is not None
-            if not len(inputs[0]):
+            size = _batch_size(_leaves(inputs) if labels is None else (labels,))
+            if not size:
                 continue
-            samples += len(inputs[0])
+            samples += size
             first: Tensor | None = None
             for name, model in models.items():
-                classes = tallies[name].add(_outputs(name, model, inputs), labels, first)
+                classes = tallies[name].add(_outputs(name, model, inputs, form), labels, first)
                 first = classes if first is None else first
                 tallies[name].check_folders(folders)
     if not samples:
@@ -434,33 +438,53 @@ def _paired(first: Tensor, second: Tensor) -> PairedCounts:
 
 
 def inputs_and_labels(
-    batch: Any, any_labels: bool = False
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """The tensors of a batch and its labels, if it has any.
+    batch: Any, any_labels: bool = False, form: CallForm | None = None
+) -> tuple[Any, Tensor | None]:
+    """The inputs of a batch, as the model nests them, and its labels, if it has any.
 
     Args:
         batch: as :func:`evaluate` takes it.
         any_labels: whether labels may be any tensor, and not only integers of shape ``(batch,)``.
+        form: of the model's inputs; what they tell of a pair decides whether it holds labels.
 
     Raises:
         InputError: it is no batch, or its tensors have different numbers of samples.
     """
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
     pair = pair and (_are_labels(batch[1]) or (any_labels and isinstance(batch[1], Tensor)))
+    if pair and form is not None and isinstance(form.sort(batch[0]), str):
+        pair = isinstance(form.sort(batch), str)
     inputs, labels = batch if isinstance(batch, Batch) or pair else (batch, None)
-    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    tensors = [value for value in (*inputs, labels) if value is not None]
-    if not inputs or not all(isinstance(value, Tensor) and value.dim() for value in tensors):
+    values = _leaves(inputs) if form is None else form.sort(inputs)
+    if isinstance(values, str):  # what is wrong, the model says
+        values = _leaves(inputs)
+    tensors = [value for value in (*values, labels) if isinstance(value, Tensor)]
+    sizes = [len(value) for value in tensors if value.dim()]
+    if not sizes or not all(map(_is_value, values)):
         raise InputError(
-            "a batch is a tensor, a tuple of tensors, or a pair of these and integer labels of "
-            f"shape (batch,), not {type(batch).__name__}"
+            "a batch is what the model takes (a tensor, a tuple of tensors, a dictionary, ...), or "
+            "a pair of this and integer labels of shape (batch,), not "
+            f"{type(batch).__name__}"
         )
-    if len({len(value) for value in tensors}) > 1:
+    if len(set(sizes)) > 1:
         raise InputError(
             "the inputs and labels of a batch have different numbers of samples: "
-            f"{', '.join(str(len(value)) for value in tensors)}"
+            f"{', '.join(map(str, sizes))}"
         )
     return inputs, labels
+
+
+def _leaves(inputs: Any) -> list[Any]:
+    """All values in the inputs of a batch; mappings need not be known to PyTorch."""
+    if isinstance(inputs, Mapping):
+        return [leaf for value in inputs.values() for leaf in _leaves(value)]
+    if isinstance(inputs, (tuple, list)):
+        return [leaf for value in inputs for leaf in _leaves(value)]
+    return pytree.tree_leaves(inputs)
+
+
+def _is_value(leaf: object) -> bool:
+    return leaf is None or isinstance(leaf, (Tensor, int, float))
 
 
 def _are_labels(value: object) -> bool:
@@ -471,18 +495,19 @@ def _are_labels(value: object) -> bool:
     )
 
 
-def _outputs(name: str, model: Model, inputs: tuple[Tensor, ...]) -> Any:
+def _outputs(name: str, model: Model, inputs: Any, form: CallForm | None) -> Any:
     """What ``model`` returns for all samples of a batch, put together again."""
     parts: list[list[Tensor]] = []
     structure: Any = None
-    for chunk, count in _chunks(inputs, *_batch_limits(model)):
+    call, values = _call_of(model, inputs, form)
+    for chunk, size, count in _chunks(values, *_batch_limits(model)):
         with exclusive(), torch.no_grad():
-            leaves, structure = pytree.tree_flatten(_dequantized(model, model(*chunk)))
+            leaves, structure = pytree.tree_flatten(_dequantized(model, call(chunk)))
         scores = leaves[0] if leaves else None
-        if not isinstance(scores, Tensor) or scores.shape[:1] != chunk[0].shape[:1]:
+        if not _has_batch(scores, size):
             raise InputError(f"{name} returns no tensor of scores with the batch first")
         # Only what has the batch first can be put together; anything else is the last chunk's.
-        parts.append([leaf[:count] if _has_batch(leaf, chunk) else leaf for leaf in leaves])
+        parts.append([leaf[:count] if _has_batch(leaf, size) else leaf for leaf in leaves])
     if len(parts) == 1:
         return pytree.tree_unflatten(parts[0], structure)
     joined = [
@@ -490,6 +515,73 @@ def _outputs(name: str, model: Model, inputs: tuple[Tensor, ...]) -> Any:
         for column in zip(*parts, strict=True)
     ]
     return pytree.tree_unflatten(joined, structure)
+
+
+def _call_of(
+    model: Model, inputs: Any, form: CallForm | None
+) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+    """How ``model`` is called with a flat list of values, and the values of a batch.
+
+    Args:
+        model: to call.
+        inputs: of a batch.
+        form: of the first model that was captured; plain modules are called as it was.
+
+    Raises:
+        InputError: they are nested as the model does not take them.
+    """
+    owner = getattr(model, "__self__", model)
+    own = _form_of(model)
+    form = own or form
+    if form is not None:
+        values = form.sort(inputs)
+        if not isinstance(values, str):
+            if isinstance(owner, (LoweredProgram, StoredProgram, IntegerReference)):
+                return lambda flat: model(*flat), values
+            return lambda flat: _called(model, *form.arguments(flat)), values
+        if not _is_flat(inputs):
+            raise InputError(f"a batch {values}")
+    if isinstance(owner, StoredProgram) and not _is_flat(inputs):
+        raise InputError(
+            "a .pte file does not say how its inputs are nested: give each batch as a tuple of "
+            "them, in the order of the program, or evaluate it beside the graph it was made of"
+        )
+    if not isinstance(inputs, Mapping):
+        given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        values, structure = pytree.tree_flatten((given, {}))
+    elif _takes_names(owner, inputs):
+        values, structure = pytree.tree_flatten(((), dict(inputs)))
+    else:
+        values, structure = pytree.tree_flatten(((dict(inputs),), {}))
+    return lambda flat: _called(model, *pytree.tree_unflatten(flat, structure)), values
+
+
+def _called(model: Model, args: Any, kwargs: Any) -> Any:
+    return model(*args, **kwargs)
+
+
+def _is_flat(inputs: Any) -> bool:
+    values = (inputs,) if isinstance(inputs, Tensor) else inputs
+    return isinstance(values, (tuple, list)) and all(isinstance(v, Tensor) for v in values)
+
+
+def _takes_names(model: Any, names: Mapping[Any, Any]) -> bool:
+    """Whether a model that was not captured has arguments of these names."""
+    try:
+        taken = signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    except (TypeError, ValueError):
+        return False
+    return all(name in taken for name in names)
+
+
+def _form_of(model: Model) -> CallForm | None:
+    """Arguments of what was captured; ``None`` for others."""
+    owner = getattr(model, "__self__", model)
+    if isinstance(owner, (LoweredProgram, StoredProgram)):
+        return owner.form
+    if isinstance(owner, IntegerReference):
+        owner = owner.graph.model
+    return CallForm.of(owner) if isinstance(owner, GraphModule) else None
 
 
 def _dequantized(model: Model, outputs: Any) -> Any:
@@ -514,23 +606,36 @@ def _states_kept(models: Iterable[Model]) -> Iterator[None]:
         yield
 
 
-def _has_batch(leaf: Any, chunk: tuple[Tensor, ...]) -> bool:
-    return isinstance(leaf, Tensor) and leaf.shape[:1] == chunk[0].shape[:1]
+def _has_batch(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)
 
 
 def _chunks(
-    inputs: tuple[Tensor, ...], smallest: int, largest: int | None
-) -> Iterator[tuple[tuple[Tensor, ...], int]]:
-    """Cut a batch to sizes the model takes; the last sample is repeated to fill the last."""
-    total = len(inputs[0])
+    values: list[Any], smallest: int, largest: int | None
+) -> Iterator[tuple[list[Any], int, int]]:
+    """Cut a batch to sizes the model takes; the last sample is repeated to fill the last.
+
+    Yields:
+        Values of a call, their batch, and the samples in it that were not repeated. What has no
+        dimension is the same in all.
+    """
+    total = _batch_size(values)
     step = largest or max(total, 1)
     for start in range(0, total, step):
         count = min(step, total - start)
-        chunk = [value[start : start + count] for value in inputs]
-        if count < smallest:
-            filler = smallest - count
-            chunk = [torch.cat((value, value[-1:].repeat_interleave(filler, 0))) for value in chunk]
-        yield tuple(chunk), count
+        filler = max(smallest - count, 0)
+        chunk = []
+        for value in values:
+            if isinstance(value, Tensor) and value.dim():
+                value = value[start : start + count]
+                if filler:
+                    value = torch.cat((value, value[-1:].repeat_interleave(filler, 0)))
+            chunk.append(value)
+        yield chunk, count + filler, count
+
+
+def _batch_size(values: Iterable[Any]) -> int:
+    return next(len(value) for value in values if isinstance(value, Tensor) and value.dim())
 
 
 def _batch_limits(model: Model) -> tuple[int, int | None]:

@@ -23,7 +23,8 @@ from torch.fx import GraphModule
 
 from custom_quantizer.analysis.fidelity import db_text, finite
 from custom_quantizer.backends import checks_of
-from custom_quantizer.core.graph import input_tuples, module_path, state_kept, tensor_meta
+from custom_quantizer.core.calls import CallForm
+from custom_quantizer.core.graph import module_path, state_kept, tensor_meta
 from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import (
@@ -224,7 +225,8 @@ def verify(
     """
     checks = checks_of(lowered)
     graph = checks.here(read_converted(converted, lowered.graph.backend))
-    batches = list(input_tuples(inputs))
+    form = CallForm.of(converted)
+    batches = form.calls(inputs)
     if not batches:
         raise InputError("there are no inputs to verify on; pass at least one tuple of inputs")
     reference = IntegerReference(graph)
@@ -239,9 +241,11 @@ def verify(
             # Of integers at the border the float32 values, equal if and only if these are.
             got = pytree.tree_leaves(lowered.dequantized(lowered.run(*batch)))
             want = pytree.tree_leaves(reference.dequantized(reference(*batch)))
-            batch = _reals(graph, batch)
-            eager = pytree.tree_leaves(converted(*batch))
-            real = pytree.tree_leaves(float_model(*batch)) if float_model is not None else None
+            args, kwargs = form.arguments(_reals(graph, batch))
+            eager = pytree.tree_leaves(converted(*args, **kwargs))
+            real = None
+            if float_model is not None:
+                real = pytree.tree_leaves(float_model(*args, **kwargs))
             for i, each in enumerate(statistics):
                 if isinstance(want[i], Tensor):  # neither None nor a number
                     each.add(got[i], want[i], eager[i], None if real is None else real[i])
@@ -255,8 +259,9 @@ def verify(
     tensors: TensorChecks | None = None
     differs = any(output.mismatches and output.bound is None for output in outputs)
     try:
-        layers = () if exact else checks.run_time_layers(graph, batches[0])
-        tensors = checks.each_tensor(graph, batches[0]) if differs and not layers else None
+        first_batch = tuple(batches[0])
+        layers = () if exact else checks.run_time_layers(graph, first_batch)
+        tensors = checks.each_tensor(graph, first_batch) if differs and not layers else None
     except (LoweringError, ProgramError) as error:
         reasons += (f"layers and tensors could not be checked one by one: {error}",)
     layer = next((layer for layer in layers if layer.beyond), None)
@@ -269,22 +274,22 @@ def verify(
         departure = tensors.first
         first = FirstDifference(departure.node, departure.path, "output", str(departure))
     elif any(output.beyond for output in outputs):
-        first = _first_wrong_tensor(graph, batches, partial(checks.lower_again, lowered))
+        first = _first_wrong_tensor(
+            graph, list(map(tuple, batches)), partial(checks.lower_again, lowered)
+        )
     equal = None if stored is None else found is None
     return Verification(outputs, equal, exact, first, reasons, layers, tensors)
 
 
-def _reals(graph: ConvertedGraph, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+def _reals(graph: ConvertedGraph, values: list[Any]) -> list[Any]:
     """Inputs for a model that takes float32, of those of a program that may take integers."""
-    values, structure = pytree.tree_flatten(batch)
     dequantize = graph.backend.arithmetic.dequantize
-    reals = (
+    return [
         value
         if border is None or not isinstance(value, Tensor) or value.is_floating_point()
         else border.real(value, dequantize)
         for value, border in zip(values, graph.borders.inputs, strict=True)
-    )
-    return cast("tuple[Any, ...]", pytree.tree_unflatten(reals, structure))
+    ]
 
 
 def _state_kept(model: object) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import keyword
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from inspect import signature
 from typing import Any, TextIO, cast
@@ -18,12 +18,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.formats import dtype_name
 from custom_quantizer.core.graph import detached_copy, distinct
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, InputError, first_line, where_raised
 
-__all__ = ["DEFAULT_MAX_BATCH", "capture"]
+__all__ = ["DEFAULT_MAX_BATCH", "arguments_of", "capture"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,68 @@ DEFAULT_MAX_BATCH = 64
 """Largest batch of a program with a dynamic one: its memory is planned ahead."""
 
 
+def arguments_of(
+    model: object, example_inputs: tuple[Any, ...] | Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Example inputs as the tuple that ``torch.export`` takes.
+
+    Args:
+        model: a module, or what was captured of one.
+        example_inputs: such a tuple; or inputs by the names of the model's arguments, or by the
+            keys of a dictionary that is its only one.
+
+    Raises:
+        InputError: they are neither, or the model has no arguments of these names.
+    """
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs)
+    if not isinstance(example_inputs, Mapping):
+        raise InputError(
+            f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"
+            " for one tensor x write (x,)"
+        )
+    if isinstance(model, torch.export.ExportedProgram):
+        model = _module(model)
+    if isinstance(model, GraphModule):
+        form = CallForm.of(model)
+        values = form.sort(example_inputs)
+        if isinstance(values, str):
+            raise InputError(f"the example {values}")
+        args, kwargs = form.arguments(values)
+        return (*args, *kwargs.values())
+    return _by_signature(model, example_inputs)
+
+
+def _by_signature(model: object, named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Inputs by name in the order of ``forward``'s arguments."""
+    parameters = list(signature(getattr(model, "forward", model)).parameters.values())  # type: ignore[arg-type]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in positional]
+    if not set(named) & set(names) and len(positional) == 1:
+        return (dict(named),)
+    kind, given = type(model).__name__, ", ".join(map(str, named))
+    by_keyword = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in named]
+    if by_keyword:
+        raise InputError(
+            f"{kind}.forward takes {', '.join(by_keyword)} by keyword alone: pass "
+            "torch.export.export(model.eval(), args, kwargs)"
+        )
+    unknown = [str(name) for name in named if name not in names]
+    missing = [p.name for p in positional if p.default is p.empty and p.name not in named]
+    if unknown or missing:
+        what = f"no {' and no '.join(unknown)}" if unknown else f"also {', '.join(missing)}"
+        raise InputError(
+            f"{kind}.forward takes {', '.join(names) or 'no inputs by name'}, {what}; the inputs "
+            f"are called {given}"
+        )
+    last = max(names.index(name) for name in named)
+    return tuple(named.get(p.name, p.default) for p in positional[: last + 1])
+
+
 @tools()
 def capture(
     model: nn.Module | torch.export.ExportedProgram,
-    example_inputs: tuple[Any, ...],
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
     *,
     dynamic_batch: bool | int = False,
 ) -> tuple[GraphModule, tuple[Any, ...]]:
@@ -42,7 +101,7 @@ def capture(
 
     Args:
         model: as for :func:`~custom_quantizer.app.pipeline.quantize`.
-        example_inputs: one set of inputs.
+        example_inputs: one set of inputs, as :func:`arguments_of` takes it.
         dynamic_batch: as for :func:`~custom_quantizer.app.pipeline.quantize`.
 
     Returns:
@@ -53,12 +112,7 @@ def capture(
         InputError: the example is not a tuple, or the model does not run on it.
         CaptureError: ``torch.export`` refused the model.
     """
-    if not isinstance(example_inputs, (tuple, list)):
-        raise InputError(
-            f"example_inputs is a tuple of the model's inputs, got {type(example_inputs).__name__};"
-            " for one tensor x write (x,)"
-        )
-    example = tuple(example_inputs)
+    example = arguments_of(model, example_inputs)
     if isinstance(model, (torch.export.ExportedProgram, GraphModule)):
         if dynamic_batch:
             raise CaptureError(

@@ -169,6 +169,8 @@ class DataSource:
         classes: Names of the classes, sorted; empty when there are no labels or no names.
         labels: int64 class of each example in the order of iteration, shape ``(examples,)``, or
             None.
+        input_names: Arguments of the model that the inputs are; empty where they have an order
+            alone.
     """
 
     name: str
@@ -177,6 +179,7 @@ class DataSource:
     labels: Tensor | None = field(repr=False)
     _order: Tensor = field(repr=False)
     _reader: _Reader = field(repr=False)
+    input_names: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -185,7 +188,7 @@ class DataSource:
     @classmethod
     def from_tensors(
         cls,
-        inputs: Tensor | Sequence[Tensor],
+        inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
         labels: Tensor | None = None,
         *,
         batch_size: int = 64,
@@ -195,11 +198,11 @@ class DataSource:
         """Wrap tensors held in memory.
 
         Args:
-            inputs: One tensor per argument of the model, examples first. The dtype says what
-                is done: float32 is used as it is and other floating dtypes are converted to it;
-                int32, int64 and bool of fewer than four dimensions (indices, masks) are used as
-                they are; uint8 of shape ``(N, C, H, W)`` are images, and go through
-                ``preprocess`` like decoded files. Others are refused.
+            inputs: One tensor per argument of the model, in their order or by their names,
+                examples first. The dtype says what is done: float32 is used as it is and other
+                floating dtypes are converted to it; int32, int64 and bool of fewer than four
+                dimensions (indices, masks) are used as they are; uint8 of shape ``(N, C, H, W)``
+                are images, and go through ``preprocess`` like decoded files. Others are refused.
             labels: Integer classes of shape ``(N,)``, or None.
             batch_size: Examples per batch.
             preprocess: For uint8 images; None is ``Preprocess()``.
@@ -208,13 +211,16 @@ class DataSource:
         Raises:
             InputError: A dtype or shape is not as above, lengths differ, or there is no example.
         """
+        names: tuple[str, ...] = ()
+        if isinstance(inputs, Mapping):
+            names, inputs = tuple(inputs), tuple(inputs.values())
         tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         if not tensors:
             raise InputError(f"{name}: there is no input tensor")
         preprocess = preprocess or Preprocess()
         checked = tuple(
             _checked_input(tensor, f"{name}: input {index}", preprocess)
-            for index, tensor in enumerate(tensors)
+            for index, tensor in zip(names or range(len(tensors)), tensors, strict=True)
         )
         count = len(checked[0])
         if labels is not None:
@@ -227,9 +233,8 @@ class DataSource:
             )
         if count == 0:
             raise InputError(f"{name}: there is no example in it")
-        return cls(
-            name, batch_size, (), labels, torch.arange(count), _TensorReader(checked, preprocess)
-        )
+        reader = _TensorReader(checked, preprocess)
+        return cls(name, batch_size, (), labels, torch.arange(count), reader, names)
 
     @property
     def num_examples(self) -> int:
@@ -261,7 +266,9 @@ class DataSource:
             if self.labels is None
             else torch.split(self.labels, self.batch_size)
         )
-        yield from map(Batch, self._reader.read(batches), labels)
+        for inputs, known in zip(self._reader.read(batches), labels, strict=True):
+            by_name = dict(zip(self.input_names, inputs, strict=True)) if self.input_names else None
+            yield Batch(by_name or inputs, known)
 
     def subset(self, n: int, seed: int = 0) -> DataSource:
         """Draw ``n`` examples at random, as evenly over the classes as they allow.
@@ -287,8 +294,11 @@ class DataSource:
         """Return the same examples in batches of another size."""
         return replace(self, batch_size=batch_size)
 
-    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, ...]:
-        """Return the inputs of the first ``batch_size`` examples, to export a model with."""
+    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, ...] | Mapping[str, Tensor]:
+        """Return the inputs of the first ``batch_size`` examples, to export a model with.
+
+        By name where the data have names.
+        """
         first = self._take(torch.arange(min(batch_size, self.num_examples)))
         return next(iter(first.with_batch_size(batch_size))).inputs
 
@@ -309,7 +319,7 @@ class InputBatches:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...] | Mapping[str, Tensor]]:
         for batch in self.source:
             yield batch.inputs
 
@@ -335,10 +345,11 @@ def load_data(
               or in one folder only, have no labels. Folders that enclose everything are looked
               through, files that are no images are ignored, and archives are not unpacked;
             - ``.npy``, ``.npz``, ``.pt``, ``.pth`` or ``.safetensors`` with tensors: a single
-              one; a list or tuple (``inputs.0``, ``inputs.1``, ... where there are only names)
-              for several arguments of the model; or ``images``, ``inputs``, ``input`` or ``x``
-              with ``labels``, ``targets``, ``label``, ``target`` or ``y``. What happens to each
-              dtype is told by :meth:`DataSource.from_tensors`.
+              one; several by the names of the model's arguments, or in their order, as a list or
+              tuple or called ``inputs.0``, ``inputs.1``, ...; or ``images``, ``inputs``,
+              ``input`` or ``x`` for a single one; and beside them ``labels``, ``targets``,
+              ``label``, ``target`` or ``y``. What happens to each dtype is told by
+              :meth:`DataSource.from_tensors`.
         preprocess: What to do with 8-bit images; None is ``Preprocess()``. Tensors of other
             dtypes are taken as they are.
         batch_size: Examples per batch.
@@ -705,7 +716,7 @@ def _checked_labels(labels: Tensor, where: str) -> Tensor:
 
 def _named_tensors(
     content: object, path: Path
-) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
+) -> tuple[Tensor | tuple[Tensor, ...] | dict[str, Tensor], Tensor | None]:
     """Find inputs and labels in what a file holds."""
     if isinstance(content, Tensor):
         return content, None
@@ -737,11 +748,13 @@ def _named_tensors(
         numbered = [pattern.format(index) for index in range(len(named))]
         if named and set(numbered) == set(named):
             return _tensors([named[key] for key in numbered], path), labels
-    raise InputError(
-        f"{path}: cannot tell the inputs among {some(sorted(content))}; name them "
-        f"{', '.join(_INPUT_KEYS)} or inputs.0, inputs.1, ..., the labels "
-        f"{', '.join(_LABEL_KEYS)}, and leave out the rest"
-    )
+    if not named:
+        raise InputError(
+            f"{path} holds {label_key or 'nothing'} and no inputs; name them as the arguments of "
+            f"the model, {', '.join(_INPUT_KEYS)} or inputs.0, inputs.1, ..., and the labels "
+            f"{', '.join(_LABEL_KEYS)}"
+        )
+    return dict(zip(named, _tensors(list(named.values()), path), strict=True)), labels
 
 
 def _one_of(keys: Sequence[str], named: Mapping[str, object], path: Path) -> str | None:

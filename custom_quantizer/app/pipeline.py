@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -33,7 +34,7 @@ from custom_quantizer.analysis.fidelity import (
     check_calls,
     first_calls,
 )
-from custom_quantizer.app.capture import DEFAULT_MAX_BATCH, capture
+from custom_quantizer.app.capture import DEFAULT_MAX_BATCH, arguments_of, capture
 from custom_quantizer.app.configuration import Configuration, as_quantizer
 from custom_quantizer.app.recorded import Recorded, read_calibration, write_calibration
 from custom_quantizer.app.saved_graph import serialize_graph
@@ -314,7 +315,7 @@ def _remove(path: Path) -> None:
 
 def quantize(
     model: nn.Module | torch.export.ExportedProgram,
-    example_inputs: tuple[Any, ...],
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
     calibration_data: object,
     *,
     config: Configuration | IntegerQuantizer | None = None,
@@ -332,7 +333,8 @@ def quantize(
     Args:
         model: a module (a copy in eval mode is captured; the module itself is not changed), an
             ``ExportedProgram``, or what its ``.module()`` returns.
-        example_inputs: one set of inputs; its batch is the program's, unless that is dynamic.
+        example_inputs: one set of inputs, as a tuple, or by the names of the model's arguments;
+            its batch is the program's, unless that is dynamic.
         calibration_data: see :func:`~custom_quantizer.calibration.run.calibrate`. Next to
             ``statistics`` it is used for algorithms that improve accuracy, and may be ``None``
             where there are none.
@@ -368,9 +370,10 @@ def quantize(
             :mod:`custom_quantizer.analysis.fidelity`).
         LoweringError: the backend refused the graph, or wrote something wrong.
     """
+    example_inputs = arguments_of(model, example_inputs)
     return _quantize(
         lambda: capture(model, example_inputs, dynamic_batch=dynamic_batch),
-        tuple(example_inputs),
+        example_inputs,
         calibration_data,
         _recorded(statistics, example_inputs, dynamic_batch),
         config=config,
@@ -478,7 +481,7 @@ def _calibrated(
 
 def record_calibration(
     model: nn.Module | torch.export.ExportedProgram,
-    example_inputs: tuple[Any, ...],
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
     calibration_data: object,
     path: str | os.PathLike[str],
     *,
@@ -520,6 +523,8 @@ def record_calibration(
     data = calibration_data
     if isinstance(data, Iterator):
         data = Remembered(data)
+    given = example_inputs
+    example_inputs = arguments_of(model, given)
     exported, _ = capture(model, example_inputs, dynamic_batch=dynamic_batch)
     prepared, _ = _prepare(exported, quantizer)
     for observed in activation_observers(prepared):
@@ -535,7 +540,11 @@ def record_calibration(
     # Not noted while they run: a resumed calibration does not run the first ones again.
     calls = first_calls(GraphInputs.of(prepared), data)
     most = _largest_batch(dynamic_batch)
-    write_calibration(path, exported, prepared, example_inputs, calls, summary, most)
+    names: list[str] = []
+    if isinstance(given, Mapping):
+        by_value = {id(value): str(name) for name, value in given.items()}
+        names = [by_value[id(leaf)] for leaf in pytree.tree_leaves(example_inputs)]
+    write_calibration(path, exported, prepared, example_inputs, calls, summary, most, names)
     return summary
 
 

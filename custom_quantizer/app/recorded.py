@@ -65,6 +65,7 @@ class _About(_Part):
     weights: dict[str, str]
     inputs: Annotated[int, Field(ge=1, le=1 << 10)]
     calls: Annotated[int, Field(ge=1, le=1 << 10)]
+    names: list[str] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,8 @@ class Recorded:
     Attributes:
         path: of the file.
         summary: what the observers were shown.
-        example: inputs that the model was captured with, one tensor per placeholder.
+        example: inputs that the model was captured with, one tensor per placeholder; by name where
+            they were given so.
         calls: inputs of the first calls, likewise.
         dynamic_batch: largest batch; 0: it is that of the example.
         statistics: of the activations.
@@ -82,7 +84,7 @@ class Recorded:
 
     path: str
     summary: CalibrationSummary
-    example: tuple[Tensor, ...] = field(repr=False)
+    example: tuple[Tensor, ...] | Mapping[str, Tensor] = field(repr=False)
     calls: tuple[list[Tensor], ...] = field(repr=False)
     dynamic_batch: int
     statistics: ModelStatistics = field(repr=False)
@@ -95,7 +97,7 @@ class Recorded:
             InputError: which.
         """
         given = [_described(leaf) for leaf in pytree.tree_leaves(example)]
-        known = [_described(leaf) for leaf in self.example]
+        known = [_described(leaf) for leaf in pytree.tree_leaves(self.example)]
         if given != known:
             raise InputError(
                 f"{self.path}: was calibrated with inputs of {', '.join(known)}, and the example "
@@ -160,6 +162,7 @@ def write_calibration(
     calls: Sequence[Sequence[Any]],
     summary: CalibrationSummary,
     dynamic_batch: int,
+    names: Sequence[str] = (),
 ) -> None:
     """Write the statistics of a calibrated model and what they are of, in one step.
 
@@ -168,6 +171,7 @@ def write_calibration(
         exported: the captured graph, before it was prepared.
         prepared: the calibrated one.
         example: inputs it was captured with.
+        names: of these inputs, where they were given by name.
         calls: inputs of its first calls, one value per placeholder.
         summary: what ``calibrate`` returned.
         dynamic_batch: largest batch; 0: a static one.
@@ -197,6 +201,7 @@ def write_calibration(
         weights=_weights(exported),
         inputs=len(leaves),
         calls=len(calls),
+        names=list(names),
     )
     # A tensor, not metadata: the order of several keys there changes from run to run.
     text = about.model_dump_json().encode()
@@ -226,18 +231,21 @@ def read_calibration(path: str | os.PathLike[str]) -> Recorded:
         about = _About.model_validate_json(record["about"].numpy().tobytes())
         example = _inputs(record, "example", about.inputs)
         calls = tuple(_inputs(record, f"call{i}", about.inputs) for i in range(about.calls))
+        if about.names and len(about.names) != about.inputs:
+            raise ValueError
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: what it says of its model cannot be read ({type(error).__name__}); calibrate "
             "again"
         ) from error
+    given: tuple[Tensor, ...] | Mapping[str, Tensor] = tuple(example)
+    if about.names:
+        given = dict(zip(about.names, example, strict=True))
     ranges = tuple(TensorConvergence(**r.model_dump()) for r in about.ranges)
     summary = CalibrationSummary(
         about.samples, about.batches, about.rebatched, about.unused, ranges
     )
-    return Recorded(
-        os.fspath(path), summary, tuple(example), calls, about.dynamic_batch, statistics, about
-    )
+    return Recorded(os.fspath(path), summary, given, calls, about.dynamic_batch, statistics, about)
 
 
 def _inputs(record: Mapping[str, Tensor], name: str, count: int) -> list[Tensor]:

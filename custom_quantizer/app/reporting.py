@@ -59,13 +59,16 @@ def load_result(file: str | os.PathLike[str]) -> StoredResult:
     """Read a report, or the report beside a program; without one, make it of the graph beside it.
 
     Args:
-        file: a ``.pte``, the ``.json`` beside it, or the directory that ``save`` wrote.
+        file: a ``.pte``, the ``.json`` or ``.graph.safetensors`` beside it, or the directory that
+            ``save`` wrote.
 
     Raises:
         InputError: it is missing; the report is damaged, or of another program; or neither report
             nor graph is there.
     """
     path = Path(file)
+    if path.name.endswith(GRAPH_SUFFIX):
+        path = path.with_name(path.name.removesuffix(GRAPH_SUFFIX) + ".pte")
     if path.is_dir():
         if not (path / "report.json").is_file():
             raise InputError(
@@ -199,10 +202,11 @@ def measured(
     report = stored.report
     if stored.program is not None and (data.labels is not None or model is not None):
         from custom_quantizer.analysis.evaluation import evaluate
-        from custom_quantizer.backends.xnnpack import load_program
+        from custom_quantizer.app.saved_graph import load_program_of
 
         models: dict[str, Callable[..., Any]] = {} if model is None else {"float model": model}
-        models[stored.program.name] = load_program(stored.program).run
+        graph = stored.graph if data.input_names else None
+        models[stored.program.name] = load_program_of(stored.program, graph).run
         report = report.including(evaluate(models, data, output=output, progress=progress))
     if stored.graph is not None:
         from custom_quantizer.analysis.activations import observe_activations

@@ -16,8 +16,9 @@ import torch.utils._pytree as pytree
 from pydantic import ValidationError
 from torch.fx import GraphModule
 
-from custom_quantizer.backends.xnnpack import LoweredProgram, lower
+from custom_quantizer.backends.xnnpack import LoweredProgram, StoredProgram, load_program, lower
 from custom_quantizer.backends.xnnpack.readback import read_file, read_program
+from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.file_hashes import GRAPH_SUFFIX, recorded_hash, sha256_of
 from custom_quantizer.core.files import write_bytes_atomic
 from custom_quantizer.core.threads import tools
@@ -28,7 +29,14 @@ from custom_quantizer.reference.graph_building import build, document_of
 from custom_quantizer.reference.graph_document import FormatError, first_problem, pack, unpack
 from custom_quantizer.reference.inputs import check_example
 
-__all__ = ["GRAPH_SUFFIX", "load_graph", "load_lowered", "save_graph", "serialize_graph"]
+__all__ = [
+    "GRAPH_SUFFIX",
+    "load_graph",
+    "load_lowered",
+    "load_program_of",
+    "save_graph",
+    "serialize_graph",
+]
 
 
 def save_graph(
@@ -129,6 +137,29 @@ def load_graph(path: str | os.PathLike[str]) -> tuple[GraphModule, tuple[Any, ..
             "writes one beside the program"
         ) from error
     return model, example
+
+
+def load_program_of(
+    program: str | os.PathLike[str],
+    graph: str | os.PathLike[str] | None,
+    *,
+    isolated: bool | None = None,
+) -> StoredProgram:
+    """Read a program that also takes inputs by the names that its graph knows.
+
+    Args:
+        program: a ``.pte``.
+        graph: what :func:`save_graph` wrote; ``None``: there is none, or no names are needed.
+        isolated: as for :func:`load_lowered`.
+
+    Raises:
+        InputError: as for :func:`load_lowered`.
+        ProgramError: likewise.
+    """
+    stored = load_program(program, isolated=isolated)
+    if graph is not None:
+        stored.form = CallForm.of(load_graph(graph)[0])
+    return stored
 
 
 def load_lowered(

@@ -40,7 +40,7 @@ HELD_BACK = 0.25
 
 def sensitivity(
     model: nn.Module | torch.export.ExportedProgram,
-    example_inputs: tuple[Any, ...],
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
     data: object,
     *,
     schemes: Sequence[str | OpScheme] = SCHEMES,
@@ -105,7 +105,7 @@ def sensitivity(
 
 def search(
     model: nn.Module | torch.export.ExportedProgram,
-    example_inputs: tuple[Any, ...],
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
     data: object,
     budget: Mapping[str, float],
     *,

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -30,7 +29,7 @@ from custom_quantizer.calibration.convergence import (
     plot_watched,
 )
 from custom_quantizer.calibration.observers import ActivationObserver
-from custom_quantizer.core.batch import Batch
+from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.formats import dtype_name
 from custom_quantizer.core.graph import (
     STATE_KEY,
@@ -431,14 +430,12 @@ class GraphInputs:
 
     Attributes:
         inputs: one entry per placeholder.
-        names: of the arguments, positional ones first.
-        structure: how arguments nest tensors; ``None`` where the graph takes them flat.
+        form: its arguments, and how they nest these.
         batch: smallest and largest batch, where all inputs share their first dimension.
     """
 
     inputs: tuple[GraphInput, ...]
-    names: tuple[str, ...] = ()
-    structure: Any = field(default=None, repr=False)
+    form: CallForm
     batch: tuple[int, int | None] | None = None
 
     @classmethod
@@ -458,10 +455,7 @@ class GraphInputs:
                 firsts.append((str(meta.shape[0]), sizes[0]))
         # Equal symbols, not equal bounds: only then do the sizes vary together.
         shared = firsts[0][1] if len({symbol for symbol, _ in firsts}) == 1 else None
-        info = getattr(model.graph._codegen, "pytree_info", None)
-        if info is None:
-            return cls(tuple(inputs), tuple(entry.name for entry in inputs), None, shared)
-        return cls(tuple(inputs), tuple(info.orig_args), info.in_spec, shared)
+        return cls(tuple(inputs), CallForm.of(model), shared)
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.inputs)) or "nothing"
@@ -479,7 +473,7 @@ class GraphInputs:
         Raises:
             CalibrationError: it does not hold what the graph takes.
         """
-        values = self._sorted(batch)
+        values = self.form.sort(batch)
         if isinstance(values, str):
             raise CalibrationError(f"{where} {values}; the graph takes {self}")
         sizes = set()
@@ -498,49 +492,9 @@ class GraphInputs:
             )
         return values
 
-    def _sorted(self, batch: object) -> list[Any] | str:
-        """The values of a batch by placeholder, or what is wrong with it."""
-        if isinstance(batch, Batch):
-            batch = batch.inputs
-        if isinstance(batch, Mapping):
-            return self._by_name(batch)
-        if not isinstance(batch, (tuple, list)):
-            batch = (batch,)
-        values = pytree.tree_leaves(tuple(batch))
-        if len(values) == len(self.inputs):
-            return values
-        # Inputs and labels, as data loaders give them.
-        if len(batch) == 2 and not isinstance(first := self._sorted(batch[0]), str):
-            return first
-        return f"holds {len(values)} values where the graph takes {len(self.inputs)}"
-
-    def _by_name(self, batch: Mapping[Any, Any]) -> list[Any] | str:
-        keys = self._keys_of_only_argument()
-        if keys is not None and keys.keys() <= batch.keys():
-            chosen = [batch[key] for key in keys]
-        elif missing := [name for name in self.names if name not in batch]:
-            given = ", ".join(map(str, batch)) or "no keys"
-            return f"has no {' and no '.join(missing)}, only {given}"
-        else:
-            chosen = [batch[name] for name in self.names]
-        values = pytree.tree_leaves(chosen)
-        if len(values) != len(self.inputs):
-            return f"holds {len(values)} values where the graph takes {len(self.inputs)}"
-        return values
-
-    def _keys_of_only_argument(self) -> dict[Any, None] | None:
-        """Where the graph takes one dictionary and nothing else, its keys in order."""
-        if self.structure is None or len(self.names) != 1:
-            return None
-        (argument,) = (child for part in self.structure.children() for child in part.children())
-        return dict.fromkeys(argument.context) if argument.type is dict else None
-
     def arguments(self, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments from one value per placeholder."""
-        if self.structure is None:
-            return tuple(values), {}
-        args, kwargs = pytree.tree_unflatten(values, self.structure)
-        return tuple(args), dict(kwargs)
+        return self.form.arguments(values)
 
     def batch_size(self, values: list[Any]) -> int:
         """Number of samples; 1 where nothing has a first dimension."""

@@ -36,8 +36,6 @@ __all__ = [
     "effective_users",
     "expression_bounds",
     "fake_constant",
-    "flatten_inputs",
-    "input_tuples",
     "is_complex",
     "is_constant",
     "is_dequantize",
@@ -303,28 +301,6 @@ def _fit(wanted: Sequence[object], given: Sequence[int]) -> bool:
     return all(not isinstance(w, int) or w == g for w, g in zip(wanted, given, strict=True))
 
 
-def flatten_inputs(in_spec: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
-    """Inputs of a captured graph in the order of its placeholders.
-
-    Args:
-        in_spec: structure of ``(args, kwargs)`` that was recorded at capture, if any.
-        inputs: positional inputs; those captured by keyword may stand here too, in their order.
-        named: inputs by keyword.
-
-    Raises:
-        InputError: the keywords are not those of capture.
-    """
-    if not named:
-        return pytree.tree_leaves(inputs)
-    known = [] if in_spec is None else list(in_spec.child(1).context)
-    if set(named) != set(known):
-        raise InputError(
-            f"the model takes {', '.join(known) or 'no inputs'} by keyword, got "
-            f"{', '.join(named)}: give each input the way torch.export.export got it"
-        )
-    return pytree.tree_leaves((inputs, {name: named[name] for name in known}))
-
-
 def distinct(inputs: Any) -> Any:
     """The same inputs, with a copy wherever a tensor comes again.
 
@@ -341,15 +317,6 @@ def distinct(inputs: Any) -> Any:
         return value.detach().clone() if again else value
 
     return pytree.tree_map(own, inputs)
-
-
-def input_tuples(inputs: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
-    """Inputs of several calls: of one tensor, one tuple, or an iterable of tensors and tuples."""
-    if isinstance(inputs, Tensor):
-        return [(inputs,)]
-    if isinstance(inputs, tuple) and any(isinstance(value, Tensor) for value in inputs):
-        return [inputs]
-    return [value if isinstance(value, tuple) else (value,) for value in inputs]
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import GraphModule
 
+from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.graph import check_inputs, tensor_meta
 from custom_quantizer.errors import InputError
 from custom_quantizer.reference.converted import ConvertedGraph
@@ -18,6 +18,9 @@ __all__ = ["check_example", "placeholder_metas", "specs_of"]
 def check_example(graph: ConvertedGraph, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The example with contiguous tensors, and integers where the program takes these.
 
+    Returns:
+        The arguments as capture nested them, those captured by keyword last.
+
     Raises:
         InputError: it does not fit the graph.
     """
@@ -27,7 +30,8 @@ def check_example(graph: ConvertedGraph, example_inputs: tuple[Any, ...]) -> tup
             " for one tensor x write (x,)"
         )
     metas = placeholder_metas(graph.model)
-    flat, structure = pytree.tree_flatten(tuple(example_inputs))
+    form = CallForm.of(graph.model)
+    flat = form.flat(tuple(example_inputs))
     for i, (value, meta) in enumerate(zip(flat, metas, strict=False)):
         if meta is None and not isinstance(value, (int, float, type(None))):
             raise InputError(
@@ -38,7 +42,8 @@ def check_example(graph: ConvertedGraph, example_inputs: tuple[Any, ...]) -> tup
         raise InputError(f"the graph takes {len(metas)} inputs, the example has {len(flat)}")
     flat = graph.borders.integers(flat, graph.backend.arithmetic.quantize)
     check_inputs(flat, metas)
-    return cast("tuple[Any, ...]", pytree.tree_unflatten(map(_contiguous, flat), structure))
+    args, kwargs = form.arguments([_contiguous(value) for value in flat])
+    return (*args, *kwargs.values())
 
 
 def _contiguous(value: Any) -> Any:

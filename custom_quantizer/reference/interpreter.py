@@ -17,12 +17,12 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.borders import is_border_call
+from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.graph import (
     CHOOSE_QPARAMS,
     check_inputs,
     constant_of,
     describe,
-    flatten_inputs,
     is_dequantize,
     is_quantize,
     is_run_time_quantization,
@@ -310,8 +310,7 @@ def _flatten_inputs(
         InputError: number, dtype or shape of the inputs is wrong.
     """
     model = graph.model
-    info = getattr(model.graph._codegen, "pytree_info", None)
-    flat = flatten_inputs(None if info is None else info.in_spec, inputs, named)
+    flat = CallForm.of(model).flat(inputs, named)
     wanted = [node for node in model.graph.nodes if node.op == "placeholder"]
     if len(flat) != len(wanted):
         raise InputError(

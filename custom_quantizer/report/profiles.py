@@ -15,11 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from custom_quantizer.backends import checks_of
-from custom_quantizer.core.graph import input_tuples
+from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.plot import new_figure, save_figure
 from custom_quantizer.core.text_table import table_lines
 from custom_quantizer.errors import InputError
@@ -219,10 +218,11 @@ def profile(
     contents = read_program(data, name=what)
     entry = contents.main if method is None else contents.method(method)
     borders = borders_in(entry, contents.constants)
-    batches = [_random(entry, borders)] if inputs is None else list(input_tuples(inputs))
+    form = program.form if isinstance(program, LoweredProgram) else CallForm(len(entry.inputs))
+    batches = [list(_random(entry, borders))] if inputs is None else form.calls(inputs)
     if not batches:
         raise InputError("there are no inputs to profile on; pass at least one tuple of inputs")
-    flat = [fitting_inputs(entry, borders, pytree.tree_leaves(batch)) for batch in batches]
+    flat = [fitting_inputs(entry, borders, batch) for batch in batches]
     timed = measure(data, what, entry, flat[0], runs=runs, warmup=warmup, threads=threads)
     differences = _differences(program, flat) if isinstance(program, LoweredProgram) else {}
     report = inspect_program(data)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,8 +23,10 @@ from support import cifar_models
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from custom_quantizer.app.capture import arguments_of, capture
 from custom_quantizer.app.data import Batch, DataSource, Preprocess, load_data
 from custom_quantizer.app.models import load_model, load_weights
+from custom_quantizer.calibration.run import GraphInputs
 from custom_quantizer.errors import InputError
 
 # --- models ---
@@ -618,15 +621,56 @@ def test_tensor_files(
         assert torch.equal(got.labels, Y)
 
 
+class TwoInputs(nn.Module):
+    def forward(self, left: Tensor, right: Tensor, scale: float = 2.0) -> Tensor:
+        return (left - right) * scale
+
+
+class OneDictionary(nn.Module):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return (batch["left"] - batch["right"]) * 2.0
+
+
+@pytest.mark.parametrize("model", [TwoInputs(), OneDictionary()])
+def test_inputs_are_named_as_the_arguments_of_the_model(tmp_path: Path, model: nn.Module) -> None:
+    """Whatever their order in the file: safetensors, for one, sorts them."""
+    save_file({"right": X + 1, "left": X, "labels": Y}, tmp_path / "d.safetensors")
+    source = load_data(tmp_path / "d.safetensors", batch_size=2)
+    assert set(source.input_names) == {"left", "right"}
+    batch = next(iter(source))
+    assert isinstance(batch.inputs, dict)
+    assert batch.labels is not None
+    flat = pytree.tree_leaves(arguments_of(model, source.example_inputs(2)))
+    assert torch.equal(flat[0], X[:2])
+    assert torch.equal(flat[1], X[:2] + 1)
+    graph, _ = capture(model, source.example_inputs(2))
+    called = GraphInputs.of(graph).fit(batch, "a batch")
+    assert torch.equal(called[0], X[:2])
+    assert torch.equal(called[1], X[:2] + 1)
+    captured = pytree.tree_leaves(arguments_of(graph, source.example_inputs(2)))
+    assert torch.equal(captured[1], X[:2] + 1)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"left": X, "rihgt": X}, "TwoInputs.forward takes left, right, scale, no rihgt"),
+        ({"left": X}, "takes left, right, scale, also right"),
+    ],
+)
+def test_inputs_of_other_names(named: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        arguments_of(TwoInputs(), named)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"images": X, "x": X}, "images and x, which mean the same"),
         ({"x": X, "y": X}, r"y means labels, .* name the inputs of a model with several inputs\.0"),
-        ({"a": X, "b": X}, "cannot tell the inputs among a, b"),
-        ({"a": X, "labels": Y}, "cannot tell the inputs among a, labels"),
-        ({"labels": Y}, "cannot tell the inputs among labels"),
-        ({"inputs": X, "mask": X}, "cannot tell the inputs among inputs, mask"),
+        ({"a": X, "b": 3}, "holds int where a tensor"),
+        ({"a": X, "b": X[:2]}, "different numbers of examples: 4, 2"),
+        ({"labels": Y}, "holds labels and no inputs; name them as the arguments of the model"),
         ({"inputs": 3}, "holds int where a tensor"),
         ((X, Y), "an input or the labels"),
         ((), "no input tensor"),

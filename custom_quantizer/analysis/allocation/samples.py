@@ -53,10 +53,7 @@ class Samples:
         labels: list[Tensor | None] = []
         single = isinstance(data, (Tensor, Mapping))
         for index, batch in enumerate([data] if single else cast("Iterable[Any]", data)):
-            given: Any = batch
-            answers = None
-            if not isinstance(batch, Mapping):
-                given, answers = inputs_and_labels(batch, any_labels=any_labels)
+            given, answers = inputs_and_labels(batch, any_labels=any_labels, form=graph.form)
             values = graph.fit(given, f"batch {index}")
             whole = values if whole is None else graph.join(whole, values)
             labels.append(answers)

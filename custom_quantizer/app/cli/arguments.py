@@ -16,6 +16,8 @@ from custom_quantizer.app.cli.options import InputShape, MakePreprocess
 from custom_quantizer.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from torch.fx import GraphModule
 
@@ -111,10 +113,21 @@ def random_inputs(
         ) from error
 
 
-def example_inputs(data: DataSource | None, shapes: tuple[InputShape, ...]) -> tuple[Tensor, ...]:
+def example_inputs(
+    data: DataSource | None, shapes: tuple[InputShape, ...]
+) -> tuple[Tensor, ...] | Mapping[str, Tensor]:
     """Inputs to capture a model with: of these shapes, or else one sample."""
     samples = () if data is None else data.example_inputs(1)
-    return random_inputs(shapes, samples) if shapes or data is None else samples
+    if not shapes and data is not None:
+        return samples
+    if isinstance(samples, tuple):
+        return random_inputs(shapes, samples)
+    if len(shapes) != len(samples):
+        raise InputError(
+            f"--input-shape is given {len(shapes)} times, and the data have {len(samples)} inputs: "
+            f"{', '.join(samples)}; give one for each, in this order, or none"
+        )
+    return dict(zip(samples, random_inputs(shapes, tuple(samples.values())), strict=True))
 
 
 def check_output(output: Path) -> None:

@@ -11,6 +11,7 @@ import click
 from custom_quantizer.app.cli.arguments import (
     check_plot,
     existing_graph,
+    graph_beside,
     lines_of,
     load_converted,
     load_samples,
@@ -99,7 +100,7 @@ def evaluate_command(
             "labels with the tensors, or pass a float --model to compare with"
         )
     from custom_quantizer.analysis.evaluation import evaluate
-    from custom_quantizer.backends.xnnpack import load_program
+    from custom_quantizer.app.saved_graph import load_program_of
     from custom_quantizer.report.terminal import accuracy_table, print_table
 
     start_runtime()
@@ -116,8 +117,11 @@ def evaluate_command(
     for program in programs:
         # Two files of one name: only their paths tell them apart.
         unique = [path.name for path in programs].count(program.name) == 1
-        models[program.name if unique else str(program)] = load_program(
-            program, isolated=isolated or None
+        beside = graph_beside(program)
+        models[program.name if unique else str(program)] = load_program_of(
+            program,
+            beside if source.input_names and beside.exists() else None,
+            isolated=isolated or None,
         ).run
     evaluation = evaluate(models, source, output=output_index, slices=slices)
     if as_json:

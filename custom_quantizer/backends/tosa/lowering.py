@@ -75,7 +75,7 @@ def make_program(
     module = edge.exported_program().module()
     report = _report(graph, edge, module, applied)
     return TosaProgram(
-        module, report, graph, specs_of(graph.model), tuple(_sizes(graph.model, example)), passes
+        module, report, graph, specs_of(graph.model)[1], tuple(_sizes(graph.model, example)), passes
     )
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from custom_quantizer.backends.tosa.tools import reference_model
+from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.files import write_bytes_atomic
-from custom_quantizer.core.graph import check_inputs, flatten_inputs, input_tuples
+from custom_quantizer.core.graph import check_inputs
 from custom_quantizer.errors import InputError, LoweringError, ProgramError
 from custom_quantizer.ops.backend import Kernel
 from custom_quantizer.ops.placement import PlacedOp, Tally, tally
@@ -88,7 +89,7 @@ class TosaProgram:
         module: GraphModule,
         report: TosaReport,
         graph: ConvertedGraph,
-        specs: tuple[Any, Any],
+        out_spec: Any,
         metas: tuple[Tensor | None, ...],
         passes: Sequence[Callable[..., int]],
     ) -> None:
@@ -96,7 +97,8 @@ class TosaProgram:
         self.passes = passes
         self._module = module
         self._graph = graph
-        self._in_spec, self._out_spec = specs
+        self.form = CallForm.of(graph.model)
+        self._out_spec = out_spec
         self._metas = metas
 
     @property
@@ -145,7 +147,7 @@ class TosaProgram:
             InputError: number, dtype or shape of the inputs is wrong.
             ProgramError: the reference model refuses the program, or finds its result undefined.
         """
-        flat = flatten_inputs(self._in_spec, inputs, named)
+        flat = self.form.flat(inputs, named)
         if len(flat) != len(self._metas):
             raise InputError(f"the program takes {len(self._metas)} inputs, got {len(flat)}")
         flat = self._graph.borders.integers(flat, self._graph.backend.arithmetic.quantize)
@@ -175,7 +177,7 @@ class TosaProgram:
         """
         reference = IntegerReference(self._graph)
         differ = total = 0
-        for values in input_tuples(inputs):
+        for values in self.form.calls(inputs):
             wanted = pytree.tree_leaves(reference(*values))
             for made, given in zip(wanted, pytree.tree_leaves(self.run(*values)), strict=True):
                 differ += unequal(made, given)

@@ -31,7 +31,7 @@ from custom_quantizer.backends.xnnpack.checks import here, inexact_ops, is_exact
 from custom_quantizer.backends.xnnpack.program import LoweredProgram
 from custom_quantizer.core.file_hashes import sha256_of
 from custom_quantizer.core.files import json_bytes, new_directory, write_files_atomic
-from custom_quantizer.core.graph import flatten_inputs, input_tuples, module_path
+from custom_quantizer.core.graph import module_path
 from custom_quantizer.core.threads import exclusive
 from custom_quantizer.errors import InputError, VerificationError, first_line
 from custom_quantizer.ops.backend import Backend, get_mode
@@ -59,7 +59,6 @@ _Files = dict[str, bytes]
 def write_device_test(
     lowered: LoweredProgram,
     graph: ConvertedGraph,
-    in_spec: Any,
     folder: str | os.PathLike[str],
     inputs: Iterable[Any],
     *,
@@ -72,7 +71,6 @@ def write_device_test(
     Args:
         lowered: the program.
         graph: what it was made from.
-        in_spec: structure of its inputs, if it was recorded.
         folder: to make.
         inputs: as for :func:`custom_quantizer.verify`.
         name: of the program's file.
@@ -85,15 +83,12 @@ def write_device_test(
         raise InputError(
             f"name={name!r} is no name of a file: use letters, digits, '.', '_' and '-'"
         )
-    batches = list(input_tuples(inputs))
+    batches = lowered.form.calls(inputs)
     if not batches:
         raise InputError("there are no inputs to test on; pass at least one tuple of inputs")
     with exclusive(), torch.no_grad():
         quantize = graph.backend.arithmetic.quantize
-        feeds = [
-            graph.borders.integers(flatten_inputs(in_spec, batch, {}), quantize)
-            for batch in batches
-        ]
+        feeds = [graph.borders.integers(batch, quantize) for batch in batches]
         expected = _expected(lowered, graph, batches, backend)
         program, outputs = lowered, [NumericOutput(scale=s) for s in output_scales(graph.model)]
         if every_op:
@@ -192,7 +187,7 @@ def _backend(mode: str) -> Backend:
 def _expected(
     lowered: LoweredProgram,
     graph: ConvertedGraph,
-    batches: Sequence[tuple[Any, ...]],
+    batches: Sequence[list[Any]],
     backend: Backend,
 ) -> list[list[Any]]:
     """What the integer reference returns, once the runtime of this machine agreed to it.
@@ -263,6 +258,8 @@ def bundled(
     program: bytes, method: str, feeds: Sequence[list[Any]], expected: Sequence[list[Any]]
 ) -> tuple[bytes | None, str]:
     """The program as an ExecuTorch BundledProgram, or why there is none."""
+    if any(value is None for values in (*feeds, *expected) for value in values):
+        return None, "a bundled program holds tensors and numbers, and one of these is None"
     cases = [
         MethodTestCase([_contiguous(v) for v in feed], [_contiguous(v) for v in wanted])
         for feed, wanted in zip(feeds, expected, strict=True)

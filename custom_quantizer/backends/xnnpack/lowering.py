@@ -364,7 +364,7 @@ def describe_program(
         methods[method].applied,
     )
     metas = tuple(placeholder_metas(graph.model))
-    return LoweredProgram(data, report, contents, graph, specs_of(graph.model), metas)
+    return LoweredProgram(data, report, contents, graph, specs_of(graph.model)[1], metas)
 
 
 @contextmanager

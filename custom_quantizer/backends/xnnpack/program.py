@@ -31,8 +31,9 @@ from custom_quantizer.backends.xnnpack.isolation import IsolatedMethod
 from custom_quantizer.backends.xnnpack.op_record import RecordedOp
 from custom_quantizer.backends.xnnpack.readback import read_file, read_program
 from custom_quantizer.core.borders import Borders
+from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.files import write_bytes_atomic
-from custom_quantizer.core.graph import check_inputs, flatten_inputs, shape_hint
+from custom_quantizer.core.graph import check_inputs, shape_hint
 from custom_quantizer.errors import InputError, ProgramError
 from custom_quantizer.ops.backend import Kernel
 from custom_quantizer.ops.placement import Tally, tally
@@ -136,6 +137,7 @@ class LoweredProgram:
         report: what became of each op.
         contents: the program, read back from its bytes.
         borders: which of its inputs and outputs are integers.
+        form: its arguments, and how they nest these.
     """
 
     def __init__(
@@ -144,14 +146,15 @@ class LoweredProgram:
         report: LoweringReport,
         contents: ProgramContents,
         graph: ConvertedGraph,
-        specs: tuple[Any, Any],
+        out_spec: Any,
         metas: tuple[Tensor | None, ...],
     ) -> None:
         self._data = data
         self.report = report
         self.contents = contents
         self._graph = graph
-        self._in_spec, self._out_spec = specs
+        self.form = CallForm.of(graph.model)
+        self._out_spec = out_spec
         self._metas = metas
         self.borders = graph.borders
         self._method: Any = None
@@ -265,7 +268,6 @@ class LoweredProgram:
         return write_device_test(
             self,
             self._graph,
-            self._in_spec,
             folder,
             inputs,
             name=name,
@@ -284,7 +286,7 @@ class LoweredProgram:
             InputError: number, dtype or shape of the inputs is wrong.
             ProgramError: the runtime failed.
         """
-        flat = flatten_inputs(self._in_spec, inputs, named)
+        flat = self.form.flat(inputs, named)
         if len(flat) != len(self._metas):
             raise InputError(f"the program takes {len(self._metas)} inputs, got {len(flat)}")
         flat = self.borders.integers(flat, self._graph.backend.arithmetic.quantize)
@@ -448,9 +450,11 @@ class StoredProgram:
         contents: the program, read back.
         borders: which of its inputs and outputs are integers, and what these stand for.
         isolated: whether it runs in a process of its own.
+        form: its arguments, where somebody knows its graph: the file has no names of inputs.
     """
 
     def __init__(self, data: bytes, what: str, isolated: bool | None = None) -> None:
+        self.form: CallForm | None = None
         self.contents = read_program(data, name=what)
         self.borders = borders_in(self.contents.main, self.contents.constants)
         self.isolated = not self.contents.has_checksum if isolated is None else isolated
