@@ -51,6 +51,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """What files of a device test can hold."""
 
+NONE = "none"
+"""Dtype of an input or output that is ``None``: its file is empty."""
+
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,7 +71,7 @@ class FileEntry(_Entry):
 
 
 class TensorEntry(FileEntry):
-    """A file with one tensor, or with a number, which has no dimensions."""
+    """A file with one tensor; or with a number, which has no dimensions; or with ``None``."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -147,7 +150,7 @@ def read_manifest(folder: Path) -> DeviceManifest:
         if len(sample.outputs) != len(manifest.outputs):
             raise InputError(f"{path}: a sample has not as many outputs as the program")
         for entry in (*sample.inputs, *sample.outputs):
-            if entry.dtype not in DTYPES or any(size < 0 for size in entry.shape):
+            if entry.dtype not in (*DTYPES, NONE) or any(size < 0 for size in entry.shape):
                 raise InputError(f"{path}: {entry.file}: no such dtype, or a negative size")
     return manifest
 
@@ -155,11 +158,13 @@ def read_manifest(folder: Path) -> DeviceManifest:
 def tensor_bytes(value: Any) -> tuple[bytes, str, tuple[int, ...]]:
     """A tensor or number as raw bytes, its dtype and its shape.
 
-    An ``int`` takes 8 bytes, a ``float`` as well, a ``bool`` takes one.
+    ``None`` takes none, an ``int`` takes 8 bytes, a ``float`` as well, a ``bool`` takes one.
 
     Raises:
         InputError: no file can hold it.
     """
+    if value is None:
+        return b"", NONE, (0,)
     if isinstance(value, (bool, int, float)):
         wide = {bool: torch.bool, int: torch.int64, float: torch.float64}[type(value)]
         value = torch.tensor(value, dtype=wide)
@@ -180,7 +185,8 @@ def tensor_from_bytes(data: bytes, entry: TensorEntry, where: str) -> Tensor:
     Raises:
         InputError: the file has not as many bytes as a tensor of that dtype and shape.
     """
-    dtype = np.dtype(dtype_name(DTYPES[entry.dtype])).newbyteorder("<")
+    stored = torch.uint8 if entry.dtype == NONE else DTYPES[entry.dtype]
+    dtype = np.dtype(dtype_name(stored)).newbyteorder("<")
     wanted = dtype.itemsize * math.prod(entry.shape)
     if len(data) != wanted:
         raise InputError(

@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from custom_quantizer.core.file_kinds import PT2_FILE, kind_of_file
+
 __all__ = [
     "ConstantEntry",
     "DimEntry",
@@ -218,7 +220,7 @@ def unpack(data: bytes) -> tuple[Document, dict[str, Tensor]]:
     Raises:
         FormatError: it is something else, damaged, or of another version.
     """
-    if data[:2] == b"PK":
+    if data[:2] == b"PK" and kind_of_file(data) == PT2_FILE:
         raise FormatError(
             "a .pt2 file of torch.export or of an earlier version, which can run code when it is "
             "read, so it is not read; quantize the model again, or see docs/files.md for the two "
@@ -259,7 +261,7 @@ def _text(data: bytes) -> str:
     """The entry of the header that only our files have."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, 2 * _LARGEST_DOCUMENT):
-        raise FormatError("not a graph that save_graph wrote")
+        raise _other(data)
     try:
         metadata = json.loads(data[8 : 8 + length])["__metadata__"]
         ((name, text),) = metadata.items()
@@ -267,12 +269,17 @@ def _text(data: bytes) -> str:
         if kind != FORMAT or not isinstance(text, str):
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise FormatError("not a graph that save_graph wrote") from None
+        raise _other(data) from None
     if version != str(VERSION):
         raise FormatError(
             f"of version {version[:20]}, and this package reads {VERSION}; quantize the model again"
         )
     return text
+
+
+def _other(data: bytes) -> FormatError:
+    kind = kind_of_file(data)
+    return FormatError(f"not a graph that save_graph wrote{kind and f', but {kind}'}")
 
 
 def is_number(value: object) -> bool:

@@ -405,6 +405,37 @@ def test_other_options_mean_nothing_next_to_a_device(kit: Path) -> None:
     assert "is not a directory" in verify(kit, kit / "nowhere")[1]
 
 
+class NoneBeside(nn.Module):
+    """An output that is ``None``, between two that are tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+        y = self.head(x)
+        return {"y": y, "nothing": None, "z": torch.relu(y)}
+
+
+def test_outputs_that_are_none(tmp_path: Path) -> None:
+    """Their file is empty, and one that is not is told."""
+    x = torch.randn(2, 4)
+    result = cq.quantize(NoneBeside().eval(), (x,), [x], progress=False)
+    assert result.lowered is not None
+    program = result.save(tmp_path / "net.pte").program
+    assert program is not None
+    kit = result.lowered.save_device_test(tmp_path / "kit", [(x,)])
+    assert (kit / "expected" / "0_1.bin").read_bytes() == b""
+    assert read_manifest(kit).bundled is None
+    shutil.copytree(kit / "expected", kit / "outputs")
+    checked = check_device_outputs(program, kit)
+    assert checked.bit_exact
+    assert [output.values for output in checked.outputs] == [10, 0, 10]
+    (kit / "outputs" / "0_1.bin").write_bytes(b"1")
+    with pytest.raises(InputError, match=r"0_1\.bin has 1 bytes"):
+        check_device_outputs(program, kit)
+
+
 # ---------------------------------------------------------------------------------------------
 # What cannot be written
 # ---------------------------------------------------------------------------------------------
@@ -453,8 +484,8 @@ def test_numbers_and_dtypes_are_raw_bytes() -> None:
         assert back.shape == shape
     with pytest.raises(InputError, match=r"not torch\.complex64"):
         tensor_bytes(torch.zeros(1, dtype=torch.complex64))
-    with pytest.raises(InputError, match="not a NoneType"):
-        tensor_bytes(None)
+    with pytest.raises(InputError, match="not a str"):
+        tensor_bytes("x")
 
 
 def test_the_readme_names_the_files_of_its_folder(kit: Path) -> None:

@@ -196,12 +196,17 @@ def check_possible(
                 )
             raise ConfigError(
                 f"budget: {key} {limit / whole:.3f} of {choices.base} everywhere is not possible: "
-                f"these schemes make at least {least / whole:.3f} ({least:,.0f}){hint}; give more, "
-                "or schemes with fewer bits"
+                f"these schemes make at least {least / whole:.3f} ({_number(least)}){hint}; "
+                "give more, or schemes with fewer bits"
             )
     if limits and solve_problem(problem, limits) is None:
-        named = ", ".join(f"{key} {value:,.0f}" for key, value in limits.items())
+        named = ", ".join(f"{key} {_number(value)}" for key, value in limits.items())
         raise ConfigError(f"budget: no choice keeps all of it at once ({named})")
+
+
+def _number(cost: float) -> str:
+    """A cost in words: bytes and bits are whole numbers, times of small networks below 1."""
+    return f"{cost:,.0f}" if cost >= 100 or cost == int(cost) else f"{cost:.3g}"
 
 
 def picked(choices: Choices, chosen: Sequence[int]) -> dict[str, str]:
