@@ -266,6 +266,16 @@ def test_two_sums_whose_scales_cancel_keep_the_rounding_between_them() -> None:
     assert passes.run_passes(model, graph)["saturation_before_sums"] == 1
 
 
+def test_no_tensor_is_split_for_several_readers() -> None:
+    graph = planned(SplitAttention(), (torch.randn(2, 5, 16),), "a8w8")
+    model = detached_copy(graph.model)
+    assert passes.run_passes(model, graph)["parts_by_themselves"] == 3
+    assert calls(model, aten.chunk.default) == []
+    cut = calls(model, aten.slice.Tensor)
+    assert [node.args[1:] for node in cut] == [(2, 0, 16), (2, 16, 32), (2, 32, 48)]
+    assert len({node.args[0] for node in cut}) == 3  # a rounding of its own for each
+
+
 def test_every_integer_op_is_marked_and_no_other() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 4))
@@ -508,6 +518,18 @@ def test_products_of_a_dynamic_batch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_tools")
+def test_parts_of_a_dynamic_batch() -> None:
+    """Nothing that is planned on integers is left out, whatever is cut on which side."""
+    torch.manual_seed(0)
+    example = (torch.randn(3, 5, 16),)
+    sizes = ({0: torch.export.Dim("n", max=8)},)
+    quantizer = cq.IntegerQuantizer("tosa").set_global("a8w8")
+    done = convert(UnboundAttention(), example, quantizer, dynamic_shapes=sizes)
+    assert cq.lower(done.graph, example, backend="tosa").differing([example]) == (0, 240)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_tools")
 def test_last_bits_of_float_ops_outside_are_no_wrong_integers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -551,6 +573,33 @@ class Attention(nn.Module):
         )
         weights = (q @ k.transpose(-2, -1) * 0.35).softmax(-1)
         return x + self.out((weights @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+class SplitAttention(nn.Module):
+    """Queries, keys and values of one layer; softmax is outside, between what reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        parts = self.qkv(x).chunk(3, -1)
+        q, k, v = (part.reshape(batch, tokens, 2, 8).transpose(1, 2) for part in parts)
+        return self.attend(q, k, v).reshape(batch, tokens, width)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.transpose(-2, -1) * 0.35).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class UnboundAttention(SplitAttention):
+    """The same, as timm writes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        parts = self.qkv(x).reshape(batch, tokens, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        return self.attend(*parts.unbind(0))
 
 
 def _chain() -> nn.Module:
@@ -602,6 +651,8 @@ COMBINATIONS: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
         (ROWS,),
         lambda: _tosa("a16w8"),
     ),
+    "parts on both sides of an op outside": (SplitAttention, (TOKENS,), lambda: _tosa("a8w8")),
+    "unbound on both sides of an op outside": (UnboundAttention, (TOKENS,), lambda: _tosa("a8w8")),
     "three outputs and an input that nothing reads": (
         lambda: Function(lambda s, x, _y: (s.a(x), F.relu(s.a(x)), x), a=nn.Linear(8, 8)),
         (ROWS, (2,)),

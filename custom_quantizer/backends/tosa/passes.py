@@ -17,12 +17,14 @@ refuses. They use nothing but quantize, dequantize and clamp nodes.
 - **Biases.** Their integers are taken as they are, whatever their scale; a bias of few bits, which
   hardware shifts left first, is written with the shift done.
 - **Products of matrices** have one batch dimension.
+- **Parts of a split tensor** are cut out one by one.
 - **Marks.** Only calls that are marked as quantized are folded: all integer ops, and no others.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -41,6 +43,7 @@ from custom_quantizer.core.graph import (
     effective_users,
     is_dequantize,
     is_quantize,
+    recorded_value,
     shape_of,
 )
 from custom_quantizer.ops import QuantizedOp
@@ -283,6 +286,45 @@ def _sizes(model: GraphModule, source: Node, shape: Sequence[Any]) -> list[Any]:
     ]
 
 
+def parts_by_themselves(work: Work) -> int:
+    """Each part of a split tensor is cut out by a call of its own, between its own roundings.
+
+    Parts that are read on both sides of an op outside belong to several TOSA programs; ExecuTorch
+    takes the split out of all of them, and leaves integers where float32 is wanted.
+    """
+    count = 0
+    for placed in work.ops:
+        if placed.anchor.target is not operator.getitem:
+            continue
+        split, index = cast(Node, placed.anchor.args[0]), cast(int, placed.anchor.args[1])
+        data = split.args[0]
+        if not isinstance(data, Node) or not is_dequantize(data):
+            continue
+        parts = recorded_value(split)
+        dim = int(argument(split, 1 if split.target is aten.unbind.int else 2, "dim", 0))
+        dim %= len(shape_of(data))
+        target: Any = aten.select.int
+        rest: tuple[Any, ...] = (dim, index)
+        if split.target is not aten.unbind.int:
+            sizes = [part.shape[dim] for part in parts]
+            if not all(isinstance(size, int) for size in sizes):
+                continue
+            begin = sum(sizes[:index])
+            target, rest = aten.slice.Tensor, (dim, begin, begin + sizes[index])
+        with work.model.graph.inserting_before(placed.anchor):
+            own = work.model.graph.call_function(cast(Any, data.target), data.args, data.kwargs)
+            own.meta = dict(data.meta)
+            part = work.model.graph.call_function(target, (own, *rest))
+        part.meta = dict(placed.anchor.meta)
+        placed.anchor.replace_all_uses_with(part)
+        work.model.graph.erase_node(placed.anchor)
+        if placed.last is placed.anchor:
+            placed.last = part
+        placed.anchor = part
+        count += 1
+    return count
+
+
 def weights_in_bytes(work: Work) -> int:
     """Narrow weights of layers with 16-bit activations are bytes."""
     count = 0
@@ -335,6 +377,7 @@ PASSES: Sequence[Callable[[Work], int]] = (
     clamps_on_one_scale,
     saturation_before_sums,
     batched_products,
+    parts_by_themselves,
     weights_in_bytes,
     biases_in_units,
     marks,
