@@ -49,6 +49,7 @@ from custom_quantizer.core.schemes import OpScheme, TensorScheme, activation_sch
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, ConfigError
 from custom_quantizer.ops.backend import Backend, BackendLike, get_backend
+from custom_quantizer.ops.rewrites.batch_norms import is_counter
 from custom_quantizer.ops.rewrites.canonical import canonicalize
 from custom_quantizer.ops.rewrites.training_graph import (
     DROPOUTS,
@@ -462,10 +463,7 @@ def _is_training(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     # prepare_pt2e has folded such a batch norm by now; what counted its batches is left.
-    written = node.args[0] if node.args and node.target is torch.ops.aten.add_.Tensor else None
-    if isinstance(written, Node) and str(written.target).endswith("num_batches_tracked"):
-        return True
-    return is_training_call(node)
+    return is_counter(node) or is_training_call(node)
 
 
 class _Specs:

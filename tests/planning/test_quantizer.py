@@ -17,6 +17,7 @@ from support.graphs import Function, calls, capture, differences, quantized
 from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import move_exported_model_to_eval
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import custom_quantizer as cq
@@ -340,6 +341,28 @@ def test_a_training_mode_graph(model: nn.Module, node: str) -> None:
     exported = torch.export.export(model.train(), (image(),))
     with pytest.raises(CaptureError, match=f"{node}.* captured in training mode; call model.eval"):
         prepare_pt2e(exported.module(), quantizer())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)),
+        nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Flatten(2), nn.Linear(36, 5)),
+    ],
+)
+def test_a_training_mode_graph_that_was_moved_to_evaluation(model: nn.Module) -> None:
+    """What torchao's switch leaves counts batches, which nobody reads."""
+    captured = torch.export.export(model.train(), (image(),)).module()
+    move_exported_model_to_eval(captured)
+    wanted = torch.export.export(copy.deepcopy(model).eval(), (image(),)).module()
+    found = []
+    x = image()
+    for graph in (captured, wanted):
+        prepared = prepare_pt2e(graph, quantizer())
+        prepared(x)
+        found.append(convert_pt2e(prepared)(x))
+    assert torch.equal(*found)
 
 
 def test_complex_inputs() -> None:

@@ -54,6 +54,7 @@ __all__ = [
     "fold_into_layers",
     "give_layers",
     "has_constants",
+    "is_counter",
     "keep_own_statistics",
     "layer_before",
     "reads_constants",
@@ -102,6 +103,33 @@ def layer_before(norm: Node) -> PatternMatch | None:
     return match if result.dim() == rank else None
 
 
+def is_counter(node: Node) -> bool:
+    """Whether a call counts the batches that a batch norm was trained with."""
+    counted = node.args[0] if node.args and node.target is aten.add_.Tensor else None
+    return isinstance(counted, Node) and str(counted.target).endswith("num_batches_tracked")
+
+
+def _as_if_captured_in_evaluation(model: GraphModule) -> None:
+    """Mend what ``move_exported_model_to_eval`` (torchao 0.18) leaves where it switches calls.
+
+    It leaves the shapes of its own example on norms and dropouts; and counters of batches, which
+    a graph that was captured in evaluation mode does not have.
+    """
+    for node in model.graph.nodes:
+        if node.target not in (aten.batch_norm.default, aten.dropout.default):
+            continue
+        given, made = tensor_meta(node.args[0]), tensor_meta(node)
+        if given is not None and (made is None or made.shape != given.shape):
+            node.meta.pop("tensor_meta", None)
+            node.meta["val"] = given
+    norms = [n for n in model.graph.nodes if n.target is aten.batch_norm.default]
+    if any(argument(norm, 5, "training") is True for norm in norms):
+        return
+    for node in list(model.graph.nodes):
+        if is_counter(node) and not node.users:
+            model.graph.erase_node(node)
+
+
 def fold_in_place(model: GraphModule) -> int:
     """Multiply batch norms into the weights of the layers before them, where these are stored.
 
@@ -112,6 +140,7 @@ def fold_in_place(model: GraphModule) -> int:
     Returns:
         How many were folded.
     """
+    _as_if_captured_in_evaluation(model)
     readers: dict[str, list[Node]] = defaultdict(list)
     for node in model.graph.nodes:
         if node.op == "get_attr":
