@@ -437,6 +437,13 @@ def _check_captured(model: object, training: bool = False) -> None:
             "the graph calls Python functions instead of aten ops; capture it with "
             "torch.export.export(model.eval(), example_inputs).module()"
         )
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if hasattr(value, "__tensor_flatten__"):
+            raise CaptureError(
+                f"{name} is a {type(value).__name__}, which wraps other tensors, as weights do "
+                "that torchao.quantize_ made; hand in the float model: this quantizer chooses the "
+                "integers of weights itself"
+            )
     for node in model.graph.nodes:
         _check_node(node, training)
 

@@ -384,6 +384,12 @@ def test_the_old_call_says_that_it_comes_too_late() -> None:
     assert torch.equal(got, cq.integer_reference(graph)(x))
 
 
+@pytest.mark.parametrize("argument", ["configs", "config_precisions", "per_op_mode"])
+def test_arguments_of_upstream_s_partitioner(argument: str) -> None:
+    with pytest.raises(cq.InputError, match=f"takes no {argument}: .* leave it out"):
+        cq.XnnpackPartitioner(**{argument: None})
+
+
 @pytest.mark.parametrize("wrong", [0, -1, True, 2.5, "8"])
 def test_a_wrong_upper_bound(wrong: Any) -> None:
     with pytest.raises(cq.InputError, match="dynamic_max is a size of at least 1"):

@@ -17,6 +17,7 @@ from support.graphs import Function, calls, capture, differences, quantized
 from support.selection import slow_but
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from torchao.quantization.pt2e import move_exported_model_to_eval
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -363,6 +364,15 @@ def test_a_training_mode_graph_that_was_moved_to_evaluation(model: nn.Module) ->
         prepared(x)
         found.append(convert_pt2e(prepared)(x))
     assert torch.equal(*found)
+
+
+def test_weights_that_are_wrapped_tensors() -> None:
+    """``torchao.quantize_`` leaves such, of which no constant can be folded."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8)).eval()
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _module, path: path == "1")
+    captured = torch.export.export(model, (torch.randn(2, 32),)).module()
+    with pytest.raises(CaptureError, match=r"1\.weight is a \w+, .* hand in the float model"):
+        prepare_pt2e(captured, quantizer())
 
 
 def test_complex_inputs() -> None:

@@ -68,9 +68,20 @@ class XnnpackPartitioner(QuickPartitioner):
 
     Args:
         dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        upstream: nothing: its ``configs``, ``config_precisions`` and ``per_op_mode`` choose what
+            the graph has decided.
+
+    Raises:
+        InputError: an argument is none of these.
     """
 
-    def __init__(self, *, dynamic_max: int = DEFAULT_DYNAMIC_MAX) -> None:
+    def __init__(self, *, dynamic_max: int = DEFAULT_DYNAMIC_MAX, **upstream: object) -> None:
+        if upstream:
+            raise InputError(
+                f"cq.XnnpackPartitioner takes no {' and no '.join(upstream)}: which ops are "
+                "integers says the graph, and all that XNNPACK takes goes into the delegate; leave "
+                "it out, and name what shall stay in float to the quantizer"
+            )
         if isinstance(dynamic_max, bool) or not isinstance(dynamic_max, int) or dynamic_max < 1:
             raise InputError(f"dynamic_max is a size of at least 1, got {dynamic_max!r}")
         super().__init__(configs=configurations())
