@@ -40,6 +40,7 @@ from custom_quantizer.core.arithmetic import QParams
 from custom_quantizer.core.formats import range_bits
 from custom_quantizer.core.graph import (
     DEQUANTIZE_GROUPED,
+    DEQUANTIZE_PER_CHANNEL,
     constant_of,
     describe,
     is_constant,
@@ -488,9 +489,10 @@ class _Walk:
             low, high = (int(cast(int, value)) for value in weight.args[5:7])
             granularity = "per_group"
         else:
-            qparams = qparams_of(self._converted, weight)
-            low, high = qparams.quant_min, qparams.quant_max
-            granularity = "per_tensor" if qparams.axis is None else "per_channel"
+            # Not by qparams_of: another quantizer's weights may have zero points.
+            each = weight.target is DEQUANTIZE_PER_CHANNEL
+            low, high = (int(cast(int, value)) for value in weight.args[3 + each : 5 + each])
+            granularity = "per_channel" if each else "per_tensor"
 
         def constant(node: Node) -> Any:
             return constant_of(self._converted, node)

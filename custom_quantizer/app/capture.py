@@ -203,6 +203,11 @@ def _check_values(model: nn.Module) -> None:
                 f"{kind}: {name} is on the meta device, and has no values; call "
                 "model.to_empty(device='cpu') and load its weights"
             )
+        if hasattr(value, "__tensor_flatten__"):
+            raise InputError(
+                f"{kind}: {name} is a {type(value).__name__}, which wraps other tensors, as "
+                "weights do that torchao.quantize_ made; hand in the float model"
+            )
         # Infinity is a number of masks, which are not trained; NaN may lie in a buffer that is
         # written before it is read.
         statistics = name.endswith(("running_mean", "running_var"))

@@ -36,6 +36,7 @@ __all__ = [
     "effective_users",
     "expression_bounds",
     "fake_constant",
+    "has_zero_points",
     "is_complex",
     "is_constant",
     "is_dequantize",
@@ -117,6 +118,22 @@ def is_static(node: Node) -> bool:
     """Whether a quantize or dequantize node has parameters that are known before it runs."""
     return node.target in (QUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_CHANNEL) or isinstance(
         node.args[1], float
+    )
+
+
+def has_zero_points(model: torch.nn.Module, node: Node) -> bool:
+    """Whether a quantize or dequantize node has a zero point other than 0 for any channel.
+
+    :class:`QParams` has one for all channels, and nothing here makes others; torchao's quantizers
+    of embeddings and of affine weights do.
+    """
+    if node.target not in (QUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_CHANNEL):
+        return False
+    zero_points = node.args[2]
+    return (
+        isinstance(zero_points, Node)
+        and is_constant(zero_points)
+        and bool(constant_of(model, zero_points).any())
     )
 
 
@@ -545,8 +562,14 @@ def qparams_of(model: torch.nn.Module, node: Node) -> QParams:
     """Quantization parameters of a static quantize or dequantize node.
 
     Raises:
-        ConversionError: the node is neither, or its scale is only known at run time.
+        ConversionError: the node is neither, or its scale is only known at run time; or it has a
+            zero point for each channel (:func:`has_zero_points`).
     """
+    if has_zero_points(model, node):
+        raise ConversionError(
+            f"{describe(node)} has a zero point for each channel, which another quantizer chose; "
+            "integers of this package have none"
+        )
     args = node.args
     if node.target in (QUANTIZE_PER_TENSOR, DEQUANTIZE_PER_TENSOR):
         _, scale, zero_point, quant_min, quant_max = args[:5]

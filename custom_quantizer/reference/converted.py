@@ -30,6 +30,7 @@ from custom_quantizer.core.graph import (
     constant_of,
     describe,
     effective_users,
+    has_zero_points,
     is_constant,
     is_dequantize,
     is_number,
@@ -205,6 +206,8 @@ def _integer_op(
         for source in match.inputs:
             if not is_dequantize(source):
                 return f"its input {describe(source)} is in float"
+            if has_zero_points(model, source):
+                return "its input has a zero point for each channel, which no kernel has"
             if not is_static(source):
                 return "its input is quantized at run time"
         inputs = tuple(qparams_of(model, source) for source in match.inputs)
@@ -224,6 +227,10 @@ def _run_time_op(model: GraphModule, node: Node, backend: Backend) -> RunTimeOp 
     if data.target is not DEQUANTIZE_DYNAMIC or (bias is not None and not is_constant(bias)):
         return None
     grouped = weight.target is DEQUANTIZE_GROUPED
+    if is_dequantize(weight) and (
+        has_zero_points(model, weight) or qparams_of(model, weight).zero_point != 0
+    ):
+        return None
     if not (grouped or is_dequantize(weight)) or not is_constant(weight.args[0]):
         return None
     integers = constant_of(model, cast(Node, weight.args[0]))
@@ -257,6 +264,8 @@ def _with_output(
     if len(users) != 1 or not is_quantize(users[0]):
         why = support.float_output(match)
         return f"its result is used in float: {why}" if why else "its result is used in float"
+    if has_zero_points(model, users[0]):
+        return "its result has a zero point for each channel, which no kernel has"
     output = qparams_of(model, users[0])
     if rule.moves_values and any(not output.same_grid(q) for q in inputs):
         return "it moves values between different scales"
@@ -269,6 +278,8 @@ def _with_output(
         return QuantizedOp(match, inputs, output, output_node, bounds=bounds, constants=constants)
     if not is_dequantize(match.weight) or not is_constant(match.weight.args[0]):
         return "its weight is in float"
+    if has_zero_points(model, match.weight) or qparams_of(model, match.weight).zero_point != 0:
+        return "its weight has zero points, which no kernel has: another quantizer chose them"
     bias = _bias_integers(model, match)
     if isinstance(bias, str):
         return bias

@@ -23,6 +23,7 @@ from custom_quantizer.core.graph import (
     check_inputs,
     constant_of,
     describe,
+    has_zero_points,
     is_dequantize,
     is_quantize,
     is_run_time_quantization,
@@ -103,7 +104,9 @@ class IntegerReference:
         self._qparams = {
             node: qparams_of(graph.model, node)
             for node in graph.model.graph.nodes
-            if (is_quantize(node) or is_dequantize(node)) and is_static(node)
+            if (is_quantize(node) or is_dequantize(node))
+            and is_static(node)
+            and not has_zero_points(graph.model, node)
         }
 
     @property

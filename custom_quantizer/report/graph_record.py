@@ -21,6 +21,7 @@ from custom_quantizer.core.graph import (
     constant_of,
     describe,
     effective_users,
+    has_zero_points,
     is_constant,
     is_dequantize,
     is_quantize,
@@ -236,7 +237,7 @@ def _tensor(model: GraphModule, node: Node) -> TensorRecord:
         record = TensorRecord(cast(Node, values).name, _shape(model, node), stored)
         scales, size = constant_of(model, cast(Node, scale)), int(cast("list[int]", block)[-1])
         return with_group_scales(record, scales, low, high, 0, size)
-    if not (is_quantize(node) or is_dequantize(node)):
+    if not (is_quantize(node) or is_dequantize(node)) or has_zero_points(model, node):
         meta = tensor_meta(node)
         real = torch.float32 if meta is None else meta.dtype
         return TensorRecord(node.name, _shape(model, node), dtype_name(real))

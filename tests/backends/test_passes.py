@@ -299,6 +299,7 @@ def test_a_pass_counts_something_if_and_only_if_it_changes_something(scheme: str
 FLOAT_OPS = {
     "choices_by_extremes",
     "comparisons_in_steps",
+    "constants_of_others",
     "drop_broadcasts",
     "exponentials_and_logarithms",
     "gather_rows",

@@ -10,6 +10,9 @@ from support.contracts import FloatContract
 from support.graphs import Function, calls, canonicalize, capture, differences
 from support.models import convert
 from torch import Tensor, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import ComposableQuantizer
+from torchao.quantization.pt2e.quantizer.embedding_quantizer import EmbeddingQuantizer
 
 import custom_quantizer as cq
 from custom_quantizer.backends.xnnpack import kernels
@@ -271,6 +274,36 @@ def test_rows_are_those_of_the_converted_graph() -> None:
     steps = table.abs().amax(1, keepdim=True) / 127
     error = ((program.run(*inputs)[0] - table).abs() / steps).max()
     assert 0.4 < float(error) <= 0.5 + 1e-4
+
+
+class Table(nn.Module):
+    def __init__(self, *, layer: bool) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(50, 8), nn.Linear(8, 4)
+        nn.init.uniform_(self.table.weight, -0.5, 3.0)
+        self.reads_layer = layer
+
+    def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
+        rows = self.table(tokens)
+        return self.layer(rows) if self.reads_layer else self.layer(x) + rows[:, :4]
+
+
+@pytest.mark.parametrize("scheme", ["a8w8", "dyn8w8"])
+@pytest.mark.parametrize("layer", [True, False])
+def test_tables_of_another_quantizer(scheme: str, layer: bool) -> None:
+    """uint8 with a zero point for each row: what is read is what that graph says, bit for bit."""
+    torch.manual_seed(0)
+    inputs = (torch.arange(50), torch.randn(50, 8))
+    ours = cq.IntegerQuantizer().set_module_name("layer", scheme)
+    quantizer = ComposableQuantizer([EmbeddingQuantizer(), ours])
+    exported = torch.export.export(Table(layer=layer).eval(), inputs)
+    prepared = prepare_pt2e(exported.module(), quantizer)
+    prepared(*inputs)
+    graph = convert_pt2e(prepared)
+    (rows,) = calls(graph, aten.embedding.default)
+    assert cast(Any, rows.args[0]).args[-1] is torch.uint8
+    program = cq.lower(graph, inputs)
+    assert differences(program.run(*inputs), cq.integer_reference(graph)(*inputs)) == []
 
 
 def test_a_static_scheme_leaves_tables_to_what_reads_them() -> None:

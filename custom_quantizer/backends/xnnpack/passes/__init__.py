@@ -80,6 +80,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         cleanup.drop_identities,
         choices.choices_by_extremes,
         comparisons.comparisons_in_steps,
+        attention.constants_of_others,
         attention.quantize_tables,
         attention.gather_rows,
         attention.matmuls_to_bmms,

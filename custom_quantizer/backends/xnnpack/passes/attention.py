@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -28,14 +29,17 @@ from custom_quantizer.core.graph import (
     add_constant,
     constant_of,
     effective_users,
+    has_zero_points,
     is_constant,
     is_dequantize,
     is_quantize,
+    is_static,
     qparams_of,
     shape_of,
     tensor_meta,
     view_sizes,
 )
+from custom_quantizer.ops import match_of
 from custom_quantizer.ops.attention import (
     MATMUL,
     SOFTMAX,
@@ -203,7 +207,53 @@ def softmaxes_of_rows(model: GraphModule) -> int:
     return count
 
 
-@graph_pass("embeddings of dequantized tables", "embeddings of integers and of their scales")
+@graph_pass("weights and tables with zero points", "the floats that they stand for")
+def constants_of_others(model: GraphModule) -> int:
+    """Weights that have zero points, and tables that are no int8 without them, are floats.
+
+    Another quantizer made them (affine weights, torchao's ``EmbeddingQuantizer``): no kernel takes
+    them, and partitioning would drop the zero points of a weight silently. Where the rows of a
+    table are quantized next, it is stored as those integers.
+    """
+    count = 0
+    for node in list(model.graph.nodes):
+        if not is_dequantize(node) or not is_static(node) or not is_constant(node.args[0]):
+            continue
+        if not (has_zero_points(model, node) or any(_cannot_read(model, node))):
+            continue
+        arguments = [
+            constant_of(model, value) if isinstance(value, Node) else value for value in node.args
+        ]
+        values = cast("Callable[..., Tensor]", node.target)(*arguments, **node.kwargs)
+        name = f"{cast(Node, node.args[0]).target}_reals"
+        node.replace_all_uses_with(add_constant(model, name, values, node))
+        model.graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _cannot_read(model: GraphModule, dequantize: Node) -> Iterator[bool]:
+    """For each reader of a dequantized constant, whether it has no kernel for these integers."""
+    for user in dequantize.users:
+        if user.target in EMBEDDING.targets and user.args[0] is dequantize:
+            yield not _has_scaled_rows(model, dequantize)
+        elif dequantize.target is DEQUANTIZE_PER_TENSOR and dequantize.args[2] != 0:
+            match = match_of(user)
+            yield match is not None and match.weight is dequantize
+
+
+def _has_scaled_rows(model: GraphModule, dequantize: Node) -> bool:
+    if dequantize.target is not DEQUANTIZE_PER_CHANNEL or dequantize.args[3] != 0:
+        return False
+    stored = constant_of(model, cast(Node, dequantize.args[0]))
+    return stored.dtype is torch.int8 and not has_zero_points(model, dequantize)
+
+
+@graph_pass(
+    "embeddings of dequantized tables",
+    "embeddings of integers and of their scales",
+    requires={"constants_of_others"},
+)
 def gather_rows(model: GraphModule) -> int:
     """Rows of integers and their scales are read, and multiplied: ``fl(q * s)`` as before."""
     count = 0
@@ -228,7 +278,9 @@ def gather_rows(model: GraphModule) -> int:
     return count
 
 
-@graph_pass("embeddings that are quantized", "embeddings of integers")
+@graph_pass(
+    "embeddings that are quantized", "embeddings of integers", requires={"constants_of_others"}
+)
 def quantize_tables(model: GraphModule) -> int:
     """A table whose rows are quantized after the lookup is quantized before it.
 
