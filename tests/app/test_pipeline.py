@@ -15,6 +15,7 @@ from support.flow import Small, small_images, small_model, small_result
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils import weight_norm
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from custom_quantizer.accuracy.defaults import BEST
@@ -367,6 +368,12 @@ class Branches(nn.Module):
         return self.linear(x) if x.sum() > 0 else x
 
 
+def weight_only() -> nn.Module:
+    model = nn.Sequential(nn.Linear(32, 32))
+    quantize_(model, Int8WeightOnlyConfig())
+    return cast(nn.Module, model[0])
+
+
 class FixedBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -455,6 +462,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[CustomQuantizerError], list[str]
         lambda: flow(nn.BatchNorm1d(4, affine=False, device="meta"), example=(torch.randn(2, 4),)),
         InputError,
         ["BatchNorm1d: running_mean is on the meta device", "to_empty(device='cpu')"],
+    ),
+    "weights that wrap tensors": (
+        lambda: flow(weight_only(), example=(torch.randn(2, 32),)),
+        InputError,
+        ["Linear: weight is a ", "torchao.quantize_ made; hand in the float model"],
     ),
     "an infinite weight": (
         lambda: flow(with_value(nn.Linear(4, 4), "weight", torch.inf), example=EXAMPLE),

@@ -43,6 +43,31 @@ def quantized(data: object = None, model: nn.Module | None = None, **options: An
     return json.loads(made.to_json()), made
 
 
+class ByName(nn.Module):
+    """Takes one dictionary of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_model()
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        out: Tensor = self.inner(batch["left"] - batch["right"])
+        return out
+
+
+def test_the_file_says_what_the_inputs_are_called(tmp_path: Path) -> None:
+    """So that the command line can capture the model again, which has no data then."""
+    data = [{"right": 0.5 * small_images(4, seed), "left": small_images(4)} for seed in range(2)]
+    path = tmp_path / "net.stats.safetensors"
+    model = ByName().eval()
+    cq.record_calibration(model, data[0], data, path)
+    recorded = read_calibration(path)
+    assert isinstance(recorded.example, dict)
+    assert torch.equal(recorded.example["left"], data[0]["left"])
+    known, _ = quantized(None, model, example=recorded.example, statistics=recorded)
+    assert known == quantized(data, model, example=data[0])[0]
+
+
 @pytest.mark.parametrize(
     ("config", "data", "accuracy"),
     [
