@@ -245,6 +245,9 @@ def test_latencies_of_a_table(tmp_path: Path) -> None:
     slow = {op: {"a8w8": 1.0, "a8w4": 2.0} for op in times}
     with pytest.raises(cq.ConfigError, match=r"no choice keeps all of it at once \(weight_bits"):
         cq.search(Delicate(), (x[:8],), x, both, latencies=slow, **options)
+    quick = {op: {name: time / 100 for name, time in row.items()} for op, row in times.items()}
+    with pytest.raises(cq.ConfigError, match=r"at least 0\.600 \(0\.06\); give more"):
+        cq.search(Delicate(), (x[:8],), x, {"latency": 0.1}, latencies=quick, **options)
     del times["linear_2"]["a8w4"]
     with pytest.raises(cq.ConfigError, match="there is no time of linear_2 at a8w4"):
         cq.search(Delicate(), (x[:8],), x, {"latency": 0.7}, latencies=times, **options)
