@@ -197,6 +197,85 @@ def test_other_shifts_stay(function: Callable[..., Any]) -> None:
     assert calls(graph, aten.add.Tensor) or calls(graph, aten.sub.Tensor)
 
 
+PAIRS: dict[str, Callable[..., Any]] = {
+    "images": lambda s, x: F.relu(
+        F.relu(s.conv(x)) * s.factors["image"] + s.factors["image"].flip(0)
+    ).mean((2, 3)),
+    "a frozen norm": lambda s, x: F.relu(s.frozen(F.max_pool2d(s.conv(x), 2))),
+    "the last dim": lambda s, x: s.linear(
+        s.factors["last"].flip(0) + s.factors["last"] * (x + s.linear(x))
+    ),
+    "one call": lambda s, x: s.linear(
+        torch.addcmul(s.factors["last"].flip(0), s.factors["last"], F.relu(x[0]))
+    ),
+    "rows": lambda s, x: s.linear(F.relu(x[0, 0]) * s.factors["last"] + s.factors["last"].flip(0)),
+    "columns": lambda s, x: F.relu(
+        F.relu(s.signal(x[:, :, 0])) * s.factors["image"][..., 0] + s.factors["image"][..., 0]
+    ),
+    "moved": lambda s, x: s.linear(
+        F.relu(x).transpose(1, 2) * s.factors["last"] + s.factors["last"].flip(0).view(1, 6)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_factor_and_the_shift_behind_it_are_one_layer(name: str) -> None:
+    model = Function(PAIRS[name], **layers()).eval()
+    x = torch.randint(-4, 5, IMAGE).to(torch.float32)
+    graph = canonicalize(capture(model, (x,)))
+    convs = [*calls(graph, aten.conv1d.default), *calls(graph, aten.conv2d.default)]
+    assert [conv.args[6] for conv in convs if len(conv.args) > 6] in ([6], [7])
+    assert not calls(graph, aten.mul.Tensor)
+    assert len(calls(graph, aten.add.Tensor)) == (name == "the last dim")
+    assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: s.linear(x * s.factors["last"] + s.factors["last"]),  # float for the first
+        lambda s, x: F.relu(x) * s.factors["last"] + s.factors["last"],  # shown as it is
+        lambda s, x: s.linear(F.layer_norm(x, (6,)) * s.factors["last"] + s.factors["last"]),
+        lambda s, x: F.softmax(F.relu(x) * s.factors["last"] + s.factors["last"], -1),
+        lambda s, x: (lambda y: s.linear(y + s.factors["last"]) + y)(F.relu(x) * s.factors["last"]),
+        lambda s, x: s.linear(torch.add(F.relu(x) * s.factors["last"], s.factors["last"], alpha=2)),
+        lambda s, x: s.linear(F.relu(x) * torch.arange(5.0).view(5, 1) + s.factors["last"]),
+        lambda s, x: s.linear(F.relu(x) * torch.arange(5.0).view(5, 1) + torch.ones(5, 1)),
+        lambda s, x: s.linear(F.relu(x) * s.factors["last"] + 1.0),
+        lambda s, x: s.linear(F.relu(x) * s.factors["last"] + x[0, 0, 0]),
+        lambda s, x: s.linear(F.relu(x)[None] * s.factors["last"] + s.factors["last"]),
+    ],
+)
+def test_other_pairs_stay(function: Callable[..., Any]) -> None:
+    x = torch.randn(IMAGE)
+    graph = canonicalize(capture(Function(function, **children()), (x,)))
+    assert len(calls(graph, aten.mul.Tensor)) == 1
+    assert calls(graph, aten.add.Tensor)
+
+
+def test_what_has_two_dynamic_sizes_stays_a_product_and_a_sum() -> None:
+    model = Function(
+        lambda s, x: s.linear(F.relu(x) * s.factors["last"] + s.factors["last"]), **children()
+    )
+    auto = torch.export.Dim.AUTO
+    graphs = [
+        canonicalize(capture(model, (torch.randn(3, 4, 6),), dynamic_shapes=(({0: auto} | more,),)))
+        for more in ({}, {1: auto})
+    ]
+    assert [len(calls(graph, aten.mul.Tensor)) for graph in graphs] == [0, 1]
+
+
+def test_a_factor_and_the_shift_behind_it_round_once() -> None:
+    """A result is no further off than half a step of it, and half a step of what is scaled."""
+    factor, shift = torch.linspace(0.1, 2.0, 6), torch.linspace(3.0, -1.0, 6)
+    model = Function(lambda s, x: F.relu(F.relu(x) * factor + shift))
+    data = [(torch.rand(64, 6),) for _ in range(4)]
+    result = cq.quantize(model, data[0], data, progress=False)
+    (x,) = data[1]
+    steps = max(float(model(*batch).max()) for batch in data) / 255 + float(factor.max()) / 255
+    assert float((result.lowered.run(x) - model(x)).abs().max()) <= 0.51 * steps
+
+
 def test_a_layer_that_is_written_out_has_the_integers_of_the_layer() -> None:
     layers, x = children(), torch.randn(4, 6)
     data = [(x,), (torch.randn(4, 6),)]
@@ -239,6 +318,7 @@ def test_what_is_dropped_to_another_value_than_0_is_not_scaled_before() -> None:
         lambda s, x: x @ s.linear.weight + s.factors["last"],
         lambda s, x: s.conv(x) * s.factors["image"] - s.factors["image"].sin(),
         lambda s, x: s.norm(s.conv(x)) + s.factors["image"],
+        lambda s, x: s.linear(F.relu(s.linear(x)) * s.factors["last"] + s.factors["last"].sin()),
     ],
 )
 def test_factors_are_trained_where_they_ship(function: Callable[..., Any]) -> None:

@@ -76,7 +76,7 @@ from custom_quantizer.ops.rewrites.constants import (
 from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN, CORE_OPS
 from custom_quantizer.ops.rewrites.cuts import PARTS, ends_to_numbers
 from custom_quantizer.ops.rewrites.decompositions import REWRITTEN, decompose
-from custom_quantizer.ops.rewrites.factors import fold_factors
+from custom_quantizer.ops.rewrites.factors import fold_factors, join_factors
 from custom_quantizer.ops.rewrites.guarded import guard_choices
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 from custom_quantizer.ops.rewrites.regions import inline_regions
@@ -170,6 +170,7 @@ def canonicalize(
     if whole:  # what has no float keeps its tables, whose entries are all numbers
         guard_choices(model, training=training)
     fold_factors(model, training=training)
+    join_factors(model, training=training)
     if not training:
         # Forms may have steps that read constants alone, such as the first of a recurrent layer;
         # not every runtime computes a layer whose input is one.

@@ -8,6 +8,10 @@ has 32 bits, they cost nothing.
 
 A factor that is one number, such as the scale of attention's queries, changes no integer of the
 weights: it may stand behind a layer or before one.
+
+Where there is no layer that they may become part of, a factor and the shift behind it are weight
+and bias of a layer of their own, as those of a batch norm are
+(:mod:`custom_quantizer.ops.rewrites.batch_norms`): one tensor to round instead of two.
 """
 
 from __future__ import annotations
@@ -31,11 +35,14 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
-from custom_quantizer.core.rewriting import Insertion, merge_into
+from custom_quantizer.core.rewriting import MERGED, Insertion, merge_into, original_name, replace
 from custom_quantizer.ops import rule_of
-from custom_quantizer.ops.movement import PERMUTE, RESHAPE, passes_on, permutation
+from custom_quantizer.ops.elementwise import ADD, CLAMP, RELU, SUB
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
+from custom_quantizer.ops.movement import CAT, PERMUTE, RESHAPE, passes_on, permutation
+from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, AVG_POOL, MAX_POOL, MEAN
 
-__all__ = ["fold_factors"]
+__all__ = ["fold_factors", "join_factors"]
 
 aten = torch.ops.aten
 
@@ -293,3 +300,109 @@ def _shift(insert: Insertion, shift: Node, *, negative: bool) -> None:
 
 
 _OPS = frozenset({aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor})
+
+
+def join_factors(model: GraphModule, *, training: bool = False) -> int:
+    """Write a factor of each channel and the shift behind it as one layer, in place.
+
+    It is a depthwise convolution of one tap. Only between ops that have integer kernels: in a norm
+    that is written out both are float, and cost nothing. What can become part of a layer
+    (:func:`fold_factors`) is part of it by now.
+
+    Args:
+        model: the graph.
+        training: parameters change: the weight is a function of the factor.
+
+    Returns:
+        How many pairs became layers.
+    """
+    sums = [node for node in model.graph.nodes if node.target is aten.add.Tensor]
+    return sum(_join(Insertion(model, node, training=training)) for node in sums)
+
+
+def _join(insert: Insertion) -> bool:
+    node = insert.node
+    product, shift = _by_channel(node)
+    if product is None or product.target is not aten.mul.Tensor:
+        return False
+    data, factor = _by_channel(product)
+    if data is None or shift is None or factor is None or shift[1] != factor[1]:
+        return False
+    alone = effective_users(product) == [node] and argument(node, 2, "alpha", 1) == 1
+    written = overwritten_by(node) is not None or overwritten_by(product) is not None
+    if not alone or written or reads_sizes(node) or reads_sizes(product):
+        return False
+    if not _is_between_integers(data, node):
+        return False
+    shape, channel = shape_of(data), factor[1]
+    rank, channels = len(shape), shape[channel]
+    last = channel == rank - 1
+    if rank not in (2, 3, 4) or not (last or channel == 1):
+        return False
+    if last and sum(not isinstance(size, int) for size in shape) > 1:
+        return False  # a reshape to these sizes would have to infer two
+    image = data
+    if last:  # an image whose channels are last costs no transpose
+        image = insert.reshape(data, [shape[0], *[1] * (4 - rank), *shape[1:]])
+        image = insert.permute(image, [0, 3, 1, 2])
+    spatial = len(shape_of(image)) - 2
+    weight = insert.reshape(insert.again(factor[0]), [channels, 1, *[1] * spatial])
+    bias = insert.reshape(insert.again(shift[0]), [channels])
+    layer = insert.call(
+        aten.conv2d.default if spatial == 2 else aten.conv1d.default,
+        image,
+        insert.settled(weight, "weight"),
+        insert.settled(bias, "bias"),
+        *([1] * spatial, [0] * spatial, [1] * spatial),
+        channels,
+    )
+    layer.meta[MERGED] = (original_name(product),)
+    if last:
+        layer = insert.reshape(insert.permute(layer, [0, 2, 3, 1]), shape)
+    replace(insert.model, node, layer)
+    return True
+
+
+def _by_channel(node: Node) -> tuple[Node | None, tuple[Node, int] | None]:
+    """The activation that an op reads, and the constant vector beside it, with the dim it is of."""
+    for data, constant in (node.args[:2], node.args[1::-1]):
+        if not (isinstance(constant, Node) and isinstance(data, Node)) or is_constant(data):
+            continue
+        value, rank = tensor_meta(constant), len(shape_of(data))
+        if not is_constant(constant) or not is_float32(data):
+            continue
+        if value is None or value.dtype != torch.float32 or value.dim() > rank:
+            continue
+        varying = [d for d, size in enumerate(value.shape, rank - value.dim()) if size > 1]
+        if len(varying) == 1 and is_same_shape([shape_of(data)[varying[0]]], [value.numel()]):
+            return data, (constant, varying[0])
+    return None, None
+
+
+def _is_between_integers(data: Node, result: Node) -> bool:
+    """Whether ops with integer kernels make ``data``, and read ``result``."""
+    while (rule := rule_of(data)) is not None and rule.moves_values and rule is not CAT:
+        data = cast(Node, data.args[0])
+    readers = list(effective_users(result))
+    for reader in readers:
+        rule = rule_of(reader)
+        if rule is not None and rule.moves_values and rule is not CAT:
+            readers += effective_users(reader)
+        elif not _is_on_integers(reader):
+            return False
+    return _is_on_integers(data)
+
+
+def _is_on_integers(node: Node) -> bool:
+    """Whether an op is a layer, a pool, a bound, or adds or joins activations."""
+    rule = rule_of(node)
+    if rule in (ADD, SUB):
+        return not any(is_constant(arg) for arg in node.args[:2] if isinstance(arg, Node))
+    return rule in _ON_INTEGERS
+
+
+_ON_INTEGERS = (
+    *(CONV, CONV_TRANSPOSE, LINEAR),
+    *(ADAPTIVE_AVG_POOL, AVG_POOL, MAX_POOL, MEAN),
+    *(CAT, CLAMP, RELU),
+)
