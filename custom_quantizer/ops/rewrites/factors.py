@@ -41,6 +41,7 @@ from custom_quantizer.ops.elementwise import ADD, CLAMP, RELU, SUB
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.movement import CAT, PERMUTE, RESHAPE, passes_on, permutation
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, AVG_POOL, MAX_POOL, MEAN
+from custom_quantizer.ops.rewrites.legalization._common import clamped, in_place_of
 
 __all__ = ["fold_factors", "join_factors"]
 
@@ -358,7 +359,9 @@ def _join(insert: Insertion) -> bool:
     )
     layer.meta[MERGED] = (original_name(product),)
     if last:
+        layer, end = clamped(insert, layer, node)
         layer = insert.reshape(insert.permute(layer, [0, 2, 3, 1]), shape)
+        layer = in_place_of(end, node, layer)
     replace(insert.model, node, layer)
     return True
 
