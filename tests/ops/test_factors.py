@@ -202,6 +202,9 @@ PAIRS: dict[str, Callable[..., Any]] = {
         F.relu(s.conv(x)) * s.factors["image"] + s.factors["image"].flip(0)
     ).mean((2, 3)),
     "a frozen norm": lambda s, x: F.relu(s.frozen(F.max_pool2d(s.conv(x), 2))),
+    "an activation": lambda s, x: F.leaky_relu(
+        F.leaky_relu(s.conv(x), 0.5) * s.factors["image"] + s.factors["image"].flip(0), 0.5
+    ).mean((2, 3)),
     "the last dim": lambda s, x: s.linear(
         s.factors["last"].flip(0) + s.factors["last"] * (x + s.linear(x))
     ),
@@ -236,6 +239,7 @@ def test_a_factor_and_the_shift_behind_it_are_one_layer(name: str) -> None:
         lambda s, x: s.linear(x * s.factors["last"] + s.factors["last"]),  # float for the first
         lambda s, x: F.relu(x) * s.factors["last"] + s.factors["last"],  # shown as it is
         lambda s, x: s.linear(F.layer_norm(x, (6,)) * s.factors["last"] + s.factors["last"]),
+        lambda s, x: s.linear(torch.log(x) * s.factors["last"] + s.factors["last"]),
         lambda s, x: F.softmax(F.relu(x) * s.factors["last"] + s.factors["last"], -1),
         lambda s, x: (lambda y: s.linear(y + s.factors["last"]) + y)(F.relu(x) * s.factors["last"]),
         lambda s, x: s.linear(torch.add(F.relu(x) * s.factors["last"], s.factors["last"], alpha=2)),

@@ -38,6 +38,15 @@ from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import MERGED, Insertion, merge_into, original_name, replace
 from custom_quantizer.ops import rule_of
 from custom_quantizer.ops.elementwise import ADD, CLAMP, RELU, SUB
+from custom_quantizer.ops.functions import (
+    ELU,
+    GELU,
+    HARDSWISH,
+    LEAKY_RELU,
+    MISH,
+    PRELU,
+    SILU,
+)
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.movement import CAT, PERMUTE, RESHAPE, passes_on, permutation
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, AVG_POOL, MAX_POOL, MEAN
@@ -397,7 +406,7 @@ def _is_between_integers(data: Node, result: Node) -> bool:
 
 
 def _is_on_integers(node: Node) -> bool:
-    """Whether an op is a layer, a pool, a bound, or adds or joins activations."""
+    """Whether an op is a layer, a pool, an activation function, or adds or joins tensors."""
     rule = rule_of(node)
     if rule in (ADD, SUB):
         return not any(is_constant(arg) for arg in node.args[:2] if isinstance(arg, Node))
@@ -408,4 +417,5 @@ _ON_INTEGERS = (
     *(CONV, CONV_TRANSPOSE, LINEAR),
     *(ADAPTIVE_AVG_POOL, AVG_POOL, MAX_POOL, MEAN),
     *(CAT, CLAMP, RELU),
+    *(ELU, GELU, HARDSWISH, LEAKY_RELU, MISH, PRELU, SILU),
 )
