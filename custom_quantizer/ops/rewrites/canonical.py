@@ -23,7 +23,8 @@ Rewrites, applied in ``transform_for_annotation``:
 - ops that the backend computes in another form take that form (``Backend.legalize``);
 - batch norms, factors and shifts become part of the layers beside them
   (:mod:`custom_quantizer.ops.rewrites.batch_norms`, :mod:`custom_quantizer.ops.rewrites.factors`);
-  in training batch norms are folded later, as functions of what is trained;
+  in training batch norms are folded later, as functions of what is trained; a factor and the shift
+  behind it that have no such layer get one;
 - a relu behind a layer and what moves its values stands right behind the layer
   (:mod:`custom_quantizer.ops.rewrites.activations`);
 - what is computed of integers in the same way by several layers is computed once
