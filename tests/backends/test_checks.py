@@ -53,6 +53,7 @@ def net() -> tuple[GraphModule, cq.LoweredProgram, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(IMAGE)
     quantizer = cq.IntegerQuantizer().set_global("a8w8").set_module_name("narrow", "a4w4")
+    quantizer.set_node_name("hardtanh_1", "a8w8-histogram")  # an op of its own
     graph = quantized(Net(), (x,), quantizer)
     return graph, cq.lower(graph, (x,)), x
 

@@ -1135,7 +1135,7 @@ def test_comparisons_that_are_read_as_numbers_are_steps_of_float() -> None:
 
 
 CHOSEN: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
-    lambda x, y, m: torch.where(x > 0, x, 0.1 * (x.exp() - 1)),
+    lambda x, y, m: torch.where(x > 0, x, 0.1 * (x.exp() - 2)),
     lambda x, y, m: torch.where(x > 0, F.relu(x).log(), y),
     lambda x, y, m: torch.where(m, x, 1 / y),
     lambda x, y, m: torch.where(m & (x < y), y.exp(), -y.exp()),

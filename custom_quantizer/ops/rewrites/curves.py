@@ -129,14 +129,12 @@ def _fitted(values: Tensor) -> Iterator[tuple[Tensor, _Build]]:
 
 def _curve(insert: Insertion) -> Node | None:
     """The op that a call is, if there is one."""
-    node = insert.node
-    steps = _steps_to(node)
-    if not any(step.target in _BENDS for step in steps):
-        return None
-    for source in _sources(node, steps):
-        values = _values(insert, node, source)
-        if values is None:
+    for source, steps in _sources(insert.node):
+        if not any(step.target in _BENDS for step in steps):
             continue
+        values = _values(insert, source, steps)
+        if values is None:
+            return None
         for wanted, build in chain(_KNOWN, _fitted(values)):
             near = (values - wanted).abs() <= _NEAR * (1 + wanted.abs())
             near &= (wanted != 0) | (values == 0)  # 1e-12 keeps a divisor away from zero
@@ -144,6 +142,31 @@ def _curve(insert: Insertion) -> Node | None:
                 _drop_checks(steps)
                 return build(insert, source)
     return None
+
+
+def _sources(node: Node) -> Iterator[tuple[Node, list[Node]]]:
+    """Each tensor that ``node`` is a function of, and of constants, nearest first.
+
+    With it the steps between, the last one first: several, and no moves among them.
+    """
+    steps, ahead = list[Node](), {node}
+    while ahead:
+        last = max(ahead)
+        if len(ahead) == 1 and _several(steps) and _is_alike(last, node):
+            yield last, list(steps)
+        if len(steps) == _MOST_STEPS or not _is_step(last):
+            return
+        ahead.remove(last)
+        ahead.update(part for part in last.all_input_nodes if not is_constant(part))
+        steps.append(last)
+
+
+def _several(steps: list[Node]) -> bool:
+    return sum(not passes_on(step) for step in steps) > 1
+
+
+def _is_alike(source: Node, node: Node) -> bool:
+    return is_float32(source) and is_same_shape(shape_of(source), shape_of(node))
 
 
 def _overflows(values: Tensor, wanted: Tensor) -> Tensor:
@@ -160,61 +183,31 @@ def _drop_checks(steps: Iterable[Node]) -> None:
                 user.graph.erase_node(user)
 
 
-def _steps_to(node: Node) -> dict[Node, None]:
-    """The node and the steps before it, nearest first."""
-    found, waiting = {node: None}, [node]
-    for step in waiting:
-        for source in step.all_input_nodes:
-            if source not in found and len(found) < _MOST_STEPS and _is_step(source):
-                found[source] = None
-                waiting.append(source)
-    return found
-
-
 def _is_step(node: Node) -> bool:
     return (node.target in _STEPS or passes_on(node)) and overwritten_by(node) is None
 
 
-def _sources(node: Node, steps: Mapping[Node, None]) -> Iterator[Node]:
-    """Float32 tensors of the shape of the result that steps read."""
-    for source in dict.fromkeys(part for step in steps for part in step.all_input_nodes):
-        if not is_float32(source) or is_constant(source):
-            continue
-        if is_same_shape(shape_of(source), shape_of(node)):
-            yield source
-
-
-def _values(insert: Insertion, node: Node, source: Node) -> Tensor | None:
-    """What ``node`` is on the grid if several steps make a function of ``source`` and numbers."""
-    known: dict[Node, Tensor | None] = {source: _GRID}
-
-    def value(step: Node, depth: int) -> Tensor | None:
-        if step not in known:
-            known[step] = compute(step, depth)
-        return known[step]
-
-    def compute(step: Node, depth: int) -> Tensor | None:
-        if is_constant(step):
-            meta = tensor_meta(step)
-            floats = meta is not None and meta.is_floating_point()
-            number = insert.number_beside(step, node) if floats else None
-            return None if number is None else torch.tensor(number, dtype=torch.float64)
-        if depth == _MOST_STEPS or not _is_step(step):
-            return None
-        made = {part: value(part, depth + 1) for part in step.all_input_nodes}
-        if any(part is None for part in made.values()):
-            return None
+def _values(insert: Insertion, source: Node, steps: list[Node]) -> Tensor | None:
+    """What the last step is on the grid; ``None``: some constant is more than a number."""
+    known: dict[Node, Tensor] = {source: _GRID}
+    for step in reversed(steps):
+        for part in step.all_input_nodes:
+            if part not in known:
+                meta = tensor_meta(part)
+                floats = meta is not None and meta.is_floating_point()
+                number = insert.number_beside(part, insert.node) if floats else None
+                if number is None:
+                    return None
+                known[part] = torch.tensor(number, dtype=torch.float64)
         if passes_on(step):
-            return made[cast(Node, step.args[0])]
+            known[step] = known[cast(Node, step.args[0])]
+            continue
         args, kwargs = cast(
             "tuple[Any, dict[str, Any]]",
-            torch.fx.node.map_arg((step.args, step.kwargs), made.__getitem__),
+            torch.fx.node.map_arg((step.args, step.kwargs), known.__getitem__),
         )
-        return cast("Callable[..., Tensor]", step.target)(*args, **kwargs)
-
-    result = value(node, 0)
-    steps = [s for s in known if s is not source and s.op == "call_function" and not passes_on(s)]
-    return result if len(steps) > 1 else None
+        known[step] = cast("Callable[..., Tensor]", step.target)(*args, **kwargs)
+    return known[insert.node]
 
 
 CURVES: Mapping[Any, Rewrite] = MappingProxyType(

@@ -445,20 +445,28 @@ def _set_training(node: Node, *, training: bool) -> None:
 
 
 def read_constants_late(model: GraphModule) -> None:
-    """Let every op read its bias right before it runs.
+    """Let every op read its parameters right before it runs.
 
     torchao observes a parameter where it is read; a bias is rounded with the scales of its op's
-    input and weight, so it has to come after both. What else reads a parameter reads it at one
-    place: ``constant_fold`` of torchao takes it away with the first of several that is rounded.
+    input and weight, so it has to come after both, and is read again for each op. All else is read
+    once: ``constant_fold`` of torchao takes a parameter away with the first reading that is
+    rounded.
     """
+    moved = set[Node]()
     for node in list(model.graph.nodes):
-        rule = rule_of(node) if node.op == "call_function" and FOLDED_KEY not in node.meta else None
+        rule = rule_of(node) if FOLDED_KEY not in node.meta else None
         match = None if rule is None else rule.match(rule, node)
         bias = None if match is None or isinstance(match, str) else match.bias
-        if bias is not None and bias.op == "get_attr":
-            with model.graph.inserting_before(node):
-                late = model.graph.node_copy(bias)
-            node.replace_input_with(bias, late)
+        for source in node.all_input_nodes:
+            if source.op != "get_attr":
+                continue
+            if bias is not None and source is bias:
+                with model.graph.inserting_before(node):
+                    late = model.graph.node_copy(source)
+                node.replace_input_with(source, late)
+            elif source not in moved:
+                node.prepend(source)
+                moved.add(source)
     for node in reversed(list(model.graph.nodes)):
         if node.op == "get_attr" and not node.users:
             model.graph.erase_node(node)
