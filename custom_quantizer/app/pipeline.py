@@ -540,12 +540,18 @@ def record_calibration(
     # Not noted while they run: a resumed calibration does not run the first ones again.
     calls = first_calls(GraphInputs.of(prepared), data)
     most = _largest_batch(dynamic_batch)
-    names: list[str] = []
-    if isinstance(given, Mapping):
-        by_value = {id(value): str(name) for name, value in given.items()}
-        names = [by_value[id(leaf)] for leaf in pytree.tree_leaves(example_inputs)]
+    names = _names_of(given, example_inputs)
     write_calibration(path, exported, prepared, example_inputs, calls, summary, most, names)
     return summary
+
+
+def _names_of(given: object, example: tuple[Any, ...]) -> list[str]:
+    """The name of each input; none, where they were not given by name, or are nested."""
+    named = given.items() if isinstance(given, Mapping) else ()
+    by_value = {id(value): str(name) for name, value in named}
+    names = [by_value.get(id(leaf)) for leaf in pytree.tree_leaves(example)]
+    found = [name for name in names if name is not None]
+    return found if len(set(found)) == len(names) else []
 
 
 def _prepare(exported: GraphModule, quantizer: IntegerQuantizer) -> tuple[GraphModule, Plan]:

@@ -68,6 +68,25 @@ def test_the_file_says_what_the_inputs_are_called(tmp_path: Path) -> None:
     assert known == quantized(data, model, example=data[0])[0]
 
 
+def test_inputs_that_are_nested_or_given_twice_have_no_names(tmp_path: Path) -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_model()
+
+        def forward(self, pair: tuple[Tensor, Tensor], other: Tensor) -> Tensor:
+            out: Tensor = self.inner(pair[0] - pair[1] * other)
+            return out
+
+    x, y = small_images(4), small_images(4, 2)
+    for number, given in enumerate([{"pair": (x, y), "other": y}, {"other": x, "pair": (x, x)}]):
+        path = tmp_path / f"{number}.stats.safetensors"
+        cq.record_calibration(Pairs().eval(), given, [given], path)
+        assert isinstance(read_calibration(path).example, tuple)
+        known, _ = quantized(None, Pairs().eval(), example=given, statistics=path)
+        assert known == quantized([given], Pairs().eval(), example=given)[0]
+
+
 @pytest.mark.parametrize(
     ("config", "data", "accuracy"),
     [
