@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.formats import dtype_name
-from custom_quantizer.core.graph import detached_copy, distinct
+from custom_quantizer.core.graph import detached_copy, distinct, what_wraps
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, InputError, first_line, where_raised
 
@@ -64,9 +64,9 @@ def arguments_of(
     return _by_signature(model, example_inputs)
 
 
-def _by_signature(model: object, named: Mapping[str, Any]) -> tuple[Any, ...]:
+def _by_signature(model: Any, named: Mapping[str, Any]) -> tuple[Any, ...]:
     """Inputs by name in the order of ``forward``'s arguments."""
-    parameters = list(signature(getattr(model, "forward", model)).parameters.values())  # type: ignore[arg-type]
+    parameters = list(signature(getattr(model, "forward", model)).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names = [p.name for p in positional]
     if not set(named) & set(names) and len(positional) == 1:
@@ -203,11 +203,8 @@ def _check_values(model: nn.Module) -> None:
                 f"{kind}: {name} is on the meta device, and has no values; call "
                 "model.to_empty(device='cpu') and load its weights"
             )
-        if hasattr(value, "__tensor_flatten__"):
-            raise InputError(
-                f"{kind}: {name} is a {type(value).__name__}, which wraps other tensors, as "
-                "weights do that torchao.quantize_ made; hand in the float model"
-            )
+        if wrapped := what_wraps(value):
+            raise InputError(f"{kind}: {name} is {wrapped}; hand in the float model")
         # Infinity is a number of masks, which are not trained; NaN may lie in a buffer that is
         # written before it is read.
         statistics = name.endswith(("running_mean", "running_var"))

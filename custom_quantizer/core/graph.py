@@ -65,6 +65,7 @@ __all__ = [
     "state_of",
     "tensor_meta",
     "view_sizes",
+    "what_wraps",
 ]
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -119,6 +120,14 @@ def is_static(node: Node) -> bool:
     return node.target in (QUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_CHANNEL) or isinstance(
         node.args[1], float
     )
+
+
+def what_wraps(value: torch.Tensor) -> str:
+    """What a tensor is that wraps other tensors, in words; empty for any other."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return ""
+    kind = type(value).__name__
+    return f"a {kind}, which wraps other tensors, as weights do that torchao.quantize_ made"
 
 
 def has_zero_points(model: torch.nn.Module, node: Node) -> bool:

@@ -43,6 +43,7 @@ from custom_quantizer.core.graph import (
     is_quantize,
     state_buffers,
     tensor_meta,
+    what_wraps,
 )
 from custom_quantizer.core.names import record_names
 from custom_quantizer.core.schemes import OpScheme, TensorScheme, activation_scheme, coerce_scheme
@@ -438,10 +439,9 @@ def _check_captured(model: object, training: bool = False) -> None:
             "torch.export.export(model.eval(), example_inputs).module()"
         )
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if hasattr(value, "__tensor_flatten__"):
+        if wrapped := what_wraps(value):
             raise CaptureError(
-                f"{name} is a {type(value).__name__}, which wraps other tensors, as weights do "
-                "that torchao.quantize_ made; hand in the float model: this quantizer chooses the "
+                f"{name} is {wrapped}; hand in the float model: this quantizer chooses the "
                 "integers of weights itself"
             )
     for node in model.graph.nodes:

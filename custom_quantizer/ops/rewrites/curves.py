@@ -147,13 +147,13 @@ def _curve(insert: Insertion) -> Node | None:
 def _sources(node: Node) -> Iterator[tuple[Node, list[Node]]]:
     """Each tensor that ``node`` is a function of, and of constants, nearest first.
 
-    With it the steps between, the last one first: several, and no moves among them.
+    With it the steps between, the last one first; at least two of them compute something.
     """
     steps, ahead = list[Node](), {node}
     while ahead:
         last = max(ahead)
         if len(ahead) == 1 and _several(steps) and _is_alike(last, node):
-            yield last, list(steps)
+            yield last, steps
         if len(steps) == _MOST_STEPS or not _is_step(last):
             return
         ahead.remove(last)

@@ -50,7 +50,6 @@ from custom_quantizer.ops.functions import (
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.movement import CAT, PERMUTE, RESHAPE, passes_on, permutation
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, AVG_POOL, MAX_POOL, MEAN
-from custom_quantizer.ops.rewrites.legalization._common import clamped, in_place_of
 
 __all__ = ["fold_factors", "join_factors"]
 
@@ -70,7 +69,6 @@ A batch norm becomes part of the layer before it later; it has a factor and a sh
 _WITH_BIAS = {**_LAYERS, aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 1}
 """Likewise layers whose bias a shift may become part of."""
 
-
 _READING = frozenset(_WITH_BIAS) - {aten.batch_norm.default}
 """Layers that are linear in what they read."""
 
@@ -82,7 +80,7 @@ _COMMUTING = frozenset({aten.dropout.default, aten.feature_dropout.default})
 
 
 def fold_factors(model: GraphModule, *, training: bool = False) -> int:
-    """Put factors and shifts into weights and biases of the layers before them, in place.
+    """Put factors and shifts into weights and biases of the layers beside them, in place.
 
     The real numbers stay the same; each weight is rounded once more to float32, as when a batch
     norm is folded.
@@ -149,11 +147,11 @@ def _fold_number(model: GraphModule, node: Node, shared: Collection[Any], traini
             continue
         factor = 1 / number if node.target is aten.div.Tensor else number
         before = _scalable(insert, data, shared)
-        behind = [] if before else _readers(insert, shared)
-        for layer in [before] if before else behind:
+        layers = _readers(insert, shared) if before is None else [before]
+        for layer in layers:
             _multiply(Insertion(model, layer, training=training), factor, bias=layer is before)
-        if before or behind:
-            merge_into(before or behind[0], node, data)
+        if layers:
+            merge_into(layers[0], node, data)
             return True
     return False
 
@@ -368,9 +366,7 @@ def _join(insert: Insertion) -> bool:
     )
     layer.meta[MERGED] = (original_name(product),)
     if last:
-        layer, end = clamped(insert, layer, node)
         layer = insert.reshape(insert.permute(layer, [0, 2, 3, 1]), shape)
-        layer = in_place_of(end, node, layer)
     replace(insert.model, node, layer)
     return True
 

@@ -9,8 +9,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import effective_users, shape_of, tensor_meta
-from custom_quantizer.core.memory import overwritten_by
+from custom_quantizer.core.graph import shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion
 
 aten = torch.ops.aten
@@ -55,20 +54,3 @@ def spread(insert: Insertion, value: Node, dim: int, factor: int) -> Node:
     spread = insert.call(aten.expand.default, lines, [*[-1] * (dim + 1), factor, -1])
     shape[dim] *= factor
     return insert.reshape(spread, shape)
-
-
-def clamped(insert: Insertion, result: Node, last: Node) -> tuple[Node, Node]:
-    """``result`` with the clamp behind ``last``, if there is one, and what it stands for."""
-    users = effective_users(last)
-    clamps = len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default)
-    if not clamps or overwritten_by(users[0]) is not None:
-        return result, last
-    clamp = users[0]
-    return insert.call(clamp.target, result, *clamp.args[1:], **clamp.kwargs), clamp
-
-
-def in_place_of(last: Node, node: Node, result: Node) -> Node:
-    """``result`` in the place of ``last``, which came along with the call ``node``."""
-    if last is not node:
-        last.replace_all_uses_with(result)
-    return result

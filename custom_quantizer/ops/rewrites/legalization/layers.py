@@ -20,12 +20,7 @@ from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim, symmetric_padding
 from custom_quantizer.ops.rewrites.batch_norms import layer_before, reads_constants
-from custom_quantizer.ops.rewrites.legalization._common import (
-    clamped,
-    float_input,
-    in_place_of,
-    is_static,
-)
+from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static
 
 aten = torch.ops.aten
 
@@ -46,8 +41,8 @@ def batch_norm(insert: Insertion) -> Node | None:
     image = [1, 1] if len(shape) == 2 else [math.prod(shape[2:-1]), shape[-1]]
     images = insert.reshape(data, [*shape[:2], *image])
     normed = insert.call(aten.batch_norm.default, images, *node.args[1:], **node.kwargs)
-    normed, last = clamped(insert, normed, node)
-    return in_place_of(last, node, insert.reshape(normed, shape))
+    normed, last = _clamped(insert, normed, node)
+    return _in_place_of(last, node, insert.reshape(normed, shape))
 
 
 def cut_short(insert: Insertion) -> Node | None:
@@ -80,7 +75,7 @@ def cut_short(insert: Insertion) -> Node | None:
     padded = insert.call(aten.constant_pad_nd.default, data, amounts) if any(amounts) else data
     bias, groups = argument(node, 2, "bias"), argument(node, 6, "groups", 1)
     layer = node.args[1], bias, stride, padding, dilation, groups
-    return in_place_of(cut, node, insert.call(node.target, padded, *layer))
+    return _in_place_of(cut, node, insert.call(node.target, padded, *layer))
 
 
 def _volumes(insert: Insertion) -> Node | None:
@@ -137,10 +132,10 @@ def conv3d(insert: Insertion) -> Node | None:
         groups,
     )
     result, last = _normed(insert, result)
-    result, last = clamped(insert, result, last)
+    result, last = _clamped(insert, result, last)
     out = shape_of(result)
     result = insert.reshape(result, [batch, count, *out[1:]])
-    return in_place_of(last, node, insert.permute(result, [0, 2, 1, 3, 4]))
+    return _in_place_of(last, node, insert.permute(result, [0, 2, 1, 3, 4]))
 
 
 def conv_transpose3d(insert: Insertion) -> Node | None:
@@ -203,7 +198,7 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
         dilation[1:],
     )
     result, last = _normed(insert, result, step)
-    result, last = clamped(insert, result, last)
+    result, last = _clamped(insert, result, last)
     pixels = [int(size) for size in shape_of(result)[2:]]
     result = insert.reshape(result, [batch, end - first, groups * outputs, step, math.prod(pixels)])
     result = insert.permute(result, [0, 2, 1, 3, 4])
@@ -211,7 +206,7 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
     begin = skipped - first * step
     if (begin, count) != (0, (end - first) * step):
         result = insert.slice(result, 2, begin, begin + count)
-    return in_place_of(last, node, result)
+    return _in_place_of(last, node, result)
 
 
 def _normed(insert: Insertion, result: Node, step: int = 1) -> tuple[Node, Node]:
@@ -249,6 +244,23 @@ def _repeated(insert: Insertion, values: Node, step: int, name: str) -> Node:
     if step == 1:
         return values
     return insert.settled(insert.call(aten.repeat_interleave.self_int, values, step), name)
+
+
+def _clamped(insert: Insertion, result: Node, last: Node) -> tuple[Node, Node]:
+    """``result`` with the clamp behind ``last``, if there is one, and what it stands for."""
+    users = effective_users(last)
+    clamps = len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default)
+    if not clamps or overwritten_by(users[0]) is not None:
+        return result, last
+    clamp = users[0]
+    return insert.call(clamp.target, result, *clamp.args[1:], **clamp.kwargs), clamp
+
+
+def _in_place_of(last: Node, node: Node, result: Node) -> Node:
+    """``result`` in the place of ``last``, which came along with the call ``node``."""
+    if last is not node:
+        last.replace_all_uses_with(result)
+    return result
 
 
 def _frames(insert: Insertion, frames: Node, start: int, count: int, step: int) -> Node:
