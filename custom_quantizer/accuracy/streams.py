@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.accuracy.layers import Layer
 from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver, WeightObserver
+from custom_quantizer.core.grid import fake_quantize
 
 __all__ = ["Batches", "Stream", "on_grid", "values_of", "walk"]
 
@@ -156,10 +157,7 @@ def on_grid(observer: ActivationObserver, x: Tensor) -> Tensor:
         return x
     if observer.is_dynamic:
         return observer.round_at_run_time(x)
-    qparams = observer.qparams()
-    return torch.fake_quantize_per_tensor_affine(
-        x, cast(float, qparams.scale), qparams.zero_point, observer.quant_min, observer.quant_max
-    )
+    return fake_quantize(x, observer.qparams())
 
 
 def walk(model: GraphModule, streams: Sequence[Stream], layers: Sequence[Layer]) -> Iterator[Layer]:

@@ -15,6 +15,10 @@ NOTHING_DB = -999.0
 have. Its null stands for an output without any error."""
 
 
+_PART = 1 << 15
+"""Values at a time: they stay in the processor's cache, which takes a tenth of the time."""
+
+
 class Noise:
     """Power of a signal and of its error, in float64, over any number of tensors.
 
@@ -33,20 +37,37 @@ class Noise:
 
         Sizes may depend on values: of a tensor that rounding gave another size nothing is left.
         """
-        exact, other = exact.detach().double(), other.detach().double()
+        exact, other = exact.detach(), other.detach()
         resized = exact.shape != other.shape
+        if not resized:
+            signal, error = _powers(exact.flatten(), other.flatten())
+            if math.isfinite(signal + error):
+                self.signal, self.error = self.signal + signal, self.error + error
+                return
         finite = torch.isfinite(exact)
-        if not bool(finite.all()):
-            exact, other = exact[finite], other if resized else other[finite]
-        self.signal += float((exact * exact).sum())
+        exact, other = exact[finite], other if resized else other[finite]
         lost = int((~torch.isfinite(other)).sum())
+        nothing_left = resized or lost > 0
+        signal, error = _powers(exact, exact if nothing_left else other)
         self.lost += lost
-        self.error += math.inf if lost or resized else float(((exact - other) ** 2).sum())
+        self.signal += signal
+        self.error += math.inf if nothing_left else error
 
     @property
     def ratio(self) -> float:
         """SQNR in dB; infinite where there is no error, minus infinity without a signal."""
         return ratio_db(self.signal, self.error)
+
+
+def _powers(exact: Tensor, other: Tensor) -> tuple[float, float]:
+    """Sums of squares, computed in float64, of ``exact`` and of what ``other`` differs by."""
+    powers = torch.zeros(2, dtype=torch.float64, device=exact.device)
+    for x, y in zip(torch.split(exact, _PART), torch.split(other, _PART), strict=True):
+        x = x.double()
+        difference = x - y
+        powers += torch.stack((x.dot(x), difference.dot(difference)))
+    signal, error = powers.tolist()
+    return signal, error
 
 
 def ratio_db(signal: float, error: float) -> float:

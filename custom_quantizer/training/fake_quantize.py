@@ -2,8 +2,8 @@
 
 They are the observers of :mod:`custom_quantizer.calibration.observers` that also round. What leaves
 them in the forward pass is bit for bit what the converted graph computes from the integers: weights
-and biases are rounded in float64 by the same functions, activations by the kernel that follows the
-same sequence of float32 operations. So are the scales: a bias is rounded with the scales that its
+and biases are rounded in float64 by the same functions, activations by the same sequence of float32
+operations. So are the scales: a bias is rounded with the scales that its
 input and its weight have in that step.
 
 ``torchao.quantization.pt2e.disable_fake_quant``, ``disable_observer`` and their opposites work on
@@ -29,6 +29,7 @@ from custom_quantizer.calibration.observers import (
 from custom_quantizer.calibration.ranges import Statistics, solve
 from custom_quantizer.core.arithmetic import SMALLEST_NORMAL, QParams
 from custom_quantizer.core.bias import raise_scale
+from custom_quantizer.core.grid import fake_quantize
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.errors import CalibrationError, ConfigError
 
@@ -173,10 +174,7 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
             return x
         if self.learned and not self.frozen:
             return self._round_and_learn(x)
-        qparams = self.qparams()
-        return torch.fake_quantize_per_tensor_affine(
-            x, cast(float, qparams.scale), qparams.zero_point, self.quant_min, self.quant_max
-        )
+        return fake_quantize(x, self.qparams())
 
     @property
     def _averages(self) -> bool:
@@ -254,11 +252,9 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
     def _round_and_learn(self, x: Tensor) -> Tensor:
         if not self.initialized:
             self._begin(super().qparams() if self.kind != "counts" else self.qparams())
-        scale, zero_point = self._learned_values()
+        _, zero_point = self._learned_values()
         with torch.no_grad():
-            value = torch.fake_quantize_per_tensor_affine(
-                x, scale, zero_point.to(torch.int32), self.quant_min, self.quant_max
-            )
+            value = fake_quantize(x, self.qparams())
         # Equal in value, and differentiable: the parameters pass through abs and round unharmed.
         live_scale = self.scale.abs().clamp_min(SMALLEST_NORMAL)
         live_zero = self.zero_point + (zero_point - self.zero_point).detach()

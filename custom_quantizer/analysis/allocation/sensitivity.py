@@ -46,8 +46,9 @@ from custom_quantizer.analysis.fidelity import finite
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
 from custom_quantizer.calibration.ranges import kind_of_observer, solve
 from custom_quantizer.calibration.run import calibrate
-from custom_quantizer.core.arithmetic import QParams, along
+from custom_quantizer.core.arithmetic import along
 from custom_quantizer.core.checkpoint import CheckpointFile, fingerprint
+from custom_quantizer.core.grid import fake_quantize
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.core.text_table import table_lines
@@ -245,14 +246,7 @@ def _round_weight(observer: WeightObserver, weight: Tensor) -> Tensor:
 
 def _activation_change(choices: Choices, group: TensorGroup, fmt: TensorScheme) -> Change:
     observer = observer_of(choices, group)
-    return partial(_round_activation, solve(observer.statistics, fmt))
-
-
-def _round_activation(qparams: QParams, x: Tensor) -> Tensor:
-    scale = cast(float, qparams.scale)
-    return torch.fake_quantize_per_tensor_affine(
-        x, scale, qparams.zero_point, qparams.quant_min, qparams.quant_max
-    )
+    return partial(fake_quantize, qparams=solve(observer.statistics, fmt))
 
 
 def observer_of(choices: Choices, group: TensorGroup) -> ActivationObserver:
