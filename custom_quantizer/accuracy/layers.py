@@ -9,6 +9,7 @@ stride 1 over its input with zeros in between, with the kernel turned around.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from custom_quantizer.calibration.channel_factors import ChannelFactors
 from custom_quantizer.calibration.observers import ActivationObserver, BiasObserver, WeightObserver
 from custom_quantizer.core.graph import argument, describe, is_constant
 from custom_quantizer.core.rewriting import original_name
@@ -201,7 +203,7 @@ class Layer:
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with another input, weight and bias."""
-        args = [x, weight, bias, *self.node.args[3:]]
+        args = [x, ChannelFactors.of(weight), bias, *self.node.args[3:]]
         kwargs = {k: v for k, v in self.node.kwargs.items() if k not in ("weight", "bias")}
         if len(self.node.args) < 3 and bias is None:
             args = args[:2]
@@ -361,6 +363,7 @@ def find_layers(prepared: GraphModule) -> tuple[list[Layer], dict[str, str]]:
     """
     layers: list[Layer] = []
     refused: dict[str, str] = {}
+    uses = _uses(prepared)
     for node in prepared.graph.nodes:
         rule = rule_of(node)
         if rule not in (CONV, CONV_TRANSPOSE, LINEAR) or rule is None:
@@ -369,7 +372,7 @@ def find_layers(prepared: GraphModule) -> tuple[list[Layer], dict[str, str]]:
         if isinstance(match, str):
             refused[original_name(node)] = match
             continue
-        found = _layer(prepared, match)
+        found = _layer(prepared, match, uses)
         if isinstance(found, str):
             refused[original_name(node)] = found
         else:
@@ -377,15 +380,15 @@ def find_layers(prepared: GraphModule) -> tuple[list[Layer], dict[str, str]]:
     return layers, refused
 
 
-def _layer(model: GraphModule, match: PatternMatch) -> Layer | str:
-    """The layer of a call, or why it is none."""
+def _layer(model: GraphModule, match: PatternMatch, uses: Mapping[int, int]) -> Layer | str:
+    """The layer of a call, or why it is none; ``uses`` as :func:`_uses` counts them."""
     weight = cast(Node, match.weight)
     observer = _module(model, weight)
     if not isinstance(observer, WeightObserver):
         return "it stays in float"
     if not is_constant(weight.args[0]) or cast(Node, weight.args[0]).op != "get_attr":
         return "its weight is computed in the graph"
-    if _uses(model, weight) > 1:
+    if uses[_memory(model, _constant(weight))] > 1:
         return "its weight is used more than once, so one layer cannot have it changed"
     bias = match.bias
     if bias is not None:
@@ -394,7 +397,7 @@ def _layer(model: GraphModule, match: PatternMatch) -> Layer | str:
         )
         if source.op != "get_attr":
             return "its bias is computed in the graph"
-        if _uses(model, bias) > 1:
+        if uses[_memory(model, source)] > 1:
             return "its bias is used more than once, so one layer cannot have it changed"
     given = _module(model, match.inputs[0])
     return Layer(
@@ -407,20 +410,22 @@ def _layer(model: GraphModule, match: PatternMatch) -> Layer | str:
     )
 
 
-def _uses(model: GraphModule, node: Node) -> int:
-    """How often the constant behind ``node`` is used, under whatever name."""
-    mine = _attribute(model, _constant(node))
-    uses = 0
-    for other in model.graph.nodes:
-        if other.op != "get_attr":
-            continue
-        value = _attribute(model, other)
-        if value is mine or (
-            isinstance(value, Tensor) and value.numel() and value.data_ptr() == mine.data_ptr()
-        ):
-            for user in other.users:
-                uses += len(user.users) if _module(model, user) is not None else 1
+def _uses(model: GraphModule) -> Counter[int]:
+    """By its memory, how often each constant is used, under whatever names."""
+    uses = Counter[int]()
+    for node in model.graph.nodes:
+        if node.op == "get_attr":
+            memory = _memory(model, node)
+            for user in node.users:
+                uses[memory] += len(user.users) if _module(model, user) is not None else 1
     return uses
+
+
+def _memory(model: GraphModule, node: Node) -> int:
+    """Where the constant is that a node reads; of one without memory, which object it is."""
+    value = _attribute(model, node)
+    held = isinstance(value, Tensor) and value.numel()
+    return int(value.data_ptr()) if held else id(value)
 
 
 def _constant(node: Node) -> Node:

@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 import torch
+from support.dispatched import Dispatched
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -100,3 +101,18 @@ def test_weights_of_one_magnitude_lose_nothing() -> None:
     with torch.no_grad():
         layer.weight[0, 0, 0, 0] = 1 / 10
     assert not layer.loses_nothing()
+
+
+@torch.no_grad()
+def test_factors_of_channels_are_multiplied() -> None:
+    """PyTorch's convolution calls a matrix product for each channel; the bits are the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        layer, x = _layer(nn.Conv2d(5, 5, 1, groups=5), (1, 5, 6, 7))
+        with Dispatched() as calls:
+            got = layer.compute(x / 3, layer.weight, layer.bias)
+    finally:
+        torch.set_num_threads(before)
+    assert "aten.convolution.default" not in calls.names
+    assert torch.equal(got, torch.conv2d(x / 3, layer.weight, layer.bias, groups=5))
