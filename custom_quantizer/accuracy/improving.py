@@ -461,11 +461,11 @@ class _Run:
             if self.file is not None and index < finished:
                 applied = self.file.restore(index, layer)
                 rounded.run_layer(layer)
+                after = self._sqnr(layer, floating, rounded)
             else:
-                applied = self._improve(index, layer, floating, rounded)
+                applied, after = self._improve(index, layer, floating, rounded)
                 if self.file is not None:
                     self.file.save(index, applied, layer)
-            after = self._sqnr(layer, floating, rounded)
             by = (*self.rescaled.get(layer.node, ()), *applied)
             gains.append(
                 LayerGain(layer.name, module_path(layer.node), by, before[layer.node], after)
@@ -490,8 +490,12 @@ class _Run:
 
     def _improve(
         self, index: int, layer: Layer, floating: Stream, rounded: Stream
-    ) -> tuple[str, ...]:
-        """Change one layer, unless it is the worse for what is held back; who changed it."""
+    ) -> tuple[tuple[str, ...], float]:
+        """Change one layer, unless it is the worse for what is held back.
+
+        Returns:
+            Who changed it, and the SQNR of its output then.
+        """
         state, held = layer.state(), len(self.held)
         exact = floating.batches(layer.node)[-held:]
         judged = self.learned < len(self.calls)
@@ -499,14 +503,15 @@ class _Run:
         applied = self._change(index, layer, floating, rounded)
         if layer.node not in rounded.values:
             rounded.run_layer(layer)
-        lost = before - self._sqnr(layer, floating, rounded)
+        after = self._sqnr(layer, floating, rounded)
+        lost = before - after
         if not lost > _LOST:
-            return applied
+            return applied, after
         layer.load(state)
         rounded.run_layer(layer)
         for name in applied:
             self._leave(name, {layer.name: TOO_FEW.format(lost)})
-        return ()
+        return (), self._sqnr(layer, floating, rounded)
 
     def _change(
         self, index: int, layer: Layer, floating: Stream, rounded: Stream
