@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["NOTHING_DB", "Noise", "ratio_db"]
+__all__ = ["NOTHING_DB", "Noise", "inner_product", "ratio_db"]
 
 
 NOTHING_DB = -999.0
@@ -62,12 +63,25 @@ class Noise:
 def _powers(exact: Tensor, other: Tensor) -> tuple[float, float]:
     """Sums of squares, computed in float64, of ``exact`` and of what ``other`` differs by."""
     powers = torch.zeros(2, dtype=torch.float64, device=exact.device)
-    for x, y in zip(torch.split(exact, _PART), torch.split(other, _PART), strict=True):
-        x = x.double()
+    for x, y in _parts(exact, other):
         difference = x - y
         powers += torch.stack((x.dot(x), difference.dot(difference)))
     signal, error = powers.tolist()
     return signal, error
+
+
+def inner_product(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of the products of two tensors of one size, float64, in which it is computed."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for part, other in _parts(x.flatten(), y.flatten()):
+        total += part.dot(other)
+    return total
+
+
+def _parts(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two vectors, a few thousand values at a time, in float64."""
+    for part, other in zip(torch.split(x, _PART), torch.split(y, _PART), strict=True):
+        yield part.double(), other.double()
 
 
 def ratio_db(signal: float, error: float) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from custom_quantizer.core.noise import Noise
+from custom_quantizer.core.noise import Noise, inner_product
 
 SEVERAL_PARTS = (3, 40_001)
 
@@ -66,3 +66,11 @@ def test_of_a_tensor_of_another_size_nothing_is_left() -> None:
 def test_powers_beyond_float64() -> None:
     noise = _noise(torch.tensor([1e200], dtype=torch.float64), torch.tensor([0.0]))
     assert (noise.signal, noise.error, noise.lost) == (math.inf, math.inf, 0)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), SEVERAL_PARTS])
+def test_inner_products(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(-99, 99, shape, generator=generator).float() for _ in range(2))
+    assert float(inner_product(x, y)) == float((x.double() * y.double()).sum())
+    assert float(inner_product(torch.ones(2), torch.tensor([1.0, 2.0**-30]))) == 1 + 2.0**-30

@@ -49,6 +49,7 @@ from custom_quantizer.calibration.run import calibrate
 from custom_quantizer.core.arithmetic import along
 from custom_quantizer.core.checkpoint import CheckpointFile, fingerprint
 from custom_quantizer.core.grid import fake_quantize
+from custom_quantizer.core.noise import inner_product
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.core.text_table import table_lines
@@ -469,18 +470,15 @@ class _Measure:
         with torch.no_grad():
             for name, change in trial.changes.items():
                 value = self._replay.value(name)
-                errors[name] = (change(value) - value).double()
+                errors[name] = change(value) - value
+        sizes = {len(error) if error.dim() else 0 for error in errors.values()}
+        apart = trial.kind == "activation" and len(sizes) == 1 and 0 not in sizes
+        samples: Sequence[Any] = range(sizes.pop()) if apart else (...,)
         total = 0.0
         for probe in gradients:
-            products = [probe[name].double() * error for name, error in errors.items()]
-            if (
-                trial.kind == "activation"
-                and len({len(p) if p.dim() else 0 for p in products}) == 1
-            ):
-                rows = sum(p.reshape(len(p), -1).sum(1) if p.dim() else p for p in products)
-                total += float((cast(Tensor, rows) ** 2).sum())
-            else:
-                total += float(sum(float(p.sum()) for p in products) ** 2)
+            for sample in samples:
+                sums = (inner_product(probe[n][sample], e[sample]) for n, e in errors.items())
+                total += float(sum(sums)) ** 2
         return total
 
     def _true(self, outputs: Any, labels: Tensor | None) -> Iterator[None]:
