@@ -535,3 +535,20 @@ def test_one_image_without_a_batch() -> None:
     x = torch.randn(4, 6, 6)
     graph = quantized(Function(lambda s, x: F.max_pool2d(x + x, 2)), (x,))
     assert lowered_exactly(graph, (x,)).report.fully_delegated
+
+
+@pytest.mark.parametrize("first", [None, "dyn8w8", "a16w8-biasfloat", "a8w8-biasfloat"])
+def test_a_float_bias_is_rounded_to_the_scale_of_each_layer_that_adds_it(first: str | None) -> None:
+    """Upstream writes a constant once, so the second layer had the first one's bias."""
+    shared = conv()
+    assert shared.bias is not None
+    shared.bias.data *= 10
+    x = torch.randn(IMAGE)
+    rules = cq.IntegerQuantizer().set_global("a8w8-biasfloat").set_node_name("conv2d", first)
+    graph = quantized(
+        Function(lambda s, x: s.conv(F.relu(s.conv(x)) * 3.7), conv=shared), (x,), rules
+    )
+    checked = cq.verify(graph, cq.lower(graph, (x,)), [(torch.randn(IMAGE),)])
+    (output,) = checked.outputs
+    assert output.max_lsb is not None
+    assert output.max_lsb <= 1.01, "an integer bias is rounded, a float one is not"

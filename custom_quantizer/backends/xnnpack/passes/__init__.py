@@ -69,6 +69,7 @@ STAGES: Mapping[str, tuple[GraphPass, ...]] = {
         float_fallback.refused_to_float,
         normalization.batch_norms_to_layers,
         gemm.fold_bias,
+        gemm.biases_of_each,
         gemm.float_fallbacks,
         gemm.thin_strided_convs,
         gemm.weight_containers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -77,6 +78,35 @@ def fold_bias(model: GraphModule) -> int:
         node.replace_input_with(bias, constant)
         count += 1
     return count
+
+
+@graph_pass(
+    "float biases that quantized layers share", "a constant of each layer", requires={"fold_bias"}
+)
+def biases_of_each(model: GraphModule) -> int:
+    """Upstream's serializer writes a constant once, in the form that its first reader wants.
+
+    That of a layer is integers, on a scale of its own.
+    """
+    readers = Counter(
+        node.target for node in model.graph.nodes if is_constant(node) for _ in node.users
+    )
+    count = 0
+    for node in calls(model, GEMMS):
+        bias = cast("Node | None", argument(node, 2, "bias"))
+        if bias is None or not is_constant(bias) or readers[bias.target] < 2:
+            continue
+        if _is_static(node):
+            own = add_constant(model, f"{bias.target}_{node.name}", constant_of(model, bias), node)
+            node.replace_input_with(bias, own)
+            count += 1
+    return count
+
+
+def _is_static(node: Node) -> bool:
+    """Whether a layer's input has a scale that is known, so that its bias becomes integers."""
+    data = cast(Node, node.args[0])
+    return is_dequantize(data) and data.target is not DEQUANTIZE_DYNAMIC
 
 
 def _serializer_scale(model: GraphModule, node: Node) -> Tensor:
