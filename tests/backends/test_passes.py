@@ -326,6 +326,7 @@ def test_every_pass_works_somewhere_in_the_corpus() -> None:
         found |= run_passes(copy.deepcopy(converted(family, scheme)[0])).keys()
     rare = {
         "batch_norms_to_layers",
+        "biases_of_each",
         "float_fallbacks",
         "functions_of_sizes",
         "powers_of_sizes",
