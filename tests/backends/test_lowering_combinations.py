@@ -552,3 +552,20 @@ def test_a_float_bias_is_rounded_to_the_scale_of_each_layer_that_adds_it(first: 
     (output,) = checked.outputs
     assert output.max_lsb is not None
     assert output.max_lsb <= 1.01, "an integer bias is rounded, a float one is not"
+
+
+def test_a_layer_with_groups_of_weights_may_be_called_twice() -> None:
+    """What stood between the calls could not be in their delegate, nor before or behind it."""
+    x = torch.randn(4, 32)
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        product = s.layer(x).view(4, 4, 8) @ x.view(4, 8, 4)
+        result: Tensor = s.layer(product.flatten(1).repeat(1, 2))
+        return result
+
+    layer = nn.Linear(32, 32)
+    graph = quantized(Function(forward, layer=layer), (x,), "dyn8w4g32")
+    lowered = cq.lower(graph, (x,))
+    assert lowered.report.fully_delegated
+    (output,) = cq.verify(graph, lowered, [(torch.randn(4, 32),)]).outputs
+    assert output.max_abs < 1e-5

@@ -54,7 +54,7 @@ def dedicate_dequantize(model: GraphModule) -> int:
     """
     count = 0
     for node in list(model.graph.nodes):
-        if not is_dequantize(node):
+        if not (is_dequantize(node) or node.target is DEQUANTIZE_GROUPED):
             continue
         for user in list(node.users)[1:]:
             with model.graph.inserting_before(user):
