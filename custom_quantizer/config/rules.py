@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from fnmatch import fnmatchcase
@@ -13,7 +13,13 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import module_stack
-from custom_quantizer.core.rewriting import MERGED, ORIGINAL_NAME, original_name, original_target
+from custom_quantizer.core.rewriting import (
+    IDLE_KEY,
+    MERGED,
+    ORIGINAL_NAME,
+    original_name,
+    original_target,
+)
 from custom_quantizer.core.schemes import OpScheme, TensorScheme
 from custom_quantizer.errors import ConfigError, nearest
 from custom_quantizer.ops.rewrites.canonical import KNOWN
@@ -258,7 +264,8 @@ class Config:
         """Find rules that select nothing in ``model``.
 
         Returns:
-            Warnings for operator and module types that do not occur, with the nearest that do.
+            Warnings for operator and module types that do not occur, with the nearest that do, and
+            for nodes that were captured and are in no program.
 
         Raises:
             ConfigError: a node or module name that does not exist, with the nearest ones.
@@ -266,11 +273,16 @@ class Config:
         self._check_io(model)
         calls = [node for node in model.graph.nodes if node.op == "call_function"]
         present = {s: {name for node in calls for name in _names(node, s)} for s in Scope}
+        idle: Mapping[str, str] = model.meta.get(IDLE_KEY, {})
         warnings: list[str] = []
         for rule in self.rules:
             if rule.scope is Scope.GLOBAL or rule.selects(present[rule.scope]):
                 continue
             if rule.scope is Scope.NODE_NAME:
+                why = next((why for name, why in idle.items() if rule.selects((name,))), None)
+                if why is not None:
+                    warnings.append(f"{rule.place} selects nothing that the program runs: {why}")
+                    continue
                 raise ConfigError(
                     f"{rule.place}: the graph has no node named {rule.key!r}"
                     f"{_where_it_went(rule.key, calls)}"

@@ -28,6 +28,7 @@ from custom_quantizer.core.memory import overwritten_by, reached, shares_memory,
 __all__ = [
     "ALIKE",
     "FULL_PRECISION",
+    "IDLE_KEY",
     "IN_FLOAT",
     "MERGED",
     "ORIGINAL_NAME",
@@ -36,6 +37,7 @@ __all__ = [
     "NoForm",
     "Rewrite",
     "fake_result",
+    "idle_calls",
     "is_inner",
     "merge_into",
     "original_name",
@@ -55,6 +57,9 @@ ALIKE = "custom_quantizer_alike"
 FULL_PRECISION = "custom_quantizer_full_precision"
 """Key in ``node.meta``: the model computes the node where it has turned autocast off."""
 
+IDLE_KEY = "custom_quantizer_idle_calls"
+"""Key in the ``meta`` of a model: what :func:`idle_calls` said of the captured graph."""
+
 IN_FLOAT = "custom_quantizer_in_float"
 """Key in ``node.meta``: why a call that a rewrite made is computed in float."""
 
@@ -66,6 +71,24 @@ ORIGINAL_NAME = "original_name"
 
 STEP = "custom_quantizer_step"
 """Key in ``node.meta``: op of the step of a composite call that the node is, or is a part of."""
+
+
+def idle_calls(model: GraphModule) -> dict[str, str]:
+    """Calls of a captured graph that no program runs, by name, and why."""
+    used: set[Node] = set()
+    for node in reversed(model.graph.nodes):
+        if node in used or node.is_impure():
+            used.update((node, *node.all_input_nodes))
+    varying: set[Node] = set()
+    idle: dict[str, str] = {}
+    for node in model.graph.nodes:
+        if node.op == "placeholder" or not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+        if node.op == "call_function" and node not in used:
+            idle[node.name] = "nothing reads its result"
+        elif node.op == "call_function" and node not in varying:
+            idle[node.name] = "it computes a constant, once and for all"
+    return idle
 
 
 def fake_result(mode: Any, target: Any, args: Any, kwargs: Any) -> Any:

@@ -46,6 +46,7 @@ from custom_quantizer.core.graph import (
     what_wraps,
 )
 from custom_quantizer.core.names import record_names
+from custom_quantizer.core.rewriting import IDLE_KEY, idle_calls
 from custom_quantizer.core.schemes import OpScheme, TensorScheme, activation_scheme, coerce_scheme
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, ConfigError
@@ -329,10 +330,12 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         if not training:  # what training leaves in buffers is trained
             held = {name: value.detach().clone() for name, value in state_buffers(model).items()}
             model.meta[STATE_KEY] = held
+        idle = idle_calls(model)
         backend = self._backend
         model = canonicalize(
             model, backend.legalize, whole=backend.float_targets, training=training
         )
+        model.meta[IDLE_KEY] = idle
         if training:
             if still := norms_that_stand_still(model):
                 logger.warning(

@@ -1425,6 +1425,27 @@ def test_types_that_do_not_occur_are_warnings(rule: Rule) -> None:
     assert warning.startswith(f"{rule} selects nothing")
 
 
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [("linear_1", "nothing reads its result"), ("linear_2", "it computes a constant")],
+)
+def test_nodes_that_no_program_runs_are_warnings(node: str, why: str) -> None:
+    """Rules by the names of what was captured, such as one for its last layer, may meet one."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y: Tensor = s.a(x)
+        s.b(y)
+        return y + s.c(s.a.weight[:1])
+
+    layers = {name: nn.Linear(4, 4) for name in "abc"}
+    exported = torch.export.export(Function(forward, **layers).eval(), (torch.randn(2, 4),))
+    (warning,) = (
+        cq.IntegerQuantizer().set_global("a8w4").set_node_name(node, "a8w8").plan(exported).warnings
+    )
+    assert warning.startswith(f'set_node_name("{node}", "a8w8") selects nothing')
+    assert why in warning
+
+
 def test_a_module_that_was_folded_away_still_has_its_name() -> None:
     model = nn.Sequential(conv(), nn.BatchNorm2d(4)).eval()
     quantizer = cq.IntegerQuantizer().set_global("a8w8").set_module_name("1", None)
