@@ -81,6 +81,9 @@ RESCALED_KEY = "custom_quantizer_rescaled"
 ADOPTED_KEY = "custom_quantizer_adopted"
 """In the ``meta`` of a graph to be trained: whether it starts from another graph's integers."""
 
+FLOAT_KEY = "custom_quantizer_all_in_float"
+"""Key in the ``meta`` of a model: a quantizer found nothing to quantize, and has said so."""
+
 STATE_KEY = "custom_quantizer_state"
 """In the ``meta`` of a prepared or converted graph: what buffers it writes held at capture."""
 

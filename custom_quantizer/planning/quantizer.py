@@ -36,6 +36,7 @@ from custom_quantizer.config.rules import Config, Rule, Scope, border_kind, oper
 from custom_quantizer.core import borders
 from custom_quantizer.core.bias import BiasLimits
 from custom_quantizer.core.graph import (
+    FLOAT_KEY,
     STATE_KEY,
     describe,
     detached_copy,
@@ -374,6 +375,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             if not _is_for_all(self._config):
                 self.check_plan()
             logger.warning("%s", _nothing_to_quantize(plan, self._config))
+            model.meta[FLOAT_KEY] = True
         _apply(plan, model, training, self._backend.limits)
         borders.mark(model, plan.integer_inputs, plan.integer_outputs)
         return model

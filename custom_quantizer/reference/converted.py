@@ -27,6 +27,7 @@ from custom_quantizer.core.graph import (
     ASSERTIONS,
     DEQUANTIZE_DYNAMIC,
     DEQUANTIZE_GROUPED,
+    FLOAT_KEY,
     constant_of,
     describe,
     effective_users,
@@ -170,7 +171,7 @@ def _check_converted(model: GraphModule) -> None:
                 "hand in what convert_pt2e returned, not what prepare_for_propagation_comparison "
                 "made of it"
             )
-    if not any(is_dequantize(node) for node in model.graph.nodes):
+    if FLOAT_KEY not in model.meta and not any(map(is_dequantize, model.graph.nodes)):
         raise ConversionError(
             "the graph has no quantized tensor: convert a graph that was prepared with a quantizer "
             "by convert_pt2e(prepared), without use_reference_representation=True, which writes "

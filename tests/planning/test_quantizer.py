@@ -427,7 +427,13 @@ def test_stock_scripts_go_on_where_nothing_is_quantized(caplog: pytest.LogCaptur
         made = cq.IntegerQuantizer().set_global(scheme)
         prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), made)
         prepared(x)
-        assert torch.equal(convert_pt2e(prepared)(x), model(x))
+        converted = convert_pt2e(prepared)
+        assert torch.equal(converted(x), model(x))
+        lowered = cq.lower(converted, (x,))
+        assert torch.allclose(lowered.run(x), model(x))
+        assert [(op.node, bool(op.reason)) for op in lowered.report.not_integer()] == [
+            ("sin", True)
+        ]
         messages = [record.getMessage() for record in caplog.records]
         assert sum("nothing to quantize in the graph (sin: " in text for text in messages) == 1
     model = Function(lambda s, x: torch.softmax(x, -1))
