@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.formats import dtype_name
-from custom_quantizer.core.graph import detached_copy, distinct, what_wraps
+from custom_quantizer.core.graph import detached_copy, distinct, what_wraps, why_lifted
 from custom_quantizer.core.threads import tools
 from custom_quantizer.errors import CaptureError, InputError, first_line, where_raised
 
@@ -112,6 +112,8 @@ def capture(
         InputError: the example is not a tuple, or the model does not run on it.
         CaptureError: ``torch.export`` refused the model.
     """
+    if isinstance(model, GraphModule) and (lifted := why_lifted(model)):
+        raise CaptureError(lifted)
     example = arguments_of(model, example_inputs)
     if isinstance(model, (torch.export.ExportedProgram, GraphModule)):
         if dynamic_batch:

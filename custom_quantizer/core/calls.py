@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from custom_quantizer.core.batch import Batch
+from custom_quantizer.core.graph import why_lifted
 from custom_quantizer.errors import InputError
 
 __all__ = ["CallForm"]
@@ -38,7 +39,13 @@ class CallForm:
 
     @classmethod
     def of(cls, model: GraphModule) -> CallForm:
-        """Read it off what ``torch.export`` recorded in ``model``."""
+        """Read it off what ``torch.export`` recorded in ``model``.
+
+        Raises:
+            InputError: weights are inputs of the graph.
+        """
+        if lifted := why_lifted(model):
+            raise InputError(lifted)
         inputs = [node.name for node in model.graph.nodes if node.op == "placeholder"]
         info = getattr(model.graph._codegen, "pytree_info", None)
         if info is None:

@@ -66,6 +66,7 @@ __all__ = [
     "tensor_meta",
     "view_sizes",
     "what_wraps",
+    "why_lifted",
 ]
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -546,6 +547,30 @@ def is_constant(node: object) -> bool:
     if not isinstance(node, Node):
         return False
     return (node.op == "get_attr" and overwritten_by(node) is None) or FOLDED_KEY in node.meta
+
+
+_LIFTED = ("p_", "b_", "c_")
+"""How ``torch.export`` calls inputs that are parameters, buffers and constants."""
+
+
+def why_lifted(model: GraphModule) -> str:
+    """What is wrong with a graph whose inputs are its weights; empty for any other.
+
+    ``ExportedProgram.graph_module`` is such a graph: of ``torch.export``, without a record of how
+    a call nests, which only what ``ExportedProgram.module()`` returns has.
+    """
+    nested = getattr(model.graph._codegen, "pytree_info", None) is not None
+    if nested or "inline_constraints" not in model.meta:
+        return ""
+    inputs = [node.name for node in model.graph.nodes if node.op == "placeholder"]
+    lifted = [name for name in inputs if name.startswith(_LIFTED)]
+    if not lifted:
+        return ""
+    shown = ", ".join(lifted[:3]) + ", ..." * (len(lifted) > 3)
+    return (
+        f"weights are inputs of the graph ({shown}), as in ExportedProgram.graph_module, so that "
+        "it holds no numbers; hand in exported.module() instead of exported.graph_module"
+    )
 
 
 def is_parameter(model: torch.nn.Module, node: Node) -> bool:

@@ -45,6 +45,7 @@ from custom_quantizer.core.graph import (
     state_buffers,
     tensor_meta,
     what_wraps,
+    why_lifted,
 )
 from custom_quantizer.core.names import record_names
 from custom_quantizer.core.rewriting import IDLE_KEY, idle_calls
@@ -426,6 +427,8 @@ def _check_captured(model: object, training: bool = False) -> None:
             f"expected a captured graph, got {type(model).__name__}: hand in "
             "torch.export.export(model.eval(), example_inputs).module()"
         )
+    if lifted := why_lifted(model):
+        raise CaptureError(lifted)
     targets = [node.target for node in model.graph.nodes if node.op == "call_function"]
     modules = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
     if any(name.startswith("activation_post_process") for name in modules):

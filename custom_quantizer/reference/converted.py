@@ -40,6 +40,7 @@ from custom_quantizer.core.graph import (
     is_run_time_quantization,
     is_static,
     qparams_of,
+    why_lifted,
 )
 from custom_quantizer.errors import ConversionError
 from custom_quantizer.ops import (
@@ -160,6 +161,8 @@ def _check_converted(model: GraphModule) -> None:
             f"expected what convert_pt2e returns, got {type(model).__name__}: a converted graph "
             "is a torch.fx.GraphModule"
         )
+    if lifted := why_lifted(model):
+        raise ConversionError(lifted)
     for node in model.graph.nodes:
         if is_observer(node):
             raise ConversionError(

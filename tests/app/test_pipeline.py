@@ -448,6 +448,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[CustomQuantizerError], list[str]
         ["got TopLevelTracedModule"],
     ),
     "a traced graph": (lambda: flow(traced()), CaptureError, ["torch.fx", "torch.export.export"]),
+    "a graph whose weights are inputs": (
+        lambda: flow(torch.export.export(small_model(), EXAMPLE).graph_module),
+        CaptureError,
+        ["p_", "exported.module() instead of exported.graph_module"],
+    ),
     "a training graph": (
         lambda: flow(training_graph()),
         CaptureError,

@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from torchao.quantization.pt2e import move_exported_model_to_eval
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import (
+    convert_pt2e,
+    prepare_pt2e,
+    prepare_qat_pt2e,
+)
 
 import custom_quantizer as cq
 from custom_quantizer.calibration.observers import META_KEY
@@ -309,6 +313,28 @@ def test_a_graph_of_python_functions() -> None:
     model = GraphModule(nn.Module(), graph)
     with pytest.raises(CaptureError, match=f"Python functions instead of aten ops.*{EXPORT}"):
         quantizer().transform_for_annotation(model)
+
+
+def test_a_graph_whose_weights_are_inputs() -> None:
+    """``graph_module`` of an ExportedProgram has no weight to quantize, and was quantized so."""
+    exported = torch.export.export(net().eval(), (image(),))
+    match = r"weights are inputs of the graph \(p_\w+, .*hand in exported\.module\(\)"
+    with pytest.raises(CaptureError, match=match):
+        prepare_pt2e(exported.graph_module, quantizer())
+    with pytest.raises(CaptureError, match=match):
+        quantizer().plan(exported.graph_module)
+    with pytest.raises(CaptureError, match=match):
+        prepare_qat_pt2e(exported.run_decompositions({}).graph_module, quantizer())
+    quantizer().plan(exported.module())
+
+
+def test_a_graph_of_no_weights_as_torch_export_holds_it() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    exported = torch.export.export(Sum(), (image(), image()))
+    assert quantizer().plan(exported.graph_module).op("add").scheme == "a8w8"
 
 
 def test_a_graph_that_is_prepared_or_converted_already() -> None:

@@ -283,6 +283,9 @@ def test_wrong_graphs_and_modes() -> None:
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     prepared = prepare_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+    lifted = torch.export.export(convert(model, example).graph, example).graph_module
+    with pytest.raises(cq.ConversionError, match=r"weights are inputs .*exported\.module\(\)"):
+        cq.integer_reference(lifted)
     with pytest.raises(cq.ConversionError, match="still has observers"):
         cq.integer_reference(prepared)
     converted = convert(model, example)
