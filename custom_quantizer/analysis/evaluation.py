@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -31,7 +31,7 @@ from custom_quantizer.analysis.paired import (
 )
 from custom_quantizer.backends.xnnpack import LoweredProgram, StoredProgram
 from custom_quantizer.calibration.run import GraphInputs
-from custom_quantizer.core.batch import Batch
+from custom_quantizer.core.batch import Batch, label_key
 from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.graph import state_kept
 from custom_quantizer.core.progress import track
@@ -232,7 +232,9 @@ def evaluate(
             would choose one scale for a whole batch; a note says so.
         data: batches: a :class:`~custom_quantizer.app.data.DataSource`, or an iterable of inputs
             (a tensor, a tuple, a dictionary, nested as the models take them, or by the names of
-            arguments), or of pairs of inputs and integer labels of shape ``(batch,)``.
+            arguments), or of pairs of inputs and integer labels of shape ``(batch,)``. A dictionary
+            of inputs may hold the labels, too, as ``labels``, ``label``, ``targets``, ``target`` or
+            ``y``, unless the models take an input of that name.
         metrics: functions of your own, one or several by name. Each gets all that a model returned
             for one batch, and the labels, and returns one score per sample (a tensor of shape
             ``(batch,)``) or one number. Scores per sample are compared between models; numbers
@@ -272,9 +274,10 @@ def evaluate(
         if models[name] is not given[name]
     ]
     form = next(filter(None, map(_form_of, models.values())), None)
+    taken = frozenset() if form else _required_names(models.values())
     with _states_kept(models.values()):
         for batch in track(data, "evaluate", enabled=progress):
-            inputs, labels = inputs_and_labels(batch, any_labels=bool(metrics), form=form)
+            inputs, labels = inputs_and_labels(batch, bool(metrics), form, taken)
             if labelled is not None and labelled != (labels is not None):
                 raise InputError("some batches have labels and others do not; give all or none")
             labelled = labels is not None
@@ -284,7 +287,9 @@ def evaluate(
             samples += size
             first: Tensor | None = None
             for name, model in models.items():
-                classes = tallies[name].add(_outputs(name, model, inputs, form), labels, first)
+                classes = tallies[name].add(
+                    _outputs(name, model, inputs, form, labels), labels, first
+                )
                 first = classes if first is None else first
                 tallies[name].check_folders(folders)
     if not samples:
@@ -438,7 +443,10 @@ def _paired(first: Tensor, second: Tensor) -> PairedCounts:
 
 
 def inputs_and_labels(
-    batch: Any, any_labels: bool = False, form: CallForm | None = None
+    batch: Any,
+    any_labels: bool = False,
+    form: CallForm | None = None,
+    taken: Collection[object] = (),
 ) -> tuple[Any, Tensor | None]:
     """The inputs of a batch, as the model nests them, and its labels, if it has any.
 
@@ -446,6 +454,7 @@ def inputs_and_labels(
         batch: as :func:`evaluate` takes it.
         any_labels: whether labels may be any tensor, and not only integers of shape ``(batch,)``.
         form: of the model's inputs; what they tell of a pair decides whether it holds labels.
+        taken: names of inputs that are no labels, where there is no form.
 
     Raises:
         InputError: it is no batch, or its tensors have different numbers of samples.
@@ -455,6 +464,9 @@ def inputs_and_labels(
     if pair and form is not None and isinstance(form.sort(batch[0]), str):
         pair = isinstance(form.sort(batch), str)
     inputs, labels = batch if isinstance(batch, Batch) or pair else (batch, None)
+    key = label_key(inputs, taken if form is None else form.keys) if labels is None else None
+    if key is not None and (_are_labels(inputs[key]) or any_labels):
+        labels = inputs[key]
     values = _leaves(inputs) if form is None else form.sort(inputs)
     if isinstance(values, str):  # what is wrong, the model says
         values = _leaves(inputs)
@@ -495,11 +507,13 @@ def _are_labels(value: object) -> bool:
     )
 
 
-def _outputs(name: str, model: Model, inputs: Any, form: CallForm | None) -> Any:
+def _outputs(
+    name: str, model: Model, inputs: Any, form: CallForm | None, labels: Tensor | None
+) -> Any:
     """What ``model`` returns for all samples of a batch, put together again."""
     parts: list[list[Tensor]] = []
     structure: Any = None
-    call, values = _call_of(model, inputs, form)
+    call, values = _call_of(model, inputs, form, labels)
     for chunk, size, count in _chunks(values, *_batch_limits(model)):
         with exclusive(), torch.no_grad():
             leaves, structure = pytree.tree_flatten(_dequantized(model, call(chunk)))
@@ -518,7 +532,7 @@ def _outputs(name: str, model: Model, inputs: Any, form: CallForm | None) -> Any
 
 
 def _call_of(
-    model: Model, inputs: Any, form: CallForm | None
+    model: Model, inputs: Any, form: CallForm | None, labels: Tensor | None
 ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
     """How ``model`` is called with a flat list of values, and the values of a batch.
 
@@ -526,6 +540,7 @@ def _call_of(
         model: to call.
         inputs: of a batch.
         form: of the first model that was captured; plain modules are called as it was.
+        labels: which may be in a dictionary of inputs, and are no input by name.
 
     Raises:
         InputError: they are nested as the model does not take them.
@@ -549,8 +564,8 @@ def _call_of(
     if not isinstance(inputs, Mapping):
         given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         values, structure = pytree.tree_flatten((given, {}))
-    elif _takes_names(owner, inputs):
-        values, structure = pytree.tree_flatten(((), dict(inputs)))
+    elif _takes_names(owner, named := {k: v for k, v in inputs.items() if v is not labels}):
+        values, structure = pytree.tree_flatten(((), named))
     else:
         values, structure = pytree.tree_flatten(((dict(inputs),), {}))
     return lambda flat: _called(model, *pytree.tree_unflatten(flat, structure)), values
@@ -572,6 +587,18 @@ def _takes_names(model: Any, names: Mapping[Any, Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return all(name in taken for name in names)
+
+
+def _required_names(models: Iterable[Any]) -> frozenset[str]:
+    """Arguments that models which were not captured cannot be called without."""
+    names: set[str] = set()
+    for model in models:
+        try:
+            taken = signature(model.forward if isinstance(model, nn.Module) else model).parameters
+        except (TypeError, ValueError):
+            continue
+        names.update(name for name, argument in taken.items() if argument.default is argument.empty)
+    return frozenset(names)
 
 
 def _form_of(model: Model) -> CallForm | None:

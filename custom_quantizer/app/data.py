@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from custom_quantizer.app.tensor_files import WEIGHT_SUFFIXES, described, read_tensor_file
-from custom_quantizer.core.batch import Batch
+from custom_quantizer.core.batch import LABEL_KEYS, Batch
 from custom_quantizer.core.files import (
     AnyPath,
     check_regular,
@@ -50,7 +50,6 @@ _MOST_IMAGE_BYTES = 2**29
 _MOST_ARCHIVE_BYTES = 2**44  # is not read into memory
 _SPLITS = frozenset({"calibration", "dev", "eval", "test", "train", "val", "valid", "validation"})
 _INPUT_KEYS = ("images", "inputs", "input", "x")
-_LABEL_KEYS = ("labels", "targets", "label", "target", "y")
 
 
 @dataclass(frozen=True)
@@ -731,7 +730,7 @@ def _named_tensors(
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds {type(content).__name__}, not tensors")
     named = {str(key): value for key, value in content.items()}
-    label_key = _one_of(_LABEL_KEYS, named, path)
+    label_key = _one_of(LABEL_KEYS, named, path)
     labels = None if label_key is None else _tensors([named.pop(label_key)], path)[0]
     if labels is not None and label_key == "y" and labels.is_floating_point() and labels.dim() > 1:
         raise InputError(
@@ -752,7 +751,7 @@ def _named_tensors(
         raise InputError(
             f"{path} holds {label_key or 'nothing'} and no inputs; name them as the arguments of "
             f"the model, {', '.join(_INPUT_KEYS)} or inputs.0, inputs.1, ..., and the labels "
-            f"{', '.join(_LABEL_KEYS)}"
+            f"{', '.join(LABEL_KEYS)}"
         )
     return dict(zip(named, _tensors(list(named.values()), path), strict=True)), labels
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Batch"]
+__all__ = ["LABEL_KEYS", "Batch", "label_key"]
+
+LABEL_KEYS = ("labels", "targets", "label", "target", "y")
+"""What labels are called beside the inputs of a model."""
 
 
 class Batch(NamedTuple):
@@ -21,3 +24,15 @@ class Batch(NamedTuple):
 
     inputs: tuple[Tensor, ...] | Mapping[str, Tensor]
     labels: Tensor | None
+
+
+def label_key(batch: object, taken: Container[object]) -> str | None:
+    """The key of the labels in a dictionary of inputs, as data of ``transformers`` have them.
+
+    Args:
+        batch: inputs of a model, by name.
+        taken: the names of those that the model takes: what it is called with is no label.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    return next((key for key in LABEL_KEYS if key in batch and key not in taken), None)

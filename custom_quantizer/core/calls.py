@@ -52,6 +52,14 @@ class CallForm:
             return cls(len(inputs), tuple(inputs))
         return cls(len(inputs), tuple(info.orig_args), info.in_spec)
 
+    @property
+    def keys(self) -> frozenset[Any]:
+        """Names of the arguments, and the keys of a dictionary that is the only one."""
+        if self.structure is None or len(self.names) != 1:
+            return frozenset(self.names)
+        only = next(spec for side in self.structure.children() for spec in side.children())
+        return frozenset((*self.names, *(_keys(only) or ())))
+
     def arguments(self, values: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments from one value per placeholder."""
         if self.structure is None:

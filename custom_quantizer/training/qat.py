@@ -34,7 +34,8 @@ from torchao.quantization.pt2e import (
 
 from custom_quantizer.calibration.run import GraphInputs, calibrate
 from custom_quantizer.calibration.statistics import Source, load_statistics
-from custom_quantizer.core.batch import Batch
+from custom_quantizer.core.batch import LABEL_KEYS, Batch, label_key
+from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.graph import ADOPTED_KEY, state_kept
 from custom_quantizer.core.progress import stages
 from custom_quantizer.core.threads import exclusive, tools
@@ -378,7 +379,8 @@ def finetune(
 
     Args:
         prepared: what ``prepare_qat_pt2e`` returns.
-        data: batches ``(inputs, labels)``: a ``DataLoader``, a list, a
+        data: batches ``(inputs, labels)``, or dictionaries of inputs with ``labels`` (or
+            ``label``, ``targets``) among them: a ``DataLoader``, a list, a
             :class:`~custom_quantizer.app.data.DataSource`, or a function of the epoch that gives
             them. Each epoch begins with a seed of its own, so a shuffling loader gives the same
             order when a training is resumed.
@@ -508,7 +510,8 @@ class _Trainer:
         torch.manual_seed(self.recipe.seed)
         batches = islice(iter(self._epoch(0)), self.recipe.calibration_batches)
         device = _device_of(self.model)
-        calibrate(self.model, [_moved(inputs, device) for inputs, _ in map(_pair, batches)])
+        first = [_pair(batch, self.graph.form)[0] for batch in batches]
+        calibrate(self.model, [_moved(inputs, device) for inputs in first])
         rounding(self.model, True)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -592,7 +595,7 @@ class _Trainer:
             )
 
     def _step(self, batch: Any, where: str) -> None:
-        inputs, labels = _pair(batch)
+        inputs, labels = _pair(batch, self.graph.form)
         device = _device_of(self.model)
         values = self._fit(_moved(inputs, device), where)
         if values is None:
@@ -678,7 +681,7 @@ class _Trainer:
         is_classifier = True
         with torch.no_grad():
             for index, batch in enumerate(batches):
-                inputs, labels = _pair(batch)
+                inputs, labels = _pair(batch, self.graph.form)
                 values = self._fit(_moved(inputs, device), f"validation batch {index}")
                 if values is None:
                     self.skipped += 1
@@ -705,8 +708,10 @@ class _Trainer:
             self.file.save(self.position)
 
 
-def _pair(batch: Any) -> tuple[Any, Any]:
+def _pair(batch: Any, form: CallForm) -> tuple[Any, Any]:
     """Inputs and labels of a batch."""
+    if (key := label_key(batch, form.keys)) is not None:
+        return batch, batch[key]
     if isinstance(batch, Batch):
         if batch.labels is None:
             raise TrainingError("the training data has no labels")
@@ -716,7 +721,8 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     shown = f"{len(batch)} values" if isinstance(batch, (tuple, list)) else type(batch).__name__
     raise TrainingError(
         f"a batch of training data is a pair of inputs and labels, not {shown}; several inputs go "
-        "into a tuple or a dictionary: ((x, y), labels)"
+        "into a tuple or a dictionary: ((x, y), labels); labels in a dictionary of inputs are "
+        f"called {LABEL_KEYS[0]}"
     )
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
 import custom_quantizer as cq
 from custom_quantizer.analysis.allocation.samples import Samples
+from custom_quantizer.training import qat
 
 
 class Net(nn.Module):
@@ -127,6 +129,55 @@ def test_two_inputs_of_which_one_is_integers_are_no_labels() -> None:
     found = Samples.collect(graph, [((x, LABELS), LABELS)], 4)
     assert found.batches[0][1] is not None
     assert cq.evaluate({"graph": graph}, [(x, LABELS)])["graph"].samples == 4
+
+
+class Scored(Net):
+    """As models of ``transformers``: with labels it returns its loss, too."""
+
+    def forward(self, x: Tensor, y: Tensor, labels: Tensor | None = None) -> Any:
+        scores = self.compute(x, y)
+        return scores if labels is None else (scores.logsumexp(1).sum(), scores)
+
+
+@pytest.mark.parametrize("kind", ["arguments", "a dictionary"])
+@pytest.mark.parametrize("key", ["labels", "label", "targets", "target", "y"])
+def test_labels_in_a_dictionary_of_inputs(kind: str, key: str) -> None:
+    """They are labels wherever the model takes no input of that name."""
+    x, y = tensors(0)
+    model = (Scored() if kind == "arguments" else Named()).eval()
+    args = (x, y) if kind == "arguments" else ({"x": x, "y": y},)
+    graph = torch.export.export(model, args).module()
+    answers = model(*args).argmax(1)
+    answers[0] = (answers[0] + 1) % 3
+    data = [{key: answers, "y": y, "x": x} | ({"y": y} if key == "y" else {})]
+    are_labels = key != "y"
+    for models in ({"float": model}, {"float": model, "graph": graph}):
+        for score in cq.evaluate(models, data).scores:
+            assert score.correct == (3 if are_labels else None)
+    measured = cq.evaluate({"graph": graph}, data, metrics=lambda _, given: given is not None)
+    assert measured["graph"].metrics[0].value == are_labels
+    found = Samples.collect(graph, data, 4)
+    assert found.has_classes == are_labels
+    assert torch.equal(found.batches[0][0][1], y)
+
+
+def test_a_model_that_was_captured_with_labels_takes_them() -> None:
+    x, y = tensors(0)
+    graph = torch.export.export(Scored().eval(), (x, y, LABELS)).module()
+    found = Samples.collect(graph, [{"labels": LABELS, "x": x, "y": y}], 4)
+    assert found.batches[0][1] is None
+    assert torch.equal(found.batches[0][0][2], LABELS)
+
+
+def test_training_takes_labels_in_a_dictionary_of_inputs() -> None:
+    x, y = tensors(0)
+    losses = []
+    for batch in (((x, y), LABELS), {"labels": LABELS, "y": y, "x": x}):
+        captured = torch.export.export(Scored(), (x, y)).module()
+        prepared = prepare_qat_pt2e(captured, cq.IntegerQuantizer().set_global("a8w8"))
+        (metrics,) = qat.finetune(prepared, [batch], epochs=1, validation=[batch]).epochs
+        losses.append((metrics.loss, metrics.validation_accuracy))
+    assert losses[0] == losses[1]
 
 
 def test_a_program_from_a_file_does_not_know_the_order_of_keys(tmp_path: Any) -> None:
