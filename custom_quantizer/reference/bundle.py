@@ -278,8 +278,9 @@ class _Writer:
         elif is_border_call(node):
             self._names[node] = self._names[cast(Node, node.args[0])]
         elif node.op == "output":
-            for value in _leaves(node.args[0]):
-                self._output(value)
+            for index, value in enumerate(_leaves(node.args[0])):
+                if value is not None:  # nothing is returned there, whatever runs it
+                    self._output(index, value)
         elif is_quantize(node):
             self._quantize(node)
         elif node in self._by_node:
@@ -310,8 +311,7 @@ class _Writer:
             raise ConversionError(f"{describe(node)} quantizes {describe(source)}, a float tensor")
         self._names[node] = name
 
-    def _output(self, value: Any) -> None:
-        index = len(self.outputs)
+    def _output(self, index: int, value: Any) -> None:
         border = self._borders.outputs[index]
         if border is None and not (isinstance(value, Node) and is_dequantize(value)):
             what = describe(value) if isinstance(value, Node) else repr(value)

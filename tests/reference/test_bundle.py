@@ -923,6 +923,31 @@ def test_ops_left_in_float_are_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("integer", [False, True])
+def test_none_among_the_outputs_has_no_entry(integer: bool, tmp_path: Path) -> None:
+    """The tensors stay in their order, and each has its own integers."""
+
+    def build() -> nn.Module:
+        def compute(net: nn.Module, x: Tensor) -> Any:
+            return {"a": None, "b": net.b(x), "c": (None, net.c(x))}
+
+        return Function(compute, b=nn.Linear(6, 4), c=nn.Linear(6, 3))
+
+    quantizer = cq.IntegerQuantizer(backend=None).set_global("a8w8").set_io(integer=integer)
+    converted = converted_network(build, ((4, 6),), quantizer)
+    save_integers(converted, tmp_path / "net")
+    (x,) = random_inputs(((4, 6),), 3)
+    bundle = load_integers(tmp_path / "net")
+    reference = cq.integer_reference(converted, mode="fixed_point")
+    if integer:
+        x = torch.round(x.clamp(-1, 1) * 100).to(torch.int8)
+    wanted = reference(x)
+    b, c = bundle(x.numpy())
+    assert np.array_equal(b, wanted["b"].numpy())
+    assert np.array_equal(c, wanted["c"][1].numpy())
+    assert (wanted["a"], wanted["c"][0]) == (None, None)
+
+
 def test_an_input_handed_through_is_no_integer(tmp_path: Path) -> None:
     converted = converted_network(lambda: Network(lambda x: (x * 2, x)), ((4, 6),))
     with pytest.raises(cq.ConversionError, match="output 1 of the model is"):
