@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from executorch.exir import to_edge_transform_and_lower
 from support.graphs import Function
 from support.models import convert
 from torch import Tensor, nn
@@ -69,8 +70,11 @@ def test_an_op_that_draws_random_numbers_is_named() -> None:
 def test_a_graph_that_was_decomposed_too_late_is_named() -> None:
     net = Function(lambda s, x: s.layer(x), layer=nn.Conv2d(3, 3, 1))
     exported = torch.export.export(convert(net, EXAMPLE).graph, EXAMPLE)
+    late = exported.run_decompositions()
     with pytest.raises(LoweringError, match=r"decomposed after convert_pt2e.*run_decompositions$"):
-        cq.lower(exported.run_decompositions().module(), EXAMPLE)
+        cq.lower(late.module(), EXAMPLE)
+    with pytest.raises(LoweringError, match=r"decomposed after convert_pt2e.*run_decompositions$"):
+        to_edge_transform_and_lower(late, partitioner=[cq.XnnpackPartitioner()])
 
 
 def test_an_op_that_was_left_in_training_is_named() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -53,6 +53,8 @@ from custom_quantizer.core.graph import (
     describe,
     detached_copy,
     is_complex,
+    is_constant,
+    is_dequantize,
     is_sized_by_data,
     set_state,
     state_buffers,
@@ -215,10 +217,12 @@ def rewrite(
         skip: names of passes to leave out: those that are for another partitioner.
 
     Raises:
-        LoweringError: a pass failed, or ``torch.export`` refused the result.
+        LoweringError: the graph is of other ops than ``convert_pt2e`` returned, a pass failed, or
+            ``torch.export`` refused the result.
     """
     say("rewriting the graph")
     _check_writable(graph.model)
+    _check_layers(graph.model)
     written = _versions(graph.model)
     model = detached_copy(graph.model, share_constants=True)
     _tell_apart(model, (op.node.name for op in graph))
@@ -302,6 +306,28 @@ def rewrite_exported(exported: torch.export.ExportedProgram, dynamic_max: int) -
     graph = read_converted(model, BACKEND)
     example = check_example(graph, (*args, *kwargs.values()))
     return rewrite(graph, example, dynamic_max, widest=True)
+
+
+_DECOMPOSED_LAYERS = frozenset(
+    {torch.ops.aten.addmm.default, torch.ops.aten.convolution.default, torch.ops.aten.mm.default}
+)
+"""Layers as ``run_decompositions`` writes them; those with a weight in float may stay so."""
+
+
+def _check_layers(model: GraphModule) -> None:
+    """Refuse a graph whose layers are not those that the quantizer saw."""
+    for node in model.graph.nodes:
+        if node.target not in _DECOMPOSED_LAYERS:
+            continue
+        for source in node.all_input_nodes:
+            if source.target is torch.ops.aten.permute.default:
+                source = cast(Node, source.args[0])
+            if is_dequantize(source) and is_constant(source.args[0]):
+                raise LoweringError(
+                    f"{describe(node)} is a layer of a graph that was decomposed after "
+                    "convert_pt2e, so that it is no longer seen as one; lower what convert_pt2e "
+                    "returned, without run_decompositions"
+                )
 
 
 def _check_writable(model: GraphModule) -> None:
@@ -437,16 +463,6 @@ def backend_config() -> ExecutorchBackendConfig:
     )
 
 
-_DECOMPOSED_LAYERS = frozenset(
-    {torch.ops.aten.addmm.default, torch.ops.aten.convolution.default, torch.ops.aten.mm.default}
-)
-
-
-def _is_decomposed(graph: ConvertedGraph) -> bool:
-    """Whether layers are written as ``run_decompositions`` writes them."""
-    return any(node.target in _DECOMPOSED_LAYERS for node in graph.model.graph.nodes)
-
-
 def to_bytes(
     edge: EdgeProgramManager, graph: ConvertedGraph | None = None, *, lowered_here: bool = True
 ) -> bytes:
@@ -471,11 +487,6 @@ def to_bytes(
         advice = "leave the ops around them in float with set_node_name(name, None)"
         if not lowered_here:
             advice = f"{WAYS}; if it was lowered so, {advice}"
-        if graph is not None and _is_decomposed(graph):
-            advice = (
-                "the graph was decomposed after convert_pt2e, so that its layers are no longer "
-                "seen; lower what convert_pt2e returned, without run_decompositions"
-            )
         raise LoweringError(
             f"{len(leftover)} quantize or dequantize ops stayed outside the delegate ({names}): "
             f"the bare runtime has no kernel for them; {advice}"
