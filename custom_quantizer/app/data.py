@@ -730,7 +730,8 @@ def _named_tensors(
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds {type(content).__name__}, not tensors")
     named = {str(key): value for key, value in content.items()}
-    label_key = _one_of(LABEL_KEYS, named, path)
+    # Beside labels of another name, y is an input, as in forward(x, y).
+    label_key = _one_of(LABEL_KEYS[:-1], named, path) or _one_of(LABEL_KEYS[-1:], named, path)
     labels = None if label_key is None else _tensors([named.pop(label_key)], path)[0]
     if labels is not None and label_key == "y" and labels.is_floating_point() and labels.dim() > 1:
         raise InputError(

@@ -651,6 +651,16 @@ def test_inputs_are_named_as_the_arguments_of_the_model(tmp_path: Path, model: n
     assert torch.equal(captured[1], X[:2] + 1)
 
 
+def test_y_beside_labels_is_an_input(tmp_path: Path) -> None:
+    save_file({"x": X, "y": X + 1, "labels": Y}, tmp_path / "d.safetensors")
+    (batch,) = load_data(tmp_path / "d.safetensors")
+    assert isinstance(batch.inputs, dict)
+    assert torch.equal(batch.inputs["x"], X)
+    assert torch.equal(batch.inputs["y"], X + 1)
+    assert batch.labels is not None
+    assert torch.equal(batch.labels, Y)
+
+
 @pytest.mark.parametrize(
     ("named", "message"),
     [
@@ -667,6 +677,7 @@ def test_inputs_of_other_names(named: dict[str, Tensor], message: str) -> None:
     ("content", "message"),
     [
         ({"images": X, "x": X}, "images and x, which mean the same"),
+        ({"x": X, "label": Y, "labels": Y}, "labels and label, which mean the same"),
         ({"x": X, "y": X}, r"y means labels, .* name the inputs of a model with several inputs\.0"),
         ({"a": X, "b": 3}, "holds int where a tensor"),
         ({"a": X, "b": X[:2]}, "different numbers of examples: 4, 2"),

@@ -30,13 +30,16 @@ from custom_quantizer.core.graph import module_path, size_bounds, tensor_meta
 EXAMPLE = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def network() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
     )
-    graph = convert(model, EXAMPLE).graph
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    graph = convert(network(), EXAMPLE).graph
     folder = tmp_path_factory.mktemp("saved")
     cq.lower(graph, EXAMPLE).save(folder / "net.pte")
     cq.save_graph(graph, EXAMPLE, folder / "net.graph.safetensors")
@@ -110,6 +113,21 @@ def test_another_network_of_the_same_shape_is_found_out(files: Path, tmp_path: P
     result = CliRunner().invoke(cli, command)
     assert result.exit_code == 1
     assert "bias: 1 of 8 integers differ; at (3,)" in result.output
+
+
+@pytest.mark.parametrize("other", ["integers", "size"])
+def test_a_program_with_other_inputs_was_not_made_of_the_graph(
+    other: str, files: Path, tmp_path: Path
+) -> None:
+    """Found before the runtime refuses to take them."""
+    graph, _ = cq.load_graph(files / "net.graph.safetensors")
+    own, example = cq.lower(graph, EXAMPLE), EXAMPLE
+    if other == "size":
+        example = tuple(torch.cat([value, value], 2) for value in EXAMPLE)
+    quantizer = cq.IntegerQuantizer().set_global("a8w8").set_io(integer=other == "integers")
+    program = cq.lower(convert(network(), example, quantizer).graph, example)
+    with pytest.raises(cq.ProgramError, match=r"not made of this graph: it takes .*, not float32"):
+        own.with_bytes(program.buffer)
 
 
 def test_bad_files(files: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from custom_quantizer.backends.xnnpack.contents import (
     DelegateOp,
     MethodContents,
     ProgramContents,
+    ValueInfo,
 )
 from custom_quantizer.backends.xnnpack.isolation import IsolatedMethod
 from custom_quantizer.backends.xnnpack.op_record import RecordedOp
@@ -211,6 +212,10 @@ class LoweredProgram:
         elif sizes[0] != sizes[1]:
             what = "it has {} inputs and {} outputs, not {} and {}".format(*sizes[0], *sizes[1])
         else:
+            pairs = zip(self.contents.inputs, own.contents.inputs, strict=True)
+            others = (f"it takes {a}, not {b}" for a, b in pairs if not _may_be_one(a, b))
+            what = next(others, "")
+        if not what:
             return
         raise ProgramError(
             f"the program was not made of this graph: {what}; name the graph that was written "
@@ -412,6 +417,13 @@ def no_kernel(ops: Sequence[str], kernels: Sequence[str]) -> str:
         f"has a kernel for it ({', '.join(kernels)}); write it with other ops, or let the model "
         "end before it; for a runtime that has the kernel, call lower with check=False"
     )
+
+
+def _may_be_one(a: ValueInfo, b: ValueInfo) -> bool:
+    """Whether two inputs differ in nothing but dynamic sizes, whose bounds a caller chooses."""
+    if (a.dtype, len(a.shape)) != (b.dtype, len(b.shape)):
+        return False
+    return a.dynamic or b.dynamic or a.shape == b.shape
 
 
 def _load_method(data: bytes, what: str, method: str = "forward", *, isolated: bool) -> Any:
