@@ -559,10 +559,7 @@ def _prepare(exported: GraphModule, quantizer: IntegerQuantizer) -> tuple[GraphM
     with tools():
         prepared = prepare_pt2e(detached_copy(exported), quantizer)
         quantizer.check_plan()
-        plan = quantizer.last_plan
-    for warning in plan.warnings:
-        logger.warning("%s", warning)
-    return prepared, plan
+        return prepared, quantizer.last_plan
 
 
 def _recorded(

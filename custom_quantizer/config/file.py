@@ -156,8 +156,8 @@ def _parse_observer(name: str) -> str:
 
 
 def _check_operator(name: str) -> str:
-    operator_names(name)
-    return name
+    (known,) = operator_names(name)
+    return known
 
 
 def _check_bias(value: object) -> object:
@@ -356,7 +356,8 @@ class RuleEntry(_Model):
         "A module path, as `model.named_modules()` has it; globs select several.", "layer3.*"
     )
     module_type: _Name = _selector(
-        "Qualified name of a module class; ops captured anywhere inside such modules.",
+        "Qualified name of a module class, for layers of PyTorch also the short one, "
+        "`torch.nn.Conv2d`; ops captured anywhere inside such modules.",
         "torch.nn.modules.conv.Conv2d",
     )
     operator_type: Annotated[_Name, _parsed_by(_check_operator)] = _selector(
@@ -579,7 +580,8 @@ def _translate(error: ErrorDetails, document: Document) -> Mistake:
     if kind == "too_long" and context["actual_length"] is None:
         context = {**context, "actual_length": "more"}
     if kind in _SAID:
-        return Mistake(path, _SAID[kind].format(**context, shown=shown))
+        entries = "algorithms" if path == ("improve",) else "rules"
+        return Mistake(path, _SAID[kind].format(**context, shown=shown, entries=entries))
     text = error["msg"]
     return Mistake(path, f"{text[:1].lower()}{text[1:]}, got {shown}")
 
@@ -592,7 +594,7 @@ _SAID = {
     "string_too_long": "at most {max_length:,} characters are read",
     "bool_type": "must be true or false, not {shown}",
     "int_type": "must be a whole number, not {shown}",
-    "list_type": "must be a list of rules, not {shown}",
+    "list_type": "must be a list of {entries}, not {shown}",
     "model_type": "must be a mapping, not {shown}",
     "scheme_kind": "must be the name of a scheme, a mapping or null, not {shown}",
     "format_kind": "must be the name of a format, or a mapping from names to formats, not {shown}",

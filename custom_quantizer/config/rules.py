@@ -106,8 +106,17 @@ def _names(node: Node, scope: Scope) -> Iterable[str]:
         return (str(original_target(node)), str(node.target))
     stack = module_stack(node)
     if scope is Scope.MODULE_TYPE:
-        return [kind for _, kind in stack]
+        return [name for _, kind in stack for name in _class_names(kind)]
     return [path for path, _ in stack if path]
+
+
+def _class_names(kind: str) -> tuple[str, ...]:
+    """What a class is called: ``torch.nn.modules.conv.Conv2d`` is ``torch.nn.Conv2d``, too."""
+    folder, _, name = kind.rpartition(".")
+    public = getattr(torch.nn, name, None) if folder.startswith("torch.nn.modules.") else None
+    if public is None or f"{public.__module__}.{public.__qualname__}" != kind:
+        return (kind,)
+    return (kind, f"torch.nn.{name}")
 
 
 class _Index:
@@ -191,7 +200,7 @@ def operator_names(operator_type: Any) -> list[str]:
     if overloads is not None:  # an OpOverloadPacket: all its overloads that are known
         names = [str(getattr(operator_type, o)) for o in overloads()]
     else:
-        names = [str(operator_type)]
+        names = [str(operator_type).removeprefix("torch.ops.")]
     names = [n for n in names if _functional_name(n) in known or _is_composite(n)]
     if not names:
         word = str(operator_type)
@@ -208,6 +217,8 @@ def _is_composite(name: str) -> bool:
     """Whether an overload of this name is an op of which a graph may get the steps."""
     _, _, rest = name.partition("aten.")
     packet, _, overload = rest.partition(".")
+    if not overload:  # a packet takes any name for an attribute, the empty one too
+        return False
     return is_composite(getattr(getattr(torch.ops.aten, packet, None), overload, None))
 
 
@@ -297,7 +308,7 @@ class Config:
                 raise ConfigError(f"{rule.place}: the model has no module {rule.key!r}{hint}")
             kind = "operator" if rule.scope is Scope.OPERATOR_TYPE else "module type"
             there = present[rule.scope]
-            # ``torch.nn.Conv2d`` means ``torch.nn.modules.conv.Conv2d``: the class name counts.
+            # A class of another module, or none at all: its name counts.
             last = rule.key.rpartition(".")[2]
             same = sorted(name for name in there if name.rpartition(".")[2] == last)
             if same:

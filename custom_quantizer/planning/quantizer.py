@@ -122,6 +122,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         self._backend = get_backend(backend)
         self._config = Config()
         self._plan: Plan | None = None
+        self._shows_plan = False  # the plan is returned, with its warnings
 
     @classmethod
     def from_config(
@@ -307,7 +308,11 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             _check_captured(exported)
             model = detached_copy(exported)
         with tools():
-            prepare_pt2e(model, self)
+            self._shows_plan = True
+            try:
+                prepare_pt2e(model, self)
+            finally:
+                self._shows_plan = False
             self.check_plan()
             return self.last_plan
 
@@ -361,7 +366,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         return all_are or self._config.resolve(node).scheme is not None
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        """Write the plan's annotations into the graph.
+        """Write the plan's annotations into the graph, and log what it warns of.
 
         A graph in which rules for all ops find nothing stays as it is, with a warning.
 
@@ -372,6 +377,8 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         with as_evaluated(model) if training else contextlib.nullcontext():
             plan = make_plan(model, self._config, self._backend, training=training)
         self._plan = plan
+        for warning in () if self._shows_plan else plan.warnings:
+            logger.warning("%s", warning)
         if not plan.annotations:
             if not _is_for_all(self._config):
                 self.check_plan()

@@ -310,9 +310,12 @@ def test_operator_names() -> None:
     aten = torch.ops.aten
     assert operator_names(aten.conv2d.default) == ["aten.conv2d.default"]
     assert operator_names("aten.relu_.default") == ["aten.relu_.default"]
+    assert operator_names("torch.ops.aten.relu.default") == ["aten.relu.default"]
     assert set(operator_names(aten.conv2d)) == {"aten.conv2d.default", "aten.conv2d.padding"}
     with pytest.raises(ConfigError, match=r"did you mean .*aten\.conv2d"):
         operator_names("aten.conv2.default")
+    with pytest.raises(ConfigError, match=r"did you mean .*aten\.linear\.default"):
+        operator_names("aten.linear")  # no overload
     with pytest.raises(ConfigError, match=r"aten\.sin\.default is not an operator"):
         operator_names(aten.sin.default)
 

@@ -462,6 +462,7 @@ MISTAKES = [
     ),
     # rules
     ("rules: a8w8\n", "2:8", "rules: must be a list of rules, not a8w8"),
+    ("improve: gptq\n", "2:10", "improve: must be a list of algorithms, not gptq"),
     ("rules: null\n", "2:8", "rules: must be a list of rules, not null"),
     ("rules:\n  module_name: x\n", "3:3", "rules: must be a list of rules, not a mapping"),
     ("rules:\n  - a8w8\n", "3:5", "rules[0]: must be a mapping, not a8w8"),
@@ -660,7 +661,7 @@ def test_names_the_model_does_not_have(
 @pytest.mark.parametrize(
     ("selector", "message"),
     [
-        ("module_type: torch.nn.Conv2d", "did you mean torch.nn.modules.conv.Conv2d?"),
+        ("module_type: Conv2d", "did you mean torch.nn.Conv2d or torch.nn.modules.conv.Conv2d?"),
         ("module_type: torch.nn.modules.conv.Conv3d", "did you mean torch.nn.modules.conv.Conv2d"),
         ("operator_type: aten.conv1d.default", "did you mean aten.conv2d.default"),
     ],
@@ -673,6 +674,27 @@ def test_types_the_model_does_not_have(
     assert warning.startswith(f"{path}:4: set_")
     assert "selects nothing" in warning
     assert message in warning
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        "module_type: torch.nn.Conv2d",
+        "operator_type: torch.ops.aten.conv2d.default",
+        "operator_type: aten.conv2d.default",
+    ],
+)
+def test_types_by_the_names_that_users_import(
+    exported: ExportedProgram, tmp_path: Path, selector: str
+) -> None:
+    path = write(tmp_path, f"version: 1\nglobal: a8w8\nrules:\n  - {selector}\n    scheme: a16w8\n")
+    quantizer = IntegerQuantizer.from_config(path)
+    plan = quantizer.plan(exported)
+    convolutions = [op for op in plan.ops if op.node.startswith("conv2d")]
+    assert convolutions
+    assert {op.scheme for op in convolutions} == {"a16w8"}
+    assert plan.warnings == ()
+    assert IntegerQuantizer.from_config(quantizer.to_config()).plan(exported).ops == plan.ops
 
 
 @pytest.mark.parametrize("text", ["inputs: {x: a8, y: a8}", "outputs:\n  1: a8"])

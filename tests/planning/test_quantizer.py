@@ -315,6 +315,15 @@ def test_a_graph_of_python_functions() -> None:
         quantizer().transform_for_annotation(model)
 
 
+def test_rules_that_select_nothing_are_logged_by_prepare(caplog: pytest.LogCaptureFixture) -> None:
+    chosen = quantizer().set_module_type(nn.Conv3d, "a8w4")
+    exported = torch.export.export(net(), (image(),))
+    assert "selects nothing" in chosen.plan(exported).warnings[0]
+    assert "selects nothing" not in caplog.text  # the plan says so
+    prepare_pt2e(exported.module(), chosen)
+    assert caplog.text.count("selects nothing") == 1
+
+
 def test_a_graph_whose_weights_are_inputs() -> None:
     """``graph_module`` of an ExportedProgram has no weight to quantize, and was quantized so."""
     exported = torch.export.export(net().eval(), (image(),))
