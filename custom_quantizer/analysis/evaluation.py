@@ -257,11 +257,20 @@ def evaluate(
     """
     if not models:
         raise InputError("there is no model to evaluate")
+    if not isinstance(models, Mapping):
+        raise InputError(
+            f"models is a dictionary of models by name, not {type(models).__name__}: "
+            "evaluate({'float': model}, data)"
+        )
     if slices < 1:
         raise InputError(f"slices={slices}: the samples make at least one slice")
     if metrics is not None and not isinstance(metrics, Mapping):
         metrics = {getattr(metrics, "__name__", "metric"): metrics}
     metrics = metrics or {}
+    for kind, functions in (("model", models), ("metric", metrics)):
+        for name, function in functions.items():
+            if not callable(function):
+                raise InputError(f"{kind} {name} is a {type(function).__name__}, not a function")
     samples = 0
     labelled: bool | None = None
     tallies = {name: _Tally(name, metrics, output) for name in models}
@@ -276,7 +285,7 @@ def evaluate(
     form = next(filter(None, map(_form_of, models.values())), None)
     taken = frozenset() if form else _required_names(models.values())
     with _states_kept(models.values()):
-        for batch in track(data, "evaluate", enabled=progress):
+        for batch in track(_batches(data), "evaluate", enabled=progress):
             inputs, labels = inputs_and_labels(batch, bool(metrics), form, taken)
             if labelled is not None and labelled != (labels is not None):
                 raise InputError("some batches have labels and others do not; give all or none")
@@ -303,6 +312,18 @@ def evaluate(
         first_of = f"scores are those of output 0, the first of {several}"
         notes.append(f"{first_of}; output=N chooses another")
     return Evaluation(scores, tuple(notes))
+
+
+def _batches(data: Any) -> Iterable[Any]:
+    """The batches; one tensor or dictionary is one, whose rows or keys nobody means."""
+    if isinstance(data, (Tensor, Mapping)):
+        return [data]
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        hint = "; read files with custom_quantizer.load_data" if isinstance(data, str) else ""
+        raise InputError(f"data is an iterable of batches, not {type(data).__name__}{hint}")
+    if isinstance(data, tuple) and len(data) == 2 and _are_labels(data[1]):
+        raise InputError("one batch of inputs and labels is data in a list: [(inputs, labels)]")
+    return data
 
 
 class _Tally:

@@ -270,6 +270,11 @@ def set_ranges(prepared: GraphModule, ranges: Mapping[str, QParams]) -> None:
             raise CalibrationError(
                 f"{name} is watched by {len(found)} observers; name one: {_listed(several)}"
             )
+        if not isinstance(qparams, QParams):
+            raise CalibrationError(
+                f"{name}: a range is a custom_quantizer.QParams, not {type(qparams).__name__}: "
+                "QParams(scale, zero_point, quant_min, quant_max)"
+            )
         observer = found[0].observer
         if chosen.setdefault(observer, qparams) != qparams:
             raise CalibrationError(

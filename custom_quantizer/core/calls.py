@@ -131,6 +131,10 @@ class CallForm:
                 return [one]
             if any(isinstance(value, Tensor) for value in inputs):
                 return [self._call(inputs)]
+        if isinstance(inputs, (str, bytes)) or not isinstance(inputs, Iterable):
+            raise InputError(
+                f"inputs are those of one call, or an iterable of them, not {type(inputs).__name__}"
+            )
         return [self._call(batch) for batch in inputs]
 
     def _call(self, batch: object) -> list[Any]:

@@ -300,6 +300,9 @@ def _check_input(index: int, value: Any, meta: torch.Tensor | None) -> None:
         return
     if not isinstance(value, torch.Tensor):
         raise InputError(f"input {index} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_meta:
+        kind = "has no values (device meta)" if value.is_meta else f"is {value.layout}"
+        raise InputError(f"input {index} must be a dense tensor, and {kind}")
     if value.dtype != meta.dtype:
         raise InputError(
             f"input {index} must be {meta.dtype}, got {value.dtype}; convert it with "

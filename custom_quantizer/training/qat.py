@@ -604,7 +604,7 @@ class _Trainer:
         self._schedule()
         outputs = self._forward(values, where)
         labels = _moved(labels, device)
-        loss = self.loss(outputs, labels)
+        loss = self._loss_of(outputs, labels, where)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TrainingError(f"{where}: the loss is not one number: {loss!r}")
         if not bool(torch.isfinite(loss)):
@@ -632,6 +632,15 @@ class _Trainer:
             raise TrainingError(f"{where}: {error}") from error
         except Exception as error:
             raise TrainingError(f"{where}: the graph failed with {first_line(error)}") from error
+
+    def _loss_of(self, outputs: Any, labels: Any, where: str) -> Any:
+        try:
+            return self.loss(outputs, labels)
+        except Exception as error:
+            raise TrainingError(
+                f"{where}: the loss failed with {first_line(error)}; by default it is cross "
+                "entropy, of integer labels that are classes the model scores"
+            ) from error
 
     def _fit(self, inputs: Any, where: str) -> list[Any] | None:
         """Inputs as the graph takes them; ``None`` for a batch of a size that it does not take."""
@@ -681,15 +690,17 @@ class _Trainer:
         is_classifier = True
         with torch.no_grad():
             for index, batch in enumerate(batches):
+                where = f"validation batch {index}"
                 inputs, labels = _pair(batch, self.graph.form)
-                values = self._fit(_moved(inputs, device), f"validation batch {index}")
+                values = self._fit(_moved(inputs, device), where)
                 if values is None:
                     self.skipped += 1
                     continue
-                outputs = self._forward(values, f"validation batch {index}")
+                outputs = self._forward(values, where)
                 labels = _moved(labels, device)
                 size = self.graph.batch_size(values)
-                total, samples = total + float(self.loss(outputs, labels)) * size, samples + size
+                loss = float(self._loss_of(outputs, labels, where))
+                total, samples = total + loss * size, samples + size
                 found = _right(outputs, labels)
                 is_classifier = is_classifier and found is not None
                 right += found or 0

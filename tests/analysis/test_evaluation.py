@@ -123,6 +123,11 @@ def test_table_and_json() -> None:
         evaluation["x"]
 
 
+def test_one_tensor_or_dictionary_is_one_batch() -> None:
+    for data in (IMAGES, {"x": IMAGES}):
+        assert evaluate({"a": column(0)}, data)["a"].samples == len(IMAGES)
+
+
 def test_inputs_may_be_several() -> None:
     a, b = torch.tensor([[0, 0], [1, 1]]), torch.tensor([[0, 2], [1, 3]])
     models = {"sum": lambda a, b: one_hot((a + b)[:, 1].clamp_max(3))}
@@ -140,6 +145,11 @@ LABELS = torch.tensor([0, 1])
     ("models", "data", "message"),
     [
         ({}, [IMAGES], "no model"),
+        ([column(0)], [IMAGES], "a dictionary of models by name, not list"),
+        ({"a": "net.pte"}, [IMAGES], "model a is a str, not a function"),
+        ({"a": column(0)}, 3, "an iterable of batches, not int"),
+        ({"a": column(0)}, "data.pt", "not str; read files with custom_quantizer.load_data"),
+        ({"a": column(0)}, (IMAGES, LABELS), r"in a list: \[\(inputs, labels\)\]"),
         ({"a": column(0)}, [], "no sample"),
         ({"a": column(0)}, [IMAGES[:0]], "no sample"),
         ({"a": column(0)}, [(IMAGES, LABELS), IMAGES], "some batches have labels"),

@@ -158,6 +158,8 @@ def test_no_inputs_is_an_error(converted: Converted) -> None:
     lowered = cq.lower(converted.graph, converted.example)
     with pytest.raises(cq.InputError, match="no inputs to verify on"):
         cq.verify(converted.graph, lowered, [])
+    with pytest.raises(cq.InputError, match="an iterable of them, not int"):
+        cq.verify(converted.graph, lowered, 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scheme", slow_but(["a12w8"], ["a16w8", "a16w4", "a12w8"]))

@@ -275,6 +275,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "complex": ((torch.zeros(IMAGE, dtype=torch.complex64),), r"got torch.complex64"),
     "numpy": ((torch.zeros(IMAGE).numpy(),), r"input 0 must be a tensor, got ndarray"),
     "none": ((None,), r"(must be a tensor, got NoneType|takes 1 input)"),
+    "sparse": ((torch.zeros(IMAGE).to_sparse(),), r"must be a dense tensor, and is torch.sparse_"),
+    "no values": (
+        (torch.zeros(IMAGE, device="meta"),),
+        "must be a dense tensor, and has no values",
+    ),
     "number": ((1.0,), r"input 0 must be a tensor, got float"),
 }
 

@@ -137,6 +137,7 @@ def test_a_tensor_of_several_is_enough_and_unfreezing_goes_back() -> None:
 
 
 WRONG = [
+    ({"relu": cq.QParams(0.5, 0, -128, 127), "linear": (0.0, 1.0)}, "QParams, not tuple"),
     ({"relu_2": cq.QParams(0.5, 0, -128, 127)}, "relu_2 is no observed tensor"),
     ({"relu": cq.QParams(0.5, 0, -8, 7)}, r"integers are \[-128, 127\], not \[-8, 7\]"),
     ({"relu": cq.QParams(torch.ones(4), 0, -128, 127, 0)}, "one scale, not one per channel"),

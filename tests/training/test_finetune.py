@@ -257,6 +257,7 @@ def test_ranges_start_from_the_first_batches() -> None:
         ([], "holds no batch"),
         (iter([task()]), "generator"),
         ([images(4)], "pair of inputs and labels, not Tensor"),
+        ([(images(4), torch.full((4,), 4))], "epoch 1, batch 0: the loss failed with .*classes"),
         ([(images(4)[:, :2], torch.zeros(4, dtype=torch.int64))], "the graph takes"),
         ([(images(300), torch.zeros(300, dtype=torch.int64))], "no batch that the graph takes"),
         ([(images(1), torch.zeros(1, dtype=torch.int64))], "batch 0: the graph failed"),
