@@ -28,11 +28,13 @@ from custom_quantizer.errors import ConversionError, InputError
 
 __all__ = [
     "add_constant",
+    "are_static",
     "check_inputs",
     "constant_of",
     "describe",
     "detached_copy",
     "distinct",
+    "dynamic_sizes",
     "effective_users",
     "expression_bounds",
     "fake_constant",
@@ -362,6 +364,16 @@ def shape_of(node: Node) -> tuple[int, ...]:
     if value is None:
         raise _not_recorded(node)
     return tuple(map(_as_number, value.shape))
+
+
+def are_static(sizes: Iterable[Any]) -> bool:
+    """Whether all sizes are known at capture."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def dynamic_sizes(sizes: Iterable[Any]) -> int:
+    """How many sizes depend on inputs."""
+    return sum(not isinstance(size, int) for size in sizes)
 
 
 def recorded_value(node: Node) -> Any:

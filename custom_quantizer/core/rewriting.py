@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.core.graph import (
     FOLDED_KEY,
     add_constant,
+    are_static,
     constant_of,
     is_constant,
     is_float32,
@@ -203,7 +204,7 @@ class Insertion:
             value: a parameter, or a function of some.
             name: of the constant, behind that of the node.
         """
-        if value.op == "get_attr" or any(not isinstance(size, int) for size in shape_of(value)):
+        if value.op == "get_attr" or not are_static(shape_of(value)):
             return value
         if any(map(_is_state, reached(value, lambda part: part.all_input_nodes))):
             return value

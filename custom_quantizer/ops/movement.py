@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from custom_quantizer.core.arithmetic import Arithmetic
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
     describe,
     reads_sizes,
@@ -211,7 +212,7 @@ def is_split_evenly(node: Node) -> bool:
     shape = shape_of(cast(Node, node.args[0]))
     dim, start, stop, step = slice_of(node)
     size = shape[dim]
-    if step == 1 or not all(isinstance(value, int) for value in (size, start, stop)):
+    if step == 1 or not are_static((size, start, stop)):
         return False
     return size % step == 0 and start < step and len(range(start, stop, step)) == size // step
 

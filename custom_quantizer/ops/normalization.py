@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_constant, shape_of
+from custom_quantizer.core.graph import are_static, argument, is_constant, shape_of
 from custom_quantizer.ops._rule import Case, OpRule, PatternMatch
 from custom_quantizer.ops.elementwise import _case, _match_single
 
@@ -108,7 +108,7 @@ def number_of_groups(node: Node) -> int:
 
 def _static_behind_batch(node: Node) -> str:
     sizes = shape_of(cast(Node, node.args[0]))[1:]
-    return "" if all(isinstance(size, int) for size in sizes) else "its image size is dynamic"
+    return "" if are_static(sizes) else "its image size is dynamic"
 
 
 def _match_group_norm(rule: OpRule, node: Node) -> PatternMatch | str:

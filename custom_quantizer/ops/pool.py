@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from custom_quantizer.core.arithmetic import Arithmetic
-from custom_quantizer.core.graph import argument, reads_sizes, tensor_meta
+from custom_quantizer.core.graph import are_static, argument, reads_sizes, tensor_meta
 from custom_quantizer.ops._rule import (
     Case,
     Integers,
@@ -121,7 +121,7 @@ def adaptive_window(node: Node) -> tuple[tuple[int, int], tuple[int, int]] | Non
     if data is None or data.dim() not in (3, 4) or reads_sizes(node):
         return None
     size = data.shape[-2:]
-    if not all(isinstance(s, int) for s in size):
+    if not are_static(size):
         return None
     wanted = node.args[1]
     out = [

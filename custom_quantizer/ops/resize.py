@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.core.arithmetic import Arithmetic
-from custom_quantizer.core.graph import argument, shape_of
+from custom_quantizer.core.graph import are_static, argument, shape_of
 from custom_quantizer.core.resizing import Resizing
 from custom_quantizer.ops._rule import (
     Integers,
@@ -67,7 +67,7 @@ def steps_otherwise(node: Node) -> bool:
 
 def _match(rule: OpRule, node: Node) -> PatternMatch | str:
     sizes = (*shape_of(cast(Node, node.args[0]))[-2:], *shape_of(node)[-2:])
-    if not all(isinstance(size, int) for size in sizes):
+    if not are_static(sizes):
         return "the size of its image is dynamic"
     if steps_otherwise(node):
         return "its factors are not the ratios of its sizes"

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from custom_quantizer.core.arithmetic import accumulator_bits
 from custom_quantizer.core.formats import signed_bits
-from custom_quantizer.core.graph import argument, module_path, shape_of
+from custom_quantizer.core.graph import are_static, argument, module_path, shape_of
 from custom_quantizer.ops import QuantizedOp
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.pool import adaptive_kernel, is_global_pool, pool_window
@@ -146,7 +146,7 @@ def _summed(op: QuantizedOp) -> int | None:
 def image_size(op: QuantizedOp) -> int | None:
     """Number of pixels of the op's input; ``None``: dynamic at capture."""
     sizes = shape_of(op.match.inputs[0])[2:]
-    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+    return math.prod(sizes) if are_static(sizes) else None
 
 
 def weight_accumulator_bits(

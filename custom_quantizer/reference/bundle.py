@@ -34,6 +34,7 @@ from custom_quantizer.core.files import write_files_atomic
 from custom_quantizer.core.fixed_point import FIXED_POINT, quantize_multiplier
 from custom_quantizer.core.formats import IntFormat, dtype_name
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
     constant_of,
     describe,
@@ -713,7 +714,7 @@ def _max_pool(op: QuantizedOp) -> Entry:
     after = padding
     if argument(node, 5, "ceil_mode", False):
         sizes, outputs = (shape_of(n)[-2:] for n in (op.match.inputs[0], node))
-        if not all(isinstance(size, int) for size in (*sizes, *outputs)):
+        if not are_static((*sizes, *outputs)):
             raise ConversionError(
                 f"{describe(node)} rounds its output size up, and the image size was dynamic at "
                 "capture; capture the model with a fixed image size"

@@ -35,6 +35,7 @@ from custom_quantizer.core.graph import (
     ASSERTIONS,
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
+    are_static,
     fake_constant,
 )
 from custom_quantizer.reference.exporting import is_plain
@@ -177,7 +178,7 @@ def _fit(inputs: Sequence[Node], values: Sequence[Any]) -> bool:
 
 def _is_plain_tensor(value: Tensor) -> bool:
     """Whether all sizes are numbers, and strides those of a tensor that was just made."""
-    static = all(isinstance(size, int) for size in value.shape)
+    static = are_static(value.shape)
     return static and value.stride() == make_contiguous_strides_for(value.shape)
 
 
@@ -186,7 +187,7 @@ def _is_like(value: Any, recorded: Any) -> bool:
     if isinstance(value, (tuple, list)):
         others = [None] * len(value) if recorded is None else recorded
         return len(others) == len(value) and all(map(_is_like, value, others))
-    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
+    if not isinstance(value, Tensor) or not are_static(value.shape):
         return False
     return recorded is None or (value.shape, value.dtype) == (recorded.shape, recorded.dtype)
 

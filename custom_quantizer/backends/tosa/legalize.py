@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, shape_of
+from custom_quantizer.core.graph import are_static, argument, shape_of
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.pool import adaptive_kernel, is_global_pool, spatial_mean_dims
@@ -43,7 +43,7 @@ def _over_image(insert: Insertion, *, keepdim: bool) -> Node | None:
     if not isinstance(data, Node):
         return None
     batch, channels, *image = shape_of(data)
-    if not all(isinstance(size, int) for size in (channels, *image)):
+    if not are_static((channels, *image)):
         return None
     count = math.prod(image)
     rows = insert.reshape(data, [batch, channels, count])

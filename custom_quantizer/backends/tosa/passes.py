@@ -38,6 +38,7 @@ from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
     add_constant,
+    are_static,
     argument,
     constant_of,
     effective_users,
@@ -307,7 +308,7 @@ def parts_by_themselves(work: Work) -> int:
         rest: tuple[Any, ...] = (dim, index)
         if split.target is not aten.unbind.int:
             sizes = [part.shape[dim] for part in parts]
-            if not all(isinstance(size, int) for size in sizes):
+            if not are_static(sizes):
                 continue
             begin = sum(sizes[:index])
             target, rest = aten.slice.Tensor, (dim, begin, begin + sizes[index])

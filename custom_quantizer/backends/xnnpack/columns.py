@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.backends.xnnpack.grouped_convs import INPUTS, rounded_up
-from custom_quantizer.core.graph import argument, shape_of, tensor_meta
+from custom_quantizer.core.graph import are_static, argument, shape_of, tensor_meta
 from custom_quantizer.ops import PatternMatch
 from custom_quantizer.ops.gemm import CONV, per_dim, symmetric_padding
 
@@ -120,7 +120,7 @@ def columns_of(match: PatternMatch, groups: int) -> JoinedColumns | None:
     dims = len(before)
     dilation = per_dim(argument(match.node, 5, "dilation", 1), dims)
     stride = per_dim(argument(match.node, 3, "stride", 1), dims)
-    static = all(isinstance(size, int) for size in sizes)
+    static = are_static(sizes)
     if not static or len(sizes) != dims + 2 or before != after or dilation[-1] != 1:
         return None
     return join_columns(sizes[1], sizes[-1], int(meta.shape[-1]), stride[-1], before[-1])

@@ -45,7 +45,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
 from custom_quantizer.backends.xnnpack.quick_passes import passes_known, quick_passes, returned
 from custom_quantizer.backends.xnnpack.written_out import write_out
-from custom_quantizer.core.graph import argument, tensor_meta
+from custom_quantizer.core.graph import are_static, argument, tensor_meta
 
 __all__ = ["to_edge"]
 
@@ -171,7 +171,7 @@ def _is_static(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_static, value))
     if isinstance(value, Tensor):
-        return all(isinstance(size, int) for size in value.shape)
+        return are_static(value.shape)
     return not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 

@@ -23,7 +23,9 @@ from custom_quantizer.backends.xnnpack.run_time import each
 from custom_quantizer.backends.xnnpack.tables import gelu_integers, silu_integers
 from custom_quantizer.core.arithmetic import QParams, scale_of
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
+    dynamic_sizes,
     is_constant,
     is_dequantize,
     is_empty,
@@ -262,7 +264,7 @@ def is_pointwise(match: PatternMatch) -> bool:
         return True
     sizes = shape_of(match.node)
     meta = tensor_meta(cast(Node, match.weight))
-    static = len(sizes) == 4 and all(isinstance(size, int) for size in sizes[2:])
+    static = len(sizes) == 4 and are_static(sizes[2:])
     return static and meta is not None and int(meta.numel()) >= _LEAST_THINNED
 
 
@@ -351,7 +353,7 @@ def can_be_batched(node: Node) -> bool:
     if len(cast("tuple[int, ...]", matmul_batch(node))) == 1:
         return True
     shapes = [shape_of(tensor) for tensor in (*cast("tuple[Node, Node]", node.args[:2]), node)]
-    return all(sum(not isinstance(size, int) for size in shape) <= 1 for shape in shapes)
+    return all(dynamic_sizes(shape) <= 1 for shape in shapes)
 
 
 MOST_DIMS = 6
@@ -387,7 +389,7 @@ def _accepts_mean(match: PatternMatch, _scheme: OpScheme) -> Verdict:
     With images of static size, a mean of a dynamic batch is a linear layer by now.
     """
     data = tensor_meta(match.inputs[0])
-    if data is None or all(isinstance(size, int) for size in data.shape[:2]):
+    if data is None or are_static(data.shape[:2]):
         return ACCEPTED
     if match.rule is ADAPTIVE_AVG_POOL and not is_global_pool(match.node):
         return ACCEPTED
@@ -506,7 +508,7 @@ def _select(match: PatternMatch, _formats: Formats) -> Delegation:
 def _slice(match: PatternMatch, formats: Formats) -> Delegation:
     source = shape_of(match.inputs[0])
     dim, _, _, step = slice_of(match.node)
-    dynamic = sum(not isinstance(size, int) for size in source)
+    dynamic = dynamic_sizes(source)
     of_image = len(source) == 4 and dim in (2, 3) and isinstance(source[1], int)
     if step > 1 and not of_image and (dynamic > 1 or not isinstance(source[dim], int)):
         return Delegation(PORTABLE, "XNNPACK has no strided slices, and its views one dynamic size")
@@ -560,8 +562,8 @@ def are_rows(shape: Sequence[Any], dims: Sequence[int]) -> bool:
     """Whether the values along some dims are rows of a matrix of which one size may be dynamic."""
     sizes = [shape[d] for d in dims]
     outer = [shape[d] for d in range(len(shape)) if d not in dims]
-    static = all(isinstance(size, int) for size in sizes)
-    return static and 0 not in shape and sum(not isinstance(size, int) for size in outer) <= 1
+    static = are_static(sizes)
+    return static and 0 not in shape and dynamic_sizes(outer) <= 1
 
 
 def _log_softmax(match: PatternMatch, _formats: Formats) -> Delegation:

@@ -29,7 +29,7 @@ from custom_quantizer.backends.xnnpack import visitors as _visitors  # noqa: F40
 from custom_quantizer.backends.xnnpack.kernels import MOST_DIMS, refuses_resize, refuses_slice
 from custom_quantizer.backends.xnnpack.passes import Mark
 from custom_quantizer.backends.xnnpack.quick_partitioner import QuickPartitioner
-from custom_quantizer.core.graph import reads_sizes, shape_of
+from custom_quantizer.core.graph import are_static, dynamic_sizes, reads_sizes, shape_of
 from custom_quantizer.ops.movement import slice_of
 from custom_quantizer.ops.resize import steps_otherwise
 
@@ -87,7 +87,7 @@ class IntegerResize(UpsampleBilinear2dConfig):  # type: ignore[misc]  # ExecuTor
         Upstream leaves out whatever has a dynamic size; the kernel needs those of the image only.
         """
         sizes = (*shape_of(node.all_input_nodes[0])[-2:], *shape_of(node)[-2:])
-        static = all(isinstance(size, int) for size in sizes)
+        static = are_static(sizes)
         common = self.check_common_constraints(node, ep) is True
         return common and static and not steps_otherwise(node)
 
@@ -109,7 +109,7 @@ class AnySlice(SliceCopyConfig):  # type: ignore[misc]  # ExecuTorch is untyped
     def check_constraints(self, node: torch.fx.Node, ep: Any) -> bool:
         """Leave out steps, and what counts from the end of a dynamic size."""
         sizes = (*shape_of(node.all_input_nodes[0]), *shape_of(node))
-        if all(isinstance(size, int) for size in sizes):
+        if are_static(sizes):
             return super().check_constraints(node, ep) is True
         around = _integers_around(node)
         other_scale = around is not None and around[0].args[1:] != around[1].args[1:]
@@ -133,7 +133,7 @@ class UnsqueezeOfOneDynamicSize(UnsqueezeCopyConfig):  # type: ignore[misc]  # E
 
     def check_constraints(self, node: torch.fx.Node, ep: Any) -> bool:
         """Leave out results of several dynamic sizes."""
-        dynamic = sum(not isinstance(size, int) for size in shape_of(node))
+        dynamic = dynamic_sizes(shape_of(node))
         return dynamic <= 1 and super().check_constraints(node, ep) is True
 
 

@@ -37,7 +37,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from custom_quantizer.backends.xnnpack.signature import remember_constants
 from custom_quantizer.core.exchange import exchanged
-from custom_quantizer.core.graph import tensor_meta
+from custom_quantizer.core.graph import are_static, tensor_meta
 
 __all__ = ["QuickPassManager", "outputs_known", "passes_known", "quick_passes", "returned"]
 
@@ -232,4 +232,4 @@ class _Known:
 
 def _is_plain(meta: torch.Tensor) -> bool:
     """Whether all sizes of a fake value are numbers, and it lies as they say."""
-    return all(isinstance(size, int) for size in meta.shape) and meta.is_contiguous()
+    return are_static(meta.shape) and meta.is_contiguous()

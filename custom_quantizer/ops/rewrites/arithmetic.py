@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
     is_float32,
     recorded_value,
@@ -105,7 +106,7 @@ def _triangle(insert: Insertion) -> Node | None:
     node = insert.node
     data = cast(Node, node.args[0])
     sizes = shape_of(data)[-2:]
-    if not is_float32(data) or not all(isinstance(s, int) for s in sizes):
+    if not is_float32(data) or not are_static(sizes):
         return None
     cut = torch.tril if node.target is aten.tril.default else torch.triu
     return _kept(insert, data, cut(torch.ones(*sizes), int(argument(node, 1, "diagonal", 0))))
@@ -212,7 +213,7 @@ def _spread(insert: Insertion) -> Node | None:
         correction = 1 if correction is None else correction
     dims = list(argument(node, 1, "dim") or range(len(shape)))
     sizes = [shape[dim] for dim in dims]
-    count = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else 0
+    count = math.prod(sizes) if are_static(sizes) else 0
     if count <= correction:
         return None  # of a dynamic number of values, or no number
     apart = insert.call(aten.sub.Tensor, data, insert.call(aten.mean.dim, data, dims, True))

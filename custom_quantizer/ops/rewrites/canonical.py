@@ -46,6 +46,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
     add_constant,
+    are_static,
     argument,
     constant_of,
     is_constant,
@@ -315,7 +316,7 @@ def _fills_to_rows(model: GraphModule) -> None:
             continue
         shape: tuple[Any, ...] = shape_of(node)
         row = [size if isinstance(size, int) else 1 for size in shape]
-        is_known = all(isinstance(size, int) for size in shape)
+        is_known = are_static(shape)
         if is_known or math.prod(row) > MAX_GROWTH:
             continue
         insert = Insertion(model, node)

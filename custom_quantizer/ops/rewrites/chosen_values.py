@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from custom_quantizer.core.graph import argument, is_same_shape, shape_of, tensor_meta
+from custom_quantizer.core.graph import are_static, argument, is_same_shape, shape_of, tensor_meta
 from custom_quantizer.core.memory import overwritten_by, reached
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 
@@ -126,7 +126,7 @@ class _Chosen:
     def _is_row(self, value: Node) -> bool:
         """Whether it is the same for all that are chosen, however many these are."""
         meta = tensor_meta(value)
-        if meta is None or not all(isinstance(size, int) for size in meta.shape):
+        if meta is None or not are_static(meta.shape):
             return False
         dims = meta.dim()
         return dims <= self._rest or (dims == self._rest + 1 and meta.shape[0] == 1)

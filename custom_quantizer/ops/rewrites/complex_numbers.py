@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
     constant_of,
     is_complex,
@@ -141,7 +142,7 @@ class _Parts:
         shape = shape_of(self.node)
         if is_same_shape(shape_of(part), shape):
             return part
-        static = all(isinstance(size, int) for size in shape)
+        static = are_static(shape)
         return self.insert.call(aten.expand.default, part, list(shape)) if static else part
 
     def fits(self, part: Part) -> bool:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
     argument,
+    dynamic_sizes,
     is_negative,
     recorded_value,
     shape_of,
@@ -89,7 +90,7 @@ def _part(insert: Insertion, data: Node, dim: int, start: Any) -> Node | None:
     size = _expression(shape[dim])
     if isinstance(shape[dim], int) or tensor_meta(insert.node) is None:
         return None
-    if sum(not isinstance(n, int) for n in shape) > 1 or isinstance(wanted[dim], int):
+    if dynamic_sizes(shape) > 1 or isinstance(wanted[dim], int):
         return None
     first, length = ((_expression(n) / size).simplify() for n in (start, wanted[dim]))
     if not (first.is_Rational and length.is_Rational) or length == 1:

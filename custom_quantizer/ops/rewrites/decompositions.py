@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
     constant_of,
     is_constant,
@@ -222,7 +223,7 @@ def _expand_as(insert: Insertion) -> Node | None:
         size if old is None or isinstance(size, int) or not is_same_shape((old,), (size,)) else -1
         for old, size in zip(before, shape, strict=True)
     ]
-    if not all(isinstance(size, int) for size in sizes):
+    if not are_static(sizes):
         return None
     return insert.call(aten.expand.default, source, sizes)
 

@@ -25,7 +25,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
+    dynamic_sizes,
     effective_users,
     is_constant,
     is_float32,
@@ -247,7 +249,7 @@ def _dims_before(node: Node, dims: tuple[int, ...], scales: bool) -> tuple[int, 
     if rule is RESHAPE and isinstance(source, Node):
         old, new, start, end = shape_of(source), shape_of(node), dims[0], dims[-1] + 1
         sizes = new[start:end]
-        if dims != tuple(range(start, end)) or not all(isinstance(n, int) for n in sizes):
+        if dims != tuple(range(start, end)) or not are_static(sizes):
             return None
         kept = len(old) - len(new[end:])
         for dim, same in (
@@ -347,7 +349,7 @@ def _join(insert: Insertion) -> bool:
     last = channel == rank - 1
     if rank not in (2, 3, 4) or not (last or channel == 1):
         return False
-    if last and sum(not isinstance(size, int) for size in shape) > 1:
+    if last and dynamic_sizes(shape) > 1:
         return False  # a reshape to these sizes would have to infer two
     image = data
     if last:  # an image whose channels are last costs no transpose

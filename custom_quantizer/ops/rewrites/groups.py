@@ -15,7 +15,14 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_float32, is_whole, shape_of, tensor_meta
+from custom_quantizer.core.graph import (
+    are_static,
+    argument,
+    is_float32,
+    is_whole,
+    shape_of,
+    tensor_meta,
+)
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 
 __all__ = ["FOREIGN_GROUPS", "GROUPS", "sorted_numbers"]
@@ -53,7 +60,7 @@ def _grouped_product(insert: Insertion) -> Node | None:
     if offsets is None or bias is not None or dtype is not None or not is_float32(rows):
         return None
     sizes: tuple[Any, ...] = (*shape_of(rows), *shape_of(matrices))
-    if len(sizes) != 5 or not all(isinstance(size, int) for size in sizes):
+    if len(sizes) != 5 or not are_static(sizes):
         return None
     count, width, groups, _, outputs = sizes
     order = insert.constant("rows", torch.arange(count, dtype=torch.int64)[:, None])
@@ -167,7 +174,7 @@ def _histogram(insert: Insertion) -> Node | None:
     data = cast(Node, node.args[0])
     bins, low, high = (argument(node, i, n, d) for i, n, d in _HISTC)
     shape: tuple[Any, ...] = shape_of(data)
-    count = torch.Size(shape).numel() if all(isinstance(size, int) for size in shape) else None
+    count = torch.Size(shape).numel() if are_static(shape) else None
     if count is None or not low < high or count * bins > _MOST_COMPARISONS or not is_float32(data):
         return None
     whole = _whole(data)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_same_shape, reads_sizes, shape_of
+from custom_quantizer.core.graph import are_static, argument, is_same_shape, reads_sizes, shape_of
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.pool import max_pool_window
@@ -121,7 +121,7 @@ def _patches(insert: Insertion) -> Node | None:
     amounts, data = constant[0], cast(Node, pad.args[0])
     channels, *sizes = shape_of(data)[1:]
     count = shape_of(node)[2]
-    if any(amounts[4:]) or not all(isinstance(s, int) for s in (channels, *sizes, count)):
+    if any(amounts[4:]) or not are_static((channels, *sizes, count)):
         return None
     kernel, *others = (tuple(per_dim(arg, 2)) for arg in node.args[1:5])
     around = F.pad(torch.zeros(1, 1, *sizes), amounts, value=constant[1])

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
     constant_of,
+    dynamic_sizes,
     is_constant,
     is_same_shape,
     shape_of,
@@ -101,7 +103,7 @@ def bilinear(insert: Insertion) -> Node | None:
     """``x W y`` for each output: a linear layer of ``x``, whose rows are multiplied by ``y``."""
     left, right, weight = (cast(Node, arg) for arg in insert.node.args[:3])
     outputs, inner, _ = sizes = tuple(shape_of(weight)[i] for i in (0, 2, 1))
-    if not all(isinstance(size, int) for size in sizes):
+    if not are_static(sizes):
         return None
     rows = insert.reshape(insert.permute(weight, [0, 2, 1]), [outputs * inner, sizes[2]])
     rows = insert.call(aten.linear.default, left, insert.settled(rows, "weight"))
@@ -370,7 +372,7 @@ class _Views:
             return moved
         rows = self.shaped(moved, [1 if x in missing else self.sizes[x] for x in output])
         wanted = [self.sizes[x] if x in missing else -1 for x in output]
-        if rows is None or not all(isinstance(size, int) for size in wanted):
+        if rows is None or not are_static(wanted):
             return None
         expands = any(not _is_one(self.sizes[x]) for x in missing)
         return self.insert.call(aten.expand.default, rows, wanted) if expands else rows
@@ -378,6 +380,6 @@ class _Views:
     def shaped(self, value: Node, shape: Sequence[Any]) -> Node | None:
         if is_same_shape(shape_of(value), shape):
             return value
-        if sum(not isinstance(size, int) for size in shape) > 1:
+        if dynamic_sizes(shape) > 1:
             return None
         return self.insert.reshape(value, shape)

@@ -26,6 +26,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
     constant_of,
     describe,
@@ -437,7 +438,7 @@ class _Writes:
             meta = tensor_meta(owner)
             if owner.op != "call_function" or meta is None or _is_contiguous_copy(owner):
                 continue
-            if not all(isinstance(size, int) for size in meta.shape):
+            if not are_static(meta.shape):
                 continue
             names = chain(memory.unread, memory.names, memory.later)
             views = (name for name in names if name is not owner)
@@ -631,7 +632,7 @@ def _put_back(view: Node) -> Callable[[Insertion, Node], Node] | None:
     if not isinstance(source, Node) or tensor_meta(source) is None:
         return None
     shape: tuple[Any, ...] = shape_of(source)  # sizes may be symbolic
-    if view.target in _SAME_ORDER and all(isinstance(size, int) for size in shape):
+    if view.target in _SAME_ORDER and are_static(shape):
         return lambda insert, value: insert.reshape(value, shape)
     if view.target is aten.transpose.int:
         a, b = view.args[1:]
@@ -696,7 +697,7 @@ def _write_plainly(model: GraphModule) -> None:
         kept = tensor_meta(cast(Node, node.args[0]))
         if kept is None:
             continue
-        is_static = all(isinstance(size, int) for size in kept.shape)
+        is_static = are_static(kept.shape)
         if node.target is not aten.copy.default:
             if not is_static:
                 continue
@@ -733,7 +734,7 @@ def _fill_places(model: GraphModule, node: Node) -> None:
     # Dims before the first index are filled alike, whatever sizes they have.
     before = next(i for i, place in enumerate(places) if place is not None)
     shape = [1] * before + list(shape_of(data)[before:])
-    if not all(isinstance(size, int) for size in shape) or math.prod(shape) > MAX_GROWTH:
+    if not are_static(shape) or math.prod(shape) > MAX_GROWTH:
         return
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[tuple(slice(None) if place is None else place for place in places)] = True

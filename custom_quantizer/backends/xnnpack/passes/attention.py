@@ -27,7 +27,9 @@ from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
     add_constant,
+    are_static,
     constant_of,
+    dynamic_sizes,
     effective_users,
     has_zero_points,
     is_constant,
@@ -88,7 +90,7 @@ def matmuls_to_bmms(model: GraphModule) -> int:
         if len(batch) == 1:
             replace(node, build.call(aten.bmm.default, left, right))
             continue
-        dynamic = any(not isinstance(size, int) for size in batch)
+        dynamic = not are_static(batch)
         size = -1 if dynamic else math.prod(batch)
         shapes = [view_sizes([size, *shape_of(arg)[-2:]]) for arg in (left, right)]
         operands = [viewed(build, *pair) for pair in zip((left, right), shapes, strict=True)]
@@ -189,7 +191,7 @@ def softmaxes_of_rows(model: GraphModule) -> int:
     count = 0
     for node in calls(model, SOFTMAX.targets):
         shape = shape_of(node)
-        dynamic = sum(not isinstance(size, int) for size in shape)
+        dynamic = dynamic_sizes(shape)
         if dynamic > 1 or softmax_dim(node) != len(shape) - 1:
             continue
         if len(shape) != 4 or _keeps_order(cast(Node, node.args[0])):

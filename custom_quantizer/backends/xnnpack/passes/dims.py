@@ -31,6 +31,7 @@ from custom_quantizer.core.graph import (
     DEQUANTIZE_DYNAMIC,
     DEQUANTIZE_PER_TENSOR,
     add_constant,
+    are_static,
     argument,
     constant_of,
     is_dequantize,
@@ -140,7 +141,7 @@ def blocks_of(node: Node) -> list[list[int]]:
 def _expand_constants(model: GraphModule, node: Node) -> None:
     """Constants that are broadcast along some dims get all of them, of which blocks are few."""
     sizes = shape_of(node)
-    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) > _MOST_VALUES:
+    if not are_static(sizes) or math.prod(sizes) > _MOST_VALUES:
         return
     for tensor in _operands(node):
         stored = cast(Node, tensor.args[0]) if tensor.target is DEQUANTIZE_PER_TENSOR else tensor

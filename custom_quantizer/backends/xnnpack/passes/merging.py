@@ -27,6 +27,7 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     argument,
+    dynamic_sizes,
     effective_users,
     is_dequantize,
     is_quantize,
@@ -62,7 +63,7 @@ def permutes_of_few_dims(model: GraphModule) -> int:
     for node in calls(model, PERMUTE.targets):
         source, order = cast(Node, node.args[0]), permutation(node)
         shape = shape_of(source)
-        dynamic = sum(not isinstance(size, int) for size in shape)
+        dynamic = dynamic_sizes(shape)
         order = [d for d in order if not (isinstance(shape[d], int) and shape[d] == 1)]
         if len(shape) <= MOST_DIMS or dynamic > 1 or order == sorted(order):
             continue
@@ -361,7 +362,7 @@ def strided_slices_to_views(model: GraphModule) -> int:
 
 def _can_be_viewed(node: Node) -> bool:
     """Whether at most one size is dynamic."""
-    return sum(not isinstance(size, int) for size in shape_of(cast(Node, node.args[0]))) <= 1
+    return dynamic_sizes(shape_of(cast(Node, node.args[0]))) <= 1
 
 
 def _is_of_image(node: Node) -> bool:

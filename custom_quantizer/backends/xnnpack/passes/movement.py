@@ -26,8 +26,10 @@ from custom_quantizer.backends.xnnpack.passes._pass import (
 from custom_quantizer.core.graph import (
     DEQUANTIZE_PER_TENSOR,
     add_constant,
+    are_static,
     argument,
     constant_of,
+    dynamic_sizes,
     effective_users,
     is_constant,
     is_dequantize,
@@ -61,7 +63,7 @@ def splits_to_slices(model: GraphModule) -> int:
         ends = list(accumulate(sizes, initial=0))
         if not isinstance(ends[-1], int):
             ends[-1] = sys.maxsize  # the last piece goes to the end of a dynamic dim
-        if not all(isinstance(end, int) for end in ends):
+        if not are_static(ends):
             continue
         for user in list(node.users):
             index = cast(int, user.args[1])
@@ -309,7 +311,7 @@ def expands_to_cats(model: GraphModule) -> int:
         old: list[Any] = list(shape_of(source))
         new: list[Any] = list(shape_of(node))
         missing = len(new) - len(old)
-        if missing < 0 or (missing and sum(not isinstance(size, int) for size in old) > 1):
+        if missing < 0 or (missing and dynamic_sizes(old) > 1):
             continue
         old = [1] * missing + old
         dims = [d for d in range(len(new)) if not is_same_shape([old[d]], [new[d]])]

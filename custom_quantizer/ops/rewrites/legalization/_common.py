@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.fx import Node
@@ -26,10 +25,6 @@ def float_input(insert: Insertion) -> Node | None:
     source = insert.node.args[0]
     meta = tensor_meta(source) if isinstance(source, Node) else None
     return cast(Node, source) if meta is not None and meta.dtype == torch.float32 else None
-
-
-def is_static(sizes: Sequence[Any]) -> bool:
-    return all(isinstance(size, int) for size in sizes)
 
 
 def window_bounds(size: int, steps: int) -> list[tuple[int, int]]:

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
     constant_of,
+    dynamic_sizes,
     expression_bounds,
     is_constant,
     is_float32,
@@ -31,12 +33,7 @@ from custom_quantizer.core.graph import (
 )
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.rewrites.constants import LIKE_ANOTHER, restated
-from custom_quantizer.ops.rewrites.legalization._common import (
-    MAX_PIECES,
-    float_input,
-    is_static,
-    spread,
-)
+from custom_quantizer.ops.rewrites.legalization._common import MAX_PIECES, float_input, spread
 from custom_quantizer.ops.rewrites.legalization.sums import MAX_WEIGHTS
 
 __all__ = ["ARRANGEMENTS", "arrangement"]
@@ -218,7 +215,7 @@ def _applied(
 
 def _reshaped(insert: Insertion, data: Node, shape: Sequence[Any]) -> Node | None:
     """A reshape; ``None``: it has two dynamic sizes."""
-    if sum(not isinstance(size, int) for size in shape) > 1:
+    if dynamic_sizes(shape) > 1:
         return None
     return insert.reshape(data, shape) if shape else insert.call(aten.reshape.default, data, [])
 
@@ -295,7 +292,7 @@ class _Gather:
         ones = [1 if dim is None else size for dim, size in zip(self.dims, out, strict=True)]
         moved = _reshaped(insert, moved, ones)
         repeats = [size if dim is None else -1 for dim, size in zip(self.dims, out, strict=True)]
-        if moved is None or not is_static(repeats):
+        if moved is None or not are_static(repeats):
             return None
         if all(size in (-1, 1) for size in repeats):
             return moved
@@ -312,12 +309,12 @@ def _flat(insert: Insertion, data: Node, places: Tensor) -> Node | None:
         starts = torch.arange(places.shape[0]).unsqueeze(1) * each
         alike = torch.equal(rows - starts, rows[:1].expand_as(rows))
         if alike and is_same_shape(out[:1], shape[:1]):
-            if not is_static(shape[1:]):
+            if not are_static(shape[1:]):
                 return None
             flat = insert.reshape(data, [shape[0], each])
             taken = pieces(insert, flat, 1, rows[0].tolist())
             return None if taken is None else _reshaped(insert, taken, out)
-    if not is_static(shape):
+    if not are_static(shape):
         return None
     flat = insert.reshape(data, [math.prod(shape)])
     taken = pieces(insert, flat, 0, places.flatten().tolist())
@@ -346,7 +343,7 @@ def pieces(insert: Insertion, data: Node, dim: int, entries: Sequence[int]) -> N
         return insert.call(aten.expand.default, data, shape)
     each = next((i for i, e in enumerate(entries) if e != entries[0]), len(entries))
     # A reshape takes one dynamic size.
-    can_reshape = sum(not isinstance(size, int) for size in shape_of(data)) <= 1
+    can_reshape = dynamic_sizes(shape_of(data)) <= 1
     repeats = each > 1 and list(entries) == [e for e in entries[::each] for _ in range(each)]
     if repeats and can_reshape:
         value = pieces(insert, data, dim, entries[::each])
@@ -356,7 +353,7 @@ def pieces(insert: Insertion, data: Node, dim: int, entries: Sequence[int]) -> N
     if lines is not None and len(lines) < len(runs):
         shape = list(shape_of(data))
         # As few dims as can be: runtimes take six or so.
-        first = [math.prod(shape[:dim])] if is_static(shape[:dim]) else shape[:dim]
+        first = [math.prod(shape[:dim])] if are_static(shape[:dim]) else shape[:dim]
         column = [*first, len(lines[0]), 1, math.prod(shape[dim + 1 :])]
         columns = [insert.reshape(_cut(insert, data, dim, line), column) for line in lines]
         shape[dim] = len(entries)
@@ -442,7 +439,7 @@ def split(insert: Insertion) -> Node | None:
     if name == "unbind_copy":
         return insert.call(aten.unbind.int, data, dim)
     sizes = [part.shape[dim] for part in parts]
-    if not is_static(sizes) or 0 in sizes:
+    if not are_static(sizes) or 0 in sizes:
         return None
     return insert.call(aten.split_with_sizes.default, data, sizes, dim)
 

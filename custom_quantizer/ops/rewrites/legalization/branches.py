@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_same_shape, shape_of
+from custom_quantizer.core.graph import argument, dynamic_sizes, is_same_shape, shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.rewrites.legalization._common import CATS, float_input
 
@@ -119,7 +119,7 @@ def _cut(insert: Insertion, data: Node, dim: int) -> list[Node] | None:
     rows = [size for size in shape[dim + 1 :] if isinstance(size, int)]
     if not isinstance(shape[dim], int) or not 1 < shape[dim] <= MAX_CUT:
         return None
-    if sum(not isinstance(size, int) for size in shape) > 1:
+    if dynamic_sizes(shape) > 1:
         return None
     # Channels of images lie side by side.
     if math.prod(rows) < MIN_LINE or (len(shape) == 4 and dim == 1):

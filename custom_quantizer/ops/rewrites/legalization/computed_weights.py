@@ -14,12 +14,12 @@ from typing import cast
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, shape_of
+from custom_quantizer.core.graph import are_static, argument, shape_of
 from custom_quantizer.core.memory import reached
 from custom_quantizer.core.rewriting import Insertion, Rewrite
 from custom_quantizer.ops.gemm import per_dim, symmetric_padding
 from custom_quantizer.ops.rewrites.legalization import patches
-from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static
+from custom_quantizer.ops.rewrites.legalization._common import float_input
 from custom_quantizer.ops.rewrites.products import product
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ def with_weight_of_inputs(other: Rewrite = lambda _: None) -> Rewrite:
         if data is None or not isinstance(weight, Node) or not _depends_on_input(weight):
             return other(insert)
         dims = len(shape_of(weight)) - 2
-        is_known = is_static(shape_of(data)) and is_static(shape_of(weight))
+        is_known = are_static(shape_of(data)) and are_static(shape_of(weight))
         if not is_known or len(shape_of(data)) != dims + 2:
             return other(insert)
         is_transposed = insert.node.target in _TRANSPOSED

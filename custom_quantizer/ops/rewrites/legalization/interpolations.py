@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, shape_of
+from custom_quantizer.core.graph import are_static, argument, shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.resize import steps_otherwise
-from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static
+from custom_quantizer.ops.rewrites.legalization._common import float_input
 from custom_quantizer.ops.rewrites.legalization.sums import MAX_WEIGHTS
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ def resize(insert: Insertion) -> Node | None:
     if data is None:
         return None
     after = shape_of(node)
-    if not is_static((*shape_of(data)[2:], *after[2:])):
+    if not are_static((*shape_of(data)[2:], *after[2:])):
         return None
     if node.target is aten.upsample_linear1d.vec and _steps_by_sizes(node):
         image = insert.call(aten.unsqueeze.default, data, 2)
@@ -60,7 +60,7 @@ def by_layers(insert: Insertion) -> Node | None:
     if data is None:
         return None
     sizes = (*shape_of(data)[2:], *shape_of(node)[2:])
-    if not is_static(sizes) or (node.target in _ANTIALIASED and 1 in sizes):
+    if not are_static(sizes) or (node.target in _ANTIALIASED and 1 in sizes):
         return None
     rank = len(shape_of(data))
     matrices = {dim: _matrix(node, dim) for dim in range(2, rank)}

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
     effective_users,
     is_constant,
@@ -20,7 +21,7 @@ from custom_quantizer.core.memory import overwritten_by
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim, symmetric_padding
 from custom_quantizer.ops.rewrites.batch_norms import layer_before, reads_constants
-from custom_quantizer.ops.rewrites.legalization._common import float_input, is_static
+from custom_quantizer.ops.rewrites.legalization._common import float_input
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ def batch_norm(insert: Insertion) -> Node | None:
     if data is None:
         return None
     shape = shape_of(data)
-    if len(shape) not in (2, 5) or not is_static(shape[1:]) or not reads_constants(node):
+    if len(shape) not in (2, 5) or not are_static(shape[1:]) or not reads_constants(node):
         return None
     if layer_before(node) is not None:
         return None
@@ -104,7 +105,7 @@ def conv3d(insert: Insertion) -> Node | None:
     stride = per_dim(argument(node, 3, "stride", 1), 3)
     dilation = per_dim(argument(node, 5, "dilation", 1), 3)
     groups = int(argument(node, 6, "groups", 1))
-    if not is_static((channels, depth)):
+    if not are_static((channels, depth)):
         return None
     before, after = symmetric_padding(node)
     taps = kernel[0]
@@ -152,7 +153,7 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
         return None
     weight, bias = cast(Node, node.args[1]), argument(node, 2, "bias")
     batch, channels, depth, height, width = shape_of(data)
-    if not is_static((channels, depth, height, width)):
+    if not are_static((channels, depth, height, width)):
         return None
     inputs, outputs, length, *kernel = shape_of(weight)
     stride, padding, spare = (

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_float32, shape_of, tensor_meta
+from custom_quantizer.core.graph import are_static, argument, is_float32, shape_of, tensor_meta
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.pool import max_pool_window
@@ -17,7 +17,6 @@ from custom_quantizer.ops.rewrites.legalization._common import (
     MAX_PIECES,
     adds_window,
     float_input,
-    is_static,
     window_bounds,
 )
 
@@ -32,7 +31,7 @@ def max_pool2d(insert: Insertion) -> Node | None:
     node, data = insert.node, float_input(insert)
     if data is None or not argument(node, 5, "ceil_mode", False):
         return None
-    if not is_static(shape_of(data)[-2:]) or len(shape_of(data)) != 4:
+    if not are_static(shape_of(data)[-2:]) or len(shape_of(data)) != 4:
         return None
     return _max_pool(insert, data, *max_pool_window(node), True)
 
@@ -55,10 +54,10 @@ def max_pool3d(insert: Insertion) -> Node | None:
     if data is None or len(shape_of(data)) != 5:
         return None
     batch, channels, depth, height, width = shape_of(data)
-    if batch == 1 and not is_static((channels,)):
+    if batch == 1 and not are_static((channels,)):
         # As of a single sample, whose channels are a batch of images: they lie in memory alike.
         batch, channels = channels, 1
-    if not is_static((channels, depth, height, width)):
+    if not are_static((channels, depth, height, width)):
         return None
     kernel, stride, padding, dilation = max_pool_window(insert.node, 3)
     rounds_up = _rounds_up(insert.node)
@@ -88,7 +87,7 @@ def _max_pool(
     if kernel == stride == [1, 1] and padding == [0, 0]:
         return data
     sizes = shape_of(data)[-2:]
-    if ceil_mode and is_static(sizes):
+    if ceil_mode and are_static(sizes):
         rounds = list(map(adds_window, sizes, kernel, stride, padding, dilation))
         skips = [s > k for s, k in zip(stride, kernel, strict=True)]
         if any(rounds) and any(skips) and rounds != skips:
@@ -144,7 +143,7 @@ def _largest(
         return None
     # A delegate takes no tensors without dims, so of a whole tensor one row is made.
     first, *rest = [shape[d] for d in outer] or [1]
-    if not is_static([*rest, *(shape[d] for d in dims)]):
+    if not are_static([*rest, *(shape[d] for d in dims)]):
         return None
     if negated:
         data = insert.call(aten.neg.default, data)
@@ -182,7 +181,7 @@ def _maxima_of_signals(insert: Insertion, value: Node, wanted: Sequence[int]) ->
 
 def _maxima_of_volumes(insert: Insertion, value: Node, wanted: Sequence[int]) -> Node | None:
     """Those of each image, then over depth."""
-    if not is_static(shape_of(value)[1:]):
+    if not are_static(shape_of(value)[1:]):
         return None
     batch, channels, depth, height, width = shape_of(value)
     images = insert.reshape(value, [batch, channels * depth, height, width])
@@ -196,7 +195,7 @@ def _is_batch(value: Node, dims: int, wanted: Sequence[int], *, single: bool) ->
     """Whether adaptive pooling of ``value`` is a few max pools over dims of static size."""
     meta, shape = tensor_meta(value), shape_of(value)
     floating = meta is not None and meta.dtype == torch.float32
-    static = len(shape) == dims + (1 if single else 2) and is_static(shape[-dims:])
+    static = len(shape) == dims + (1 if single else 2) and are_static(shape[-dims:])
     return floating and static and sum(wanted) <= MAX_PIECES
 
 

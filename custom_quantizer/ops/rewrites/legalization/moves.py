@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, is_empty, is_same_shape, reads_sizes, shape_of
+from custom_quantizer.core.graph import (
+    are_static,
+    argument,
+    is_empty,
+    is_same_shape,
+    reads_sizes,
+    shape_of,
+)
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.movement import slice_of
-from custom_quantizer.ops.rewrites.legalization._common import (
-    CATS,
-    MAX_PIECES,
-    float_input,
-    is_static,
-    spread,
-)
+from custom_quantizer.ops.rewrites.legalization._common import CATS, MAX_PIECES, float_input, spread
 
 aten = torch.ops.aten
 
@@ -62,7 +63,7 @@ def piece(insert: Insertion) -> Node | None:
     if any(len(shape_of(tensor)) != len(shape) for tensor in pieces):
         return None  # an empty one of rank 1 may be joined to anything
     sizes: list[Any] = [shape_of(tensor)[dim] for tensor in pieces]
-    if int(argument(node, 1, "dim", 0)) % len(shape) != dim or not is_static(sizes):
+    if int(argument(node, 1, "dim", 0)) % len(shape) != dim or not are_static(sizes):
         return None
     if node.target is aten.select.int:
         start = int(cast(int, argument(node, 2, "index"))) % sum(sizes)
@@ -134,7 +135,7 @@ def broadcast_result(insert: Insertion) -> Node | None:
     shape = shape_of(insert.node)
     if is_same_shape(shape_of(tensor), shape):
         return tensor
-    return insert.call(aten.expand.default, tensor, list(shape)) if is_static(shape) else None
+    return insert.call(aten.expand.default, tensor, list(shape)) if are_static(shape) else None
 
 
 def roll(insert: Insertion) -> Node | None:
@@ -145,7 +146,7 @@ def roll(insert: Insertion) -> Node | None:
     shifts = per_dim(insert.node.args[1], 1)
     dims = list(cast("Sequence[int]", argument(insert.node, 2, "dims", [])))
     shape = shape_of(data)
-    if not dims or not is_static([shape[d] for d in dims]):
+    if not dims or not are_static([shape[d] for d in dims]):
         return None
     for shift, dim in zip(shifts, dims, strict=True):
         dim %= len(shape)
@@ -164,7 +165,7 @@ def flip(insert: Insertion) -> Node | None:
         return None
     shape = shape_of(data)
     dims = [int(d) % len(shape) for d in cast("Sequence[int]", insert.node.args[1])]
-    if not is_static([shape[d] for d in dims]) or sum(shape[d] for d in dims) > MAX_PIECES:
+    if not are_static([shape[d] for d in dims]) or sum(shape[d] for d in dims) > MAX_PIECES:
         return None
     for dim in dims:
         size = int(shape[dim])
@@ -177,7 +178,7 @@ def channel_shuffle(insert: Insertion) -> Node | None:
     """Groups of channels are a dim of their own, which is transposed with the channels."""
     data = float_input(insert)
     groups = int(cast(int, insert.node.args[1]))
-    if data is None or not is_static(shape_of(data)[1:]):
+    if data is None or not are_static(shape_of(data)[1:]):
         return None
     batch, channels, *image = shape_of(data)
     split = insert.reshape(data, [batch, groups, channels // groups, *image])
@@ -188,7 +189,7 @@ def channel_shuffle(insert: Insertion) -> Node | None:
 def pixel_shuffle(insert: Insertion) -> Node | None:
     """Channels become rows and columns."""
     data = float_input(insert)
-    if data is None or len(shape_of(data)) != 4 or not is_static(shape_of(data)[1:]):
+    if data is None or len(shape_of(data)) != 4 or not are_static(shape_of(data)[1:]):
         return None
     factor = int(cast(int, insert.node.args[1]))
     batch, channels, height, width = shape_of(data)
@@ -201,7 +202,7 @@ def pixel_shuffle(insert: Insertion) -> Node | None:
 def pixel_unshuffle(insert: Insertion) -> Node | None:
     """Rows and columns become channels."""
     data = float_input(insert)
-    if data is None or len(shape_of(data)) != 4 or not is_static(shape_of(data)[1:]):
+    if data is None or len(shape_of(data)) != 4 or not are_static(shape_of(data)[1:]):
         return None
     factor = int(cast(int, insert.node.args[1]))
     batch, channels, height, width = shape_of(data)
@@ -222,7 +223,7 @@ def upsample_nearest(insert: Insertion) -> Node | None:
     if data is None:
         return None
     shape, out = shape_of(data), shape_of(node)
-    if not is_static(shape[1:]) or not is_static(out[1:]):
+    if not are_static(shape[1:]) or not are_static(out[1:]):
         return None
     rank = len(shape)
     entries = {dim: _nearest(node, dim) for dim in range(2, rank)}
@@ -266,7 +267,7 @@ def repeat(insert: Insertion) -> Node | None:
     """Repeating a dim concatenates it with itself."""
     data = float_input(insert)
     repeats = list(cast("Sequence[Any]", insert.node.args[1]))
-    if data is None or not is_static(repeats) or max(repeats, default=1) > MAX_PIECES:
+    if data is None or not are_static(repeats) or max(repeats, default=1) > MAX_PIECES:
         return None
     shape = shape_of(data)
     missing = len(repeats) - len(shape)

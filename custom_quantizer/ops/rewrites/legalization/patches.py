@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import shape_of
+from custom_quantizer.core.graph import are_static, shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
-from custom_quantizer.ops.rewrites.legalization._common import MAX_PIECES, float_input, is_static
+from custom_quantizer.ops.rewrites.legalization._common import MAX_PIECES, float_input
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ def unfold(insert: Insertion) -> Node | None:
     ones that overlap are slices, if there are few of them.
     """
     node, data = insert.node, float_input(insert)
-    if data is None or len(shape_of(data)) != 4 or not is_static(shape_of(data)[1:]):
+    if data is None or len(shape_of(data)) != 4 or not are_static(shape_of(data)[1:]):
         return None
     kernel, dilation, padding, stride = (per_dim(arg, 2) for arg in node.args[1:5])
     batch, channels = shape_of(data)[:2]
@@ -72,7 +72,7 @@ def fold(insert: Insertion) -> Node | None:
     Patches that lie side by side, and are all of the image, are moves.
     """
     node, data = insert.node, float_input(insert)
-    if data is None or len(shape_of(data)) != 3 or not is_static(shape_of(data)[1:]):
+    if data is None or len(shape_of(data)) != 3 or not are_static(shape_of(data)[1:]):
         return None
     size, kernel, dilation, padding, stride = (per_dim(arg, 2) for arg in node.args[1:6])
     batch, rows = shape_of(data)[:2]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from custom_quantizer.core.graph import (
+    are_static,
     argument,
     constant_of,
     is_constant,
@@ -64,7 +65,7 @@ def _placed(insert: Insertion) -> Node | None:
     shape[found.dim] = len(entries)
     values = found.values
     if not is_same_shape(shape_of(values), shape):
-        if not all(isinstance(each, int) for each in shape):
+        if not are_static(shape):
             return None
         values = insert.call(aten.expand.default, values, shape)
     if found.added:

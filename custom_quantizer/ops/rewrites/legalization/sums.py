@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, shape_of
+from custom_quantizer.core.graph import are_static, argument, shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.rewrites.legalization._common import (
     adds_window,
     float_input,
-    is_static,
     window_bounds,
 )
 from custom_quantizer.ops.rewrites.legalization.branches import added
@@ -55,9 +54,9 @@ def _reduce(insert: Insertion, *, average: bool) -> Node | None:
     keepdim = bool(argument(node, 2, "keepdim", False))
     outer = [d for d in range(len(shape)) if d not in dims]
     spatial = len(shape) == 4 and dims == [2, 3]
-    if not shape or not is_static([shape[d] for d in dims]) or 0 in [shape[d] for d in dims]:
+    if not shape or not are_static([shape[d] for d in dims]) or 0 in [shape[d] for d in dims]:
         return None
-    if average and spatial and is_static([shape[d] for d in outer]):
+    if average and spatial and are_static([shape[d] for d in outer]):
         return None
     count = math.prod(shape[d] for d in dims)
     value = 1.0 / count if average else 1.0
@@ -100,7 +99,7 @@ def norm(insert: Insertion) -> Node | None:
     given: Any = argument(node, 2, "dim")
     dims = sorted({int(d) % len(shape) for d in (range(len(shape)) if given is None else given)})
     outer = [d for d in range(len(shape)) if d not in dims]
-    if (outer and dims == [len(shape) - 1]) or not is_static([shape[d] for d in dims]):
+    if (outer and dims == [len(shape) - 1]) or not are_static([shape[d] for d in dims]):
         return None
     if sum(not isinstance(shape[d], int) for d in outer) > 1:
         return None
@@ -123,12 +122,12 @@ def adaptive_avg_pool(insert: Insertion) -> Node | None:
     wanted = cast("Sequence[int | None]", insert.node.args[1])
     rank = len(wanted)
     sizes = shape[-rank:]
-    if not is_static(sizes) or len(shape) != rank + 2 or 0 in wanted:
+    if not are_static(sizes) or len(shape) != rank + 2 or 0 in wanted:
         return None
     out = [int(size) if w is None else int(w) for size, w in zip(sizes, wanted, strict=True)]
     # What pools in two dims is left to the entry of the registry.
     equal = all(size % w == 0 for size, w in zip(sizes, out, strict=True))
-    if rank == 2 and equal and (math.prod(out) > 1 or is_static(shape)):
+    if rank == 2 and equal and (math.prod(out) > 1 or are_static(shape)):
         return None
     if out == list(sizes):
         return data
@@ -166,7 +165,7 @@ def avg_pool2d(insert: Insertion) -> Node | None:
     divisor = argument(node, 6, "divisor_override")
     shape: tuple[Any, ...] = shape_of(data)
     channels, sizes = shape[1], shape[2:]
-    if ceil_mode and not is_static(sizes):
+    if ceil_mode and not are_static(sizes):
         return None
     added_last = list(map(adds_window, sizes, kernel, stride, padding, [1, 1]))
     if ceil_mode and any(added_last):
@@ -220,7 +219,7 @@ def avg_pool3d(insert: Insertion) -> Node | None:
     the product of how many count along each dim.
     """
     node, data = insert.node, float_input(insert)
-    if data is None or len(shape_of(data)) != 5 or not is_static(shape_of(data)[1:]):
+    if data is None or len(shape_of(data)) != 5 or not are_static(shape_of(data)[1:]):
         return None
     batch, channels, depth, height, width = shape_of(data)
     kernel = per_dim(node.args[1], 3)
