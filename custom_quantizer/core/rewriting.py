@@ -31,6 +31,7 @@ __all__ = [
     "FULL_PRECISION",
     "IDLE_KEY",
     "IN_FLOAT",
+    "MADE_UP",
     "MERGED",
     "ORIGINAL_NAME",
     "STEP",
@@ -63,6 +64,9 @@ IDLE_KEY = "custom_quantizer_idle_calls"
 
 IN_FLOAT = "custom_quantizer_in_float"
 """Key in ``node.meta``: why a call that a rewrite made is computed in float."""
+
+MADE_UP = "custom_quantizer_made_up"
+"""Key in ``node.meta``: a rewrite made the constant, of nothing that the model holds."""
 
 MERGED = "custom_quantizer_merged"
 """Key in ``node.meta``: names of captured calls that became part of a layer's weight and bias."""
@@ -153,7 +157,12 @@ class Insertion:
         return form
 
     def constant(self, name: str, value: Tensor) -> Node:
-        """A new constant before the node."""
+        """A new constant before the node, made of nothing that the model holds."""
+        constant = self._constant(name, value)
+        constant.meta[MADE_UP] = True
+        return constant
+
+    def _constant(self, name: str, value: Tensor) -> Node:
         constant = add_constant(self.model, f"{self.node.name}_{name}", value, self.node)
         constant.meta["nn_module_stack"] = self.node.meta.get("nn_module_stack", {})
         return constant
@@ -206,12 +215,16 @@ class Insertion:
         """
         if value.op == "get_attr" or not are_static(shape_of(value)):
             return value
-        if any(map(_is_state, reached(value, lambda part: part.all_input_nodes))):
+        parts = reached(value, lambda part: part.all_input_nodes)
+        if any(map(_is_state, parts)):
             return value
         if self.training:
             value.meta[FOLDED_KEY] = True
             return value
-        return self.constant(name, self._evaluate(value))
+        constant = self._constant(name, self._evaluate(value))
+        if all(MADE_UP in part.meta for part in parts if part.op == "get_attr"):
+            constant.meta[MADE_UP] = True
+        return constant
 
     def _evaluate(self, value: Node) -> Tensor:
         if value.op == "get_attr":

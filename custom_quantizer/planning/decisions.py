@@ -17,7 +17,7 @@ from custom_quantizer.core.graph import (
     tensor_meta,
 )
 from custom_quantizer.core.memory import overwritten_by
-from custom_quantizer.core.rewriting import FULL_PRECISION, IN_FLOAT
+from custom_quantizer.core.rewriting import FULL_PRECISION, IN_FLOAT, MADE_UP
 from custom_quantizer.core.schemes import OpScheme
 from custom_quantizer.ops import OpRule, PatternMatch, Trait, rule_of, unknown_op
 from custom_quantizer.ops.backend import Backend
@@ -109,7 +109,7 @@ def settle(op: DraftOp, backend: Backend) -> None:
     if scheme is None:
         op.reason = op.decision.reason
         return
-    if scheme.dynamic and op.match.weight is None:
+    if scheme.dynamic and (op.match.weight is None or MADE_UP in op.match.weight.meta):
         op.reason = f"{scheme.name} quantizes layers with weights; everything else stays in float"
         return
     if op.has(Trait.PRODUCT) and FULL_PRECISION in op.node.meta and not op.decision.explicit:

@@ -109,6 +109,32 @@ def test_sizes_of_weight_groups(group_size: int, features: int, reason: str | No
     assert reason is None or reason in op.reason
 
 
+@pytest.mark.parametrize(
+    ("function", "quantized"),
+    [
+        (lambda _, x: x.mean(1), False),  # a linear layer over positions, in the graph
+        (lambda _, x: x.cumsum(1), False),
+        (lambda _, x: x.cumsum(1) * 3, False),  # the number is part of the made-up weight
+        (lambda _, x: torch.fft.rfft(x).abs(), False),
+        (lambda _, x: torch.fft.irfft(torch.complex(x, x)), False),
+        (lambda m, x: x @ m.layer.weight, True),
+        (lambda m, x: torch.einsum("bnc,cd->bnd", x, m.layer.weight) / 3, True),
+        (lambda m, x: F.linear(x, m.layer.weight.T * 2), True),
+    ],
+)
+def test_only_layers_of_the_model_are_quantized_at_run_time(
+    function: Callable[[Any, Tensor], Tensor], quantized: bool
+) -> None:
+    model = Function(function, layer=nn.Linear(8, 16))
+    graph = canonicalize(capture(model, (torch.randn(2, 10, 16),)))
+    plan = make_plan(graph, Config([Rule(Scope.GLOBAL, "", scheme("dyn8w8"))]), BACKEND)
+    layers = [op for op in plan.parts if "linear" in op.target]
+    assert layers
+    for op in layers:
+        assert (op.scheme is not None) is quantized
+        assert quantized or "layers with weights" in op.reason
+
+
 @pytest.mark.parametrize("name", ["dyn8w8-symmetric", "dyn8w4g32-symmetric"])
 def test_activations_have_a_zero_point_at_run_time(name: str) -> None:
     graph = canonicalize(capture(nn.Linear(32, 4), (torch.randn(2, 32),)))
