@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -109,7 +110,8 @@ def settle(op: DraftOp, backend: Backend) -> None:
     if scheme is None:
         op.reason = op.decision.reason
         return
-    if scheme.dynamic and (op.match.weight is None or MADE_UP in op.match.weight.meta):
+    made_up = op.match.weight is not None and MADE_UP in op.match.weight.meta
+    if scheme.dynamic and (op.match.weight is None or made_up):
         op.reason = f"{scheme.name} quantizes layers with weights; everything else stays in float"
         return
     if op.has(Trait.PRODUCT) and FULL_PRECISION in op.node.meta and not op.decision.explicit:
@@ -126,12 +128,29 @@ def settle(op: DraftOp, backend: Backend) -> None:
         if refusal:
             op.reason = f"{describe(tensor)} {refusal}"
             return
+    reason = op.decision.reason
+    if made_up and not op.decision.aimed and scheme.weight.format.bits < _ENOUGH:
+        scheme = _with_wide_weight(scheme)
+        reason += f", and {_ENOUGH} bits for a weight that is not one of the model"
     for accepts in (op.rule.accepts, op.support.accepts):
         verdict = accepts(op.match, scheme)
         if not verdict.ok:
             op.reason = verdict.reason
             return
-    op.scheme, op.reason = scheme, op.decision.reason
+    op.scheme, op.reason = scheme, reason
+
+
+_ENOUGH = 8
+"""Bits of the weights that rewrites make up: fewer would not make a Fourier transform smaller by
+much, only wrong by more than all layers of the model."""
+
+
+def _with_wide_weight(scheme: OpScheme) -> OpScheme:
+    """The scheme with a weight of as many bits, and without groups of them."""
+    weight = replace(scheme.weight, format=replace(scheme.weight.format, bits=_ENOUGH))
+    if weight.group_size is not None:
+        weight = replace(weight, granularity="per_channel", group_size=None)
+    return replace(scheme, weight=weight)
 
 
 def _store_table(op: DraftOp, scheme: OpScheme | None) -> None:

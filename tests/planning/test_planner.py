@@ -135,6 +135,24 @@ def test_only_layers_of_the_model_are_quantized_at_run_time(
         assert quantized or "layers with weights" in op.reason
 
 
+@pytest.mark.parametrize("aimed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "wide"), [("a8w4", "a8w8"), ("a4w2-full", "a4w8-full"), ("a8w16", "a8w16")]
+)
+def test_weights_that_are_none_of_the_model_have_8_bits(name: str, wide: str, aimed: bool) -> None:
+    model = Function(lambda m, x: torch.fft.rfft(m.layer(x)).real.relu(), layer=nn.Linear(16, 16))
+    graph = canonicalize(capture(model, (torch.randn(2, 10, 16),)))
+    rules = [Rule(Scope.GLOBAL, "", scheme(name))]
+    if aimed:
+        rules.append(Rule(Scope.NODE_NAME, "fft_rfft", scheme(name)))
+    plan = make_plan(graph, Config(rules), BACKEND)
+    assert plan.op("linear").scheme == name
+    parts = [op for op in plan.parts if op.written == "fft_rfft" and "linear" in op.target]
+    assert {op.scheme for op in parts} == {name if aimed else wide}
+    told = ["8 bits for a weight that is not one of the model" in op.reason for op in parts]
+    assert all(told) if name != wide and not aimed else not any(told)
+
+
 @pytest.mark.parametrize("name", ["dyn8w8-symmetric", "dyn8w4g32-symmetric"])
 def test_activations_have_a_zero_point_at_run_time(name: str) -> None:
     graph = canonicalize(capture(nn.Linear(32, 4), (torch.randn(2, 32),)))
