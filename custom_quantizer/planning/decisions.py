@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.config.rules import Config
 from custom_quantizer.core.graph import (
     FOLDED_KEY,
+    constant_of,
     describe,
     effective_users,
     is_constant,
@@ -129,7 +130,7 @@ def settle(op: DraftOp, backend: Backend) -> None:
             op.reason = f"{describe(tensor)} {refusal}"
             return
     reason = op.decision.reason
-    if made_up and not op.decision.aimed and scheme.weight.format.bits < _ENOUGH:
+    if made_up and not op.decision.aimed and _is_too_narrow(scheme, cast(Node, op.match.weight)):
         scheme = _with_wide_weight(scheme)
         reason += f", and {_ENOUGH} bits for a weight that is not one of the model"
     for accepts in (op.rule.accepts, op.support.accepts):
@@ -143,6 +144,14 @@ def settle(op: DraftOp, backend: Backend) -> None:
 _ENOUGH = 8
 """Bits of the weights that rewrites make up: fewer would not make a Fourier transform smaller by
 much, only wrong by more than all layers of the model."""
+
+
+def _is_too_narrow(scheme: OpScheme, weight: Node) -> bool:
+    """Whether more bits help: not those of sums and means, which have one magnitude beside 0."""
+    if scheme.weight.format.bits >= _ENOUGH:
+        return False
+    size = constant_of(cast(GraphModule, weight.graph.owning_module), weight).abs()
+    return not bool(((size == 0) | (size == size.max())).all())
 
 
 def _with_wide_weight(scheme: OpScheme) -> OpScheme:

@@ -153,6 +153,14 @@ def test_weights_that_are_none_of_the_model_have_8_bits(name: str, wide: str, ai
     assert all(told) if name != wide and not aimed else not any(told)
 
 
+@pytest.mark.parametrize("function", [lambda m, x: m.layer(x).mean(1), lambda m, x: x.cumsum(1)])
+def test_sums_and_means_lose_nothing_in_few_bits(function: Callable[[Any, Tensor], Tensor]) -> None:
+    model = Function(lambda m, x: function(m, x).relu(), layer=nn.Linear(16, 16))
+    graph = canonicalize(capture(model, (torch.randn(2, 10, 16),)))
+    plan = make_plan(graph, Config([Rule(Scope.GLOBAL, "", scheme("a8w4"))]), BACKEND)
+    assert {op.scheme for op in plan.parts if "linear" in op.target} == {"a8w4"}
+
+
 @pytest.mark.parametrize("name", ["dyn8w8-symmetric", "dyn8w4g32-symmetric"])
 def test_activations_have_a_zero_point_at_run_time(name: str) -> None:
     graph = canonicalize(capture(nn.Linear(32, 4), (torch.randn(2, 32),)))
