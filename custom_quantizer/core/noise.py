@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["NOTHING_DB", "Noise", "inner_product", "ratio_db"]
+__all__ = ["NOTHING_DB", "Noise", "inner_product", "inner_products", "ratio_db"]
 
 
 NOTHING_DB = -999.0
@@ -76,6 +76,16 @@ def inner_product(x: Tensor, y: Tensor) -> Tensor:
     for part, other in _parts(x.flatten(), y.flatten()):
         total += part.dot(other)
     return total
+
+
+def inner_products(x: Tensor, y: Tensor) -> Tensor:
+    """:func:`inner_product` of each sample, ``(samples,)``: of what the first dim counts."""
+    rows = [tensor.reshape(len(tensor), -1) for tensor in (x, y)]
+    if rows[0].shape[1] > _PART:
+        return torch.stack([inner_product(*pair) for pair in zip(*rows, strict=True)])
+    samples = max(1, _PART // max(1, rows[0].shape[1]))
+    chunks = zip(*(torch.split(part, samples) for part in rows), strict=True)
+    return torch.cat([(part.double() * other.double()).sum(1) for part, other in chunks])
 
 
 def _parts(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

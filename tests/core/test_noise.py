@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from custom_quantizer.core.noise import Noise, inner_product
+from custom_quantizer.core.noise import Noise, inner_product, inner_products
 
 SEVERAL_PARTS = (3, 40_001)
 
@@ -74,3 +74,11 @@ def test_inner_products(shape: tuple[int, ...]) -> None:
     x, y = (torch.randint(-99, 99, shape, generator=generator).float() for _ in range(2))
     assert float(inner_product(x, y)) == float((x.double() * y.double()).sum())
     assert float(inner_product(torch.ones(2), torch.tensor([1.0, 2.0**-30]))) == 1 + 2.0**-30
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 0), (5, 3, 4), (9, 20_000), SEVERAL_PARTS])
+def test_inner_products_of_samples(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(-99, 99, shape, generator=generator).float() for _ in range(2))
+    wanted = (x.double() * y.double()).reshape(len(x), -1).sum(1)
+    assert torch.equal(inner_products(x, y), wanted)

@@ -49,7 +49,7 @@ from custom_quantizer.calibration.run import calibrate
 from custom_quantizer.core.arithmetic import along
 from custom_quantizer.core.checkpoint import CheckpointFile, fingerprint
 from custom_quantizer.core.grid import fake_quantize
-from custom_quantizer.core.noise import inner_product
+from custom_quantizer.core.noise import inner_product, inner_products
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.schemes import TensorScheme
 from custom_quantizer.core.text_table import table_lines
@@ -473,12 +473,11 @@ class _Measure:
                 errors[name] = change(value) - value
         sizes = {len(error) if error.dim() else 0 for error in errors.values()}
         apart = trial.kind == "activation" and len(sizes) == 1 and 0 not in sizes
-        samples: Sequence[Any] = range(sizes.pop()) if apart else (...,)
+        product = inner_products if apart else inner_product
         total = 0.0
         for probe in gradients:
-            for sample in samples:
-                sums = (inner_product(probe[n][sample], e[sample]) for n, e in errors.items())
-                total += float(sum(sums)) ** 2
+            rows = sum(product(probe[name], error) for name, error in errors.items())
+            total += float((torch.as_tensor(rows) ** 2).sum())
         return total
 
     def _true(self, outputs: Any, labels: Tensor | None) -> Iterator[None]:
