@@ -252,9 +252,9 @@ class ActivationFakeQuantize(ActivationObserver, FakeQuantizeBase):  # type: ign
     def _round_and_learn(self, x: Tensor) -> Tensor:
         if not self.initialized:
             self._begin(super().qparams() if self.kind != "counts" else self.qparams())
-        _, zero_point = self._learned_values()
+        scale, zero_point = self._learned_values()
         with torch.no_grad():
-            value = fake_quantize(x, self.qparams())
+            value = fake_quantize(x, self._make(float(scale), int(zero_point)))
         # Equal in value, and differentiable: the parameters pass through abs and round unharmed.
         live_scale = self.scale.abs().clamp_min(SMALLEST_NORMAL)
         live_zero = self.zero_point + (zero_point - self.zero_point).detach()

@@ -636,7 +636,7 @@ class _Trainer:
     def _loss_of(self, outputs: Any, labels: Any, where: str) -> Any:
         try:
             return self.loss(outputs, labels)
-        except Exception as error:
+        except Exception as error:  # a function of the caller's may raise anything
             raise TrainingError(
                 f"{where}: the loss failed with {first_line(error)}; by default it is cross "
                 "entropy, of integer labels that are classes the model scores"

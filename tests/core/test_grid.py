@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401  registers quantized_decomposed
 from hypothesis import given
 from hypothesis import strategies as st
 
 from custom_quantizer.core.arithmetic import QParams, round_to_float32
+from custom_quantizer.core.graph import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from custom_quantizer.core.grid import fake_quantize
 from custom_quantizer.errors import SchemeError
 
@@ -51,10 +51,9 @@ def test_values_and_gradients_are_those_of_pytorch(qparams: QParams) -> None:
 @given(_grids())
 def test_values_are_those_of_the_converted_graph(qparams: QParams) -> None:
     x = _values(qparams)
-    ops = torch.ops.quantized_decomposed
     args = (qparams.scale, qparams.zero_point, qparams.quant_min, qparams.quant_max, torch.int32)
-    integers = ops.quantize_per_tensor(x, *args)
-    assert torch.equal(fake_quantize(x, qparams), ops.dequantize_per_tensor(integers, *args))
+    integers = QUANTIZE_PER_TENSOR(x, *args)
+    assert torch.equal(fake_quantize(x, qparams), DEQUANTIZE_PER_TENSOR(integers, *args))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

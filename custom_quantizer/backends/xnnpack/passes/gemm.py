@@ -39,6 +39,7 @@ from custom_quantizer.core.graph import (
     describe,
     is_constant,
     is_dequantize,
+    is_static,
     qparams_of,
 )
 from custom_quantizer.errors import LoweringError
@@ -96,17 +97,12 @@ def biases_of_each(model: GraphModule) -> int:
         bias = cast("Node | None", argument(node, 2, "bias"))
         if bias is None or not is_constant(bias) or readers[bias.target] < 2:
             continue
-        if _is_static(node):
+        data = cast(Node, node.args[0])
+        if is_dequantize(data) and is_static(data):  # else the bias stays float
             own = add_constant(model, f"{bias.target}_{node.name}", constant_of(model, bias), node)
             node.replace_input_with(bias, own)
             count += 1
     return count
-
-
-def _is_static(node: Node) -> bool:
-    """Whether a layer's input has a scale that is known, so that its bias becomes integers."""
-    data = cast(Node, node.args[0])
-    return is_dequantize(data) and data.target is not DEQUANTIZE_DYNAMIC
 
 
 def _serializer_scale(model: GraphModule, node: Node) -> Tensor:
@@ -306,7 +302,7 @@ def join_columns(model: GraphModule) -> int:
     count = 0
     for node in calls(model, CONV.targets):
         data, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
-        static = is_dequantize(data) and data.target is not DEQUANTIZE_DYNAMIC
+        static = is_dequantize(data) and is_static(data)
         constant = is_dequantize(weight) and is_constant(weight.args[0])
         bound = CONV.match(CONV, node)
         if not (static and constant) or isinstance(bound, str):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import are_static, argument, shape_of
+from custom_quantizer.core.graph import are_static, argument, dynamic_sizes, shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.rewrites.legalization._common import (
@@ -68,7 +68,7 @@ def _reduce(insert: Insertion, *, average: bool) -> Node | None:
         weight = insert.constant("weight", torch.full((1, count, 1, 1), value))
         image = insert.call(aten.conv2d.default, data, weight)
         return image if keepdim else insert.call(aten.squeeze.dim, image, 1)
-    if sum(not isinstance(shape[d], int) for d in outer) > 1:
+    if dynamic_sizes(shape[d] for d in outer) > 1:
         return None
     averaged = _weighted(insert, data, dims, torch.full((1, count), value))
     if averaged is None:
@@ -101,7 +101,7 @@ def norm(insert: Insertion) -> Node | None:
     outer = [d for d in range(len(shape)) if d not in dims]
     if (outer and dims == [len(shape) - 1]) or not are_static([shape[d] for d in dims]):
         return None
-    if sum(not isinstance(shape[d], int) for d in outer) > 1:
+    if dynamic_sizes(shape[d] for d in outer) > 1:
         return None
     rows = insert.permute(data, [*outer, *dims])
     count = math.prod(shape[d] for d in dims)
