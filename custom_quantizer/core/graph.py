@@ -673,15 +673,29 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
-def add_constant(model: GraphModule, name: str, value: torch.Tensor, before: Node) -> Node:
-    """Register ``value`` as a buffer under a free name and read it just before ``before``."""
+def add_constant(
+    model: GraphModule, name: str, value: torch.Tensor, before: Node, made_of: Node | None = None
+) -> Node:
+    """Register ``value`` as a buffer under a free name and read it just before ``before``.
+
+    Args:
+        model: the graph, in place.
+        name: of the buffer, which gets a number if there is one.
+        value: what it holds.
+        before: the node that reads it.
+        made_of: the constant in whose place it is, which may be tagged with the name of a data
+            file; so is the new one then.
+    """
     name = name.replace(".", "_")
     free, count = name, 0
     while hasattr(model, free):
         count += 1
         free = f"{name}_{count}"
     model.register_buffer(free, value.detach().clone(memory_format=torch.contiguous_format))
-    return read_constant(model, free, before)
+    constant = read_constant(model, free, before)
+    if made_of is not None and "custom" in made_of.meta:
+        constant.meta["custom"] = made_of.meta["custom"]
+    return constant
 
 
 def read_constant(model: GraphModule, name: str, before: Node) -> Node:

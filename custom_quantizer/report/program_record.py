@@ -42,26 +42,31 @@ if TYPE_CHECKING:
         KernelCall,
         ValueInfo,
     )
+    from custom_quantizer.backends.xnnpack.data_files import DataPath
     from custom_quantizer.backends.xnnpack.op_record import RecordedOp
 
 __all__ = ["inspect_program"]
 
 
-def inspect_program(source: str | os.PathLike[str] | bytes) -> ProgramReport:
+def inspect_program(
+    source: str | os.PathLike[str] | bytes, *, data_path: DataPath | None = None
+) -> ProgramReport:
     """Say of every call in a ``.pte`` what it computes on, from the file alone.
 
     Args:
         source: path of the file, or its bytes.
+        data_path: of the ``.ptd`` with the weights that it keeps outside, or of several.
 
     Raises:
-        ProgramError: it cannot be read.
+        InputError: ``data_path`` is something else than paths.
+        ProgramError: a file cannot be read.
     """
     # Reading a file needs the package that knows executorch; inspecting a graph does not.
     from custom_quantizer.backends.xnnpack.border_constants import borders_in
     from custom_quantizer.backends.xnnpack.contents import DelegateCall
     from custom_quantizer.backends.xnnpack.readback import read_program
 
-    contents = read_program(source)
+    contents = read_program(source, data_path=data_path)
     inputs: list[TensorRecord] = []
     outputs: list[TensorRecord] = []
     names: Counter[str] = Counter()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -587,6 +587,7 @@ def check_lowered(sample: Sample) -> cq.LoweredProgram:
     rows = {row.node: row for row in program.report.ops}
     assert rows.keys() == {op.node.name for op in graph}
     fallbacks = {op.node.name for op in graph.floating if op.float_fallback}
+    nodes = {node.name: node for node in done.graph.graph.nodes}
     for op in done.plan.parts:
         if op.scheme is None:
             continue
@@ -594,9 +595,13 @@ def check_lowered(sample: Sample) -> cq.LoweredProgram:
         if op.node in fallbacks:
             assert row.backend is kernels.FLOAT, row
             continue
-        # Moves in a row become one, in the place of any of them.
-        folded = row.backend is kernels.FOLDED and op.family in _MOVERS
-        assert folded or row.backend.label == op.backend, (op.node, row, op.note)
+        # Moves in a row become one, in the place of any of them: also behind the dequantize step,
+        # if all that reads it is float.
+        merged = op.family in _MOVERS and (
+            row.backend is kernels.FOLDED
+            or (row.backend is kernels.FLOAT and _is_read_in_float(nodes[op.node], rows))
+        )
+        assert merged or row.backend.label == op.backend, (op.node, row, op.note)
     for row in program.report.not_integer():
         assert row.reason, row
     if is_exact(program, graph):
@@ -615,6 +620,13 @@ def check_lowered(sample: Sample) -> cq.LoweredProgram:
         layers = run_time_layers(graph, done.example)
         assert [str(layer) for layer in layers if layer.beyond] == []
     return program
+
+
+def _is_read_in_float(node: Node, rows: Mapping[str, Any]) -> bool:
+    """Whether float ops, and nothing else, read the integers of a node."""
+    readers = [user for step in node.users for real in step.users for user in real.users]
+    found = [rows.get(reader.name) for reader in readers]
+    return bool(found) and all(row is not None and row.backend is kernels.FLOAT for row in found)
 
 
 def check_each_tensor(done: Converted) -> None:

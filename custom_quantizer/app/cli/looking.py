@@ -46,21 +46,32 @@ if TYPE_CHECKING:
         "custom-quantizer inspect resnet18.pte",
         "custom-quantizer inspect resnet18.pte --op conv2d_3",
         "custom-quantizer inspect resnet18.json --html resnet18.html",
+        "custom-quantizer inspect net.pte --data-path weights.ptd",
     ),
 )
 @path_argument("file")
 @click.option("--op", metavar="NAME", help="Show all that is known of one op.")
 @json_option("Print JSON instead of a table.")
 @html_option
+@click.option(
+    "--data-path",
+    "data_path",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE.ptd",
+    help="Weights that the .pte keeps outside; may be given several times.",
+)
 @debug_option
-def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None) -> None:
+def inspect_command(
+    file: Path, op: str | None, as_json: bool, html: Path | None, data_path: tuple[Path, ...]
+) -> None:
     """Show dtype, scale and zero point of every tensor in FILE.
 
     And where each bias went. FILE is a .pte, read from its bytes alone, or a report that quantize
     wrote (OUT.json, or a directory with report.json).
     """
     check_can_write(html)
-    report = _read_report(file)
+    report = _read_report(file, data_path)
     if html is not None:
         report.save_html(html)
         click.echo(f"wrote {html}", err=True)
@@ -72,14 +83,14 @@ def inspect_command(file: Path, op: str | None, as_json: bool, html: Path | None
         show(report)
 
 
-def _read_report(file: Path) -> Report | ProgramReport:
+def _read_report(file: Path, data_path: tuple[Path, ...] = ()) -> Report | ProgramReport:
     if file.suffix == ".json" or file.is_dir():
         from custom_quantizer.app.reporting import load_result
 
         return load_result(file).report
     from custom_quantizer.report.program_record import inspect_program
 
-    return inspect_program(file)
+    return inspect_program(file, data_path=data_path or None)
 
 
 @click.command(

@@ -126,6 +126,7 @@ def _serve() -> None:
                     enable_etdump=message["traced"],
                     debug_buffer_size=0,
                     program_verification=bindings.Verification.InternalConsistency,
+                    data_path=message["data_path"],
                 )
                 method, outputs = program.load_method(message["method"]), []
             elif message.get("dump"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.fx import GraphModule
 
 from custom_quantizer.backends.xnnpack import BACKEND
 from custom_quantizer.backends.xnnpack.checks import check_program
-from custom_quantizer.backends.xnnpack.lowering import make_program
+from custom_quantizer.backends.xnnpack.lowering import data_files, make_program
 from custom_quantizer.backends.xnnpack.program import LoweredProgram
 from custom_quantizer.core.graph import describe
 from custom_quantizer.core.threads import begin, tools
@@ -20,6 +21,8 @@ from custom_quantizer.reference.exporting import DEFAULT_DYNAMIC_MAX
 from custom_quantizer.reference.inputs import check_example
 
 __all__ = ["lower", "lower_graph"]
+
+logger = logging.getLogger(__name__)
 
 
 @tools()
@@ -72,6 +75,14 @@ def lower_graph(
     """:func:`lower`, for whom the graph was read already."""
     if check:
         _check_repeats(graph.model)
+    if files := data_files(graph.model):
+        logger.warning(
+            "%d constants are tagged with data files (%s), and all are written into the program: "
+            "call to_edge_transform_and_lower with custom_quantizer.XnnpackPartitioner() for "
+            "weights in files of their own",
+            len(files),
+            ", ".join(dict.fromkeys(files.values())),
+        )
     program = make_program(
         graph, example_inputs, validate=not check, dynamic_max=dynamic_max, progress=progress
     )

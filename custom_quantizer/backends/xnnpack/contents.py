@@ -142,17 +142,12 @@ class DelegateTensor:
         to float32, which is exact.
 
         Raises:
-            ProgramError: the tensor is computed at run time, or its data is in another file.
+            ProgramError: the tensor is computed at run time.
         """
-        if not self.is_constant:
+        if self._data is None:
             raise ProgramError(
                 f"tensor {self.id} ({self.dtype}{list(self.shape)}) is computed when the program "
                 "runs, so the file holds no data for it; ask for tensors with is_constant"
-            )
-        if self._data is None:
-            raise ProgramError(
-                f"tensor {self.id}: its data {self.constant_key!r} is not in the .pte but in a "
-                "separate data file (.ptd); lower the model without external constants"
             )
         if self.dtype == "int4":
             rows, columns = self.shape[0], math.prod(self.shape[1:])

@@ -38,7 +38,7 @@ from custom_quantizer.backends.xnnpack.flatbuffer import (
 from custom_quantizer.backends.xnnpack.layouts import simplify
 from custom_quantizer.backends.xnnpack.readback import INVALID_ID, XNN_HEADER, XNNPACK_BACKEND
 
-__all__ = ["ALIGNMENT", "LARGE", "inline_constants"]
+__all__ = ["ALIGNMENT", "LARGE", "bring_inside", "inline_constants"]
 
 LARGE = 1 << 16
 """Bytes of a weight above which it keeps its name, half a percent of it."""
@@ -69,7 +69,28 @@ def inline_constants(edge: EdgeProgramManager) -> None:
         kept = {key: entry for key, entry in store.pte_data.items() if key not in moved}
         left.merge_named_data_store(replace(store, pte_data=kept))
         module._named_data_store_output = left.get_named_data_store_output()
-    # As it is made of the delegates when the program is.
+    _collect_named_data(edge)
+
+
+def bring_inside(edge: EdgeProgramManager) -> None:
+    """Put what a partitioned program keeps in data files into it.
+
+    Kernels outside delegates read constants from there if it was written so before.
+    """
+    for method in edge.methods:
+        for node in edge.exported_program(method).graph.nodes:
+            node.meta.pop("constant_tag", None)
+    for module in _delegates(edge):
+        store = module.named_data_store_output
+        outside = {key: x for file in store.external_data.values() for key, x in file.items()}
+        module._named_data_store_output = replace(
+            store, pte_data={**store.pte_data, **outside}, external_data={}
+        )
+    _collect_named_data(edge)
+
+
+def _collect_named_data(edge: EdgeProgramManager) -> None:
+    """Let a program hold the named data of its delegates, as when it was partitioned."""
     edge._named_data_store = NamedDataStore()
     for method in edge.methods:
         collect_named_data_store_from_exported_program(

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from custom_quantizer.backends.xnnpack import _child
+from custom_quantizer.backends.xnnpack.data_files import DataFile
 from custom_quantizer.errors import ProgramError
 
 __all__ = ["IsolatedMethod"]
@@ -45,6 +46,7 @@ class IsolatedMethod:
         data: the program.
         what: what messages call it.
         method: its name.
+        data_file: what it keeps outside its ``.pte``.
         traced: let the runtime note how long each call takes, for :meth:`dump`.
         threads: that the runtime is to compute with; ``None``: as many as it takes by itself.
 
@@ -61,12 +63,14 @@ class IsolatedMethod:
         what: str,
         method: str,
         *,
+        data_file: DataFile | None = None,
         traced: bool = False,
         threads: int | None = None,
     ) -> None:
         self._what = what
         self._failure: str | None = None
-        self._memory = memory_limit(len(data))
+        self._data_file = data_file  # which may be removed with the last who needs it
+        self._memory = memory_limit(len(data) + (data_file.size_bytes if data_file else 0))
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}  # each reserves 64 MiB
         settings = [str(self._memory), str(threads or 0)]
         command = [sys.executable, str(Path(_child.__file__)), *settings, *sys.path]
@@ -90,7 +94,9 @@ class IsolatedMethod:
             ready, _ = _child.receive(self._replies, _LARGEST_REPLY)
             self.threads = int(ready["threads"])
         program = torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
-        self._ask({"method": method, "traced": traced}, [program], "while it was loaded")
+        data_path = None if data_file is None else str(data_file.path)
+        message = {"method": method, "traced": traced, "data_path": data_path}
+        self._ask(message, [program], "while it was loaded")
 
     def execute(self, inputs: Sequence[Any]) -> list[Any]:
         """Run the method.

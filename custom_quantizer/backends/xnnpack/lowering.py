@@ -202,6 +202,7 @@ def rewrite(
     say: Callable[[str], None] = lambda _stage: None,
     *,
     widest: bool = False,
+    tagged: bool = False,
     skip: frozenset[str] = FOR_UPSTREAMS_PARTITIONER,
 ) -> Rewritten:
     """Apply all passes to a copy of a converted graph and export that.
@@ -214,6 +215,7 @@ def rewrite(
         widest: trace dynamic sizes at their upper bounds, for a caller that cannot keep upstream
             from making limits of the example's sizes (see :func:`_no_size_guards`): a limit that
             holds at the upper bound is a lower one, which no runtime looks at.
+        tagged: leave constants the names of the data files that they were tagged with.
         skip: names of passes to leave out: those that are for another partitioner.
 
     Raises:
@@ -242,11 +244,37 @@ def rewrite(
                 f"constant {name} of the converted graph was written into while it was lowered; "
                 "convert the model again, and please report it"
             )
+    if tagged:
+        _tag(exported, data_files(model))
     for node in state_of(exported.graph):
         if node.name in exported.graph_signature.inputs_to_buffers:
             # Without this ExecuTorch does not write what a buffer that changes holds at first.
             node.meta["et_init_buffer"] = True
     return Rewritten(graph, example, exported, applied)
+
+
+def data_files(model: GraphModule) -> dict[str, str]:
+    """The data file that each constant of a graph was tagged with, by name."""
+    return {
+        str(node.target): tag
+        for node in model.graph.nodes
+        if node.op == "get_attr" and (tag := (node.meta.get("custom") or {}).get(_DATA_FILE))
+    }
+
+
+def _tag(exported: torch.export.ExportedProgram, files: Mapping[str, str]) -> None:
+    """Tag constants of a program with their data files; ``torch.export`` loses the tags."""
+    signature = exported.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in exported.graph.nodes:
+        file = files.get(targets.get(node.name, ""))
+        if file is not None:
+            node.meta["custom"] = {**(node.meta.get("custom") or {}), _DATA_FILE: file}
+
+
+_DATA_FILE = "delegate_constant_tag"
+"""Key in ``node.meta["custom"]``: the data file that a delegate's constant shall be in
+(``delegate_external_constants_pass_unlifted`` in ExecuTorch 1.5.1)."""
 
 
 def _tell_apart(model: GraphModule, ops: Iterable[str]) -> None:
@@ -275,7 +303,9 @@ def _versions(model: torch.nn.Module) -> dict[str, int]:
     return {name: value._version for name, value in named if not value.is_inference()}
 
 
-def rewrite_exported(exported: torch.export.ExportedProgram, dynamic_max: int) -> Rewritten:
+def rewrite_exported(
+    exported: torch.export.ExportedProgram, dynamic_max: int, *, tagged: bool
+) -> Rewritten:
     """Rewrite a converted graph that ``torch.export`` was given, in somebody else's lowering call.
 
     Calls get the names back that they had in the converted graph, buffers what they held when the
@@ -285,6 +315,7 @@ def rewrite_exported(exported: torch.export.ExportedProgram, dynamic_max: int) -
     Args:
         exported: the converted graph.
         dynamic_max: upper bound of dynamic sizes for which capture recorded none.
+        tagged: as for :func:`rewrite`.
 
     Raises:
         ConversionError: the graph is not a converted one.
@@ -305,7 +336,7 @@ def rewrite_exported(exported: torch.export.ExportedProgram, dynamic_max: int) -
     args, kwargs = exported.example_inputs
     graph = read_converted(model, BACKEND)
     example = check_example(graph, (*args, *kwargs.values()))
-    return rewrite(graph, example, dynamic_max, widest=True)
+    return rewrite(graph, example, dynamic_max, widest=True, tagged=tagged)
 
 
 _DECOMPOSED_LAYERS = frozenset(

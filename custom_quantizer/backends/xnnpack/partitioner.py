@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -27,6 +29,8 @@ from torch.fx import GraphModule, Node
 from custom_quantizer.backends.xnnpack.backend import BACKEND
 from custom_quantizer.backends.xnnpack.border_constants import border_constants
 from custom_quantizer.backends.xnnpack.checks import check_program
+from custom_quantizer.backends.xnnpack.data_files import DataFile, DataPath, read_data_files
+from custom_quantizer.backends.xnnpack.inline_constants import bring_inside
 from custom_quantizer.backends.xnnpack.lowering import (
     Rewritten,
     describe_program,
@@ -104,7 +108,7 @@ class XnnpackPartitioner(QuickPartitioner):
                 stacklevel=2,
             )
             return exported_program
-        return rewrite_exported(exported_program, self._dynamic_max).exported
+        return rewrite_exported(exported_program, self._dynamic_max, tagged=True).exported
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Choose what XNNPACK computes; ExecuTorch calls this.
@@ -158,7 +162,9 @@ def export_converted(
     """
     graph = read_converted(_with_names(converted), BACKEND)
     example = check_example(graph, example_inputs)
-    rewritten = rewrite(graph, example, dynamic_max, widest=True, skip=FOR_OUR_PARTITIONER)
+    rewritten = rewrite(
+        graph, example, dynamic_max, widest=True, tagged=True, skip=FOR_OUR_PARTITIONER
+    )
     return rewritten.exported
 
 
@@ -202,6 +208,7 @@ def check(
     example_inputs: tuple[Any, ...],
     *,
     method: str = "forward",
+    data_path: DataPath | None = None,
 ) -> None:
     """Compare a program with the converted graph it was made from, as ``lower`` does.
 
@@ -215,6 +222,8 @@ def check(
         converted: what ``convert_pt2e`` returned.
         example_inputs: one set of inputs, as for the model.
         method: which one of the program.
+        data_path: of the ``.ptd`` with the weights that a file keeps outside, or of several; what
+            ``to_executorch`` returned knows its own.
 
     Raises:
         ConversionError: the graph is not a converted one.
@@ -237,19 +246,31 @@ def check(
             names = ", ".join(sorted(program.methods))
             raise InputError(f"the program has no method {method!r}; it has {names}")
         # Writing leaves marks in the graph that fix dynamic sizes when it is written again.
-        data = to_bytes(copy.deepcopy(program), graph, lowered_here=False)
+        own = copy.deepcopy(program)
+        bring_inside(own)
+        data = to_bytes(own, graph, lowered_here=False)
         made = {method: Rewritten(graph, example, program.exported_program(method), {})}
         described = describe_program(data, program, made, method)
         check_program(described, graph, example, lowered_here=False)
         return
     if method != "forward":
         raise InputError(f"a finished program is checked by its method 'forward', not {method!r}")
-    own = make_program(graph, example, validate=True)
-    twin = own.with_bytes(_bytes(program))
+    lowered = make_program(graph, example, validate=True)
+    twin = lowered.with_bytes(_bytes(program), data_file=_data_file(program, data_path))
     twin.contents = replace(
-        twin.contents, methods=(twin.contents.main.numbered_like(own.contents.main),)
+        twin.contents, methods=(twin.contents.main.numbered_like(lowered.contents.main),)
     )
     check_program(twin, graph, example, lowered_here=False)
+
+
+def _data_file(program: Program, data_path: DataPath | None) -> DataFile | None:
+    """What a program keeps outside its ``.pte``."""
+    if data_path is None and isinstance(program, ExecutorchProgramManager):
+        with tempfile.TemporaryDirectory() as folder:
+            program.write_tensor_data_to_file(folder)
+            files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        return DataFile(files) if files else None
+    return read_data_files(data_path)
 
 
 def _bytes(program: Program) -> bytes:

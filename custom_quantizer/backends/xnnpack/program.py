@@ -28,6 +28,7 @@ from custom_quantizer.backends.xnnpack.contents import (
     ProgramContents,
     ValueInfo,
 )
+from custom_quantizer.backends.xnnpack.data_files import DataFile, DataPath, read_data_files
 from custom_quantizer.backends.xnnpack.isolation import IsolatedMethod
 from custom_quantizer.backends.xnnpack.op_record import RecordedOp
 from custom_quantizer.backends.xnnpack.readback import read_file, read_program
@@ -160,6 +161,7 @@ class LoweredProgram:
         self.borders = graph.borders
         self._method: Any = None
         self._isolated = False
+        self._data_file: DataFile | None = None
 
     @property
     def graph(self) -> ConvertedGraph:
@@ -178,18 +180,22 @@ class LoweredProgram:
         size = meta.shape[0] if meta is not None and meta.dim() else None
         return size if isinstance(size, int) else None
 
-    def with_bytes(self, data: bytes, *, isolated: bool | None = None) -> LoweredProgram:
+    def with_bytes(
+        self, data: bytes, *, isolated: bool | None = None, data_file: DataFile | None = None
+    ) -> LoweredProgram:
         """The same report and graph paired with the bytes of another file, to verify those.
 
         Args:
             data: of the file.
             isolated: as for :func:`load_program`.
+            data_file: what that program keeps outside it.
 
         Raises:
             ProgramError: ``data`` is not a program, or is one of another graph.
         """
         twin = copy.copy(self)
-        twin._data, twin.contents, twin._method = data, read_program(data), None
+        twin._data, twin._data_file, twin._method = data, data_file, None
+        twin.contents = read_program(data, data_path=data_file)
         twin._isolated = not twin.contents.has_checksum if isolated is None else isolated
         if len(twin.contents.methods) > 1:
             method = twin.contents.method(self.contents.methods[0].name)
@@ -299,7 +305,9 @@ class LoweredProgram:
         _check_shapes(flat, self.contents.main)
         if self._method is None:
             name = self.contents.methods[0].name
-            self._method = _load_method(self._data, "the program", name, isolated=self._isolated)
+            self._method = _load_method(
+                self._data, "the program", name, isolated=self._isolated, data_file=self._data_file
+            )
         outputs = _execute(self._method, flat)
         if self._out_spec is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -426,11 +434,19 @@ def _may_be_one(a: ValueInfo, b: ValueInfo) -> bool:
     return a.dynamic or b.dynamic or a.shape == b.shape
 
 
-def _load_method(data: bytes, what: str, method: str = "forward", *, isolated: bool) -> Any:
+def _load_method(
+    data: bytes,
+    what: str,
+    method: str = "forward",
+    *,
+    isolated: bool,
+    data_file: DataFile | None = None,
+) -> Any:
     if isolated:
-        return IsolatedMethod(data, what, method)
+        return IsolatedMethod(data, what, method, data_file=data_file)
+    path = None if data_file is None else data_file.path
     try:
-        return Runtime.get().load_program(data).load_method(method)
+        return Runtime.get().load_program(data, data_path=path).load_method(method)
     except Exception as error:
         raise ProgramError(
             f"{what} does not load in the ExecuTorch runtime ({error}): the delegate refused one "
@@ -465,12 +481,19 @@ class StoredProgram:
         form: its arguments, where somebody knows its graph: the file has no names of inputs.
     """
 
-    def __init__(self, data: bytes, what: str, isolated: bool | None = None) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        what: str,
+        isolated: bool | None = None,
+        data_file: DataFile | None = None,
+    ) -> None:
         self.form: CallForm | None = None
-        self.contents = read_program(data, name=what)
+        self.contents = read_program(data, name=what, data_path=data_file)
         self.borders = borders_in(self.contents.main, self.contents.constants)
         self.isolated = not self.contents.has_checksum if isolated is None else isolated
-        self._method = _load_method(data, what, isolated=self.isolated)
+        self._data_file = data_file  # which may be removed with the last who needs it
+        self._method = _load_method(data, what, isolated=self.isolated, data_file=data_file)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the program on a flat list of inputs; returns the flat list of outputs.
@@ -490,7 +513,12 @@ class StoredProgram:
         return self.borders.reals(outputs, XNNPACK.dequantize)
 
 
-def load_program(path: str | os.PathLike[str], *, isolated: bool | None = None) -> StoredProgram:
+def load_program(
+    path: str | os.PathLike[str],
+    *,
+    isolated: bool | None = None,
+    data_path: DataPath | None = None,
+) -> StoredProgram:
     """Load a ``.pte`` file.
 
     Args:
@@ -498,11 +526,13 @@ def load_program(path: str | os.PathLike[str], *, isolated: bool | None = None) 
         isolated: run it in a child process with limits of memory and time, so that a damaged
             program cannot take this one down. ``None``: if it carries no checksum and none is in
             the report beside it.
+        data_path: of the ``.ptd`` with the weights that it keeps outside, or of several.
 
     Raises:
-        ProgramError: it cannot be read or loaded, is damaged, or took its process down.
+        InputError: ``data_path`` is something else than paths.
+        ProgramError: a file cannot be read or loaded, is damaged, or took its process down.
     """
     data, recorded = read_file(path)
     if isolated is None and recorded:
         isolated = False
-    return StoredProgram(data, os.fspath(path), isolated)
+    return StoredProgram(data, os.fspath(path), isolated, read_data_files(data_path))

@@ -48,6 +48,7 @@ from custom_quantizer.backends.xnnpack.contents import (
     stored_bytes,
     widen_bfloat16,
 )
+from custom_quantizer.backends.xnnpack.data_files import DataPath, read_data_files
 from custom_quantizer.backends.xnnpack.flatbuffer import (
     Buffer,
     ParamValue,
@@ -116,22 +117,27 @@ _PROGRAM_DTYPES = {
 
 
 def read_program(
-    source: bytes | str | os.PathLike[str], *, name: str = "the program"
+    source: bytes | str | os.PathLike[str],
+    *,
+    name: str = "the program",
+    data_path: DataPath | None = None,
 ) -> ProgramContents:
     """Read a ``.pte``, given as its bytes or as a path.
 
     Args:
         source: bytes, or a path.
         name: what messages call bytes; a file goes by its path.
+        data_path: of the ``.ptd`` with the weights that it keeps outside, or of several.
 
     The constants are not copied: the values returned keep the file's bytes alive. A constant
     that XNNPACK's serializer named by its SHA-256 is checked against that name, and the file
     against its own checksum and the one in the report beside it, where there are any.
 
     Raises:
-        ProgramError: the file is missing or unreadable, is not a ``.pte``, is truncated, changed or
-            corrupt, or uses something that the installed schemas do not describe.
+        ProgramError: a file is missing or unreadable, is not what it should be, is truncated,
+            changed or corrupt, or uses something that the installed schemas do not describe.
     """
+    beside = read_data_files(data_path)
     if isinstance(source, bytes):
         data, where = source, name
         recorded = False
@@ -141,7 +147,7 @@ def read_program(
     whole, sealed = split_checksum(memoryview(data), where)
     program, record = split_record(whole)
     try:
-        contents = _read_container(program)
+        contents = _read_container(program, {} if beside is None else beside.named)
         ops, note = (None, "") if record is None else _read_ops(record)
     except Unreadable as error:
         raise ProgramError(f"{where}: {error}") from error
@@ -211,7 +217,13 @@ _OTHER_FILES = {
 """What people name instead: how it begins, and where."""
 
 
-def _read_container(data: memoryview) -> ProgramContents:
+def _read_container(data: memoryview, beside: Mapping[str, bytes]) -> ProgramContents:
+    """Read a program.
+
+    Args:
+        data: of the ``.pte``.
+        beside: constants in other files, by name.
+    """
     if not data:
         raise Unreadable("is empty; lower the model again")
     schema = program_schema()
@@ -235,12 +247,13 @@ def _read_container(data: memoryview) -> ProgramContents:
     # Those of a sound file do not overlap, so that reading each once takes no longer than the file.
     if sum(map(len, segments)) > len(data):
         raise corrupt("the segments are larger than the file")
+    stored: dict[str, memoryview] = {key: memoryview(value) for key, value in beside.items()}
     named_segments: dict[str, int] = {}
     for entry in program.children("named_data"):
         index = entry.integer("segment_index")
-        _item(segments, index, "segment")
-        named_segments[entry.text("key")] = index
-    named = _Named(segments, named_segments)
+        name = entry.text("key")
+        stored[name], named_segments[name] = _item(segments, index, "segment"), index
+    named = _Named(stored)
 
     constant_bytes = sum(len(segments[index]) for index in set(named_segments.values()))
     kernel_constants = program.child("constant_segment")
@@ -272,10 +285,20 @@ def _read_container(data: memoryview) -> ProgramContents:
             contents, inline_constants = known[key]
             delegates.append(contents)
             constant_bytes += inline_constants
+        _check_kernel_constants(plan, named)
         methods.append(_read_method(plan, tuple(delegates)))
     return ProgramContents(
         tuple(methods), len(data), constant_bytes, constants=MappingProxyType(constants)
     )
+
+
+def _check_kernel_constants(plan: Table, named: _Named) -> None:
+    """Look for what kernels outside delegates read from data files."""
+    for entry in plan.children("values"):
+        kind, value = entry.member("val")
+        extra = value.child("extra_tensor_info") if kind == "Tensor" else None
+        if extra is not None and extra.enum("location") == "EXTERNAL":
+            named[extra.text("fully_qualified_name")]
 
 
 def _split_segments(data: memoryview) -> tuple[memoryview, memoryview]:
@@ -402,31 +425,34 @@ def _read_delegate(
 class _Named:
     """Constants by name; whether one has the hash that it is named by is found out once."""
 
-    def __init__(self, segments: Sequence[memoryview], index: Mapping[str, int]) -> None:
-        self._segments = segments
-        self._index = index
-        self._digests: dict[int, str] = {}
+    def __init__(self, stored: Mapping[str, memoryview]) -> None:
+        self._stored = stored
+        self._sound: set[str] = set()
 
-    def __getitem__(self, key: str) -> memoryview | None:
-        index = self._index.get(key)
-        if index is None:
-            return None
+    def __getitem__(self, key: str) -> memoryview:
+        data = self._stored.get(key)
+        if data is None:
+            raise Unreadable(
+                f"its constant {key!r} is in a data file (.ptd) that was not named, or changed "
+                "since: name those written with this program, as cq.inspect_program(path, "
+                "data_path=...) does, and cq.load_program, cq.check"
+            )
+        if key in self._sound:
+            return data
         # The serializer names constants by their SHA-256, scales with a prefix before it.
         digest = key.removeprefix("scale_")
-        if re.fullmatch("[0-9a-f]{64}", digest):
-            if index not in self._digests:
-                self._digests[index] = sha256_of(self._segments[index])
-            if self._digests[index] != digest:
-                raise corrupt(
-                    f"the bytes of constant {key!r} do not have the SHA-256 they are named by"
-                )
-        return self._segments[index]
+        if re.fullmatch("[0-9a-f]{64}", digest) and sha256_of(data) != digest:
+            raise corrupt(
+                f"the bytes of constant {key!r} do not have the SHA-256 they are named by"
+            )
+        self._sound.add(key)
+        return data
 
 
 @dataclass(frozen=True)
 class _Constant:
     key: str | None
-    data: memoryview | None  # None: named, and not in this file
+    data: memoryview
 
 
 class _Constants:
@@ -484,8 +510,8 @@ def _read_tensor(position: int, entry: Table, constants: _Constants) -> Delegate
 
     flags, external_id = table.integer("flags"), table.integer("external_id")
     index = table.integer("constant_buffer_idx")
-    constant = constants[index] if index else _Constant(None, None)
-    if constant.data is not None and len(constant.data) < stored_bytes(dtype, shape):
+    constant = constants[index] if index else None
+    if constant is not None and len(constant.data) < stored_bytes(dtype, shape):
         raise corrupt(
             f"tensor {position} ({dtype}{list(shape)}) needs {stored_bytes(dtype, shape)} bytes "
             f"and has {len(constant.data)}"
@@ -503,8 +529,8 @@ def _read_tensor(position: int, entry: Table, constants: _Constants) -> Delegate
         is_input=bool(flags & _EXTERNAL_INPUT),
         is_output=bool(flags & _EXTERNAL_OUTPUT),
         external_id=None if external_id == INVALID_ID else external_id,
-        constant_key=constant.key,
-        _data=constant.data,
+        constant_key=None if constant is None else constant.key,
+        _data=None if constant is None else constant.data,
     )
 
 
@@ -515,8 +541,8 @@ def _read_scales(
     grouped: bool,
     constants: _Constants,
     position: int,
-) -> npt.NDArray[np.float32] | None:
-    """Return the scales, shape (channels,) or (channels, groups); None where in a .ptd file."""
+) -> npt.NDArray[np.float32]:
+    """Return the scales, shape (channels,) or (channels, groups)."""
     count = params.integer("num_scales")
     channels = shape[axis] if 0 <= axis < len(shape) else 0
     if not channels or count % channels or not (grouped or count == channels):
@@ -531,8 +557,6 @@ def _read_scales(
     if index == 0:
         raise corrupt(f"tensor {position} has no scales")
     data = constants[index].data
-    if data is None:
-        return None
     storage = STORAGE["bfloat16" if grouped else "float32"]
     if len(data) < count * storage.itemsize:
         raise corrupt(f"tensor {position} needs {count} scales and has {len(data)} bytes of them")

@@ -268,7 +268,7 @@ class _Lowering:
             ConversionError: the graph is not a converted one.
             LoweringError: it could not be rewritten.
         """
-        self._methods[method] = rewrite_exported(exported, self._dynamic_max)
+        self._methods[method] = rewrite_exported(exported, self._dynamic_max, tagged=False)
         return self._methods[method].exported
 
     @tools()

@@ -227,8 +227,9 @@ def constants_of_others(model: GraphModule) -> int:
             constant_of(model, value) if isinstance(value, Node) else value for value in node.args
         ]
         values = cast("Callable[..., Tensor]", node.target)(*arguments, **node.kwargs)
-        name = f"{cast(Node, node.args[0]).target}_reals"
-        node.replace_all_uses_with(add_constant(model, name, values, node))
+        stored = cast(Node, node.args[0])
+        reals = add_constant(model, f"{stored.target}_reals", values, node, stored)
+        node.replace_all_uses_with(reals)
         model.graph.erase_node(node)
         count += 1
     return count
@@ -270,7 +271,7 @@ def gather_rows(model: GraphModule) -> int:
         if len(dequantize.users) > 1 or len(stored.users) > 1:
             # A layer has the same weights: what a delegate holds, nobody else reads.
             table = constant_of(model, stored).clone()
-            stored = add_constant(model, f"{stored.target}_rows", table, node)
+            stored = add_constant(model, f"{stored.target}_rows", table, node, stored)
         rows = build.call(node.target, stored, *node.args[1:])
         factors = build.call(node.target, scales, *node.args[1:])
         units = build.call(DEQUANTIZE_PER_TENSOR, rows, 1.0, 0, -128, 127, torch.int8)
@@ -302,7 +303,8 @@ def quantize_tables(model: GraphModule) -> int:
         ):
             continue
         integers = XNNPACK.quantize(constant_of(model, table), qparams_of(model, first))
-        constant = add_constant(model, f"{table.target}_rows", integers.to(torch.int8), node)
+        narrow = integers.to(torch.int8)
+        constant = add_constant(model, f"{table.target}_rows", narrow, node, table)
         build = Builder(model, node)
         rows = build.call(node.target, constant, *node.args[1:])
         for user in users:

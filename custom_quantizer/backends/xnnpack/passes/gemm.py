@@ -75,7 +75,7 @@ def fold_bias(model: GraphModule) -> int:
             integers = integers * torch.round(derived.to(torch.float64) / unit)
             derived = unit
         value = (integers * derived.to(torch.float64)).to(torch.float32)
-        constant = add_constant(model, f"{bias.args[0].target}_folded", value, node)
+        constant = add_constant(model, f"{bias.args[0].target}_folded", value, node, bias.args[0])
         node.replace_input_with(bias, constant)
         count += 1
     return count
@@ -99,7 +99,8 @@ def biases_of_each(model: GraphModule) -> int:
             continue
         data = cast(Node, node.args[0])
         if is_dequantize(data) and is_static(data):  # else the bias stays float
-            own = add_constant(model, f"{bias.target}_{node.name}", constant_of(model, bias), node)
+            value = constant_of(model, bias)
+            own = add_constant(model, f"{bias.target}_{node.name}", value, node, bias)
             node.replace_input_with(bias, own)
             count += 1
     return count
@@ -219,7 +220,7 @@ def weight_containers(model: GraphModule) -> int:
             Mark.PACKED.put(node)
             # Not shared with a layer that reads them otherwise.
             name = f"{cast(Node, stored).target}_packed"
-            stored = add_constant(model, name, integers, node)
+            stored = add_constant(model, name, integers, node, cast(Node, stored))
         low, high = (-8, 7) if linear else (-128, 127)
         args = (stored, *weight.args[1:-3], low, high, torch.int8)
         target: Any = weight.target
@@ -272,8 +273,9 @@ def join_narrow_groups(model: GraphModule) -> int:
         factor = join_factor(bound.groups, tuple(integers.shape))
         if factor == 1:
             continue
-        name = f"{cast(Node, weight.args[0]).target}_joined"
-        wide = add_constant(model, name, joined(integers, bound.groups, factor), node)
+        stored = cast(Node, weight.args[0])
+        wider = joined(integers, bound.groups, factor)
+        wide = add_constant(model, f"{stored.target}_joined", wider, node, stored)
         with model.graph.inserting_before(node):
             dequantize = model.graph.call_function(
                 cast("Callable[..., Any]", weight.target), (wide, *weight.args[1:])
