@@ -1,10 +1,10 @@
-"""ExecuTorch's own XNNPACK op tests, unchanged, with our quantizer and partitioner in their place.
+"""ExecuTorch's own XNNPACK tests, unchanged, with our quantizer and partitioner in their place.
 
     python tests/benchmarks/upstream_ops.py --output docs/results
 
-Runs the tests of ``executorch/backends/xnnpack/test/ops`` of the installed wheel that quantize,
-with ``XNNPACKQuantizer`` and ``XnnpackPartitioner`` replaced, in the module from which those tests
-take them, by :class:`~custom_quantizer.IntegerQuantizer` and
+Runs the tests of :data:`FILES` in ``executorch/backends/xnnpack/test`` of the installed wheel that
+quantize, with ``XNNPACKQuantizer`` and ``XnnpackPartitioner`` replaced, in the module from which
+those tests take them, by :class:`~custom_quantizer.IntegerQuantizer` and
 :class:`~custom_quantizer.XnnpackPartitioner`. A test that fails runs once more as it is: what
 passes then is listed with what it says and, if that is as intended, with the reason. Tests named
 after ``fp16`` or ``fp32`` quantize nothing and are left out.
@@ -31,7 +31,9 @@ from executorch.backends.xnnpack.test.tester import tester
 
 import custom_quantizer as cq
 
-OPS = Path(upstream.__path__[0]) / "ops"
+ROOT = Path(upstream.__path__[0])
+FILES = ("ops/test_*.py", "passes/test_*.py", "fragments/test_*.py", "test_xnnpack_partitioner.py")
+"""Those of models need weights from the network, or packages that are no dependencies."""
 
 _DYNAMIC = (
     "transposed convolutions whose activations are quantized at run time: ours leaves these in "
@@ -45,6 +47,7 @@ _PER_TENSOR = (
     "expects that a layer with one weight scale is left alone: ours writes that scale for every "
     "channel, which is the same layer"
 )
+_COPIES = "counts copies in between: ours are taken away before the test looks"
 INTENDED: dict[str, str] = {
     **{
         f"test_conv2d.py::test_dq_conv2d_transpose{kind}": _DYNAMIC
@@ -72,6 +75,20 @@ INTENDED: dict[str, str] = {
     "test_hardtanh.py::test_qs8_hardtanh": (
         "counts quantize nodes: ours makes one op of a sum and its clamp, and needs one less"
     ),
+    "test_batch_norm_fusion.py::test_q8_conv_batch_norm_fusion": (
+        "looks for a batch norm before its pass: ours makes it part of the convolution, or one of "
+        "its own, before integers are chosen"
+    ),
+    "test_channels_last_tagged_reshape.py::test_q_dq_nodes_around_copy_are_tagged": (
+        "counts dequantize nodes: ours has one more, of the int32 bias"
+    ),
+    "test_remove_get_item_pass.py::test_q8_max_remove_getitem": (
+        "looks for `amax`: ours writes the same maximum as a pool, which XNNPACK has in integers"
+    ),
+    **{
+        f"test_remove_redundant_copy_pass.py::test_{name}redundant_copy_removal": _COPIES
+        for name in ("quantized_", "complex_quantized_")
+    },
 }
 """``file::test`` -> why it is meant to go another way with ours."""
 
@@ -126,8 +143,9 @@ def tests_of(suite: Any) -> Iterator[unittest.TestCase]:
 
 def outcomes(file: Path, only: set[str] | None = None) -> dict[str, str]:
     """Run the tests of one file, or those with these names."""
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
     loaded = unittest.defaultTestLoader.loadTestsFromModule(
-        import_module(f"{upstream.__name__}.ops.{file.stem}")
+        import_module(f"{upstream.__name__}.{module}")
     )
     result = Result()
     suite = unittest.TestSuite(
@@ -158,9 +176,10 @@ def render(record: dict[str, Any]) -> str:
     differ = {name: found["ours"] for name, found in run.items() if found["ours"]}
     meant = [name for name in differ if name in INTENDED]
     lines = [
-        "# ExecuTorch's XNNPACK op tests with our quantizer and partitioner",
+        "# ExecuTorch's XNNPACK tests with our quantizer and partitioner",
         "",
-        "The tests of `executorch/backends/xnnpack/test/ops`, unchanged. Made by",
+        "The tests of ops, passes, fragments and the partitioner in",
+        "`executorch/backends/xnnpack/test`, unchanged. Made by",
         "`python tests/benchmarks/upstream_ops.py --output docs/results`.",
         "",
         f"{len(tests)} tests quantize; {len(tests) - len(run)} fail as they are; of the others "
@@ -182,7 +201,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="files, such as test_add.py")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    files = sorted(OPS.glob("test_*.py"))
+    files = [file for pattern in FILES for file in sorted(ROOT.glob(pattern))]
     if options.only:
         files = [file for file in files if file.name in options.only]
     stored = options.output / "upstream_ops.json"

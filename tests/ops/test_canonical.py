@@ -444,8 +444,6 @@ def test_writes_that_are_seen_elsewhere_stay_in_float_and_say_so(name: str) -> N
     with torch.no_grad():
         plan, converted, got = _quantized_closely(model, x)
         assert plan.op("conv2d").scheme == "a8w8"
-        reasons = [op.reason for op in plan.floating if "writes into the memory of" in op.reason]
-        assert reasons
         writers = [op.reason for op in plan.floating if "writes in place into memory" in op.reason]
         assert writers
         lowered = cq.lower(converted, (x,))

@@ -73,8 +73,10 @@ from custom_quantizer.reference.inputs import check_example, placeholder_metas, 
 __all__ = [
     "Rewritten",
     "backend_config",
+    "data_files",
     "describe_program",
     "make_program",
+    "restore_exported_state",
     "rewrite",
     "rewrite_exported",
     "to_bytes",
@@ -246,11 +248,15 @@ def rewrite(
             )
     if tagged:
         _tag(exported, data_files(model))
+    _start_with_state(exported)
+    return Rewritten(graph, example, exported, applied)
+
+
+def _start_with_state(exported: torch.export.ExportedProgram) -> None:
+    """Let a program start with what its buffers hold: else ExecuTorch writes their shapes only."""
     for node in state_of(exported.graph):
         if node.name in exported.graph_signature.inputs_to_buffers:
-            # Without this ExecuTorch does not write what a buffer that changes holds at first.
             node.meta["et_init_buffer"] = True
-    return Rewritten(graph, example, exported, applied)
 
 
 def data_files(model: GraphModule) -> dict[str, str]:
@@ -329,14 +335,27 @@ def rewrite_exported(
         )
     model = exported.module()
     restore_names(model)
-    if (held := model.meta.get(STATE_KEY)) is not None:
-        # ExecuTorch calibrates and converts in loops of its own. The buffers are those of the
-        # converted graph, too.
-        set_state(model, held)
+    _restore_state(model)
     args, kwargs = exported.example_inputs
     graph = read_converted(model, BACKEND)
     example = check_example(graph, (*args, *kwargs.values()))
     return rewrite(graph, example, dynamic_max, widest=True, tagged=tagged)
+
+
+def _restore_state(model: GraphModule) -> None:
+    """Let buffers hold what they held when the model was captured.
+
+    ExecuTorch calibrates and converts in loops of its own. The buffers are those of the converted
+    graph, too.
+    """
+    if (held := model.meta.get(STATE_KEY)) is not None:
+        set_state(model, held)
+
+
+def restore_exported_state(exported: torch.export.ExportedProgram) -> None:
+    """Let a program of which nothing is rewritten start with what the captured model held."""
+    _restore_state(exported.module())
+    _start_with_state(exported)
 
 
 _DECOMPOSED_LAYERS = frozenset(

@@ -35,6 +35,7 @@ from custom_quantizer.backends.xnnpack.lowering import (
     Rewritten,
     describe_program,
     make_program,
+    restore_exported_state,
     rewrite,
     rewrite_exported,
     to_bytes,
@@ -107,6 +108,7 @@ class XnnpackPartitioner(QuickPartitioner):
                 "float; to quantize it, export what convert_pt2e returns",
                 stacklevel=2,
             )
+            restore_exported_state(exported_program)
             return exported_program
         return rewrite_exported(exported_program, self._dynamic_max, tagged=True).exported
 

@@ -8,7 +8,9 @@ gives the same program in about four fifths of the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from executorch.backends.xnnpack.utils.quant_utils import (
     is_tagged_as_implicit_q_dq,
 )
 from executorch.exir.backend.partitioner import PartitionResult
+from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.dialects.edge._ops import EdgeOpOverload
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -91,6 +94,7 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
         """Merge the groups of nodes that belong to one op each."""
         groups = self.get_matched_nodes_from_configs(ep)
         _untag_refused(groups)
+        groups = _without_second_outputs(groups)
         partitions = merge_groups(ep.graph, groups)
         convolve_where_images_are_made(ep.graph, groups, partitions)
         return partitions
@@ -105,6 +109,32 @@ class QuickPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # ExecuTorch 
 
 def _aten_op(target: Any) -> Any:
     return target._op if isinstance(target, EdgeOpOverload) else target
+
+
+_CLONES = frozenset(
+    {exir_ops.edge.aten.clone.default, exir_ops.edge.dim_order_ops._clone_dim_order.default}
+)
+
+
+def _without_second_outputs(groups: Sequence[list[Node]]) -> list[list[Node]]:
+    """Leave copies outside that would be a second output of a delegate for one of its values.
+
+    Such as what a model returns of a buffer that it has just written. Upstream takes the copy out
+    of the delegate's graph, and fails on what is left: one node that is two outputs.
+    """
+    inside = set(chain.from_iterable(groups))
+    values: defaultdict[Node, list[Node]] = defaultdict(list)
+    for node in chain.from_iterable(groups):
+        value = node
+        while value.target in _CLONES and value.all_input_nodes[0] in inside:
+            value = value.all_input_nodes[0]
+        if any(user not in inside for user in node.users):
+            values[value].append(node)
+    second: set[Node] = set()
+    for names in values.values():
+        copies = [node for node in names if node.target in _CLONES]
+        second.update(copies[len(copies) == len(names) :])  # one may stay if the value does
+    return [group for group in groups if second.isdisjoint(group)]
 
 
 def _untag_refused(groups: Iterable[Iterable[Node]]) -> None:

@@ -47,9 +47,10 @@ from custom_quantizer.core.memory import (
     written_inputs,
 )
 from custom_quantizer.core.rewriting import Insertion, replace
+from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.rewrites.constants import MAX_GROWTH, restated
 
-__all__ = ["functionalize", "mark_overwritten"]
+__all__ = ["copy_for_layers", "functionalize", "mark_overwritten"]
 
 aten = torch.ops.aten
 
@@ -147,6 +148,29 @@ def functionalize(model: GraphModule) -> bool:
     writes.read_directly()
     _write_plainly(model)
     return found
+
+
+def copy_for_layers(model: GraphModule) -> None:
+    """Let layers read a copy of memory that is written in place, as of a state that a call changes.
+
+    It is made just before the layer and holds what the layer would read; no write reaches it, so
+    that it can be quantized. Other ops read the memory itself: for them a copy and a quantize step
+    are most of the work.
+    """
+    copies: dict[Node, Node] = {}
+    for node in list(model.graph.nodes):
+        if written_inputs(node):
+            copies.clear()
+        if node.target not in _LAYERS:
+            continue
+        data = cast(Node, node.args[0])
+        if overwritten_by(data) is not None:
+            if data not in copies:
+                copies[data] = Insertion(model, node).call(aten.clone.default, data)
+            node.update_arg(0, copies[data])
+
+
+_LAYERS = CONV.targets | CONV_TRANSPOSE.targets | LINEAR.targets
 
 
 def _copy_surely(model: GraphModule) -> None:
