@@ -58,6 +58,7 @@ __all__ = [
     "qparams_of",
     "reads_sizes",
     "recorded_value",
+    "set_argument",
     "set_state",
     "shape_of",
     "size_bounds",
@@ -671,6 +672,14 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     if len(node.args) > index:
         return node.args[index]
     return node.kwargs.get(name, default)
+
+
+def set_argument(node: Node, index: int, name: str, value: Any) -> None:
+    """Change what :func:`argument` gives."""
+    if name in node.kwargs or len(node.args) < index:
+        node.update_kwarg(name, value)
+    else:
+        node.args = (*node.args[:index], value, *node.args[index + 1 :])
 
 
 def add_constant(

@@ -22,6 +22,7 @@ from custom_quantizer.core.graph import (
     dynamic_sizes,
     is_negative,
     recorded_value,
+    set_argument,
     shape_of,
     tensor_meta,
 )
@@ -51,10 +52,7 @@ def ends_to_numbers(model: GraphModule) -> int:
             number = _number(end.meta.get("val") if isinstance(end, Node) else end, size)
             if number is None:
                 continue
-            if position < len(node.args):
-                node.update_arg(position, number)
-            else:
-                node.update_kwarg(name, number)
+            set_argument(node, position, name, number)
             count += 1
     return count
 

@@ -33,6 +33,7 @@ from custom_quantizer.core.graph import (
     is_float32,
     is_same_shape,
     reads_sizes,
+    set_argument,
     shape_of,
     tensor_meta,
 )
@@ -108,8 +109,7 @@ def fold_factors(model: GraphModule, *, training: bool = False) -> int:
 
 def _fold(model: GraphModule, node: Node, training: bool) -> bool:
     """Put what an op does with each channel into the layer before it, if it may be."""
-    divides = node.target is aten.div.Tensor
-    scales = divides or node.target is aten.mul.Tensor
+    scales = node.target in (aten.div.Tensor, aten.mul.Tensor)
     for data, constant in _operands(node):
         if isinstance(constant, Node) and is_constant(constant):
             layer = _layer_before(data, constant, scales)
@@ -117,7 +117,7 @@ def _fold(model: GraphModule, node: Node, training: bool) -> bool:
                 continue
             insert = Insertion(model, layer, training=training)
             if scales:
-                _scale(insert, constant, inverse=divides)
+                _scale(insert, node.target, constant)
             else:
                 _shift(insert, constant, negative=node.target is aten.sub.Tensor)
             merge_into(layer, node, data)
@@ -151,7 +151,8 @@ def _fold_number(model: GraphModule, node: Node, shared: Collection[Any], traini
         before = _scalable(insert, data, shared)
         layers = _readers(insert, shared) if before is None else [before]
         for layer in layers:
-            _multiply(Insertion(model, layer, training=training), factor, bias=layer is before)
+            at_layer = Insertion(model, layer, training=training)
+            _scale(at_layer, aten.mul.Tensor, factor, bias=layer is before)
         if layers:
             merge_into(layers[0], node, data)
             return True
@@ -264,32 +265,29 @@ def _dims_before(node: Node, dims: tuple[int, ...], scales: bool) -> tuple[int, 
     return dims if passes_on(node) else None
 
 
-def _scale(insert: Insertion, factor: Node, *, inverse: bool) -> None:
-    """Multiply weight and bias of the layer that ``insert`` stands at, or divide them."""
-    target = aten.div.Tensor if inverse else aten.mul.Tensor
-    layer = insert.node
-    weight, bias = (
-        cast("Node | None", argument(layer, *at)) for at in ((1, "weight"), (2, "bias"))
-    )
-    factor = insert.again(factor)
-    rank = 1 if weight is None else len(shape_of(weight))
-    scaled = insert.reshape(factor, [-1, *[1] * (rank - 1)])
-    if weight is not None:  # a batch norm may have none
-        scaled = insert.call(target, weight, scaled)
-    layer.update_arg(1, insert.settled(scaled, "weight"))
-    if bias is not None:
-        scaled = insert.call(target, bias, insert.reshape(factor, [-1]))
-        layer.replace_input_with(bias, insert.settled(scaled, "bias"))
+def _scale(insert: Insertion, target: Any, factor: Node | float, *, bias: bool = True) -> None:
+    """Multiply or divide the weight of the layer that ``insert`` stands at, and its bias.
 
-
-def _multiply(insert: Insertion, factor: float, *, bias: bool) -> None:
-    """Multiply the weight of the layer that ``insert`` stands at by a number, and its bias."""
+    Args:
+        insert: at the layer.
+        target: ``mul`` or ``div``.
+        factor: a number, or a constant with one for each channel.
+        bias: whether the bias, too.
+    """
     layer = insert.node
+    if isinstance(factor, Node):
+        factor = insert.reshape(insert.again(factor), [-1])
+        if layer.args[1] is None:  # a batch norm, which has a factor all the same
+            ones = torch.ones(int(shape_of(factor)[0]))
+            layer.update_arg(1, insert.constant("ones", ones))
     for position, name in [(1, "weight"), (2, "bias")][: 1 + bias]:
         value = argument(layer, position, name)
         if isinstance(value, Node):
-            scaled = insert.call(aten.mul.Tensor, value, factor)
-            layer.replace_input_with(value, insert.settled(scaled, name))
+            by: Any = factor
+            if isinstance(factor, Node):
+                by = insert.reshape(factor, [-1, *[1] * (len(shape_of(value)) - 1)])
+            scaled = insert.call(target, value, by)
+            set_argument(layer, position, name, insert.settled(scaled, name))
 
 
 def _shift(insert: Insertion, shift: Node, *, negative: bool) -> None:
@@ -300,13 +298,7 @@ def _shift(insert: Insertion, shift: Node, *, negative: bool) -> None:
         moved = insert.call(aten.neg.default, moved)
     if bias is not None:
         moved = insert.call(aten.add.Tensor, bias, moved)
-    moved = insert.settled(moved, "bias")
-    if "bias" in layer.kwargs:
-        layer.update_kwarg("bias", moved)
-    elif len(layer.args) > 2:
-        layer.update_arg(2, moved)
-    else:
-        layer.args = (*layer.args, moved)
+    set_argument(layer, 2, "bias", insert.settled(moved, "bias"))
 
 
 _OPS = frozenset({aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor})

@@ -41,6 +41,7 @@ from custom_quantizer.core.graph import (
     describe,
     is_constant,
     is_same_shape,
+    set_argument,
     shape_of,
     tensor_meta,
 )
@@ -441,7 +442,7 @@ def dropouts_behind(rounded: Node) -> Iterator[Node]:
 def _set_training(node: Node, *, training: bool) -> None:
     for i, parameter in enumerate(cast(Any, node.target)._schema.arguments):
         if parameter.name in ("train", "training"):
-            _set_argument(node, i, parameter.name, training)
+            set_argument(node, i, parameter.name, training)
 
 
 def read_constants_late(model: GraphModule) -> None:
@@ -671,16 +672,9 @@ def switch_calls(model: GraphModule, training: bool) -> None:
         for i, name, value in training_switches(node):
             if value and not training:
                 held[name] = value
-                _set_argument(node, i, name, type(value)(0))
+                set_argument(node, i, name, type(value)(0))
             elif training and (name in held or node.target in DROPOUTS):
-                _set_argument(node, i, name, held.get(name, True))
-
-
-def _set_argument(node: Node, index: int, name: str, value: Any) -> None:
-    if len(node.args) > index:
-        node.update_arg(index, value)
-    else:
-        node.update_kwarg(name, value)
+                set_argument(node, i, name, held.get(name, True))
 
 
 def training_mode_of(prepared: GraphModule) -> TrainingMode | None:

@@ -41,6 +41,7 @@ from custom_quantizer.core.graph import (
     is_dequantize,
     is_static,
     qparams_of,
+    set_argument,
 )
 from custom_quantizer.errors import LoweringError
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR, expand_channels
@@ -282,10 +283,7 @@ def join_narrow_groups(model: GraphModule) -> int:
             )
         dequantize.meta["val"] = wide.meta["val"].to(torch.float32) if "val" in wide.meta else None
         node.update_arg(1, dequantize)
-        if len(node.args) > 6:
-            node.update_arg(6, bound.groups // factor)
-        else:
-            node.update_kwarg("groups", bound.groups // factor)
+        set_argument(node, 6, "groups", bound.groups // factor)
         count += 1
     return count
 
