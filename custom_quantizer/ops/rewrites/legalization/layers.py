@@ -42,8 +42,7 @@ def batch_norm(insert: Insertion) -> Node | None:
     image = [1, 1] if len(shape) == 2 else [math.prod(shape[2:-1]), shape[-1]]
     images = insert.reshape(data, [*shape[:2], *image])
     normed = insert.call(aten.batch_norm.default, images, *node.args[1:], **node.kwargs)
-    normed, last = _clamped(insert, normed, node)
-    return _in_place_of(last, node, insert.reshape(normed, shape))
+    return insert.reshape(normed, shape)
 
 
 def cut_short(insert: Insertion) -> Node | None:
@@ -93,8 +92,8 @@ def conv3d(insert: Insertion) -> Node | None:
 
     Neighbouring frames become channels: output frame ``d`` is a convolution of the frames
     ``d * stride + k * dilation`` for all ``k``, one behind the other. All products of one output
-    meet in one accumulator, so in integers it is the same convolution. A batch norm and a clamp
-    behind it come along, so that they can be fused.
+    meet in one accumulator, so in integers it is the same convolution. A batch norm behind it comes
+    along, so that it can be fused.
     """
     node, data = insert.node, _volumes(insert)
     if data is None:
@@ -109,11 +108,7 @@ def conv3d(insert: Insertion) -> Node | None:
         return None
     before, after = symmetric_padding(node)
     taps = kernel[0]
-    frames = insert.permute(data, [0, 2, 1, 3, 4])
-    if before[0] or after[0]:
-        frames = insert.call(
-            aten.constant_pad_nd.default, frames, [0, 0, 0, 0, 0, 0, before[0], after[0]]
-        )
+    frames = _padded(insert, insert.permute(data, [0, 2, 1, 3, 4]), 1, before[0], after[0])
     padded = depth + before[0] + after[0]
     count = (padded - dilation[0] * (taps - 1) - 1) // stride[0] + 1
     pieces = [_frames(insert, frames, k * dilation[0], count, stride[0]) for k in range(taps)]
@@ -133,7 +128,6 @@ def conv3d(insert: Insertion) -> Node | None:
         groups,
     )
     result, last = _normed(insert, result)
-    result, last = _clamped(insert, result, last)
     out = shape_of(result)
     result = insert.reshape(result, [batch, count, *out[1:]])
     return _in_place_of(last, node, insert.permute(result, [0, 2, 1, 3, 4]))
@@ -168,21 +162,15 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
     count = (depth - 1) * step - 2 * skipped + reach + spare[0]
     first, end = skipped // step, -(-(skipped + count) // step)
     before, after = max(0, taps - 1 - first), max(0, end - depth)
-    frames = insert.permute(data, [0, 2, 1, 3, 4])
-    if before or after:
-        frames = insert.call(
-            aten.constant_pad_nd.default, frames, [0, 0, 0, 0, 0, 0, before, after]
-        )
+    frames = _padded(insert, insert.permute(data, [0, 2, 1, 3, 4]), 1, before, after)
     starts = [before + first - j for j in range(taps)]
     pieces = [_frames(insert, frames, start, end - first, 1) for start in starts]
     images = _images(insert, pieces, groups)
     # Zeros between the taps, and behind them up to a multiple of the stride.
     spread = insert.reshape(weight, [inputs, outputs, length, 1, *kernel])
-    zeros = [*[0] * (2 * len(kernel)), 0, dilation[0] - 1]
-    spread = insert.call(aten.constant_pad_nd.default, spread, zeros)
+    spread = _padded(insert, spread, 3, 0, dilation[0] - 1)
     spread = insert.reshape(spread, [inputs, outputs, length * dilation[0], *kernel])
-    zeros = [*[0] * (2 * len(kernel)), 0, taps * step - length * dilation[0]]
-    spread = insert.call(aten.constant_pad_nd.default, spread, zeros)
+    spread = _padded(insert, spread, 2, 0, taps * step - length * dilation[0])
     # (in, out / groups, depth, ...) -> (group, in / groups, out / groups, tap j, r, ...)
     spread = insert.reshape(spread, [groups, inputs // groups, outputs, taps, step, *kernel])
     flat = insert.permute(spread, [0, 3, 1, 2, 4, 5, 6])
@@ -199,7 +187,6 @@ def conv_transpose3d(insert: Insertion) -> Node | None:
         dilation[1:],
     )
     result, last = _normed(insert, result, step)
-    result, last = _clamped(insert, result, last)
     pixels = [int(size) for size in shape_of(result)[2:]]
     result = insert.reshape(result, [batch, end - first, groups * outputs, step, math.prod(pixels)])
     result = insert.permute(result, [0, 2, 1, 3, 4])
@@ -247,21 +234,19 @@ def _repeated(insert: Insertion, values: Node, step: int, name: str) -> Node:
     return insert.settled(insert.call(aten.repeat_interleave.self_int, values, step), name)
 
 
-def _clamped(insert: Insertion, result: Node, last: Node) -> tuple[Node, Node]:
-    """``result`` with the clamp behind ``last``, if there is one, and what it stands for."""
-    users = effective_users(last)
-    clamps = len(users) == 1 and users[0].target in (aten.relu.default, aten.hardtanh.default)
-    if not clamps or overwritten_by(users[0]) is not None:
-        return result, last
-    clamp = users[0]
-    return insert.call(clamp.target, result, *clamp.args[1:], **clamp.kwargs), clamp
-
-
 def _in_place_of(last: Node, node: Node, result: Node) -> Node:
     """``result`` in the place of ``last``, which came along with the call ``node``."""
     if last is not node:
         last.replace_all_uses_with(result)
     return result
+
+
+def _padded(insert: Insertion, data: Node, dim: int, before: int, after: int) -> Node:
+    """``data`` with so many zeros more along a dim."""
+    if not before and not after:
+        return data
+    behind = len(shape_of(data)) - 1 - dim
+    return insert.call(aten.constant_pad_nd.default, data, [*[0] * (2 * behind), before, after])
 
 
 def _frames(insert: Insertion, frames: Node, start: int, count: int, step: int) -> Node:
