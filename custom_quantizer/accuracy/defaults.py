@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from custom_quantizer.calibration.observers import ActivationObserver, WeightObserver
-from custom_quantizer.core.graph import state_of
+from custom_quantizer.core.graph import some_state
 from custom_quantizer.core.schemes import TensorScheme
 
 __all__ = [
@@ -52,11 +52,10 @@ def algorithms_for(accuracy: str, prepared: GraphModule) -> tuple[str, ...]:
     widths = [m.scheme.format.bits for m in weights] + [m.scheme.format.bits for m in observers]
     if min(widths) >= _NARROW:
         return ()
-    state = state_of(prepared.graph)
+    state = some_state(prepared.graph)
     if state:
         logger.warning(
-            "the model writes its own buffers (%s), so its biases are not corrected",
-            ", ".join(str(node.target) for node in state[:3]),
+            "the model writes its own buffers (%s), so its biases are not corrected", state
         )
         return ()
     return ("bias_correction",)

@@ -259,18 +259,17 @@ def _smoothed(model: GraphModule, norm: Node, layers: Mapping[Node, Layer]) -> S
     return result if readers else "no layer reads it"
 
 
-def smooth(model: GraphModule, found: Smoothed, reach: Tensor, strength: float = 0.5) -> None:
-    """Divide channels behind a norm by ``max|x|**a / max|w|**(1-a)``; the layers make up for it.
+def smooth(model: GraphModule, found: Smoothed, reach: Tensor) -> None:
+    """Divide channels behind a norm by ``sqrt(max|x| / max|w|)``; the layers make up for it.
 
     Args:
         model: the prepared graph.
         found: the norm and its layers.
         reach: largest magnitude of each channel behind the norm, over all data.
-        strength: ``a``.
     """
     weights = torch.stack([layer.reach_of_inputs() for layer in found.layers]).amax(0).double()
     dead = (weights == 0) | (reach == 0)
-    factor = reach.double() ** strength / weights.clamp_min(1e-30) ** (1 - strength)
+    factor = reach.double() ** 0.5 / weights.clamp_min(1e-30) ** 0.5
     factor = torch.where(dead, torch.ones_like(factor), factor).clamp(1 / _LARGEST, _LARGEST)
     factor = torch.exp2(factor.log2().round()).float()
     with torch.no_grad():

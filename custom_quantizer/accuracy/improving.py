@@ -56,7 +56,7 @@ from custom_quantizer.calibration.run import GraphInputs, graph_calls
 from custom_quantizer.calibration.settling import settled_scales
 from custom_quantizer.config.improvement import ALGORITHMS, RESCALING, check_algorithms
 from custom_quantizer.core.checkpoint import fingerprint
-from custom_quantizer.core.graph import RESCALED_KEY, module_path, state_of
+from custom_quantizer.core.graph import RESCALED_KEY, module_path, some_state
 from custom_quantizer.core.noise import Noise
 from custom_quantizer.core.progress import track
 from custom_quantizer.core.text_table import table_lines
@@ -285,10 +285,9 @@ def _improved(
     calls = graph_calls(prepared, data, limit)
     if not calls:
         raise CalibrationError("the data hold no full batch of the graph; pass more of them")
-    if state_of(prepared.graph):
-        names = ", ".join(str(node.target) for node in state_of(prepared.graph)[:3])
+    if state := some_state(prepared.graph):
         raise CalibrationError(
-            f"the model writes its own buffers ({names}), so layers cannot be run apart from each "
+            f"the model writes its own buffers ({state}), so layers cannot be run apart from each "
             "other; improve it without them"
         )
     with settled_scales(prepared), exclusive(), torch.no_grad():

@@ -88,11 +88,11 @@ class MomentsAccumulator:
         return Moments(self._count, p + origin, f + float_origin, square, cross)
 
 
-def damped(square: Tensor, share: float = 0.01) -> Tensor:
-    """``H`` with a share of its mean diagonal added to it, so that it can be inverted."""
+def damped(square: Tensor) -> Tensor:
+    """``H`` with a hundredth of its mean diagonal added to it, so that it can be inverted."""
     diagonal = square.diagonal(dim1=1, dim2=2)
     floor = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return square + torch.diag_embed((share * floor).expand_as(diagonal))
+    return square + torch.diag_embed((0.01 * floor).expand_as(diagonal))
 
 
 def refit(rows: Tensor, difference: Tensor, hessian: Tensor) -> Tensor:

@@ -286,7 +286,7 @@ def _show(console: Console, demo: DemoResult) -> None:
     console.print()
     print_table(_size_table(demo.sizes), console)
     report = demo.result.report
-    print_table(op_table(report, "One row per op (weights: number of scales)"), console)
+    print_table(op_table(report), console)
     console.print(f"In all {report.tally}; {report.biases}\n")
     console.print("[bold]Is the bias quantized?[/] " + _answer(demo))
     console.print()

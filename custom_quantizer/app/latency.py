@@ -83,7 +83,7 @@ def latencies_here(
     exported: GraphModule,
     example: tuple[Any, ...],
     batch: tuple[Any, ...],
-    progress: bool | None = None,
+    progress: bool | None,
 ) -> Latencies:
     """Seconds of each op at each scheme that it can take, on this machine.
 

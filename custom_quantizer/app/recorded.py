@@ -162,7 +162,7 @@ def write_calibration(
     calls: Sequence[Sequence[Any]],
     summary: CalibrationSummary,
     dynamic_batch: int,
-    names: Sequence[str] = (),
+    names: Sequence[str],
 ) -> None:
     """Write the statistics of a calibrated model and what they are of, in one step.
 

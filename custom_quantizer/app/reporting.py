@@ -154,9 +154,7 @@ def read_findings(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _document(Path(path))
 
 
-def with_tensors(
-    result: QuantizationResult, data: DataSource, *, progress: bool | None = None
-) -> QuantizationResult:
+def with_tensors(result: QuantizationResult, data: DataSource) -> QuantizationResult:
     """A result whose report knows the error of every tensor, on :data:`MEASURED_SAMPLES` of data.
 
     Raises:
@@ -166,7 +164,7 @@ def with_tensors(
     from custom_quantizer.analysis.diagnosis import diagnose
 
     few = data.subset(min(MEASURED_SAMPLES, data.num_examples)).inputs
-    found = diagnose(result.exported, result.converted, few, progress=progress)
+    found = diagnose(result.exported, result.converted, few)
     return replace(result, report=result.report.including(found))
 
 

@@ -536,9 +536,10 @@ class Arithmetic(ABC):
         del ulps
         return self.quantize(values, q)
 
-    @abstractmethod
     def dequantize(self, x: Tensor, q: QParams) -> Tensor:
-        """Give the float32 reals that stored integers stand for."""
+        """Give the float32 reals that stored integers stand for: ``fl(fl(q - zp) * s)``."""
+        offset = (as_integers(x, "The tensor to dequantize") - q.zero_point).to(torch.float32)
+        return offset * scale_along(q, x)
 
     def requantize_accumulator(
         self,

@@ -62,6 +62,7 @@ __all__ = [
     "set_state",
     "shape_of",
     "size_bounds",
+    "some_state",
     "source_of",
     "state_buffers",
     "state_kept",
@@ -491,6 +492,11 @@ def state_of(graph: torch.fx.Graph) -> list[Node]:
         if read.op in ("get_attr", "placeholder")
     }
     return [node for node in graph.nodes if node in reads]
+
+
+def some_state(graph: torch.fx.Graph) -> str:
+    """Names of the first three of :func:`state_of`, for messages; empty where there are none."""
+    return ", ".join(str(node.target) for node in state_of(graph)[:3])
 
 
 def _same_memory(node: Node) -> list[Node]:

@@ -466,7 +466,7 @@ def _hexadecimal(scale: npt.NDArray[np.float32]) -> Any:
 # Multipliers -------------------------------------------------------------------------------------
 
 
-def _multipliers(node: Node, reals: Sequence[float], rule: str = _INT32_RULE) -> Entry:
+def _multipliers(node: Node, reals: Sequence[float], rule: str) -> Entry:
     """Multipliers and shifts of real factors, for one rounding rule."""
     try:
         pairs = [quantize_multiplier(real) for real in reals]

@@ -52,9 +52,9 @@ def terminal_width(file: IO[str] | None = None) -> int | None:
     )
 
 
-def make_console(file: IO[str] | None = None) -> Console:
-    """A console on ``file``, or on standard output, of which there may be none."""
-    file = file or cast("IO[str] | None", sys.stdout) or io.StringIO()
+def make_console() -> Console:
+    """A console on standard output, of which there may be none."""
+    file = cast("IO[str] | None", sys.stdout) or io.StringIO()
     return Console(
         file=file,
         width=terminal_width(file) or _FILE_WIDTH,
@@ -144,13 +144,13 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def op_table(report: Report, title: str) -> Table:
+def op_table(report: Report) -> Table:
     """Dtype of input, weight, bias and output, and where the op runs: one row per op.
 
     A weight with one scale per channel shows their number; the table fits 80 columns.
     """
     columns = ("op", "family", "input", "weight", "bias", "output", "runs on")
-    table = make_table(title, columns)
+    table = make_table("One row per op (weights: number of scales)", columns)
     for row in report.rows:
         family = f"{row.family} + {row.fused_family}" if row.fused_family else row.family
         cells = (

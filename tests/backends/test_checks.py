@@ -151,13 +151,11 @@ def _zero_point(tensor: Callable[[], int]) -> Callable[[DelegateContents], Deleg
     return change
 
 
-def _params(
-    name: str, kind: str | None = None, **units: int
-) -> Callable[[DelegateContents], DelegateContents]:
+def _params(name: str, **units: int) -> Callable[[DelegateContents], DelegateContents]:
     """Move ends of a clamp by units of the output's scale."""
 
     def change(delegate: DelegateContents) -> DelegateContents:
-        op = op_of(name, kind)
+        op = op_of(name)
         scale = cast(float, delegate.tensors[op.outputs[0]].scale)
         moved = {end: cast(float, op.params[end]) + count * scale for end, count in units.items()}
         return with_op(delegate, op, params={**op.params, **moved})

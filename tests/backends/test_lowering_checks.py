@@ -44,9 +44,9 @@ def sabotaged(
     monkeypatch.setattr(passes, "PASSES", patched)
 
 
-def _own_constant(model: GraphModule, suffix: str, op: str = "conv2d_1") -> Tensor:
-    """A constant of one op, of which the name ends so; no longer that of the converted graph."""
-    (node,) = (n for n in model.graph.nodes if n.name == op)
+def _own_constant(model: GraphModule, suffix: str) -> Tensor:
+    """A constant of the second layer whose name ends so; no longer the converted graph's."""
+    (node,) = (n for n in model.graph.nodes if n.name == "conv2d_1")
     for source in node.all_input_nodes:
         while source.op == "call_function":
             source = cast(Node, source.args[0])

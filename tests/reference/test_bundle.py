@@ -405,13 +405,15 @@ def _weights_that_are_none(document: dict[str, Any], path: Path) -> None:
     document["weights"]["sha256"] = hashlib.sha256(data).hexdigest()
 
 
-def _weights_with(name: str, value: Any = None) -> Callable[[dict[str, Any], Path], None]:
-    """Store ``value`` in the place of a weight, with everything signed again."""
+def _weights_with(
+    name: str, change: Callable[[Any], Any]
+) -> Callable[[dict[str, Any], Path], None]:
+    """Change a weight, with everything signed again."""
 
     def edit(document: dict[str, Any], path: Path) -> None:
         file = path.with_suffix(".safetensors")
         arrays = safetensors.numpy.load_file(file)
-        arrays[name] = value(arrays[name])
+        arrays[name] = change(arrays[name])
         file.write_bytes(safetensors.numpy.save(arrays))
         document["weights"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
 

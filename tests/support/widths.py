@@ -49,10 +49,10 @@ def example_of_widths() -> Inputs:
     return tuple(torch.randn(shape, generator=generator) for shape in ((2, 3, 6, 6), (2, 32)))
 
 
-def prepared_widths(scheme: str = "a8w8") -> GraphModule:
+def prepared_widths() -> GraphModule:
     """With the same weights every time, and a dynamic batch; no data was seen."""
     torch.manual_seed(0)
-    quantizer = cq.IntegerQuantizer().set_global(scheme)
+    quantizer = cq.IntegerQuantizer().set_global("a8w8")
     for name, own in SCHEMES.items():
         quantizer.set_module_name(name, own)
     captured = torch.export.export(

@@ -165,14 +165,14 @@ def limits_of(budget: Mapping[str, float], base: Mapping[str, float]) -> dict[st
     }
 
 
-def base_costs(choices: Choices, latencies: Latencies | None = None) -> dict[str, float]:
+def base_costs(choices: Choices, latencies: Latencies | None) -> dict[str, float]:
     """All costs of the most precise scheme everywhere."""
     units = [unit_costs(choices, unit, choices.base, latencies) for unit in choices.units]
     return {name: sum(costs[name] for costs in units) for name in units[0]}
 
 
 def check_possible(
-    choices: Choices, budget: Mapping[str, float], latencies: Latencies | None = None
+    choices: Choices, budget: Mapping[str, float], latencies: Latencies | None
 ) -> None:
     """Refuse a budget that no choice keeps.
 

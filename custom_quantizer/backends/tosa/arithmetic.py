@@ -212,11 +212,6 @@ class TosaArithmetic(Arithmetic):
         rounded = torch.round(x * (torch.ones_like(scale) / scale))
         return store(float_to_integers(rounded) + q.zero_point, q)
 
-    def dequantize(self, x: Tensor, q: QParams) -> Tensor:
-        """``fl((q - zp) * s)``."""
-        offset = (as_integers(x, "The tensor to dequantize") - q.zero_point).to(torch.float32)
-        return offset * scale_along(q, x)
-
     def _requantize_accumulator(
         self, acc: Tensor, input_scale: float, weight: Tensor, axis: int, out: QParams, width: int
     ) -> Tensor:

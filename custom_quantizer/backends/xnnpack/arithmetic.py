@@ -363,11 +363,6 @@ class XnnpackArithmetic(Arithmetic):
             values = values + f32(tie_break_offset(values, ulps, q))
         return self.quantize(values, q)
 
-    def dequantize(self, x: Tensor, q: QParams) -> Tensor:
-        """``fl(fl(q - zp) * s)``."""
-        offset = (as_integers(x, "The tensor to dequantize") - q.zero_point).to(torch.float32)
-        return offset * scale_along(q, x)
-
     def _requantize_accumulator(
         self, acc: Tensor, input_scale: float, weight: Tensor, axis: int, out: QParams, width: int
     ) -> Tensor:

@@ -287,9 +287,7 @@ def _zero_point(offset: int, bits: int) -> int:
     return -offset - (1 << (bits - 1))
 
 
-def write_encodings(
-    path: str | os.PathLike[str], file: EncodingFile, version: Version = "1.0.0"
-) -> None:
+def write_encodings(path: str | os.PathLike[str], file: EncodingFile, version: Version) -> None:
     """Write a file; equal encodings give equal files.
 
     Raises:

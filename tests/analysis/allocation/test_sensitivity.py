@@ -237,8 +237,8 @@ class Shared(nn.Module):
         return self.b(torch.cat([y, x], 1).reshape(-1, 8))
 
 
-def choices_of(model: nn.Module, *shape: int, schemes: list[str] | None = None) -> Any:
-    return find_choices(capture(model, (torch.randn(shape),))[0], schemes or SCHEMES)
+def choices_of(model: nn.Module, *shape: int) -> Any:
+    return find_choices(capture(model, (torch.randn(shape),))[0], SCHEMES)
 
 
 def test_ops_that_share_a_weight_are_one_unit_and_a_concatenation_one_block() -> None:
