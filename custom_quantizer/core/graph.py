@@ -58,6 +58,7 @@ __all__ = [
     "qparams_of",
     "reads_sizes",
     "recorded_value",
+    "reduced_dims",
     "set_argument",
     "set_state",
     "shape_of",
@@ -686,6 +687,15 @@ def set_argument(node: Node, index: int, name: str, value: Any) -> None:
         node.update_kwarg(name, value)
     else:
         node.args = (*node.args[:index], value, *node.args[index + 1 :])
+
+
+def reduced_dims(given: int | Sequence[int] | None, rank: int) -> list[int]:
+    """The dims that a reduction names, in order, counted from the front; all, if it names none.
+
+    Of a number, which has no dims, PyTorch takes 0 and -1 for names of one.
+    """
+    named = [given] if isinstance(given, int) else given or range(rank)
+    return sorted({int(dim) % rank for dim in named if rank})
 
 
 def add_constant(

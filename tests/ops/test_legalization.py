@@ -921,6 +921,19 @@ ODD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     ),
     "a whole row": (lambda x: (x[0].mean(), x[0].norm(), x[0].max(), x[0].sum(0)), (INFINITE,)),
     "the mean of one number": (lambda x: (x[0, 0].mean(), x.sum().max(), x + 1), (INFINITE,)),
+    "a number along its dim": (
+        lambda x: [
+            reduced
+            for number in (x.sum(), x.sum() * 2)
+            for reduced in (number.sum(0), number.mean(-1, True), number.norm(2, 0), number.amax(0))
+        ],
+        (INFINITE,),
+    ),
+    "the variance of a number": (
+        lambda x: (x[0, 0].var(0, correction=0), x[0, 0].std(-1), x + 1),
+        (INFINITE,),
+    ),
+    "a norm along no dim": (lambda x: (torch.linalg.vector_norm(x, dim=[]), x + 1), (INFINITE,)),
     "pool to nothing": (
         lambda x: F.adaptive_avg_pool2d(x.reshape(1, 1, 3, 3), (0, 2)),
         (INFINITE,),

@@ -21,6 +21,7 @@ from custom_quantizer.core.graph import (
     argument,
     is_float32,
     recorded_value,
+    reduced_dims,
     shape_of,
     tensor_meta,
 )
@@ -211,7 +212,7 @@ def _spread(insert: Insertion) -> Node | None:
     else:
         correction, keepdim = node.kwargs.get("correction"), node.kwargs.get("keepdim")
         correction = 1 if correction is None else correction
-    dims = list(argument(node, 1, "dim") or range(len(shape)))
+    dims = reduced_dims(argument(node, 1, "dim"), len(shape))
     sizes = [shape[dim] for dim in dims]
     count = math.prod(sizes) if are_static(sizes) else 0
     if count <= correction:

@@ -15,7 +15,13 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import argument, dynamic_sizes, is_same_shape, shape_of
+from custom_quantizer.core.graph import (
+    argument,
+    dynamic_sizes,
+    is_same_shape,
+    reduced_dims,
+    shape_of,
+)
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.rewrites.legalization._common import CATS, float_input
 
@@ -81,10 +87,8 @@ def _summed_dim(node: Node) -> int | None:
         return None
     if argument(node, 3, "dtype") is not None:
         return None
-    given = argument(node, 1, "dim")
-    listed = [given] if isinstance(given, int) else list(given or ())
-    rank = len(shape_of(cast(Node, node.args[0])))
-    return int(listed[0]) % rank if len(listed) == 1 else None
+    dims = reduced_dims(argument(node, 1, "dim"), len(shape_of(cast(Node, node.args[0]))))
+    return dims[0] if len(dims) == 1 else None
 
 
 def _stacked(insert: Insertion, data: Node, dim: int) -> list[Node] | None:

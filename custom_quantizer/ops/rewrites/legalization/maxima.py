@@ -9,7 +9,14 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from custom_quantizer.core.graph import are_static, argument, is_float32, shape_of, tensor_meta
+from custom_quantizer.core.graph import (
+    are_static,
+    argument,
+    is_float32,
+    reduced_dims,
+    shape_of,
+    tensor_meta,
+)
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.pool import max_pool_window
@@ -137,7 +144,7 @@ def _largest(
     """The maximum over dims is a max pool with a window as large as they are."""
     data = cast(Node, node.args[0])
     shape = shape_of(data)
-    dims = sorted({d % len(shape) for d in given or range(len(shape)) if shape})
+    dims = reduced_dims(given, len(shape))
     outer = [d for d in range(len(shape)) if d not in dims]
     if not is_float32(data) or not dims:
         return None

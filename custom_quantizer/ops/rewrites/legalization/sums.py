@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from custom_quantizer.core.graph import are_static, argument, dynamic_sizes, shape_of
+from custom_quantizer.core.graph import are_static, argument, dynamic_sizes, reduced_dims, shape_of
 from custom_quantizer.core.rewriting import Insertion
 from custom_quantizer.ops.gemm import per_dim
 from custom_quantizer.ops.rewrites.legalization._common import (
@@ -48,9 +48,7 @@ def _reduce(insert: Insertion, *, average: bool) -> Node | None:
     if data is None or argument(node, 3, "dtype") is not None:
         return None
     shape = shape_of(data)
-    given = argument(node, 1, "dim")
-    listed = [given] if isinstance(given, int) else list(given or range(len(shape)))
-    dims = sorted({int(d) % len(shape) for d in listed})
+    dims = reduced_dims(argument(node, 1, "dim"), len(shape))
     keepdim = bool(argument(node, 2, "keepdim", False))
     outer = [d for d in range(len(shape)) if d not in dims]
     spatial = len(shape) == 4 and dims == [2, 3]
@@ -96,8 +94,7 @@ def norm(insert: Insertion) -> Node | None:
     if data is None or argument(node, 1, "ord", 2) != 2 or argument(node, 4, "dtype") is not None:
         return None
     shape = shape_of(data)
-    given: Any = argument(node, 2, "dim")
-    dims = sorted({int(d) % len(shape) for d in (range(len(shape)) if given is None else given)})
+    dims = reduced_dims(argument(node, 2, "dim"), len(shape))
     outer = [d for d in range(len(shape)) if d not in dims]
     if (outer and dims == [len(shape) - 1]) or not are_static([shape[d] for d in dims]):
         return None
