@@ -217,6 +217,22 @@ _OTHER_FILES = {
 """What people name instead: how it begins, and where."""
 
 
+def _check_is_program(data: memoryview, identifier: bytes) -> None:
+    if not data:
+        raise Unreadable("is empty; lower the model again")
+    if bytes(data[4:8]) == identifier:
+        return
+    for kind, (begin, hint) in _OTHER_FILES.items():
+        if bytes(data[begin : begin + len(kind)]) == kind:
+            raise Unreadable(f"is {hint}")
+    if bytes(data[4:6]) == identifier[:2]:
+        raise Unreadable(
+            f"is a .pte of another version: bytes 4 to 8 are {bytes(data[4:8])!r}, not "
+            f"{identifier!r}; lower the model again"
+        )
+    raise Unreadable("is not a .pte of ExecuTorch; give a file written by to_executorch()")
+
+
 def _read_container(data: memoryview, beside: Mapping[str, bytes]) -> ProgramContents:
     """Read a program.
 
@@ -224,19 +240,8 @@ def _read_container(data: memoryview, beside: Mapping[str, bytes]) -> ProgramCon
         data: of the ``.pte``.
         beside: constants in other files, by name.
     """
-    if not data:
-        raise Unreadable("is empty; lower the model again")
     schema = program_schema()
-    if bytes(data[4:8]) != schema.identifier:
-        for kind, (begin, hint) in _OTHER_FILES.items():
-            if bytes(data[begin : begin + len(kind)]) == kind:
-                raise Unreadable(f"is {hint}")
-        if bytes(data[4:6]) == schema.identifier[:2]:
-            raise Unreadable(
-                f"is a .pte of another version: bytes 4 to 8 are {bytes(data[4:8])!r}, not "
-                f"{schema.identifier!r}; lower the model again"
-            )
-        raise Unreadable("is not a .pte of ExecuTorch; give a file written by to_executorch()")
+    _check_is_program(data, schema.identifier)
     graph_bytes, segment_bytes = _split_segments(data)
     program = Buffer(graph_bytes, schema, "the program").root()
 
