@@ -1001,3 +1001,12 @@ def test_a_box_is_pooled_over_the_channels_of_a_batch_of_any_size() -> None:
     for batch in (1, 5):
         x = torch.randn(batch, 3, 6, 7)
         assert torch.equal(result.lowered.run(x), cq.integer_reference(result.converted)(x))
+
+
+def test_the_sum_and_the_mean_of_a_number_are_the_number() -> None:
+    model = Function(lambda _, x: x.sum().sum(0) * x.mean().mean(-1, True))
+    graph = canonicalize(capture(model, (torch.randn(2, 3),)))
+    # The runtime's kernels abort the process at a dim of a number.
+    assert not [
+        node for target in (aten.sum.dim_IntList, aten.mean.dim) for node in calls(graph, target)
+    ]

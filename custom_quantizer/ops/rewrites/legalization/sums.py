@@ -52,7 +52,9 @@ def _reduce(insert: Insertion, *, average: bool) -> Node | None:
     keepdim = bool(argument(node, 2, "keepdim", False))
     outer = [d for d in range(len(shape)) if d not in dims]
     spatial = len(shape) == 4 and dims == [2, 3]
-    if not shape or not are_static([shape[d] for d in dims]) or 0 in [shape[d] for d in dims]:
+    if not shape:
+        return data  # of a number; kernels take no dim of one
+    if not are_static([shape[d] for d in dims]) or 0 in [shape[d] for d in dims]:
         return None
     if average and spatial and are_static([shape[d] for d in outer]):
         return None
