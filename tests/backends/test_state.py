@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from executorch.exir import to_edge_transform_and_lower
-from support.graphs import differences
+from support.graphs import canonicalize, differences
 from support.models import convert
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -108,6 +108,9 @@ def test_layers_that_read_a_state_are_integers(forward: Forward) -> None:
     want = stream(reference)
     lowered.reset()
     assert differences(stream(lowered.run), want) == []
+    if forward is delayed:  # scatters in stock's flow, between three delegates
+        assert lowered.report.delegates == 1
+        assert lowered.report.outside == ("aten::copy_",)
     # And what the model would say, but for the steps of a grid.
     torch.manual_seed(0)
     for got, real in zip(want, stream(Streaming(forward).eval()), strict=True):
@@ -165,3 +168,46 @@ def test_a_float_program_starts_with_what_its_buffers_hold() -> None:
     edge = to_edge_transform_and_lower(exported, partitioner=[cq.XnnpackPartitioner()])
     cq.check(edge, graph, example)
     torch.testing.assert_close(graph.get_buffer("state"), model.state, atol=0, rtol=0)
+
+
+def lines(self: Streaming, x: Tensor) -> Any:
+    """Writes of all kinds of parts, with reads between them."""
+    self.state[0, 2:5] = x[1, :3]
+    self.state[:, -1] = x[:, 0]
+    first = self.state[:, 1:3] * 2.0
+    self.state.t()[6:] = x.t()[:2]
+    self.state.view(4, 4)[1:3, ::2] = x.view(4, 4)[:2, 1:3]
+    self.state[1] = first.flatten().repeat(2)
+    return first, self.state.sum(1), self.state[:, ::2] - x[:, 1::2]
+
+
+def swapped(self: Streaming, x: Tensor) -> Any:
+    halves = self.state.chunk(2, 1)
+    kept = halves[0].clone()
+    halves[0].copy_(halves[1])
+    halves[1].copy_(kept + x[:, :4])
+    return halves[0] + 0.0, self.state * 1.0
+
+
+def half_in_place(self: Streaming, x: Tensor) -> Any:
+    self.state[:, :4] = x[:, 4:]
+    self.state[:, 2:6].mul_(0.5)
+    self.state[:, 6:] = x[:, :2]
+    return self.state.clone(), self.state.narrow(1, 1, 3) + x[:, :3]
+
+
+@pytest.mark.parametrize("forward", [*READ, lines, swapped, half_in_place])
+def test_parts_of_a_buffer_are_written_as_the_model_writes_them(forward: Forward) -> None:
+    torch.manual_seed(0)
+    model = Streaming(forward).eval()
+    graph = canonicalize(torch.export.export(copy.deepcopy(model), calls()[0]).module())
+    for given in calls():
+        want, got = (pytree.tree_leaves(run(*given)) for run in (model, graph))
+        for real, mine in zip(want, got, strict=True):
+            torch.testing.assert_close(mine, real, atol=0, rtol=0)
+        torch.testing.assert_close(graph.get_buffer("state"), model.state, atol=0, rtol=0)
+
+
+def test_a_write_that_nobody_reads_before_the_next_is_none() -> None:
+    graph = canonicalize(torch.export.export(Streaming(delayed).eval(), calls()[0]).module()).graph
+    assert [node.target for node in graph.nodes].count(torch.ops.aten.copy_.default) == 1

@@ -85,7 +85,7 @@ from custom_quantizer.ops.rewrites.regions import inline_regions
 from custom_quantizer.ops.rewrites.repeated import compute_once
 from custom_quantizer.ops.rewrites.training_graph import mark_computed_parameters
 from custom_quantizer.ops.rewrites.vmapped import write_out_batches
-from custom_quantizer.ops.rewrites.writes import copy_for_layers, functionalize
+from custom_quantizer.ops.rewrites.writes import copy_for_layers, functionalize, write_whole
 
 __all__ = ["KNOWN", "canonicalize"]
 
@@ -181,6 +181,7 @@ def canonicalize(
         fold_into_layers(model)
     activations_to_layers(model)
     compute_once(model)
+    write_whole(model)
     copy_for_layers(model)
     _numbers_to_tensors(model)
     _views_to_reshapes(model)

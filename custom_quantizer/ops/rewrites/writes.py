@@ -50,7 +50,7 @@ from custom_quantizer.core.rewriting import Insertion, replace
 from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.rewrites.constants import MAX_GROWTH, restated
 
-__all__ = ["copy_for_layers", "functionalize", "mark_overwritten"]
+__all__ = ["copy_for_layers", "functionalize", "mark_overwritten", "write_whole"]
 
 aten = torch.ops.aten
 
@@ -126,7 +126,10 @@ def _keeps_dtype(node: Node, written: Node, functional: Any) -> bool:
     return isinstance(result, torch.Tensor) and result.dtype == meta.dtype
 
 
-_View = tuple[Node, Callable[[Insertion, Node], Node]]
+_PutBack = Callable[[Insertion, Node], Node]
+"""Makes the new value of a view's source of a new value of the view."""
+
+_View = tuple[Node, _PutBack]
 """A view, and what makes the new value of its source of a new value of the view."""
 
 
@@ -148,6 +151,69 @@ def functionalize(model: GraphModule) -> bool:
     writes.read_directly()
     _write_plainly(model)
     return found
+
+
+def write_whole(model: GraphModule) -> None:
+    """A buffer of which a part is written is written as a whole, with the rest as it was.
+
+    As ``state[:, :-2] = state[:, 2:].clone()``, of which ``torch.export`` makes scatters that no
+    backend has; slices and a concatenation they all have. Of several writes that nobody reads in
+    between, the last is left.
+    """
+    pending: dict[Node, Node] = {}  # buffer -> its last write, since which nobody read it
+    for node in list(model.graph.nodes):
+        if shares_memory(node) and not written_inputs(node):
+            continue  # a view reads nothing yet
+        views = _views_of_buffer(node)
+        if views is None:
+            if any(overwritten_by(source) is not None for source in node.all_input_nodes):
+                pending.clear()
+            continue
+        buffer = cast(Node, views[-1].args[0])
+        before = pending.pop(buffer, None)
+        first, insert = node.prev, Insertion(model, node)
+        source, value = buffer, cast(Node, node.args[1])
+        if before is not None:
+            # The rest is what that write would have left there.
+            source = cast(Node, before.args[1])
+            model.graph.erase_node(before)
+        copies = {buffer: source}
+        for view in reversed(views):
+            with model.graph.inserting_before(node):
+                copies[view] = model.graph.node_copy(view, copies.__getitem__)
+        for view in views:
+            value = cast("_PutBack", _put_back(copies[view]))(insert, value)
+        while (first := first.next) is not node:
+            if shares_memory(first):
+                # Else integers would be put together, and rounded in every call.
+                first.meta[OVERWRITTEN] = overwritten_by(node)
+        node.replace_all_uses_with(cast(Node, node.args[0]))
+        node.args = (buffer, value)
+        node.meta["val"] = buffer.meta["val"]
+        pending = {buffer: node}
+
+
+def _views_of_buffer(write: Node) -> list[Node] | None:
+    """From what is written to the buffer, if a call copies values into a view of one."""
+    if write.target is not aten.copy_.default or overwritten_by(write) is None:
+        return None
+    written, value = cast("tuple[Node, Any]", write.args[:2])
+    if not isinstance(value, Node) or not _is_like(written, value):
+        return None
+    views: list[Node] = []
+    while shares_memory(written) and not written_inputs(written):
+        views.append(written)
+        written = cast(Node, written.args[0])
+    known = written.op == "get_attr" and all(map(_put_back, views))
+    return views if views and known else None
+
+
+def _is_like(a: Node, b: Node) -> bool:
+    """Whether two tensors have one dtype, and one shape of numbers."""
+    first, second = tensor_meta(a), tensor_meta(b)
+    if first is None or second is None or not are_static((*first.shape, *second.shape)):
+        return False
+    return (first.shape, first.dtype) == (second.shape, second.dtype)
 
 
 def copy_for_layers(model: GraphModule) -> None:
@@ -650,7 +716,7 @@ _SAME_ORDER = frozenset(
 """Views of all of a tensor, whose values are in its order."""
 
 
-def _put_back(view: Node) -> Callable[[Insertion, Node], Node] | None:
+def _put_back(view: Node) -> _PutBack | None:
     """What makes the new value of a view's source of a new value of the view, if that is known."""
     source = view.args[0]
     if not isinstance(source, Node) or tensor_meta(source) is None:
