@@ -38,6 +38,7 @@ from custom_quantizer.planning.wide_ranges import (
     leave_pole_guards,
     leave_quotients_of_parts,
     leave_shown_totals,
+    leave_whole_numbers,
     leave_wide_ranges,
     store_factors,
 )
@@ -73,6 +74,7 @@ def make_plan(
     leave_readers_of_integers(ops, io, backend)
     leave_shown_totals(ops, io, backend)
     leave_compared(ops, backend)
+    leave_whole_numbers(ops, backend)
     before = -1
     while before != (before := sum(op.scheme is None for op in ops)):
         # What becomes float has consequences for what is next to it.

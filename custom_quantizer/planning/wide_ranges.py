@@ -10,7 +10,13 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
-from custom_quantizer.core.graph import constant_of, effective_users, is_constant, shape_of
+from custom_quantizer.core.graph import (
+    constant_of,
+    effective_users,
+    is_constant,
+    shape_of,
+    tensor_meta,
+)
 from custom_quantizer.core.rewriting import step_target
 from custom_quantizer.ops import Formats, Trait, rule_of
 from custom_quantizer.ops.attention import LOG_SOFTMAX, MATMUL, SOFTMAX
@@ -31,6 +37,7 @@ from custom_quantizer.ops.functions import (
     table_of,
 )
 from custom_quantizer.ops.gemm import LINEAR
+from custom_quantizer.ops.movement import IDENTITY
 from custom_quantizer.ops.placement import Placement
 from custom_quantizer.ops.pool import AVG_POOL, MEAN
 from custom_quantizer.ops.rewrites.paddings import constant_pad
@@ -274,6 +281,43 @@ def leave_compared(ops: Drafts, backend: Backend) -> None:
             for each in chain:
                 if each.scheme is not None:
                     each.leave(_COMPARED)
+
+
+def leave_whole_numbers(ops: Drafts, backend: Backend) -> None:
+    """What is converted to integers stays in float, back to the layer before.
+
+    ``x.floor().long()`` is an index, of the pixel next to a position, or of a bin. A grid that has
+    no 1.0, but 0.988, gives the one before it.
+    """
+    if not backend.float_targets:
+        return  # planned for integers alone
+    seen: set[DraftOp] = set()
+    waiting = [tensor for op in ops if _is_conversion(op.node) for tensor in op.node.args[:1]]
+    while waiting:
+        each = ops.producer.get(cast(Node, waiting.pop()))
+        if each is None or each in seen or not (each.moves_values or _is_arithmetic(each)):
+            continue
+        seen.add(each)
+        waiting += each.node.all_input_nodes if each.match is None else each.match.inputs
+        if each.scheme is not None and _is_free(each, backend):
+            each.leave("its values become integers, and a grid would change which")
+
+
+def _is_conversion(node: Node) -> bool:
+    """Whether a call makes integers of reals."""
+    if rule_of(node) is not IDENTITY:
+        return False
+    given, made = tensor_meta(cast(Node, node.args[0])), tensor_meta(node)
+    if given is None or made is None or made.dtype is torch.bool:
+        return False
+    return given.dtype.is_floating_point and not made.dtype.is_floating_point
+
+
+def _is_arithmetic(op: DraftOp) -> bool:
+    """Whether an op computes each of its values of one value of each of its inputs."""
+    if op.match is None:
+        return op.node.target in _ROUNDINGS
+    return op.match.rule in _ELEMENTWISE or table_of(op.match) is not None
 
 
 def _keeps_order(op: DraftOp) -> bool:
@@ -618,6 +662,19 @@ _SHOWN = (
 _COMPARED = "it is compared for equality, and integers would make equal what is not"
 
 _EQUALITIES = frozenset({torch.ops.aten.eq.Tensor, torch.ops.aten.ne.Tensor})
+
+_ELEMENTWISE = frozenset({ABS, ADD, CLAMP, DIV, MAXIMUM, MINIMUM, MUL, NEG, RELU, SUB, WHERE})
+
+_ROUNDINGS = frozenset(
+    {
+        *(torch.ops.aten.round.default, torch.ops.aten.round.decimals),
+        *(torch.ops.aten.trunc.default, torch.ops.aten.frac.default),
+        *(torch.ops.aten.remainder.Scalar, torch.ops.aten.remainder.Tensor),
+        *(torch.ops.aten.fmod.Scalar, torch.ops.aten.fmod.Tensor),
+        *(torch.ops.aten.floor_divide.default, torch.ops.aten.div.Tensor_mode),
+    }
+)
+"""Ops of no family that stand before a conversion to integers."""
 
 _ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor})
 

@@ -577,6 +577,48 @@ def test_what_is_compared_for_equality_stays_in_float() -> None:
     assert named.op("sigmoid").scheme == named.op("clamp").scheme == "a8w8"
 
 
+TO_INTEGERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "the pixel next to a position": lambda p: (p * 8.0 + 4.0).floor().clamp(0, 15).long(),
+    "the nearest bin": lambda p: ((p.abs() - 0.01) / 0.25).round().to(torch.int32),
+    "a quotient": lambda p: torch.div(p * 3.0 + 1.0, 0.125, rounding_mode="floor").to(torch.int64),
+    "the bin in a cycle": lambda p: torch.remainder(p * 12.0, 5.0).int(),
+    "through other ops": lambda p: torch.cat([p.sigmoid() * 15.0, p.tanh() + 1.0], 1).long(),
+}
+
+
+@pytest.mark.parametrize("name", TO_INTEGERS)
+def test_what_becomes_integers_is_what_the_model_makes_of_it(name: str) -> None:
+    """A grid that holds 0.988 in the place of 1.0 gives the index before."""
+
+    def both(s: Any, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        return s.conv(x), TO_INTEGERS[name](p)
+
+    model = Function(both, conv=conv()).eval()
+    x, p = torch.randn(IMAGE), torch.rand(64, 2) * 2 - 0.5
+    done = convert(model, (x, p))
+    with torch.no_grad():
+        want, got = model(x, p)[1], done.graph(x, p)[1]
+    assert torch.equal(want, got)
+    assert any("become integers" in op.reason for op in done.plan.floating)
+    assert done.plan.op("conv2d").scheme == "a8w8"
+
+
+def test_what_becomes_integers_is_left_up_to_the_layer_before() -> None:
+    def sampled(s: Any, x: Tensor) -> Tensor:
+        rows = s.layer(x)
+        place = (rows.sigmoid() * 7.0).floor().long()
+        return cast(Tensor, torch.gather(s.layer(x * 2.0), 1, place))
+
+    plan = plan_of(sampled, shapes=((4, 8),), layer=nn.Linear(8, 8))
+    left = {op.node for op in plan.floating if "become integers" in op.reason}
+    assert left == {"sigmoid", "mul", "floor"}
+    assert plan.op("linear").scheme == plan.op("linear_1").scheme == "a8w8"
+    named = plan_of(
+        sampled, Rule(Scope.NODE_NAME, "mul", A8W8), shapes=((4, 8),), layer=nn.Linear(8, 8)
+    )
+    assert named.op("mul").scheme == "a8w8"
+
+
 def test_sums_that_float_ops_read_repeated_are_float() -> None:
     """Distances to prototypes: each is the mean of some rows, next to every row."""
 
