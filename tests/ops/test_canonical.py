@@ -1224,3 +1224,30 @@ def test_a_number_put_in_constant_places_fills_a_mask() -> None:
         assert calls(graph, target) == []
     lowered = lowered_exactly(quantized(Function(forward, conv=nn.Conv2d(4, 4, 1)), (x,)), (x,))
     assert (lowered.report.delegates, lowered.report.outside) == (1, ())
+
+
+OF_A_NUMBER: dict[str, Callable[[Tensor], Tensor]] = {
+    "cumprod": lambda y: y.cumprod(0),
+    "cumsum": lambda y: y.cumsum(-1),
+    "flip": lambda y: y.flip(0),
+    "log softmax": lambda y: y.log_softmax(0),
+    "logcumsumexp": lambda y: y.logcumsumexp(0),
+    "logsumexp": lambda y: y.logsumexp(0),
+    "logsumexp that keeps the dim": lambda y: y.logsumexp(-1, keepdim=True),
+    "softmax": lambda y: y.softmax(0) + y,
+    "transpose": lambda y: y.transpose(0, -1),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_NUMBER)
+def test_a_number_has_one_dim_where_pytorch_says_so(name: str) -> None:
+    """Planning or lowering failed, or the runtime ended the process."""
+    model = Function(lambda s, x: OF_A_NUMBER[name](s.conv(x)[0, 0, 0, 0]), conv=conv()).eval()
+    x = torch.randn(IMAGE)
+    with torch.no_grad():
+        assert differences(canonicalize(capture(model, (x,)))(x), model(x)) == []
+        converted = quantized(model, (x,), cq.IntegerQuantizer().set_global("a8w8"))
+        lowered = cq.lower(converted, (x,))
+        got = lowered.run(x)
+    assert got.shape == ()
+    torch.testing.assert_close(got, converted(x), atol=1e-6, rtol=1e-6)

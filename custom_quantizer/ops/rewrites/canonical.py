@@ -147,6 +147,7 @@ def canonicalize(
     """
     inline_regions(model, training=training)
     write_out_batches(model)
+    _give_numbers_a_dim(model)
     _drop_checks_of_values(model)
     _drop_needless_dtypes(model)
     ends_to_numbers(model)
@@ -188,6 +189,29 @@ def canonicalize(
     model.graph.eliminate_dead_code()
     model.recompile()
     return model
+
+
+_ALONG_A_DIM = frozenset(
+    {
+        *(aten.cumprod.default, aten.cumsum.default, aten.flip.default, aten.transpose.int),
+        *(aten.log_softmax.int, aten.logcumsumexp.default, aten.logsumexp.default),
+        *(aten.softmax.int, aten._log_softmax.default, aten._softmax.default),
+    }
+)
+"""Ops along a dim, or between two, that PyTorch also takes of a number, as if it had one."""
+
+
+def _give_numbers_a_dim(model: GraphModule) -> None:
+    """What PyTorch takes for the one dim of a number becomes one: nobody else does so."""
+    for node in list(model.graph.nodes):
+        if node.target not in _ALONG_A_DIM or tensor_meta(node.args[0]) is None:
+            continue
+        if shape_of(node.args[0]) or overwritten_by(node) is not None:
+            continue
+        insert = Insertion(model, node)
+        row = insert.reshape(cast(Node, node.args[0]), [1])
+        result = insert.call(node.target, row, *node.args[1:], **node.kwargs)
+        replace(model, node, insert.reshape(result, []))
 
 
 def _drop_checks_of_values(model: GraphModule) -> None:
