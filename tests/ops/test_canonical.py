@@ -1251,3 +1251,43 @@ def test_a_number_has_one_dim_where_pytorch_says_so(name: str) -> None:
         got = lowered.run(x)
     assert got.shape == ()
     torch.testing.assert_close(got, converted(x), atol=1e-6, rtol=1e-6)
+
+
+NEUTRAL: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "times a mask of ones": (lambda x: x * torch.ones_like(x), 0),
+    "ones times": (lambda x: torch.ones(IMAGE[-1]) * x, 0),
+    "minus zeros": (lambda x: x - torch.zeros_like(x), 0),
+    "divided by a count of one": (lambda x: x / torch.ones_like(x)[..., :1], 0),
+    "not one everywhere": (lambda x: x * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0]), 1),
+    "zeros minus": (lambda x: torch.zeros_like(x) - x, 1),
+    "plus zeros, which makes 0.0 of -0.0": (lambda x: x + torch.zeros_like(x), 1),
+    "spread by ones": (lambda x: x[..., :1] * torch.ones_like(x), 1),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_masks_of_ones_are_none(name: str) -> None:
+    function, left = NEUTRAL[name]
+    model = Function(lambda s, x: torch.sin(function(torch.cos(x)))).eval()
+    x = torch.randn(IMAGE)
+    graph = canonicalize(capture(model, (x,)))
+    assert differences(graph(x), model(x)) == []
+    arithmetic = [
+        n
+        for n in graph.graph.nodes
+        if n.name.split("_")[0] in ("mul", "sub", "div", "add", "neg", "rsub")
+    ]
+    assert len(arithmetic) == left, arithmetic
+
+
+def test_a_parameter_of_ones_is_what_it_is_trained_to_be() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(IMAGE[-1]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(torch.cos(x) * self.scale)
+
+    graph = canonicalize(capture(Scaled(), (torch.randn(IMAGE),)))
+    assert "mul" in [node.name for node in graph.graph.nodes]

@@ -51,6 +51,7 @@ from custom_quantizer.core.graph import (
     constant_of,
     is_constant,
     is_float32,
+    is_parameter,
     is_same_shape,
     reads_sizes,
     shape_of,
@@ -167,6 +168,7 @@ def canonicalize(
     rewrite_calls(model, PARTS, training=training, of_sizes=PARTS.values())
     decompose(model, training=training)
     _fills_to_rows(model)
+    _drop_neutral(model)
     if training:
         mark_computed_parameters(model)
     legalize(model, training)
@@ -332,6 +334,36 @@ def _fills_to_numbers(model: GraphModule) -> None:
             ]
             if any(is_same_shape(shape_of(other), shape_of(user)) for other in others):
                 user.replace_input_with(node, _constant(model, user, number))
+
+
+_NEUTRAL = {aten.div.Tensor: 1, aten.mul.Tensor: 1, aten.sub.Tensor: 0}
+"""Ops that give their first input where the second is this number; not a sum: -0.0 + 0.0 is 0.0."""
+
+
+def _drop_neutral(model: GraphModule) -> None:
+    """What is multiplied by a mask of ones is what it was, as where nothing is masked.
+
+    A parameter is what it is trained to be.
+    """
+    for node in list(model.graph.nodes):
+        number = _NEUTRAL.get(node.target)
+        if number is None or overwritten_by(node) is not None or argument(node, 2, "alpha", 1) != 1:
+            continue
+        operands = [node.args[:2]]
+        if node.target is aten.mul.Tensor:
+            operands.append(node.args[1::-1])
+        for given, other in operands:
+            if not isinstance(given, Node) or not is_constant(other) or is_constant(given):
+                continue
+            if is_parameter(model, cast(Node, other)):
+                continue
+            meta, result = tensor_meta(given), tensor_meta(node)
+            if meta is None or result is None or meta.dtype != result.dtype:
+                continue
+            value = constant_of(model, cast(Node, other))
+            if is_same_shape(meta.shape, result.shape) and bool((value == number).all()):
+                replace(model, node, given)
+                break
 
 
 def _fills_to_rows(model: GraphModule) -> None:
