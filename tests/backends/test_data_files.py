@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,6 +147,16 @@ def test_lower_writes_one_file_and_says_so(caplog: pytest.LogCaptureFixture) -> 
     assert "tagged with data files (" in caplog.text
     assert "XnnpackPartitioner" in caplog.text
     lowered.run(*made.example)
+
+
+def test_lower_writes_one_file_of_a_dynamic_graph() -> None:
+    """Which is exported again, with the tags."""
+    model, example = nn.Sequential(OrderedDict(layer=nn.Linear(4, 4))), (torch.randn(2, 4),)
+    batch = {0: torch.export.Dim("batch", max=8)}
+    converted = convert(model, example, dynamic_shapes=(batch,)).graph
+    delegate_external_constants_pass_unlifted(converted, lambda _: "weights")
+    lowered = cq.lower(converted, example)
+    assert lowered.run(torch.randn(5, 4)).shape == (5, 4)
 
 
 def test_wrong_data_files(tmp_path: Path) -> None:

@@ -246,8 +246,7 @@ def rewrite(
                 f"constant {name} of the converted graph was written into while it was lowered; "
                 "convert the model again, and please report it"
             )
-    if tagged:
-        _tag(exported, data_files(model))
+    _tag(exported, data_files(model) if tagged else {})
     _start_with_state(exported)
     return Rewritten(graph, example, exported, applied)
 
@@ -269,13 +268,14 @@ def data_files(model: GraphModule) -> dict[str, str]:
 
 
 def _tag(exported: torch.export.ExportedProgram, files: Mapping[str, str]) -> None:
-    """Tag constants of a program with their data files; ``torch.export`` loses the tags."""
+    """Tag constants of a program with these data files; ``torch.export`` keeps some tags."""
     signature = exported.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in exported.graph.nodes:
-        file = files.get(targets.get(node.name, ""))
-        if file is not None:
-            node.meta["custom"] = {**(node.meta.get("custom") or {}), _DATA_FILE: file}
+        if node.name in targets:
+            custom = {k: v for k, v in (node.meta.get("custom") or {}).items() if k != _DATA_FILE}
+            file = files.get(targets[node.name])
+            node.meta["custom"] = custom if file is None else {**custom, _DATA_FILE: file}
 
 
 _DATA_FILE = "delegate_constant_tag"
