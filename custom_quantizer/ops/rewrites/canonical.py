@@ -353,7 +353,9 @@ def _drop_neutral(model: GraphModule) -> None:
         if node.target is aten.mul.Tensor:
             operands.append(node.args[1::-1])
         for given, other in operands:
-            if not isinstance(given, Node) or not is_constant(other) or is_constant(given):
+            if not isinstance(given, Node) or overwritten_by(given) is not None:
+                continue
+            if not is_constant(other) or is_constant(given):
                 continue
             if is_parameter(model, cast(Node, other)):
                 continue
