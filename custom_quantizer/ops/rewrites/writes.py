@@ -10,6 +10,7 @@ is written as a whole becomes a value, too, and the caller's tensor keeps what i
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from bisect import insort
@@ -164,12 +165,12 @@ def write_whole(model: GraphModule) -> None:
     for node in list(model.graph.nodes):
         if shares_memory(node) and not written_inputs(node):
             continue  # a view reads nothing yet
-        views = _views_of_buffer(node)
-        if views is None:
+        found = _views_of_buffer(node)
+        if found is None:
             if any(overwritten_by(source) is not None for source in node.all_input_nodes):
                 pending.clear()
             continue
-        buffer = cast(Node, views[-1].args[0])
+        *views, buffer = found
         before = pending.pop(buffer, None)
         first, insert = node.prev, Insertion(model, node)
         source, value = buffer, cast(Node, node.args[1])
@@ -194,7 +195,7 @@ def write_whole(model: GraphModule) -> None:
 
 
 def _views_of_buffer(write: Node) -> list[Node] | None:
-    """From what is written to the buffer, if a call copies values into a view of one."""
+    """From what is written to the buffer, both included, if a call copies values into a view."""
     if write.target is not aten.copy_.default or overwritten_by(write) is None:
         return None
     written, value = cast("tuple[Node, Any]", write.args[:2])
@@ -205,7 +206,7 @@ def _views_of_buffer(write: Node) -> list[Node] | None:
         views.append(written)
         written = cast(Node, written.args[0])
     known = written.op == "get_attr" and all(map(_put_back, views))
-    return views if views and known else None
+    return [*views, written] if known else None
 
 
 def _is_like(a: Node, b: Node) -> bool:
@@ -768,12 +769,32 @@ def _between(
     """``source`` with ``value`` in the place of ``source[start:stop]`` along a dim."""
     size = shape_of(source)[dim]
     row = insert.call(aten.unsqueeze.default, value, dim) if is_row else value
-    parts = [row]
-    if start > 0:
-        parts.insert(0, insert.slice(source, dim, 0, start))
-    if stop < size:
-        parts.append(insert.slice(source, dim, stop, size))
+    parts = [
+        *_range(insert, source, dim, 0, start),
+        row,
+        *_range(insert, source, dim, stop, size),
+    ]
     return row if len(parts) == 1 else insert.call(aten.cat.default, parts, dim)
+
+
+def _range(insert: Insertion, source: Node, dim: int, start: int, stop: int) -> list[Node]:
+    """Tensors that are ``source[start:stop]`` along a dim, one behind the other.
+
+    Of what was put together those that lie in it, which nobody has to take apart again.
+    """
+    if start >= stop:
+        return []
+    rank = len(shape_of(source))
+    joined = source.target is aten.cat.default and int(argument(source, 1, "dim", 0)) % rank == dim
+    parts = cast("list[Node]", source.args[0]) if joined else []
+    shapes = [shape_of(part) for part in parts]
+    if parts and all(len(shape) == rank and isinstance(shape[dim], int) for shape in shapes):
+        ends = [0, *itertools.accumulate(shape[dim] for shape in shapes)]
+        if start in ends and stop in ends:
+            inside = parts[ends.index(start) : ends.index(stop)]
+            if not any(map(overwritten_by, (source, *inside))):
+                return inside
+    return [insert.slice(source, dim, start, stop)]
 
 
 def _write_plainly(model: GraphModule) -> None:
