@@ -202,7 +202,33 @@ def half_in_place(self: Streaming, x: Tensor) -> Any:
     return self.state.clone(), self.state.narrow(1, 1, 3) + x[:, :3]
 
 
-@pytest.mark.parametrize("forward", [*READ, lines, swapped, half_in_place])
+def shifted_twice(self: Streaming, x: Tensor) -> Any:
+    """The second write is of what the first has written."""
+    self.state[:, :2] = x[:, :2]
+    self.state[:, 2:4] = self.state[:, :2]
+    return self.state.clone()
+
+
+def seen_between(self: Streaming, x: Tensor) -> Any:
+    """A flatten that copies shows what is there between two writes; one that does not, both."""
+    self.state[:, :2] = x[:, :2]
+    copied, shown = self.state.t().flatten(), self.state.flatten()
+    self.state[:, 2:] = x[:, 2:]
+    return copied * 2.0, shown * 2.0
+
+
+def one_behind_the_other(self: Streaming, x: Tensor) -> Any:
+    """Without a view between two writes."""
+    first, second, a, b = self.state[:, :3], self.state[:, 3:], x[:, 5:], x[:, :5]
+    first.copy_(a)
+    second.copy_(b)
+    return self.head(self.state)
+
+
+PARTS = [lines, swapped, half_in_place, shifted_twice, seen_between, one_behind_the_other]
+
+
+@pytest.mark.parametrize("forward", [*READ, *PARTS])
 def test_parts_of_a_buffer_are_written_as_the_model_writes_them(forward: Forward) -> None:
     torch.manual_seed(0)
     model = Streaming(forward).eval()

@@ -171,17 +171,17 @@ def write_whole(model: GraphModule) -> None:
                 pending.clear()
             continue
         *views, buffer = found
-        before = pending.pop(buffer, None)
-        first, insert = node.prev, Insertion(model, node)
         source, value = buffer, cast(Node, node.args[1])
-        if before is not None:
+        before = pending.get(buffer)
+        if before is not None and overwritten_by(value) is None:
             # The rest is what that write would have left there.
             source = cast(Node, before.args[1])
             model.graph.erase_node(before)
+        first, insert = node.prev, Insertion(model, node)
         copies = {buffer: source}
         for view in reversed(views):
             with model.graph.inserting_before(node):
-                copies[view] = model.graph.node_copy(view, copies.__getitem__)
+                copies[view] = model.graph.node_copy(view, partial(_replaced, copies))
         for view in views:
             value = cast("_PutBack", _put_back(copies[view]))(insert, value)
         while (first := first.next) is not node:
