@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from executorch.exir import to_edge_transform_and_lower
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.graphs import canonicalize, differences
 from support.models import convert
 from torch import Tensor, nn
@@ -96,7 +98,7 @@ def calls() -> list[tuple[Tensor]]:
 
 def stream(run: Callable[..., Any]) -> list[Any]:
     """What each of several calls returns."""
-    return [[x.detach().clone() for x in pytree.tree_leaves(run(*given))] for given in calls()]
+    return [[x.detach().clone() for x in pytree.tree_leaves(run(*inputs))] for inputs in calls()]
 
 
 @pytest.mark.parametrize("forward", READ)
@@ -233,8 +235,8 @@ def test_parts_of_a_buffer_are_written_as_the_model_writes_them(forward: Forward
     torch.manual_seed(0)
     model = Streaming(forward).eval()
     graph = canonicalize(torch.export.export(copy.deepcopy(model), calls()[0]).module())
-    for given in calls():
-        want, got = (pytree.tree_leaves(run(*given)) for run in (model, graph))
+    for inputs in calls():
+        want, got = (pytree.tree_leaves(run(*inputs)) for run in (model, graph))
         for real, mine in zip(want, got, strict=True):
             torch.testing.assert_close(mine, real, atol=0, rtol=0)
         torch.testing.assert_close(graph.get_buffer("state"), model.state, atol=0, rtol=0)
@@ -247,3 +249,42 @@ def test_a_write_that_nobody_reads_before_the_next_is_none(forward: Forward) -> 
     # And what stays is put together with what is new, once.
     (cat,) = (node for node in graph.nodes if node.target is torch.ops.aten.cat.default)
     assert "cat" not in {str(source.target).split(".")[1] for source in cat.all_input_nodes}
+
+
+_SPANS = st.sampled_from([(a, b) for a in range(8) for b in range(a + 1, 9)])
+_STEPS = st.lists(
+    st.tuples(st.sampled_from(["given", "moved", "copied", "read", "scaled"]), _SPANS, _SPANS),
+    min_size=2,
+    max_size=7,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(_STEPS)
+def test_random_writes(steps: list[tuple[str, tuple[int, int], tuple[int, int]]]) -> None:
+    """Of parts of an input or of the buffer itself, with reads between them."""
+
+    def written(self: Streaming, x: Tensor) -> Any:
+        shown = []
+        for kind, (start, stop), (other, _) in steps:
+            place, size = self.state[:, start:stop], stop - start
+            source = x if kind == "given" else self.state
+            part = source[:, min(other, 8 - size) :][:, :size]
+            if kind == "given" or (kind == "moved" and abs(min(other, 8 - size) - start) >= size):
+                place.copy_(part)
+            elif kind in ("moved", "copied"):
+                place.copy_(part.clone())
+            elif kind == "scaled":
+                place.mul_(0.5)
+            else:
+                shown.append(part * 2.0)
+        return [*shown, self.state.clone()]
+
+    torch.manual_seed(0)
+    model = Streaming(written).eval()
+    graph = canonicalize(torch.export.export(copy.deepcopy(model), calls()[0]).module())
+    for inputs in calls()[:2]:
+        want, got = (pytree.tree_leaves(run(*inputs)) for run in (model, graph))
+        for real, mine in zip(want, got, strict=True):
+            torch.testing.assert_close(mine, real, atol=0, rtol=0)
+        torch.testing.assert_close(graph.get_buffer("state"), model.state, atol=0, rtol=0)
