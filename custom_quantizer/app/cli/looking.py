@@ -83,7 +83,7 @@ def inspect_command(
         show(report)
 
 
-def _read_report(file: Path, data_path: tuple[Path, ...] = ()) -> Report | ProgramReport:
+def _read_report(file: Path, data_path: tuple[Path, ...]) -> Report | ProgramReport:
     if file.suffix == ".json" or file.is_dir():
         from custom_quantizer.app.reporting import load_result
 

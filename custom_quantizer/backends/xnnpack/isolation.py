@@ -69,7 +69,6 @@ class IsolatedMethod:
     ) -> None:
         self._what = what
         self._failure: str | None = None
-        self._data_file = data_file  # which may be removed with the last who needs it
         self._memory = memory_limit(len(data) + (data_file.size_bytes if data_file else 0))
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}  # each reserves 64 MiB
         settings = [str(self._memory), str(threads or 0)]

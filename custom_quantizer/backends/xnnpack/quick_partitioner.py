@@ -132,8 +132,8 @@ def _without_second_outputs(groups: Sequence[list[Node]]) -> list[list[Node]]:
             values[value].append(node)
     second: set[Node] = set()
     for names in values.values():
-        copies = [node for node in names if node.target in _CLONES]
-        second.update(copies[len(copies) == len(names) :])  # one may stay if the value does
+        first = next((node for node in names if node.target not in _CLONES), names[0])
+        second.update(node for node in names if node is not first)
     return [group for group in groups if second.isdisjoint(group)]
 
 

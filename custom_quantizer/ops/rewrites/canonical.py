@@ -79,7 +79,7 @@ from custom_quantizer.ops.rewrites.constants import (
 from custom_quantizer.ops.rewrites.core_aten import CORE_ATEN, CORE_OPS
 from custom_quantizer.ops.rewrites.cuts import PARTS, ends_to_numbers
 from custom_quantizer.ops.rewrites.decompositions import REWRITTEN, decompose
-from custom_quantizer.ops.rewrites.factors import fold_factors, join_factors
+from custom_quantizer.ops.rewrites.factors import fold_factors, join_factors, operands
 from custom_quantizer.ops.rewrites.guarded import guard_choices
 from custom_quantizer.ops.rewrites.legalization import LEGALIZATIONS
 from custom_quantizer.ops.rewrites.regions import inline_regions
@@ -349,20 +349,15 @@ def _drop_neutral(model: GraphModule) -> None:
         number = _NEUTRAL.get(node.target)
         if number is None or overwritten_by(node) is not None or argument(node, 2, "alpha", 1) != 1:
             continue
-        operands = [node.args[:2]]
-        if node.target is aten.mul.Tensor:
-            operands.append(node.args[1::-1])
-        for given, other in operands:
-            if not isinstance(given, Node) or overwritten_by(given) is not None:
+        for given, other in operands(node):
+            if overwritten_by(given) is not None or is_constant(given):
                 continue
-            if not is_constant(other) or is_constant(given):
-                continue
-            if is_parameter(model, cast(Node, other)):
+            if not is_constant(other) or is_parameter(model, other):
                 continue
             meta, result = tensor_meta(given), tensor_meta(node)
             if meta is None or result is None or meta.dtype != result.dtype:
                 continue
-            value = constant_of(model, cast(Node, other))
+            value = constant_of(model, other)
             if is_same_shape(meta.shape, result.shape) and bool((value == number).all()):
                 replace(model, node, given)
                 break

@@ -54,7 +54,7 @@ from custom_quantizer.ops.gemm import CONV, CONV_TRANSPOSE, LINEAR
 from custom_quantizer.ops.movement import CAT, PERMUTE, RESHAPE, passes_on, permutation
 from custom_quantizer.ops.pool import ADAPTIVE_AVG_POOL, AVG_POOL, MAX_POOL, MEAN
 
-__all__ = ["fold_factors", "join_factors"]
+__all__ = ["fold_factors", "join_factors", "operands"]
 
 aten = torch.ops.aten
 
@@ -110,7 +110,7 @@ def fold_factors(model: GraphModule, *, training: bool = False) -> int:
 def _fold(model: GraphModule, node: Node, training: bool) -> bool:
     """Put what an op does with each channel into the layer before it, if it may be."""
     scales = node.target in (aten.div.Tensor, aten.mul.Tensor)
-    for data, constant in _operands(node):
+    for data, constant in operands(node):
         if isinstance(constant, Node) and is_constant(constant):
             layer = _layer_before(data, constant, scales)
             if layer is None:
@@ -125,7 +125,7 @@ def _fold(model: GraphModule, node: Node, training: bool) -> bool:
     return False
 
 
-def _operands(node: Node) -> list[tuple[Node, Any]]:
+def operands(node: Node) -> list[tuple[Node, Any]]:
     """What may be data, and the operand beside it."""
     left, right = node.args[:2]
     pairs = [(left, right)]
@@ -141,7 +141,7 @@ def _fold_number(model: GraphModule, node: Node, shared: Collection[Any], traini
     """
     if node.target not in (aten.div.Tensor, aten.mul.Tensor) or node.kwargs:
         return False
-    for data, other in _operands(node):
+    for data, other in operands(node):
         insert = Insertion(model, node, training=training)
         is_number = type(other) in (int, float) and is_float32(data)
         number = float(other) if is_number else insert.number_beside(other, data)
