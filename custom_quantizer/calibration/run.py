@@ -29,6 +29,7 @@ from custom_quantizer.calibration.convergence import (
     plot_watched,
 )
 from custom_quantizer.calibration.observers import ActivationObserver
+from custom_quantizer.calibration.unread_rows import UnreadRows, unread_rows
 from custom_quantizer.core.calls import CallForm
 from custom_quantizer.core.formats import dtype_name
 from custom_quantizer.core.graph import (
@@ -70,6 +71,7 @@ class CalibrationSummary:
         watched: range and scale of the watched tensors after each batch.
         resumed: samples that had been seen before a checkpoint was resumed; ``samples`` and
             ``batches`` include them.
+        unread: tables with rows that no sample read, and that the ranges would cut off.
     """
 
     samples: int
@@ -79,6 +81,7 @@ class CalibrationSummary:
     tensors: tuple[TensorConvergence, ...] = field(default=(), compare=False)
     watched: tuple[WatchPoint, ...] = field(default=(), compare=False)
     resumed: int = field(default=0, compare=False)
+    unread: tuple[UnreadRows, ...] = field(default=(), compare=False)
 
     @property
     def last_change(self) -> int | None:
@@ -87,15 +90,22 @@ class CalibrationSummary:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should look at: tensors of whose range the data say nothing."""
+        """What a person should look at: tensors of whose range the data say too little."""
         zero = [tensor.name for tensor in self.tensors if tensor.low == tensor.high == 0]
-        if not zero:
-            return ()
-        return (
-            f"calibration: {len(zero)} of {len(self.tensors)} tensors were 0 in all samples, so "
-            f"nothing is known of their ranges: {some(zero)}; check the data, or calibrate with "
-            "more",
-        )
+        warnings = []
+        if zero:
+            warnings.append(
+                f"calibration: {len(zero)} of {len(self.tensors)} tensors were 0 in all samples, "
+                f"so nothing is known of their ranges: {some(zero)}; check the data, or calibrate "
+                "with more"
+            )
+        if self.unread:
+            warnings.append(
+                "calibration: no sample read the rows of a table that hold its larger values, "
+                f"which are cut off if the device reads them: {some([*map(str, self.unread)])}; "
+                "calibrate with data that reads all rows (every position, every token)"
+            )
+        return tuple(warnings)
 
     def __str__(self) -> str:
         text = f"{self.samples:,} samples in {self.batches:,} batches"
@@ -272,6 +282,7 @@ def _calibrate(
         convergence.tensors(),
         tuple(convergence.points),
         done.samples,
+        unread_rows(prepared),
     )
     if summary.unused:
         logger.warning("calibration: %s", summary)
