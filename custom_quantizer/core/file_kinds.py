@@ -27,6 +27,7 @@ def kind_of_file(data: bytes | memoryview) -> str:
 _KINDS = {
     b"ET": (4, "a .pte, a program of ExecuTorch"),
     b"BP": (4, "a .bpte, a program bundled with inputs"),
+    b"FT": (4, "a .ptd, weights that a .pte keeps outside"),
     b"\x93NUMPY": (0, "a .npy file, an array of NumPy"),
     b"{": (0, "JSON, as a report of this package is"),
     b"<!": (0, "a page of HTML"),

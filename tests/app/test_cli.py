@@ -654,7 +654,7 @@ OURS: dict[str, tuple[Args, list[str]]] = {
     "a model that raises": (quantize("net.py:raises"), ["ValueError: no", "net.py:4"]),
     "a graph to inspect": (
         plain("inspect", "WORK/net.graph.safetensors"),
-        ["is a .safetensors file, not a .pte", "beside it"],
+        ["is a saved graph (.graph.safetensors), not a .pte", "name the .pte"],
     ),
     "no graph beside the program": (
         plain("verify", "WORK/net.pte", "--graph", "WORK/no.graph.safetensors"),

@@ -879,10 +879,15 @@ def test_string_that_is_no_path() -> None:
     ("data", "message"),
     [
         (b"", "is empty"),
-        (b"PK\x03\x04" + bytes(100), r"is a zip archive, as \.pt2 and \.pt are, not a \.pte"),
+        (b"PK\x03\x04" + bytes(100), r"is a damaged zip archive, not a \.pte; name the \.pte"),
         (b'{"kind": "graph"}', r"is JSON, as a report of this package is, not a \.pte"),
-        (bytes([9, 0, 0, 0, 0, 0, 0, 0]) + b"{}", r"is a \.safetensors file, not a \.pte"),
-        (b"\x00" * 64, r"is not a \.pte .*to_executorch"),
+        (
+            bytes([9, 0, 0, 0, 0, 0, 0, 0]) + b"{}",
+            r"is a \.safetensors file of tensors, not a \.pte",
+        ),
+        (bytes(4) + b"BP08", r"is a \.bpte, a program bundled with inputs, not a \.pte"),
+        (bytes(4) + b"FT01", r"is a \.ptd, weights that a \.pte keeps outside, not a \.pte"),
+        (b"\x00" * 64, r"is not a \.pte of ExecuTorch; name the \.pte, .*to_executorch"),
     ],
 )
 def test_not_a_program(data: bytes, message: str, tmp_path: Path) -> None:

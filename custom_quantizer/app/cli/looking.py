@@ -35,6 +35,7 @@ from custom_quantizer.app.cli.options import (
     preprocess_options,
     samples_option,
 )
+from custom_quantizer.errors import InputError
 
 if TYPE_CHECKING:
     from custom_quantizer.report.record import ProgramReport, Report
@@ -85,6 +86,10 @@ def inspect_command(
 
 def _read_report(file: Path, data_path: tuple[Path, ...]) -> Report | ProgramReport:
     if file.suffix == ".json" or file.is_dir():
+        if data_path:
+            raise InputError(
+                f"{file}: is a report, which needs no --data-path; leave it out, or name the .pte"
+            )
         from custom_quantizer.app.reporting import load_result
 
         return load_result(file).report

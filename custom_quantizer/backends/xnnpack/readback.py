@@ -66,6 +66,7 @@ from custom_quantizer.backends.xnnpack.op_record import (
     split_record,
 )
 from custom_quantizer.core.file_hashes import recorded_hash, sha256_of
+from custom_quantizer.core.file_kinds import kind_of_file
 from custom_quantizer.errors import ProgramError
 
 __all__ = [
@@ -208,29 +209,19 @@ _EXTENDED_HEADER = struct.Struct("<4sIQQ")  # magic, header size, program size, 
 XNN_HEADER = struct.Struct("<4sHIIIQ")  # magic, size, graph offset, size, data offset, size
 
 
-_OTHER_FILES = {
-    b"PK\x03\x04": (0, "a zip archive, as .pt2 and .pt are, not a .pte; lower the model first"),
-    b"\x00\x00\x00\x00{": (4, "a .safetensors file, not a .pte; name the .pte beside it"),
-    b"BP08": (4, "a .bpte, a program bundled with inputs; name the .pte that it was made of"),
-    b"{": (0, "JSON, as a report of this package is, not a .pte; name the .pte beside it"),
-}
-"""What people name instead: how it begins, and where."""
-
-
 def _check_is_program(data: memoryview, identifier: bytes) -> None:
     if not data:
         raise Unreadable("is empty; lower the model again")
     if bytes(data[4:8]) == identifier:
         return
-    for kind, (begin, hint) in _OTHER_FILES.items():
-        if bytes(data[begin : begin + len(kind)]) == kind:
-            raise Unreadable(f"is {hint}")
     if bytes(data[4:6]) == identifier[:2]:
         raise Unreadable(
             f"is a .pte of another version: bytes 4 to 8 are {bytes(data[4:8])!r}, not "
             f"{identifier!r}; lower the model again"
         )
-    raise Unreadable("is not a .pte of ExecuTorch; give a file written by to_executorch()")
+    kind = kind_of_file(data)
+    what = f"{kind}, not a .pte" if kind else "not a .pte of ExecuTorch"
+    raise Unreadable(f"is {what}; name the .pte, a file written by to_executorch()")
 
 
 def _read_container(data: memoryview, beside: Mapping[str, bytes]) -> ProgramContents:
